@@ -1,0 +1,205 @@
+"""Files: atomic writes, fingerprints, validated safetensors, and the folder where shipped data lies."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from marlin_cli.errors import CheckpointError, ConfigError, MarlinError, OutputError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(relative: str) -> Path:
+    """The path of data that ships with marlin, for example `configs/models/megabyte-demo`.
+
+    An installed wheel holds it inside the package, a checkout beside it.
+    """
+    inside = PACKAGE / relative
+    return inside if inside.exists() else PACKAGE.parent / relative
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; when the block ends well it is flushed to disk and renamed to `path`.
+
+    The temporary file keeps the suffix of `path`. Nothing stands under the final name unless it is whole.
+
+    Raises:
+        OutputError: the folder is missing or not writable, the target is a folder, or the disk is full.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file to write")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    temporary = Path(name)
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path`; when the block ends well it takes the place of `path` in one rename.
+
+    Raises:
+        OutputError: `path` exists and `overwrite` is off, or the folder cannot be written.
+    """
+    check_output_folder(path, overwrite=overwrite)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            path.rename(aside / path.name)
+            temporary.rename(path)
+            shutil.rmtree(aside)
+        else:
+            temporary.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output_folder(path: Path, *, overwrite: bool) -> None:
+    """Raise now what `writing_folder` would raise after the work is done.
+
+    Raises:
+        OutputError: see `writing_folder`.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path}: already exists; name another folder or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: is a file; name a folder to write")
+    check_output_parent(path)
+
+
+def check_output_parent(path: Path) -> None:
+    """Raise `OutputError` unless the folder that will hold `path` exists and can be written."""
+    parent = path.parent
+    if not parent.is_dir():
+        raise OutputError(f"{path}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{path}: no permission to write in {parent}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, error: type[MarlinError] = ConfigError) -> Any:
+    """The JSON document in `path`.
+
+    Raises:
+        MarlinError: as `error`: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise error(f"{path}: cannot read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON: {problem}") from None
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of the bytes of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Tensors (name -> dtype, shape) and metadata of a safetensors file, checked by the `safetensors` library.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or its header is damaged or hostile.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, expected a safetensors file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118 (a method of the library, not a mapping)
+                view = file.get_slice(name)
+                tensors[name] = {"dtype": view.get_dtype(), "shape": list(view.get_shape())}
+            return tensors, dict(file.metadata() or {})
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors file: {one_line(error)}; fetch it again") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arrays of a safetensors file (`mlx.core.array`, read when first used) and its metadata.
+
+    Raises:
+        CheckpointError: see `safetensors_header`; or a dtype that MLX does not have.
+    """
+    import mlx.core as mx
+
+    _, metadata = safetensors_header(path)
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot load: {one_line(error)}") from None
+    return dict(arrays), metadata
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write MLX arrays as safetensors, atomically. `path` must end in `.safetensors`."""
+    import mlx.core as mx
+
+    with writing(path) as temporary:
+        mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
+
+
+def one_line(error: object) -> str:
+    """The message of a foreign exception as one line."""
+    return " ".join(str(error).split())
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path}: cannot write: {error.strerror or error}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

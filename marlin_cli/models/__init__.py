@@ -1,0 +1,129 @@
+"""Networks by architecture, built from a checkpoint's configuration and weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from marlin_cli.config import did_you_mean, from_mapping
+from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.ops import QuantizedLinear
+
+ARCHITECTURES: dict[str, tuple[type[MegaByteConfig], type[MegaByte]]] = {
+    "megabyte": (MegaByteConfig, MegaByte),
+}
+
+# Arrays that a packed linear layer has beside its weight.
+PACKED_SUFFIXES = (".scales", ".biases", ".global_scale")
+
+
+def build(
+    config: Mapping[str, Any],
+    weights: Mapping[str, mx.array],
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    where: str,
+    dtype: mx.Dtype | None = None,
+) -> MegaByte:
+    """The network that `config` describes, holding `weights`.
+
+    Args:
+        config: an architecture's fields, with `model_type`.
+        weights: parameter path -> array; a packed layer has `.scales` (and `.biases`, `.global_scale`) too.
+        quantization: mlx-lm's table: `group_size`, `bits`, `mode`, and by layer path the same or false.
+        where: the file that begins every error.
+        dtype: floating-point weights and activations are cast to it; as stored if None.
+
+    Raises:
+        ConfigError: an unknown architecture or an impossible configuration.
+        CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
+    """
+    name = config.get("model_type", "megabyte")
+    if name not in ARCHITECTURES:
+        raise ConfigError(f"{where}: model_type {name!r} is not supported{did_you_mean(str(name), ARCHITECTURES)}")
+    config_class, network_class = ARCHITECTURES[name]
+    network = network_class(from_mapping(config_class, config, where))
+    arrays = {
+        path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
+        for path, array in weights.items()
+    }
+    _swap_packed_layers(network, arrays, quantization or {}, where)
+    expected = dict(tree_flatten(network.parameters()))
+    missing = sorted(expected.keys() - arrays.keys())
+    unknown = sorted(arrays.keys() - expected.keys())
+    if missing:
+        raise CheckpointError(f"{where}: the weight {missing[0]!r} is missing ({len(missing)} in all)")
+    if unknown:
+        raise CheckpointError(
+            f"{where}: no place for the weight {unknown[0]!r} ({len(unknown)} in all); is it in config.json?"
+        )
+    for path, array in arrays.items():
+        if array.shape != expected[path].shape:
+            raise CheckpointError(
+                f"{where}: {path!r} has shape {list(array.shape)}, config.json asks for {list(expected[path].shape)}"
+            )
+    network.load_weights(list(arrays.items()))
+    network.eval()
+    return network
+
+
+def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer of a network by its path, packed ones included, in the order of the definition."""
+    return {
+        path: module
+        for path, module in reversed(network.named_modules())
+        if isinstance(module, (nn.Linear, QuantizedLinear))
+    }
+
+
+def config_as_mapping(config: MegaByteConfig) -> dict[str, Any]:
+    """A configuration as plain values for config.json, without the fields that say None."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+
+
+def _is_castable(path: str, array: mx.array) -> bool:
+    packed = path.endswith(".scales") and array.dtype == mx.uint8
+    return not packed and not path.endswith(".global_scale") and mx.issubdtype(array.dtype, mx.floating)
+
+
+def _swap_packed_layers(
+    network: nn.Module, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str
+) -> None:
+    """Put a `QuantizedLinear` wherever the weights hold `.scales`."""
+    swapped = []
+    for path, module in linear_layers(network).items():
+        scales = arrays.get(f"{path}.scales")
+        if scales is None:
+            continue
+        settings = table.get(path, table)
+        if not isinstance(settings, Mapping) or not {"group_size", "bits", "mode"} <= settings.keys():
+            raise CheckpointError(f"{where}: {path!r} is packed, but the quantization table does not say how")
+        try:
+            group_size, bits = int(settings["group_size"]), int(settings["bits"])
+        except (TypeError, ValueError):
+            raise CheckpointError(f"{where}: the quantization of {path!r} is not made of numbers") from None
+        names = ("weight", "scales", "biases", "bias", "global_scale")
+        own = {name: arrays[f"{path}.{name}"] for name in names if f"{path}.{name}" in arrays}
+        rows, columns = module["weight"].shape
+        if "weight" not in own or own["weight"].shape != (rows, columns * bits // 32):
+            raise CheckpointError(f"{where}: {path!r} does not hold {bits}-bit weights of shape [{rows}, {columns}]")
+        if scales.shape != (rows, columns // group_size):
+            raise CheckpointError(f"{where}: {path!r} has scales for another group size than {group_size}")
+        swapped.append(
+            (path, QuantizedLinear(own, group_size=group_size, bits=bits, mode=str(settings["mode"])))
+        )
+    set_modules(network, swapped)
+
+
+def set_modules(network: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    """Replace modules by path."""
+    for path, module in modules:
+        *parents, name = path.split(".")
+        holder: Any = network
+        for part in parents:
+            holder = holder[int(part)] if isinstance(holder, list) else holder[part]
+        holder[name] = module
