@@ -1,0 +1,26 @@
+"""marlin: calibrate, quantise and run byte-level language models (MegaByte, ByT5) on MLX."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["MegaByteConfig", "MegaByteModel", "decode", "encode", "load"]
+
+if TYPE_CHECKING:
+    from marlin_cli.api import MegaByteModel, decode, encode, load
+    from marlin_cli.models.megabyte import MegaByteConfig
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `marlin --help` must not wait for MLX."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from marlin_cli.backend import require_mlx
+
+    require_mlx()
+    if name == "MegaByteConfig":
+        from marlin_cli.models.megabyte import MegaByteConfig
+
+        return MegaByteConfig
+    from marlin_cli import api
+
+    return getattr(api, name)

@@ -28,15 +28,11 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     for key in mapping:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), fields)}")
-    values = {
-        key: _checked(value, hints[key], f"{where}: key {key!r}") for key, value in mapping.items()
-    }
+    values = {key: _checked(value, hints[key], f"{where}: key {key!r}") for key, value in mapping.items()}
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")

@@ -113,9 +113,7 @@ def _swap_packed_layers(
             raise CheckpointError(f"{where}: {path!r} does not hold {bits}-bit weights of shape [{rows}, {columns}]")
         if scales.shape != (rows, columns // group_size):
             raise CheckpointError(f"{where}: {path!r} has scales for another group size than {group_size}")
-        swapped.append(
-            (path, QuantizedLinear(own, group_size=group_size, bits=bits, mode=str(settings["mode"])))
-        )
+        swapped.append((path, QuantizedLinear(own, group_size=group_size, bits=bits, mode=str(settings["mode"]))))
     set_modules(network, swapped)
 
 

@@ -19,7 +19,7 @@ from marlin_cli.errors import ConfigError
 from marlin_cli.ops import attention, delay_one_row
 
 Layout = Literal["prefix", "paper", "megabyte_pytorch"]
-Positions = Literal["learned", "rope", "none"]
+Positions = Literal["learned", "rope", "learned+rope", "none"]
 
 
 # Config
@@ -37,6 +37,16 @@ class StageConfig:
     positions: Positions = "none"
     head_dim: int | None = None  # dim / heads unless given
     kv_heads: int | None = None  # heads unless given
+
+    @property
+    def learned(self) -> bool:
+        """Does the stage have a table of learned positions?"""
+        return self.positions.startswith("learned")
+
+    @property
+    def rope(self) -> bool:
+        """Does its attention rotate queries and keys?"""
+        return self.positions.endswith("rope")
 
     @property
     def width_of_head(self) -> int:
@@ -125,7 +135,7 @@ class MegaByteConfig:
                 raise ConfigError(f"{stage.heads} heads do not divide a width of {stage.dim}; give the head_dim")
             if stage.kv_heads is not None and stage.heads % stage.kv_heads:
                 raise ConfigError(f"{stage.kv_heads} kv_heads do not divide {stage.heads} heads")
-            if stage.positions == "rope" and stage.width_of_head % 2:
+            if stage.rope and stage.width_of_head % 2:
                 raise ConfigError(f"rope needs an even head_dim, found {stage.width_of_head}")
             if self.token_shift and stage.dim % 2:
                 raise ConfigError(f"token_shift needs an even width, found {stage.dim}")
@@ -171,9 +181,7 @@ class LayerCache(Protocol):
     def offset(self) -> int | mx.array:
         """Rows seen so far: the position of the next one; [batch] where sequences differ."""
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
-    ) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         """Append keys and values, and attend over all rows so far. Shapes as in `ops.attention`."""
 
     def delay(self, slot: int, rows: mx.array) -> mx.array:
@@ -210,7 +218,7 @@ class Attention(nn.Module):
         self.kv_heads = stage.kv_heads or stage.heads
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         self.window = window
-        self.rope_theta = config.rope_theta if stage.positions == "rope" else None
+        self.rope_theta = config.rope_theta if stage.rope else None
         self.rope_interleaved = config.rope_interleaved
         self.q_proj = nn.Linear(stage.dim, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(stage.dim, self.kv_heads * self.head_dim, bias=False)
@@ -239,7 +247,12 @@ class Attention(nn.Module):
 
     def _rotated(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(
-            x, self.head_dim, traditional=self.rope_interleaved, base=self.rope_theta, scale=1.0, offset=offset
+            x,
+            self.head_dim,
+            traditional=self.rope_interleaved,
+            base=self.rope_theta,
+            scale=1.0,
+            offset=offset,
         )
 
 
@@ -289,7 +302,12 @@ class Block(nn.Module):
 
 class Stack(nn.Module):
     def __init__(
-        self, config: MegaByteConfig, stage: StageConfig, *, window: int | None = None, final_norm: bool = True
+        self,
+        config: MegaByteConfig,
+        stage: StageConfig,
+        *,
+        window: int | None = None,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         self.layers = [Block(config, stage, window) for _ in range(stage.layers)]
@@ -305,16 +323,14 @@ class Stack(nn.Module):
 class MiddleStage(Stack):
     """A stage between global and local, with its own embedding of patches (megabyte_pytorch)."""
 
-    def __init__(
-        self, config: MegaByteConfig, stage: StageConfig, token_bytes: int, following: StageConfig
-    ) -> None:
+    def __init__(self, config: MegaByteConfig, stage: StageConfig, token_bytes: int, following: StageConfig) -> None:
         super().__init__(config, stage)
         self.byte_embedding = nn.Embedding(config.vocab_size, config.local_dim)
         self.patch_norm = nn.LayerNorm(token_bytes * config.local_dim)
         self.patch_projection = nn.Linear(token_bytes * config.local_dim, stage.dim)
         self.projected_norm = nn.LayerNorm(stage.dim)
         self.start = mx.zeros((stage.dim,))
-        if stage.positions == "learned":
+        if stage.learned:
             self.positions = nn.Embedding(stage.length, stage.dim)
         self.to_next = nn.Linear(stage.dim, following.length * following.dim)
 
@@ -358,7 +374,7 @@ class MegaByte(nn.Module):
             self.projected_norm = nn.LayerNorm(first.dim)
         if config.start_tokens:
             self.global_start = mx.zeros((first.dim,))
-        if first.positions == "learned":
+        if first.learned:
             shape = (config.max_bytes, config.byte_width) if paper else (first.length, first.dim)
             self.global_positions = nn.Embedding(*shape)
         self["global"] = Stack(config, first, window=config.attention_window, final_norm=not paper)
@@ -374,7 +390,7 @@ class MegaByte(nn.Module):
         self.local_byte_embedding = nn.Embedding(config.vocab_size, last.dim)
         if config.start_tokens and config.layout != "prefix":
             self.local_start = mx.zeros((last.dim,))
-        if last.positions == "learned":
+        if last.learned:
             self.local_positions = nn.Embedding(last.length, last.dim)
         self.local = Stack(config, last)
         self.output = nn.Linear(last.dim, config.vocab_size, bias=lucid)
@@ -436,9 +452,7 @@ class MegaByte(nn.Module):
             logits = mx.concatenate([start, following[:, :-1]], axis=1)
         return logits.reshape(batch, patches * patch, -1)[:, :total]
 
-    def leading_row(
-        self, number: int, batch: int, condition: mx.array | None, previous: mx.array | None
-    ) -> mx.array:
+    def leading_row(self, number: int, batch: int, condition: mx.array | None, previous: mx.array | None) -> mx.array:
         """The row before all tokens of a sequence of stage `number`: [batch, 1, dim_s].
 
         Args:
@@ -464,9 +478,7 @@ class MegaByte(nn.Module):
             row = row + condition[:, :1]
         return row
 
-    def token_rows(
-        self, number: int, tokens: mx.array, first: int | mx.array, condition: mx.array | None
-    ) -> mx.array:
+    def token_rows(self, number: int, tokens: mx.array, first: int | mx.array, condition: mx.array | None) -> mx.array:
         """Rows of consecutive tokens of a sequence of stage `number`: [batch, n, dim_s].
 
         Args:

@@ -1,0 +1,47 @@
+# Every target builds its own .venv from nothing; on Linux with MLX's CPU backend, on a Mac with Metal's.
+PYTHON ?= python3
+BIN := .venv/bin
+BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
+comma := ,
+extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
+
+.PHONY: demo test slow lint peers clean
+
+# The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
+demo: .venv/demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/demo.sh
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 -m "not slow and not peers"
+
+# Checks of more than a minute; MARLIN_HELDOUT names a folder of held-out bytes for the quality ones.
+slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Against the implementations that checkpoints come from.
+peers: .venv/peers
+	$(BIN)/python -m pytest -m peers
+
+.venv/demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".$(call extras)"
+	touch $@
+
+.venv/dev: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable ".$(call extras,dev)"
+	touch $@
+
+# torch comes first, at a version that has a CPU build: a plain `torch` brings gigabytes of CUDA.
+.venv/peers: .venv/dev
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".$(call extras,dev peers)"
+	touch $@
+
+clean:
+	rm -rf .venv demo-output

@@ -1,0 +1,170 @@
+"""Checkpoints of lucidrains/MEGABYTE-pytorch (0.3.6): two or more stages, read by the shapes of their tensors."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken
+from marlin_cli.errors import CheckpointError
+
+HEAD_DIM = 64  # the constructor's default, where nothing reveals it
+PATCHES = 1024  # longest context in patches, where nothing reveals it
+
+
+def recognises(tensors: Mapping[str, Any]) -> bool:
+    """Do the names say MEGABYTE-pytorch?"""
+    return "to_logits.weight" in tensors and "token_embs.0.weight" in tensors and "start_tokens.0" in tensors
+
+
+def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
+    """Canonical configuration and weights.
+
+    Widths, depths, patch sizes, the vocabulary, the feed-forward's width and both kinds of positions are read from
+    shapes and keys. The width of a head is revealed by the rotary buffer alone; else it is `options.head_dim`, or
+    the stage's inner width over `options.heads`, or 64.
+
+    Raises:
+        CheckpointError: tensors that are missing, left over or of shapes that do not fit together.
+    """
+    tensors, path = foreign.tensors, foreign.path
+    stages = len({name for name in tensors if re.fullmatch(r"start_tokens\.\d+", name)})
+    if stages < 2:
+        raise CheckpointError(f"{path}: MEGABYTE-pytorch with {stages} stage; two or more are needed")
+    taken = Taken(foreign)
+    vocab, fine = _shape(foreign, "token_embs.0.weight", 2)
+    dims = [_shape(foreign, f"start_tokens.{stage}", 1)[0] for stage in range(stages)]
+    depths = [_depth(tensors, stage) for stage in range(stages)]
+    # token_embs run fine to coarse: number j embeds tokens of stage `stages - 1 - j`, of so many bytes each.
+    token_bytes = [1] * stages
+    for stage in range(stages - 1):
+        width = _shape(foreign, f"token_embs.{stages - 1 - stage}.2.weight", 1)[0]
+        if fine == 0 or width % fine:
+            raise CheckpointError(f"{path}: a patch {width} wide is not made of embeddings {fine} wide")
+        token_bytes[stage] = width // fine
+    lengths = [0] + [token_bytes[stage - 1] // token_bytes[stage] for stage in range(1, stages)]
+    if any(token_bytes[s] * lengths[s] != token_bytes[s - 1] or not lengths[s] for s in range(1, stages)):
+        raise CheckpointError(f"{path}: the patch sizes {token_bytes} do not nest")
+    learned = "pos_embs.0.weight" in tensors
+    rope = "transformers.0.rotary_emb.inv_freq" in tensors
+    if learned:
+        patches = _shape(foreign, "pos_embs.0.weight", 2)[0]
+    else:
+        patches = (options.max_bytes or PATCHES * token_bytes[0]) // token_bytes[0]
+    inner = [_shape(foreign, f"transformers.{stage}.layers.0.0.to_q.weight", 2)[0] for stage in range(stages)]
+    head_dim = _head_dim(foreign, options, inner[0])
+    if any(width % head_dim for width in inner):
+        raise CheckpointError(f"{path}: heads of {head_dim} do not divide an attention {inner[0]} wide; give --heads")
+    ffn = [_shape(foreign, f"transformers.{stage}.layers.0.1.1.weight", 2)[0] for stage in range(stages)]
+    positions = "+".join(kind for kind, there in (("learned", learned), ("rope", rope)) if there) or "none"
+    config = {
+        "model_type": "megabyte",
+        "layout": "megabyte_pytorch",
+        "patch_size": token_bytes[0],
+        "max_bytes": patches * token_bytes[0],
+        "vocab_size": vocab,
+        "byte_dim": fine,
+        **_stage_fields("global", dims[0], depths[0], inner[0] // head_dim, head_dim, ffn[0], positions),
+        **_stage_fields("local", dims[-1], depths[-1], inner[-1] // head_dim, head_dim, ffn[-1], positions),
+        "middle": [
+            {
+                "length": lengths[s], "layers": depths[s], "dim": dims[s], "heads": inner[s] // head_dim,
+                "ffn_dim": ffn[s], "positions": positions, "head_dim": head_dim,
+            }
+            for s in range(1, stages - 1)
+        ],
+        "ffn": "gelu",
+        "ffn_bias": True,
+        "norm": "rmsnorm",
+        # There the root mean square is clamped at 1e-8 instead of shifted; 1e-8 squared under the root is the same
+        # for every row that is not zero to working precision, and for zero rows.
+        "norm_eps": 1e-16,
+        "token_shift": True,
+    }  # fmt: skip
+    weights: dict[str, mx.array] = {}
+    for stage in range(stages):
+        source = "token_embs.0" if stage == stages - 1 else f"token_embs.{stages - 1 - stage}"
+        _take_stage(weights, taken, stage, stages, source)
+        for layer in range(depths[stage]):
+            _take_block(weights, taken, f"transformers.{stage}.layers.{layer}", _name(stage, stages, "layers") + f".{layer}")
+        weights[_name(stage, stages, "norm") + ".weight"] = taken.take(f"transformers.{stage}.norm.g")
+    for kind in ("weight", "bias"):
+        weights[f"output.{kind}"] = taken.take(f"to_logits.{kind}")
+    taken.drop("rotary_emb.inv_freq")
+    taken.finish()
+    return Checkpoint(path, "megabyte_pytorch", config, weights)
+
+
+def _name(stage: int, stages: int, part: str) -> str:
+    """The canonical path of a part of a stage's transformer."""
+    if stage == 0:
+        return f"global.{part}"
+    return f"local.{part}" if stage == stages - 1 else f"middle.{stage - 1}.{part}"
+
+
+def _take_stage(weights: dict[str, mx.array], taken: Taken, stage: int, stages: int, source: str) -> None:
+    """Embeddings, start vector, positions and projection of one stage."""
+    if stage == stages - 1:
+        names = {"embedding": "local_byte_embedding", "start": "local_start", "positions": "local_positions"}
+        weights["local_byte_embedding.weight"] = taken.take("token_embs.0.weight")
+    else:
+        prefix = "" if stage == 0 else f"middle.{stage - 1}."
+        names = {
+            "start": "global_start" if stage == 0 else f"{prefix}start",
+            "positions": "global_positions" if stage == 0 else f"{prefix}positions",
+        }
+        weights[f"{prefix}byte_embedding.weight"] = taken.take(f"{source}.0.weight")
+        for number, part in ((2, "patch_norm"), (3, "patch_projection"), (4, "projected_norm")):
+            for kind in ("weight", "bias"):
+                weights[f"{prefix}{part}.{kind}"] = taken.take(f"{source}.{number}.{kind}")
+        to_next = "global_to_local" if stage == 0 else f"{prefix}to_next"
+        for kind in ("weight", "bias"):
+            weights[f"{to_next}.{kind}"] = taken.take(f"to_next_transformer_projections.{stage}.1.{kind}")
+    weights[names["start"]] = taken.take(f"start_tokens.{stage}")
+    if taken.has(f"pos_embs.{stage}.weight"):
+        weights[f"{names['positions']}.weight"] = taken.take(f"pos_embs.{stage}.weight")
+
+
+def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target: str) -> None:
+    weights[f"{target}.attention_norm.weight"] = taken.take(f"{source}.0.norm.g")
+    weights[f"{target}.attention.q_proj.weight"] = taken.take(f"{source}.0.to_q.weight")
+    keys, values = mx.split(taken.take(f"{source}.0.to_kv.weight"), 2, axis=0)
+    weights[f"{target}.attention.k_proj.weight"], weights[f"{target}.attention.v_proj.weight"] = keys, values
+    weights[f"{target}.attention.o_proj.weight"] = taken.take(f"{source}.0.to_out.weight")
+    weights[f"{target}.ffn_norm.weight"] = taken.take(f"{source}.1.0.g")
+    for number, part in ((1, "up_proj"), (4, "down_proj")):
+        for kind in ("weight", "bias"):
+            weights[f"{target}.ffn.{part}.{kind}"] = taken.take(f"{source}.1.{number}.{kind}")
+
+
+def _stage_fields(
+    name: str, dim: int, layers: int, heads: int, head_dim: int, ffn_dim: int, positions: str
+) -> dict[str, Any]:
+    fields = {"dim": dim, "layers": layers, "heads": heads, "head_dim": head_dim, "ffn_dim": ffn_dim}
+    return {f"{name}_{field}": value for field, value in {**fields, "positions": positions}.items()}
+
+
+def _head_dim(foreign: Foreign, options: ImportOptions, inner: int) -> int:
+    if "transformers.0.rotary_emb.inv_freq" in foreign.tensors:
+        return 2 * _shape(foreign, "transformers.0.rotary_emb.inv_freq", 1)[0]
+    if options.head_dim is not None:
+        return options.head_dim
+    if options.heads is not None:
+        return inner // math.gcd(inner, options.heads)
+    return HEAD_DIM
+
+
+def _depth(tensors: Mapping[str, Any], stage: int) -> int:
+    pattern = re.compile(rf"transformers\.{stage}\.layers\.(\d+)\.")
+    return len({match[1] for name in tensors if (match := pattern.match(name))})
+
+
+def _shape(foreign: Foreign, name: str, dimensions: int) -> tuple[int, ...]:
+    tensor = foreign.tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"{foreign.path}: the tensor {name!r} is missing")
+    if tensor.ndim != dimensions:
+        raise CheckpointError(f"{foreign.path}: {name!r} has {tensor.ndim} dimensions, expected {dimensions}")
+    return tensor.shape

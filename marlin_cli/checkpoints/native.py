@@ -1,0 +1,84 @@
+"""Marlin's own layout: a folder with config.json and model.safetensors, or shards with an index."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from marlin_cli.checkpoints.foreign import Checkpoint
+from marlin_cli.config import describe
+from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.files import read_json, read_safetensors
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Keys that other tools add to config.json, which say nothing that marlin needs.
+IGNORED_KEYS = ("architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version")
+
+# An older name of a key.
+RENAMED_KEYS = {"conditioning": "layout"}
+
+
+def recognises(path: Path) -> bool:
+    """Is this a folder with a config.json, or a safetensors file beside one?"""
+    if path.is_dir():
+        return (path / CONFIG).exists()
+    return path.suffix == ".safetensors" and (path.parent / CONFIG).exists()
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a model folder, or the safetensors file in it.
+
+    Raises:
+        CheckpointError: a missing, damaged or contradictory weights file.
+        ConfigError: config.json is not a JSON object.
+    """
+    folder = path if path.is_dir() else path.parent
+    document = read_json(folder / CONFIG)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{folder / CONFIG}: expected an object, found {describe(document)}")
+    config = {RENAMED_KEYS.get(key, key): value for key, value in document.items() if key not in IGNORED_KEYS}
+    quantization = _table(config, "quantization", folder)
+    marlin = _table(config, "marlin", folder)
+    weights: dict[str, mx.array] = {}
+    for file in [path] if path.is_file() else weight_files(folder):
+        arrays, _ = read_safetensors(file)
+        twice = sorted(arrays.keys() & weights.keys())
+        if twice:
+            raise CheckpointError(f"{file}: {twice[0]!r} stands in another shard too")
+        weights.update(arrays)
+    return Checkpoint(path, "native", config, weights, quantization, marlin)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder.
+
+    Raises:
+        CheckpointError: none, or an index that names a missing file or one outside the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+        return [folder / SINGLE]
+    document = read_json(index, CheckpointError)
+    shards = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"{index}: has no table weight_map of weights and files")
+    files = []
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: {name!r} lies outside the folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{index}: the shard {name!r} is missing; fetch it again")
+        files.append(folder / name)
+    return files
+
+
+def _table(config: dict[str, Any], key: str, folder: Path) -> dict[str, Any] | None:
+    value = config.pop(key, None)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{folder / CONFIG}: {key!r} should be a table, found {describe(value)}")
+    return value

@@ -1,0 +1,40 @@
+"""Small readers of option values that more than one command takes."""
+
+import os
+import re
+
+from marlin_cli.errors import UsageError
+
+# The shipped model that commands use when none is named.
+DEFAULT_MODEL = "megabyte-demo"
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str, option: str) -> int:
+    """A number of bytes: 4096, 64k, 2M, 1.5G; k, M, G and T are binary.
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{option}: {text!r} is not a size; write for example 4096, 64k, 2M or 1G")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def bytes_of_argument(text: str) -> bytes:
+    """The bytes that a shell passed as an argument, also where they are not UTF-8."""
+    return os.fsencode(text)
+
+
+def bytes_of_hex(text: str, option: str) -> bytes:
+    """Bytes written in hexadecimal, spaces allowed.
+
+    Raises:
+        UsageError: not hexadecimal.
+    """
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise UsageError(f"{option}: {text[:40]!r} is not hexadecimal; write for example 48 65 6c") from None

@@ -1,0 +1,169 @@
+"""What `marlin quantize` does once its options are read: settings, one library call, one table."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from marlin_cli import console
+from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.errors import UsageError
+from marlin_cli.models import build, config_as_mapping
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.quantization.apply import (
+    PartReport,
+    by_part,
+    dequantize_network,
+    kept_bytes,
+    plan_network,
+    planned,
+    quantize_network,
+)
+from marlin_cli.quantization.formats import FORMATS
+from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits, load_recipe
+from marlin_cli.statistics import load_statistics
+
+
+def settings_of(
+    recipe: str | None,
+    global_bits: int | None,
+    local_bits: int | None,
+    kv_bits: int | None,
+    global_format: str | None,
+    local_format: str | None,
+    group_size: int | None,
+    overrides: Sequence[str],
+) -> QuantizationSettings:
+    """The recipe's settings (or the defaults), changed by the options that were given.
+
+    Raises:
+        UsageError: bits and a format that contradict each other, or an override without a format.
+        ConfigError: an unknown recipe or format, or impossible bits.
+    """
+    base = load_recipe(recipe) if recipe is not None else QuantizationSettings()
+    changes: dict[str, Any] = {
+        "global_format": _format("global", global_bits, global_format),
+        "local_format": _format("local", local_bits, local_format),
+        "kv_bits": kv_bits,
+        "group_size": group_size,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if overrides:
+        changes["overrides"] = {**base.overrides, **dict(_override(text) for text in overrides)}
+    return dataclasses.replace(base, **changes)
+
+
+def pack(
+    model: str,
+    target: Path | None,
+    settings: QuantizationSettings,
+    statistics_file: str | None,
+    *,
+    overwrite: bool,
+    json_output: bool,
+) -> None:
+    """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table."""
+    network = _network(model)
+    statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
+    if target is None:
+        reports = [planned(plan) for plan in plan_network(network, settings)]
+    else:
+        weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings))
+        with console.byte_progress("packing", weights * 2) as progress:
+            result = quantize_network(
+                network, settings, statistics, on_layer=lambda report: progress.advance(report.bytes_before)
+            )
+        reports = result.layers
+        parameters = dict(tree_flatten(result.network.parameters()))
+        write_model(
+            target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
+            overwrite=overwrite,
+        )  # fmt: skip
+    parts = by_part(reports)
+    kept = kept_bytes(network)
+    if json_output:
+        document = {
+            "model": model,
+            "output": None if target is None else str(target),
+            "settings": dataclasses.asdict(settings),
+            "parts": [dataclasses.asdict(part) for part in parts],
+            "kept_bytes": kept,
+        }
+        print(json.dumps(document))
+    else:
+        _show(model, target, parts, kept)
+
+
+def unpack(model: str, target: Path | None, *, overwrite: bool, json_output: bool) -> None:
+    """Write `model` with plain 16-bit weights into the folder `target`."""
+    network = _network(model)
+    plain = dequantize_network(network)
+    if target is not None:
+        parameters = dict(tree_flatten(plain.parameters()))
+        write_model(target, config_as_mapping(plain.config), parameters, None, None, overwrite=overwrite)
+    before, after = _bytes(network), _bytes(plain)
+    if json_output:
+        output = None if target is None else str(target)
+        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}))
+    else:
+        console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
+
+
+def _network(model: str) -> MegaByte:
+    """The network with its weights in the type that they are stored in."""
+    checkpoint = read_checkpoint(locate_model(model))
+    return build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
+
+
+def _bytes(network: MegaByte) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(network.parameters()))
+
+
+def _format(part: str, bits: int | None, name: str | None) -> str | None:
+    if bits is None:
+        return name
+    if name is None:
+        return format_from_bits(bits)
+    if name in FORMATS and FORMATS[name].bits != bits:
+        raise UsageError(f"--{part}-bits {bits} and --{part}-format {name} contradict each other; give one")
+    return name
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, separator, name = text.rpartition("=")
+    if not separator or not pattern:
+        raise UsageError(f"--override {text!r} is not REGEX=FORMAT, for example 'global.*down_proj=mxfp8'")
+    return pattern, name
+
+
+def _show(model: str, target: Path | None, parts: Sequence[PartReport], kept: int) -> None:
+    rows = [
+        [
+            part.part,
+            part.format,
+            str(part.layers),
+            f"{part.bits_per_weight:.2f}",
+            f"{part.bytes_before:,}",
+            f"{part.bytes_after:,}",
+            _percent(part.relative_error),
+            _percent(part.mlx_relative_error),
+        ]
+        for part in parts
+    ]
+    before = sum(part.bytes_before for part in parts) + kept
+    after = sum(part.bytes_after for part in parts) + kept
+    weights = sum(part.weights for part in parts)
+    rows.append(["other", "16-bit", "", "", f"{kept:,}", f"{kept:,}", "", ""])
+    rows.append(["all", "", "", f"{8 * (after - kept) / weights:.2f}", f"{before:,}", f"{after:,}", "", ""])
+    columns = ["part", "format", "layers", "bits/weight", "bytes before", "bytes after", "error", "MLX's encoder"]
+    title = f"{model} -> {target}" if target is not None else f"{model}: plan, nothing written"
+    console.table(title, columns, rows)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"

@@ -1,0 +1,51 @@
+"""`marlin quantize`: a model in, a folder with packed weights out, and a table of what it cost."""
+
+from typing import Annotated
+
+import typer
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    global_bits: Annotated[int | None, typer.Option(help="Bits of the global part: 4, 8 or 16. Default 4.")] = None,
+    local_bits: Annotated[int | None, typer.Option(help="Bits of the local part: 4, 8 or 16. Default 8.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache when the model runs.")] = None,
+    global_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
+    local_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
+    stats: Annotated[str | None, typer.Option(help="Statistics of `marlin calibrate`; errors are weighted.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file; options go before it.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="REGEX=FORMAT for the layers whose path matches; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The report as one JSON document.")] = False,
+) -> None:
+    """Pack the linear layers of a model, with bit widths by part.
+
+    Byte embeddings, norms and the output head stay 16-bit. The result loads in plain MLX too.
+    """
+    from pathlib import Path
+
+    from marlin_cli.backend import require_mlx
+    from marlin_cli.errors import UsageError
+    from marlin_cli.files import check_output_folder
+
+    require_mlx()
+    from marlin_cli.commands import quantization_run as run
+
+    if output is None and not dry_run:
+        raise UsageError("--output is missing; name the folder to write, or pass --dry-run")
+    target = None if dry_run or output is None else Path(output)
+    if target is not None:
+        check_output_folder(target, overwrite=overwrite)
+    if dequantize:
+        run.unpack(model, target, overwrite=overwrite, json_output=json_output)
+        return
+    settings = run.settings_of(
+        recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or []
+    )
+    run.pack(model, target, settings, stats, overwrite=overwrite, json_output=json_output)

@@ -1,0 +1,77 @@
+"""What a person sees on stderr (progress, notes, tables, errors) and the tables of stdout. The only user of rich."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+
+def note(message: str) -> None:
+    """One line of information on stderr."""
+    _stderr().print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def note_to_terminal(message: str) -> None:
+    """A note for a person who watches; silent where stderr is not a terminal."""
+    if sys.stderr.isatty():
+        note(message)
+
+
+def failure(message: str) -> None:
+    """One line on stderr that says what went wrong."""
+    _stderr().print(f"marlin: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
+    """A table; the first column is text, the others are right-aligned numbers."""
+    grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    # A pipe has no width: give it one in which no column is cut.
+    console = Console(stderr=not to_stdout)
+    if not console.is_terminal:
+        console = Console(stderr=not to_stdout, width=160)
+    console.print(grid, markup=False)
+
+
+@contextlib.contextmanager
+def byte_progress(description: str, total_bytes: int | None) -> Iterator["ByteProgress"]:
+    """A progress line on stderr: bytes, bytes/s, time left. Silent where stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = _stderr()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        yield ByteProgress(progress, description, total_bytes)
+
+
+class ByteProgress:
+    """Handle of `byte_progress`."""
+
+    def __init__(self, progress: Progress, description: str, total_bytes: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task(description, total=total_bytes)
+
+    def advance(self, count: int) -> None:
+        """Say that `count` more bytes are done."""
+        self._progress.advance(self._task, count)
+
+
+def _stderr() -> Console:
+    return Console(file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Caches, sampling, decoding loops and scoring. Knows networks and arrays, nothing of files or terminals."""

@@ -1,0 +1,153 @@
+"""Generation: prompts in, pieces of bytes out as they are decoded, for one stream or many of unequal length."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.sampling import Sampling, next_keys, sample, stream_keys
+from marlin_cli.errors import UsageError
+from marlin_cli.models.megabyte import MegaByte
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of one stream, decoded just now; with the last piece comes the reason why it ended."""
+
+    stream: int
+    data: bytes
+    stop_reason: str | None = None  # length: max_bytes reached; stop: a stop sequence; context: no room; special
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a stream ends.
+
+    Raises:
+        UsageError: max_bytes below 0, or an empty stop sequence.
+    """
+
+    max_bytes: int = 256  # bytes to generate
+    stop: tuple[bytes, ...] = ()  # byte sequences that end a stream; they are not part of the output
+
+    def __post_init__(self) -> None:
+        if self.max_bytes < 0:
+            raise UsageError(f"max_bytes must be 0 or more, found {self.max_bytes}")
+        if any(not sequence for sequence in self.stop):
+            raise UsageError("a stop sequence is empty; give at least one byte")
+
+
+class StopMatcher:
+    """Holds bytes back while they may still turn out to be the beginning of a stop sequence."""
+
+    def __init__(self, sequences: tuple[bytes, ...]) -> None:
+        self._sequences = sequences
+        self._held = b""
+
+    def push(self, byte: int) -> tuple[bytes, bool]:
+        """The bytes that are free to go after `byte`, and whether a stop sequence is complete."""
+        held = self._held + bytes([byte])
+        for sequence in self._sequences:
+            if held.endswith(sequence):
+                self._held = b""
+                return held[: -len(sequence)], True
+        kept = max((_overlap(held, sequence) for sequence in self._sequences), default=0)
+        self._held = held[len(held) - kept :]
+        return held[: len(held) - kept], False
+
+    def flush(self) -> bytes:
+        """The bytes still held, when the stream ends without the sequence."""
+        held, self._held = self._held, b""
+        return held
+
+
+def _overlap(data: bytes, sequence: bytes) -> int:
+    """Length of the longest end of `data` that begins `sequence`."""
+    longest = min(len(data), len(sequence) - 1)
+    return next((n for n in range(longest, 0, -1) if data.endswith(sequence[:n])), 0)
+
+
+def generate(
+    network: MegaByte,
+    prompts: Sequence[bytes],
+    stopping: Stopping,
+    sampling: Sampling,
+    cache_bits: CacheBits | None = None,
+) -> Iterator[Piece]:
+    """Decode all prompts side by side; the pieces of a stream come in order, each byte as soon as it is decoded.
+
+    Streams at the same byte of their patches share each step. A stream gives the same bytes alone as in a batch.
+
+    Raises:
+        UsageError: a prompt longer than the model's context.
+    """
+    limit = network.config.max_bytes
+    for prompt in prompts:
+        if len(prompt) > limit:
+            raise UsageError(
+                f"the prompt has {len(prompt)} bytes, but the model's context is {limit}; give its last {limit} bytes"
+            )
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for stream, prompt in enumerate(prompts):
+        if stopping.max_bytes == 0 or len(prompt) >= limit:
+            yield Piece(stream, b"", "length" if stopping.max_bytes == 0 else "context")
+        else:
+            groups[Lockstep.phase(network.config, len(prompt))].append(stream)
+    running = [
+        _decode(network, streams, [prompts[stream] for stream in streams], stopping, sampling, cache_bits)
+        for streams in groups.values()
+    ]
+    while running:
+        for group in list(running):
+            pieces = next(group, None)
+            if pieces is None:
+                running.remove(group)
+            else:
+                yield from pieces
+
+
+def _decode(
+    network: MegaByte,
+    streams: list[int],
+    prompts: list[bytes],
+    stopping: Stopping,
+    sampling: Sampling,
+    cache_bits: CacheBits | None,
+) -> Iterator[list[Piece]]:
+    """Decode streams of equal phase: after each step the pieces that it set free."""
+    state = Lockstep(network, prompts, cache_bits)
+    keys = stream_keys(sampling.seed, len(streams)) if sampling.temperature else None
+    matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
+    decoded = 0
+    while streams:
+        now = None
+        if keys is not None:
+            now, keys = next_keys(keys)
+        ids = sample(state.logits, sampling, now)
+        values: list[int] = ids.tolist()  # type: ignore[assignment]
+        decoded += 1
+        pieces, going = [], []
+        for row, (stream, value) in enumerate(zip(streams, values, strict=True)):
+            if value > 255:
+                pieces.append(Piece(stream, matchers[stream].flush(), "special"))
+                continue
+            data, stopped = matchers[stream].push(value)
+            full = state.positions[row] + 1 >= network.config.max_bytes
+            reason = "stop" if stopped else "length" if decoded >= stopping.max_bytes else "context" if full else None
+            if reason is None:
+                going.append(row)
+            elif not stopped:
+                data += matchers[stream].flush()
+            if data or reason:
+                pieces.append(Piece(stream, data, reason))
+        yield pieces
+        if len(going) < len(streams):
+            streams = [streams[row] for row in going]
+            if not streams:
+                return
+            state.keep(going)
+            ids = ids[mx.array(going)]
+            keys = None if keys is None else keys[mx.array(going)]
+        state.push(ids)

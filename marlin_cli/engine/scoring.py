@@ -1,0 +1,52 @@
+"""Scoring: what a network thinks of given bytes, in windows that fit its context."""
+
+import math
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.models.megabyte import MegaByte
+
+# Bytes scored in one forward pass; bounds the memory of activations.
+BYTES_PER_PASS = 16384
+
+
+def windows_of(total_bytes: int, window_bytes: int) -> Iterator[tuple[int, int]]:
+    """Disjoint windows (start, end) over `total_bytes`; each is scored from an empty context."""
+    for start in range(0, total_bytes, window_bytes):
+        yield start, min(start + window_bytes, total_bytes)
+
+
+def log2_probabilities(network: MegaByte, windows: mx.array) -> mx.array:
+    """Base-2 logarithms of the probabilities of every id at every byte of windows [n, length].
+
+    Returns:
+        [n, length, vocab] float32; row i is the prediction of byte i from those before it.
+    """
+    logits = network(windows)
+    return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
+
+
+def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -> npt.NDArray[np.float64]:
+    """Bits that each byte of `data` [total] costs, in disjoint windows: [total].
+
+    Every byte value counts, 0x00 too. Windows of equal length share a pass.
+    """
+    costs = np.empty(len(data), dtype=np.float64)
+    full = len(data) // window_bytes
+    per_pass = max(1, BYTES_PER_PASS // window_bytes)
+    for first in range(0, full, per_pass):
+        last = min(first + per_pass, full)
+        part = data[first * window_bytes : last * window_bytes].reshape(last - first, window_bytes)
+        costs[first * window_bytes : last * window_bytes] = _bits(network, part).reshape(-1)
+    if full * window_bytes < len(data):
+        costs[full * window_bytes :] = _bits(network, data[None, full * window_bytes :])[0]
+    return costs
+
+
+def _bits(network: MegaByte, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    ids = mx.array(windows.astype(np.int32))
+    chosen = mx.take_along_axis(log2_probabilities(network, ids), ids[..., None], axis=-1)[..., 0]
+    return -np.array(chosen).astype(np.float64)

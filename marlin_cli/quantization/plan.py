@@ -1,0 +1,171 @@
+"""Which layer gets which format: settings and layer shapes in, one decision a layer out. Packs nothing."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from marlin_cli.config import did_you_mean, from_mapping
+from marlin_cli.errors import ConfigError, QuantizationError
+from marlin_cli.files import shipped
+from marlin_cli.quantization.formats import FORMATS, Format, default_format
+
+KEEP = "16bit"  # the name of "leave it as it is" wherever a format is named
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """What to pack, and how. Byte embeddings, norms and the output head are never packed.
+
+    Raises:
+        ConfigError: an unknown format, impossible bits, or an override that is not a regular expression.
+    """
+
+    global_format: str = "nvfp4"  # the global transformer, the patch projection and what leads to the next stage
+    local_format: str = "mxfp8"  # the local transformer, and stages between global and local
+    kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
+    group_size: int | None = None  # of int4 and int8; the others have one size
+    overrides: dict[str, str] = field(default_factory=dict)  # regular expression of layer paths -> format; last wins
+
+    def __post_init__(self) -> None:
+        for name in (self.global_format, self.local_format, *self.overrides.values()):
+            check_format(name)
+        if self.kv_bits not in (4, 8, 16):
+            raise ConfigError(f"kv_bits must be 4, 8 or 16, found {self.kv_bits}")
+        for pattern in self.overrides:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"override {pattern!r} is not a regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one linear layer; `format` None keeps it as it is."""
+
+    path: str
+    part: str  # global, middle, local or head
+    rows: int
+    columns: int
+    format: Format | None
+    group_size: int
+
+
+def check_format(name: str) -> None:
+    """Raise `ConfigError` unless `name` is a format's, or `16bit`."""
+    if name not in FORMATS and name != KEEP:
+        raise ConfigError(f"unknown format {name!r}{did_you_mean(name, [*FORMATS, KEEP])}")
+
+
+def format_from_bits(bits: int) -> str:
+    """The default format of a bit width: 4, 8, or 16 to keep.
+
+    Raises:
+        ConfigError: another width.
+    """
+    if bits == 16:
+        return KEEP
+    if bits not in (4, 8):
+        raise ConfigError(f"bits must be 4, 8 or 16, found {bits}")
+    return default_format(bits).name
+
+
+def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16) -> QuantizationSettings:
+    """Settings that name bit widths alone."""
+    return QuantizationSettings(format_from_bits(global_bits), format_from_bits(local_bits), kv_bits)
+
+
+def load_recipe(name: str) -> QuantizationSettings:
+    """Settings from a YAML file, or from a shipped recipe (configs/recipes) by its name.
+
+    Raises:
+        ConfigError: no such recipe, not YAML, or unknown keys.
+    """
+    import yaml
+
+    folder = shipped("configs/recipes")
+    path = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise ConfigError(f"{name}: no such recipe{did_you_mean(name, known)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot read as YAML: {' '.join(str(error).split())}") from None
+    return from_mapping(QuantizationSettings, document, str(path))
+
+
+def part_of(path: str) -> str:
+    """The part of the model that a layer belongs to: global, middle, local or head."""
+    if path == "output":
+        return "head"
+    first = path.split(".")[0]
+    # What runs once a patch belongs to the global part, on both sides of its transformer.
+    return first if first in ("middle", "local") else "global"
+
+
+def plan_layers(
+    shapes: Mapping[str, tuple[int, int]], settings: QuantizationSettings, where: str = "quantize"
+) -> list[LayerPlan]:
+    """One decision for each layer of `shapes` (path -> rows, columns).
+
+    Raises:
+        QuantizationError: a layer whose columns no group of its format divides (formats that fit are named), an
+            override for the output head, or one that no layer matches.
+    """
+    chosen = {}
+    for path in shapes:
+        part = part_of(path)
+        chosen[path] = {"global": settings.global_format, "head": KEEP}.get(part, settings.local_format)
+    for pattern, name in settings.overrides.items():
+        matched = [path for path in shapes if re.search(pattern, path)]
+        if not matched:
+            raise QuantizationError(f"{where}: the override {pattern!r} matches no layer{did_you_mean(pattern, shapes)}")
+        chosen.update(dict.fromkeys(matched, name))
+    plans = []
+    for path, (rows, columns) in shapes.items():
+        name = chosen[path]
+        if name == KEEP:
+            plans.append(LayerPlan(path, part_of(path), rows, columns, None, 0))
+            continue
+        if part_of(path) == "head":
+            raise QuantizationError(f"{where}: the output head stays 16-bit; take it out of the override")
+        group_size = _group_size(FORMATS[name], columns, settings.group_size)
+        if group_size is None:
+            fitting = [other.name for other in FORMATS.values() if other.group_size_for(columns) is not None]
+            raise QuantizationError(
+                f"{where}: {path!r} has {columns} input channels, which no group of {name} divides; formats that fit:"
+                f" {', '.join([*fitting, KEEP])} (--override '{re.escape(path)}={(fitting or [KEEP])[0]}')"
+            )
+        plans.append(LayerPlan(path, part_of(path), rows, columns, FORMATS[name], group_size))
+    return plans
+
+
+def _group_size(chosen: Format, columns: int, wanted: int | None) -> int | None:
+    if wanted is not None and wanted in chosen.group_sizes:
+        return wanted if columns % wanted == 0 else None
+    return chosen.group_size_for(columns)
+
+
+def quantization_table(plans: Sequence[LayerPlan], others: Sequence[str]) -> dict[str, Any]:
+    """mlx-lm's `quantization` table: defaults of the commonest format, and each other layer by its path.
+
+    Args:
+        others: paths of modules that MLX would pack (embeddings) and that stay as they are.
+    """
+    tables = {plan.path: _entry(plan) for plan in plans}
+    packed = [entry for entry in tables.values() if entry]
+    if not packed:
+        return {}
+    default = max(packed, key=packed.count)
+    table: dict[str, Any] = dict(default)
+    table.update({path: entry for path, entry in tables.items() if entry != default})
+    table.update(dict.fromkeys(others, False))
+    return table
+
+
+def _entry(plan: LayerPlan) -> dict[str, Any] | bool:
+    if plan.format is None:
+        return False
+    return {"group_size": plan.group_size, "bits": plan.format.bits, "mode": plan.format.mode}
