@@ -452,6 +452,20 @@ class MegaByte(nn.Module):
             logits = mx.concatenate([start, following[:, :-1]], axis=1)
         return logits.reshape(batch, patches * patch, -1)[:, :total]
 
+    def logits_of_nothing(self, batch: int) -> mx.array:
+        """What megabyte_pytorch predicts for the first byte of an empty prompt: [batch, vocab].
+
+        Its `forward_empty` adds conditions to the leading rows, which its training does not; `__call__` is as
+        trained, and generation from nothing is as it generates.
+        """
+        condition: mx.array | None = None
+        for number, stage in enumerate(self.stages):
+            row = self.leading_row(number, batch, None, None)
+            hidden = stage.stack(row if condition is None else row + condition[:, :1])[:, -1]
+            if stage.to_next is not None:
+                condition = self.to_next(number, hidden)
+        return self.head(hidden)
+
     def leading_row(self, number: int, batch: int, condition: mx.array | None, previous: mx.array | None) -> mx.array:
         """The row before all tokens of a sequence of stage `number`: [batch, 1, dim_s].
 
