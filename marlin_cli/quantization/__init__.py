@@ -1,0 +1,1 @@
+"""From (weight, statistics, settings) to packed weights, in MLX's formats."""
