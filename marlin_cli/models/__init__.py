@@ -80,6 +80,15 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def part_of(path: str) -> str:
+    """The part of the model that a layer belongs to: global, middle, local or head."""
+    if path == "output":
+        return "head"
+    first = path.split(".")[0]
+    # What runs once a patch belongs to the global part, on both sides of its transformer.
+    return first if first in ("middle", "local") else "global"
+
+
 def config_as_mapping(config: MegaByteConfig) -> dict[str, Any]:
     """A configuration as plain values for config.json, without the fields that say None."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}

@@ -9,6 +9,7 @@ Three layouts are run as their weights need them; each stage works on *rows*, a 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -415,10 +416,13 @@ class MegaByte(nn.Module):
         )  # fmt: skip
         return [first, *middle, last]
 
-    def __call__(self, ids: mx.array) -> mx.array:
+    def __call__(self, ids: mx.array, caches: Sequence[list[LayerCache]] | None = None) -> mx.array:
         """Logits [batch, total, vocab] of ids [batch, total]: row i predicts id i from the ids before it.
 
         Memory grows with total: the caller bounds it by `config.max_bytes` or a window.
+
+        Args:
+            caches: for each stage one empty cache a layer, to watch keys and values; none are needed.
         """
         batch, total = ids.shape
         if total == 0:
@@ -438,7 +442,7 @@ class MegaByte(nn.Module):
             count = tokens.shape[1] - (0 if lucid and number == last else 1)
             lead = self.leading_row(number, tokens.shape[0], condition, previous)
             rows = self.token_rows(number, tokens[:, :count], 0, condition)
-            hidden = stage.stack(mx.concatenate([lead, rows], axis=1))
+            hidden = stage.stack(mx.concatenate([lead, rows], axis=1), None if caches is None else caches[number])
             if number < last:
                 length = self.config.stages[number + 1].length
                 condition = self.to_next(number, hidden.reshape(-1, hidden.shape[-1]))

@@ -9,6 +9,7 @@ from typing import Any
 from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.errors import ConfigError, QuantizationError
 from marlin_cli.files import shipped
+from marlin_cli.models import part_of
 from marlin_cli.quantization.formats import FORMATS, Format, default_format
 
 KEEP = "16bit"  # the name of "leave it as it is" wherever a format is named
@@ -94,15 +95,6 @@ def load_recipe(name: str) -> QuantizationSettings:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot read as YAML: {' '.join(str(error).split())}") from None
     return from_mapping(QuantizationSettings, document, str(path))
-
-
-def part_of(path: str) -> str:
-    """The part of the model that a layer belongs to: global, middle, local or head."""
-    if path == "output":
-        return "head"
-    first = path.split(".")[0]
-    # What runs once a patch belongs to the global part, on both sides of its transformer.
-    return first if first in ("middle", "local") else "global"
 
 
 def plan_layers(

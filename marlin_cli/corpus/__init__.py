@@ -1,0 +1,6 @@
+"""From the names of corpora to windows of raw bytes, streamed in bounded memory. Nothing is ever decoded."""
+
+from marlin_cli.corpus.sources import Source, parse_source
+from marlin_cli.corpus.stream import Corpus, Window, open_corpus
+
+__all__ = ["Corpus", "Source", "Window", "open_corpus", "parse_source"]
