@@ -1,0 +1,80 @@
+"""Small random networks of every layout, and the shipped demo."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+
+from marlin_cli import load
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
+
+SMALL = {
+    "patch_size": 4, "max_bytes": 96,
+    "global_layers": 2, "global_dim": 32, "global_heads": 2,
+    "local_layers": 2, "local_dim": 16, "local_heads": 2,
+}  # fmt: skip
+LUCID = {**SMALL, "layout": "megabyte_pytorch", "byte_dim": 16, "token_shift": True, "ffn": "gelu", "ffn_bias": True}
+MIDDLE = StageConfig(length=2, layers=2, dim=24, heads=2, ffn_dim=48, positions="learned")
+
+# One configuration for each way that rows are made, and for each option of attention and feed-forward.
+CONFIGS = {
+    "prefix": MegaByteConfig(**SMALL),
+    "prefix learned, token shift": MegaByteConfig(
+        **SMALL, global_positions="learned", local_positions="rope", token_shift=True
+    ),
+    "paper": MegaByteConfig(
+        **SMALL, layout="paper", global_positions="learned", ffn="relu", norm="layernorm", qk_norm=True
+    ),
+    "paper without pads, window": MegaByteConfig(
+        **SMALL, layout="paper", global_positions="learned+rope", start_tokens=False, attention_window=3,
+        rope_interleaved=True, norm="variance", ffn="silu",
+    ),  # fmt: skip
+    "grouped attention": MegaByteConfig(**SMALL, global_kv_heads=1, local_kv_heads=1, ffn="gelu_tanh"),
+    "megabyte_pytorch": MegaByteConfig(**LUCID, global_positions="learned"),
+    "megabyte_pytorch, 3 stages": MegaByteConfig(
+        **{**LUCID, "patch_size": 8}, global_positions="rope", local_positions="none", middle=(MIDDLE,)
+    ),
+}
+
+
+def random_weights(config: MegaByteConfig, seed: int = 0) -> MegaByte:
+    """A network whose every parameter, norms and start vectors included, is random."""
+    mx.random.seed(seed)
+    network = MegaByte(config)
+    network.update(
+        tree_map(lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5),
+                 network.parameters())
+    )  # fmt: skip
+    mx.eval(network.parameters())
+    return network
+
+
+@pytest.fixture
+def small_sizes():
+    return dict(SMALL)
+
+
+@pytest.fixture
+def random_network():
+    return random_weights
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def each_config(request):
+    return request.param
+
+
+@pytest.fixture
+def each_network(each_config):
+    return random_weights(each_config)
+
+
+@pytest.fixture(scope="session")
+def demo():
+    return load("megabyte-demo")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return mx.load(str(Path(__file__).parent / "data" / "megabyte-demo-golden.safetensors"))
