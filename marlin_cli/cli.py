@@ -1,9 +1,11 @@
 """The program `marlin`: four subcommands, and one place that turns errors into a line and an exit code."""
 
+import functools
 import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -20,8 +22,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (calibrate, quantize, generate, bench):
-    app.command()(command)
+
+
+class _ReaderGone(Exception):
+    """The reader of our output has what it wanted. Not an error, but typer would make it exit code 1."""
+
+
+def _until_reader_goes(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise _ReaderGone from None
+
+    return run
+
+
+for _command in (calibrate, quantize, generate, bench):
+    app.command()(_until_reader_goes(_command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,11 +67,10 @@ def main() -> NoReturn:
     try:
         result = get_command(app)(standalone_mode=False)
         code = result if isinstance(result, int) else 0
-        sys.stdout.flush()
     except MarlinError as error:
         code = _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader has what it wanted. Python would complain once more when it flushes at exit.
+    except _ReaderGone:
+        # Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
@@ -68,5 +87,3 @@ def _fail(message: str, code: int) -> int:
 
     failure(" ".join(message.split()))
     return code
-
-

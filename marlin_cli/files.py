@@ -174,12 +174,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return dict(arrays), metadata
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write MLX arrays as safetensors, atomically. `path` must end in `.safetensors`."""
+def save_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write MLX arrays as safetensors to a temporary path inside `writing` or `writing_folder`.
+
+    Raises:
+        OSError: they could not be written; `writing` names the file.
+    """
     import mlx.core as mx
 
-    with writing(path) as temporary:
-        mx.save_safetensors(str(temporary), dict(arrays), dict(metadata))
+    try:
+        mx.save_safetensors(str(path), dict(arrays), dict(metadata))
+    except RuntimeError as error:
+        raise OSError(f"{one_line(error)} (is the disk full?)") from None
 
 
 def one_line(error: object) -> str:

@@ -1,12 +1,13 @@
 """Any supported checkpoint as (configuration, weights): one importer a file, tried in the order of IMPORTERS."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints import megabyte_pytorch, native, paper
-from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign
+from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import sha256_of_file
 
@@ -15,44 +16,85 @@ __all__ = ["Checkpoint", "ImportOptions", "fingerprint", "read_checkpoint"]
 # What tells one foreign layout from another, by its tensors' names; `native` is told by its config.json.
 IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}
 
+# The field of a configuration that each option speaks of. The window stands apart: an option goes before the file.
+FIELD_OF_OPTION = {
+    "heads": "global_heads",
+    "head_dim": "global_head_dim",
+    "max_bytes": "max_bytes",
+    "activation": "ffn",
+    "norm": "norm",
+    "rope": "global_positions",
+}
+
 
 def read_checkpoint(path: Path, options: ImportOptions | None = None) -> Checkpoint:
     """Read a model folder or file of any supported layout.
+
+    Weights come in the types they are stored in; torch's float64 comes as float32.
 
     Args:
         options: what a foreign checkpoint does not reveal.
 
     Raises:
-        CheckpointError: no supported layout, a damaged or unsafe file, or weights that are not finite.
-        ConfigError: a config.json that cannot be understood.
+        CheckpointError: no supported layout, a damaged or unsafe file, weights that are not finite numbers, or an
+            option that contradicts the checkpoint.
+        ConfigError: a configuration that cannot be understood.
     """
     options = options or ImportOptions()
     if native.recognises(path):
         checkpoint = native.read(path)
+        given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
+        if given:
+            raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, config.json says all")
     else:
         foreign = read_foreign(path)
         importer = next((each for each in IMPORTERS.values() if each.recognises(foreign.tensors)), None)
         if importer is None:
-            some = ", ".join(sorted(foreign.tensors)[:3]) or "no tensors"
+            some = ", ".join(repr(name[:60]) for name in sorted(foreign.tensors)[:3]) or "no tensors"
             raise CheckpointError(
-                f"{path}: of no known layout (found {some}); known: marlin's own folder with config.json,"
+                f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder with config.json,"
                 f" {', '.join(IMPORTERS)}"
             )
         checkpoint = importer.read(foreign, options)
-    _check_finite(checkpoint)
+        _check_options(checkpoint, options)
+    _check_weights(checkpoint)
     return checkpoint
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 over the names and bytes of a model's files: equal for equal models, wherever they lie."""
-    files = [path] if path.is_file() else sorted(native.weight_files(path)) + sorted(path.glob("config.json"))
+    """SHA-256 over the names and bytes of a model's files: equal for equal models, wherever they lie.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot be read.
+    """
+    files = native.files(path) if native.recognises(path) else [weights_file(path)]
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
+    try:
+        for file in files:
+            digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
     return digest.hexdigest()
 
 
-def _check_finite(checkpoint: Checkpoint) -> None:
+def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
+    for option, field in FIELD_OF_OPTION.items():
+        wanted, found = getattr(options, option), checkpoint.config[field]
+        if option == "rope":
+            found = found.endswith("rope")
+        if wanted is not None and wanted != found:
+            raise CheckpointError(f"{checkpoint.path}: {option} is {found} by the checkpoint, but {wanted} was given")
+
+
+def _check_weights(checkpoint: Checkpoint) -> None:
+    """Every weight, one after the other: finite floating-point numbers, but for the integers of packed layers."""
     for name, array in checkpoint.weights.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            raise CheckpointError(f"{checkpoint.path}: the weight {name!r} holds NaN or infinity; the file is damaged")
+        packed = f"{name.rpartition('.')[0]}.scales" in checkpoint.weights
+        if mx.issubdtype(array.dtype, mx.floating):
+            if not mx.isfinite(array).all().item():
+                raise CheckpointError(
+                    f"{checkpoint.path}: the weight {name!r} holds NaN or infinity; the file is damaged"
+                )
+        elif not packed:
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            raise CheckpointError(f"{checkpoint.path}: the weight {name!r} is {kind}, expected floating point")

@@ -6,12 +6,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints.pickle_reader import read_pickle
+from marlin_cli.checkpoints.pickle_reader import TensorReference
+from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import read_safetensors
 
-# Keys under which training scripts put the state dict of a model.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "ema")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+# Keys under which training scripts put the state dict of a model, the nearest to the weights last.
+WRAPPERS = ("checkpoint", "state_dict", "model_state_dict", "model", "module")
+
+# What data parallelism, torch.compile and training classes put before every name.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,18 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What shapes and keys of a foreign checkpoint do not reveal; None takes what its constructor takes."""
+    """What shapes and keys of a foreign checkpoint may not reveal; None takes what its constructor takes.
 
-    heads: int | None = None  # of every stage
+    An option that contradicts what the checkpoint does reveal is refused.
+    """
+
+    heads: int | None = None  # of the global stage, which in MEGABYTE-pytorch is every stage
+    head_dim: int | None = None  # width of a head
     max_bytes: int | None = None  # longest context, where no learned positions say it
-    activation: str | None = None  # relu, gelu, gelu_tanh or silu (paper, a bare state dict)
-    norm: str | None = None  # layernorm or variance (paper, a bare state dict)
-    rope: bool | None = None  # (paper, a bare state dict)
-    attention_window: int | None = None  # in patches (paper, a bare state dict)
-    head_dim: int | None = None
+    activation: str | None = None  # relu, gelu_tanh or silu (paper, without model_config)
+    norm: str | None = None  # layernorm or variance (paper, without model_config)
+    rope: bool | None = None  # (paper, without model_config)
+    attention_window: int | None = None  # patches that a patch sees before itself (paper; before model_config's)
 
 
 @dataclass(frozen=True)
@@ -47,38 +56,63 @@ class Foreign:
     tensors: dict[str, mx.array]
     beside: dict[str, Any] = field(default_factory=dict)
 
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of the tensor `name`, which must have so many dimensions, none of them 0.
+
+        Raises:
+            CheckpointError: it is missing, or shaped otherwise.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self.path}: the tensor {name!r} is missing")
+        if tensor.ndim != dimensions or tensor.size == 0:
+            raise CheckpointError(f"{self.path}: {name!r} has shape {list(tensor.shape)}, not {dimensions} dimensions")
+        return tensor.shape
+
+
+def weights_file(path: Path) -> Path:
+    """The one weights file that `path`, a file or a folder, stands for.
+
+    Raises:
+        CheckpointError: no such file, or a folder with none or several.
+    """
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found[:4]) or "none"
+            raise CheckpointError(f"{path}: expected config.json or one weights file, found {names}; name the file")
+        return found[0]
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    return path
+
 
 def read_foreign(path: Path) -> Foreign:
-    """The tensors of a .safetensors, .pt, .pth, .bin or .ckpt file, or of a folder with one of them.
+    """The tensors of a .safetensors file or a file of `torch.save`, or of a folder with one of them.
 
     Raises:
         CheckpointError: no such file, several, or one that is damaged or unsafe.
     """
-    if path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")]
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found[:4]) or "none"
-            raise CheckpointError(f"{path}: expected config.json or one weights file, found {names}; name the file")
-        path = found[0]
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+    path = weights_file(path)
     if path.suffix == ".safetensors":
         tensors, _ = read_safetensors(path)
-        return Foreign(path, tensors)
-    document = read_pickle(path)
+        return Foreign(path, _without_prefixes(tensors))
+    file = TorchFile(path)
+    beside = document = file.document
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: holds a {type(document).__name__}, expected a state dict; save model.state_dict()")
-    beside = document
-    for wrapper in WRAPPERS:
-        if isinstance(document.get(wrapper), dict):
-            document = document[wrapper]
-            break
-    tensors = {str(key): value for key, value in document.items() if isinstance(value, mx.array)}
-    if not tensors:
+        raise CheckpointError(f"{path}: holds no dict but a {type(document).__name__}; save model.state_dict()")
+    while inner := next((document[key] for key in WRAPPERS if isinstance(document.get(key), dict)), None):
+        beside, document = document, inner
+    references = {str(key): value for key, value in document.items() if isinstance(value, TensorReference)}
+    if not references:
         raise CheckpointError(f"{path}: holds no tensors; save model.state_dict()")
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-    return Foreign(path, tensors, beside if beside is not document else {})
+    return Foreign(path, _without_prefixes(file.arrays(references)), {} if beside is document else beside)
+
+
+def _without_prefixes(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    while prefix := next((each for each in PREFIXES if tensors and all(name.startswith(each) for name in tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 class Taken:

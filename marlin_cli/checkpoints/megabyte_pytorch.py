@@ -1,6 +1,5 @@
 """Checkpoints of lucidrains/MEGABYTE-pytorch (0.3.6): two or more stages, read by the shapes of their tensors."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -34,14 +33,14 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     if stages < 2:
         raise CheckpointError(f"{path}: MEGABYTE-pytorch with {stages} stage; two or more are needed")
     taken = Taken(foreign)
-    vocab, fine = _shape(foreign, "token_embs.0.weight", 2)
-    dims = [_shape(foreign, f"start_tokens.{stage}", 1)[0] for stage in range(stages)]
+    vocab, fine = foreign.shape("token_embs.0.weight", 2)
+    dims = [foreign.shape(f"start_tokens.{stage}", 1)[0] for stage in range(stages)]
     depths = [_depth(tensors, stage) for stage in range(stages)]
     # token_embs run fine to coarse: number j embeds tokens of stage `stages - 1 - j`, of so many bytes each.
     token_bytes = [1] * stages
     for stage in range(stages - 1):
-        width = _shape(foreign, f"token_embs.{stages - 1 - stage}.2.weight", 1)[0]
-        if fine == 0 or width % fine:
+        width = foreign.shape(f"token_embs.{stages - 1 - stage}.2.weight", 1)[0]
+        if width % fine:
             raise CheckpointError(f"{path}: a patch {width} wide is not made of embeddings {fine} wide")
         token_bytes[stage] = width // fine
     lengths = [0] + [token_bytes[stage - 1] // token_bytes[stage] for stage in range(1, stages)]
@@ -50,16 +49,16 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     learned = "pos_embs.0.weight" in tensors
     rope = "transformers.0.rotary_emb.inv_freq" in tensors
     if learned:
-        patches = _shape(foreign, "pos_embs.0.weight", 2)[0]
+        patches = foreign.shape("pos_embs.0.weight", 2)[0]
     else:
         patches = (options.max_bytes or PATCHES * token_bytes[0]) // token_bytes[0]
-    inner = [_shape(foreign, f"transformers.{stage}.layers.0.0.to_q.weight", 2)[0] for stage in range(stages)]
+    inner = [foreign.shape(f"transformers.{stage}.layers.0.0.to_q.weight", 2)[0] for stage in range(stages)]
     head_dim = _head_dim(foreign, options, inner[0])
-    if any(width % head_dim for width in inner):
-        raise CheckpointError(f"{path}: heads of {head_dim} do not divide an attention {inner[0]} wide; give --heads")
-    ffn = [_shape(foreign, f"transformers.{stage}.layers.0.1.1.weight", 2)[0] for stage in range(stages)]
+    if head_dim < 1 or any(width % head_dim for width in inner):
+        raise CheckpointError(f"{path}: heads {head_dim} wide do not divide an attention {inner[0]} wide; give heads")
+    ffn = [foreign.shape(f"transformers.{stage}.layers.0.1.1.weight", 2)[0] for stage in range(stages)]
     positions = "+".join(kind for kind, there in (("learned", learned), ("rope", rope)) if there) or "none"
-    config = {
+    config: dict[str, Any] = {
         "model_type": "megabyte",
         "layout": "megabyte_pytorch",
         "patch_size": token_bytes[0],
@@ -78,17 +77,17 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         "ffn": "gelu",
         "ffn_bias": True,
         "norm": "rmsnorm",
-        # There the root mean square is clamped at 1e-8 instead of shifted; 1e-8 squared under the root is the same
-        # for every row that is not zero to working precision, and for zero rows.
+        # There the root mean square is clamped from below at 1e-8; the square of that added under the root gives the
+        # same for rows of zeros and, in float32, for every row with a root mean square above 1e-4.
         "norm_eps": 1e-16,
         "token_shift": True,
     }  # fmt: skip
     weights: dict[str, mx.array] = {}
     for stage in range(stages):
-        source = "token_embs.0" if stage == stages - 1 else f"token_embs.{stages - 1 - stage}"
-        _take_stage(weights, taken, stage, stages, source)
+        _take_stage(weights, taken, stage, stages)
         for layer in range(depths[stage]):
-            _take_block(weights, taken, f"transformers.{stage}.layers.{layer}", _name(stage, stages, "layers") + f".{layer}")
+            source, target = f"transformers.{stage}.layers.{layer}", f"{_name(stage, stages, 'layers')}.{layer}"
+            _take_block(weights, taken, source, target, (2 * inner[stage], dims[stage]))
         weights[_name(stage, stages, "norm") + ".weight"] = taken.take(f"transformers.{stage}.norm.g")
     for kind in ("weight", "bias"):
         weights[f"output.{kind}"] = taken.take(f"to_logits.{kind}")
@@ -104,33 +103,32 @@ def _name(stage: int, stages: int, part: str) -> str:
     return f"local.{part}" if stage == stages - 1 else f"middle.{stage - 1}.{part}"
 
 
-def _take_stage(weights: dict[str, mx.array], taken: Taken, stage: int, stages: int, source: str) -> None:
+def _take_stage(weights: dict[str, mx.array], taken: Taken, stage: int, stages: int) -> None:
     """Embeddings, start vector, positions and projection of one stage."""
+    source = f"token_embs.{stages - 1 - stage}"
+    # Parts of the middle stages stand under them, those of the outer ones beside the network's other parts.
+    inside = f"middle.{stage - 1}." if 0 < stage < stages - 1 else ""
+    outer = {0: "global_", stages - 1: "local_"}.get(stage, "")
     if stage == stages - 1:
-        names = {"embedding": "local_byte_embedding", "start": "local_start", "positions": "local_positions"}
-        weights["local_byte_embedding.weight"] = taken.take("token_embs.0.weight")
+        weights["local_byte_embedding.weight"] = taken.take(f"{source}.weight")
     else:
-        prefix = "" if stage == 0 else f"middle.{stage - 1}."
-        names = {
-            "start": "global_start" if stage == 0 else f"{prefix}start",
-            "positions": "global_positions" if stage == 0 else f"{prefix}positions",
-        }
-        weights[f"{prefix}byte_embedding.weight"] = taken.take(f"{source}.0.weight")
-        for number, part in ((2, "patch_norm"), (3, "patch_projection"), (4, "projected_norm")):
-            for kind in ("weight", "bias"):
-                weights[f"{prefix}{part}.{kind}"] = taken.take(f"{source}.{number}.{kind}")
-        to_next = "global_to_local" if stage == 0 else f"{prefix}to_next"
+        weights[f"{inside}byte_embedding.weight"] = taken.take(f"{source}.0.weight")
+        to_next = f"{inside}to_next" if inside else "global_to_local"
         for kind in ("weight", "bias"):
+            for number, part in ((2, "patch_norm"), (3, "patch_projection"), (4, "projected_norm")):
+                weights[f"{inside}{part}.{kind}"] = taken.take(f"{source}.{number}.{kind}")
             weights[f"{to_next}.{kind}"] = taken.take(f"to_next_transformer_projections.{stage}.1.{kind}")
-    weights[names["start"]] = taken.take(f"start_tokens.{stage}")
+    weights[f"{inside}{outer}start"] = taken.take(f"start_tokens.{stage}")
     if taken.has(f"pos_embs.{stage}.weight"):
-        weights[f"{names['positions']}.weight"] = taken.take(f"pos_embs.{stage}.weight")
+        weights[f"{inside}{outer}positions.weight"] = taken.take(f"pos_embs.{stage}.weight")
 
 
-def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target: str) -> None:
+def _take_block(
+    weights: dict[str, mx.array], taken: Taken, source: str, target: str, fused_shape: tuple[int, int]
+) -> None:
     weights[f"{target}.attention_norm.weight"] = taken.take(f"{source}.0.norm.g")
     weights[f"{target}.attention.q_proj.weight"] = taken.take(f"{source}.0.to_q.weight")
-    keys, values = mx.split(taken.take(f"{source}.0.to_kv.weight"), 2, axis=0)
+    keys, values = mx.split(taken.take(f"{source}.0.to_kv.weight", fused_shape), 2, axis=0)
     weights[f"{target}.attention.k_proj.weight"], weights[f"{target}.attention.v_proj.weight"] = keys, values
     weights[f"{target}.attention.o_proj.weight"] = taken.take(f"{source}.0.to_out.weight")
     weights[f"{target}.ffn_norm.weight"] = taken.take(f"{source}.1.0.g")
@@ -148,23 +146,16 @@ def _stage_fields(
 
 def _head_dim(foreign: Foreign, options: ImportOptions, inner: int) -> int:
     if "transformers.0.rotary_emb.inv_freq" in foreign.tensors:
-        return 2 * _shape(foreign, "transformers.0.rotary_emb.inv_freq", 1)[0]
+        return 2 * foreign.shape("transformers.0.rotary_emb.inv_freq", 1)[0]
     if options.head_dim is not None:
         return options.head_dim
-    if options.heads is not None:
-        return inner // math.gcd(inner, options.heads)
-    return HEAD_DIM
+    if options.heads is None:
+        return HEAD_DIM
+    if options.heads < 1 or inner % options.heads:
+        raise CheckpointError(f"{foreign.path}: {options.heads} heads do not divide an attention {inner} wide")
+    return inner // options.heads
 
 
 def _depth(tensors: Mapping[str, Any], stage: int) -> int:
     pattern = re.compile(rf"transformers\.{stage}\.layers\.(\d+)\.")
     return len({match[1] for name in tensors if (match := pattern.match(name))})
-
-
-def _shape(foreign: Foreign, name: str, dimensions: int) -> tuple[int, ...]:
-    tensor = foreign.tensors.get(name)
-    if tensor is None:
-        raise CheckpointError(f"{foreign.path}: the tensor {name!r} is missing")
-    if tensor.ndim != dimensions:
-        raise CheckpointError(f"{foreign.path}: {name!r} has {tensor.ndim} dimensions, expected {dimensions}")
-    return tensor.shape

@@ -15,10 +15,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 # Keys that other tools add to config.json, which say nothing that marlin needs.
-IGNORED_KEYS = ("architectures", "dtype", "quantization_config", "torch_dtype", "transformers_version")
+IGNORED_KEYS = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 # An older name of a key.
-RENAMED_KEYS = {"conditioning": "layout"}
+RENAMED_KEYS: dict[str, str] = {"conditioning": "layout"}
 
 
 def recognises(path: Path) -> bool:
@@ -39,8 +39,14 @@ def read(path: Path) -> Checkpoint:
     document = read_json(folder / CONFIG)
     if not isinstance(document, dict):
         raise ConfigError(f"{folder / CONFIG}: expected an object, found {describe(document)}")
-    config = {RENAMED_KEYS.get(key, key): value for key, value in document.items() if key not in IGNORED_KEYS}
+    known = {str(key): value for key, value in document.items() if key not in IGNORED_KEYS}
+    config = {RENAMED_KEYS.get(key, key): value for key, value in known.items()}
     quantization = _table(config, "quantization", folder)
+    # mlx-lm writes the same table under transformers' name; another table is another tool's packing.
+    if _table(config, "quantization_config", folder) not in (None, quantization):
+        raise ConfigError(
+            f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing"
+        )
     marlin = _table(config, "marlin", folder)
     weights: dict[str, mx.array] = {}
     for file in [path] if path.is_file() else weight_files(folder):
@@ -52,6 +58,12 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, "native", config, weights, quantization, marlin)
 
 
+def files(path: Path) -> list[Path]:
+    """All files that a model consists of, config.json first."""
+    folder = path if path.is_dir() else path.parent
+    return [folder / CONFIG, *([path] if path.is_file() else weight_files(folder))]
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder.
 
@@ -61,20 +73,19 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).exists():
-            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+            raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}; name another layout's file itself")
         return [folder / SINGLE]
     document = read_json(index, CheckpointError)
     shards = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise CheckpointError(f"{index}: has no table weight_map of weights and files")
-    files = []
-    for name in sorted(set(shards.values())):
+    names = sorted(set(shards.values()))
+    for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} lies outside the folder")
+            raise CheckpointError(f"{index}: the shard {name!r} lies outside the folder")
         if not (folder / name).is_file():
             raise CheckpointError(f"{index}: the shard {name!r} is missing; fetch it again")
-        files.append(folder / name)
-    return files
+    return [folder / name for name in names]
 
 
 def _table(config: dict[str, Any], key: str, folder: Path) -> dict[str, Any] | None:

@@ -1,29 +1,35 @@
 """Checkpoints of the paper's layout as kjslag/spacebyte trains it (megabyte.py, class MegaByte)."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken
+from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError
 
-# The options of its model_config that change what weights mean, with its constructor's defaults.
-DEFAULTS: dict[str, Any] = {
-    "nonlinear": "ReLU",
-    "layer_norm": "LayerNorm",
-    "rope": False,
-    "attention_window": None,
-    "init": "simple",
-    "qk_layer_norm": True,
-    "vocab_size": None,
-    "BOS": 255,
-    "d_key": 64,
-    "sparse_attention": None,
-}
 ACTIVATIONS = {"ReLU": "relu", "GELU": "gelu_tanh", "SiLU": "silu"}
-NORMS = {"LayerNorm": "layernorm", "RMSNorm": "variance"}
+NORMS = {"LayerNorm": "layernorm", "RMSNorm": "variance"}  # its RMSNorm divides by the deviation, not the mean square
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The options of its model_config that shapes do not tell, under its names and with its defaults."""
+
+    d_key: int = 64
+    vocab_size: int | None = None
+    BOS: int | None = None
+    tokenizer: str | None = None
+    init: Literal["simple", "standard", "muTransfer"] = "simple"
+    nonlinear: Literal["ReLU", "GELU", "SiLU"] = "ReLU"
+    layer_norm: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    rope: bool = False
+    attention_window: int | None = None
+    sparse_attention: bool | None = None
 
 
 def recognises(tensors: Mapping[str, Any]) -> bool:
@@ -38,63 +44,65 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     (where queries and keys are normalised), grouped attention and pads; the rest comes from `options`, or is as its
     constructor has it.
 
+    A window is counted as its plain attention does, which the weights run with on a CPU: a patch sees so many before
+    itself. With flash-attn it was trained to see one fewer; `options.attention_window` can say so.
+
     Raises:
-        CheckpointError: tensors that are missing, left over or of shapes that do not fit, or sparse attention.
+        CheckpointError: tensors that are missing, left over or of shapes that do not fit, sparse attention, or
+            tokens that are not bytes.
+        ConfigError: an option of model_config with an unknown value.
     """
-    path, tensors = foreign.path, foreign.tensors
+    path = foreign.path
     said = _said(foreign, options)
-    taken = Taken(foreign)
-    total, byte_dim = _two(foreign, "global_position_encoding")
-    patch_size, local_dim = _two(foreign, "local_position_encoding")
-    vocab_rows, _ = _two(foreign, "global_token_embedding.weight")
-    dim = byte_dim * patch_size
-    head_dim = said["d_key"]
-    if said["sparse_attention"]:
-        raise CheckpointError(f"{path}: has sparse_attention, which marlin does not run")
-    if said["init"] not in ("standard", "muTransfer", "simple"):
-        raise CheckpointError(f"{path}: init {said['init']!r} is unknown")
-    qk_norm = "global_blocks.0.attention.Q_layer_norm.scale" in tensors
-    if dim % head_dim or local_dim % head_dim:
-        raise CheckpointError(f"{path}: heads of {head_dim} do not divide {dim} and {local_dim}; give --head-dim")
-    grouped = "global_blocks.0.attention.KV_linear.weight" in tensors
-    kv_heads = _two(foreign, "global_blocks.0.attention.KV_linear.weight")[0] // (2 * head_dim) if grouped else None
-    layers = {kind: _depth(tensors, kind) for kind in ("global", "local")}
-    vocab = said["vocab_size"] or vocab_rows
-    config = {
+    if said.sparse_attention:
+        raise CheckpointError(f"{path}: was trained with sparse_attention, which marlin does not run")
+    if said.tokenizer is not None:
+        raise CheckpointError(f"{path}: was trained on tokens of {said.tokenizer!r}; marlin runs models of bytes")
+    total, byte_dim = foreign.shape("global_position_encoding", 2)
+    patch_size, local_dim = foreign.shape("local_position_encoding", 2)
+    vocab_rows, _ = foreign.shape("global_token_embedding.weight", 2)
+    widths = {"global": byte_dim * patch_size, "local": local_dim}
+    head_dim = said.d_key
+    if head_dim < 1 or any(width % head_dim for width in widths.values()):
+        raise CheckpointError(
+            f"{path}: heads {head_dim} wide do not divide {widths['global']} and {local_dim}; give head_dim"
+        )
+    qk_norm = "global_blocks.0.attention.Q_layer_norm.scale" in foreign.tensors
+    vocab_size = vocab_rows if said.vocab_size is None else said.vocab_size
+    config: dict[str, Any] = {
         "model_type": "megabyte",
         "layout": "paper",
         "patch_size": patch_size,
         "max_bytes": total,
-        "vocab_size": vocab,
+        "vocab_size": vocab_size,
         "byte_dim": byte_dim,
-        "ffn": _choice(path, "activation", ACTIVATIONS, said["nonlinear"]),
-        "norm": _choice(path, "norm", NORMS, said["layer_norm"]),
+        "ffn": ACTIVATIONS[said.nonlinear],
+        "norm": NORMS[said.layer_norm],
         "norm_eps": 1e-5,
         "qk_norm": qk_norm,
         "rope_interleaved": True,
-        "start_tokens": "global_pad" in tensors,
-        "bos_byte": said["BOS"],
+        "start_tokens": "global_pad" in foreign.tensors,
+        "bos_byte": 255 if said.BOS is None else said.BOS,
+        "attention_window": said.attention_window,
+        # Its muTransfer multiplies queries by head_dim ** -0.5 before an attention that does so too.
+        "attention_scale": 1.0 / head_dim if said.init == "muTransfer" and not qk_norm else None,
     }
-    if said["attention_window"] is not None:
-        config["attention_window"] = said["attention_window"]
-    if said["init"] == "muTransfer" and not qk_norm:
-        config["attention_scale"] = 1.0 / head_dim
+    taken = Taken(foreign)
     weights: dict[str, mx.array] = {}
-    for kind, width in (("global", dim), ("local", local_dim)):
-        config.update(
-            {
-                f"{kind}_layers": layers[kind],
-                f"{kind}_dim": width,
-                f"{kind}_heads": width // head_dim,
-                f"{kind}_head_dim": head_dim,
-                f"{kind}_ffn_dim": _two(foreign, f"{kind}_blocks.0.feedforward.linear_1.weight")[0],
-                f"{kind}_positions": "learned+rope" if said["rope"] else "learned",
-            }
-        )
-        if kv_heads is not None:
-            config[f"{kind}_kv_heads"] = kv_heads
-        for layer in range(layers[kind]):
-            _take_block(weights, taken, f"{kind}_blocks.{layer}", f"{kind}.layers.{layer}", width)
+    for kind, width in widths.items():
+        layers = _depth(foreign.tensors, kind)
+        block = f"{kind}_blocks.0"
+        grouped = f"{block}.attention.KV_linear.weight"
+        key_width = foreign.shape(grouped, 2)[0] // 2 if grouped in foreign.tensors else width
+        config[f"{kind}_layers"] = layers
+        config[f"{kind}_dim"] = width
+        config[f"{kind}_heads"] = width // head_dim
+        config[f"{kind}_head_dim"] = head_dim
+        config[f"{kind}_kv_heads"] = key_width // head_dim
+        config[f"{kind}_ffn_dim"] = foreign.shape(f"{block}.feedforward.linear_1.weight", 2)[0]
+        config[f"{kind}_positions"] = "learned+rope" if said.rope else "learned"
+        for layer in range(layers):
+            _take_block(weights, taken, f"{kind}_blocks.{layer}", f"{kind}.layers.{layer}", width, key_width)
     for target, source in (
         ("byte_embedding.weight", "global_token_embedding.weight"),
         ("global_positions.weight", "global_position_encoding"),
@@ -108,39 +116,67 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     if config["start_tokens"]:
         weights["global_start"], weights["local_start"] = taken.take("global_pad"), taken.take("local_pad")
     # The head is padded to a multiple of 64 rows that no id has.
-    weights["output.weight"] = taken.take("logits.logits_linear.weight")[:vocab]
+    weights["output.weight"] = taken.take("logits.logits_linear.weight")[:vocab_size]
     taken.finish()
     return Checkpoint(path, "paper", config, weights)
 
 
-def _said(foreign: Foreign, options: ImportOptions) -> dict[str, Any]:
+def _said(foreign: Foreign, options: ImportOptions) -> ModelConfig:
     """The options of a checkpoint: its own model_config, else the importer's, else the constructor's defaults."""
+    path = foreign.path
+    names = [field.name for field in dataclasses.fields(ModelConfig)]
     config = foreign.beside.get("model_config")
     if config is not None:
         if not isinstance(config, dict):
-            raise CheckpointError(f"{foreign.path}: its model_config is not a table")
-        return {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    said = dict(DEFAULTS)
-    scale = foreign.tensors.get("global_blocks.0.attention.Q_layer_norm.scale")
-    said["d_key"] = scale.shape[0] if scale is not None else options.head_dim or said["d_key"]
-    wanted = {
-        "nonlinear": _key_of(ACTIVATIONS, options.activation),
-        "layer_norm": _key_of(NORMS, options.norm),
-        "rope": options.rope,
-        "attention_window": options.attention_window,
-    }
-    said.update({key: value for key, value in wanted.items() if value is not None})
-    return said
+            raise CheckpointError(f"{path}: its model_config is a {type(config).__name__}, expected a table")
+        values = {name: config[name] for name in names if name in config}
+        for name, value in values.items():
+            if not isinstance(value, (str, int, float, type(None))):
+                raise CheckpointError(f"{path}: its model_config has a {type(value).__name__} as {name!r}")
+    else:
+        values = {
+            "d_key": options.head_dim or _revealed_head_dim(foreign, options),
+            "nonlinear": _their_name(foreign, "activation", ACTIVATIONS, options.activation),
+            "layer_norm": _their_name(foreign, "norm", NORMS, options.norm),
+            "rope": options.rope,
+        }
+        values = {name: value for name, value in values.items() if value is not None}
+    if options.attention_window is not None:
+        values["attention_window"] = options.attention_window
+    return from_mapping(ModelConfig, values, f"{path}: model_config")
 
 
-def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target: str, width: int) -> None:
+def _revealed_head_dim(foreign: Foreign, options: ImportOptions) -> int | None:
+    scale = "global_blocks.0.attention.Q_layer_norm.scale"
+    if scale in foreign.tensors:
+        return foreign.shape(scale, 1)[0]
+    if options.heads is None:
+        return None
+    width = foreign.shape("global_position_encoding", 2)[1] * foreign.shape("local_position_encoding", 2)[0]
+    if options.heads < 1 or width % options.heads:
+        raise CheckpointError(f"{foreign.path}: {options.heads} heads do not divide a width of {width}")
+    return width // options.heads
+
+
+def _their_name(foreign: Foreign, option: str, names: Mapping[str, str], value: str | None) -> str | None:
+    if value is None:
+        return None
+    ours = {ours: theirs for theirs, ours in names.items()}
+    if value not in ours:
+        raise CheckpointError(f"{foreign.path}: {option} {value!r} is not one of {', '.join(ours)}")
+    return ours[value]
+
+
+def _take_block(
+    weights: dict[str, mx.array], taken: Taken, source: str, target: str, width: int, key_width: int
+) -> None:
     attention = f"{source}.attention"
     weights[f"{target}.attention_norm.weight"] = taken.take(f"{attention}.layer_norm.scale")
     if taken.has(f"{attention}.QKV_linear.weight"):
         queries, keys, values = mx.split(taken.take(f"{attention}.QKV_linear.weight", (3 * width, width)), 3, axis=0)
     else:
         queries = taken.take(f"{attention}.Q_linear.weight", (width, width))
-        keys, values = mx.split(taken.take(f"{attention}.KV_linear.weight"), 2, axis=0)
+        keys, values = mx.split(taken.take(f"{attention}.KV_linear.weight", (2 * key_width, width)), 2, axis=0)
     for name, weight in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)):
         weights[f"{target}.attention.{name}.weight"] = weight
     weights[f"{target}.attention.o_proj.weight"] = taken.take(f"{attention}.linear.weight", (width, width))
@@ -152,24 +188,5 @@ def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target:
     weights[f"{target}.ffn.down_proj.weight"] = taken.take(f"{source}.feedforward.linear_2.weight")
 
 
-def _choice(path: object, name: str, known: Mapping[str, str], value: Any) -> str:
-    if value not in known:
-        raise CheckpointError(f"{path}: {name} {value!r} is not one of {', '.join(known)}")
-    return known[value]
-
-
-def _key_of(known: Mapping[str, str], value: str | None) -> str | None:
-    return next((key for key, name in known.items() if name == value), value)
-
-
 def _depth(tensors: Mapping[str, Any], kind: str) -> int:
     return len({match[1] for name in tensors if (match := re.match(rf"{kind}_blocks\.(\d+)\.", name))})
-
-
-def _two(foreign: Foreign, name: str) -> tuple[int, int]:
-    tensor = foreign.tensors.get(name)
-    if tensor is None or tensor.ndim != 2:
-        found = "missing" if tensor is None else f"of {tensor.ndim} dimensions"
-        raise CheckpointError(f"{foreign.path}: the tensor {name!r} is {found}, expected two dimensions")
-    rows, columns = tensor.shape
-    return rows, columns

@@ -1,195 +1,278 @@
-"""Reads what `torch.save` writes without running it: a zip of a pickle and raw storages.
+"""Reads the pickles inside files of `torch.save` without running them, into plain values and references to tensors.
 
-A pickle is a program. This reader's unpickler knows the few calls that rebuild tensors, each as a plain function
-of its own, and refuses every other name before anything is called.
+A pickle is a program. This is an interpreter of its own for the few opcodes that `torch.save` writes: names in the
+pickle never become Python objects, nothing in it is ever called, and every other opcode or name is refused.
 """
 
-import io
-import math
-import pickle
-import sys
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable
+import pickletools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 from typing import Any
-
-import mlx.core as mx
-import numpy as np
 
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import one_line
 
-MAX_PICKLE_BYTES = 64 << 20  # a state dict's pickle holds names and shapes alone
-MAX_DIMENSIONS = 8
-
-# Storage class of torch -> numpy type of its elements; bfloat16 has none and travels as 16 bits.
-STORAGES: dict[str, np.dtype[Any]] = {
-    "FloatStorage": np.dtype("<f4"),
-    "DoubleStorage": np.dtype("<f8"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype("<u2"),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-}
+# The widest whole number that anything in a checkpoint needs; longer ones only make work.
+MAX_INTEGER_BITS = 128
 
 
 @dataclass(frozen=True)
-class _StorageType:
+class Name:
+    """A name that the pickle refers to. It stays a name."""
+
+    module: str
     name: str
 
 
 @dataclass(frozen=True)
-class _Storage:
-    type_name: str
-    elements: np.ndarray[Any, np.dtype[Any]]
+class StorageReference:
+    """A run of elements that lies elsewhere in the file."""
+
+    kind: str  # torch's class, for example FloatStorage
+    key: str
+    elements: int
 
 
-class _Ignored:
-    """Stands for a value that is no tensor and has no meaning here, such as a dtype."""
+@dataclass(frozen=True)
+class TensorReference:
+    """A strided view of a storage, counted in elements; nothing has been read yet."""
 
-    def __init__(self, *_: object) -> None: ...
+    storage: StorageReference
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
-    def __setstate__(self, state: object) -> None: ...
+
+@dataclass(frozen=True)
+class Inert:
+    """Stands for a value that a checkpoint may hold and that means nothing here: a dtype, a device, a NumPy array."""
 
 
-def read_pickle(path: Path) -> Any:
-    """The object in a file of `torch.save` (zip format, torch 1.6 and later): tensors as MLX arrays.
+class _Refusal(Exception):
+    """Why a pickle is refused, without the name of its file."""
 
-    float64 becomes float32. Containers, numbers and strings come as they are.
+
+def _rebuilt_tensor(arguments: tuple[Any, ...]) -> TensorReference:
+    """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, metadata)`."""
+    if len(arguments) < 4:
+        raise _Refusal("a tensor is not described as torch describes it")
+    storage, offset, shape, strides = arguments[:4]
+    if not isinstance(storage, StorageReference) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise _Refusal("a tensor is not described as torch describes it")
+    if len(shape) != len(strides):
+        raise _Refusal(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (offset, *shape, *strides)):
+        raise _Refusal("a tensor has a shape, stride or offset that is negative or no whole number")
+    return TensorReference(storage, offset, shape, strides)
+
+
+def _parameter(arguments: tuple[Any, ...]) -> Any:
+    """`torch._utils._rebuild_parameter(data, requires_grad, hooks)` is its data."""
+    if not arguments or not isinstance(arguments[0], TensorReference):
+        raise _Refusal("a parameter is not made of a tensor")
+    return arguments[0]
+
+
+def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    if arguments:
+        raise _Refusal("an OrderedDict is not filled as torch fills it")
+    return {}
+
+
+def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(arguments) != 1 or not isinstance(arguments[0], (tuple, list)):
+        raise _Refusal("a torch.Size is not made of a tuple")
+    return tuple(arguments[0])
+
+
+def _inert(arguments: tuple[Any, ...]) -> Inert:
+    return Inert()
+
+
+# What stands for the calls in a checkpoint.
+CALLS: Mapping[Name, Callable[[tuple[Any, ...]], Any]] = {
+    Name("torch._utils", "_rebuild_tensor_v2"): _rebuilt_tensor,
+    Name("torch._utils", "_rebuild_parameter"): _parameter,
+    Name("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    Name("collections", "OrderedDict"): _ordered_dict,
+    Name("torch", "Size"): _size,
+    # Losses and settings that training scripts keep beside the weights.
+    Name("torch", "device"): _inert,
+    Name("_codecs", "encode"): _inert,
+    Name("numpy", "dtype"): _inert,
+    Name("numpy.core.multiarray", "_reconstruct"): _inert,
+    Name("numpy.core.multiarray", "scalar"): _inert,
+    Name("numpy._core.multiarray", "_reconstruct"): _inert,
+    Name("numpy._core.multiarray", "scalar"): _inert,
+}
+
+# Names that are values, not calls.
+STORAGE_KINDS = frozenset(
+    f"{kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+)
+TORCH_DTYPES = frozenset(
+    ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+)
+
+# Opcodes that push their own argument, or a value of their own.
+LITERALS = frozenset(
+    ("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+     "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
+)  # fmt: skip
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_pickle(stream: BytesIO, where: str) -> Any:
+    """The value of the pickle that starts at the stream's position, which moves behind it.
+
+    Dicts, lists, tuples, numbers and strings come as they are, tensors as `TensorReference`, the rest as `Inert`.
+
+    Args:
+        where: the file that begins every error.
 
     Raises:
-        CheckpointError: the file is not of that format, is damaged, or calls anything but what rebuilds tensors.
+        CheckpointError: the pickle is damaged, or asks for anything but what rebuilds tensors.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, expected a weights file")
+    machine = _Machine()
     try:
-        with path.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                raise CheckpointError(
-                    f"{path}: not a file of torch.save in its zip format (torch 1.6 and later), nor safetensors"
-                )
-            size = file.seek(0, io.SEEK_END)
-            with zipfile.ZipFile(file) as archive:
-                return _Archive(path, archive, size).load()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged zip file: {one_line(error)}; fetch it again") from None
+        for opcode, argument, _ in pickletools.genops(stream):
+            machine.step(opcode.name, argument)
+        return machine.result()
+    except _Refusal as refusal:
+        raise CheckpointError(f"{where}: refused: {refusal}") from None
+    except (ValueError, IndexError, MemoryError, OverflowError) as error:
+        # What pickletools raises, and a stack that is too short.
+        raise CheckpointError(f"{where}: damaged pickle: {one_line(error)[:120]}; fetch the file again") from None
 
 
-class _Archive:
-    """One zip file of torch.save."""
+class _Machine:
+    """The stack, the marks in it and the memo."""
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, size: int) -> None:
-        self._path = path
-        self._archive = archive
-        self._entries = {entry.filename: entry for entry in archive.infolist()}
-        for entry in self._entries.values():
-            # torch stores entries as they are; a packed or oversized one is a bomb, or from another tool.
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size or entry.flag_bits & 1:
-                raise CheckpointError(f"{path}: the entry {entry.filename!r} is not stored as torch.save stores it")
-        pickles = [name for name in self._entries if name.endswith("/data.pkl") or name == "data.pkl"]
-        if len(pickles) != 1:
-            raise CheckpointError(f"{path}: holds {len(pickles)} data.pkl, expected one; not a file of torch.save")
-        self._root = pickles[0].removesuffix("data.pkl")
-        self._storages: dict[str, _Storage] = {}
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._outer: list[list[Any]] = []  # stacks below each mark
+        self._memo: dict[int, Any] = {}
 
-    def load(self) -> Any:
-        order = self._entries.get(self._root + "byteorder")
-        if order is not None and self._archive.read(order).strip() != b"little":
-            raise CheckpointError(f"{self._path}: stored in another byte order than little-endian")
-        entry = self._entries[self._root + "data.pkl"]
-        if entry.file_size > MAX_PICKLE_BYTES:
-            raise CheckpointError(f"{self._path}: a pickle of {entry.file_size:,} bytes is no state dict")
-        try:
-            return _Unpickler(self._archive.read(entry), self._path, self._storage).load()
-        except CheckpointError:
-            raise
-        except (MemoryError, RecursionError, pickle.UnpicklingError, Exception) as error:
-            # A hostile or broken pickle fails in as many ways as there are opcodes; none of them is our bug.
-            raise CheckpointError(
-                f"{self._path}: damaged pickle: {type(error).__name__}: {one_line(error)[:120]}"
-            ) from None
+    def result(self) -> Any:
+        return self._stack.pop()
 
-    def _storage(self, reference: Any) -> _Storage:
-        kind, storage_type, key, *_ = reference
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise CheckpointError(f"{self._path}: refers to something other than a storage: {str(kind)[:40]!r}")
-        if key not in self._storages:
-            entry = self._entries.get(f"{self._root}data/{key}")
-            if entry is None:
-                raise CheckpointError(f"{self._path}: the storage {key!r} is missing")
-            dtype = STORAGES[storage_type.name]
-            data = self._archive.read(entry)
-            if len(data) % dtype.itemsize:
-                raise CheckpointError(f"{self._path}: the storage {key!r} is cut short")
-            self._storages[key] = _Storage(storage_type.name, np.frombuffer(data, dtype=dtype))
-        return self._storages[key]
+    def step(self, opcode: str, argument: Any) -> None:
+        """Carry out one opcode."""
+        stack = self._stack
+        if opcode in LITERALS:
+            if isinstance(argument, int) and argument.bit_length() > MAX_INTEGER_BITS:
+                raise _Refusal(f"its pickle holds a number of {argument.bit_length()} bits")
+            stack.append(argument)
+        elif opcode in CONSTANTS:
+            stack.append(CONSTANTS[opcode])
+        elif opcode in ("BINPUT", "LONG_BINPUT"):
+            self._memo[argument] = stack[-1]
+        elif opcode == "MEMOIZE":
+            self._memo[len(self._memo)] = stack[-1]
+        elif opcode in ("BINGET", "LONG_BINGET"):
+            if argument not in self._memo:
+                raise ValueError(f"nothing was remembered as {argument}")
+            stack.append(self._memo[argument])
+        elif opcode == "MARK":
+            self._outer.append(stack)
+            self._stack = []
+        elif opcode == "EMPTY_DICT":
+            stack.append({})
+        elif opcode == "EMPTY_LIST":
+            stack.append([])
+        elif opcode in TUPLES:
+            self._stack.append(tuple(self._pop(TUPLES[opcode])))
+        elif opcode == "TUPLE":
+            values = self._pop_to_mark()
+            self._stack.append(tuple(values))
+        elif opcode in ("APPEND", "APPENDS"):
+            values = self._pop(1) if opcode == "APPEND" else self._pop_to_mark()
+            self._top(list).extend(values)
+        elif opcode in ("SETITEM", "SETITEMS"):
+            values = self._pop(2) if opcode == "SETITEM" else self._pop_to_mark()
+            self._set_items(values)
+        elif opcode == "GLOBAL":
+            module, _, name = argument.partition(" ")
+            stack.append(_known(module, name))
+        elif opcode == "STACK_GLOBAL":
+            module, name = self._pop(2)
+            stack.append(_known(module, name))
+        elif opcode == "INST":
+            module, _, name = argument.partition(" ")
+            raise _Refusal(f"its pickle calls {_shown(module, name)}; {ADVICE}")
+        elif opcode == "REDUCE":
+            call, arguments = self._pop(2)
+            if not isinstance(call, Name) or call not in CALLS or not isinstance(arguments, tuple):
+                called = _shown(call.module, call.name) if isinstance(call, Name) else f"a {type(call).__name__}"
+                raise _Refusal(f"its pickle calls {called}; {ADVICE}")
+            stack.append(CALLS[call](arguments))
+        elif opcode == "BUILD":
+            # The state of an OrderedDict is torch's `_metadata`, that of a parameter its Python attributes.
+            self._pop(1)
+            self._top(dict, Inert, TensorReference)
+        elif opcode == "BINPERSID":
+            stack.append(_storage(*self._pop(1)))
+        elif opcode not in ("PROTO", "FRAME", "STOP"):
+            raise _Refusal(f"its pickle uses the opcode {opcode}, which torch.save does not write; {ADVICE}")
 
+    def _pop(self, count: int) -> list[Any]:
+        if len(self._stack) < count:
+            raise IndexError("the stack is too short")
+        values = self._stack[-count:]
+        del self._stack[-count:]
+        return values
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that can name tensors, storages and ordered dicts, and nothing else."""
+    def _pop_to_mark(self) -> list[Any]:
+        values = self._stack
+        self._stack = self._outer.pop()
+        return values
 
-    def __init__(self, data: bytes, path: Path, storage: Callable[[Any], _Storage]) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._path = path
-        self._storage = storage
+    def _top(self, *kinds: type) -> Any:
+        top = self._stack[-1]
+        if not isinstance(top, kinds):
+            raise _Refusal(f"its pickle changes a {type(top).__name__}; {ADVICE}")
+        return top
 
-    def find_class(self, module: str, name: str) -> Any:
-        known: dict[tuple[str, str], Any] = {
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): _first,
-            ("torch._utils", "_rebuild_parameter_with_state"): _first,
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch", "Size"): tuple,
-        }
-        if (module, name) in known:
-            return known[module, name]
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return _StorageType(name)
-        if module == "torch" and name in ("float32", "float16", "bfloat16", "float64", "int64", "device"):
-            return _Ignored
-        raise CheckpointError(
-            f"{self._path}: refused: its pickle calls {module}.{name}; marlin only rebuilds tensors"
-            " (save model.state_dict() alone, or safetensors)"
-        )
-
-    def persistent_load(self, reference: Any) -> _Storage:
-        return self._storage(reference)
-
-    def _tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> mx.array:
-        """A tensor as `torch._utils._rebuild_tensor_v2` has it: a strided view of a storage."""
-        sizes, steps = tuple(shape), tuple(strides)
-        numbers = (offset, *sizes, *steps)
-        if not isinstance(storage, _Storage) or len(sizes) != len(steps) or len(sizes) > MAX_DIMENSIONS:
-            raise CheckpointError(f"{self._path}: a tensor is not described as torch describes it")
-        if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
-            raise CheckpointError(f"{self._path}: a tensor has a negative or non-integer shape, stride or offset")
-        count = math.prod(sizes)
-        last = offset + sum((size - 1) * step for size, step in zip(sizes, steps, strict=True)) if count else 0
-        available = storage.elements.size
-        # Strides of zero could make a huge tensor of a small storage; no state dict has them.
-        if count > available or (count and last >= available):
-            raise CheckpointError(f"{self._path}: a tensor of shape {list(sizes)} reaches beyond its storage")
-        item = storage.elements.itemsize
-        view = np.lib.stride_tricks.as_strided(
-            storage.elements[offset:], shape=sizes, strides=tuple(step * item for step in steps), writeable=False
-        )
-        if storage.type_name == "DoubleStorage":
-            view = view.astype(np.float32)
-        array = mx.array(np.ascontiguousarray(view).reshape(sizes))
-        return array.view(mx.bfloat16) if storage.type_name == "BFloat16Storage" else array
+    def _set_items(self, values: list[Any]) -> None:
+        target = self._top(dict)
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            # Hashing a tuple of tuples of tuples .. can take for ever, and no state dict has one as a key.
+            if not isinstance(key, (str, int, float, bytes, type(None))):
+                raise _Refusal(f"its pickle has a {type(key).__name__} as a key of a dict")
+            target[key] = value
 
 
-def _first(value: Any, *_: Any) -> Any:
-    """`torch._utils._rebuild_parameter(data, requires_grad, hooks)` is its data."""
-    return value
+ADVICE = "marlin only rebuilds tensors: save model.state_dict() alone, or as safetensors"
 
 
-assert sys.byteorder == "little", "storages are read in place"
+def _known(module: Any, name: Any) -> Name:
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise _Refusal("its pickle refers to a name that is not text")
+    found = Name(module, name)
+    is_value = (
+        (module in ("torch", "torch.storage") and name in STORAGE_KINDS)
+        or (module == "torch" and name in TORCH_DTYPES)
+        or (module == "numpy" and name == "ndarray")
+    )
+    if not is_value and found not in CALLS:
+        raise _Refusal(f"its pickle calls {_shown(module, name)}; {ADVICE}")
+    return found
+
+
+def _storage(reference: Any) -> StorageReference:
+    """What `torch.save` writes for a storage: ("storage", class, key, device, elements)."""
+    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
+        raise _Refusal("its pickle refers to something other than a storage")
+    _, kind, key, _, elements, *view = reference
+    if not isinstance(kind, Name) or kind.name not in STORAGE_KINDS:
+        raise _Refusal("a storage is of no class that marlin knows")
+    if not isinstance(key, str) or type(elements) is not int or not 0 <= elements < 1 << 63 or any(view):
+        raise _Refusal("a storage is not described as torch describes it")
+    return StorageReference(kind.name, key, elements)
+
+
+def _shown(module: str, name: str) -> str:
+    """A name from a hostile file, fit for a line on a terminal."""
+    return ascii(f"{module}.{name}"[:80]).strip("'\"")

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.files import writing_folder
+from marlin_cli.files import save_arrays, writing_folder
 
 SHARD_BYTES = 5_000_000_000
 
@@ -47,7 +47,7 @@ def write_model(
             else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         )
         for name, shard in zip(names, shards, strict=True):
-            mx.save_safetensors(str(folder / name), shard, {"format": "mlx"})
+            save_arrays(folder / name, shard, {"format": "mlx"})
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(array.nbytes for array in weights.values())},

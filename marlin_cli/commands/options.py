@@ -38,3 +38,15 @@ def bytes_of_hex(text: str, option: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError:
         raise UsageError(f"{option}: {text[:40]!r} is not hexadecimal; write for example 48 65 6c") from None
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """INDEX/COUNT as two numbers.
+
+    Raises:
+        UsageError: not that, or an index outside the count.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UsageError(f"--shard {text!r} is not INDEX/COUNT with INDEX from 0 to COUNT - 1")
+    return int(match[1]), int(match[2])

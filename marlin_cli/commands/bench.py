@@ -1,0 +1,124 @@
+"""`marlin bench`: how fast models run, what they weigh, and how well they predict held-out bytes."""
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from marlin_cli.commands.options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Format(str, Enum):
+    """How the result is written."""
+
+    table = "table"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+    md = "md"
+
+
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Paths, shipped names or hub repositories; the demo if none."),
+    ] = None,
+    prompt_bytes: Annotated[str, typer.Option(help="Bytes of the prompt, for example 512 or 4k.")] = "512",
+    decode_bytes: Annotated[str, typer.Option(help="Bytes decoded after the first one.")] = "128",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs a model, after one that is not.")] = 5,
+    no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|RECIPE", help="Score these bytes: a file, a folder with one of each domain, a recipe."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare the scores with this model: KL divergence, agreement.")
+    ] = None,
+    window_bytes: Annotated[
+        str | None, typer.Option(help="Bytes scored together, from an empty context. Default 2048.")
+    ] = None,
+    max_bytes_per_file: Annotated[str | None, typer.Option(help="Score only the first bytes of each file.")] = None,
+    max_quality_bytes: Annotated[
+        str | None, typer.Option(help="Score at most this many bytes, an equal share for each domain.")
+    ] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
+    output_format: Annotated[
+        Format | None, typer.Option("--format", help="Default: as the name of --output ends, else table.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file, not to stdout.")] = None,
+    device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
+) -> None:
+    """Measure models side by side: bytes per second, memory, and with --quality bits per byte by domain.
+
+    Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
+    """
+    from pathlib import Path
+
+    from marlin_cli.backend import require_mlx
+    from marlin_cli.commands.options import parse_size
+    from marlin_cli.errors import UsageError
+    from marlin_cli.files import check_output_parent, writing
+
+    require_mlx()
+    from marlin_cli import console
+    from marlin_cli.bench.held_out import Windowing
+    from marlin_cli.bench.report import RENDERINGS, QualitySettings, to_tables
+    from marlin_cli.bench.run import Request, run
+    from marlin_cli.bench.throughput import ThroughputSettings
+
+    target = None if output is None else Path(output)
+    form = _format_of(output_format, target)
+    if target is not None:
+        check_output_parent(target)
+    sizes = {
+        "window_bytes": ("--window-bytes", window_bytes),
+        "max_bytes_per_file": ("--max-bytes-per-file", max_bytes_per_file),
+        "max_bytes": ("--max-quality-bytes", max_quality_bytes),
+    }
+    for option, value in (*sizes.values(), ("--reference", reference)):
+        if quality is None and value is not None:
+            raise UsageError(f"{option} needs --quality")
+    windowing = Windowing(
+        **{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None}
+    )
+    timing = ThroughputSettings(
+        parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes"), repeats
+    )
+    report = run(
+        Request(
+            models=tuple(models or [DEFAULT_MODEL]),
+            throughput=None if no_throughput else timing,
+            quality=None if quality is None else QualitySettings(quality, windowing, reference),
+            device=device,
+            kv_bits=kv_bits,
+        )
+    )
+    if form is Format.table:
+        for table in to_tables(report):
+            console.table(table.title, table.columns, table.rows, to_stdout=True)
+        return
+    text = RENDERINGS[form.value](report)
+    if target is None:
+        print(text)
+        return
+    with writing(target) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    console.note(f"wrote {target}")
+
+
+def _format_of(given: "Format | None", target: "Path | None") -> "Format":
+    """The format asked for, by name or by the suffix of the output file."""
+    from marlin_cli.errors import UsageError
+
+    if target is None:
+        return given or Format.table
+    suffix = target.suffix.removeprefix(".")
+    form = given or (Format(suffix) if suffix in Format.__members__ else Format.table)
+    if form is Format.table:
+        raise UsageError(f"--output {target}: a table is for the terminal; add --format json, jsonl, csv or md")
+    return form

@@ -1,0 +1,86 @@
+"""`marlin calibrate`: a model and corpora in, a file of activation statistics out; merges and shows such files too."""
+
+from typing import Annotated
+
+import typer
+
+from marlin_cli.commands.options import DEFAULT_MODEL
+
+
+def calibrate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL | FILE...]",
+            help="Path, shipped name or hub repository of a model; with --merge the files to add up."
+            f" Default: {DEFAULT_MODEL}.",
+        ),
+    ] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Recipe, [name=]path[:weight], hf:name[/config][@split], or - for stdin; repeatable. The name is the"
+            " domain: multilingual, code, binary or your own. Default: the shipped recipe `default`."
+        ),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File to write (.safetensors).")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="Stop after so many bytes of the corpus, e.g. 2M.")] = None,
+    seq_bytes: Annotated[str, typer.Option(help="Bytes of a window, at most the model's context.")] = "16384",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of files and of the mixing.")] = 0,
+    shard: Annotated[str, typer.Option(help="INDEX/COUNT: measure every COUNT-th window; merge the shards.")] = "0/1",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of these options.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Add up the named statistics files instead.")] = False,
+    show: Annotated[str | None, typer.Option(help="Print the statistics in this file instead.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="The statistics as one JSON document on stdout.")] = False,
+    device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
+) -> None:
+    """Run a corpus through a model and keep what its layers see: by channel, domain, byte of the patch and head.
+
+    Bytes are never decoded. An interrupted run goes on with --resume and writes the same file.
+    """
+    from pathlib import Path
+
+    from marlin_cli.commands.options import parse_shard, parse_size
+    from marlin_cli.errors import UsageError
+
+    named = arguments or []
+    if show is not None:
+        if named or output is not None or merge:
+            raise UsageError("--show prints one file; it takes no model, --output or --merge")
+        from marlin_cli.commands.calibration_run import show_file
+
+        show_file(Path(show), json_output=json_output)
+        return
+    if output is None:
+        raise UsageError("--output is missing; name the file to write")
+    if not output.endswith(".safetensors"):
+        raise UsageError(f"--output {output}: statistics are safetensors; name the file so")
+    if merge:
+        if len(named) < 2:
+            raise UsageError("--merge needs two statistics files or more: marlin calibrate --merge A B -o OUT")
+        from marlin_cli.commands.calibration_run import merge_files
+
+        merge_files([Path(name) for name in named], Path(output), json_output=json_output)
+        return
+    if len(named) > 1:
+        raise UsageError(f"one model at a time, found {' and '.join(named[:2])}; corpora are named with --corpus")
+    from marlin_cli.backend import require_mlx
+
+    sequence_bytes = parse_size(seq_bytes, "--seq-bytes")
+    limit = None if max_bytes is None else parse_size(max_bytes, "--max-bytes")
+    share = parse_shard(shard)
+    require_mlx()
+    from marlin_cli.commands.calibration_run import run
+
+    run(
+        named[0] if named else DEFAULT_MODEL,
+        corpus or ["default"],
+        Path(output),
+        sequence_bytes=sequence_bytes,
+        max_bytes=limit,
+        seed=seed,
+        shard=share,
+        resume=resume,
+        device=device,
+        json_output=json_output,
+    )

@@ -1,0 +1,128 @@
+"""One pass over a corpus: windows in, a statistics file out, and the way back into an interrupted pass."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from marlin_cli.corpus import Corpus
+from marlin_cli.errors import OutputError, StatisticsError
+from marlin_cli.files import check_output_parent
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.statistics.collect import measure, shared_inputs
+from marlin_cli.statistics.data import Run, Statistics, pool
+from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
+
+# What has been measured is saved when either is passed; a window more may be lost.
+SAVE_EVERY_SECONDS = 10.0
+SAVE_EVERY_BYTES = 256 << 10
+
+
+def unfinished_path(output: Path) -> Path:
+    """Where a run keeps what it has so far: beside the file that it will write."""
+    return output.with_name(output.name + ".partial")
+
+
+def check_output(output: Path, *, resume: bool) -> None:
+    """Raise now what `calibrate` would raise after the model is read.
+
+    Raises:
+        OutputError: the output cannot be written, or an unfinished run is there and `resume` is off.
+    """
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder; name a file to write")
+    check_output_parent(output)
+    unfinished = unfinished_path(output)
+    if unfinished.exists() and not resume:
+        raise OutputError(f"{unfinished}: an unfinished run is there; go on with --resume, or remove it")
+
+
+def calibrate(
+    network: MegaByte,
+    corpus: Corpus,
+    output: Path,
+    *,
+    model: str,
+    shard: tuple[int, int] = (0, 1),
+    resume: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Statistics:
+    """Measure the windows of `corpus` and write the statistics to `output`, in one step when all is done.
+
+    Meanwhile they are saved beside it (`unfinished_path`) every few seconds, except those of stdin, which cannot be
+    read again. A run that is interrupted and resumed, however often, writes the same file as one that is not.
+    Memory: that of `measure` for one window, and three times the size of the statistics.
+
+    Args:
+        network: in float32.
+        model: fingerprint of the model.
+        shard: (index, count): measure the windows whose number leaves `index` when divided by `count`. The shards
+            of a corpus can be measured anywhere and merged.
+        resume: go on with the unfinished run, if there is one.
+        on_bytes: called with the bytes of each window that is done, and first with those done before.
+
+    Raises:
+        OutputError: see `check_output`.
+        StatisticsError: the unfinished run is of another model, corpus or settings; or nothing could be measured.
+        CorpusError: the corpus cannot be read.
+        KeyboardInterrupt: after saving what there is.
+    """
+    check_output(output, resume=resume)
+    run = Run(corpus.fingerprint(), corpus.sequence_bytes, corpus.seed, corpus.max_bytes, *shard)
+    unfinished = unfinished_path(output)
+    resumable = not any(source.stdin for source in corpus.sources)
+    # One value, replaced in one step: an interrupt never finds sums of one window and the state of another.
+    done: tuple[Statistics, dict[str, Any]] | None = None
+    if resume and unfinished.exists():
+        done = load_unfinished(unfinished)
+        _check_same_run(unfinished, done[0], model, run)
+        corpus.resume(done[1])
+        on_bytes(done[0].total_bytes)
+    elif resume and output.exists():
+        finished = load_statistics(output)
+        _check_same_run(output, finished, model, run)
+        on_bytes(finished.total_bytes)
+        return finished
+    layers = shared_inputs(network)
+    saved_at, unsaved_bytes = time.monotonic(), 0
+    try:
+        for window in corpus:
+            if window.index % run.shard_count != run.shard_index or len(window.bytes) < network.config.patch_size:
+                continue
+            totals = measure(network, window.domain, window.bytes)
+            count = sum(totals.domains.values())
+            if done is not None:
+                totals = pool(done[0].totals, totals)
+            done = Statistics(model, layers, (run,), totals), corpus.state() if resumable else {}
+            unsaved_bytes += count
+            if resumable and (unsaved_bytes >= SAVE_EVERY_BYTES or time.monotonic() - saved_at >= SAVE_EVERY_SECONDS):
+                save_unfinished(unfinished, *done)
+                saved_at, unsaved_bytes = time.monotonic(), 0
+            on_bytes(count)
+    except KeyboardInterrupt:
+        if done is not None and resumable:
+            save_unfinished(unfinished, *done)
+        raise
+    if done is None:
+        raise StatisticsError(
+            f"nothing to measure: the corpus has no window of {network.config.patch_size} bytes (a patch)"
+            + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
+        )
+    save_statistics(output, done[0])
+    unfinished.unlink(missing_ok=True)
+    return done[0]
+
+
+def _check_same_run(path: Path, found: Statistics, model: str, run: Run) -> None:
+    """Refuse to go on with another run, naming what differs."""
+    if found.model != model:
+        raise StatisticsError(f"{path}: of another model; name another output, or remove it")
+    if len(found.runs) != 1:
+        raise StatisticsError(f"{path}: merged from {len(found.runs)} runs, which cannot go on; name another output")
+    before, now = asdict(found.runs[0]), asdict(run)
+    # The fingerprint of the corpus changes with the settings too, which say more: it comes last.
+    for key in sorted(now, key="corpus".__eq__):
+        if before[key] != now[key]:
+            what = "another corpus" if key == "corpus" else f"{key} {before[key]}, not {now[key]}"
+            raise StatisticsError(f"{path}: the run there is of {what}; use its options, or name another output")

@@ -1,0 +1,152 @@
+"""Statistics as a few numbers a layer: plain values for programs, and tables of text for people."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.statistics.data import Moments, Run, Statistics
+
+
+@dataclass(frozen=True)
+class Range:
+    """How large activations are: root mean squares over rows and channels, and the largest absolute value."""
+
+    rows: int
+    channels: int
+    rms: float
+    absolute_maximum: float
+    channel_peak: float  # largest root mean square of a channel, over the median one
+    rms_by_domain: dict[str, float]
+    rms_by_group: list[float]  # by row of the sequence, or by head
+
+
+@dataclass(frozen=True)
+class LayerRange:
+    """Linear layers that share an input, and its range. Groups are rows of the stage's sequence."""
+
+    layers: list[str]
+    input: Range
+
+
+@dataclass(frozen=True)
+class AttentionRange:
+    """Keys and values of one attention. Groups are heads."""
+
+    attention: str
+    keys: Range
+    values: Range
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `marlin calibrate --show` shows."""
+
+    model: str
+    bytes: int
+    domains: dict[str, int]
+    runs: list[Run]
+    layers: list[LayerRange]
+    attentions: list[AttentionRange]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows; the first column is a name."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def summarise(statistics: Statistics) -> Summary:
+    """The numbers of every layer and attention."""
+    totals = statistics.totals
+    domains = list(totals.domains)
+    sharing: dict[str, list[str]] = {}
+    for path, source in statistics.layers.items():
+        sharing.setdefault(source, []).append(path)
+    return Summary(
+        model=statistics.model,
+        bytes=statistics.total_bytes,
+        domains=dict(totals.domains),
+        runs=list(statistics.runs),
+        layers=[LayerRange(paths, _range(totals.inputs[source], domains)) for source, paths in sharing.items()],
+        attentions=[
+            AttentionRange(path, _range(totals.keys[path], domains), _range(totals.values[path], domains))
+            for path in totals.keys
+        ],
+    )
+
+
+def domain_table(summary: Summary) -> Table:
+    """Bytes by domain."""
+    rows = [[name, f"{count:,}", f"{100 * count / summary.bytes:.1f} %"] for name, count in summary.domains.items()]
+    rows.append(["all", f"{summary.bytes:,}", ""])
+    return Table(f"model {summary.model[:12]}, {len(summary.runs)} run(s)", ["domain", "bytes", "share"], rows)
+
+
+def tables(summary: Summary) -> list[Table]:
+    """Everything: domains, layers, rows of the sequence, keys and values."""
+    ranges = [(_label(layer.layers), layer.input) for layer in summary.layers]
+    by_row = [(label, each.rms_by_group) for label, each in ranges if len(each.rms_by_group) > 1]
+    most = max((len(values) for _, values in by_row), default=0)
+    return [
+        domain_table(summary),
+        Table(
+            "inputs of linear layers: root mean square, by domain; peak is the largest channel over the median one",
+            ["layer", "rows", "channels", "max", "peak", "rms", *summary.domains],
+            [[label, f"{each.rows:,}", str(each.channels), *_cells(each, summary)] for label, each in ranges],
+        ),
+        Table(
+            "root mean square by row of the local sequence (row i predicts byte i of a patch)",
+            ["layer", *map(str, range(most))],
+            [[label, *map(_number, values), *[""] * (most - len(values))] for label, values in by_row],
+        ),
+        Table(
+            "keys (as cached) and values: root mean square, by domain",
+            ["attention", "heads", "max", "peak", "rms", *summary.domains],
+            [
+                [f"{each.attention} {kind}", str(len(found.rms_by_group)), *_cells(found, summary)]
+                for each in summary.attentions
+                for kind, found in (("K", each.keys), ("V", each.values))
+            ],
+        ),
+    ]
+
+
+def _range(moments: Moments, domains: Sequence[str]) -> Range:
+    squares, count = moments.sum_squares, moments.count
+    channels = squares.shape[-1]
+    by_channel = _rms(squares.sum(axis=(0, 1)), count.sum())
+    median = float(np.median(by_channel))
+    by_domain = _rms(squares.sum(axis=(1, 2)), count.sum(axis=1) * channels)
+    return Range(
+        rows=int(count.sum()),
+        channels=channels,
+        rms=float(_rms(squares.sum(), count.sum() * channels)),
+        absolute_maximum=float(moments.absolute_maximum.max(initial=0.0)),
+        channel_peak=float(by_channel.max()) / median if median else 0.0,
+        rms_by_domain=dict(zip(domains, by_domain.tolist(), strict=True)),
+        rms_by_group=_rms(squares.sum(axis=(0, 2)), count.sum(axis=0) * channels).tolist(),
+    )
+
+
+def _rms(sum_squares: npt.ArrayLike, count: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Root mean square of `count` numbers; 0 of none."""
+    return np.asarray(np.sqrt(np.asarray(sum_squares) / np.maximum(count, 1)))
+
+
+def _label(layers: Sequence[str]) -> str:
+    """`a.q_proj + k_proj + v_proj` for layers that share an input."""
+    return " + ".join([layers[0], *(path.rpartition(".")[2] for path in layers[1:])])
+
+
+def _cells(found: Range, summary: Summary) -> list[str]:
+    by_domain = [found.rms_by_domain[name] for name in summary.domains]
+    return [_number(value) for value in (found.absolute_maximum, found.channel_peak, found.rms, *by_domain)]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,163 @@
+"""Statistics as safetensors files: finished ones, and those of a run that can go on. Every write is atomic."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli import __version__
+from marlin_cli.config import from_mapping
+from marlin_cli.errors import CheckpointError, ConfigError, StatisticsError
+from marlin_cli.files import safetensors_header, writing
+from marlin_cli.statistics.data import KINDS, Moments, Run, Statistics, Totals
+
+FORMAT_VERSION = 1
+
+# The one key of the metadata: safetensors writes several in any order, and equal statistics must be equal files.
+METADATA_KEY = "marlin_statistics"
+
+DTYPES = {"count": np.dtype("i8"), "sum_squares": np.dtype("f8"), "absolute_maximum": np.dtype("f4")}
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The JSON in the metadata; the arrays are named `<kind>.<path>.<field of Moments>`."""
+
+    version: int
+    created_by: str
+    model: str
+    domains: dict[str, int]
+    layers: dict[str, str]
+    attentions: tuple[str, ...]
+    runs: tuple[Run, ...]
+    corpus_state: dict[str, Any] | None = None  # where an unfinished run goes on
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write finished statistics. Equal statistics give equal files, byte for byte.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _save(path, statistics, None)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Read and check finished statistics.
+
+    Raises:
+        StatisticsError: damaged, of another version, incomplete or impossible; or of an unfinished run.
+    """
+    statistics, state = _load(path)
+    if state is not None:
+        raise StatisticsError(f"{path}: of an unfinished run; finish it with marlin calibrate --resume")
+    return statistics
+
+
+def save_unfinished(path: Path, statistics: Statistics, corpus_state: Mapping[str, Any]) -> None:
+    """Write what a run has so far, and the state of its corpus (as JSON takes it).
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    _save(path, statistics, dict(corpus_state))
+
+
+def load_unfinished(path: Path) -> tuple[Statistics, dict[str, Any]]:
+    """Read what `save_unfinished` wrote.
+
+    Raises:
+        StatisticsError: as `load_statistics`; or of a finished run.
+    """
+    statistics, state = _load(path)
+    if state is None:
+        raise StatisticsError(f"{path}: of a finished run; there is nothing to go on with")
+    return statistics, state
+
+
+def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | None) -> None:
+    from safetensors.numpy import save_file
+
+    totals = statistics.totals
+    header = _Header(
+        version=FORMAT_VERSION,
+        created_by=f"marlin {__version__}",
+        model=statistics.model,
+        domains=dict(totals.domains),
+        layers=dict(statistics.layers),
+        attentions=tuple(totals.keys),
+        runs=statistics.runs,
+        corpus_state=corpus_state,
+    )
+    arrays = {
+        f"{kind}.{name}.{field}": np.ascontiguousarray(getattr(moments, field))
+        for kind, name, moments in totals.items()
+        for field in DTYPES
+    }
+    with writing(path) as temporary:
+        save_file(arrays, temporary, {METADATA_KEY: json.dumps(dataclasses.asdict(header))})
+
+
+def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
+    from safetensors.numpy import load_file
+
+    if not path.exists():
+        raise StatisticsError(f"{path}: no such file")
+    try:
+        _, metadata = safetensors_header(path)
+    except CheckpointError as error:
+        raise StatisticsError(str(error)) from None
+    header = _header(path, metadata)
+    arrays = load_file(path)
+    names = {"inputs": sorted(set(header.layers.values())), "keys": header.attentions, "values": header.attentions}
+    parts = {
+        kind: {name: _moments(path, arrays, f"{kind}.{name}", len(header.domains)) for name in names[kind]}
+        for kind in KINDS
+    }
+    totals = Totals(header.domains, **parts)
+    return Statistics(header.model, header.layers, header.runs, totals), header.corpus_state
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> _Header:
+    if METADATA_KEY not in metadata:
+        raise StatisticsError(f"{path}: a safetensors file, but not statistics of marlin calibrate")
+    try:
+        document = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise StatisticsError(f"{path}: its metadata is not JSON: {error}") from None
+    version = document.get("version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise StatisticsError(
+            f"{path}: statistics of format version {version!r}, this marlin reads {FORMAT_VERSION}; calibrate again"
+        )
+    try:
+        header = from_mapping(_Header, document, str(path))
+    except ConfigError as error:
+        raise StatisticsError(str(error)) from None
+    if not header.domains or any(count < 0 for count in header.domains.values()):
+        raise StatisticsError(f"{path}: the byte counts of its domains are missing or negative")
+    return header
+
+
+def _moments(path: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, domains: int) -> Moments:
+    found = {}
+    for field, dtype in DTYPES.items():
+        array = arrays.get(f"{name}.{field}")
+        if array is None:
+            raise StatisticsError(f"{path}: the array {name + '.' + field!r} is missing; calibrate again")
+        if array.dtype != dtype:
+            raise StatisticsError(f"{path}: {name + '.' + field!r} is {array.dtype}, expected {dtype}")
+        if not (np.isfinite(array).all() and (array >= 0).all()):
+            raise StatisticsError(f"{path}: {name + '.' + field!r} holds NaN, infinity or a negative number")
+        found[field] = array
+    moments = Moments(**found)
+    shape = moments.sum_squares.shape
+    alike = moments.count.shape == shape[:2] and moments.absolute_maximum.shape == shape
+    if len(shape) != 3 or shape[0] != domains or not alike:
+        raise StatisticsError(f"{path}: the arrays of {name!r} do not have the shapes of {domains} domains")
+    return moments

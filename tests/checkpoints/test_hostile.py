@@ -1,0 +1,548 @@
+"""Damaged and hostile checkpoints: each is refused in one line that names the file, and nothing in them runs."""
+
+import io
+import json
+import pickle
+import random
+import struct
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from torch_writer import Document, Opcodes, View, call, document, name, write_legacy, write_zip
+
+from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints.pickle_reader import read_pickle
+from marlin_cli.checkpoints.torch_file import TorchFile
+from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.models import build, config_as_mapping
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+
+FOREIGN = Path(__file__).parents[1] / "data" / "foreign"
+TINY = MegaByteConfig(
+    patch_size=4, max_bytes=64, global_layers=1, global_dim=16, global_heads=2, global_ffn_dim=16,
+    local_layers=1, local_dim=8, local_heads=2, local_ffn_dim=16,
+)  # fmt: skip
+WEIGHTS = dict(tree_flatten(MegaByte(TINY).parameters()))
+
+
+def refused(path: Path) -> str:
+    """Why `path` is refused, by the reader or by the network: one line that begins with the path."""
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        checkpoint = read_checkpoint(path)
+        build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path))
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(str(path))
+    assert message.isprintable()
+    return message
+
+
+# Marlin's own folders
+
+
+def write_native(folder: Path, **changes: object) -> Path:
+    """A good folder, with some weights replaced (left out where None)."""
+    weights = {key: array for key, array in {**WEIGHTS, **changes}.items() if array is not None}
+    write_model(folder, config_as_mapping(TINY), weights, None, None)
+    return folder
+
+
+def test_the_model_that_these_tests_damage_is_good(tmp_path):
+    checkpoint = read_checkpoint(write_native(tmp_path / "model"))
+    assert build(checkpoint.config, checkpoint.weights, where="x").config == TINY
+
+
+def header(tensors: object, data: bytes = bytes(16)) -> bytes:
+    text = tensors if isinstance(tensors, bytes) else json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def floats(start: int, end: int, *shape: int, dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+GOOD = header({"a": floats(0, 16, 4)})
+SAFETENSORS = {
+    "empty file": (b"", "damaged safetensors"),
+    "cut in the length": (GOOD[:5], "damaged safetensors"),
+    "cut in the header": (GOOD[:30], "damaged safetensors"),
+    "cut in the data": (GOOD[:-1], "damaged safetensors"),
+    "bytes behind the data": (GOOD + b"x", "damaged safetensors"),
+    "a zip file": (b"PK\x03\x04" + bytes(60), "damaged safetensors"),
+    "text": (b"<!DOCTYPE html><html>not found</html>", "damaged safetensors"),
+    "header larger than memory": (struct.pack("<Q", 1 << 62) + b"{}", "damaged safetensors"),
+    "header larger than the file": (struct.pack("<Q", 1000) + b"{}", "damaged safetensors"),
+    "header is no JSON": (header(b"{{{{{{{{"), "damaged safetensors"),
+    "header is a list": (header([1, 2]), "damaged safetensors"),
+    "overlapping offsets": (header({"a": floats(0, 12, 3), "b": floats(8, 16, 2)}), "damaged safetensors"),
+    "offsets beyond the end": (header({"a": floats(0, 1600, 400)}), "damaged safetensors"),
+    "offsets backwards": (header({"a": floats(16, 0, 4)}), "damaged safetensors"),
+    "a hole between tensors": (header({"a": floats(0, 4, 1), "b": floats(8, 16, 2)}), "damaged safetensors"),
+    "negative offset": (header({"a": floats(-16, 0, 4)}), "damaged safetensors"),
+    "negative shape": (header({"a": floats(0, 16, -4)}), "damaged safetensors"),
+    "shape that overflows": (header({"a": floats(0, 16, 1 << 62, 1 << 62)}), "damaged safetensors"),
+    "shape and offsets disagree": (header({"a": floats(0, 16, 5)}), "damaged safetensors"),
+    "unknown dtype": (header({"a": floats(0, 16, 4, dtype="F33")}), "damaged safetensors"),
+    "a dtype that MLX lacks": (header({"a": floats(0, 16, 2, dtype="F64")}), "unsupported dtype F64"),
+    "the same tensor twice": (
+        header(b'{"a":%s,"a":%s}' % ((json.dumps(floats(0, 16, 4)).encode(),) * 2)),
+        "no place for|is missing|damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAFETENSORS)
+def test_damaged_safetensors(case, tmp_path):
+    content, says = SAFETENSORS[case]
+    folder = write_native(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(content)
+    message = refused(folder)
+    assert any(part in message for part in says.split("|")), message
+    (folder / "config.json").unlink()
+    # Without config.json it is read as a foreign file, and refused as well.
+    refused(folder)
+
+
+OUTPUT = WEIGHTS["output.weight"]
+NATIVE_WEIGHTS = {
+    "NaN": ({"output.weight": mx.where(mx.arange(8) == 3, mx.nan, OUTPUT)}, "'output.weight' holds NaN or infinity"),
+    "infinity in bfloat16": (
+        {"output.weight": mx.full(OUTPUT.shape, mx.inf).astype(mx.bfloat16)},
+        "'output.weight' holds NaN or infinity",
+    ),
+    "missing": ({"output.weight": None}, "the weight 'output.weight' is missing"),
+    "extra": ({"output.bias": mx.zeros(256)}, "no place for the weight 'output.bias'"),
+    "another shape": ({"output.weight": OUTPUT.T}, r"'output.weight' has shape [8, 256]"),
+    "whole numbers": ({"output.weight": OUTPUT.astype(mx.int32)}, "'output.weight' is int32, expected floating point"),
+    "packed without a table": (
+        {"output.weight": mx.zeros((256, 1), mx.uint32), "output.scales": mx.ones((256, 1))},
+        "the quantization table does not say how",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NATIVE_WEIGHTS)
+def test_weights_that_do_not_fit(case, tmp_path):
+    changes, says = NATIVE_WEIGHTS[case]
+    assert says in refused(write_native(tmp_path / "model", **changes))
+
+
+CONFIGS = {
+    "no JSON": ("{,}", "not valid JSON"),
+    "empty": ("", "not valid JSON"),
+    "nested without end": ("[" * 100_000, "not valid JSON"),
+    "not UTF-8": (b"\xff\xfe{}", "not valid JSON"),
+    "a list": ("[1]", "expected an object, found list [1]"),
+    "unknown key": ({"global_dims": 16}, "unknown key 'global_dims'; did you mean 'global_dim'?"),
+    "text for a number": ({"patch_size": "4"}, "expected int, found str '4'"),
+    "true for a number": ({"patch_size": True}, "expected int, found bool True"),
+    "zero heads": ({"global_heads": 0}, "global_heads must be at least 1"),
+    "heads that do not divide": ({"global_heads": 3}, "3 heads do not divide a width of 16"),
+    "another architecture": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+    "another width": ({"local_dim": 16}, "config.json asks for"),
+    "quantization is a number": ({"quantization": 4}, "'quantization' should be a table, found int 4"),
+    "another tool's packing": ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config' differs"),
+    "marlin's table is a list": ({"marlin": []}, "'marlin' should be a table"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_bad_configurations(case, tmp_path):
+    content, says = CONFIGS[case]
+    folder = write_native(tmp_path / "model")
+    file = folder / "config.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(file.read_text()) | content)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    assert says in refused(folder)
+
+
+INDICES = {
+    "no JSON": ("{", "not valid JSON"),
+    "a list": ([1], "has no table weight_map"),
+    "no map": ({"metadata": {}}, "has no table weight_map"),
+    "an empty map": ({"weight_map": {}}, "has no table weight_map"),
+    "a number as a file": ({"weight_map": {"a": 1}}, "has no table weight_map"),
+    "a missing shard": ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "is missing; fetch it again"),
+    "a shard above the folder": ({"weight_map": {"a": "../outside.safetensors"}}, "lies outside the folder"),
+    "a shard anywhere": ({"weight_map": {"a": "/etc/passwd"}}, "lies outside the folder"),
+    "the folder above itself": ({"weight_map": {"a": ".."}}, "is missing; fetch it again"),
+    "a tensor in two shards": (
+        {"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}},
+        "in another shard too",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_bad_indices_of_shards(case, tmp_path):
+    content, says = INDICES[case]
+    folder = write_native(tmp_path / "model")
+    mx.save_safetensors(str(tmp_path / "outside.safetensors"), WEIGHTS)
+    mx.save_safetensors(str(folder / "b.safetensors"), {"output.weight": OUTPUT})
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert says in refused(folder)
+
+
+def make_empty_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_two_weights_files(path: Path) -> None:
+    path.mkdir()
+    for file in ("a.pt", "b.pt"):
+        write_zip(path / file, {"a": np.ones(2, "f4")})
+
+
+def make_config_alone(path: Path) -> None:
+    write_native(path)
+    (path / "model.safetensors").unlink()
+
+
+def make_folders_for_files(path: Path) -> None:
+    make_config_alone(path)
+    (path / "model.safetensors").mkdir()
+
+
+def make_folder_for_config(path: Path) -> None:
+    write_native(path)
+    (path / "config.json").unlink()
+    (path / "config.json").mkdir()
+
+
+PLACES = {
+    "nothing there": (lambda path: None, "no such file"),
+    "an empty folder": (make_empty_folder, "found none"),
+    "two weights files": (make_two_weights_files, "found a.pt, b.pt; name the file"),
+    "config.json alone": (make_config_alone, "holds neither model.safetensors nor"),
+    "a folder named model.safetensors": (make_folders_for_files, "is a folder, expected a safetensors file"),
+    "a folder named config.json": (make_folder_for_config, "cannot read: Is a directory"),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_files_that_are_not_there(case, tmp_path):
+    make, says = PLACES[case]
+    make(tmp_path / "model")
+    assert says in refused(tmp_path / "model")
+
+
+# Pickles
+
+
+def system(canary: Path) -> str:
+    return f"touch {canary}"
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+# What each does when a pickle is run: make the canary. `c` is its path.
+PROGRAMS = {
+    "os.system": lambda c: call(name("os", "system"), system(c)),
+    "posix.system": lambda c: call(name("posix", "system"), system(c)),
+    "builtins.eval": lambda c: call(name("builtins", "eval"), f"open({str(c)!r}, 'w')"),
+    "__builtin__.exec": lambda c: call(name("__builtin__", "exec"), f"open({str(c)!r}, 'w')"),
+    "builtins.getattr": lambda c: call(name("builtins", "getattr"), name("os", "system"), "__call__"),
+    "subprocess.Popen": lambda c: call(name("subprocess", "Popen"), ["touch", str(c)]),
+    "torch.load": lambda c: call(name("torch", "load"), str(c)),
+    "torch._utils.__dict__": lambda c: name("torch._utils", "__dict__"),
+    "torch._utils._rebuild_tensor": lambda c: call(name("torch._utils", "_rebuild_tensor"), str(c)),
+    "collections.OrderedDict.fromkeys": lambda c: name("collections", "OrderedDict.fromkeys"),
+    "argparse.Namespace": lambda c: call(name("argparse", "Namespace")),
+    "builtins.open": lambda c: Opcodes(text("builtins") + text("open") + b"\x93" + text(str(c)) + text("w") + b"\x86R"),
+    "os.popen": lambda c: Opcodes(b"(" + text(system(c)) + b"ios\npopen\n"),
+    r"o\x1bs.sy\nstem": lambda c: Opcodes(text("o\x1bs") + text("sy\nstem") + b"\x93"),
+}
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("called", PROGRAMS)
+def test_a_pickle_that_calls_anything_is_refused_by_name(called, write, tmp_path):
+    canary = tmp_path / "canary"
+    path = write(tmp_path / "model.pt", {"a": np.ones(2, "f4"), "b": PROGRAMS[called](canary)})
+    assert f"refused: its pickle calls {called}; marlin only rebuilds tensors" in refused(path)
+    assert not canary.exists()
+
+
+ORDERED_DICT = name("collections", "OrderedDict").data
+TENSOR = name("torch._utils", "_rebuild_tensor_v2").data
+OPCODES = {
+    "OBJ": (b"(" + ORDERED_DICT + b"o", "uses the opcode OBJ"),
+    "NEWOBJ": (ORDERED_DICT + b")\x81", "uses the opcode NEWOBJ"),
+    "EXT1": (b"\x82\x01", "uses the opcode EXT1"),
+    "PERSID": (b"Pstorage\n", "uses the opcode PERSID"),
+    "DUP, for what grows without end": (b"]2", "uses the opcode DUP"),
+    "text opcodes of protocol 0": (b"(I1\nL2L\nt", "uses the opcode INT"),
+    "attributes of a list": (b"]}b", "changes a list"),
+    "attributes of a name": (TENSOR + b"}b", "changes a Name"),
+    "items of a list": (b"]K\x01K\x02s", "changes a list"),
+    "appending to a dict": (b"}K\x01a", "changes a dict"),
+    "a call of a number": (b"K\x01)R", "calls a int"),
+    "a call without a tuple": (ORDERED_DICT + b"NR", "calls collections.OrderedDict"),
+    "a call of a storage's class": (name("torch", "FloatStorage").data + b")R", "calls torch.FloatStorage"),
+    "a filled OrderedDict": (ORDERED_DICT + b"]\x85R", "an OrderedDict is not filled as torch"),
+    "a tensor of nothing": (TENSOR + b")R", "a tensor is not described as torch"),
+    "a tensor of text": (TENSOR + b"(" + text("a") + b"K\x00))tR", "a tensor is not described as torch"),
+    "a parameter of text": (
+        name("torch._utils", "_rebuild_parameter").data + text("a") + b"\x85R",
+        "a parameter is not",
+    ),
+    "a size of a number": (name("torch", "Size").data + b"K\x01\x85R", "a torch.Size is not made"),
+    "a reference to a module": (text("module") + b"\x85Q", "refers to something other than a storage"),
+    "a storage of no class": (b"(" + text("storage") * 4 + b"K\x01tQ", "a storage is of no class"),
+    "a name that is not text": (b"K\x01K\x02\x93", "a name that is not text"),
+    "a tuple as a key": (b"}))\x86K\x01s", "has a tuple as a key"),
+    "a number of a million bits": (b"\x8b" + struct.pack("<i", 1 << 17) + b"\x7f" * (1 << 17), "a number of 10485"),
+    "a string longer than the file": (b"X\xff\xff\xff\x7f", "damaged pickle"),
+    "a string of 2^63 bytes": (b"\x8d" + b"\xff" * 7 + b"\x7f", "damaged pickle"),
+    "a memo that was not written": (b"h\xff", "damaged pickle: nothing was remembered as 255"),
+    "an empty stack": (b"\x86", "damaged pickle"),
+    "no mark": (b"t", "damaged pickle"),
+    "an odd number of items": (b"}(K\x01u", "damaged pickle"),
+    "an unknown opcode": (b"\xfe", "damaged pickle"),
+    "broken UTF-8": (b"X\x01\x00\x00\x00\xff", "damaged pickle"),
+}
+
+
+@pytest.mark.parametrize("case", OPCODES)
+def test_pickles_that_torch_does_not_write(case, tmp_path):
+    opcodes, says = OPCODES[case]
+    path = write_zip(tmp_path / "model.pt", Document(b"\x80\x02" + opcodes + b"."))
+    assert says in refused(path)
+
+
+def test_a_pickle_that_does_not_end(tmp_path):
+    assert "damaged pickle: pickle exhausted before seeing STOP" in refused(
+        write_zip(tmp_path / "model.pt", Document(b"\x80\x02}"))
+    )
+
+
+def test_pickles_made_to_take_for_ever(tmp_path):
+    # Each of 64 tuples holds the one before twice: 2^64 entries for whoever walks or prints them.
+    laughs = b"]" + b"".join(bytes((*b"q", i, *b"h", i, 0x86)) for i in range(64))
+    assert "holds no dict but a tuple" in refused(write_zip(tmp_path / "a.pt", Document(b"\x80\x02" + laughs + b".")))
+    state = write_legacy(tmp_path / "b.pt", {"a": Opcodes(laughs), "model_config": Opcodes(laughs)})
+    assert "holds no tensors" in refused(state)
+    # A memo index of 2^31 makes Python's own unpickler ask for 16 GiB.
+    jump = b"\x80\x02}r\xff\xff\xff\x7f"
+    assert "holds no tensors" in refused(write_zip(tmp_path / "c.pt", Document(jump + b".")))
+    assert read_pickle(io.BytesIO(jump + b"."), "x") == {}
+
+
+# Files of torch.save
+
+
+NUMBERS = np.arange(6, dtype="f4")
+TENSORS = {
+    "storage shorter than its tensor": (View(NUMBERS, (7,), (1,)), "reaches beyond its storage"),
+    "stride beyond the storage": (View(NUMBERS, (2, 3), (4, 1)), "reaches beyond its storage"),
+    "offset beyond the storage": (View(NUMBERS, (1,), (1,), offset=6), "reaches beyond its storage"),
+    "stride that overflows": (View(NUMBERS, (2,), (1 << 62,)), "reaches beyond its storage"),
+    "shape that overflows": (View(NUMBERS, (1 << 40, 1 << 40), (0, 0)), "reaches beyond its storage"),
+    "a stride of zero": (View(NUMBERS, (1 << 30,), (0,)), "reaches beyond its storage"),
+    "negative shape": (View(NUMBERS, (-2, -3), (3, 1)), "negative or no whole number"),
+    "negative stride": (View(NUMBERS, (6,), (-1,), offset=5), "negative or no whole number"),
+    "negative offset": (View(NUMBERS, (6,), (1,), offset=-1), "negative or no whole number"),
+    "a shape of 70 bits": (View(NUMBERS, (1 << 70,), (1,)), "negative or no whole number"),
+    "a shape of text": (View(NUMBERS, ("6",), (1,)), "negative or no whole number"),
+    "true as a shape": (View(NUMBERS, (True,), (1,)), "negative or no whole number"),
+    "fewer strides than dimensions": (View(NUMBERS, (2, 3), (3,)), "2 dimensions and 1 strides"),
+    "a hundred dimensions": (View(NUMBERS, (1,) * 100, (1,) * 100), "100 dimensions"),
+    "more elements than bytes": (View(NUMBERS, (100,), (1,), elements=100), "has 24 bytes, not the 100 elements"),
+    "wider elements than bytes": (View(NUMBERS, (6,), (1,), kind="Double"), "has 24 bytes, not the 6 elements"),
+    "an unknown class of storage": (View(NUMBERS, (6,), (1,), kind="Complex"), "calls torch.ComplexStorage"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_lie_about_their_storage(case, tmp_path):
+    view, says = TENSORS[case]
+    assert says in refused(write_zip(tmp_path / "model.pt", {"a": view}))
+
+
+def test_many_views_of_one_storage(tmp_path):
+    # A thousand whole views of 400 kB would fill 400 MB; the file has half.
+    storage = np.zeros(100_000, "f4")
+    content = document({"0": View(storage, storage.shape, (1,))})
+    view = content.pickle[content.pickle.index(TENSOR) : -2]
+    content.pickle = b"\x80\x02}(" + b"".join(text(str(i)) + view for i in range(1000)) + b"u."
+    assert "its tensors would take 400,000,000 bytes" in refused(write_zip(tmp_path / "model.pt", content))
+
+
+STATE = {"a": np.ones(64, "f4")}
+
+
+def with_bytes_changed(path: Path, old: bytes, new: bytes) -> Path:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+TORCH_FILES = {
+    "empty": (lambda p: p.write_bytes(b""), "an empty file"),
+    "text": (lambda p: p.write_text("<html>"), "starts with b'<htm'"),
+    "a folder": (lambda p: p.mkdir(), "found none"),
+    "a bare pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "a bare pickle"),
+    "a bare pickle of protocol 0": (lambda p: p.write_bytes(b"cos\nsystem\n(S'true'\ntR."), "starts with b'cos"),
+    "a zip without data.pkl": (lambda p: write_zip(p, STATE, leave_out="archive/data.pkl"), "with 0 data.pkl"),
+    "two data.pkl": (lambda p: write_zip(p, STATE, twice="archive/data.pkl"), "with 2 data.pkl"),
+    "a missing storage": (lambda p: write_zip(p, STATE, leave_out="archive/data/0"), "the bytes of 'a'"),
+    "big-endian": (lambda p: write_zip(p, STATE, byteorder="big"), "another byte order"),
+    "compressed": (lambda p: write_zip(p, STATE, compression=zipfile.ZIP_DEFLATED), "compressed or encrypted"),
+    "a list": (lambda p: write_zip(p, [1]), "holds no dict but a list"),
+    "no tensors": (lambda p: write_zip(p, {"epoch": 3}), "holds no tensors"),
+    "whole numbers": (lambda p: write_zip(p, {"a": np.arange(3)}), "of no known layout (found 'a')"),
+    "changed weights": (
+        lambda p: with_bytes_changed(write_zip(p, STATE), STATE["a"].tobytes(), bytes(256)),
+        "the bytes of 'a' fail their checksum",
+    ),
+    "a changed pickle": (
+        lambda p: with_bytes_changed(write_zip(p, STATE), b"_rebuild_tensor_v2", b"_rebuild_tensor_v3"),
+        "its data.pkl fails its checksum",
+    ),
+    "a zip without its directory": (
+        lambda p: p.write_bytes(write_zip(p, STATE).read_bytes()[:-30]),
+        "damaged zip file",
+    ),
+    "entries moved": (
+        lambda p: p.write_bytes(write_zip(p, STATE).read_bytes().replace(b"PK\x03\x04archive", b"XX", 1)[100:]),
+        "starts with|damaged|outside",
+    ),
+    "legacy, cut in a storage": (
+        lambda p: p.write_bytes(write_legacy(p, STATE).read_bytes()[:-1]),
+        "is cut short: the storage '0'",
+    ),
+    "legacy, cut in a pickle": (lambda p: p.write_bytes(write_legacy(p, STATE).read_bytes()[:200]), "damaged pickle"),
+    "legacy, another version": (lambda p: write_legacy(p, STATE, version=9), "unknown version"),
+}
+
+
+@pytest.mark.parametrize("case", TORCH_FILES)
+def test_damaged_files_of_torch(case, tmp_path):
+    make, says = TORCH_FILES[case]
+    path = tmp_path / "model.pt"
+    make(path)
+    message = refused(path)
+    assert any(part in message for part in says.split("|")), message
+
+
+@pytest.mark.parametrize("stem", ["megabyte_pytorch-2-stages", "megabyte_pytorch-3-stages"])
+def test_files_with_random_bytes_changed(stem, tmp_path):
+    """Whatever is changed or cut, the file is read or refused; nothing else ever comes out."""
+    content = (FOREIGN / f"{stem}.pt").read_bytes()
+    generator = random.Random(0)
+    path = tmp_path / "model.pt"
+    outcomes = {"read": 0, "refused": 0}
+    # Metadata are the first bytes of the one format, and stand all over the other.
+    last = 6000 if stem.endswith("2-stages") else len(content)
+    for _ in range(150):
+        changed = bytearray(content)
+        for _ in range(generator.choice((1, 3))):
+            changed[generator.randrange(20, last)] = generator.randrange(256)
+        path.write_bytes(changed[: generator.choice((len(content), generator.randrange(len(content))))])
+        try:
+            file = TorchFile(path)
+            if isinstance(file.document, dict):
+                file.arrays({str(key): value for key, value in file.document.items() if hasattr(value, "storage")})
+            outcomes["read"] += 1
+        except CheckpointError as error:
+            assert str(error).startswith(str(path)) and str(error).isprintable()
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 5, outcomes
+
+
+# Foreign layouts
+
+
+def state_of(stem: str) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Tensors of a fixture by name, and what stands beside them."""
+    file = TorchFile(FOREIGN / f"{stem}.pt")
+    references = file.document.get("state_dict", file.document)
+    return {key: np.array(array) for key, array in file.arrays(references).items()}, file.document
+
+
+LUCID = "megabyte_pytorch-3-stages"
+FOREIGN_TENSORS = {
+    "a missing tensor": (LUCID, {"to_logits.bias": None}, "the tensor 'to_logits.bias' is missing"),
+    "a missing layer": (LUCID, {"transformers.1.layers.0.0.norm.g": None}, "layers.0.0.norm.g' is missing"),
+    "an extra tensor": (LUCID, {"router.weight": np.ones((2, 2), "f4")}, "no place for the tensor 'router.weight'"),
+    "a fused matrix of another shape": (
+        LUCID,
+        {"transformers.0.layers.0.0.to_kv.weight": np.ones((23, 8), "f4")},
+        "has shape [23, 8], the other tensors ask for [24, 8]",
+    ),
+    "a vector for a matrix": (LUCID, {"token_embs.0.weight": np.ones(8, "f4")}, "not 2 dimensions"),
+    "an empty matrix": (LUCID, {"token_embs.0.weight": np.ones((256, 0), "f4")}, "not 2 dimensions"),
+    "one stage": (LUCID, {"start_tokens.1": None, "start_tokens.2": None}, "with 1 stage; two or more are needed"),
+    "a patch that does not nest": (LUCID, {"token_embs.1.2.weight": np.ones(24, "f4")}, "do not nest"),
+    "a patch of no whole bytes": (LUCID, {"token_embs.1.2.weight": np.ones(33, "f4")}, "is not made of embeddings"),
+    "fewer ids than bytes": (
+        LUCID,
+        {"token_embs.0.weight": np.ones((100, 8), "f4")},
+        "vocab_size must hold every byte",
+    ),
+    "a projection of another shape": (
+        LUCID,
+        {"token_embs.1.3.weight": np.ones((8, 31), "f4")},
+        "'middle.0.patch_projection.weight' has shape [8, 31]",
+    ),
+    "whole numbers for weights": (LUCID, {"to_logits.bias": np.arange(256)}, "'output.bias' is int64"),
+    "NaN": (LUCID, {"to_logits.bias": np.full(256, np.nan, "f4")}, "'output.bias' holds NaN or infinity"),
+    "infinity in float64": (LUCID, {"to_logits.bias": np.full(256, np.inf)}, "'output.bias' holds NaN or infinity"),
+    "a missing pad": ("paper", {"local_pad": None}, "the tensor 'local_pad' is missing"),
+    "queries of another shape": (
+        "paper",
+        {"global_blocks.0.attention.QKV_linear.weight": np.ones((47, 16), "f4")},
+        "has shape [47, 16], the other tensors ask for [48, 16]",
+    ),
+    "a head of fewer rows than ids": (
+        "paper",
+        {"logits.logits_linear.weight": np.ones((192, 8), "f4")},
+        "'output.weight' has shape [192, 8]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_TENSORS)
+def test_foreign_tensors_that_do_not_fit(case, tmp_path):
+    stem, changes, says = FOREIGN_TENSORS[case]
+    state, document_of_file = state_of(stem)
+    state = {key: array for key, array in {**state, **changes}.items() if array is not None}
+    value = {"state_dict": state, "model_config": document_of_file.get("model_config")}
+    assert says in refused(write_zip(tmp_path / "model.pt", value))
+
+
+MODEL_CONFIGS = {
+    "an unknown activation": ({"nonlinear": "Tanh"}, "'Tanh' is not one of ReLU, GELU, SiLU"),
+    "text for a number": ({"d_key": "4"}, "expected int, found str '4'"),
+    "a head of no width": ({"d_key": 0}, "heads 0 wide do not divide"),
+    "a head of another width": ({"d_key": 3}, "heads 3 wide do not divide"),
+    "sparse attention": ({"sparse_attention": True}, "sparse_attention, which marlin does not run"),
+    "tokens of words": ({"tokenizer": "gpt2"}, "trained on tokens of 'gpt2'"),
+    "a nested value": ({"nonlinear": [["ReLU"]]}, "has a list as 'nonlinear'"),
+    "an id that is none": ({"BOS": 256}, "bos_byte must be an id below vocab_size"),
+    "more ids than embeddings": ({"vocab_size": 300}, "config.json asks for|has shape"),
+}
+
+
+@pytest.mark.parametrize("case", MODEL_CONFIGS)
+def test_bad_model_configs_of_the_paper_layout(case, tmp_path):
+    changes, says = MODEL_CONFIGS[case]
+    state, document_of_file = state_of("paper")
+    value = {"state_dict": state, "model_config": document_of_file["model_config"] | changes}
+    message = refused(write_zip(tmp_path / "model.pt", value))
+    assert any(part in message for part in says.split("|")), message
+
+
+def test_a_model_config_that_is_no_table(tmp_path):
+    state, _ = state_of("paper")
+    path = write_zip(tmp_path / "model.pt", {"state_dict": state, "model_config": [1]})
+    assert "its model_config is a list" in refused(path)

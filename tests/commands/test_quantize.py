@@ -1,0 +1,130 @@
+"""`marlin quantize` as a user runs it, and what its output is worth outside marlin."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from marlin_cli import load
+
+MARLIN = [sys.executable, "-m", "marlin_cli", "quantize"]
+
+
+def run(*arguments, code=0):
+    result = subprocess.run([*MARLIN, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "demo"
+    result = run("megabyte-demo", "-o", folder, "--global-bits", 4, "--local-bits", 8, "--kv-bits", 8, "--json")
+    return folder, json.loads(result.stdout)
+
+
+def test_the_report_adds_up(packed):
+    folder, report = packed
+    parts = {part["part"]: part for part in report["parts"]}
+    assert (parts["global"]["format"], parts["local"]["format"], parts["head"]["format"]) == ("nvfp4", "mxfp8", "16-bit")
+    assert parts["global"]["bits_per_weight"] == pytest.approx(4.5, abs=0.01)
+    assert parts["local"]["bits_per_weight"] == 8.25
+    assert parts["global"]["relative_error"] < 0.09 < parts["global"]["mlx_relative_error"]
+    size = sum(part["bytes_after"] for part in parts.values()) + report["kept_bytes"]
+    header = (folder / "model.safetensors").stat().st_size - size
+    assert 0 < header < 30_000
+
+
+def test_the_folder_loads_in_marlin_with_its_cache_bits(packed, demo):
+    model = load(packed[0])
+    assert (model.cache_bits.keys, model.cache_bits.values) == (8, 8)
+    data = b"The quick brown fox jumps over the lazy dog. " * 4
+    assert abs(model.bits_per_byte(data) - demo.bits_per_byte(data)) < 0.3
+
+
+def test_the_folder_loads_in_plain_mlx(packed):
+    """mx.load and mx.quantized_matmul, with config.json's table in mlx-lm's convention and the scale of nvfp4."""
+    folder, _ = packed
+    table = json.loads((folder / "config.json").read_text())["quantization"]
+    arrays = mx.load(str(folder / "model.safetensors"))
+    source = load("megabyte-demo").network
+    from marlin_cli.models import linear_layers
+
+    for path, layer in linear_layers(source).items():
+        settings = table.get(path, {key: table[key] for key in ("group_size", "bits", "mode")})
+        if settings is False:
+            assert f"{path}.scales" not in arrays
+            continue
+        x = mx.random.normal((2, layer.weight.shape[1]))
+        y = mx.quantized_matmul(x, arrays[f"{path}.weight"], arrays[f"{path}.scales"], **settings)
+        y = y * arrays.get(f"{path}.global_scale", mx.array(1.0))
+        exact = x @ layer.weight.T
+        assert (mx.abs(y - exact).mean() / mx.abs(exact).mean()).item() < 0.12, path
+
+
+def test_dequantize_gives_the_same_logits_back(packed, tmp_path):
+    run(packed[0], "-o", tmp_path / "plain", "--dequantize")
+    plain, model = load(tmp_path / "plain"), load(packed[0])
+    data = b"0123456789" * 4
+    # bfloat16 holds the decoded 4- and 8-bit values exactly, up to the group's scale.
+    assert mx.abs(plain.logits(data) - model.logits(data)).max().item() < 0.05
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "quantization" not in config and "marlin" not in config
+
+
+def test_a_dry_run_shows_sizes_and_writes_nothing(packed, tmp_path):
+    report = json.loads(run("megabyte-demo", "--dry-run", "--json").stdout)
+    assert {p["part"]: p["bytes_after"] for p in report["parts"]} == pytest.approx(
+        {p["part"]: p["bytes_after"] for p in packed[1]["parts"]}, rel=0.001
+    )
+    assert report["output"] is None and not list(tmp_path.iterdir())
+
+
+def test_a_recipe_and_options_and_overrides_combine(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("global_format: mxfp4\nlocal_format: int8\noverrides: {'o_proj$': mxfp8}\n")
+    report = json.loads(
+        run("megabyte-demo", "--dry-run", "--json", "--recipe", recipe, "--local-bits", 4,
+            "--override", r"global\.layers\.0\.=int4").stdout
+    )  # fmt: skip
+    found = {(part["part"], part["format"]): part["layers"] for part in report["parts"]}
+    assert found == {
+        ("global", "mxfp4"): 2 + 5 * 6, ("global", "int4"): 7, ("global", "mxfp8"): 5,
+        ("local", "nvfp4"): 2 * 6, ("local", "mxfp8"): 2, ("head", "16-bit"): 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["balanced", "smallest", "careful"])
+def test_every_shipped_recipe_fits_the_demo(name):
+    run("megabyte-demo", "--dry-run", "--recipe", name)
+
+
+def test_killed_half_way_leaves_nothing_under_the_final_name(tmp_path):
+    target = tmp_path / "out"
+    for delay in (0.3, 1.0, 1.6, 2.2):
+        job = subprocess.Popen([*MARLIN, "megabyte-demo", "-o", str(target)], stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+        if target.exists():  # it was quicker: then it is whole
+            load(target)
+            break
+    run("megabyte-demo", "-o", target, "--overwrite")
+    first = (target / "model.safetensors").read_bytes()
+    run("megabyte-demo", "-o", target, "--overwrite")
+    assert (target / "model.safetensors").read_bytes() == first
+    assert np.frombuffer(first, dtype=np.uint8).any()
+
+
+def test_the_python_interface_quantizes_and_saves(demo, tmp_path):
+    model = demo.quantize(global_bits=4, local_bits=8, kv_bits=4)
+    assert (model.cache_bits.keys, demo.quantization) == (4, None)
+    model.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.generate(b"abc", max_bytes=8) == model.generate(b"abc", max_bytes=8)
