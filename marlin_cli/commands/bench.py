@@ -1,14 +1,12 @@
 """`marlin bench`: how fast models run, what they weigh, and how well they predict held-out bytes."""
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from marlin_cli.commands.options import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Format(str, Enum):
@@ -24,7 +22,7 @@ class Format(str, Enum):
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL]...", help="Paths, shipped names or hub repositories; the demo if none."),
+        typer.Argument(metavar="MODEL", help="Paths, shipped names or hub repositories; the demo if none."),
     ] = None,
     prompt_bytes: Annotated[str, typer.Option(help="Bytes of the prompt, for example 512 or 4k.")] = "512",
     decode_bytes: Annotated[str, typer.Option(help="Bytes decoded after the first one.")] = "128",
@@ -32,9 +30,7 @@ def bench(
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
     quality: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH|RECIPE", help="Score these bytes: a file, a folder with one of each domain, a recipe."
-        ),
+        typer.Option(metavar="PATH|RECIPE", help="Score these bytes: a file, a folder of domains or a recipe."),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare the scores with this model: KL divergence, agreement.")
@@ -57,8 +53,6 @@ def bench(
 
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """
-    from pathlib import Path
-
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.options import parse_size
     from marlin_cli.errors import UsageError
@@ -111,7 +105,7 @@ def bench(
     console.note(f"wrote {target}")
 
 
-def _format_of(given: "Format | None", target: "Path | None") -> "Format":
+def _format_of(given: Format | None, target: Path | None) -> Format:
     """The format asked for, by name or by the suffix of the output file."""
     from marlin_cli.errors import UsageError
 

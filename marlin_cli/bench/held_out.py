@@ -1,0 +1,139 @@
+"""The bytes that models are scored on: files by domain, as they lie, cut into disjoint windows. No shuffling."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.corpus.sources import TABLE_SUFFIXES, UNNAMED_DOMAIN, Source, parse_source
+from marlin_cli.errors import CorpusError, UsageError
+
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How files become windows. Each window is scored from an empty context.
+
+    Raises:
+        UsageError: a size below 1.
+    """
+
+    window_bytes: int = 2048  # disjoint; the last one of a file may be shorter
+    max_bytes_per_file: int | None = None  # only the first bytes of each file
+    max_bytes: int | None = None  # in all, an equal share for each domain
+
+    def __post_init__(self) -> None:
+        for option, value in (
+            ("--window-bytes", self.window_bytes),
+            ("--max-bytes-per-file", self.max_bytes_per_file),
+            ("--max-quality-bytes", self.max_bytes),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} must be at least 1, found {value}")
+
+
+@dataclass(frozen=True)
+class Window:
+    """`length` bytes of a file from `start` on."""
+
+    file: Path
+    start: int
+    length: int
+
+    def read(self) -> npt.NDArray[np.uint8]:
+        """The bytes [length].
+
+        Raises:
+            CorpusError: the file cannot be read, or has become shorter.
+        """
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.start)
+                data = file.read(self.length)
+        except OSError as error:
+            raise CorpusError(f"{self.file}: cannot read: {error.strerror or error}") from None
+        if len(data) < self.length:
+            raise CorpusError(f"{self.file}: became shorter while it was being scored")
+        return np.frombuffer(data, dtype=np.uint8)
+
+
+def files_by_domain(name: str) -> dict[str, list[Path]]:
+    """The files that `name` stands for, sorted, by domain; empty files are left out.
+
+    `name` is a folder, whose immediate subfolders are domains, or a recipe, a file or a pattern (see
+    `corpus.parse_source`). Bytes are taken as they lie in the file; hidden files of a folder are left out.
+
+    Raises:
+        CorpusError: nothing of that name, no bytes, or sources that are not plain files.
+    """
+    domains: dict[str, list[Path]] = {}
+    for source in _sources(name):
+        if source.hub is not None or source.stdin:
+            raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
+        for file in source.files:
+            _check_plain(file, source)
+        domains.setdefault(source.domain, []).extend(source.files)
+    return {domain: sorted(files) for domain, files in domains.items()}
+
+
+def cut(files: Mapping[str, Sequence[Path]], windowing: Windowing) -> dict[str, list[Window]]:
+    """The windows to score, by domain, in the order of the files.
+
+    Where a domain has more than its share of `max_bytes`, windows at even steps through it are taken.
+
+    Raises:
+        UsageError: the share of a domain is smaller than one window.
+    """
+    windows = {
+        domain: [window for path in paths for window in _windows_of(path, windowing)] for domain, paths in files.items()
+    }
+    if windowing.max_bytes is None:
+        return windows
+    share = windowing.max_bytes // len(windows)
+    return {domain: _thinned(found, share, windowing) for domain, found in windows.items()}
+
+
+def _sources(name: str) -> list[Source]:
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        return parse_source(name)
+    # Calibration draws from the standard domains alone where a folder has them; of a score no file may be left out.
+    domains: dict[str, list[Path]] = {}
+    for file in sorted(root.rglob("*")):
+        parts = file.relative_to(root).parts
+        if file.is_file() and file.stat().st_size > 0 and not any(part.startswith(".") for part in parts):
+            domains.setdefault(parts[0] if len(parts) > 1 else UNNAMED_DOMAIN, []).append(file)
+    if not domains:
+        raise CorpusError(f"--quality {name}: holds no bytes")
+    return [Source(domain, 1.0, tuple(files)) for domain, files in domains.items()]
+
+
+def _check_plain(file: Path, source: Source) -> None:
+    packed = file.suffix in COMPRESSED_SUFFIXES and not source.keeps_compressed
+    if packed or file.name.endswith(TABLE_SUFFIXES):
+        # `marlin calibrate` reads through these: scoring them as they lie would compare different bytes.
+        raise CorpusError(f"{file}: --quality scores files as they lie, and this one is packed; unpack it first")
+
+
+def _windows_of(path: Path, windowing: Windowing) -> list[Window]:
+    size = path.stat().st_size
+    if windowing.max_bytes_per_file is not None:
+        size = min(size, windowing.max_bytes_per_file)
+    step = windowing.window_bytes
+    return [Window(path, start, min(step, size - start)) for start in range(0, size, step)]
+
+
+def _thinned(windows: list[Window], share: int, windowing: Windowing) -> list[Window]:
+    if sum(window.length for window in windows) <= share:
+        return windows
+    count = share // windowing.window_bytes
+    if count == 0:
+        raise UsageError(
+            f"--max-quality-bytes {windowing.max_bytes} leaves {share} bytes for a domain, less than one window of"
+            f" {windowing.window_bytes}; raise it or lower --window-bytes"
+        )
+    count = min(count, len(windows))
+    return [windows[(2 * number + 1) * len(windows) // (2 * count)] for number in range(count)]

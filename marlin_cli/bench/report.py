@@ -1,0 +1,277 @@
+"""The result of a bench run, and its renderings: tables, JSON, JSON lines, CSV and Markdown. Pure functions."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from marlin_cli.bench.estimates import Estimate, Spread
+from marlin_cli.bench.held_out import Windowing
+from marlin_cli.bench.machine import Machine
+from marlin_cli.bench.quality import Comparison, Quality, Score
+from marlin_cli.bench.sizes import PARTS
+from marlin_cli.bench.throughput import Throughput, ThroughputSettings
+from marlin_cli.engine.decoding import CacheBits
+
+FORMAT_VERSION = 1  # of the JSON document
+
+ALL_DOMAINS = "all"
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """Which bytes the models were scored on."""
+
+    corpus: str  # a path or the name of a recipe
+    windowing: Windowing
+    reference: str | None = None  # the model that the others are compared with
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What was measured of one model. Sizes are by part of the model."""
+
+    model: str
+    stored_weight_bytes: dict[str, int]  # in its checkpoint
+    loaded_weight_bytes: dict[str, int]  # in memory: on a CPU, 16-bit weights become float32
+    cache_bits: CacheBits
+    throughput: Throughput | None
+    quality: Quality | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run of `marlin bench`."""
+
+    machine: Machine
+    throughput_settings: ThroughputSettings | None
+    quality_settings: QualitySettings | None
+    peak_resident_bytes: int  # of the whole process, all models loaded
+    models: tuple[ModelReport, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of one model: a row of the CSV. Fields that do not apply are None."""
+
+    model: str
+    measure: str  # with its unit
+    part: str  # of the model or the cache, or a domain; empty for none
+    value: float  # the median where there is a range
+    standard_error: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    interquartile_range: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+# Documents
+
+
+def to_json(report: Report) -> str:
+    """The report as one JSON document on one line."""
+    return _line(_document(report))
+
+
+def to_jsonl(report: Report) -> str:
+    """A JSON document a model, one a line; each repeats the machine and the settings."""
+    common = _document(report)
+    return "\n".join(_line({**common, "models": [model]}) for model in common["models"])
+
+
+def to_csv(report: Report) -> str:
+    """A row for each measurement, under the fields of `Measurement`."""
+    text = io.StringIO()
+    columns = [field.name for field in dataclasses.fields(Measurement)]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(measurement) for measurement in measurements(report))
+    return text.getvalue().rstrip("\n")
+
+
+def to_markdown(report: Report) -> str:
+    """The tables of `to_tables` in Markdown."""
+    return "\n\n".join(_markdown(table) for table in to_tables(report))
+
+
+RENDERINGS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "md": to_markdown}
+
+
+def _document(report: Report) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(report)}
+
+
+def _line(document: dict[str, Any]) -> str:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False)
+
+
+def _markdown(table: Table) -> str:
+    lines = [_markdown_row(table.columns), _markdown_row(["---", *["---:"] * (len(table.columns) - 1)])]
+    title = "  \n".join(table.title.splitlines())
+    return "\n".join([title, "", *lines, *(_markdown_row(row) for row in table.rows)])
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# Rows of numbers
+
+
+def measurements(report: Report) -> Iterator[Measurement]:
+    """Every number of the report that belongs to a model."""
+    for model in report.models:
+        for part, size in model.stored_weight_bytes.items():
+            yield Measurement(model.model, "stored_weight_bytes", part, size)
+        for part, size in model.loaded_weight_bytes.items():
+            yield Measurement(model.model, "loaded_weight_bytes", part, size)
+        if model.throughput is not None:
+            yield from _of_throughput(model.model, model.throughput)
+        if model.quality is not None:
+            for domain, score in _scores(model.quality):
+                yield from _of_score(model.model, domain, score)
+
+
+def _of_throughput(model: str, result: Throughput) -> Iterator[Measurement]:
+    for measure in ("prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds"):
+        spread: Spread = getattr(result, measure)
+        yield Measurement(
+            model, measure, "", spread.median,
+            minimum=spread.minimum, maximum=spread.maximum, interquartile_range=spread.interquartile_range,
+        )  # fmt: skip
+    yield Measurement(model, "decoded_bytes", "", result.decoded_bytes)
+    for level, size in result.cache_bytes.items():
+        yield Measurement(model, "cache_bytes", level, size)
+    yield Measurement(model, "working_memory_bytes", "", result.working_memory_bytes)
+
+
+def _of_score(model: str, domain: str, score: Score) -> Iterator[Measurement]:
+    yield Measurement(model, "scored_bytes", domain, score.bytes)
+    yield Measurement(model, "scored_windows", domain, score.windows)
+    yield Measurement(model, "total_bits", domain, score.total_bits)
+    yield _of_estimate(model, "bits_per_byte", domain, score.bits_per_byte)
+    if (beside := score.against_reference) is not None:
+        for measure in ("bits_per_byte_difference", "kl_bits_per_byte", "top1_agreement"):
+            yield _of_estimate(model, measure, domain, getattr(beside, measure))
+        for measure in ("kl_median_bits", "kl_percentile_99_bits", "kl_maximum_bits"):
+            yield Measurement(model, measure, domain, getattr(beside, measure))
+
+
+def _of_estimate(model: str, measure: str, part: str, estimate: Estimate) -> Measurement:
+    return Measurement(model, measure, part, estimate.value, estimate.standard_error)
+
+
+def _scores(quality: Quality) -> list[tuple[str, Score]]:
+    """The scores of the domains, and of all of them where there are several."""
+    several = [(ALL_DOMAINS, quality.all_domains)] if len(quality.domains) > 1 else []
+    return [*quality.domains.items(), *several]
+
+
+# Tables for people
+
+
+def to_tables(report: Report) -> list[Table]:
+    """The machine, speed and memory with a column a model, and quality with a table a model."""
+    tables = [_machine(report)]
+    if report.throughput_settings is not None:
+        tables.append(_speed(report, report.throughput_settings))
+    tables.append(_weights(report))
+    for model in report.models:
+        if model.quality is not None and report.quality_settings is not None:
+            tables.append(_quality(model.model, model.quality, report.quality_settings))
+    return tables
+
+
+def _machine(report: Report) -> Table:
+    machine = report.machine
+    columns = ["device", f"{machine.device} ({machine.device_reason})"]
+    rows = [
+        ["processor", machine.device_name],
+        ["system", f"{machine.system}, {machine.logical_cpus} logical CPUs"],
+        ["versions", f"marlin {machine.marlin_version}, MLX {machine.mlx_version}, Python {machine.python_version}"],
+        ["peak resident bytes", f"{report.peak_resident_bytes:,}"],
+    ]
+    return Table("Machine", columns, rows)
+
+
+def _speed(report: Report, settings: ThroughputSettings) -> Table:
+    title = (
+        f"Speed: {settings.prompt_bytes:,} + 1 + {settings.decode_bytes:,} bytes, median of {settings.repeats}"
+        " (smallest .. largest)"
+    )
+    results = [model.throughput for model in report.models if model.throughput is not None]
+    rows = [
+        ["prefill, bytes/s", *(_range(result.prefill_bytes_per_second) for result in results)],
+        ["decode, bytes/s", *(_range(result.decode_bytes_per_second) for result in results)],
+        ["time to first byte, ms", *(_range(result.time_to_first_byte_seconds, 1000) for result in results)],
+        ["global cache, bytes", *(f"{result.cache_bytes['global']:,}" for result in results)],
+        ["local cache, bytes", *(f"{result.cache_bytes['local']:,}" for result in results)],
+        ["working memory, bytes", *(f"{result.working_memory_bytes:,}" for result in results)],
+    ]
+    return Table(title, ["", *(model.model for model in report.models)], rows)
+
+
+def _weights(report: Report) -> Table:
+    stored = [model.stored_weight_bytes for model in report.models]
+    rows = [
+        [part, *(f"{sizes.get(part, 0):,}" for sizes in stored)]
+        for part in PARTS
+        if any(part in sizes for sizes in stored)
+    ]
+    rows.append(["all, stored", *(f"{sum(sizes.values()):,}" for sizes in stored)])
+    rows.append(["all, loaded", *(f"{sum(model.loaded_weight_bytes.values()):,}" for model in report.models)])
+    return Table("Weights, bytes", ["", *(model.model for model in report.models)], rows)
+
+
+def _quality(name: str, quality: Quality, settings: QualitySettings) -> Table:
+    title = (
+        f"Quality of {name} on {settings.corpus}: total bits over total bytes, disjoint windows of"
+        f" {settings.windowing.window_bytes:,} bytes, standard errors over windows"
+    )
+    columns = ["domain", "bytes", "windows", "bits/byte", "s.e."]
+    if settings.reference is not None:
+        title += (
+            f"\nagainst {settings.reference}: difference of bits/byte; KL(reference || model) in bits/byte, its mean,"
+            " median, 99 % and maximum; share of bytes with the same likeliest one"
+        )
+        columns += ["difference", "s.e.", "KL", "s.e.", "median", "99 %", "max", "top-1"]
+    rows = []
+    for domain, score in _scores(quality):
+        row = [domain, f"{score.bytes:,}", f"{score.windows:,}", *_with_error(score.bits_per_byte, ".5f")]
+        rows.append(row + (_beside(score.against_reference) if score.against_reference is not None else []))
+    return Table(title, columns, rows)
+
+
+def _beside(result: Comparison) -> list[str]:
+    return [
+        *_with_error(result.bits_per_byte_difference, "+.5f"),
+        *_with_error(result.kl_bits_per_byte, ".3g"),
+        *(f"{bits:.3g}" for bits in (result.kl_median_bits, result.kl_percentile_99_bits, result.kl_maximum_bits)),
+        f"{100 * result.top1_agreement.value:.2f} %",
+    ]
+
+
+def _with_error(estimate: Estimate, form: str) -> list[str]:
+    error = estimate.standard_error
+    return [format(estimate.value, form), "" if error is None else format(error, form.removeprefix("+"))]
+
+
+def _range(spread: Spread, scale: float = 1.0) -> str:
+    median, low, high = (_rounded(scale * value) for value in (spread.median, spread.minimum, spread.maximum))
+    return f"{median} ({low} .. {high})"
+
+
+def _rounded(value: float) -> str:
+    """Three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,119 @@
+"""One run of `marlin bench`: models are loaded, checked against what is asked of them, then timed and scored."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx.utils import tree_flatten
+
+from marlin_cli import console
+from marlin_cli.api import MegaByteModel, load
+from marlin_cli.bench.held_out import Window, cut, files_by_domain
+from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
+from marlin_cli.bench.report import ModelReport, QualitySettings, Report
+from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
+from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.errors import UsageError
+from marlin_cli.models.megabyte import MegaByte
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. A part that is None is left out.
+
+    Raises:
+        UsageError: no model, or nothing to measure.
+    """
+
+    models: tuple[str, ...]  # paths, shipped names or repositories; the same one twice shows the noise
+    throughput: ThroughputSettings | None
+    quality: QualitySettings | None
+    device: str = "auto"
+    kv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise UsageError("name a model to measure")
+        if self.throughput is None and self.quality is None:
+            raise UsageError("--no-throughput leaves nothing to measure; give --quality too")
+
+
+def run(request: Request) -> Report:
+    """Measure; progress and notes go to stderr. What does not fit a model is refused before anything is measured.
+
+    Raises:
+        MarlinError: a model or a corpus that cannot be read, or settings that do not fit a model.
+    """
+    models = [load(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
+    if request.throughput is not None:
+        check_run_fits(models, request.throughput)
+    scoring = None if request.quality is None else _prepared(request, request.quality, models)
+    speeds = None if request.throughput is None else _time(models, request.throughput)
+    scores = None if scoring is None else _score(scoring)
+    reports = [
+        ModelReport(
+            model=label,
+            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
+            loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
+            cache_bits=model.cache_bits,
+            throughput=None if speeds is None else speeds[number],
+            quality=None if scores is None else scores[number],
+        )
+        for number, (label, name, model) in enumerate(zip(_labels(request.models), request.models, models, strict=True))
+    ]
+    return Report(
+        machine=describe_machine(models[0].device),
+        throughput_settings=request.throughput,
+        quality_settings=request.quality,
+        peak_resident_bytes=peak_resident_bytes(),
+        models=tuple(reports),
+    )
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """The arguments of `measure_quality`."""
+
+    networks: dict[str, MegaByte]
+    windows: dict[str, list[Window]]
+    reference: MegaByte | None
+
+
+def _prepared(request: Request, settings: QualitySettings, models: Sequence[MegaByteModel]) -> _Scoring:
+    networks = {label: model.network for label, model in zip(_labels(request.models), models, strict=True)}
+    reference = None
+    if settings.reference in request.models:
+        reference = models[request.models.index(settings.reference)].network
+    elif settings.reference is not None:
+        reference = load(settings.reference, device=request.device).network
+    windows = cut(files_by_domain(settings.corpus), settings.windowing)
+    check_windows_fit(networks, windows, reference)
+    if any(model.cache_bits != CacheBits() for model in models):
+        console.note("quality is that of the weights: it is scored without a cache, so --kv-bits changes nothing in it")
+    return _Scoring(networks, windows, reference)
+
+
+def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> list[Throughput]:
+    total = settings.bytes_of_run * (settings.repeats + 1) * len(models)
+    with console.byte_progress("timing", total) as progress:
+        return measure_throughput(models, settings, on_bytes=progress.advance)
+
+
+def _score(scoring: _Scoring) -> list[Quality]:
+    total = sum(window.length for part in scoring.windows.values() for window in part)
+    with console.byte_progress("scoring", total) as progress:
+        return measure_quality(scoring.networks, scoring.windows, scoring.reference, progress.advance)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The names, with a number where one comes again."""
+    seen: Counter[str] = Counter()
+    labels = []
+    for name in names:
+        seen[name] += 1
+        labels.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return labels

@@ -1,0 +1,161 @@
+"""`marlin bench` from its options to its output, on tiny models."""
+
+import csv
+import io
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from marlin_cli.api import MegaByteModel
+from marlin_cli.commands.bench import bench
+from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
+from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops.device import choose_device
+
+QUICK = ["--prompt-bytes", "20", "--decode-bytes", "5", "--repeats", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def models(tmp_path, random_network, small_sizes):
+    """Two saved models whose global heads are wide enough to pack."""
+    config = MegaByteConfig(**{**small_sizes, "global_heads": 1})
+    for seed, name in enumerate(("first", "second")):
+        MegaByteModel(random_network(config, seed), choose_device("cpu")).save(tmp_path / name)
+    return str(tmp_path / "first"), str(tmp_path / "second")
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for name, data in {"code/a": b"int main() {}\n" * 9, "code/b": b"\0", "binary/x": bytes(70)}.items():
+        (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "corpus" / name).write_bytes(data)
+    return str(tmp_path / "corpus")
+
+
+def invoke(*arguments):
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(bench)
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def run(*arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def document(*arguments):
+    return json.loads(run(*arguments, "--format", "json").stdout)
+
+
+def test_stdout_is_one_json_document_and_nothing_else(models, corpus):
+    result = document(
+        *models, *QUICK, "--quality", corpus, "--window-bytes", "32", "--reference", models[0], "--kv-bits", "4"
+    )
+    assert [model["model"] for model in result["models"]] == list(models)
+    assert result["machine"]["device"] == "cpu"
+    assert result["machine"]["device_reason"] == "asked for"
+    assert result["throughput_settings"]["repeats"] == 2
+    for model in result["models"]:
+        assert model["throughput"]["decoded_bytes"] == 10
+        assert len(model["throughput"]["decode_bytes_per_second"]["samples"]) == 2
+        assert model["cache_bits"] == {"keys": 4, "values": 4}
+        assert model["quality"]["domains"]["code"]["bytes"] == 127
+        assert model["quality"]["all_domains"]["bytes"] == 197
+        assert sum(model["loaded_weight_bytes"].values()) == sum(model["stored_weight_bytes"].values()) > 0
+    itself, other = (model["quality"]["all_domains"]["against_reference"] for model in result["models"])
+    assert itself["kl_bits_per_byte"]["value"] == 0 < other["kl_bits_per_byte"]["value"]
+    assert itself["top1_agreement"]["value"] == 1 > other["top1_agreement"]["value"]
+
+
+def test_stored_bytes_are_those_of_the_checkpoint():
+    [demo] = document("megabyte-demo", *QUICK)["models"]
+    assert sum(demo["stored_weight_bytes"].values()) == 2 * 5788800  # bfloat16
+    assert sum(demo["loaded_weight_bytes"].values()) == 4 * 5788800  # float32 on a CPU
+    assert demo["quality"] is None
+
+
+def test_a_reference_that_is_no_model_of_the_run_is_loaded(models, corpus):
+    quality = ["--quality", corpus, "--window-bytes", "64"]
+    [model] = document(models[1], "--no-throughput", *quality, "--reference", models[0])["models"]
+    assert model["throughput"] is None
+    assert model["quality"]["all_domains"]["against_reference"]["kl_bits_per_byte"]["value"] > 0
+
+
+def test_the_same_model_twice_keeps_two_results(models):
+    result = document(models[0], models[0], *QUICK)
+    assert [model["model"] for model in result["models"]] == [models[0], f"{models[0]} (2)"]
+
+
+def test_sizes_take_units(models, tmp_path):
+    (tmp_path / "long").write_bytes(bytes(range(256)) * 5)
+    arguments = ["--no-throughput", "--quality", tmp_path / "long", "--window-bytes", "64"]
+    [model] = document(models[0], *arguments, "--max-bytes-per-file", "1k")["models"]
+    assert model["quality"]["all_domains"]["bytes"] == 1024
+    [model] = document(models[0], *arguments, "--max-quality-bytes", "0.5k")["models"]
+    assert model["quality"]["all_domains"]["bytes"] == 512
+
+
+def test_csv_and_json_lines_on_stdout(models):
+    rows = list(csv.DictReader(io.StringIO(run(models[0], *QUICK, "--format", "csv").stdout)))
+    assert {row["model"] for row in rows} == {models[0]}
+    lines = run(*models, *QUICK, "--format", "jsonl").stdout.splitlines()
+    assert [json.loads(line)["models"][0]["model"] for line in lines] == list(models)
+
+
+def test_a_table_names_the_device_and_the_speeds(models):
+    text = run(models[0], *QUICK).stdout
+    for words in ("cpu (asked for)", "prefill, bytes/s", "time to first byte, ms", "global cache, bytes"):
+        assert words in text
+
+
+@pytest.mark.parametrize("arguments, name", [([], "out.json"), (["--format", "json"], "out.txt")])
+def test_output_goes_to_a_file_and_not_to_stdout(models, tmp_path, arguments, name):
+    result = run(models[0], *QUICK, *arguments, "--output", tmp_path / name)
+    assert result.stdout == ""
+    assert json.loads((tmp_path / name).read_text())["models"][0]["model"] == models[0]
+
+
+def test_packed_caches_are_said_to_leave_quality_alone(models, corpus):
+    arguments = [models[0], "--no-throughput", "--quality", corpus, "--window-bytes", "64", "--format", "json"]
+    assert "scored without a cache" in run(*arguments, "--kv-bits", "4").stderr
+    assert "scored without a cache" not in run(*arguments).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        pytest.param(["--no-throughput"], UsageError, "give --quality too", id="nothing to measure"),
+        pytest.param(["--reference", "x"], UsageError, "--reference needs --quality", id="reference alone"),
+        pytest.param(["--window-bytes", "9"], UsageError, "--window-bytes needs --quality", id="windows alone"),
+        pytest.param(["--prompt-bytes", "many"], UsageError, "--prompt-bytes: 'many' is not a size", id="no number"),
+        pytest.param(["--prompt-bytes", "0"], UsageError, "--prompt-bytes must be at least 1", id="empty prompt"),
+        pytest.param(["--prompt-bytes", "4k"], UsageError, "do not fit a context of 96 bytes", id="long prompt"),
+        pytest.param(["--kv-bits", "5"], UsageError, "--kv-bits must be 4, 8 or 16", id="odd cache bits"),
+        pytest.param(["--quality", "no/such"], CorpusError, "no/such: no such file", id="no corpus"),
+        pytest.param(["--output", "no/such.json"], OutputError, "the folder no does not exist", id="no folder"),
+        pytest.param(
+            ["--output", "table.txt"], UsageError, "add --format json, jsonl, csv or md", id="table to a file"
+        ),
+        pytest.param(["no/such/model"], CheckpointError, "no/such/model: no such file", id="no model"),
+    ],
+)
+def test_what_cannot_be_done_is_said(models, tmp_path, monkeypatch, arguments, error, words):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    quick = [] if "--prompt-bytes" in arguments else QUICK
+    result = invoke(models[0], *quick, *arguments)
+    assert isinstance(result.exception, error), result.output
+    assert words in str(result.exception)
+    assert result.stdout == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_long_windows_are_refused_before_anything_is_timed(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("marlin_cli.bench.run.measure_throughput", lambda *arguments, **options: pytest.fail("timed"))
+    (tmp_path / "long").write_bytes(bytes(200))
+    result = invoke(models[0], *QUICK, "--quality", tmp_path / "long")
+    assert isinstance(result.exception, UsageError)
+    assert "--window-bytes: 200 bytes do not fit the context of" in str(result.exception)
