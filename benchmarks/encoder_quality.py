@@ -67,9 +67,7 @@ def main() -> None:
     chosen = windows(arguments.heldout, arguments.windows)
 
     def score(candidate) -> np.ndarray:
-        return np.array(
-            [bits_of(candidate, window, WINDOW_BYTES).mean() for domain in chosen for window in chosen[domain]]
-        )
+        return np.array([bits_of(candidate, window, WINDOW_BYTES).mean() for domain in chosen for window in chosen[domain]])
 
     base = score(network)
     print(f"{len(base)} windows of {WINDOW_BYTES} bytes; 16-bit: {base.mean():.5f} bits per byte", flush=True)
@@ -77,9 +75,7 @@ def main() -> None:
         local = name if arguments.layers == "all" else "mxfp8"
         settings = QuantizationSettings(name, local)
         candidates = {"MLX's encoder": packed_by_mlx(network, settings)}
-        candidates["marlin, no statistics"] = dequantize_network(
-            quantize_network(network, settings).network, mx.float32
-        )
+        candidates["marlin, no statistics"] = dequantize_network(quantize_network(network, settings).network, mx.float32)
         if statistics is not None:
             packed = quantize_network(network, settings, statistics).network
             candidates["marlin, statistics"] = dequantize_network(packed, mx.float32)

@@ -23,12 +23,16 @@ CONFIGS = {
     "prefix learned, token shift": MegaByteConfig(
         **SMALL, global_positions="learned", local_positions="rope", token_shift=True
     ),
-    "paper": MegaByteConfig(
-        **SMALL, layout="paper", global_positions="learned", ffn="relu", norm="layernorm", qk_norm=True
-    ),
+    "paper": MegaByteConfig(**SMALL, layout="paper", global_positions="learned", ffn="relu", norm="layernorm", qk_norm=True),
     "paper without pads, window": MegaByteConfig(
-        **SMALL, layout="paper", global_positions="learned+rope", start_tokens=False, attention_window=3,
-        rope_interleaved=True, norm="variance", ffn="silu",
+        **SMALL,
+        layout="paper",
+        global_positions="learned+rope",
+        start_tokens=False,
+        attention_window=3,
+        rope_interleaved=True,
+        norm="variance",
+        ffn="silu",
     ),  # fmt: skip
     "grouped attention": MegaByteConfig(**SMALL, global_kv_heads=1, local_kv_heads=1, ffn="gelu_tanh"),
     "megabyte_pytorch": MegaByteConfig(**LUCID, global_positions="learned"),

@@ -87,9 +87,7 @@ def cut(files: Mapping[str, Sequence[Path]], windowing: Windowing) -> dict[str, 
     Raises:
         UsageError: the share of a domain is smaller than one window.
     """
-    windows = {
-        domain: [window for path in paths for window in _windows_of(path, windowing)] for domain, paths in files.items()
-    }
+    windows = {domain: [window for path in paths for window in _windows_of(path, windowing)] for domain, paths in files.items()}
     if windowing.max_bytes is None:
         return windows
     share = windowing.max_bytes // len(windows)

@@ -225,9 +225,7 @@ def _speed(report: Report, settings: ThroughputSettings) -> Table:
 def _weights(report: Report) -> Table:
     stored = [model.stored_weight_bytes for model in report.models]
     rows = [
-        [part, *(f"{sizes.get(part, 0):,}" for sizes in stored)]
-        for part in PARTS
-        if any(part in sizes for sizes in stored)
+        [part, *(f"{sizes.get(part, 0):,}" for sizes in stored)] for part in PARTS if any(part in sizes for sizes in stored)
     ]
     rows.append(["all, stored", *(f"{sum(sizes.values()):,}" for sizes in stored)])
     rows.append(["all, loaded", *(f"{sum(model.loaded_weight_bytes.values()):,}" for model in report.models)])

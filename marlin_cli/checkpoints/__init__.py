@@ -92,9 +92,7 @@ def _check_weights(checkpoint: Checkpoint) -> None:
         packed = f"{name.rpartition('.')[0]}.scales" in checkpoint.weights
         if mx.issubdtype(array.dtype, mx.floating):
             if not mx.isfinite(array).all().item():
-                raise CheckpointError(
-                    f"{checkpoint.path}: the weight {name!r} holds NaN or infinity; the file is damaged"
-                )
+                raise CheckpointError(f"{checkpoint.path}: the weight {name!r} holds NaN or infinity; the file is damaged")
         elif not packed:
             kind = str(array.dtype).removeprefix("mlx.core.")
             raise CheckpointError(f"{checkpoint.path}: the weight {name!r} is {kind}, expected floating point")

@@ -123,9 +123,7 @@ def _take_stage(weights: dict[str, mx.array], taken: Taken, stage: int, stages: 
         weights[f"{inside}{outer}positions.weight"] = taken.take(f"pos_embs.{stage}.weight")
 
 
-def _take_block(
-    weights: dict[str, mx.array], taken: Taken, source: str, target: str, fused_shape: tuple[int, int]
-) -> None:
+def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target: str, fused_shape: tuple[int, int]) -> None:
     weights[f"{target}.attention_norm.weight"] = taken.take(f"{source}.0.norm.g")
     weights[f"{target}.attention.q_proj.weight"] = taken.take(f"{source}.0.to_q.weight")
     keys, values = mx.split(taken.take(f"{source}.0.to_kv.weight", fused_shape), 2, axis=0)
@@ -137,9 +135,7 @@ def _take_block(
             weights[f"{target}.ffn.{part}.{kind}"] = taken.take(f"{source}.1.{number}.{kind}")
 
 
-def _stage_fields(
-    name: str, dim: int, layers: int, heads: int, head_dim: int, ffn_dim: int, positions: str
-) -> dict[str, Any]:
+def _stage_fields(name: str, dim: int, layers: int, heads: int, head_dim: int, ffn_dim: int, positions: str) -> dict[str, Any]:
     fields = {"dim": dim, "layers": layers, "heads": heads, "head_dim": head_dim, "ffn_dim": ffn_dim}
     return {f"{name}_{field}": value for field, value in {**fields, "positions": positions}.items()}
 

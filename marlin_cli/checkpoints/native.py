@@ -44,9 +44,7 @@ def read(path: Path) -> Checkpoint:
     quantization = _table(config, "quantization", folder)
     # mlx-lm writes the same table under transformers' name; another table is another tool's packing.
     if _table(config, "quantization_config", folder) not in (None, quantization):
-        raise ConfigError(
-            f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing"
-        )
+        raise ConfigError(f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing")
     marlin = _table(config, "marlin", folder)
     weights: dict[str, mx.array] = {}
     for file in [path] if path.is_file() else weight_files(folder):

@@ -64,9 +64,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     widths = {"global": byte_dim * patch_size, "local": local_dim}
     head_dim = said.d_key
     if head_dim < 1 or any(width % head_dim for width in widths.values()):
-        raise CheckpointError(
-            f"{path}: heads {head_dim} wide do not divide {widths['global']} and {local_dim}; give head_dim"
-        )
+        raise CheckpointError(f"{path}: heads {head_dim} wide do not divide {widths['global']} and {local_dim}; give head_dim")
     qk_norm = "global_blocks.0.attention.Q_layer_norm.scale" in foreign.tensors
     vocab_size = vocab_rows if said.vocab_size is None else said.vocab_size
     config: dict[str, Any] = {
@@ -167,9 +165,7 @@ def _their_name(foreign: Foreign, option: str, names: Mapping[str, str], value: 
     return ours[value]
 
 
-def _take_block(
-    weights: dict[str, mx.array], taken: Taken, source: str, target: str, width: int, key_width: int
-) -> None:
+def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target: str, width: int, key_width: int) -> None:
     attention = f"{source}.attention"
     weights[f"{target}.attention_norm.weight"] = taken.take(f"{attention}.layer_norm.scale")
     if taken.has(f"{attention}.QKV_linear.weight"):

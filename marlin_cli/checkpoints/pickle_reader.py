@@ -111,9 +111,7 @@ CALLS: Mapping[Name, Callable[[tuple[Any, ...]], Any]] = {
 STORAGE_KINDS = frozenset(
     f"{kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 )
-TORCH_DTYPES = frozenset(
-    ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-)
+TORCH_DTYPES = frozenset(("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"))
 
 # Opcodes that push their own argument, or a value of their own.
 LITERALS = frozenset(

@@ -141,9 +141,7 @@ def _open_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, _Ex
     for entry in entries:
         # torch stores entries as they are; a packed one is a bomb, or of another tool.
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise CheckpointError(
-                f"{path}: the entry {entry.filename!r} is compressed or encrypted, torch.save does neither"
-            )
+            raise CheckpointError(f"{path}: the entry {entry.filename!r} is compressed or encrypted, torch.save does neither")
         if entry.filename in extents:
             raise CheckpointError(f"{path}: the entry {entry.filename!r} stands there twice")
         extents[entry.filename] = _extent_of(path, file, size, entry)
@@ -191,9 +189,7 @@ def _open_legacy(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, 
     stream = io.BytesIO(file.read(MAX_PICKLE_BYTES))
     _, version, machine, document, keys = (read_pickle(stream, str(path)) for _ in range(5))
     if version != LEGACY_VERSION or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise CheckpointError(
-            f"{path}: a torch file of an unknown version or byte order; save it again with torch 1.6+"
-        )
+        raise CheckpointError(f"{path}: a torch file of an unknown version or byte order; save it again with torch 1.6+")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError(f"{path}: its list of storages is damaged; fetch it again")
     kinds = {reference.key: reference.kind for reference in _storages(document)}

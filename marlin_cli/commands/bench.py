@@ -77,12 +77,8 @@ def bench(
     for option, value in (*sizes.values(), ("--reference", reference)):
         if quality is None and value is not None:
             raise UsageError(f"{option} needs --quality")
-    windowing = Windowing(
-        **{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None}
-    )
-    timing = ThroughputSettings(
-        parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes"), repeats
-    )
+    windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
+    timing = ThroughputSettings(parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes"), repeats)
     report = run(
         Request(
             models=tuple(models or [DEFAULT_MODEL]),

@@ -86,9 +86,7 @@ def _fitting_window(wanted: int, patch_size: int, context_bytes: int) -> int:
     if not fitting:
         raise UsageError(f"--seq-bytes {wanted} is less than a patch of the model ({patch_size} bytes)")
     if fitting != wanted:
-        console.note(
-            f"--seq-bytes {wanted} is cut to {fitting}: whole patches of {patch_size}, context {context_bytes}"
-        )
+        console.note(f"--seq-bytes {wanted} is cut to {fitting}: whole patches of {patch_size}, context {context_bytes}")
     return fitting
 
 

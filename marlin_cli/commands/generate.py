@@ -34,6 +34,9 @@ def generate(
 
     The prompt comes from -p, --prompt-file, --hex or a pipe; without any, the model starts from nothing.
     """
+    from marlin_cli.backend import require_mlx
+
+    require_mlx()
     from marlin_cli import console
     from marlin_cli.api import load
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_size

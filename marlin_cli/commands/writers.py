@@ -13,9 +13,7 @@ from marlin_cli.engine.generation import Stopping
 from marlin_cli.engine.sampling import Sampling
 
 
-def write_stream(
-    model: MegaByteModel, prompt: bytes, stopping: Stopping, sampling: Sampling, *, raw: bool
-) -> str:
+def write_stream(model: MegaByteModel, prompt: bytes, stopping: Stopping, sampling: Sampling, *, raw: bool) -> str:
     """Write the bytes that follow `prompt` to stdout as they are decoded; a line about speed for the caller."""
     as_text = sys.stdout.isatty() and not raw
     view = TerminalView()

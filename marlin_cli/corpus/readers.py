@@ -5,6 +5,7 @@ import io
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +20,7 @@ SHORTEST_WINDOW_BYTES = 64
 COLUMNS = ("bytes", "content", "text")
 
 
-def windows_of_files(
-    files: list[str], domain: str, keeps_compressed: bool, sequence_bytes: int
-) -> Iterator[dict[str, Any]]:
+def windows_of_files(files: list[str], domain: str, keeps_compressed: bool, sequence_bytes: int) -> Iterator[dict[str, Any]]:
     """The windows of raw files, in order; none spans two files. Plain values, as `datasets` wants a generator's."""
     for name in files:
         path = Path(name)
@@ -44,7 +43,7 @@ def windows_of_stdin(domain: str, sequence_bytes: int) -> Iterator[dict[str, Any
 def windows_of_rows(rows: Iterable[dict[str, Any]], where: str, domain: str, sequence_bytes: int) -> Iterator[dict[str, Any]]:
     """The windows of a table's rows; text stands for its UTF-8 bytes, none spans two rows."""
     column = None
-    for row in rows:
+    for row in _readable(rows, where):
         if column is None:
             column = _column(row, where)
         value = row[column]
@@ -53,6 +52,14 @@ def windows_of_rows(rows: Iterable[dict[str, Any]], where: str, domain: str, seq
         data = value.encode("utf-8", errors="surrogatepass") if isinstance(value, str) else bytes(value)
         for window in _windows_of(io.BytesIO(data), sequence_bytes):
             yield {"domain": domain, "bytes": window}
+
+
+def _readable(rows: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
+    """The rows, with whatever their reader raises as a `CorpusError`: its exceptions are of dozens of kinds."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise CorpusError(f"{where}: cannot read its rows: {one_line(error)[:200]}") from None
 
 
 def is_table(path: Path) -> bool:
@@ -69,14 +76,15 @@ def rows_of_table(path: str) -> Iterable[dict[str, Any]]:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(kind, data_files=path, split="train", streaming=True)
         return rows
     except Exception as error:
-        # The library raises what its readers raise: dozens of kinds.
         raise CorpusError(f"{path}: cannot read as {kind}: {one_line(error)[:200]}") from None
 
 
 def rows_of_hub(source: Source) -> Iterable[dict[str, Any]]:
     """The rows of a dataset on the hub: name[/config][@split]."""
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity(CRITICAL)  # it tells of every retry; the error says what matters
     assert source.hub is not None
     location, _, split = source.hub.partition("@")
     owner, _, rest = location.partition("/")

@@ -10,6 +10,7 @@ from marlin_cli.errors import CorpusError
 from marlin_cli.files import sha256_of_file, shipped
 
 DOMAINS = ("multilingual", "code", "binary")
+DOMAIN_NAME = "[a-z][a-z0-9_]*"
 UNNAMED_DOMAIN = "other"  # of a path that is given no name
 STDIN = "-"
 HUB_PREFIX = "hf:"
@@ -52,31 +53,29 @@ class Recipe:
 def parse_source(text: str) -> list[Source]:
     """The sources that `text` names: a recipe, `[name=]path[:weight]`, `[name=]hf:name[:weight]`, or `-`.
 
-    A path may be a file, a folder (every file below it, hidden ones left out), or a glob pattern. A folder whose
-    subfolders are called multilingual, code and binary is a source for each. A path without a name is of the domain
-    `other`. A recipe is the name of a shipped one, or a .yaml file.
+    A path may be a file, a folder (every file below it, hidden ones left out), or a glob pattern. In a folder that has
+    a subfolder called multilingual, code or binary, each subfolder is a domain. A path without a name is of the domain
+    `other`. A recipe is the name of a shipped one, or a .yaml file without a name before it.
 
     Raises:
         CorpusError: nothing of that name, or no bytes in it.
     """
-    if text == STDIN:
-        return [Source(UNNAMED_DOMAIN, 1.0, stdin=True)]
-    recipe = Path(text) if text.endswith((".yaml", ".yml")) else shipped("calibration") / f"{text}.yaml"
-    if not Path(text).exists() or text.endswith((".yaml", ".yml")):
-        if recipe.is_file():
-            return _read_recipe(recipe)
-        if text.endswith((".yaml", ".yml")):
-            raise CorpusError(f"{text}: no such recipe")
     name, rest, weight = _split(text)
+    if name is None and rest.endswith((".yaml", ".yml")):
+        if not Path(rest).is_file():
+            raise CorpusError(f"{rest}: no such recipe")
+        return _read_recipe(Path(rest))
+    if not Path(text).exists() and (shipped("calibration") / f"{text}.yaml").is_file():
+        return _read_recipe(shipped("calibration") / f"{text}.yaml")
     if rest == STDIN:
         return [Source(name or UNNAMED_DOMAIN, weight, stdin=True)]
     if rest.startswith(HUB_PREFIX):
         return [Source(name or UNNAMED_DOMAIN, weight, hub=rest.removeprefix(HUB_PREFIX))]
     path = Path(rest).expanduser()
     if name is None and path.is_dir():
-        domains = [domain for domain in DOMAINS if (path / domain).is_dir()]
-        if domains:
-            return [Source(domain, weight, _files(path / domain, text)) for domain in domains]
+        folders = sorted(each for each in path.iterdir() if each.is_dir() and re.fullmatch(DOMAIN_NAME, each.name))
+        if any(folder.name in DOMAINS for folder in folders):
+            return [Source(folder.name, weight, _files(folder, text)) for folder in folders]
     return [Source(name or UNNAMED_DOMAIN, weight, _files(path, text))]
 
 
@@ -84,7 +83,7 @@ def _split(text: str) -> tuple[str | None, str, float]:
     """Name, path and weight; an existing path that contains = or : is taken as it stands."""
     if Path(text).exists():
         return None, text, 1.0
-    match = re.fullmatch(r"(?:([a-z][a-z0-9_]*)=)?(.+?)(?::(\d+(?:\.\d+)?))?", text, re.DOTALL)
+    match = re.fullmatch(rf"(?:({DOMAIN_NAME})=)?(.+?)(?::(\d+(?:\.\d+)?))?", text, re.DOTALL)
     if match is None:
         raise CorpusError(f"--corpus {text!r} is not [name=]path[:weight]")
     name, rest, weight = match.groups()
@@ -96,9 +95,7 @@ def _split(text: str) -> tuple[str | None, str, float]:
 def _files(path: Path, text: str) -> tuple[Path, ...]:
     """The regular files of a path, a folder or a pattern, sorted, without empty ones."""
     if path.is_dir():
-        found = [
-            file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
+        found = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     elif path.exists():
         found = [path]
     else:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from logging import CRITICAL
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,7 @@ class Corpus:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_corpus(
-    names: Sequence[str], *, sequence_bytes: int = 16384, seed: int = 0, max_bytes: int | None = None
-) -> Corpus:
+def open_corpus(names: Sequence[str], *, sequence_bytes: int = 16384, seed: int = 0, max_bytes: int | None = None) -> Corpus:
     """The corpus that `names` (see `parse_source`) stand for.
 
     Raises:
@@ -130,7 +129,7 @@ def _mixed(sources: Sequence[Source], sequence_bytes: int, seed: int) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(CRITICAL)
     rng = np.random.default_rng(seed)
     streams, weights = [], []
     for source in sources:

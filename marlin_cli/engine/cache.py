@@ -100,9 +100,7 @@ class KeyValueCache:
     def _parts(self) -> Sequence[Rows]:
         return (self._keys, self._values)
 
-    def _attention(
-        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None
-    ) -> mx.array:
+    def _attention(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         return attention(queries, keys, values, scale, window=window, left_padding=self._left_padding)
 
 

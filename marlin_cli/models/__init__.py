@@ -58,9 +58,7 @@ def build(
     if missing:
         raise CheckpointError(f"{where}: the weight {missing[0]!r} is missing ({len(missing)} in all)")
     if unknown:
-        raise CheckpointError(
-            f"{where}: no place for the weight {unknown[0]!r} ({len(unknown)} in all); is it in config.json?"
-        )
+        raise CheckpointError(f"{where}: no place for the weight {unknown[0]!r} ({len(unknown)} in all); is it in config.json?")
     for path, array in arrays.items():
         if array.shape != expected[path].shape:
             raise CheckpointError(
@@ -74,9 +72,7 @@ def build(
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer of a network by its path, packed ones included, in the order of the definition."""
     return {
-        path: module
-        for path, module in reversed(network.named_modules())
-        if isinstance(module, (nn.Linear, QuantizedLinear))
+        path: module for path, module in reversed(network.named_modules()) if isinstance(module, (nn.Linear, QuantizedLinear))
     }
 
 
@@ -99,9 +95,7 @@ def _is_castable(path: str, array: mx.array) -> bool:
     return not packed and not path.endswith(".global_scale") and mx.issubdtype(array.dtype, mx.floating)
 
 
-def _swap_packed_layers(
-    network: nn.Module, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str
-) -> None:
+def _swap_packed_layers(network: nn.Module, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str) -> None:
     """Put a `QuantizedLinear` wherever the weights hold `.scales`."""
     swapped = []
     for path, module in linear_layers(network).items():

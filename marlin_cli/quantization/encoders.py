@@ -3,9 +3,10 @@
 MLX's own encoders take the scale from a group's largest weight. These try a few scales around it and keep the one
 with the least error, weighted by the mean square of each input channel when that is known: the error that the
 layer's output sees. nvfp4 also gets a power of two for the whole tensor, since its E4M3 scales cannot reach
-below 2^-9 (facts: small weights lose precision at a standard deviation of 0.02 and vanish at 0.001).
+below 2^-9 (weights of standard deviation 0.02 lose precision there, and of 0.001 vanish).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,9 +57,7 @@ class Packed:
         return arrays + (0 if self.global_scale is None else 4)
 
 
-def encode(
-    weight: mx.array, format: Format, group_size: int | None = None, importance: mx.array | None = None
-) -> Packed:
+def encode(weight: mx.array, format: Format, group_size: int | None = None, importance: mx.array | None = None) -> Packed:
     """Pack `weight` [rows, columns] with the scales that leave the least squared error.
 
     Args:
@@ -98,10 +97,16 @@ def encode(
 
 def decode(packed: Packed, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The weights [rows, columns] that a packed weight stands for."""
+    if packed.scales.size == 1:  # MLX 0.32.4 cannot unpack a single group: give it two
+        arrays = {name: mx.concatenate([getattr(packed, name)] * 2) for name in ("weight", "scales")}
+        biases = None if packed.biases is None else mx.concatenate([packed.biases] * 2)
+        return decode(dataclasses.replace(packed, **arrays, biases=biases), dtype)[:1]
+    # MLX computes in the type of float scales; in 16 bits that would add an error of its own.
+    scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
     weight = mx.dequantize(
         packed.weight,
-        packed.scales,
-        packed.biases,
+        scales,
+        None if packed.biases is None else packed.biases.astype(mx.float32),
         group_size=packed.group_size,
         bits=packed.format.bits,
         mode=packed.format.mode,
@@ -262,9 +267,7 @@ def _affine_error(values: mx.array, weights: mx.array, scale: mx.array, bias: mx
     return (mx.square(values - decoded) * weights).sum(axis=-1, keepdims=True)
 
 
-def _refit(
-    values: mx.array, weights: mx.array, scale: mx.array, bias: mx.array, steps: int
-) -> tuple[mx.array, mx.array]:
+def _refit(values: mx.array, weights: mx.array, scale: mx.array, bias: mx.array, steps: int) -> tuple[mx.array, mx.array]:
     """The scale and bias of least weighted squared error for the codes that the given ones lead to."""
     codes = _affine_codes(values, scale, bias, steps)
     total = weights.sum(axis=-1, keepdims=True)

@@ -119,9 +119,7 @@ def _observing_caches(network: MegaByte, keys: Kept, values: Kept) -> list[list[
     caches: list[list[LayerCache]] = []
     for name, stage in zip(names, network.config.stages, strict=True):
         paths = [f"{name}.layers.{index}.attention" for index in range(stage.layers)]
-        caches.append(
-            [_ObservingCache(partial(_keep_heads, keys, path), partial(_keep_heads, values, path)) for path in paths]
-        )
+        caches.append([_ObservingCache(partial(_keep_heads, keys, path), partial(_keep_heads, values, path)) for path in paths])
     return caches
 
 

@@ -157,9 +157,7 @@ class Statistics:
             raise StatisticsError(f"no domain {unknown[0]!r} in the statistics{did_you_mean(unknown[0], self.domains)}")
         weights = np.array([domain_weights.get(name, 0) for name in self.domains], dtype=np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-            raise StatisticsError(
-                f"weights of domains must be zero or more, and one above it; found {dict(domain_weights)}"
-            )
+            raise StatisticsError(f"weights of domains must be zero or more, and one above it; found {dict(domain_weights)}")
         return weights
 
 

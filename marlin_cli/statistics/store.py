@@ -116,8 +116,7 @@ def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
     arrays = load_file(path)
     names = {"inputs": sorted(set(header.layers.values())), "keys": header.attentions, "values": header.attentions}
     parts = {
-        kind: {name: _moments(path, arrays, f"{kind}.{name}", len(header.domains)) for name in names[kind]}
-        for kind in KINDS
+        kind: {name: _moments(path, arrays, f"{kind}.{name}", len(header.domains)) for name in names[kind]} for kind in KINDS
     }
     totals = Totals(header.domains, **parts)
     return Statistics(header.model, header.layers, header.runs, totals), header.corpus_state

@@ -51,9 +51,7 @@ def document(*arguments):
 
 
 def test_stdout_is_one_json_document_and_nothing_else(models, corpus):
-    result = document(
-        *models, *QUICK, "--quality", corpus, "--window-bytes", "32", "--reference", models[0], "--kv-bits", "4"
-    )
+    result = document(*models, *QUICK, "--quality", corpus, "--window-bytes", "32", "--reference", models[0], "--kv-bits", "4")
     assert [model["model"] for model in result["models"]] == list(models)
     assert result["machine"]["device"] == "cpu"
     assert result["machine"]["device_reason"] == "asked for"
@@ -136,9 +134,7 @@ def test_packed_caches_are_said_to_leave_quality_alone(models, corpus):
         pytest.param(["--kv-bits", "5"], UsageError, "--kv-bits must be 4, 8 or 16", id="odd cache bits"),
         pytest.param(["--quality", "no/such"], CorpusError, "no/such: no such file", id="no corpus"),
         pytest.param(["--output", "no/such.json"], OutputError, "the folder no does not exist", id="no folder"),
-        pytest.param(
-            ["--output", "table.txt"], UsageError, "add --format json, jsonl, csv or md", id="table to a file"
-        ),
+        pytest.param(["--output", "table.txt"], UsageError, "add --format json, jsonl, csv or md", id="table to a file"),
         pytest.param(["no/such/model"], CheckpointError, "no/such/model: no such file", id="no model"),
     ],
 )

@@ -32,7 +32,11 @@ def packed(tmp_path_factory):
 def test_the_report_adds_up(packed):
     folder, report = packed
     parts = {part["part"]: part for part in report["parts"]}
-    assert (parts["global"]["format"], parts["local"]["format"], parts["head"]["format"]) == ("nvfp4", "mxfp8", "16-bit")
+    assert (parts["global"]["format"], parts["local"]["format"], parts["head"]["format"]) == (
+        "nvfp4",
+        "mxfp8",
+        "16-bit",
+    )
     assert parts["global"]["bits_per_weight"] == pytest.approx(4.5, abs=0.01)
     assert parts["local"]["bits_per_weight"] == 8.25
     assert parts["global"]["relative_error"] < 0.09 < parts["global"]["mlx_relative_error"]

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.engine.generation import Stopping, StopMatcher, generate
+from marlin_cli.engine.generation import StopMatcher, Stopping, generate
 from marlin_cli.engine.sampling import Sampling, next_keys, sample, stream_keys
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByteConfig

@@ -25,9 +25,7 @@ def statistics(domains: dict[str, int], found: Moments, run: Run = RUN) -> Stati
 
 
 # Two domains, two byte positions, two channels: means are [2, 4] of code and [10, 0] of binary.
-TWO = statistics(
-    {"binary": 30, "code": 10}, moments(([3, 1], [[30.0, 0.0], [10.0, 0.0]]), ([2, 2], [[2.0, 8.0], [6.0, 8.0]]))
-)
+TWO = statistics({"binary": 30, "code": 10}, moments(([3, 1], [[30.0, 0.0], [10.0, 0.0]]), ([2, 2], [[2.0, 8.0], [6.0, 8.0]])))
 
 
 def test_mean_square_weighs_rows_and_then_domains_by_their_bytes() -> None:
@@ -124,16 +122,12 @@ def test_another_shape_is_refused() -> None:
 
 
 def test_the_fingerprint_follows_every_number() -> None:
-    again = statistics(
-        dict(TWO.domains), moments(([3, 1], [[30.0, 0.0], [10.0, 0.0]]), ([2, 2], [[2.0, 8.0], [6.0, 8.0]]))
-    )
+    again = statistics(dict(TWO.domains), moments(([3, 1], [[30.0, 0.0], [10.0, 0.0]]), ([2, 2], [[2.0, 8.0], [6.0, 8.0]])))
     assert again.fingerprint() == TWO.fingerprint()
     others = [
         dataclasses.replace(TWO, model="o" * 64),
         dataclasses.replace(TWO, runs=()),
         statistics({"binary": 30, "code": 11}, TWO.totals.inputs["up_proj"]),
-        statistics(
-            dict(TWO.domains), moments(([3, 1], [[30.0, 0.0], [10.0, 0.0]]), ([2, 2], [[2.0, 8.0], [6.0, 8.5]]))
-        ),
+        statistics(dict(TWO.domains), moments(([3, 1], [[30.0, 0.0], [10.0, 0.0]]), ([2, 2], [[2.0, 8.0], [6.0, 8.5]]))),
     ]
     assert len({TWO.fingerprint(), *(other.fingerprint() for other in others)}) == 5

@@ -1,0 +1,67 @@
+"""The program itself: quick to answer, honest about its backend, and importable without one."""
+
+import subprocess
+import sys
+
+import pytest
+
+import marlin_cli
+
+
+def run(*arguments, code=""):
+    command = [sys.executable, "-c", code, *arguments] if code else [sys.executable, "-m", "marlin_cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_help_names_the_four_subcommands_and_imports_nothing_heavy():
+    code = (
+        "import sys; from marlin_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'mlx', 'datasets', 'numpy', 'safetensors', 'yaml'} & sys.modules.keys()\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = run("--help", code=code)
+    assert result.returncode == 0, result.stderr
+    for name in ("calibrate", "quantize", "generate", "bench"):
+        assert name in result.stdout
+
+
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "bench"])
+def test_every_option_has_help(name):
+    from typer.main import get_command
+
+    from marlin_cli.cli import app
+
+    command = get_command(app).commands[name]
+    assert command.help
+    for parameter in command.params:
+        assert parameter.help, parameter.name
+
+
+def test_version():
+    assert run("--version").stdout == f"marlin {marlin_cli.__version__}\n"
+
+
+def test_without_a_backend_one_line_names_the_extra():
+    code = "import sys; sys.modules['mlx'] = None\nfrom marlin_cli.cli import main\nmain()"
+    for arguments in (["generate", "-p", "x"], ["bench"], ["quantize", "megabyte-demo", "-o", "x"]):
+        result = run(*arguments, code=code)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert "pip install marlin-cli" in result.stderr
+
+
+def test_the_interface_is_importable_without_a_backend():
+    code = (
+        "import sys; sys.modules['mlx'] = None\nimport marlin_cli\nfrom marlin_cli.errors import BackendError\n"
+        "try: marlin_cli.load\nexcept BackendError as error: print(error)"
+    )
+    assert "pip install" in run(code=code).stdout
+
+
+def test_the_interface_is_complete():
+    for name in marlin_cli.__all__:
+        assert getattr(marlin_cli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'tokenizer'"):
+        marlin_cli.tokenizer  # noqa: B018 (the access is the test)
+    assert marlin_cli.decode(marlin_cli.encode("é文")) == "é文"
