@@ -168,7 +168,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     _, metadata = safetensors_header(path)
     try:
-        arrays = mx.load(str(path), format="safetensors")
+        arrays: Any = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot load: {one_line(error)}") from None
     return dict(arrays), metadata

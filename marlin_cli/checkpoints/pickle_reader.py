@@ -203,7 +203,7 @@ class _Machine:
         elif opcode == "REDUCE":
             call, arguments = self._pop(2)
             if not isinstance(call, Name) or call not in CALLS or not isinstance(arguments, tuple):
-                called = _shown(call.module, call.name) if isinstance(call, Name) else f"a {type(call).__name__}"
+                called = _shown(call.module, call.name) if isinstance(call, Name) else f"a value of type {type(call).__name__}"
                 raise _Refusal(f"its pickle calls {called}; {ADVICE}")
             stack.append(CALLS[call](arguments))
         elif opcode == "BUILD":

@@ -99,11 +99,11 @@ def rows_of_hub(source: Source) -> Iterable[dict[str, Any]]:
         raise CorpusError(f"hf:{source.hub}: the hub did not give it: {one_line(error)[:200]}") from None
 
 
-def _opened(path: Path, keeps_compressed: bool) -> BinaryIO:
+def _opened(path: Path, keeps_compressed: bool) -> io.BufferedIOBase:
     if keeps_compressed or path.suffix not in (".gz", ".zst"):
         return path.open("rb")
     if path.suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
+        return gzip.GzipFile(path)
     import zstandard
 
     return _Zstandard(path, zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
@@ -128,7 +128,7 @@ class _Zstandard(io.BufferedIOBase):
         super().close()
 
 
-def _windows_of(file: BinaryIO, sequence_bytes: int) -> Iterator[bytes]:
+def _windows_of(file: io.BufferedIOBase | BinaryIO, sequence_bytes: int) -> Iterator[bytes]:
     """Consecutive windows; a pipe may give less than asked for, so each is read until it is full."""
     while True:
         parts: list[bytes] = []

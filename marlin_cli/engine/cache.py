@@ -130,7 +130,7 @@ class PackedKeyValueCache(KeyValueCache):
         if self._bits[which] == 16:
             return storage.append(new)
         mode, group_size = PACKED_MODES[self._bits[which]]
-        packed, scales = mx.quantize(new, group_size=group_size, mode=mode)
+        packed, scales, *_ = mx.quantize(new, group_size=group_size, mode=mode)
         return mx.dequantize(
             storage.append(packed), self._scales[which].append(scales),
             group_size=group_size, mode=mode, dtype=new.dtype,

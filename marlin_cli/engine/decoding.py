@@ -54,6 +54,10 @@ class Lockstep:
         if self._bits != CacheBits():
             check_cache_bits(self._bits.keys, self._bits.values, self.config.stages[0].width_of_head)
         self._states = [_StageState() for _ in self.config.stages]
+        # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], patches read [streams].
+        self._patch: mx.array
+        self._before_patch: mx.array
+        self._global_tokens: mx.array
         self.positions = [len(prompt) for prompt in prompts]
         self.logits = self._prefill(prompts)
 
@@ -91,7 +95,7 @@ class Lockstep:
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
         self.positions = [self.positions[stream] for stream in streams]
-        chosen = mx.array(streams)
+        chosen = mx.array(list(streams))
         self._patch, self._before_patch = self._patch[chosen], self._before_patch[chosen]
         self.logits, self._global_tokens = self.logits[chosen], self._global_tokens[chosen]
         for state in self._states:

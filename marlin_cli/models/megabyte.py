@@ -315,7 +315,7 @@ class Stack(nn.Module):
         if final_norm:
             self.norm = make_norm(config, stage.dim)
 
-    def __call__(self, x: mx.array, caches: list[LayerCache] | None = None) -> mx.array:
+    def __call__(self, x: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         for index, layer in enumerate(self.layers):
             x = layer(x, None if caches is None else caches[index])
         return self.norm(x) if "norm" in self else x
@@ -416,7 +416,7 @@ class MegaByte(nn.Module):
         )  # fmt: skip
         return [first, *middle, last]
 
-    def __call__(self, ids: mx.array, caches: Sequence[list[LayerCache]] | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, caches: Sequence[Sequence[LayerCache]] | None = None) -> mx.array:
         """Logits [batch, total, vocab] of ids [batch, total]: row i predicts id i from the ids before it.
 
         Memory grows with total: the caller bounds it by `config.max_bytes` or a window.
@@ -482,6 +482,7 @@ class MegaByte(nn.Module):
         layout = self.config.layout
         if layout == "prefix":
             row = stage.start if condition is None else condition
+            assert row is not None
             row = mx.broadcast_to(row, (batch, 1, stage.config.dim))
             return row if stage.positions is None else row + stage.positions.weight[0]
         if stage.start is not None:

@@ -13,7 +13,7 @@ from marlin_cli.errors import QuantizationError
 from marlin_cli.models import linear_layers, set_modules
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import QuantizedLinear
-from marlin_cli.quantization.encoders import Packed, decode, encode, mlx_encode, squared_error
+from marlin_cli.quantization.encoders import Packed, decode, encode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
 from marlin_cli.quantization.plan import (
     LayerPlan,
@@ -241,7 +241,7 @@ def _report(weight: mx.array, packed: Packed, plan: LayerPlan) -> LayerReport:
         plan=plan,
         bytes_before=weight.nbytes,
         bytes_after=packed.nbytes,
-        squared_weight=float(mx.square(weight.astype(mx.float32)).sum().item()),
+        squared_weight=scalar(mx.square(weight.astype(mx.float32)).sum()),
         squared_error=squared_error(weight, packed),
         mlx_squared_error=squared_error(weight, baseline),
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from marlin_cli.errors import QuantizationError
 from marlin_cli.quantization.formats import Format
@@ -70,10 +71,10 @@ def encode(weight: mx.array, format: Format, group_size: int | None = None, impo
     group_size = group_size or format.group_size_for(columns)
     if group_size is None or columns % group_size:
         raise QuantizationError(f"{columns} columns are not divisible into groups of {format.name}")
-    largest = mx.abs(weight).max().item()
+    largest = scalar(mx.abs(weight).max())
     if not math.isfinite(largest):
         raise QuantizationError("holds NaN or infinite weights")
-    lift = nvfp4_lift(float(largest)) if format.mode == "nvfp4" else 0
+    lift = nvfp4_lift(largest) if format.mode == "nvfp4" else 0
     channel_weights = _channel_weights(importance, columns).reshape(-1, group_size)
     encoder = ENCODERS[format.mode]
     parts: list[tuple[mx.array, ...]] = []
@@ -98,9 +99,13 @@ def encode(weight: mx.array, format: Format, group_size: int | None = None, impo
 def decode(packed: Packed, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The weights [rows, columns] that a packed weight stands for."""
     if packed.scales.size == 1:  # MLX 0.32.4 cannot unpack a single group: give it two
-        arrays = {name: mx.concatenate([getattr(packed, name)] * 2) for name in ("weight", "scales")}
-        biases = None if packed.biases is None else mx.concatenate([packed.biases] * 2)
-        return decode(dataclasses.replace(packed, **arrays, biases=biases), dtype)[:1]
+        twice = dataclasses.replace(
+            packed,
+            weight=mx.concatenate([packed.weight] * 2),
+            scales=mx.concatenate([packed.scales] * 2),
+            biases=None if packed.biases is None else mx.concatenate([packed.biases] * 2),
+        )
+        return decode(twice, dtype)[:1]
     # MLX computes in the type of float scales; in 16 bits that would add an error of its own.
     scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
     weight = mx.dequantize(
@@ -128,12 +133,17 @@ def squared_error(weight: mx.array, packed: Packed, importance: mx.array | None 
     error = mx.square(weight.astype(mx.float32) - decode(packed))
     if importance is not None:
         error = error * importance
-    return float(error.sum().item())
+    return scalar(error.sum())
+
+
+def scalar(array: mx.array) -> float:
+    """The one real number in an array."""
+    return float(np.array(array.astype(mx.float32)))
 
 
 def relative_error(weight: mx.array, packed: Packed) -> float:
     """RMS error over RMS weight."""
-    total = float(mx.square(weight.astype(mx.float32)).sum().item())
+    total = scalar(mx.square(weight.astype(mx.float32)).sum())
     return math.sqrt(squared_error(weight, packed) / total) if total else 0.0
 
 

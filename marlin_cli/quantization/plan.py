@@ -147,7 +147,7 @@ def quantization_table(plans: Sequence[LayerPlan], others: Sequence[str]) -> dic
         others: paths of modules that MLX would pack (embeddings) and that stay as they are.
     """
     tables = {plan.path: _entry(plan) for plan in plans}
-    packed = [entry for entry in tables.values() if entry]
+    packed = [entry for entry in tables.values() if isinstance(entry, dict)]
     if not packed:
         return {}
     default = max(packed, key=packed.count)

@@ -284,7 +284,7 @@ OPCODES = {
     "attributes of a name": (TENSOR + b"}b", "changes a Name"),
     "items of a list": (b"]K\x01K\x02s", "changes a list"),
     "appending to a dict": (b"}K\x01a", "changes a dict"),
-    "a call of a number": (b"K\x01)R", "calls a int"),
+    "a call of a number": (b"K\x01)R", "calls a value of type int"),
     "a call without a tuple": (ORDERED_DICT + b"NR", "calls collections.OrderedDict"),
     "a call of a storage's class": (name("torch", "FloatStorage").data + b")R", "calls torch.FloatStorage"),
     "a filled OrderedDict": (ORDERED_DICT + b"]\x85R", "an OrderedDict is not filled as torch"),

@@ -48,8 +48,6 @@ def test_prefix_and_paper_condition_a_patch_on_all_patches_before(random_network
 
 
 def test_megabyte_pytorch_predicts_the_first_byte_of_a_patch_from_the_patch_before(random_network, ids):
-    # The bytes of patch 0 reach global row 1, which conditions patch 1 from its second byte on; the first byte of
-    # patch 1 is predicted by patch 0's own rows.
     network = random_network(MegaByteConfig(**LUCID))
     network.global_to_local.weight = mx.zeros_like(network.global_to_local.weight)
     # Without conditions a byte reaches the rest of its patch and the first byte of the next, and no further.
