@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_cli.commands.options import DEFAULT_MODEL
+from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
 
 
 def calibrate(
@@ -32,6 +32,7 @@ def calibrate(
     merge: Annotated[bool, typer.Option("--merge", help="Add up the named statistics files instead.")] = False,
     show: Annotated[str | None, typer.Option(help="Print the statistics in this file instead.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="The statistics as one JSON document on stdout.")] = False,
+    import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
     """Run a corpus through a model and keep what its layers see: by channel, domain, byte of the patch and head.
@@ -40,7 +41,7 @@ def calibrate(
     """
     from pathlib import Path
 
-    from marlin_cli.commands.options import parse_shard, parse_size
+    from marlin_cli.commands.options import parse_import_options, parse_shard, parse_size
     from marlin_cli.errors import UsageError
 
     named = arguments or []
@@ -81,6 +82,7 @@ def calibrate(
         seed=seed,
         shard=share,
         resume=resume,
+        options=parse_import_options(import_options),
         device=device,
         json_output=json_output,
     )

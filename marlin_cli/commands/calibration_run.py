@@ -4,11 +4,15 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from marlin_cli import console
 from marlin_cli.errors import StatisticsError, UsageError
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
 from marlin_cli.statistics.show import domain_table, summarise, tables
+
+if TYPE_CHECKING:
+    from marlin_cli.checkpoints import ImportOptions
 
 
 def run(
@@ -21,6 +25,7 @@ def run(
     seed: int,
     shard: tuple[int, int],
     resume: bool,
+    options: "ImportOptions",
     device: str,
     json_output: bool,
 ) -> None:
@@ -36,7 +41,7 @@ def run(
     check_output(output, resume=resume)
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
-    loaded = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32)
+    loaded = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32, options=options)
     fitting = _fitting_window(sequence_bytes, loaded.config.patch_size, loaded.config.max_bytes)
     corpus = open_corpus(corpora, sequence_bytes=fitting, seed=seed, max_bytes=max_bytes)
     total = corpus.total_bytes

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_cli.commands.options import DEFAULT_MODEL
+from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
 
 
 def generate(
@@ -28,6 +28,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 16,
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, on a terminal too.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
+    import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
     """Continue a prompt: bytes in, bytes out, each as soon as it is decoded.
@@ -39,7 +40,7 @@ def generate(
     require_mlx()
     from marlin_cli import console
     from marlin_cli.api import load
-    from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_size
+    from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.engine.generation import Stopping
@@ -50,7 +51,7 @@ def generate(
     stopping = Stopping(parse_size(max_bytes, "--max-bytes"), tuple(sequences))
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     inputs = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
-    loaded = load(model, device=device, kv_bits=kv_bits)
+    loaded = load(model, device=device, kv_bits=kv_bits, options=parse_import_options(import_options))
     if json_output or prompts is not None:
         write_json_lines(loaded, inputs, stopping, sampling, batch_size)
     else:

@@ -2,11 +2,21 @@
 
 import os
 import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from marlin_cli.errors import UsageError
+from marlin_cli.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from marlin_cli.checkpoints import ImportOptions
 
 # The shipped model that commands use when none is named.
 DEFAULT_MODEL = "megabyte-demo"
+
+IMPORT_HELP = (
+    "What a foreign checkpoint does not reveal: heads, head_dim, max_bytes, activation, norm, rope or attention_window;"
+    " repeatable."
+)
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -50,3 +60,29 @@ def parse_shard(text: str) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise UsageError(f"--shard {text!r} is not INDEX/COUNT with INDEX from 0 to COUNT - 1")
     return int(match[1]), int(match[2])
+
+
+def parse_import_options(texts: Sequence[str] | None) -> "ImportOptions":
+    """`--import NAME=VALUE` options.
+
+    Raises:
+        UsageError: an unknown name, or a value of the wrong kind.
+    """
+    import yaml
+
+    from marlin_cli.checkpoints import ImportOptions
+    from marlin_cli.config import from_mapping
+
+    values = {}
+    for text in texts or []:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise UsageError(f"--import {text!r} is not NAME=VALUE, for example heads=8")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--import {text!r}: the value cannot be read") from None
+    try:
+        return from_mapping(ImportOptions, values, "--import")
+    except ConfigError as error:
+        raise UsageError(str(error)) from None

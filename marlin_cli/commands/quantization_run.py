@@ -9,7 +9,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
-from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import UsageError
@@ -60,6 +60,7 @@ def settings_of(
 
 def pack(
     model: str,
+    options: ImportOptions,
     target: Path | None,
     settings: QuantizationSettings,
     statistics_file: str | None,
@@ -68,7 +69,7 @@ def pack(
     json_output: bool,
 ) -> None:
     """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table."""
-    network = _network(model)
+    network = _network(model, options)
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
     if target is None:
         reports = [planned(plan) for plan in plan_network(network, settings)]
@@ -99,9 +100,9 @@ def pack(
         _show(model, target, parts, kept)
 
 
-def unpack(model: str, target: Path | None, *, overwrite: bool, json_output: bool) -> None:
+def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite: bool, json_output: bool) -> None:
     """Write `model` with plain 16-bit weights into the folder `target`."""
-    network = _network(model)
+    network = _network(model, options)
     plain = dequantize_network(network)
     if target is not None:
         parameters = dict(tree_flatten(plain.parameters()))
@@ -114,9 +115,9 @@ def unpack(model: str, target: Path | None, *, overwrite: bool, json_output: boo
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 
 
-def _network(model: str) -> MegaByte:
+def _network(model: str, options: ImportOptions) -> MegaByte:
     """The network with its weights in the type that they are stored in."""
-    checkpoint = read_checkpoint(locate_model(model))
+    checkpoint = read_checkpoint(locate_model(model), options)
     return build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
 
 

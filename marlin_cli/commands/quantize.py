@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from marlin_cli.commands.options import IMPORT_HELP
+
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")],
@@ -22,6 +24,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="The report as one JSON document.")] = False,
 ) -> None:
     """Pack the linear layers of a model, with bit widths by part.
@@ -36,16 +39,18 @@ def quantize(
 
     require_mlx()
     from marlin_cli.commands import quantization_run as run
+    from marlin_cli.commands.options import parse_import_options
 
     if output is None and not dry_run:
         raise UsageError("--output is missing; name the folder to write, or pass --dry-run")
     target = None if dry_run or output is None else Path(output)
     if target is not None:
         check_output_folder(target, overwrite=overwrite)
+    options = parse_import_options(import_options)
     if dequantize:
-        run.unpack(model, target, overwrite=overwrite, json_output=json_output)
+        run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
         return
     settings = run.settings_of(
         recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or []
     )
-    run.pack(model, target, settings, stats, overwrite=overwrite, json_output=json_output)
+    run.pack(model, options, target, settings, stats, overwrite=overwrite, json_output=json_output)

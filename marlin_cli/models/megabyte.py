@@ -25,6 +25,13 @@ Positions = Literal["learned", "rope", "learned+rope", "none"]
 
 # Config
 
+# Sizes beyond these are damage or malice: a network of them would fill the memory before its weights are compared.
+LIMITS = {
+    "patch_size": 1 << 16, "max_bytes": 1 << 30, "vocab_size": 1 << 20,
+    "global_layers": 1 << 10, "global_dim": 1 << 17, "global_heads": 1 << 12,
+    "local_layers": 1 << 10, "local_dim": 1 << 17, "local_heads": 1 << 12,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -110,11 +117,14 @@ class MegaByteConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value}")
+        for name, most in LIMITS.items():
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {getattr(self, name):,}, more than the {most:,} that marlin takes for real")
         if self.vocab_size < 256:
             raise ConfigError(f"vocab_size must hold every byte (256 or more), found {self.vocab_size}")
         if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
             raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
-        if self.rope_theta <= 0:
+        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
             raise ConfigError(f"rope_theta must be positive, found {self.rope_theta}")
         if not 0 <= self.bos_byte < self.vocab_size:
             raise ConfigError(f"bos_byte must be an id below vocab_size, found {self.bos_byte}")

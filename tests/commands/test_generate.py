@@ -96,7 +96,7 @@ def test_a_terminal_sees_whole_characters_and_no_control_codes():
 
 def test_on_a_terminal_the_output_is_text(expected):
     parent, child = pty.openpty()
-    with subprocess.Popen([*MARLIN, "-p", "def main(", "--max-bytes", "24"], stdin=child, stdout=child, stderr=child) as job:
+    with subprocess.Popen([*MARLIN, "-p", "def main(", "--max-bytes", "24"], stdin=child, stdout=child, stderr=child):
         os.close(child)
         data = b""
         end = time.monotonic() + 60

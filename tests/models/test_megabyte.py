@@ -67,6 +67,8 @@ def test_a_configuration_survives_config_json(each_config):
         ({"norm_eps": -1.0}, "norm_eps must be zero or more"),
         ({"norm_eps": float("nan")}, "norm_eps must be zero or more"),
         ({"rope_theta": 0.0}, "rope_theta must be positive"),
+        ({"rope_theta": float("nan")}, "rope_theta must be positive"),
+        ({"global_layers": 10**9}, "more than the 1,024"),
         ({"layout": "paper", "byte_dim": 5}, "no patch projection"),
         ({"start_tokens": False}, "needs start_tokens"),
         ({"global_head_dim": 15}, "even head_dim"),
