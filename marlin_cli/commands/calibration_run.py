@@ -67,10 +67,11 @@ def merge_files(files: Sequence[Path], output: Path, *, json_output: bool) -> No
     """Add up statistics of one model and write the sum."""
     statistics = load_statistics(files[0])
     for file in files[1:]:
+        other = load_statistics(file)
         try:
-            statistics = merge(statistics, load_statistics(file))
+            statistics = merge(statistics, other)
         except StatisticsError as error:
-            raise StatisticsError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
+            raise StatisticsError(f"{file}: {error}") from None
     save_statistics(output, statistics)
     _report(statistics, output, json_output=json_output)
 

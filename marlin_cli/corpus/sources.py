@@ -1,17 +1,18 @@
-"""What a corpus is called on the command line, and the files or repositories that it stands for."""
+"""What a corpus is called on the command line, and the files or repositories that it stands for. Opens none of them."""
 
 import glob
+import math
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from marlin_cli.config import from_mapping
+from marlin_cli.corpus.recipes import DOMAIN_NAME, Recipe, check_sums, find_recipe, load_recipe
 from marlin_cli.errors import CorpusError
-from marlin_cli.files import sha256_of_file, shipped
 
 DOMAINS = ("multilingual", "code", "binary")
-DOMAIN_NAME = "[a-z][a-z0-9_]*"
-UNNAMED_DOMAIN = "other"  # of a path that is given no name
+UNNAMED_DOMAIN = "other"  # of a path that is given no name: nothing is guessed from its bytes
 STDIN = "-"
 HUB_PREFIX = "hf:"
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -19,7 +20,7 @@ TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 @dataclass(frozen=True)
 class Source:
-    """One stream of bytes: files, tables whose rows hold text or bytes, a dataset on the hub, or stdin."""
+    """One stream of bytes: files (raw, or tables whose rows hold text or bytes), a dataset on the hub, or stdin."""
 
     domain: str
     weight: float  # chance that the next window comes from here, against the weights of the others
@@ -33,111 +34,103 @@ class Source:
         return self.domain == "binary"
 
 
-@dataclass(frozen=True)
-class RecipeSource:
-    """A source in a recipe file; `path` is relative to it."""
-
-    domain: str
-    path: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe file: sources, and the checksums (as `sha256sum` writes them) of the files that it may rely on."""
-
-    sources: tuple[RecipeSource, ...]
-    checksums: str | None = None
-
-
 def parse_source(text: str) -> list[Source]:
-    """The sources that `text` names: a recipe, `[name=]path[:weight]`, `[name=]hf:name[:weight]`, or `-`.
+    """The sources that `text` names: a recipe, `[name=]path[:weight]`, `[name=]hf:name[:weight]`, or `-` for stdin.
 
-    A path may be a file, a folder (every file below it, hidden ones left out), or a glob pattern. In a folder that has
-    a subfolder called multilingual, code or binary, each subfolder is a domain. A path without a name is of the domain
-    `other`. A recipe is the name of a shipped one, or a .yaml file without a name before it.
+    A recipe is a .yaml file or the name of a shipped one, which wins over a file of that name (`./default` is the
+    file). A path is a file, a folder (every regular file below it; hidden ones left out, linked folders not entered)
+    or a pattern of files. An existing path wins over the readings of its = and : characters. The name is the domain;
+    without one it is `other`, except that a folder with subfolders multilingual, code or binary is a source for each.
 
     Raises:
-        CorpusError: nothing of that name, or no bytes in it.
+        CorpusError: nothing of that name, no bytes in it, or no permission to read it.
+        ConfigError: a recipe with a wrong key or value.
     """
+    if not text:
+        raise CorpusError("--corpus '': is empty; name a recipe, a path, hf:name, or - for stdin")
+    found = find_recipe(text)
+    if found is not None:
+        return _sources_of_recipe(found, load_recipe(found))
     name, rest, weight = _split(text)
-    if name is None and rest.endswith((".yaml", ".yml")):
-        if not Path(rest).is_file():
-            raise CorpusError(f"{rest}: no such recipe")
-        return _read_recipe(Path(rest))
-    if not Path(text).exists() and (shipped("calibration") / f"{text}.yaml").is_file():
-        return _read_recipe(shipped("calibration") / f"{text}.yaml")
+    domain = name or UNNAMED_DOMAIN
     if rest == STDIN:
-        return [Source(name or UNNAMED_DOMAIN, weight, stdin=True)]
+        return [Source(domain, weight, stdin=True)]
     if rest.startswith(HUB_PREFIX):
-        return [Source(name or UNNAMED_DOMAIN, weight, hub=rest.removeprefix(HUB_PREFIX))]
-    path = Path(rest).expanduser()
-    if name is None and path.is_dir():
-        folders = sorted(each for each in path.iterdir() if each.is_dir() and re.fullmatch(DOMAIN_NAME, each.name))
-        if any(folder.name in DOMAINS for folder in folders):
-            return [Source(folder.name, weight, _files(folder, text)) for folder in folders]
-    return [Source(name or UNNAMED_DOMAIN, weight, _files(path, text))]
+        return [Source(domain, weight, hub=_hub_name(rest, text))]
+    path = Path(os.path.expanduser(rest))
+    domains = [domain for domain in DOMAINS if os.path.isdir(path / domain)]
+    if name is None and domains:
+        return [Source(domain, weight, _files(path / domain, text)) for domain in domains]
+    return [Source(domain, weight, _files(path, text))]
+
+
+def _sources_of_recipe(path: Path, recipe: Recipe) -> list[Source]:
+    sources = []
+    for entry in recipe.sources:
+        where = f"{path}: {entry.path}"
+        if entry.path.startswith(HUB_PREFIX):
+            sources.append(Source(entry.domain, entry.weight, hub=_hub_name(entry.path, where)))
+        else:
+            sources.append(Source(entry.domain, entry.weight, _files(path.parent / entry.path, where)))
+    if recipe.checksums is not None:
+        check_sums(path.parent / recipe.checksums, (file for source in sources for file in source.files))
+    return sources
 
 
 def _split(text: str) -> tuple[str | None, str, float]:
-    """Name, path and weight; an existing path that contains = or : is taken as it stands."""
-    if Path(text).exists():
+    """Name, path and weight."""
+    if os.path.exists(text):
         return None, text, 1.0
-    match = re.fullmatch(rf"(?:({DOMAIN_NAME})=)?(.+?)(?::(\d+(?:\.\d+)?))?", text, re.DOTALL)
-    if match is None:
-        raise CorpusError(f"--corpus {text!r} is not [name=]path[:weight]")
-    name, rest, weight = match.groups()
-    if weight is not None and float(weight) == 0:
-        raise CorpusError(f"--corpus {text!r}: the weight must be above 0")
-    return name, rest, float(weight or 1.0)
+    named = re.fullmatch(rf"({DOMAIN_NAME})=(.+)", text, re.DOTALL)
+    name, rest = (named[1], named[2]) if named else (None, text)
+    weighted = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", rest, re.DOTALL)
+    if weighted is None or weighted[1] == HUB_PREFIX.rstrip(":") or os.path.exists(rest):
+        return name, rest, 1.0
+    weight = float(weighted[2])
+    if not (weight > 0 and math.isfinite(weight)):
+        raise CorpusError(f"--corpus {text}: the weight must be above 0 and finite, found {weighted[2]}")
+    return name, weighted[1], weight
+
+
+def _hub_name(text: str, where: str) -> str:
+    name = text.removeprefix(HUB_PREFIX)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}(@[\w.+\-\[\]:%]+)?", name):
+        raise CorpusError(f"{where}: is not hf:name[/config][@split], such as hf:owner/name/config@train")
+    return name
 
 
 def _files(path: Path, text: str) -> tuple[Path, ...]:
     """The regular files of a path, a folder or a pattern, sorted, without empty ones."""
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    elif path.exists():
+    if os.path.isdir(path):
+        found = list(_below(path))
+    elif os.path.exists(path):
+        if not path.is_file():
+            raise CorpusError(f"{text}: is not a regular file; pipe its bytes in and name -")
         found = [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True)]
         if not found:
-            raise CorpusError(f"{text}: no such file, folder, pattern or shipped recipe")
-    files = tuple(sorted(file for file in found if file.is_file() and file.stat().st_size > 0))
+            hint = "; a domain is named with a-z, 0-9 and _" if re.match(r"[^=/]*=", text) else ""
+            shown = text if len(text) <= 200 else f"{text[:200]}..."
+            raise CorpusError(f"{shown}: no such file, folder, pattern or shipped recipe{hint}")
+    try:
+        files = tuple(sorted(file for file in found if file.is_file() and file.stat().st_size > 0))
+    except OSError as error:
+        raise CorpusError(f"{error.filename}: cannot read: {error.strerror}") from None
     if not files:
         raise CorpusError(f"{text}: holds no bytes")
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise CorpusError(f"{file}: no permission to read")
     return files
 
 
-def _read_recipe(path: Path) -> list[Source]:
-    import yaml
+def _below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, except in hidden folders and linked ones."""
 
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CorpusError(f"{path}: cannot read as YAML: {' '.join(str(error).split())}") from None
-    recipe = from_mapping(Recipe, document, str(path))
-    if not recipe.sources:
-        raise CorpusError(f"{path}: names no sources")
-    if recipe.checksums is not None:
-        _check_sums(path.parent / recipe.checksums)
-    sources = []
-    for source in recipe.sources:
-        if not source.weight > 0:
-            raise CorpusError(f"{path}: the weight of {source.path!r} must be above 0")
-        sources.append(Source(source.domain, source.weight, _files(path.parent / source.path, f"{path}: {source.path}")))
-    return sources
+    def refuse(error: OSError) -> None:
+        raise CorpusError(f"{error.filename}: cannot list: {error.strerror}")
 
-
-def _check_sums(path: Path) -> None:
-    """Compare the files that a SHA256SUMS file lists with it."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise CorpusError(f"{path}: cannot read the checksums: {error.strerror}") from None
-    for line in lines:
-        wanted, _, name = line.partition("  ")
-        file = path.parent / name
-        if not file.is_file():
-            raise CorpusError(f"{file}: is missing, but {path.name} lists it; install marlin again")
-        if sha256_of_file(file) != wanted:
-            raise CorpusError(f"{file}: its SHA-256 is not the one in {path.name}; install marlin again")
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))

@@ -1,30 +1,32 @@
 """Sources mixed by weight into one stream of windows, on Hugging Face `datasets` in streaming mode."""
 
+import functools
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from logging import CRITICAL
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.corpus.readers import (
-    is_table,
-    rows_of_hub,
-    rows_of_table,
-    windows_of_files,
-    windows_of_rows,
-    windows_of_stdin,
-)
+from marlin_cli.corpus.readers import SHORTEST_WINDOW_BYTES, is_raw, size_of_windows, windows_of_source
+from marlin_cli.corpus.recipes import find_recipe, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
 from marlin_cli.errors import CorpusError
+
+DEFAULT_SEQUENCE_BYTES = 16384
+
+# The library goes on drawing sources that are exhausted: what is left of a far lighter one would take for ever.
+LARGEST_WEIGHT_RATIO = 1000.0
 
 
 @dataclass(frozen=True)
 class Window:
-    """At most `sequence_bytes` consecutive bytes of one domain; `index` counts from 0."""
+    """At most `sequence_bytes` consecutive bytes of one file, row or pipe; `index` counts from 0."""
 
     domain: str
     bytes: npt.NDArray[np.uint8]
@@ -34,25 +36,37 @@ class Window:
 class Corpus:
     """Windows of the sources, drawn by weight until all are exhausted or `max_bytes` is reached.
 
-    The same arguments and files give the same windows. Each window is given once. `state` after a window and
-    `resume` on a new object go on with the next one.
+    The same arguments and files give the same windows, each of them once: when a source is exhausted the others go
+    on. A corpus is read once; a second loop goes on where the first one stopped. `state` after a window and `resume`
+    of another object go on with the next window.
 
-    Peak memory is a window and its reader's block for each source, beside the libraries: it does not depend on the
-    size of a file.
+    Peak memory, beside the libraries: three windows and a reader's buffers (below 1 MB; for tables the longest row, for
+    Parquet a few of its pages) for each source, and the names of all files. The size of a file does not matter: 1 MiB
+    and 6 GiB of raw bytes were read with the same peak.
     """
 
     def __init__(self, sources: Sequence[Source], *, sequence_bytes: int, seed: int, max_bytes: int | None) -> None:
-        if sequence_bytes < 1:
-            raise CorpusError(f"a window must have at least 1 byte, found {sequence_bytes}")
+        """Raises `CorpusError` for sizes below 1, no sources, stdin twice, or files that are gone."""
+        for name, value in (("sequence_bytes", sequence_bytes), ("max_bytes", max_bytes)):
+            if value is not None and value < 1:
+                raise CorpusError(f"{name} of a corpus must be at least 1, found {value}")
         if not sources:
             raise CorpusError("no corpus is named")
         if sum(source.stdin for source in sources) > 1:
-            raise CorpusError("stdin can be read once; name `-` a single time")
+            raise CorpusError("stdin can be read once; name - a single time")
+        weights = [source.weight for source in sources]
+        if max(weights) > LARGEST_WEIGHT_RATIO * min(weights):
+            raise CorpusError(
+                f"the weights of a corpus must be within {LARGEST_WEIGHT_RATIO:.0f} times of each other,"
+                f" found {min(weights):g} and {max(weights):g}"
+            )
         self.sources = tuple(sources)
         self.sequence_bytes, self.seed, self.max_bytes = sequence_bytes, seed, max_bytes
-        self._windows = 0
-        self._bytes = 0
+        self._sizes = [[_size(file) for file in source.files] for source in sources]
+        self._window_count = 0
+        self._byte_count = 0
         self._stream: Any = _mixed(self.sources, sequence_bytes, seed)
+        self._windows = self._read()
 
     @property
     def domains(self) -> list[str]:
@@ -61,26 +75,16 @@ class Corpus:
 
     @property
     def total_bytes(self) -> int | None:
-        """How much there is, as far as files tell, and at most `max_bytes`; None where nothing tells."""
-        known = [_size(source) for source in self.sources]
-        if any(size is None for size in known):
-            return self.max_bytes
-        total = sum(size or 0 for size in known)
+        """How many bytes the windows hold; `max_bytes` or None where compressed files, tables or pipes hide it."""
+        total = 0
+        for source, sizes in zip(self.sources, self._sizes, strict=True):
+            if not source.files or not all(is_raw(file, source) for file in source.files):
+                return self.max_bytes
+            total += sum(size_of_windows(size, self.sequence_bytes) for size in sizes)
         return total if self.max_bytes is None else min(total, self.max_bytes)
 
     def __iter__(self) -> Iterator[Window]:
-        for item in self._stream:
-            data = item["bytes"]
-            if self.max_bytes is not None:
-                data = data[: self.max_bytes - self._bytes]
-            if not data:
-                return
-            window = Window(item["domain"], np.frombuffer(data, dtype=np.uint8), self._windows)
-            self._windows += 1
-            self._bytes += len(data)
-            yield window
-        if self._windows == 0:
-            raise CorpusError("the corpus holds no window of bytes; is it empty?")
+        return self._windows
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON takes it.
@@ -88,40 +92,93 @@ class Corpus:
         Raises:
             CorpusError: stdin is one of the sources; a pipe cannot be read again.
         """
-        if any(source.stdin for source in self.sources):
-            raise CorpusError("stdin cannot be resumed; write it to a file first")
-        return {"windows": self._windows, "bytes": self._bytes, "stream": self._stream.state_dict()}
+        self._check_resumable()
+        return {
+            "corpus": self.fingerprint(),
+            "windows": self._window_count,
+            "bytes": self._byte_count,
+            "stream": self._stream.state_dict(),
+        }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on after the window at which `state` was taken.
+        """Go on after the window at which `state` was taken. What came before is read again, but not given.
 
         Raises:
-            CorpusError: not a state of a corpus like this one.
+            CorpusError: not a state of this corpus with these settings; or stdin is one of the sources.
         """
-        try:
-            self._windows, self._bytes = int(state["windows"]), int(state["bytes"])
-            self._stream.load_state_dict(state["stream"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorpusError(f"the corpus cannot go on from its saved state: {error}") from None
+        self._check_resumable()
+        if not isinstance(state, dict) or not {"corpus", "windows", "bytes", "stream"} <= state.keys():
+            raise CorpusError("the saved place in the corpus is damaged; start again")
+        if state["corpus"] != self.fingerprint():
+            raise CorpusError("the saved place is of another corpus or other settings; name the same ones")
+        self._window_count, self._byte_count = state["windows"], state["bytes"]
+        self._stream.load_state_dict(state["stream"])
+        self._windows = self._read()
 
     def fingerprint(self) -> str:
-        """SHA-256 over everything that decides which windows come: names, sizes, weights, seed, window size."""
-        facts = [
-            [source.domain, source.weight, source.hub, [[file.name, file.stat().st_size] for file in source.files]]
-            for source in self.sources
-        ]
+        """SHA-256 over what decides which windows come: domains, weights, names and sizes of files, and the settings.
+
+        A folder may be moved; the contents of files are not looked at.
+        """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        facts = []
+        for source, sizes in zip(self.sources, self._sizes, strict=True):
+            root = os.path.commonpath([file.parent for file in source.files]) if source.files else ""
+            names = [os.path.relpath(file, root) for file in source.files]
+            kind = "stdin" if source.stdin else source.hub
+            facts.append([source.domain, source.weight, kind, list(zip(names, sizes, strict=True))])
         text = json.dumps([facts, self.sequence_bytes, self.seed, self.max_bytes])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def _read(self) -> Iterator[Window]:
+        stream = iter(self._stream)
+        while self.max_bytes is None or self._byte_count < self.max_bytes:
+            item = next(stream, None)
+            if item is None:
+                break
+            data = item["bytes"]
+            if self.max_bytes is not None:
+                data = data[: self.max_bytes - self._byte_count]
+            window = Window(item["domain"], np.frombuffer(data, dtype=np.uint8), self._window_count)
+            self._window_count += 1
+            self._byte_count += len(data)
+            yield window
+        if self._window_count == 0:
+            shortest = min(SHORTEST_WINDOW_BYTES, self.sequence_bytes)
+            raise CorpusError(f"the corpus holds no window of bytes: no file or row has {shortest} or more")
 
-def open_corpus(names: Sequence[str], *, sequence_bytes: int = 16384, seed: int = 0, max_bytes: int | None = None) -> Corpus:
+    def _check_resumable(self) -> None:
+        if any(source.stdin for source in self.sources):
+            raise CorpusError("stdin cannot be resumed; write it to a file first")
+
+
+def open_corpus(
+    names: Sequence[str], *, sequence_bytes: int | None = None, seed: int = 0, max_bytes: int | None = None
+) -> Corpus:
     """The corpus that `names` (see `parse_source`) stand for.
+
+    A size that is None is the one of the recipe, where that is the only name; else 16384 bytes a window, and all bytes.
 
     Raises:
         CorpusError: a name that stands for nothing, or no bytes.
+        ConfigError: a recipe with a wrong key or value.
     """
+    if isinstance(names, str):
+        raise TypeError("open_corpus takes a list of names")
     sources = [source for name in names for source in parse_source(name)]
-    return Corpus(sources, sequence_bytes=sequence_bytes, seed=seed, max_bytes=max_bytes)
+    if len(names) == 1 and find_recipe(names[0]) is not None:
+        recipe = load_recipe(names[0])
+        sequence_bytes = recipe.seq_bytes if sequence_bytes is None else sequence_bytes
+        max_bytes = recipe.max_bytes if max_bytes is None else max_bytes
+    return Corpus(
+        sources,
+        sequence_bytes=DEFAULT_SEQUENCE_BYTES if sequence_bytes is None else sequence_bytes,
+        seed=seed,
+        max_bytes=max_bytes,
+    )
 
 
 def _mixed(sources: Sequence[Source], sequence_bytes: int, seed: int) -> Any:
@@ -129,61 +186,37 @@ def _mixed(sources: Sequence[Source], sequence_bytes: int, seed: int) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(CRITICAL)
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces each retry
+    # Without features, interleaving reads windows of each source to guess them: those of stdin would be lost.
+    features = datasets.Features({"domain": datasets.Value("string"), "bytes": datasets.Value("binary")})
+    info = datasets.DatasetInfo(features=features)
     rng = np.random.default_rng(seed)
-    streams, weights = [], []
+    streams = []
     for source in sources:
-        parts = _streams_of(source, sequence_bytes, rng)
-        streams += parts
-        weights += [source.weight / len(parts)] * len(parts)
+        # A tuple is one value to the library; a list would be shards.
+        order = tuple(str(source.files[index]) for index in rng.permutation(len(source.files)))
+        arguments = {"source": source, "files": order, "sequence_bytes": sequence_bytes}
+        # Not `from_generator`: that leaves lock files in the library's cache, and fails where it cannot.
+        examples = datasets.iterable_dataset.ExamplesIterable(_numbered, arguments)
+        streams.append(datasets.IterableDataset(examples, info=info))
     if len(streams) == 1:
         return streams[0]
-    total = sum(weights)
+    weights = np.array([source.weight for source in sources]) / max(source.weight for source in sources)
     return datasets.interleave_datasets(
         streams,
-        probabilities=[weight / total for weight in weights],
+        probabilities=list(weights / weights.sum()),
         seed=seed,
         stopping_strategy="all_exhausted_without_replacement",
     )
 
 
-def _streams_of(source: Source, sequence_bytes: int, rng: np.random.Generator) -> list[Any]:
-    """The streaming datasets of one source: raw files in a drawn order, and each table."""
-    import datasets
-
-    made = datasets.IterableDataset.from_generator
-    if source.stdin:
-        return [made(windows_of_stdin, gen_kwargs={"domain": source.domain, "sequence_bytes": sequence_bytes})]
-    if source.hub is not None:
-        common = {"domain": source.domain, "sequence_bytes": sequence_bytes, "where": f"hf:{source.hub}"}
-        return [made(windows_of_rows, gen_kwargs={"rows": rows_of_hub(source), **common})]
-    plain = [str(file) for file in source.files if not is_table(file)]
-    streams = []
-    if plain:
-        arguments = {
-            "domain": source.domain,
-            "keeps_compressed": source.keeps_compressed,
-            "sequence_bytes": sequence_bytes,
-        }
-        # The library takes a list for shards to be spread over; a tuple is one value.
-        order = [plain[index] for index in rng.permutation(len(plain))]
-        streams.append(made(_windows_of_tuple, gen_kwargs={"files": tuple(order), **arguments}))
-    for file in source.files:
-        if is_table(file):
-            common = {"domain": source.domain, "sequence_bytes": sequence_bytes, "where": str(file)}
-            streams.append(made(_windows_of_table, gen_kwargs={"path": str(file), **common}))
-    return streams
+def _numbered(**arguments: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield from enumerate(windows_of_source(**arguments))
 
 
-def _windows_of_tuple(files: tuple[str, ...], **arguments: Any) -> Iterator[dict[str, Any]]:
-    yield from windows_of_files(list(files), **arguments)
-
-
-def _windows_of_table(path: str, **arguments: Any) -> Iterator[dict[str, Any]]:
-    yield from windows_of_rows(rows_of_table(path), **arguments)
-
-
-def _size(source: Source) -> int | None:
-    if source.hub is not None or source.stdin or any(is_table(file) for file in source.files):
-        return None
-    return sum(file.stat().st_size for file in source.files)
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise CorpusError(f"{file}: cannot read: {error.strerror}") from None

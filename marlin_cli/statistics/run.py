@@ -52,7 +52,8 @@ def calibrate(
 
     Meanwhile they are saved beside it (`unfinished_path`) every few seconds, except those of stdin, which cannot be
     read again. A run that is interrupted and resumed, however often, writes the same file as one that is not.
-    Memory: that of `measure` for one window, and three times the size of the statistics.
+    Memory: that of `measure` for one window, and three times the size of the statistics; the size of the corpus does
+    not matter. The shipped demo on a CPU peaks at 570 MiB in windows of 16 KiB, and at 425 MiB in windows of 2 KiB.
 
     Args:
         network: in float32.

@@ -138,8 +138,8 @@ def _header(path: Path, metadata: Mapping[str, str]) -> _Header:
         header = from_mapping(_Header, document, str(path))
     except ConfigError as error:
         raise StatisticsError(str(error)) from None
-    if not header.domains or any(count < 0 for count in header.domains.values()):
-        raise StatisticsError(f"{path}: the byte counts of its domains are missing or negative")
+    if not sum(header.domains.values()) or min(header.domains.values()) < 0:
+        raise StatisticsError(f"{path}: the byte counts of its domains are missing, zero or negative")
     return header
 
 

@@ -101,7 +101,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing key": (lambda path: rewritten(path, header=lambda h: h.pop("runs")), "missing key 'runs'"),
     "bytes as text": (lambda path: rewritten(path, header=lambda h: h["domains"].update(code="1")), "expected int"),
     "negative bytes": (lambda path: rewritten(path, header=lambda h: h["domains"].update(code=-1)), "negative"),
-    "no domains": (lambda path: rewritten(path, header=lambda h: h.update(domains={})), "missing or negative"),
+    "no domains": (lambda path: rewritten(path, header=lambda h: h.update(domains={})), "missing, zero or negative"),
     "a domain more": (lambda path: rewritten(path, header=lambda h: h["domains"].update(x=1)), "shapes of 3 domains"),
     "a layer more": (lambda path: rewritten(path, header=lambda h: h["layers"].update(x="x")), "'inputs.x.count' is"),
     "a missing array": (lambda path: rewritten(path, lambda arrays: arrays.pop(SUMS)), f"'{SUMS}' is missing"),
