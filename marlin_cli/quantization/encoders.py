@@ -98,14 +98,14 @@ def encode(weight: mx.array, format: Format, group_size: int | None = None, impo
 
 def decode(packed: Packed, dtype: mx.Dtype = mx.float32) -> mx.array:
     """The weights [rows, columns] that a packed weight stands for."""
-    if packed.scales.size == 1:  # MLX 0.32.4 cannot unpack a single group: give it two
-        twice = dataclasses.replace(
+    if packed.scales.size % 2:  # MLX 0.32.4 cannot unpack an odd number of groups: give it a row more
+        more = dataclasses.replace(
             packed,
-            weight=mx.concatenate([packed.weight] * 2),
-            scales=mx.concatenate([packed.scales] * 2),
-            biases=None if packed.biases is None else mx.concatenate([packed.biases] * 2),
+            weight=_with_last_row_twice(packed.weight),
+            scales=_with_last_row_twice(packed.scales),
+            biases=None if packed.biases is None else _with_last_row_twice(packed.biases),
         )
-        return decode(twice, dtype)[:1]
+        return decode(more, dtype)[:-1]
     # MLX computes in the type of float scales; in 16 bits that would add an error of its own.
     scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
     weight = mx.dequantize(
@@ -124,8 +124,15 @@ def decode(packed: Packed, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 def mlx_encode(weight: mx.array, format: Format, group_size: int) -> Packed:
     """What `mx.quantize` makes of it: the baseline."""
-    packed, scales, *biases = mx.quantize(weight, group_size=group_size, bits=format.bits, mode=format.mode)
+    rows = weight.shape[0]
+    # MLX 0.32.4 cannot pack an odd number of groups either.
+    arrays = mx.quantize(_with_last_row_twice(weight), group_size=group_size, bits=format.bits, mode=format.mode)
+    packed, scales, *biases = (array[:rows] for array in arrays)
     return Packed(packed, scales, biases[0] if biases else None, None, format, group_size)
+
+
+def _with_last_row_twice(array: mx.array) -> mx.array:
+    return mx.concatenate([array, array[-1:]]) if array.shape[0] % 2 else array
 
 
 def squared_error(weight: mx.array, packed: Packed, importance: mx.array | None = None) -> float:

@@ -45,8 +45,14 @@ def test_raw_bytes_go_through_a_shell_pipeline(demo):
     assert bytes.fromhex(result.stdout.decode().replace("\n", "")) == demo.generate(bytes(4096), max_bytes=16)
 
 
+def takes_interrupts():
+    """A background job of a shell ignores Ctrl-C, and its children with it; this one must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_each_byte_leaves_as_soon_as_it_is_decoded():
-    with subprocess.Popen([*MARLIN, "-p", "x", "--max-bytes", "100k", "--temperature", "1"], stdout=subprocess.PIPE) as job:
+    command = [*MARLIN, "-p", "x", "--max-bytes", "100k", "--temperature", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=takes_interrupts) as job:
         assert len(job.stdout.read(20)) == 20
         assert job.poll() is None
         job.send_signal(signal.SIGINT)

@@ -55,7 +55,7 @@ def test_nvfp4_is_as_exact_for_weights_of_any_size(std):
 
 
 @EACH
-@pytest.mark.parametrize(("rows", "columns"), [(1, 128), (3, 64), (5, 192), (257, 128)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 128), (3, 64), (5, 192), (7, 320), (257, 128)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_mlx_multiplies_by_what_we_decode(format, rows, columns, dtype):
     weight = weights("gaussian", rows, columns).astype(dtype)
@@ -69,6 +69,14 @@ def test_mlx_multiplies_by_what_we_decode(format, rows, columns, dtype):
     product = product * (packed.global_scale or 1.0)
     expected = x @ decode(packed).T
     assert mx.abs(product - expected).max().item() < 2e-5 * mx.abs(expected).max().item() + 1e-12
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_an_odd_number_of_groups(rows):
+    weight = weights("gaussian", rows, 48)
+    ours, theirs = encode(weight, FORMATS["nvfp4"]), mlx_encode(weight, FORMATS["nvfp4"], 16)
+    assert decode(ours).shape == decode(theirs).shape == (rows, 48)
+    assert relative_error(weight, ours) < relative_error(weight, theirs) < 0.15
 
 
 @EACH
