@@ -12,12 +12,12 @@ import argparse
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from marlin_cli import load
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.models import linear_layers
+from marlin_cli.ops import Linear
 from marlin_cli.quantization.apply import copy_with, dequantize_network, quantize_network
 from marlin_cli.quantization.encoders import decode, mlx_encode
 from marlin_cli.quantization.formats import FORMATS
@@ -47,7 +47,7 @@ def packed_by_mlx(network, settings):
     for plan in plans:
         if plan.format is not None:
             weight = layers[plan.path].weight
-            plain = nn.Linear(plan.columns, plan.rows, bias=False)
+            plain = Linear(plan.columns, plan.rows, bias=False)
             plain.weight = decode(mlx_encode(weight, plan.format, plan.group_size))
             swapped.append((plan.path, plain))
     return copy_with(network, swapped)

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.ops import Linear, QuantizedLinear
 
 ARCHITECTURES: dict[str, tuple[type[MegaByteConfig], type[MegaByte]]] = {
     "megabyte": (MegaByteConfig, MegaByte),
@@ -71,9 +71,7 @@ def build(
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer of a network by its path, packed ones included, in the order of the definition."""
-    return {
-        path: module for path, module in reversed(network.named_modules()) if isinstance(module, (nn.Linear, QuantizedLinear))
-    }
+    return {path: module for path, module in reversed(network.named_modules()) if isinstance(module, (Linear, QuantizedLinear))}
 
 
 def part_of(path: str) -> str:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
-from marlin_cli.ops import attention, delay_one_row
+from marlin_cli.ops import Linear, attention, delay_one_row
 
 Layout = Literal["prefix", "paper", "megabyte_pytorch"]
 Positions = Literal["learned", "rope", "learned+rope", "none"]
@@ -231,10 +231,10 @@ class Attention(nn.Module):
         self.window = window
         self.rope_theta = config.rope_theta if stage.rope else None
         self.rope_interleaved = config.rope_interleaved
-        self.q_proj = nn.Linear(stage.dim, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(stage.dim, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(stage.dim, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, stage.dim, bias=False)
+        self.q_proj = Linear(stage.dim, self.heads * self.head_dim, bias=False)
+        self.k_proj = Linear(stage.dim, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = Linear(stage.dim, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = Linear(self.heads * self.head_dim, stage.dim, bias=False)
         if config.qk_norm:
             self.q_norm = make_norm(config, self.head_dim)
             self.k_norm = make_norm(config, self.head_dim)
@@ -275,9 +275,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.kind = config.ffn
         if self.kind == "swiglu":
-            self.gate_proj = nn.Linear(stage.dim, stage.ffn_dim, bias=config.ffn_bias)
-        self.up_proj = nn.Linear(stage.dim, stage.ffn_dim, bias=config.ffn_bias)
-        self.down_proj = nn.Linear(stage.ffn_dim, stage.dim, bias=config.ffn_bias)
+            self.gate_proj = Linear(stage.dim, stage.ffn_dim, bias=config.ffn_bias)
+        self.up_proj = Linear(stage.dim, stage.ffn_dim, bias=config.ffn_bias)
+        self.down_proj = Linear(stage.ffn_dim, stage.dim, bias=config.ffn_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.kind == "swiglu":
@@ -338,12 +338,12 @@ class MiddleStage(Stack):
         super().__init__(config, stage)
         self.byte_embedding = nn.Embedding(config.vocab_size, config.local_dim)
         self.patch_norm = nn.LayerNorm(token_bytes * config.local_dim)
-        self.patch_projection = nn.Linear(token_bytes * config.local_dim, stage.dim)
+        self.patch_projection = Linear(token_bytes * config.local_dim, stage.dim)
         self.projected_norm = nn.LayerNorm(stage.dim)
         self.start = mx.zeros((stage.dim,))
         if stage.learned:
             self.positions = nn.Embedding(stage.length, stage.dim)
-        self.to_next = nn.Linear(stage.dim, following.length * following.dim)
+        self.to_next = Linear(stage.dim, following.length * following.dim)
 
 
 # Model
@@ -356,11 +356,11 @@ class Stage(NamedTuple):
     stack: Stack
     byte_embedding: nn.Embedding
     patch_norm: nn.LayerNorm | None
-    patch_projection: nn.Linear | None
+    patch_projection: Linear | None
     projected_norm: nn.LayerNorm | None
     start: mx.array | None
     positions: nn.Embedding | None
-    to_next: nn.Linear | None
+    to_next: Linear | None
 
 
 class MegaByte(nn.Module):
@@ -379,7 +379,7 @@ class MegaByte(nn.Module):
         self.byte_embedding = nn.Embedding(config.vocab_size, config.byte_width)
         patch_width = config.patch_size * config.byte_width
         if not paper:
-            self.patch_projection = nn.Linear(patch_width, first.dim, bias=lucid)
+            self.patch_projection = Linear(patch_width, first.dim, bias=lucid)
         if lucid:
             self.patch_norm = nn.LayerNorm(patch_width)
             self.projected_norm = nn.LayerNorm(first.dim)
@@ -390,10 +390,10 @@ class MegaByte(nn.Module):
             self.global_positions = nn.Embedding(*shape)
         self["global"] = Stack(config, first, window=config.attention_window, final_norm=not paper)
         if paper:
-            self.global_to_local = nn.Linear(config.byte_width, last.dim)
+            self.global_to_local = Linear(config.byte_width, last.dim)
         else:
             following = stages[1].length * stages[1].dim if lucid else last.dim
-            self.global_to_local = nn.Linear(first.dim, following, bias=lucid)
+            self.global_to_local = Linear(first.dim, following, bias=lucid)
         self.middle = [
             MiddleStage(config, stage, config.bytes_per_token(index), stages[index + 1])
             for index, stage in enumerate(stages[1:-1], start=1)
@@ -404,7 +404,7 @@ class MegaByte(nn.Module):
         if last.learned:
             self.local_positions = nn.Embedding(last.length, last.dim)
         self.local = Stack(config, last)
-        self.output = nn.Linear(last.dim, config.vocab_size, bias=lucid)
+        self.output = Linear(last.dim, config.vocab_size, bias=lucid)
 
     @property
     def stages(self) -> list[Stage]:

@@ -45,3 +45,26 @@ def delay_one_row(rows: mx.array, before: mx.array | None = None) -> mx.array:
     if before is None:
         before = mx.zeros_like(rows[:, :1])
     return mx.concatenate([before, rows[:, :-1]], axis=1)
+
+
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    """x [.., columns] @ weight [rows, columns].T: [.., rows]."""
+    return x @ weight.T
+
+
+def packed_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """x [.., columns] @ W.T for W [rows, columns] packed as `mx.quantize` packs it: [.., rows]."""
+    if x.size == 0:  # MLX 0.32.4 divides by the number of rows and dies
+        return mx.zeros((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    return mx.quantized_matmul(
+        x, weight, scales=scales, biases=biases, transpose=True, group_size=group_size, bits=bits, mode=mode
+    )

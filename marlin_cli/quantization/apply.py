@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models import linear_layers, set_modules
 from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, encode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
 from marlin_cli.quantization.plan import (
@@ -137,7 +137,7 @@ def dequantize_network(network: MegaByte, dtype: mx.Dtype = mx.bfloat16) -> Mega
     for path, module in linear_layers(network).items():
         if isinstance(module, QuantizedLinear):
             weight = decode(packed_of(module), mx.float32).astype(dtype)
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
+            plain = Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
             plain.weight = weight
             if "bias" in module:
                 plain.bias = module["bias"]

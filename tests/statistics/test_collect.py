@@ -1,13 +1,13 @@
 """Sums of one window against plain numpy over activations that are captured in another way."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
 from marlin_cli.errors import StatisticsError
 from marlin_cli.models import linear_layers
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.ops import Linear
 from marlin_cli.statistics.collect import measure, shared_inputs
 from marlin_cli.statistics.data import Moments
 
@@ -18,15 +18,15 @@ def captured(network: MegaByte, window: np.ndarray, monkeypatch: pytest.MonkeyPa
     """(input, output) of every linear layer in a plain forward pass, by patching the class."""
     names = {id(module): path for path, module in linear_layers(network).items()}
     seen: dict[str, tuple] = {}
-    original = nn.Linear.__call__
+    original = Linear.__call__
 
-    def spy(self: nn.Linear, x: mx.array) -> mx.array:
+    def spy(self: Linear, x: mx.array) -> mx.array:
         out = original(self, x)
         seen[names[id(self)]] = np.array(x).astype(np.float64), np.array(out).astype(np.float64)
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Linear, "__call__", spy)
+        patch.setattr(Linear, "__call__", spy)
         mx.eval(network(mx.array(window.astype(np.int32))[None]))
     return seen
 

@@ -1,7 +1,26 @@
-"""A linear layer over packed weights. It multiplies; `marlin_cli.quantization` does the packing."""
+"""Linear layers, dense and packed, as the models use them. They hold weights; `ops` multiplies."""
+
+import math
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from marlin_cli.ops.dispatch import linear, packed_linear
+
+
+class Linear(nn.Module):
+    """x @ W.T + bias."""
+
+    def __init__(self, columns: int, rows: int, bias: bool = True) -> None:
+        super().__init__()
+        scale = 1 / math.sqrt(columns)
+        self.weight = mx.random.uniform(-scale, scale, (rows, columns))
+        if bias:
+            self.bias = mx.zeros((rows,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = linear(x, self.weight)
+        return y + self.bias if "bias" in self else y
 
 
 class QuantizedLinear(nn.Module):
@@ -20,20 +39,15 @@ class QuantizedLinear(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        if x.size == 0:  # MLX 0.32.4 divides by the number of rows and dies
-            return mx.zeros((*x.shape[:-1], self["weight"].shape[0]), dtype=x.dtype)
-        y = mx.quantized_matmul(
+        y = packed_linear(
             x,
             self["weight"],
-            scales=self["scales"],
-            biases=self.get("biases"),
-            transpose=True,
+            self["scales"],
+            self.get("biases"),
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
         )
         if "global_scale" in self:
             y = y * self["global_scale"].astype(y.dtype)
-        if "bias" in self:
-            y = y + self["bias"]
-        return y
+        return y + self["bias"] if "bias" in self else y

@@ -1,0 +1,106 @@
+"""CPU products side by side in one run: packed ones against mx.quantized_matmul, dense ones against torch.
+
+    python benchmarks/products.py [--sizes 1024,2048,4096] [--repeats 9]
+
+Rounds interleave the two sides; medians. Outputs are compared in the same run. Packed bandwidth counts the bytes of the packed
+weights and scales; the share is of a copy of 256 MB measured here. torch (extra `peers`) runs with the same threads.
+"""
+
+import argparse
+import statistics
+import time
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli.ops.cpu import kernels, thread_count
+from marlin_cli.quantization.encoders import decode, encode
+from marlin_cli.quantization.formats import FORMATS
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def medians(calls, repeats: int) -> list[float]:
+    """Median seconds of each call, run in turn, after one round that does not count."""
+    rounds = [[seconds(call) for call in calls] for _ in range(repeats + 1)][1:]
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read per second by the sum of a large array over all threads, as numpy and OpenBLAS have it."""
+    module = kernels()[0]
+    x, weight = mx.ones((1, 8192)), mx.ones((8192, 8192))
+    mx.eval(x, weight)
+    (took,) = medians([lambda: mx.eval(module.linear(x, weight))], 5)
+    return weight.nbytes / took
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default="1024,2048,4096")
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    module, reason = kernels()
+    if module is None:
+        raise SystemExit(f"no CPU kernels: {reason}")
+    mx.set_default_device(mx.cpu)
+    bandwidth = copy_bandwidth()
+    print(f"mlx {mx.__version__}, {thread_count()} threads; a 256 MB weight is read at {bandwidth / 1e9:.1f} GB/s")
+    for size in map(int, arguments.sizes.split(",")):
+        weight = mx.random.normal((size, size)) * 0.02
+        for rows in (1, 8):
+            x = mx.random.normal((rows, size))
+            mx.eval(x, weight)
+            for name, format in FORMATS.items():
+                packed = encode(weight, format)
+                scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
+                biases = None if packed.biases is None else packed.biases.astype(mx.float32)
+                mx.eval(packed.weight, scales)
+                kind = module.Kind[name]
+                settings = {"group_size": packed.group_size, "bits": format.bits, "mode": format.mode}
+
+                def ours(x=x, p=packed, s=scales, b=biases, kind=kind):
+                    return module.marlin_gemm(x, p.weight, s, b, kind, p.group_size)
+
+                def theirs(x=x, p=packed, s=scales, b=biases, settings=settings):
+                    return mx.quantized_matmul(x, p.weight, s, b, **settings)
+
+                fast, slow = medians([lambda: mx.eval(ours()), lambda: mx.eval(theirs())], arguments.repeats)
+                exact = x @ (decode(packed) / (packed.global_scale or 1.0)).T
+                error = (mx.abs(ours() - exact).max() / mx.abs(exact).max()).item()
+                read = (packed.weight.nbytes + packed.scales.nbytes) / fast
+                print(
+                    f"{name} K=N={size} M={rows}: {1e3 * fast:.3f} ms, MLX {1e3 * slow:.3f} ms, {slow / fast:.1f}x,"
+                    f" {read / 1e9:.1f} GB/s ({100 * read / bandwidth:.0f} %), error {error:.0e}",
+                    flush=True,
+                )
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(thread_count())
+    for size in (1024, 4096):
+        for rows in (1, 8, 64, 512):
+            x, weight = mx.random.normal((rows, size)), mx.random.normal((size, size))
+            mx.eval(x, weight)
+            theirs_x, theirs_weight = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(weight))
+            calls = [
+                lambda x=x, w=weight: mx.eval(module.linear(x, w)),
+                lambda x=theirs_x, w=theirs_weight: torch.nn.functional.linear(x, w),
+            ]
+            fast, peer = medians(calls, arguments.repeats)
+            expected = torch.nn.functional.linear(theirs_x, theirs_weight).numpy()
+            error = np.abs(np.array(module.linear(x, weight)) - expected).max() / np.abs(expected).max()
+            print(
+                f"dense K=N={size} M={rows}: {1e3 * fast:.3f} ms, torch {torch.__version__} {1e3 * peer:.3f} ms,"
+                f" {fast / peer:.2f} of torch's time, error {error:.0e}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+// linear: out[M, N] = x[M, K] @ weight[N, K]^T in float32. Few rows: a product at the speed of memory; many: OpenBLAS.
+#include "common.hpp"
+#include "linear.hpp"
+
+extern "C" {
+// scipy-openblas32's names; CblasRowMajor 101, CblasNoTrans 111, CblasTrans 112.
+void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float*, int, const float*, int, float, float*, int);
+void scipy_openblas_set_num_threads(int);
+}
+
+namespace marlin {
+
+namespace {
+
+int thread_count = 1;
+
+// Weights are read once for all ROWS rows of x, so that a second row costs arithmetic but no memory traffic.
+template <int ROWS>
+void few_rows(const float* x, const float* weight, float* out, int64_t columns, int64_t depth, int64_t first, int64_t last) {
+  const int64_t whole = depth / LANES * LANES;
+  for (int64_t n = first; n < last; n++) {
+    const float* w = weight + n * depth;
+    Vector sums[ROWS] = {};
+    for (int64_t k = 0; k < whole; k += LANES) {
+      const Vector values = load(w + k);
+      for (int m = 0; m < ROWS; m++) sums[m] += values * load(x + m * depth + k);
+    }
+    for (int m = 0; m < ROWS; m++) {
+      float total = sum(sums[m]);
+      for (int64_t k = whole; k < depth; k++) total += w[k] * x[m * depth + k];
+      out[m * columns + n] = total;
+    }
+  }
+}
+
+void multiply(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t FEW = 4;
+  if (rows > FEW) return product(x, weight, out, rows, columns, depth, columns);
+  over_threads(columns, rows * depth, [&](int64_t first, int64_t last) {
+    switch (rows) {
+      case 1: return few_rows<1>(x, weight, out, columns, depth, first, last);
+      case 2: return few_rows<2>(x, weight, out, columns, depth, first, last);
+      case 3: return few_rows<3>(x, weight, out, columns, depth, first, last);
+      default: return few_rows<4>(x, weight, out, columns, depth, first, last);
+    }
+  });
+}
+
+class Linear : public CpuPrimitive {
+ public:
+  using CpuPrimitive::CpuPrimitive;
+  const char* name() const override { return "MarlinLinear"; }
+
+ protected:
+  std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
+    const int64_t columns = inputs[1].shape(0), depth = inputs[1].shape(1), rows = inputs[0].size() / depth;
+    return [x = inputs[0].data<float>(), weight = inputs[1].data<float>(), result = out.data<float>(), rows, columns,
+            depth] { multiply(x, weight, result, rows, columns, depth); };
+  }
+};
+
+}  // namespace
+
+int threads() { return thread_count; }
+
+void set_threads(int count) {
+  thread_count = count;
+  scipy_openblas_set_num_threads(count);
+}
+
+void product(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth, int64_t stride) {
+  scipy_cblas_sgemm(101, 111, 112, rows, columns, depth, 1.0f, x, depth, weight, depth, 0.0f, out, stride);
+}
+
+mx::array linear(const mx::array& x, const mx::array& weight) {
+  auto shape = x.shape();
+  shape.back() = weight.shape(0);
+  auto stream = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs{mx::contiguous(x, false, stream), mx::contiguous(weight, false, stream)};
+  return mx::array(shape, mx::float32, std::make_shared<Linear>(stream), std::move(inputs));
+}
+
+}  // namespace marlin

@@ -1,0 +1,362 @@
+// marlin_gemm_fp4 (and fp8, int4, int8): out[M, N] = x[M, K] @ W[N, K]^T for W in MLX's packed bytes, x in float32.
+//
+// Few rows: each packed row is decoded in registers, once for up to eight rows of x, and never written out. Many rows:
+// blocks of packed rows are decoded into a buffer and multiplied by OpenBLAS. Weights are exact in both; only the order
+// of sums differs.
+#include "marlin_gemm.hpp"
+
+#include "common.hpp"
+
+namespace marlin {
+
+namespace {
+
+constexpr int BLOCK = 32;  // weights decoded at a time: sixteen bytes of 4 bits, or thirty-two of 8
+
+// Sixteen even and sixteen odd weights of a block: nibbles come in that order, so x is laid out in it once.
+struct Block {
+  Vector even, odd;
+};
+
+constexpr float E2M1[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+constexpr float UNSIGNED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+inline float e8m0(uint8_t code) {
+  // 2^(code - 127): the code is the exponent field, except that 0 means 2^-127, a subnormal.
+  uint32_t bits = code ? uint32_t(code) << 23 : 0x400000u;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline float e4m3(uint8_t code) {
+  const int exponent = (code >> 3) & 15, mantissa = code & 7;
+  const float magnitude = exponent ? float(8 + mantissa) * e8m0(127 + exponent - 10) : float(mantissa) * e8m0(127 - 9);
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
+#if MARLIN_AVX2
+inline Vector from_halves(__m256 lower, __m256 upper) {
+  Vector value;
+  std::memcpy(&value, &lower, sizeof(lower));
+  std::memcpy(reinterpret_cast<char*>(&value) + sizeof(lower), &upper, sizeof(upper));
+  return value;
+}
+
+// Sixteen signed bytes, each half of it as floats.
+inline Vector from_bytes(__m128i bytes, float factor) {
+  const __m256 scale = _mm256_set1_ps(factor);
+  const __m256 lower = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  const __m256 upper = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
+  return from_halves(_mm256_mul_ps(lower, scale), _mm256_mul_ps(upper, scale));
+}
+#elif MARLIN_NEON
+inline Vector from_bytes(int8x16_t bytes, float factor) {
+  const int16x8_t wide[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
+  Vector value;
+  for (int part = 0; part < 4; part++) {
+    const int16x4_t four = part & 1 ? vget_high_s16(wide[part / 2]) : vget_low_s16(wide[part / 2]);
+    vst1q_f32(reinterpret_cast<float*>(&value) + 4 * part, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(four)), factor));
+  }
+  return value;
+}
+#endif
+
+// Thirty-two nibbles through a table of sixteen floats, all of them multiples of one half.
+inline Block decode_nibbles(const uint8_t* from, const float* table) {
+  Block block;
+#if MARLIN_AVX2 || MARLIN_NEON
+  alignas(16) int8_t halves[16];
+  for (int code = 0; code < 16; code++) halves[code] = int8_t(2 * table[code]);
+#endif
+#if MARLIN_AVX512
+  const __m512 values = _mm512_loadu_ps(table);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  // The permutation reads the low four bits of each lane: the high nibble needs a shift, the low one no mask.
+  block.even = Vector(_mm512_permutexvar_ps(bytes, values));
+  block.odd = Vector(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values));
+#elif MARLIN_AVX2
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), low = _mm_set1_epi8(15);
+  const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(halves));
+  block.even = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(bytes, low)), 0.5f);
+  block.odd = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(_mm_srli_epi16(bytes, 4), low)), 0.5f);
+#elif MARLIN_NEON
+  const uint8x16_t bytes = vld1q_u8(from);
+  const int8x16_t values = vld1q_s8(halves);
+  block.even = from_bytes(vqtbl1q_s8(values, vandq_u8(bytes, vdupq_n_u8(15))), 0.5f);
+  block.odd = from_bytes(vqtbl1q_s8(values, vshrq_n_u8(bytes, 4)), 0.5f);
+#else
+  for (int lane = 0; lane < LANES; lane++) {
+    block.even[lane] = table[from[lane] & 15];
+    block.odd[lane] = table[from[lane] >> 4];
+  }
+#endif
+  return block;
+}
+
+// Sixteen E4M3 bytes, each times 2^-8: as half floats they need a shift, and halves carry E4M3's subnormals.
+inline Vector decode_e4m3(const uint8_t* from) {
+#if MARLIN_AVX512
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+  return Vector(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)));
+#elif MARLIN_AVX2
+  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+  const __m256i halves = _mm256_or_si256(sign, rest);
+  return from_halves(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+#else
+  Vector value;
+  for (int lane = 0; lane < LANES; lane++) value[lane] = e4m3(from[lane]) * 0x1p-8f;
+  return value;
+#endif
+}
+
+inline Vector decode_bytes(const uint8_t* from) {
+#if MARLIN_AVX512
+  return Vector(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#else
+  Vector value;
+  for (int lane = 0; lane < LANES; lane++) value[lane] = from[lane];
+  return value;
+#endif
+}
+
+// Two groups of sixteen share a block of nvfp4: in the order of nibbles, eight lanes of each.
+inline Vector two_scales(float first, float second) {
+#if MARLIN_AVX512
+  return Vector(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)));
+#else
+  Vector value;
+  for (int lane = 0; lane < LANES; lane++) value[lane] = lane < LANES / 2 ? first : second;
+  return value;
+#endif
+}
+
+float e4m3_table[256];
+
+// How each format decodes block number `index` of a row, scaled; `nibbles`: whether even and odd weights come apart.
+struct Nvfp4 {
+  static constexpr bool nibbles = true, affine = false;
+  static Block decode(const Packed& row, int64_t index) {
+    Block block = decode_nibbles(row.weight + 16 * index, E2M1);
+    const Vector scale = two_scales(e4m3_table[row.codes[2 * index]], e4m3_table[row.codes[2 * index + 1]]);
+    return {block.even * scale, block.odd * scale};
+  }
+};
+
+struct Mxfp4 {
+  static constexpr bool nibbles = true, affine = false;
+  static Block decode(const Packed& row, int64_t index) {
+    Block block = decode_nibbles(row.weight + 16 * index, E2M1);
+    const Vector scale = splat(e8m0(row.codes[index]));
+    return {block.even * scale, block.odd * scale};
+  }
+};
+
+struct Mxfp8 {
+  static constexpr bool nibbles = false, affine = false;
+  static Block decode(const Packed& row, int64_t index) {
+    const Vector scale = splat(e8m0(row.codes[index]) * 256.0f);
+    return {decode_e4m3(row.weight + 32 * index) * scale, decode_e4m3(row.weight + 32 * index + 16) * scale};
+  }
+};
+
+// Without the bias, which the caller adds from the sums of x over each group.
+struct Int4 {
+  static constexpr bool nibbles = true, affine = true;
+  static Block decode(const Packed& row, int64_t index) {
+    Block block = decode_nibbles(row.weight + 16 * index, UNSIGNED);
+    const Vector scale = splat(row.scales[index * BLOCK / row.group_size]);
+    return {block.even * scale, block.odd * scale};
+  }
+};
+
+struct Int8 {
+  static constexpr bool nibbles = false, affine = true;
+  static Block decode(const Packed& row, int64_t index) {
+    const Vector scale = splat(row.scales[index * BLOCK / row.group_size]);
+    return {decode_bytes(row.weight + 32 * index) * scale, decode_bytes(row.weight + 32 * index + 16) * scale};
+  }
+};
+
+// x as the blocks are decoded: [rows, blocks, even 16, odd 16], and the sums of its groups for the biases.
+struct Laid {
+  std::vector<float> values, sums;
+};
+
+Laid lay_out(const float* x, int64_t rows, int64_t depth, bool nibbles, int64_t group_size) {
+  Laid laid;
+  const int64_t padded = (depth + BLOCK - 1) / BLOCK * BLOCK;
+  laid.values.assign(rows * padded, 0.0f);
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t k = 0; k < depth; k++) {
+      const int64_t block = k / BLOCK * BLOCK, inside = k % BLOCK;
+      laid.values[m * padded + (nibbles ? block + inside / 2 + (inside & 1) * LANES : k)] = x[m * depth + k];
+    }
+  }
+  if (group_size) {
+    laid.sums.assign(rows * (depth / group_size), 0.0f);
+    for (int64_t m = 0; m < rows; m++)
+      for (int64_t k = 0; k < depth; k++) laid.sums[m * (depth / group_size) + k / group_size] += x[m * depth + k];
+  }
+  return laid;
+}
+
+// A row of packed weights whose depth ends in half a block (nvfp4 alone): the rest is read as zeros from here.
+struct Tail {
+  uint8_t weight[16] = {}, codes[2] = {};
+};
+
+template <class Format, int ROWS>
+void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0) {
+  const int64_t whole = w.depth / BLOCK, padded = (w.depth + BLOCK - 1) / BLOCK * BLOCK;
+  const int64_t groups = w.depth / w.group_size;
+  const float* x = laid.values.data() + m0 * padded;
+  for (int64_t n = first; n < last; n++) {
+    const Packed row = w.row(n);
+    Vector sums[ROWS] = {};
+    const auto add = [&](const Block& block, int64_t k) {
+      for (int m = 0; m < ROWS; m++) {
+        sums[m] += block.even * load(x + m * padded + k);
+        sums[m] += block.odd * load(x + m * padded + k + LANES);
+      }
+    };
+    for (int64_t index = 0; index < whole; index++) add(Format::decode(row, index), index * BLOCK);
+    if (whole * BLOCK < w.depth) {
+      Tail tail;
+      std::memcpy(tail.weight, row.weight + 16 * whole, 8);
+      tail.codes[0] = row.codes[2 * whole];
+      Packed half = row;
+      half.weight = tail.weight;
+      half.codes = tail.codes;
+      // Nibbles of eight bytes fill the lower half of the lanes; x is zero in the others.
+      add(Format::decode(half, 0), whole * BLOCK);
+    }
+    for (int m = 0; m < ROWS; m++) {
+      float total = sum(sums[m]);
+      if (Format::affine)
+        for (int64_t g = 0; g < groups; g++) total += row.biases[g] * laid.sums[(m0 + m) * groups + g];
+      out[(m0 + m) * w.columns + n] = total;
+    }
+  }
+}
+
+template <class Format>
+void up_to_eight(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0, int64_t rows) {
+  switch (rows) {
+    case 1: return few_rows<Format, 1>(w, laid, out, first, last, m0);
+    case 2: return few_rows<Format, 2>(w, laid, out, first, last, m0);
+    case 3: return few_rows<Format, 3>(w, laid, out, first, last, m0);
+    case 4: return few_rows<Format, 4>(w, laid, out, first, last, m0);
+    case 5: return few_rows<Format, 5>(w, laid, out, first, last, m0);
+    case 6: return few_rows<Format, 6>(w, laid, out, first, last, m0);
+    case 7: return few_rows<Format, 7>(w, laid, out, first, last, m0);
+    default: return few_rows<Format, 8>(w, laid, out, first, last, m0);
+  }
+}
+
+// One row of weights as floats.
+template <class Format>
+void unpack(const Matrix& w, int64_t n, float* to) {
+  const Packed row = w.row(n);
+  float buffer[BLOCK];
+  for (int64_t k = 0; k < w.depth; k += BLOCK) {
+    Packed part = row;
+    Tail tail;
+    int64_t index = k / BLOCK;
+    const int64_t count = std::min<int64_t>(BLOCK, w.depth - k);
+    if (count < BLOCK) {
+      std::memcpy(tail.weight, row.weight + 16 * index, 8);
+      tail.codes[0] = row.codes[2 * index];
+      part.weight = tail.weight;
+      part.codes = tail.codes;
+      index = 0;
+    }
+    const Block block = Format::decode(part, index);
+    const float bias = Format::affine ? row.biases[k / w.group_size] : 0.0f;
+    for (int lane = 0; lane < LANES; lane++) {
+      buffer[Format::nibbles ? 2 * lane : lane] = block.even[lane] + bias;
+      buffer[Format::nibbles ? 2 * lane + 1 : lane + LANES] = block.odd[lane] + bias;
+    }
+    std::memcpy(to + k, buffer, count * sizeof(float));
+  }
+}
+
+template <class Format>
+void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+  constexpr int64_t FEW = 32, TOGETHER = 8, BUFFER_WEIGHTS = 1 << 20;
+  if (rows <= FEW) {
+    const Laid laid = lay_out(x, rows, w.depth, Format::nibbles, Format::affine ? w.group_size : 0);
+    over_threads(w.columns, rows * w.depth, [&](int64_t first, int64_t last) {
+      for (int64_t m = 0; m < rows; m += TOGETHER)
+        up_to_eight<Format>(w, laid, out, first, last, m, std::min(TOGETHER, rows - m));
+    });
+    return;
+  }
+  const int64_t at_once = std::max<int64_t>(1, std::min(w.columns, BUFFER_WEIGHTS / w.depth));
+  std::vector<float> buffer(at_once * w.depth);
+  for (int64_t n = 0; n < w.columns; n += at_once) {
+    const int64_t count = std::min(at_once, w.columns - n);
+    over_threads(count, w.depth, [&](int64_t first, int64_t last) {
+      for (int64_t each = first; each < last; each++) unpack<Format>(w, n + each, buffer.data() + each * w.depth);
+    });
+    product(x, buffer.data(), out + n, rows, count, w.depth, w.columns);
+  }
+}
+
+class Gemm : public CpuPrimitive {
+ public:
+  Gemm(mx::Stream stream, Kind kind, int64_t group_size) : CpuPrimitive(stream), kind_(kind), group_size_(group_size) {}
+  const char* name() const override { return "MarlinGemm"; }
+
+ protected:
+  std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
+    const bool affine = kind_ == Kind::int4 || kind_ == Kind::int8;
+    Matrix w;
+    w.weight = reinterpret_cast<const uint8_t*>(inputs[1].data<uint32_t>());
+    w.columns = inputs[1].shape(0);
+    w.row_bytes = inputs[1].shape(1) * 4;
+    w.depth = w.row_bytes * (kind_ == Kind::mxfp8 || kind_ == Kind::int8 ? 1 : 2);
+    w.group_size = group_size_;
+    w.codes = affine ? nullptr : inputs[2].data<uint8_t>();
+    w.scales = affine ? inputs[2].data<float>() : nullptr;
+    w.biases = affine ? inputs[3].data<float>() : nullptr;
+    const int64_t rows = inputs[0].size() / w.depth;
+    return [kind = kind_, w, x = inputs[0].data<float>(), result = out.data<float>(), rows] {
+      switch (kind) {
+        case Kind::nvfp4: return multiply<Nvfp4>(w, x, result, rows);
+        case Kind::mxfp4: return multiply<Mxfp4>(w, x, result, rows);
+        case Kind::mxfp8: return multiply<Mxfp8>(w, x, result, rows);
+        case Kind::int4: return multiply<Int4>(w, x, result, rows);
+        case Kind::int8: return multiply<Int8>(w, x, result, rows);
+      }
+    };
+  }
+
+ private:
+  Kind kind_;
+  int64_t group_size_;
+};
+
+}  // namespace
+
+mx::array marlin_gemm(const mx::array& x, const mx::array& weight, const mx::array& scales,
+                      const std::optional<mx::array>& biases, Kind kind, int group_size) {
+  static const bool ready = [] {
+    for (int code = 0; code < 256; code++) e4m3_table[code] = e4m3(uint8_t(code));
+    return true;
+  }();
+  (void)ready;
+  auto shape = x.shape();
+  shape.back() = weight.shape(0);
+  auto stream = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs;
+  for (const auto& input : {x, weight, scales}) inputs.push_back(mx::contiguous(input, false, stream));
+  if (biases) inputs.push_back(mx::contiguous(*biases, false, stream));
+  return mx::array(shape, mx::float32, std::make_shared<Gemm>(stream, kind, group_size), std::move(inputs));
+}
+
+}  // namespace marlin

@@ -1,0 +1,39 @@
+// The packed product, for the bindings: formats, and where the parts of a packed matrix lie.
+#pragma once
+#include <optional>
+
+#include "mlx/mlx.h"
+
+namespace marlin {
+
+enum class Kind { nvfp4, mxfp4, mxfp8, int4, int8 };
+
+// One row of a packed matrix: weights and, by format, scale codes or float scales and biases.
+struct Packed {
+  const uint8_t* weight;
+  const uint8_t* codes;
+  const float* scales;
+  const float* biases;
+  int64_t group_size;
+};
+
+// A packed matrix [columns, depth], as MLX packs it.
+struct Matrix {
+  const uint8_t* weight;
+  const uint8_t* codes;
+  const float* scales;
+  const float* biases;
+  int64_t columns, depth, row_bytes, group_size;
+
+  Packed row(int64_t n) const {
+    const int64_t groups = depth / group_size;
+    return {weight + n * row_bytes, codes ? codes + n * groups : nullptr, scales ? scales + n * groups : nullptr,
+            biases ? biases + n * groups : nullptr, group_size};
+  }
+};
+
+// x [.., K] float32 @ packed W [N, K]^T -> [.., N] float32; scales uint8 codes, or float32 with biases for int4, int8.
+mlx::core::array marlin_gemm(const mlx::core::array& x, const mlx::core::array& weight, const mlx::core::array& scales,
+                             const std::optional<mlx::core::array>& biases, Kind kind, int group_size);
+
+}  // namespace marlin

@@ -1,0 +1,176 @@
+"""Builds the CPU kernels for this machine at first use, and loads them. Knows compilers and caches, not operations."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+
+from marlin_cli import console
+from marlin_cli.files import one_line, shipped
+
+MODULE = "marlin_cpu"
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
+THREADING = (("-fopenmp",), ())  # tried in turn: without OpenMP the kernels run on one thread
+
+
+class BuildError(Exception):
+    """The kernels cannot be had on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What the kernels are built with."""
+
+    compiler: str
+    version: str
+    march: str  # MARLIN_MARCH, else native
+    includes: tuple[Path, ...]
+    sources: tuple[Path, ...]
+    libraries: tuple[tuple[Path, str], ...]  # folder, name
+
+    def command(self, output: Path, threading: tuple[str, ...]) -> list[str]:
+        """The one call of the compiler that makes the module."""
+        links = []
+        for folder, name in self.libraries:
+            links += [f"-L{folder}", f"-l{name}", f"-Wl,-rpath,{folder}"]
+        includes = [f"-I{folder}" for folder in self.includes]
+        return [
+            self.compiler,
+            *FLAGS,
+            f"-march={self.march}",
+            *threading,
+            *includes,
+            *map(str, self.sources),
+            "-o",
+            str(output),
+            *links,
+        ]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what comes out: sources, compiler, flags, MLX, Python and the processor."""
+        digest = hashlib.sha256()
+        for fact in (self.version, *FLAGS, self.march, version("mlx"), sysconfig.get_config_var("EXT_SUFFIX"), _processor()):
+            digest.update(f"{fact}\n".encode())
+        for source in (*self.sources, *sorted(shipped("kernels").glob("*.hpp"))):
+            digest.update(source.read_bytes())
+        return digest.hexdigest()
+
+
+def load_kernels() -> ModuleType:
+    """The extension module, built now if this machine has none yet.
+
+    Raises:
+        BuildError: a compiler or a package is missing, or the build fails.
+    """
+    toolchain = find_toolchain()
+    folder = cache_folder() / toolchain.fingerprint()[:16]
+    module = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / "lock"):
+            if not module.exists():
+                _build(toolchain, module)
+    except OSError as error:
+        raise BuildError(f"cannot write to the cache {folder}: {error.strerror}") from None
+    specification = importlib.util.spec_from_file_location(MODULE, module)
+    assert specification is not None and specification.loader is not None
+    try:
+        kernels = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(kernels)
+    except ImportError as error:
+        raise BuildError(f"{module} does not load: {one_line(error)}") from None
+    return kernels
+
+
+def find_toolchain() -> Toolchain:
+    """The compiler and libraries of this machine.
+
+    Raises:
+        BuildError: one of them is missing.
+    """
+    wanted = os.environ.get("CXX")
+    compiler = next((path for name in ([wanted] if wanted else COMPILERS) if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        raise BuildError(f"no C++ compiler ({wanted or ', '.join(COMPILERS)})")
+    try:
+        import nanobind
+        import scipy_openblas32
+    except ImportError as error:
+        raise BuildError(f"the package {error.name} is missing (pip install 'marlin-cli[cpu]')") from None
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{compiler} does not run: {one_line(error)}") from None
+    mlx = Path(mx.__file__).parent
+    binding = Path(nanobind.source_dir())
+    return Toolchain(
+        compiler=compiler,
+        version=f"{compiler} {version} nanobind {nanobind.__version__}",
+        march=os.environ.get("MARLIN_MARCH", "native"),
+        includes=(
+            Path(nanobind.include_dir()),
+            binding.parent / "ext" / "robin_map" / "include",
+            binding,
+            mlx / "include",
+            Path(sysconfig.get_path("include")),
+        ),
+        sources=(binding / "nb_combined.cpp", *sorted(shipped("kernels").glob("*.cpp"))),
+        libraries=((mlx / "lib", "mlx"), (Path(scipy_openblas32.get_lib_dir()), scipy_openblas32.get_library())),
+    )
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: MARLIN_CACHE, else the user's cache folder."""
+    if "MARLIN_CACHE" in os.environ:
+        return Path(os.environ["MARLIN_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(base) / "marlin" / "kernels"
+
+
+def _build(toolchain: Toolchain, module: Path) -> None:
+    """Compile beside the final name, then rename: a killed build leaves nothing that loads."""
+    console.note(f"building the CPU kernels with {toolchain.compiler}, once for this machine (about half a minute)")
+    problem = ""
+    with tempfile.TemporaryDirectory(dir=module.parent) as folder:
+        output = Path(folder) / module.name
+        for threading in THREADING:
+            result = subprocess.run(toolchain.command(output, threading), capture_output=True, text=True)
+            if result.returncode == 0:
+                output.replace(module)
+                return
+            problem = result.stderr
+            (module.parent / "build.log").write_text(problem, encoding="utf-8")
+    first = next((line for line in problem.splitlines() if "error" in line), problem[:200])
+    raise BuildError(f"the build fails: {one_line(first)[:200]} (see {module.parent / 'build.log'})")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One builder at a time: the others wait and find the module built."""
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

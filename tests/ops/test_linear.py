@@ -1,0 +1,201 @@
+"""Products, dense and packed: every twin against float64, over shapes and hazards; and how the kernels are built."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from marlin_cli.ops import cpu, reference
+from marlin_cli.ops.dispatch import linear, packed_linear
+from marlin_cli.quantization.encoders import decode, encode
+from marlin_cli.quantization.formats import FORMATS
+
+# rows of x, rows of the weight, columns: one row, ragged tails, fewer than a vector, many rows, one group.
+SHAPES = {
+    "one of each": (1, 1, 64),
+    "one row": (1, 33, 192),
+    "few rows": (3, 7, 320),
+    "four": (4, 64, 128),
+    "five": (5, 64, 128),
+    "eight": (8, 129, 256),
+    "nine": (9, 40, 256),
+    "thirty-two": (32, 17, 64),
+    "many": (67, 50, 192),
+    "wide": (2, 5, 4096),
+}
+EACH_SHAPE = pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES.values(), ids=SHAPES.keys())
+EACH_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
+TWINS = ["reference", "dispatch"]
+
+
+def random(*shape, seed=0):
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def close(found, x, weight):
+    """Within float32 rounding of the exact product, in the scale of each sum's terms."""
+    exact = np.array(x, dtype=np.float64) @ np.array(weight, dtype=np.float64).T
+    terms = np.abs(np.array(x, dtype=np.float64)) @ np.abs(np.array(weight, dtype=np.float64)).T
+    return found.shape == exact.shape and (np.abs(np.array(found) - exact) <= 2e-6 * terms + 1e-30).all()
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@EACH_SHAPE
+def test_dense(twin, rows, columns, depth):
+    x, weight = random(rows, depth), random(columns, depth, seed=1)
+    assert close((linear if twin == "dispatch" else reference.linear)(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("depth", [1, 7, 15, 17, 33])
+def test_dense_with_a_ragged_depth(depth):
+    for rows in (1, 4, 6):
+        x, weight = random(rows, depth), random(11, depth, seed=1)
+        assert close(linear(x, weight), x, weight)
+
+
+def packed_arguments(packed):
+    floats = packed.biases is not None
+    return (
+        packed.weight,
+        packed.scales.astype(mx.float32) if floats else packed.scales,
+        packed.biases.astype(mx.float32) if floats else None,
+    ), {"group_size": packed.group_size, "bits": packed.format.bits, "mode": packed.format.mode}
+
+
+@pytest.mark.parametrize("twin", TWINS)
+@EACH_FORMAT
+@EACH_SHAPE
+def test_packed(twin, format, rows, columns, depth):
+    x = random(rows, depth)
+    packed = encode(random(columns, depth, seed=1), format)
+    arrays, settings = packed_arguments(packed)
+    found = (packed_linear if twin == "dispatch" else reference.packed_linear)(x, *arrays, **settings)
+    weight = decode(packed) / (packed.global_scale or 1.0)
+    if twin == "reference":  # MLX's own order of sums is looser
+        assert mx.abs(found - x @ weight.T).max().item() < 1e-4 * mx.abs(x @ weight.T).max().item() + 1e-6
+    else:
+        assert close(found, x, weight)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@pytest.mark.parametrize("depth", [16, 48, 80])
+def test_a_depth_that_ends_in_half_a_block(rows, depth):
+    x = random(rows, depth)
+    packed = encode(random(6, depth, seed=1), FORMATS["nvfp4"])
+    arrays, settings = packed_arguments(packed)
+    assert close(packed_linear(x, *arrays, **settings), x, decode(packed) / packed.global_scale)
+
+
+@EACH_FORMAT
+def test_every_code_and_scale_is_decoded(format):
+    """All 256 bytes of weights under many scales, picked out one column at a time by unit rows of x."""
+    if format.mode == "affine":
+        packed = encode(random(8, 128) * 100, format)
+    else:
+        rng = np.random.default_rng(3)
+        words = mx.array(rng.integers(0, 2**32, (32, 128 * format.bits // 32), dtype=np.uint32))
+        groups = 128 // format.group_sizes[0]
+        # E8M0 codes away from the ends, so that products stay in float32; all E4M3 codes but its two NaNs.
+        codes = rng.integers(60, 190, (32, groups)) if format.mode.startswith("mx") else rng.choice(127, (32, groups))
+        if format.bits == 8:
+            codes_of = np.array(words).view(np.uint8)
+            codes_of[(codes_of & 127) == 127] = 0
+            words = mx.array(codes_of.view(np.uint32))
+        packed = type(encode(random(2, 128), format))(
+            words, mx.array(codes.astype(np.uint8)), None, 1.0, format, format.group_sizes[0]
+        )
+    arrays, settings = packed_arguments(packed)
+    for rows in (slice(0, 8), slice(0, 128)):
+        x = mx.eye(128)[rows]
+        found = packed_linear(x, *arrays, **settings)
+        expected = (decode(packed) / (packed.global_scale or 1.0)).T[rows]
+        # scale * code + bias may be fused or not, which shows where the two cancel.
+        slack = 1e-6 * mx.abs(expected).max().item() if format.mode == "affine" else 0
+        assert mx.allclose(found, expected, rtol=1e-6, atol=slack).item()
+
+
+@EACH_FORMAT
+def test_batches_slices_and_nothing(format):
+    packed = encode(random(8, 128), format)
+    arrays, settings = packed_arguments(packed)
+    weight = decode(packed) / (packed.global_scale or 1.0)
+    x = random(2, 6, 256)
+    for part in (x[..., :128], x[:, ::2, 128:], x.swapaxes(0, 1)[..., 64:192]):
+        assert close(packed_linear(part, *arrays, **settings).reshape(-1, 8), part.reshape(-1, 128), weight)
+    assert packed_linear(mx.zeros((2, 0, 128)), *arrays, **settings).shape == (2, 0, 8)
+
+
+def test_nan_stays_nan():
+    x = mx.array([[np.nan] + [1.0] * 63])
+    packed = encode(random(4, 64), FORMATS["nvfp4"])
+    arrays, settings = packed_arguments(packed)
+    assert mx.isnan(packed_linear(x, *arrays, **settings)).all().item()
+    assert mx.isnan(linear(x, random(4, 64))).all().item()
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_other_types_run_on_the_reference(dtype):
+    x, weight = random(3, 64).astype(dtype), random(5, 64, seed=1).astype(dtype)
+    assert linear(x, weight).dtype == dtype
+
+
+def run(environment, code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+PRODUCT = (
+    "import mlx.core as mx; from marlin_cli.ops.dispatch import linear; from marlin_cli.ops.cpu import kernels\n"
+    "for _ in range(2): assert linear(mx.ones((2, 32)), mx.ones((3, 32)))[0, 0].item() == 32\n"
+    "print(kernels()[0] is not None, kernels()[1])"
+)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"MARLIN_KERNELS": "reference"}, "MARLIN_KERNELS=reference"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler)"),
+        ({"CXX": "false"}, "does not run"),
+        ({"PATH": "/nonexistent"}, "no C++ compiler (c++, g++, clang++)"),
+    ],
+)
+def test_without_kernels_the_reference_runs_and_says_so_once(environment, reason):
+    result = run(environment, PRODUCT)
+    assert result.stdout.startswith("False") and reason in result.stdout
+    expected = 0 if "MARLIN_KERNELS" in environment else 1
+    assert result.stderr.count("\n") == expected, result.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run({"MARLIN_CACHE": str(tmp_path / "file")}, PRODUCT)
+    assert "cannot write to the cache" in result.stdout
+
+
+@pytest.mark.parametrize("variable", ["MARLIN_THREADS", "MARLIN_KERNELS"])
+def test_settings_that_make_no_sense_are_refused(variable):
+    code = (
+        "import mlx.core as mx; from marlin_cli.ops.dispatch import linear; from marlin_cli.errors import UsageError\n"
+        "try: linear(mx.ones((2, 32)), mx.ones((3, 32)))\nexcept UsageError as error: print(error)"
+    )
+    assert f"{variable} must be" in run({variable: "-1"}, code).stdout
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+@pytest.mark.slow
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_the_paths_for_other_processors(march, tmp_path):
+    """AVX2, and plain C++: built apart, through this file's own table."""
+    environment = {**os.environ, "MARLIN_MARCH": march, "MARLIN_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__, "-k"]
+    result = subprocess.run(
+        [*command, "packed or dense or code or depth"], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-2000:]
