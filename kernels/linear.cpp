@@ -14,23 +14,33 @@ namespace {
 
 int thread_count = 1;
 
-// Weights are read once for all ROWS rows of x, so that a second row costs arithmetic but no memory traffic.
-template <int ROWS>
-void few_rows(const float* x, const float* weight, float* out, int64_t columns, int64_t depth, int64_t first, int64_t last) {
+// TOGETHER rows of weights against ROWS rows of x. Weights are read once for all rows of x; several rows of weights at once
+// keep more of them on their way from memory, and more sums in flight than the latency of one.
+template <int ROWS, int TOGETHER>
+inline void block(const float* x, const float* weight, float* out, int64_t columns, int64_t depth) {
   const int64_t whole = depth / LANES * LANES;
-  for (int64_t n = first; n < last; n++) {
-    const float* w = weight + n * depth;
-    Vector sums[ROWS] = {};
-    for (int64_t k = 0; k < whole; k += LANES) {
-      const Vector values = load(w + k);
-      for (int m = 0; m < ROWS; m++) sums[m] += values * load(x + m * depth + k);
+  Vector sums[ROWS][TOGETHER] = {};
+  for (int64_t k = 0; k < whole; k += LANES) {
+    for (int n = 0; n < TOGETHER; n++) {
+      const Vector values = load(weight + n * depth + k);
+      for (int m = 0; m < ROWS; m++) sums[m][n] += values * load(x + m * depth + k);
     }
-    for (int m = 0; m < ROWS; m++) {
-      float total = sum(sums[m]);
-      for (int64_t k = whole; k < depth; k++) total += w[k] * x[m * depth + k];
+  }
+  for (int m = 0; m < ROWS; m++) {
+    for (int n = 0; n < TOGETHER; n++) {
+      float total = sum(sums[m][n]);
+      for (int64_t k = whole; k < depth; k++) total += weight[n * depth + k] * x[m * depth + k];
       out[m * columns + n] = total;
     }
   }
+}
+
+template <int ROWS>
+void few_rows(const float* x, const float* weight, float* out, int64_t columns, int64_t depth, int64_t first, int64_t last) {
+  constexpr int TOGETHER = 4;
+  int64_t n = first;
+  for (; n + TOGETHER <= last; n += TOGETHER) block<ROWS, TOGETHER>(x, weight + n * depth, out + n, columns, depth);
+  for (; n < last; n++) block<ROWS, 1>(x, weight + n * depth, out + n, columns, depth);
 }
 
 void multiply(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {

@@ -63,7 +63,7 @@ inline Vector from_bytes(int8x16_t bytes, float factor) {
 #endif
 
 // Thirty-two nibbles through a table of sixteen floats, all of them multiples of one half.
-inline Block decode_nibbles(const uint8_t* from, const float* table) {
+inline __attribute__((always_inline)) Block decode_nibbles(const uint8_t* from, const float* table) {
   Block block;
 #if MARLIN_AVX2 || MARLIN_NEON
   alignas(16) int8_t halves[16];
@@ -140,7 +140,7 @@ float e4m3_table[256];
 // How each format decodes block number `index` of a row, scaled; `nibbles`: whether even and odd weights come apart.
 struct Nvfp4 {
   static constexpr bool nibbles = true, affine = false;
-  static Block decode(const Packed& row, int64_t index) {
+  static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     Block block = decode_nibbles(row.weight + 16 * index, E2M1);
     const Vector scale = two_scales(e4m3_table[row.codes[2 * index]], e4m3_table[row.codes[2 * index + 1]]);
     return {block.even * scale, block.odd * scale};
@@ -149,7 +149,7 @@ struct Nvfp4 {
 
 struct Mxfp4 {
   static constexpr bool nibbles = true, affine = false;
-  static Block decode(const Packed& row, int64_t index) {
+  static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     Block block = decode_nibbles(row.weight + 16 * index, E2M1);
     const Vector scale = splat(e8m0(row.codes[index]));
     return {block.even * scale, block.odd * scale};
@@ -158,7 +158,7 @@ struct Mxfp4 {
 
 struct Mxfp8 {
   static constexpr bool nibbles = false, affine = false;
-  static Block decode(const Packed& row, int64_t index) {
+  static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     const Vector scale = splat(e8m0(row.codes[index]) * 256.0f);
     return {decode_e4m3(row.weight + 32 * index) * scale, decode_e4m3(row.weight + 32 * index + 16) * scale};
   }
@@ -167,7 +167,7 @@ struct Mxfp8 {
 // Without the bias, which the caller adds from the sums of x over each group.
 struct Int4 {
   static constexpr bool nibbles = true, affine = true;
-  static Block decode(const Packed& row, int64_t index) {
+  static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     Block block = decode_nibbles(row.weight + 16 * index, UNSIGNED);
     const Vector scale = splat(row.scales[index * BLOCK / row.group_size]);
     return {block.even * scale, block.odd * scale};
@@ -176,7 +176,7 @@ struct Int4 {
 
 struct Int8 {
   static constexpr bool nibbles = false, affine = true;
-  static Block decode(const Packed& row, int64_t index) {
+  static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     const Vector scale = splat(row.scales[index * BLOCK / row.group_size]);
     return {decode_bytes(row.weight + 32 * index) * scale, decode_bytes(row.weight + 32 * index + 16) * scale};
   }
@@ -217,14 +217,19 @@ void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int6
   const float* x = laid.values.data() + m0 * padded;
   for (int64_t n = first; n < last; n++) {
     const Packed row = w.row(n);
-    Vector sums[ROWS] = {};
-    const auto add = [&](const Block& block, int64_t k) {
+    // Even and odd weights have sums of their own, and for few rows every other block too: one sum would wait for itself.
+    constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1;
+    Vector even[CHAINS][ROWS] = {}, odd[CHAINS][ROWS] = {};
+    const auto add = [&](const Block& block, int64_t k, int64_t chain) __attribute__((always_inline)) {
       for (int m = 0; m < ROWS; m++) {
-        sums[m] += block.even * load(x + m * padded + k);
-        sums[m] += block.odd * load(x + m * padded + k + LANES);
+        even[chain][m] += block.even * load(x + m * padded + k);
+        odd[chain][m] += block.odd * load(x + m * padded + k + LANES);
       }
     };
-    for (int64_t index = 0; index < whole; index++) add(Format::decode(row, index), index * BLOCK);
+    int64_t index = 0;
+    for (; index + CHAINS <= whole; index += CHAINS)
+      for (int64_t chain = 0; chain < CHAINS; chain++) add(Format::decode(row, index + chain), (index + chain) * BLOCK, chain);
+    for (; index < whole; index++) add(Format::decode(row, index), index * BLOCK, 0);
     if (whole * BLOCK < w.depth) {
       Tail tail;
       std::memcpy(tail.weight, row.weight + 16 * whole, 8);
@@ -233,10 +238,12 @@ void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int6
       half.weight = tail.weight;
       half.codes = tail.codes;
       // Nibbles of eight bytes fill the lower half of the lanes; x is zero in the others.
-      add(Format::decode(half, 0), whole * BLOCK);
+      add(Format::decode(half, 0), whole * BLOCK, 0);
     }
     for (int m = 0; m < ROWS; m++) {
-      float total = sum(sums[m]);
+      Vector all = even[0][m] + odd[0][m];
+      for (int64_t chain = 1; chain < CHAINS; chain++) all += even[chain][m] + odd[chain][m];
+      float total = sum(all);
       if (Format::affine)
         for (int64_t g = 0; g < groups; g++) total += row.biases[g] * laid.sums[(m0 + m) * groups + g];
       out[(m0 + m) * w.columns + n] = total;
