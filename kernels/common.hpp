@@ -40,6 +40,9 @@ inline Vector load(const float* from) {
 inline Vector splat(float value) { return Vector{} + value; }
 
 inline float sum(Vector value) {
+#if MARLIN_AVX512
+  return _mm512_reduce_add_ps(__m512(value));
+#endif
   float total = 0.0f;
   for (int lane = 0; lane < LANES; lane++) total += value[lane];
   return total;

@@ -208,47 +208,77 @@ Laid lay_out(const float* x, int64_t rows, int64_t depth, bool nibbles, int64_t 
 // A row of packed weights whose depth ends in half a block (nvfp4 alone): the rest is read as zeros from here.
 struct Tail {
   uint8_t weight[16] = {}, codes[2] = {};
+
+  // Block number `index` of a row, as block 0 of what is returned.
+  Packed of(const Packed& row, int64_t index) {
+    std::memcpy(weight, row.weight + 16 * index, 8);
+    codes[0] = row.codes[2 * index];
+    Packed half = row;
+    half.weight = weight;
+    half.codes = codes;
+    return half;
+  }
 };
 
-template <class Format, int ROWS>
-void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0) {
+// TOGETHER rows of weights against ROWS rows of x. Several rows of weights share each load of x, which is what bounds many
+// rows; one or two rows of x have chains of sums to spare, so every other block gets its own.
+template <class Format, int ROWS, int TOGETHER>
+inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t m0) {
+  constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1;
   const int64_t whole = w.depth / BLOCK, padded = (w.depth + BLOCK - 1) / BLOCK * BLOCK;
   const int64_t groups = w.depth / w.group_size;
   const float* x = laid.values.data() + m0 * padded;
-  for (int64_t n = first; n < last; n++) {
-    const Packed row = w.row(n);
-    // Even and odd weights have sums of their own, and for few rows every other block too: one sum would wait for itself.
-    constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1;
-    Vector even[CHAINS][ROWS] = {}, odd[CHAINS][ROWS] = {};
-    const auto add = [&](const Block& block, int64_t k, int64_t chain) __attribute__((always_inline)) {
-      for (int m = 0; m < ROWS; m++) {
-        even[chain][m] += block.even * load(x + m * padded + k);
-        odd[chain][m] += block.odd * load(x + m * padded + k + LANES);
-      }
-    };
-    int64_t index = 0;
-    for (; index + CHAINS <= whole; index += CHAINS)
-      for (int64_t chain = 0; chain < CHAINS; chain++) add(Format::decode(row, index + chain), (index + chain) * BLOCK, chain);
-    for (; index < whole; index++) add(Format::decode(row, index), index * BLOCK, 0);
-    if (whole * BLOCK < w.depth) {
-      Tail tail;
-      std::memcpy(tail.weight, row.weight + 16 * whole, 8);
-      tail.codes[0] = row.codes[2 * whole];
-      Packed half = row;
-      half.weight = tail.weight;
-      half.codes = tail.codes;
-      // Nibbles of eight bytes fill the lower half of the lanes; x is zero in the others.
-      add(Format::decode(half, 0), whole * BLOCK, 0);
-    }
+  Packed rows[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
+  Vector sums[CHAINS][TOGETHER][ROWS] = {};
+  const auto add = [&](const Block* blocks, int64_t k, int64_t chain) __attribute__((always_inline)) {
     for (int m = 0; m < ROWS; m++) {
-      Vector all = even[0][m] + odd[0][m];
-      for (int64_t chain = 1; chain < CHAINS; chain++) all += even[chain][m] + odd[chain][m];
-      float total = sum(all);
-      if (Format::affine)
-        for (int64_t g = 0; g < groups; g++) total += row.biases[g] * laid.sums[(m0 + m) * groups + g];
-      out[(m0 + m) * w.columns + n] = total;
+      const Vector even = load(x + m * padded + k), odd = load(x + m * padded + k + LANES);
+      for (int n = 0; n < TOGETHER; n++) sums[chain][n][m] += blocks[n].even * even;
+      for (int n = 0; n < TOGETHER; n++) sums[chain][n][m] += blocks[n].odd * odd;
+    }
+  };
+  const auto decode = [&](Block* blocks, int64_t index) __attribute__((always_inline)) {
+    for (int n = 0; n < TOGETHER; n++) blocks[n] = Format::decode(rows[n], index);
+  };
+  Block blocks[TOGETHER];
+  int64_t index = 0;
+  for (; index + CHAINS <= whole; index += CHAINS) {
+    for (int64_t chain = 0; chain < CHAINS; chain++) {
+      decode(blocks, index + chain);
+      add(blocks, (index + chain) * BLOCK, chain);
     }
   }
+  for (; index < whole; index++) {
+    decode(blocks, index);
+    add(blocks, index * BLOCK, 0);
+  }
+  if (whole * BLOCK < w.depth) {
+    for (int n = 0; n < TOGETHER; n++) {
+      // Nibbles of eight bytes fill the lower half of the lanes; x is zero in the others.
+      Tail tail;
+      blocks[n] = Format::decode(tail.of(rows[n], whole), 0);
+    }
+    add(blocks, whole * BLOCK, 0);
+  }
+  for (int n = 0; n < TOGETHER; n++) {
+    for (int m = 0; m < ROWS; m++) {
+      Vector all = sums[0][n][m];
+      for (int64_t chain = 1; chain < CHAINS; chain++) all += sums[chain][n][m];
+      float total = sum(all);
+      if (Format::affine)
+        for (int64_t g = 0; g < groups; g++) total += rows[n].biases[g] * laid.sums[(m0 + m) * groups + g];
+      out[(m0 + m) * w.columns + n0 + n] = total;
+    }
+  }
+}
+
+template <class Format, int ROWS>
+void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0) {
+  constexpr int TOGETHER = 2;
+  int64_t n = first;
+  for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(w, laid, out, n, m0);
+  for (; n < last; n++) together<Format, ROWS, 1>(w, laid, out, n, m0);
 }
 
 template <class Format>
@@ -271,18 +301,9 @@ void unpack(const Matrix& w, int64_t n, float* to) {
   const Packed row = w.row(n);
   float buffer[BLOCK];
   for (int64_t k = 0; k < w.depth; k += BLOCK) {
-    Packed part = row;
     Tail tail;
-    int64_t index = k / BLOCK;
-    const int64_t count = std::min<int64_t>(BLOCK, w.depth - k);
-    if (count < BLOCK) {
-      std::memcpy(tail.weight, row.weight + 16 * index, 8);
-      tail.codes[0] = row.codes[2 * index];
-      part.weight = tail.weight;
-      part.codes = tail.codes;
-      index = 0;
-    }
-    const Block block = Format::decode(part, index);
+    const int64_t index = k / BLOCK, count = std::min<int64_t>(BLOCK, w.depth - k);
+    const Block block = count < BLOCK ? Format::decode(tail.of(row, index), 0) : Format::decode(row, index);
     const float bias = Format::affine ? row.biases[k / w.group_size] : 0.0f;
     for (int lane = 0; lane < LANES; lane++) {
       buffer[Format::nibbles ? 2 * lane : lane] = block.even[lane] + bias;
