@@ -1,6 +1,43 @@
 """Every operation once, in plain MLX, slow where it must be and obviously right: the truth for all fast twins."""
 
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
 import mlx.core as mx
+
+
+class Packed(NamedTuple):
+    """Consecutive rows of keys or values, packed along head_dim in one of MLX's formats."""
+
+    packed: mx.array  # [batch, kv_heads, rows, head_dim * bits / 32] uint32
+    scales: mx.array  # [batch, kv_heads, rows, head_dim / group] uint8
+    bits: int  # 4: nvfp4, groups of 16; 8: mxfp8, groups of 32
+
+    @property
+    def rows(self) -> int:
+        return self.packed.shape[2]
+
+
+PACKED_MODES = {4: ("nvfp4", 16), 8: ("mxfp8", 32)}
+
+# Keys or values of consecutive rows: [batch, kv_heads, rows, head_dim], or packed.
+KeyValueRows: TypeAlias = "mx.array | Packed"
+
+
+def pack_rows(rows: mx.array, bits: int) -> Packed:
+    """Rows [batch, kv_heads, n, head_dim] packed in `bits` bits; head_dim is a multiple of the format's group."""
+    mode, group_size = PACKED_MODES[bits]
+    packed, scales, *_ = mx.quantize(rows, group_size=group_size, mode=mode)
+    return Packed(packed, scales, bits)
+
+
+def unpack_rows(rows: KeyValueRows, dtype: mx.Dtype) -> mx.array:
+    """Rows [batch, kv_heads, n, head_dim] of `dtype`, as attention reads them."""
+    if isinstance(rows, mx.array):
+        return rows.astype(dtype)
+    mode, group_size = PACKED_MODES[rows.bits]
+    return mx.dequantize(rows.packed, rows.scales, group_size=group_size, mode=mode, dtype=dtype)
 
 
 def attention(
@@ -9,35 +46,108 @@ def attention(
     values: mx.array,
     scale: float,
     *,
+    causal: bool = True,
     window: int | None = None,
     left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
 ) -> mx.array:
-    """Causal attention of the last rows of a sequence over all of it.
+    """Attention of the last rows of a sequence over all of it, or (not causal) of any rows over a sequence.
 
     Args:
         queries: [batch, heads, rows, head_dim]; row i stands at position total - rows + i.
         keys, values: [batch, kv_heads, total, head_dim]; kv_heads divides heads.
         scale: factor of the dot products.
-        window: a row sees itself and at most this many rows before it.
+        causal: a row sees itself and those before it.
+        window: a row sees at most this many rows before it and, where not causal, after it.
         left_padding: [batch] int, how many rows at the start of each sequence are filler.
+        lengths: [batch] int, how many rows of each sequence are real; the rest, at its end, are filler.
+        relative_bias: [heads, 2 * most + 1], added to the dot products: entry most + clip(key - query, -most, most).
 
     Returns:
-        [batch, heads, rows, head_dim]; filler rows hold unspecified finite values.
+        [batch, heads, rows, head_dim]; rows that see nothing real hold unspecified finite values.
     """
     rows, total = queries.shape[2], keys.shape[2]
-    mask: mx.array | str | None = "causal" if rows > 1 else None
-    if window is not None or left_padding is not None:
-        query_positions = mx.arange(total - rows, total)[:, None]
-        key_positions = mx.arange(total)[None]
-        allowed = key_positions <= query_positions
-        if window is not None:
-            allowed = allowed & (query_positions - key_positions <= window)
-        if left_padding is not None:
-            first = left_padding[:, None, None, None]
-            # A filler row sees itself, so that its softmax stays finite.
-            allowed = (allowed & (key_positions >= first)) | (key_positions == query_positions)
-        mask = allowed
+    if window is None and left_padding is None and lengths is None and relative_bias is None:
+        mask: mx.array | str | None = "causal" if causal and rows > 1 else None
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+    query_positions = mx.arange(total - rows, total)[:, None]
+    key_positions = mx.arange(total)[None]
+    distance = key_positions - query_positions
+    allowed = distance <= 0 if causal else mx.ones((rows, total), dtype=mx.bool_)
+    if window is not None:
+        allowed = allowed & (mx.abs(distance) <= window)
+    allowed = allowed[None, None]
+    if left_padding is not None:
+        allowed = allowed & (key_positions >= left_padding[:, None, None, None])
+    if lengths is not None:
+        allowed = allowed & (key_positions < lengths[:, None, None, None])
+    # A row that sees nothing real sees itself, so that its softmax stays finite.
+    allowed = allowed | (~allowed.any(axis=-1, keepdims=True) & (distance == 0))
+    if relative_bias is None:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=allowed)
+    most = relative_bias.shape[1] // 2
+    bias = relative_bias[:, mx.clip(distance, -most, most) + most].astype(queries.dtype)
+    mask = mx.where(allowed, bias, mx.finfo(queries.dtype).min)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def paged_attention(
+    queries: mx.array,
+    keys: Sequence[KeyValueRows],
+    values: Sequence[KeyValueRows],
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> mx.array:
+    """`attention` over keys and values that stand in pages, dense or packed: [batch, heads, rows, head_dim].
+
+    Args:
+        keys, values: pages of consecutive rows, in order; page i of both holds the same rows.
+    """
+
+    def whole(pages: Sequence[KeyValueRows]) -> mx.array:
+        return mx.concatenate([unpack_rows(page, queries.dtype) for page in pages], axis=2)
+
+    return attention(
+        queries, whole(keys), whole(values), scale,
+        causal=causal, window=window, left_padding=left_padding, lengths=lengths,
+    )  # fmt: skip
+
+
+def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
+    """Embeddings of the ids of each patch side by side.
+
+    Args:
+        ids: [.., patch_size] integers below vocab.
+        table: [vocab, byte_dim].
+
+    Returns:
+        [.., patch_size * byte_dim]
+    """
+    return table[ids].reshape(*ids.shape[:-1], -1)
+
+
+def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:
+    """Each `stride` rows as one, their mean or their maximum; the last ones may be fewer.
+
+    Args:
+        x: [batch, rows, channels], rows above 0.
+
+    Returns:
+        [batch, ceil(rows / stride), channels]
+    """
+    batch, rows, channels = x.shape
+    pooled = -(-rows // stride)
+    padded = mx.pad(x, [(0, 0), (0, pooled * stride - rows), (0, 0)], constant_values=-math.inf if kind == "max" else 0)
+    groups = padded.reshape(batch, pooled, stride, channels)
+    if kind == "max":
+        return groups.max(axis=2)
+    counts = mx.minimum(rows - mx.arange(pooled) * stride, stride).astype(mx.float32)
+    return (groups.astype(mx.float32).sum(axis=2) / counts[:, None]).astype(x.dtype)
 
 
 def delay_one_row(rows: mx.array, before: mx.array | None = None) -> mx.array:
