@@ -43,9 +43,11 @@ void few_rows(const float* x, const float* weight, float* out, int64_t columns, 
   for (; n < last; n++) block<ROWS, 1>(x, weight + n * depth, out + n, columns, depth);
 }
 
-void multiply(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {
+}  // namespace
+
+void multiply_dense(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {
   constexpr int64_t FEW = 4;
-  if (rows > FEW) return product(x, weight, out, rows, columns, depth, columns);
+  if (rows > FEW) return product({x, depth}, {weight, depth}, out, columns, rows, columns, depth);
   over_threads(columns, rows * depth, [&](int64_t first, int64_t last) {
     switch (rows) {
       case 1: return few_rows<1>(x, weight, out, columns, depth, first, last);
@@ -56,6 +58,8 @@ void multiply(const float* x, const float* weight, float* out, int64_t rows, int
   });
 }
 
+namespace {
+
 class Linear : public CpuPrimitive {
  public:
   using CpuPrimitive::CpuPrimitive;
@@ -65,7 +69,7 @@ class Linear : public CpuPrimitive {
   std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
     const int64_t columns = inputs[1].shape(0), depth = inputs[1].shape(1), rows = inputs[0].size() / depth;
     return [x = inputs[0].data<float>(), weight = inputs[1].data<float>(), result = out.data<float>(), rows, columns,
-            depth] { multiply(x, weight, result, rows, columns, depth); };
+            depth] { multiply_dense(x, weight, result, rows, columns, depth); };
   }
 };
 
@@ -75,11 +79,21 @@ int threads() { return thread_count; }
 
 void set_threads(int count) {
   thread_count = count;
-  scipy_openblas_set_num_threads(count);
+  scipy_openblas_set_num_threads(1);  // the parts of a product are spread here, so that kernels may call it from any thread
 }
 
-void product(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth, int64_t stride) {
-  scipy_cblas_sgemm(101, 111, 112, rows, columns, depth, 1.0f, x, depth, weight, depth, 0.0f, out, stride);
+void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
+  const auto part = [&](int64_t row, int64_t row_count, int64_t column, int64_t column_count) {
+    scipy_cblas_sgemm(101, 111, 112, row_count, column_count, depth, 1.0f, a.data + row * a.stride, a.stride,
+                      b.data + column * b.stride, b.stride, 0.0f, out + row * out_stride + column, out_stride);
+  };
+  // Parts of the longer side, so that each stays near square.
+  if (rows > columns) return over_threads(rows, columns * depth, [&](int64_t first, int64_t last) { part(first, last - first, 0, columns); });
+  over_threads(columns, rows * depth, [&](int64_t first, int64_t last) { part(0, rows, first, last - first); });
+}
+
+void add_product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
+  scipy_cblas_sgemm(101, 111, 111, rows, columns, depth, 1.0f, a.data, a.stride, b.data, b.stride, 1.0f, out, out_stride);
 }
 
 mx::array linear(const mx::array& x, const mx::array& weight) {

@@ -6,6 +6,8 @@
 #include "marlin_gemm.hpp"
 
 #include "common.hpp"
+#include "decode.hpp"
+#include "linear.hpp"
 
 namespace marlin {
 
@@ -18,22 +20,7 @@ struct Block {
   Vector even, odd;
 };
 
-constexpr float E2M1[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 constexpr float UNSIGNED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline float e8m0(uint8_t code) {
-  // 2^(code - 127): the code is the exponent field, except that 0 means 2^-127, a subnormal.
-  uint32_t bits = code ? uint32_t(code) << 23 : 0x400000u;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline float e4m3(uint8_t code) {
-  const int exponent = (code >> 3) & 15, mantissa = code & 7;
-  const float magnitude = exponent ? float(8 + mantissa) * e8m0(127 + exponent - 10) : float(mantissa) * e8m0(127 - 9);
-  return code & 0x80 ? -magnitude : magnitude;
-}
 
 #if MARLIN_AVX2
 inline Vector from_halves(__m256 lower, __m256 upper) {
@@ -134,8 +121,6 @@ inline Vector two_scales(float first, float second) {
   return value;
 #endif
 }
-
-float e4m3_table[256];
 
 // How each format decodes block number `index` of a row, scaled; `nibbles`: whether even and odd weights come apart.
 struct Nvfp4 {
@@ -297,7 +282,7 @@ void up_to_eight(const Matrix& w, const Laid& laid, float* out, int64_t first, i
 
 // One row of weights as floats.
 template <class Format>
-void unpack(const Matrix& w, int64_t n, float* to) {
+void unpack_row(const Matrix& w, int64_t n, float* to) {
   const Packed row = w.row(n);
   float buffer[BLOCK];
   for (int64_t k = 0; k < w.depth; k += BLOCK) {
@@ -329,11 +314,51 @@ void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
   for (int64_t n = 0; n < w.columns; n += at_once) {
     const int64_t count = std::min(at_once, w.columns - n);
     over_threads(count, w.depth, [&](int64_t first, int64_t last) {
-      for (int64_t each = first; each < last; each++) unpack<Format>(w, n + each, buffer.data() + each * w.depth);
+      for (int64_t each = first; each < last; each++) unpack_row<Format>(w, n + each, buffer.data() + each * w.depth);
     });
-    product(x, buffer.data(), out + n, rows, count, w.depth, w.columns);
+    product({x, w.depth}, {buffer.data(), w.depth}, out + n, w.columns, rows, count, w.depth);
   }
 }
+
+}  // namespace
+
+Matrix matrix_of(const mx::array& weight, const mx::array& scales, const mx::array* biases, Kind kind, int group_size) {
+  Matrix w;
+  w.weight = reinterpret_cast<const uint8_t*>(weight.data<uint32_t>());
+  w.columns = weight.shape(0);
+  w.row_bytes = weight.shape(1) * 4;
+  w.depth = w.row_bytes * (kind == Kind::mxfp8 || kind == Kind::int8 ? 1 : 2);
+  w.group_size = group_size;
+  w.codes = biases ? nullptr : scales.data<uint8_t>();
+  w.scales = biases ? scales.data<float>() : nullptr;
+  w.biases = biases ? biases->data<float>() : nullptr;
+  return w;
+}
+
+void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows) {
+  switch (kind) {
+    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows);
+    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows);
+    case Kind::mxfp8: return multiply<Mxfp8>(w, x, out, rows);
+    case Kind::int4: return multiply<Int4>(w, x, out, rows);
+    case Kind::int8: return multiply<Int8>(w, x, out, rows);
+  }
+}
+
+void unpack(Kind kind, const Matrix& w, int64_t first, int64_t last, float* to) {
+  const auto rows = [&](auto format) {
+    for (int64_t n = first; n < last; n++) unpack_row<decltype(format)>(w, n, to + (n - first) * w.depth);
+  };
+  switch (kind) {
+    case Kind::nvfp4: return rows(Nvfp4{});
+    case Kind::mxfp4: return rows(Mxfp4{});
+    case Kind::mxfp8: return rows(Mxfp8{});
+    case Kind::int4: return rows(Int4{});
+    case Kind::int8: return rows(Int8{});
+  }
+}
+
+namespace {
 
 class Gemm : public CpuPrimitive {
  public:
@@ -342,25 +367,10 @@ class Gemm : public CpuPrimitive {
 
  protected:
   std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
-    const bool affine = kind_ == Kind::int4 || kind_ == Kind::int8;
-    Matrix w;
-    w.weight = reinterpret_cast<const uint8_t*>(inputs[1].data<uint32_t>());
-    w.columns = inputs[1].shape(0);
-    w.row_bytes = inputs[1].shape(1) * 4;
-    w.depth = w.row_bytes * (kind_ == Kind::mxfp8 || kind_ == Kind::int8 ? 1 : 2);
-    w.group_size = group_size_;
-    w.codes = affine ? nullptr : inputs[2].data<uint8_t>();
-    w.scales = affine ? inputs[2].data<float>() : nullptr;
-    w.biases = affine ? inputs[3].data<float>() : nullptr;
+    const Matrix w = matrix_of(inputs[1], inputs[2], inputs.size() > 3 ? &inputs[3] : nullptr, kind_, group_size_);
     const int64_t rows = inputs[0].size() / w.depth;
     return [kind = kind_, w, x = inputs[0].data<float>(), result = out.data<float>(), rows] {
-      switch (kind) {
-        case Kind::nvfp4: return multiply<Nvfp4>(w, x, result, rows);
-        case Kind::mxfp4: return multiply<Mxfp4>(w, x, result, rows);
-        case Kind::mxfp8: return multiply<Mxfp8>(w, x, result, rows);
-        case Kind::int4: return multiply<Int4>(w, x, result, rows);
-        case Kind::int8: return multiply<Int8>(w, x, result, rows);
-      }
+      multiply_packed(kind, w, x, result, rows);
     };
   }
 
@@ -373,11 +383,6 @@ class Gemm : public CpuPrimitive {
 
 mx::array marlin_gemm(const mx::array& x, const mx::array& weight, const mx::array& scales,
                       const std::optional<mx::array>& biases, Kind kind, int group_size) {
-  static const bool ready = [] {
-    for (int code = 0; code < 256; code++) e4m3_table[code] = e4m3(uint8_t(code));
-    return true;
-  }();
-  (void)ready;
   auto shape = x.shape();
   shape.back() = weight.shape(0);
   auto stream = mx::default_stream(mx::Device::cpu);

@@ -32,6 +32,16 @@ struct Matrix {
   }
 };
 
+// The matrix that arrays hold: weight uint32 [N, words], scales uint8, or float32 with biases for int4 and int8.
+Matrix matrix_of(const mlx::core::array& weight, const mlx::core::array& scales, const mlx::core::array* biases, Kind kind,
+                 int group_size);
+
+// out[rows, columns] = x[rows, depth] @ W[columns, depth]^T.
+void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows);
+
+// Rows first .. last of W as floats, one after another.
+void unpack(Kind kind, const Matrix& w, int64_t first, int64_t last, float* to);
+
 // x [.., K] float32 @ packed W [N, K]^T -> [.., N] float32; scales uint8 codes, or float32 with biases for int4, int8.
 mlx::core::array marlin_gemm(const mlx::core::array& x, const mlx::core::array& weight, const mlx::core::array& scales,
                              const std::optional<mlx::core::array>& biases, Kind kind, int group_size);

@@ -1,22 +1,89 @@
 // Python bindings of the CPU kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include "common.hpp"
 #include "linear.hpp"
-#include "marlin_gemm.hpp"
+#include "local_patch_decode.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using marlin::mx::array;
+
+namespace {
+
+using Page = std::tuple<array, std::optional<array>, int>;
+
+std::vector<marlin::PageArrays> pages(const std::vector<Page>& from) {
+  std::vector<marlin::PageArrays> all;
+  for (const auto& [data, scales, bits] : from) all.push_back({data, scales, bits});
+  return all;
+}
+
+}  // namespace
 
 NB_MODULE(marlin_cpu, m) {
+  m.def("set_threads", &marlin::set_threads, "count"_a);
+
   nb::enum_<marlin::Kind>(m, "Kind")
       .value("nvfp4", marlin::Kind::nvfp4)
       .value("mxfp4", marlin::Kind::mxfp4)
       .value("mxfp8", marlin::Kind::mxfp8)
       .value("int4", marlin::Kind::int4)
       .value("int8", marlin::Kind::int8);
-  m.def("set_threads", &marlin::set_threads, "count"_a);
   m.def("linear", &marlin::linear, "x"_a, "weight"_a);
   m.def("marlin_gemm", &marlin::marlin_gemm, "x"_a, "weight"_a, "scales"_a, "biases"_a.none(), "kind"_a, "group_size"_a);
+  m.def(
+      "flash_attention",
+      [](const array& queries, const std::vector<Page>& keys, const std::vector<Page>& values, float scale, bool causal,
+         int window, const std::optional<array>& left_padding, const std::optional<array>& lengths,
+         const std::optional<array>& relative_bias) {
+        return marlin::flash_attention(queries, pages(keys), pages(values), scale, causal, window, left_padding, lengths, relative_bias);
+      },
+      "queries"_a, "keys"_a, "values"_a, "scale"_a, "causal"_a, "window"_a, "left_padding"_a.none(), "lengths"_a.none(),
+      "relative_bias"_a.none());
+
+  nb::class_<marlin::Product>(m, "Product")
+      .def(nb::init<const array&, const std::optional<array>&, const std::optional<array>&, std::optional<marlin::Kind>, int,
+                    const std::optional<array>&, float>(),
+           "weight"_a, "scales"_a.none(), "biases"_a.none(), "kind"_a.none(), "group_size"_a, "bias"_a.none(), "factor"_a);
+  nb::enum_<marlin::NormKind>(m, "NormKind")
+      .value("rmsnorm", marlin::NormKind::rmsnorm)
+      .value("layernorm", marlin::NormKind::layernorm)
+      .value("variance", marlin::NormKind::variance);
+  nb::class_<marlin::Norm>(m, "Norm")
+      .def(nb::init<marlin::NormKind, const array&, const std::optional<array>&, float>(), "kind"_a, "weight"_a, "bias"_a.none(), "eps"_a);
+  nb::enum_<marlin::Activation>(m, "Activation")
+      .value("swiglu", marlin::Activation::swiglu)
+      .value("gelu", marlin::Activation::gelu)
+      .value("gelu_tanh", marlin::Activation::gelu_tanh)
+      .value("relu", marlin::Activation::relu)
+      .value("silu", marlin::Activation::silu);
+  nb::class_<marlin::Layer>(m, "Layer")
+      .def(nb::init<marlin::Norm, marlin::Product, marlin::Product, marlin::Product, marlin::Product, std::optional<marlin::Norm>,
+                    std::optional<marlin::Norm>, marlin::Norm, std::optional<marlin::Product>, marlin::Product, marlin::Product>(),
+           "attention_norm"_a, "q_proj"_a, "k_proj"_a, "v_proj"_a, "o_proj"_a, "q_norm"_a.none(), "k_norm"_a.none(),
+           "ffn_norm"_a, "gate_proj"_a.none(), "up_proj"_a, "down_proj"_a);
+  nb::class_<marlin::StackShape>(m, "StackShape")
+      .def(nb::init<int64_t, int64_t, int64_t, float, int64_t, float, bool, bool, marlin::Activation>(), "heads"_a, "kv_heads"_a,
+           "head_dim"_a, "scale"_a, "window"_a, "rope_theta"_a, "rope_interleaved"_a, "token_shift"_a, "activation"_a);
+  nb::class_<marlin::StackCache>(m, "StackCache")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, int, int64_t, std::vector<int>>(), "layers"_a, "batch"_a, "kv_heads"_a,
+           "head_dim"_a, "key_bits"_a, "value_bits"_a, "rows_per_page"_a, "left_padding"_a)
+      .def_prop_ro("rows", &marlin::StackCache::rows)
+      .def_prop_ro("bytes_in_use", &marlin::StackCache::bytes_in_use)
+      .def_prop_ro("bytes_allocated", &marlin::StackCache::bytes_allocated)
+      .def("keep", &marlin::StackCache::keep, "streams"_a);
+  nb::class_<marlin::Stack>(m, "Stack")
+      .def(nb::init<std::vector<marlin::Layer>, std::optional<marlin::Norm>, const marlin::StackShape&>(), "layers"_a, "norm"_a.none(), "shape"_a)
+      .def("__call__", &marlin::Stack::forward, "x"_a, "cache"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<marlin::Drawing>(m, "Drawing")
+      .def("__init__", [](marlin::Drawing* self, float temperature, int top_k, float top_p, float min_p) {
+             new (self) marlin::Drawing{temperature, top_k, top_p, min_p};
+           }, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a);
+  m.def("local_patch_decode", &marlin::local_patch_decode, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a,
+        "noise"_a, "steps"_a, "drawing"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -22,7 +22,7 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.estimates import Spread, spread_of
 from marlin_cli.bench.held_out import files_by_domain
 from marlin_cli.engine.decoding import Lockstep
-from marlin_cli.engine.sampling import Sampling, sample
+from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
 
@@ -153,9 +153,13 @@ def _timed(model: MegaByteModel, prompt: bytes, decode_bytes: int, clock: Callab
     state = Lockstep(model.network, [prompt], model.cache_bits)
     mx.eval(state.logits)
     read = clock()
-    ids = _next_ids(state)
+    ids = sample(state.logits, GREEDY, None)
+    ids.tolist()  # waits for the device and brings the number over, as every consumer of bytes must
     first = clock()
-    decoded = sum(1 for _ in _decoded(state, ids, decode_bytes))
+    state.push(ids)
+    decoded = 0
+    for count in _decoded(model, state, decode_bytes):
+        decoded += count
     end = clock()
     return _Run(read - start, first - start, end - first, decoded, mx.get_peak_memory() - held)
 
@@ -163,24 +167,21 @@ def _timed(model: MegaByteModel, prompt: bytes, decode_bytes: int, clock: Callab
 def _warm_up(model: MegaByteModel, prompt: bytes, decode_bytes: int) -> dict[str, int]:
     """A run that is not timed: the most bytes that each level of the cache had in use."""
     state = Lockstep(model.network, [prompt], model.cache_bits)
+    mx.eval(state.logits)
     most = state.cache_bytes
-    for _ in _decoded(state, _next_ids(state), decode_bytes):
+    for _ in _decoded(model, state, decode_bytes + 1):
         most = {level: max(most[level], size) for level, size in state.cache_bytes.items()}
     return most
 
 
-def _decoded(state: Lockstep, ids: mx.array, count: int) -> Iterator[mx.array]:
-    """The next `count` ids after `ids`, each as soon as it is a number."""
-    for _ in range(count):
-        state.push(ids)
-        ids = _next_ids(state)
-        yield ids
-
-
-def _next_ids(state: Lockstep) -> mx.array:
-    ids = sample(state.logits, GREEDY, None)
-    ids.tolist()  # waits for the device and brings the number over, as every consumer of bytes must
-    return ids
+def _decoded(model: MegaByteModel, state: Lockstep, count: int) -> Iterator[int]:
+    """Decode `count` bytes, as generation does; after each step how many came."""
+    noise = Noise(GREEDY.seed, model.config.vocab_size)
+    while count > 0:
+        ids = state.advance(GREEDY, noise, count)
+        ids.tolist()
+        count -= ids.shape[1]
+        yield ids.shape[1]
 
 
 def _summary(runs: Sequence[_Run], settings: ThroughputSettings, cache_bytes: dict[str, int]) -> Throughput:

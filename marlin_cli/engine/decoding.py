@@ -1,13 +1,16 @@
 """Cached decoding of MegaByte, one byte at a time, for streams that stand at the same byte of their patches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache, PackedKeyValueCache, check_cache_bits
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.engine.fused import fuse
+from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, Stack, StageConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512
@@ -21,11 +24,25 @@ class CacheBits:
     values: int = 16
 
 
+class StageCache(Protocol):
+    """What one stage of a batch of streams remembers."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+
+    def run(self, rows: mx.array) -> mx.array:
+        """Take rows [streams, n, dim], which follow those seen before, through the layers: hidden rows."""
+
+    def keep(self, streams: Sequence[int]) -> None:
+        """Keep these members of the batch."""
+
+
 @dataclass
 class _StageState:
-    """Where decoding stands in one stage: its caches, its tokens so far and what conditions its sequence."""
+    """Where decoding stands in one stage: its cache, its tokens so far and what conditions its sequence."""
 
-    caches: list[KeyValueCache] = field(default_factory=list)
+    cache: StageCache | None = None
     tokens: int = 0
     condition: mx.array | None = None
 
@@ -33,8 +50,8 @@ class _StageState:
 class Lockstep:
     """Decoding state of a batch of streams at the same byte of their patches.
 
-    The global cache persists; the cache of every finer stage is thrown away with its sequence. `logits`
-    [streams, vocab] always predicts the next id of each stream.
+    The global cache persists; the cache of every finer stage is thrown away with its sequence. The last stage runs when
+    it is asked: for the `logits` of the next id, or, where the kernels take a whole sequence, by `advance` alone.
 
     Args:
         network: the model.
@@ -51,15 +68,22 @@ class Lockstep:
         self._lucid = self.config.layout == "megabyte_pytorch"
         self._last = len(self.config.stages) - 1
         self._bits = cache_bits or CacheBits()
+        head_dim = self.config.stages[0].width_of_head
         if self._bits != CacheBits():
-            check_cache_bits(self._bits.keys, self._bits.values, self.config.stages[0].width_of_head)
+            check_cache_bits(self._bits.keys, self._bits.values, head_dim)
+        # The kernels rotate heads whose width is a power of two.
+        rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
+        self._fused = fuse(network) if rotated else None
         self._states = [_StageState() for _ in self.config.stages]
         # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], patches read [streams].
         self._patch: mx.array
         self._before_patch: mx.array
         self._global_tokens: mx.array
+        self._fed = 0  # tokens of the open sequence of the last stage that its cache has seen
+        self._logits: mx.array | None = None
+        self._sequence_cache_bytes = 0
         self.positions = [len(prompt) for prompt in prompts]
-        self.logits = self._prefill(prompts)
+        self._prefill(prompts)
 
     @staticmethod
     def phase(config: MegaByteConfig, prompt_bytes: int) -> tuple[int, bool]:
@@ -74,38 +98,94 @@ class Lockstep:
 
     @property
     def cache_bytes(self) -> dict[str, int]:
-        """Bytes in use by part: `global` and `local` (all finer stages)."""
-        by_stage = [sum(cache.nbytes for cache in state.caches) for state in self._states]
-        return {"global": by_stage[0], "local": sum(by_stage[1:])}
+        """Bytes in use by part: `global` and `local` (all finer stages; of a sequence decoded in one call, the most in it)."""
+        by_stage = [0 if state.cache is None else state.cache.nbytes for state in self._states]
+        return {"global": by_stage[0], "local": sum(by_stage[1:]) or self._sequence_cache_bytes}
+
+    @property
+    def logits(self) -> mx.array:
+        """Logits [streams, vocab] of the next id of each stream."""
+        if self._logits is None:
+            self._logits = self._next_logits()
+        return self._logits
+
+    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array:
+        """Draw the next ids of the streams and append them: [streams, n], at most `most`; one, or all that a sequence lacks."""
+        tokens, length = self._states[self._last].tokens, self.config.stages[self._last].length
+        # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
+        steps = length - tokens + (1 if self._lucid else 0)
+        steps = min(steps, most, self.config.max_bytes - max(self.positions))
+        if self._fused is None or self._logits is not None or steps < 1:
+            step_noise = noise.take(1)[0] if sampling.temperature else None
+            ids = sample(self.logits, sampling, step_noise)[:, None]
+        else:
+            condition = self._states[self._last].condition
+            assert condition is not None
+            lead = self.network.leading_row(self._last, self.streams, condition, self._before_patch)[:, 0]
+            given = self._tail()
+            drawn = noise.take(steps) if sampling.temperature else None
+            self._sequence_cache_bytes = self._fused.sequence_cache_bytes(self.streams, tokens + steps)
+            ids = self._fused.decode_sequence(lead, self.network.additions(condition), given, drawn, steps, sampling)
+        for start in range(0, ids.shape[1], max(1, length - tokens)):
+            self._append(ids[:, start : start + max(1, length - tokens)])
+        return ids
 
     def push(self, ids: mx.array) -> None:
-        """Append ids [streams] to the streams and predict what follows.
+        """Append ids [streams] to the streams.
 
         At the end of the model's context nothing follows, and `logits` stays as it is.
         """
-        self.positions = [position + 1 for position in self.positions]
-        self._patch = mx.concatenate([self._patch, ids[:, None]], axis=1)
-        finest = self._states[self._last]
-        full = finest.tokens + 1 == self.config.stages[self._last].length
-        if self._lucid or not full:
-            self.logits = self._head(self._feed(self._last, ids[:, None, None]))
-        if full and max(self.positions) < self.config.max_bytes:
-            self._turn()
+        self._append(ids[:, None])
 
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
         self.positions = [self.positions[stream] for stream in streams]
         chosen = mx.array(list(streams))
         self._patch, self._before_patch = self._patch[chosen], self._before_patch[chosen]
-        self.logits, self._global_tokens = self.logits[chosen], self._global_tokens[chosen]
+        self._global_tokens = self._global_tokens[chosen]
+        if self._logits is not None:
+            self._logits = self._logits[chosen]
         for state in self._states:
-            for cache in state.caches:
-                cache.keep(chosen)
+            if state.cache is not None:
+                state.cache.keep(streams)
             if state.condition is not None:
                 state.condition = state.condition[chosen]
 
-    def _prefill(self, prompts: Sequence[bytes]) -> mx.array:
-        """Read the prompts, coarse to fine, and return the logits of what follows."""
+    def _append(self, ids: mx.array) -> None:
+        """Append ids [streams, n] that end no later than the open sequence of the last stage."""
+        self.positions = [position + ids.shape[1] for position in self.positions]
+        self._patch = mx.concatenate([self._patch, ids.astype(mx.int32)], axis=1)
+        finest = self._states[self._last]
+        finest.tokens += ids.shape[1]
+        full = finest.tokens == self.config.stages[self._last].length
+        room = max(self.positions) < self.config.max_bytes
+        if room or not full:
+            self._logits = None
+        if full and self._lucid and (ids.shape[1] == 1 or not room):
+            self._logits = self._next_logits()  # the sequence that ends predicts it, and is gone after the turn
+        if full and room:
+            self._turn()
+
+    def _tail(self) -> mx.array:
+        """Ids of the open sequence of the last stage: [streams, n]."""
+        return self._patch[:, self._patch.shape[1] - self._states[self._last].tokens :]
+
+    def _next_logits(self) -> mx.array:
+        """Feed the last stage what it has not seen yet."""
+        state, stage = self._states[self._last], self.config.stages[self._last]
+        new = self._tail()[:, self._fed :]
+        rows = []
+        if state.cache is None:
+            state.cache = self._new_cache(self._last)
+            rows.append(self.network.leading_row(self._last, self.streams, state.condition, self._before_patch))
+        # What follows a whole sequence is the business of the next one, but in megabyte_pytorch.
+        if new.shape[1] and (self._lucid or state.tokens < stage.length):
+            rows.append(self.network.token_rows(self._last, new[..., None], self._fed, state.condition))
+        self._fed = state.tokens
+        return self.network.head(state.cache.run(mx.concatenate(rows, axis=1))[:, -1])
+
+    def _prefill(self, prompts: Sequence[bytes]) -> None:
+        """Read the prompts, coarse to fine."""
         config = self.config
         # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
         slack = 1 if self._lucid else 0
@@ -120,28 +200,27 @@ class Lockstep:
         before = [prompt[start - 1] if start else config.bos_byte for prompt, start in zip(prompts, starts, strict=True)]
         self._before_patch = mx.array(before)
         self._global_tokens = mx.array(patches)
-        padding = mx.array([most - count for count in patches]) if len(set(patches)) > 1 else None
-        self._states[0].caches = [self._global_cache(padding) for _ in range(config.global_layers)]
+        padding = [most - count for count in patches] if len(set(patches)) > 1 else []
+        self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
-        hidden = self._read_global(tokens, padding)
+        hidden = self._read_global(tokens, mx.array(padding) if padding else None)
         self._states[1].condition = self.network.to_next(0, hidden)
         used = 0
-        for number in range(1, self._last + 1):
+        for number in range(1, self._last):
             width = config.bytes_per_token(number)
-            left = self._patch.shape[1] - used
-            count = left if number == self._last else max(0, left - slack) // width
+            count = max(0, self._patch.shape[1] - used - slack) // width
             part = self._patch[:, used : used + count * width].reshape(len(prompts), count, width)
             hidden = self._open(number, part)
             used += count * width
-            if number < self._last:
-                self._states[number + 1].condition = self.network.to_next(number, hidden)
-        logits = self._head(hidden)
+            self._states[number + 1].condition = self.network.to_next(number, hidden)
+        finest = self._states[self._last]
+        finest.tokens = self._patch.shape[1] - used
         if self._lucid and not any(self.positions):
-            logits = self.network.logits_of_nothing(len(prompts))
-        if self._lucid and self._states[self._last].tokens == config.stages[self._last].length:
+            self._logits = self.network.logits_of_nothing(len(prompts))
+        if self._lucid and finest.tokens == config.stages[self._last].length:
+            self._logits = self._next_logits()
             if max(self.positions) < config.max_bytes:
                 self._turn()
-        return logits
 
     def _read_global(self, tokens: mx.array, padding: mx.array | None) -> mx.array:
         """Feed the global stage its leading row and the patches of the prompts; the last hidden row."""
@@ -157,10 +236,11 @@ class Lockstep:
             at = padding[:, None, None]
             shifted = mx.concatenate([lead, rows], axis=1)
             rows = mx.where(where == at, lead, mx.where(where < at, mx.zeros_like(shifted), shifted))
-        stack = self.network.stages[0].stack
+        cache = self._states[0].cache
+        assert cache is not None
         hidden = rows
         for start in range(0, count + 1, PREFILL_ROWS):
-            hidden = stack(rows[:, start : start + PREFILL_ROWS], self._states[0].caches)
+            hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)
         self._states[0].tokens = count
         return hidden[:, -1]
@@ -177,33 +257,58 @@ class Lockstep:
             self._global_tokens = self._global_tokens + 1
         for number in range(above + 1, self._last + 1):
             self._states[number].condition = self.network.to_next(number - 1, hidden)
-            nothing = mx.zeros((self.streams, 0, self.config.bytes_per_token(number)), dtype=mx.int32)
-            hidden = self._open(number, nothing)
-        if not self._lucid:
-            self.logits = self._head(hidden)
+            if number < self._last:
+                hidden = self._open(number, mx.zeros((self.streams, 0, self.config.bytes_per_token(number)), dtype=mx.int32))
+        finest = self._states[self._last]
+        finest.cache, finest.tokens, self._fed = None, 0, 0
 
     def _open(self, number: int, tokens: mx.array) -> mx.array:
-        """Begin a sequence of a finer stage: its leading row, then tokens [streams, n, width]; the last hidden row."""
-        state, stage = self._states[number], self.config.stages[number]
-        state.caches = [KeyValueCache(rows_per_step=stage.length + 1) for _ in range(stage.layers)]
-        state.tokens = tokens.shape[1]
+        """Begin a sequence of a middle stage: its leading row, then tokens [streams, n, width]; the last hidden row."""
+        state = self._states[number]
+        state.cache, state.tokens = self._new_cache(number), tokens.shape[1]
         rows = self.network.leading_row(number, self.streams, state.condition, self._before_patch)
         if tokens.shape[1]:
             rows = mx.concatenate([rows, self.network.token_rows(number, tokens, 0, state.condition)], axis=1)
-        return self.network.stages[number].stack(rows, state.caches)[:, -1]
+        return state.cache.run(rows)[:, -1]
 
     def _feed(self, number: int, token: mx.array) -> mx.array:
         """Append one token [streams, 1, width] to the open sequence of a stage; the hidden row [streams, dim]."""
         state = self._states[number]
+        assert state.cache is not None
         index = self._global_tokens if number == 0 else state.tokens
         rows = self.network.token_rows(number, token, index, state.condition)
         state.tokens += 1
-        return self.network.stages[number].stack(rows, state.caches)[:, -1]
+        return state.cache.run(rows)[:, -1]
 
-    def _head(self, hidden: mx.array) -> mx.array:
-        return self.network.head(hidden)
+    def _new_cache(self, number: int, padding: Sequence[int] = ()) -> StageCache:
+        bits = self._bits if number == 0 else CacheBits()
+        if self._fused is not None:
+            return self._fused.new_cache(number, self.streams, padding, bits.keys, bits.values)
+        stage = self.network.stages[number]
+        return GraphCache(stage.stack, stage.config, number > 0, padding, bits)
 
-    def _global_cache(self, padding: mx.array | None) -> KeyValueCache:
-        if self._bits == CacheBits():
-            return KeyValueCache(padding)
-        return PackedKeyValueCache(self._bits.keys, self._bits.values, padding)
+
+class GraphCache:
+    """What one stage remembers, as arrays of MLX; takes rows through the network's own layers."""
+
+    def __init__(self, stack: Stack, stage: StageConfig, short: bool, padding: Sequence[int], bits: CacheBits) -> None:
+        self._stack = stack
+        left = mx.array(list(padding)) if padding else None
+        self._layers: list[KeyValueCache] = [
+            KeyValueCache(left, rows_per_step=stage.length + 1) if short
+            else KeyValueCache(left) if bits == CacheBits()
+            else PackedKeyValueCache(bits.keys, bits.values, left)
+            for _ in range(stage.layers)
+        ]  # fmt: skip
+
+    def run(self, rows: mx.array) -> mx.array:
+        return self._stack(rows, self._layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self._layers)
+
+    def keep(self, streams: Sequence[int]) -> None:
+        chosen = mx.array(list(streams))
+        for layer in self._layers:
+            layer.keep(chosen)

@@ -4,10 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from marlin_cli.engine.decoding import CacheBits, Lockstep
-from marlin_cli.engine.sampling import Sampling, next_keys, sample, stream_keys
+from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByte
 
@@ -118,36 +116,33 @@ def _decode(
 ) -> Iterator[list[Piece]]:
     """Decode streams of equal phase: after each step the pieces that it set free."""
     state = Lockstep(network, prompts, cache_bits)
-    keys = stream_keys(sampling.seed, len(streams)) if sampling.temperature else None
+    noise = Noise(sampling.seed, network.config.vocab_size)
     matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
     decoded = 0
     while streams:
-        now = None
-        if keys is not None:
-            now, keys = next_keys(keys)
-        ids = sample(state.logits, sampling, now)
-        values: list[int] = ids.tolist()  # type: ignore[assignment]
-        decoded += 1
-        pieces, going = [], []
-        for row, (stream, value) in enumerate(zip(streams, values, strict=True)):
-            if value > 255:
-                pieces.append(Piece(stream, matchers[stream].flush(), "special"))
-                continue
-            data, stopped = matchers[stream].push(value)
-            full = state.positions[row] + 1 >= network.config.max_bytes
-            reason = "stop" if stopped else "length" if decoded >= stopping.max_bytes else "context" if full else None
-            if reason is None:
-                going.append(row)
-            elif not stopped:
-                data += matchers[stream].flush()
-            if data or reason:
-                pieces.append(Piece(stream, data, reason))
-        yield pieces
+        starts = dict(zip(streams, state.positions, strict=True))
+        columns: list[list[int]] = state.advance(sampling, noise, stopping.max_bytes - decoded).T.tolist()  # type: ignore[assignment]
+        going = list(range(len(streams)))
+        for step, values in enumerate(columns, start=1):
+            decoded += 1
+            pieces = []
+            for row in list(going):
+                stream, value = streams[row], values[row]
+                if value > 255:
+                    pieces.append(Piece(stream, matchers[stream].flush(), "special"))
+                    going.remove(row)
+                    continue
+                data, stopped = matchers[stream].push(value)
+                full = starts[stream] + step >= network.config.max_bytes
+                reason = "stop" if stopped else "length" if decoded >= stopping.max_bytes else "context" if full else None
+                if reason is not None:
+                    going.remove(row)
+                    data += b"" if stopped else matchers[stream].flush()
+                if data or reason:
+                    pieces.append(Piece(stream, data, reason))
+            yield pieces
+            if not going:
+                return
         if len(going) < len(streams):
             streams = [streams[row] for row in going]
-            if not streams:
-                return
             state.keep(going)
-            ids = ids[mx.array(going)]
-            keys = None if keys is None else keys[mx.array(going)]
-        state.push(ids)

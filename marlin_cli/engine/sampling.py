@@ -33,15 +33,39 @@ class Sampling:
             raise UsageError(f"min_p must be between 0 and 1, found {self.min_p}")
 
 
-def sample(logits: mx.array, settings: Sampling, keys: mx.array | None) -> mx.array:
+# Steps for which noise is drawn at once.
+NOISE_STEPS = 64
+
+
+class Noise:
+    """Gumbel noise by step of a stream, the same however many steps are asked for at once. Equal for equal seeds.
+
+    Streams of equal seed share it, so that a prompt gives the same bytes alone and in a batch.
+    """
+
+    def __init__(self, seed: int, vocab: int) -> None:
+        self._key = mx.random.key(seed)
+        self._left = mx.zeros((0, vocab))
+
+    def take(self, steps: int) -> mx.array:
+        """The noise of the next steps: [steps, vocab]."""
+        while self._left.shape[0] < steps:
+            now, self._key = mx.random.split(self._key)
+            block = mx.random.gumbel((NOISE_STEPS, self._left.shape[1]), key=now)
+            self._left = mx.concatenate([self._left, block])
+        taken, self._left = self._left[:steps], self._left[steps:]
+        return taken
+
+
+def sample(logits: mx.array, settings: Sampling, noise: mx.array | None) -> mx.array:
     """Draw one id from each row of logits [batch, vocab]: [batch] uint32.
 
     Args:
-        keys: [batch, 2] random keys, one a row; not read when the temperature is 0.
+        noise: [vocab] Gumbel noise of this step; not read when the temperature is 0.
     """
     if settings.temperature == 0:
         return mx.argmax(logits, axis=-1)
-    assert keys is not None
+    assert noise is not None
     logits = logits / settings.temperature
     vocab = logits.shape[-1]
     if 0 < settings.top_k < vocab:
@@ -57,17 +81,4 @@ def sample(logits: mx.array, settings: Sampling, keys: mx.array | None) -> mx.ar
     if settings.min_p > 0:
         floor = logits.max(axis=-1, keepdims=True) + math.log(settings.min_p)
         logits = mx.where(logits < floor, -mx.inf, logits)
-    # Each row has its own key, so that a prompt gives the same bytes alone and in a batch.
-    noise = mx.stack([mx.random.gumbel((vocab,), key=key) for key in keys])
     return mx.argmax(logits + noise, axis=-1)
-
-
-def stream_keys(seed: int, streams: int) -> mx.array:
-    """A random key for each of a number of streams: [streams, 2]; equal keys for equal seeds."""
-    return mx.stack([mx.random.key(seed)] * streams)
-
-
-def next_keys(keys: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys to draw with now, and keys to go on with: both [streams, 2]."""
-    pairs = [mx.random.split(key) for key in keys]
-    return mx.stack([pair[0] for pair in pairs]), mx.stack([pair[1] for pair in pairs])

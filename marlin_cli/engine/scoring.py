@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.engine.fused import fuse
 from marlin_cli.models.megabyte import MegaByte
 
 # Bytes scored in one forward pass; bounds the memory of activations.
@@ -25,8 +26,13 @@ def log2_probabilities(network: MegaByte, windows: mx.array) -> mx.array:
     Returns:
         [n, length, vocab] float32; row i is the prediction of byte i from those before it.
     """
-    logits = network(windows)
+    logits = _logits(network, windows)
     return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
+
+
+def _logits(network: MegaByte, windows: mx.array) -> mx.array:
+    fused = fuse(network)
+    return network(windows, None if fused is None else fused.run_stage)
 
 
 def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -> npt.NDArray[np.float64]:
@@ -48,5 +54,6 @@ def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -
 
 def _bits(network: MegaByte, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     ids = mx.array(windows.astype(np.int32))
-    chosen = mx.take_along_axis(log2_probabilities(network, ids), ids[..., None], axis=-1)[..., 0]
-    return -np.array(chosen).astype(np.float64)
+    logits = _logits(network, ids)
+    chosen = mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    return np.array(mx.logsumexp(logits, axis=-1) - chosen).astype(np.float64) / math.log(2)

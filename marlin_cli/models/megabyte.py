@@ -9,9 +9,9 @@ Three layouts are run as their weights need them; each stage works on *rows*, a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -183,6 +183,10 @@ def default_ffn_dim(ffn: str, dim: int) -> int:
 
 
 # Caches, as the layers see them; `marlin_cli.engine` has them.
+
+
+# The number of a stage and its rows [batch, n, dim_s] to hidden rows of the same shape.
+RunStage: TypeAlias = Callable[[int, mx.array], mx.array]
 
 
 class LayerCache(Protocol):
@@ -426,13 +430,13 @@ class MegaByte(nn.Module):
         )  # fmt: skip
         return [first, *middle, last]
 
-    def __call__(self, ids: mx.array, caches: Sequence[Sequence[LayerCache]] | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, run_stage: RunStage | None = None) -> mx.array:
         """Logits [batch, total, vocab] of ids [batch, total]: row i predicts id i from the ids before it.
 
         Memory grows with total: the caller bounds it by `config.max_bytes` or a window.
 
         Args:
-            caches: for each stage one empty cache a layer, to watch keys and values; none are needed.
+            run_stage: takes rows through the layers of a stage in the network's stead.
         """
         batch, total = ids.shape
         if total == 0:
@@ -452,7 +456,8 @@ class MegaByte(nn.Module):
             count = tokens.shape[1] - (0 if lucid and number == last else 1)
             lead = self.leading_row(number, tokens.shape[0], condition, previous)
             rows = self.token_rows(number, tokens[:, :count], 0, condition)
-            hidden = stage.stack(mx.concatenate([lead, rows], axis=1), None if caches is None else caches[number])
+            rows = mx.concatenate([lead, rows], axis=1)
+            hidden = stage.stack(rows) if run_stage is None else run_stage(number, rows)
             if number < last:
                 length = self.config.stages[number + 1].length
                 condition = self.to_next(number, hidden.reshape(-1, hidden.shape[-1]))
@@ -523,6 +528,22 @@ class MegaByte(nn.Module):
             assert isinstance(index, int)
             rows = rows + condition[:, index : index + rows.shape[1]]
         return rows
+
+    def additions(self, condition: mx.array) -> mx.array:
+        """What `token_rows` of the last stage adds to the embedding of each token: [batch or 1, tokens, dim_s].
+
+        Args:
+            condition: [batch, slots, dim_s].
+        """
+        stage = self.stages[-1]
+        first = 0 if self.config.layout == "megabyte_pytorch" else 1
+        tokens = stage.config.length - first
+        added = mx.zeros((1, tokens, stage.config.dim))
+        if stage.positions is not None:
+            added = added + stage.positions.weight[None, first : first + tokens]
+        if self.config.layout != "prefix":
+            added = added + condition[:, first : first + tokens]
+        return added
 
     def to_next(self, number: int, hidden: mx.array) -> mx.array:
         """Hidden rows [n, dim_s] of stage `number` as the conditions [n, slots, dim_(s+1)] of the next one."""

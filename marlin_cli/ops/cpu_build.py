@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +21,12 @@ from types import ModuleType
 import mlx.core as mx
 
 from marlin_cli import console
-from marlin_cli.files import one_line, shipped
+from marlin_cli.files import one_line, shipped, writing
 
 MODULE = "marlin_cpu"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
-THREADING = (("-fopenmp",), ())  # tried in turn: without OpenMP the kernels run on one thread
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
+OPENMP = "-fopenmp"  # where the compiler has it; without it the kernels run on one thread
 
 
 class BuildError(Exception):
@@ -43,23 +44,15 @@ class Toolchain:
     sources: tuple[Path, ...]
     libraries: tuple[tuple[Path, str], ...]  # folder, name
 
-    def command(self, output: Path, threading: tuple[str, ...]) -> list[str]:
-        """The one call of the compiler that makes the module."""
-        links = []
-        for folder, name in self.libraries:
-            links += [f"-L{folder}", f"-l{name}", f"-Wl,-rpath,{folder}"]
+    def compile(self, source: Path, output: Path, threading: tuple[str, ...]) -> list[str]:
+        """The call of the compiler that makes an object of one source."""
         includes = [f"-I{folder}" for folder in self.includes]
-        return [
-            self.compiler,
-            *FLAGS,
-            f"-march={self.march}",
-            *threading,
-            *includes,
-            *map(str, self.sources),
-            "-o",
-            str(output),
-            *links,
-        ]
+        return [self.compiler, *FLAGS, f"-march={self.march}", *threading, *includes, "-c", str(source), "-o", str(output)]
+
+    def link(self, objects: list[Path], output: Path, threading: tuple[str, ...]) -> list[str]:
+        """The call of the compiler that makes the module."""
+        libraries = [part for folder, name in self.libraries for part in (f"-L{folder}", f"-l{name}", f"-Wl,-rpath,{folder}")]
+        return [self.compiler, "-shared", *threading, *map(str, objects), "-o", str(output), *libraries]
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what comes out: sources, compiler, flags, MLX, Python and the processor."""
@@ -143,20 +136,39 @@ def cache_folder() -> Path:
 
 
 def _build(toolchain: Toolchain, module: Path) -> None:
-    """Compile beside the final name, then rename: a killed build leaves nothing that loads."""
+    """Compile beside the final name, then rename: a killed build leaves nothing that loads.
+
+    A failure is remembered, so that the next run does not pay for it again.
+    """
+    failure = module.parent / "failure.txt"
+    if failure.exists():
+        raise BuildError(f"{failure.read_text(encoding='utf-8')} (delete {module.parent} to try again)")
     console.note(f"building the CPU kernels with {toolchain.compiler}, once for this machine (about half a minute)")
-    problem = ""
     with tempfile.TemporaryDirectory(dir=module.parent) as folder:
+        probe, objects = Path(folder) / "probe.cpp", [Path(folder) / f"{source.stem}.o" for source in toolchain.sources]
+        probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
+        found = _run([toolchain.compiler, OPENMP, str(probe), "-o", str(probe.with_suffix(""))]) is None
+        threading = (OPENMP,) if found else ()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [toolchain.compile(*each, threading) for each in zip(toolchain.sources, objects, strict=True)]
+            problem = next((problem for problem in pool.map(_run, jobs) if problem), None)
         output = Path(folder) / module.name
-        for threading in THREADING:
-            result = subprocess.run(toolchain.command(output, threading), capture_output=True, text=True)
-            if result.returncode == 0:
-                output.replace(module)
-                return
-            problem = result.stderr
-            (module.parent / "build.log").write_text(problem, encoding="utf-8")
+        problem = problem or _run(toolchain.link(objects, output, threading))
+        if problem is None:
+            output.replace(module)
+            return
+    (module.parent / "build.log").write_text(problem, encoding="utf-8")
     first = next((line for line in problem.splitlines() if "error" in line), problem[:200])
-    raise BuildError(f"the build fails: {one_line(first)[:200]} (see {module.parent / 'build.log'})")
+    message = f"the build fails: {one_line(first)[:200]} (see {module.parent / 'build.log'})"
+    with writing(failure) as temporary:
+        temporary.write_text(message, encoding="utf-8")
+    raise BuildError(message)
+
+
+def _run(command: list[str]) -> str | None:
+    """What a failing command says, or None."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    return None if result.returncode == 0 else result.stderr or f"{command[0]} ends with {result.returncode}"
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ def measure(network: MegaByte, domain: str, window: npt.NDArray[np.uint8]) -> To
     values: Kept = {}
     with _observed_inputs(network, inputs):
         # The logits are never evaluated: each observer evaluates what leads to it.
-        network(mx.array(window[:used].astype(np.int32))[None], _observing_caches(network, keys, values))
+        caches = _observing_caches(network, keys, values)
+        network(mx.array(window[:used].astype(np.int32))[None], lambda n, rows: network.stages[n].stack(rows, caches[n]))
     return Totals({domain: used}, inputs, keys, values)
 
 

@@ -25,13 +25,18 @@ def model(random_network, small_sizes):
 
 @pytest.fixture
 def pushed(monkeypatch):
-    """The ids that are pushed into any decoding state, by the network that decodes."""
+    """The ids that any decoding state takes, pushed or drawn, by the network that decodes."""
     pushes = []
 
     class Recorded(Lockstep):
         def push(self, ids):
             pushes.append((id(self.network), *ids.tolist()))
             super().push(ids)
+
+        def advance(self, sampling, noise, most):
+            ids = super().advance(sampling, noise, most)
+            pushes.extend((id(self.network), value) for value in ids[0].tolist())
+            return ids
 
     monkeypatch.setattr(throughput, "Lockstep", Recorded)
     return pushes
@@ -61,8 +66,8 @@ def test_medians_are_over_the_repeats(model):
 def test_the_bytes_timed_are_those_that_generation_gives(model, pushed):
     [result] = measure_throughput([model], SETTINGS)
     assert result.decoded_bytes == 27
-    generated = model.generate(sample_prompt(20, SETTINGS.seed), max_bytes=9)
-    runs = [bytes(value for _, value in pushed[start : start + 9]) for start in range(0, len(pushed), 9)]
+    generated = model.generate(sample_prompt(20, SETTINGS.seed), max_bytes=10)
+    runs = [bytes(value for _, value in pushed[start : start + 10]) for start in range(0, len(pushed), 10)]
     assert runs == [generated] * 4  # a warm-up and three repeats
 
 
@@ -80,7 +85,7 @@ def test_repeats_of_several_models_alternate(model, random_network, small_sizes,
 def test_cache_bytes_are_the_most_in_use(model):
     [result] = measure_throughput([model], SETTINGS)
     config = model.config
-    # 29 bytes are 7 whole patches of 4, and each level has a leading row; keys and values in float32.
+    # 30 bytes are 7 whole patches of 4, and each level has a leading row; keys and values in float32.
     row = 2 * 4 * config.global_layers * config.global_dim
     assert result.cache_bytes["global"] == (7 + 1) * row
     assert result.cache_bytes["local"] == 2 * 4 * config.local_layers * config.local_dim * config.patch_size

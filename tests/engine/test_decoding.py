@@ -72,6 +72,7 @@ def test_the_local_cache_is_a_patch_long_and_the_global_one_grows(random_network
     sizes = []
     for _ in range(40):
         state.push(mx.array([65]))
+        mx.eval(state.logits)
         sizes.append(state.cache_bytes)
     row_bytes = 2 * 4 * network.config.global_dim * network.config.global_layers
     assert [size["global"] // row_bytes for size in sizes] == [1 + (n + 1) // 4 for n in range(40)]

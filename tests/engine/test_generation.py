@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from marlin_cli.engine.generation import StopMatcher, Stopping, generate
-from marlin_cli.engine.sampling import Sampling, next_keys, sample, stream_keys
+from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
 
@@ -96,14 +96,14 @@ def test_held_bytes_come_out_when_no_stop_follows():
 
 def test_filters_keep_what_they_say():
     logits = mx.log(mx.array([[0.5, 0.3, 0.15, 0.05]]))
-    keys = stream_keys(0, 1)
+    noise = Noise(0, 4)
     seen = {name: set() for name in ("top_k", "top_p", "min_p", "all")}
     settings = {
         "top_k": Sampling(1.0, top_k=2), "top_p": Sampling(1.0, top_p=0.7), "min_p": Sampling(1.0, min_p=0.25),
         "all": Sampling(1.0),
     }  # fmt: skip
     for _ in range(200):
-        now, keys = next_keys(keys)
+        now = noise.take(1)[0]
         for name, each in settings.items():
             seen[name].add(sample(logits, each, now).item())
     assert seen == {"top_k": {0, 1}, "top_p": {0, 1}, "min_p": {0, 1, 2}, "all": {0, 1, 2, 3}}
@@ -111,11 +111,10 @@ def test_filters_keep_what_they_say():
 
 def test_draws_follow_the_probabilities():
     probabilities = np.array([0.6, 0.3, 0.1])
-    keys = stream_keys(1, 1)
+    noise = Noise(1, 3)
     counts = np.zeros(3)
     for _ in range(1500):
-        now, keys = next_keys(keys)
-        counts[sample(mx.log(mx.array(probabilities[None])), Sampling(1.0), now).item()] += 1
+        counts[sample(mx.log(mx.array(probabilities[None])), Sampling(1.0), noise.take(1)[0]).item()] += 1
     assert np.abs(counts / 1500 - probabilities).max() < 0.05
 
 

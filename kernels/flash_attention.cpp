@@ -1,0 +1,245 @@
+// flash_attention, flash_attention_kv_fp4 and flash_attention_cross_asymmetric: one online softmax over tiles of keys and
+// values (FlashAttention, arXiv 2205.14135). A packed tile is decoded once for all rows that stand in the first cache.
+#include "flash_attention.hpp"
+
+#include <limits>
+
+#include "common.hpp"
+#include "linear.hpp"
+
+namespace marlin {
+
+namespace {
+
+constexpr int64_t ROW_BLOCK = 32, TILE = 64;
+constexpr int64_t FEW_ROWS = 4;  // OpenBLAS pays for itself beyond
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+// Rows first .. last of a page of one head, as floats; packed ones are decoded into `buffer`.
+Strided tile_of(const PageView& page, int64_t batch, int64_t head, int64_t head_dim, int64_t first, int64_t last, float* buffer) {
+  if (page.dense) return {page.dense + batch * page.batch + head * page.head + first * page.row, page.row};
+  const int64_t start = batch * page.batch + head * page.head, group = page.kind == Kind::mxfp8 ? 32 : 16;
+  const int64_t row_bytes = page.kind == Kind::mxfp8 ? head_dim : head_dim / 2;
+  const Matrix rows{page.weight + start * row_bytes, page.codes + start * (head_dim / group), nullptr, nullptr,
+                    page.rows, head_dim, row_bytes, group};
+  unpack(page.kind, rows, first, last, buffer);
+  return {buffer, head_dim};
+}
+
+// scores[rows, TILE] = queries @ keys^T for a few rows.
+void few_scores(const float* queries, int64_t query_row, Strided keys, float* scores, int64_t rows, int64_t count, int64_t head_dim) {
+  constexpr int64_t TOGETHER = 4;
+  for (int64_t r = 0; r < rows; r++) {
+    const float* query = queries + r * query_row;
+    for (int64_t j = 0; j < count; j += TOGETHER) {
+      const int64_t some = std::min(TOGETHER, count - j);
+      Vector sums[TOGETHER] = {};
+      for (int64_t d = 0; d < head_dim; d += LANES) {
+        const Vector part = load_some(query + d, head_dim - d);
+        for (int64_t n = 0; n < some; n++) sums[n] += part * load_some(keys.data + (j + n) * keys.stride + d, head_dim - d);
+      }
+      for (int64_t n = 0; n < some; n++) scores[r * TILE + j + n] = sum(sums[n]);
+    }
+  }
+}
+
+// out[rows, head_dim] += weights[rows, TILE] @ values for a few rows.
+void few_sums(const float* weights, Strided values, float* out, int64_t rows, int64_t count, int64_t head_dim) {
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t d = 0; d < head_dim; d += LANES) {
+      Vector total = load_some(out + r * head_dim + d, head_dim - d);
+      for (int64_t j = 0; j < count; j++) total += splat(weights[r * TILE + j]) * load_some(values.data + j * values.stride + d, head_dim - d);
+      store_some(total, out + r * head_dim + d, head_dim - d);
+    }
+  }
+}
+
+struct Head {
+  const AttentionTask& task;
+  const std::vector<PageView>&keys, &values;
+  int64_t batch, head;
+  int64_t start, end;  // real rows of this sequence
+
+  // Adds the bias and takes away what row `position` may not see of keys key .. key + count. Returns the largest score left.
+  float mask(float* scores, int64_t position, int64_t key, int64_t count) const {
+    const int64_t window = task.window < 0 ? task.total + task.rows : task.window;
+    const int64_t low = std::max(start, position - window);
+    const int64_t high = std::min(end, (task.causal ? position : position + window) + 1);
+    float most = NOTHING;
+    for (int64_t j = 0; j < count; j++) {
+      const int64_t other = key + j;
+      scores[j] *= task.scale;
+      if (task.relative_bias) {
+        const int64_t distance = std::clamp(other - position, -task.most, task.most);
+        scores[j] += task.relative_bias[head * (2 * task.most + 1) + task.most + distance];
+      }
+      if (other < low || other >= high) scores[j] = NOTHING;
+      most = std::max(most, scores[j]);
+    }
+    return most;
+  }
+
+  void rows(int64_t first_row, int64_t count) const {
+    const int64_t head_dim = task.head_dim, kv_head = head / (task.heads / task.kv_heads);
+    float scores[ROW_BLOCK * TILE], most[ROW_BLOCK], total[ROW_BLOCK];
+    thread_local std::vector<float> memory;
+    memory.resize((ROW_BLOCK + 2 * TILE) * head_dim);
+    float *sums = memory.data(), *key_buffer = sums + ROW_BLOCK * head_dim, *value_buffer = key_buffer + TILE * head_dim;
+    std::fill(most, most + count, NOTHING);
+    std::fill(total, total + count, 0.0f);
+    std::fill(sums, sums + count * head_dim, 0.0f);
+    const float* queries = task.queries + batch * task.query_batch + head * task.query_head + first_row * task.query_row;
+    const int64_t position = task.first + first_row;
+    const int64_t low = std::max(start, task.window < 0 ? 0 : position - task.window);
+    const int64_t high = std::min({end, task.causal ? position + count : task.total,
+                                   task.window < 0 || task.causal ? task.total : position + count + task.window});
+    int64_t page_start = 0;
+    for (size_t p = 0; p < keys.size(); page_start += keys[p].rows, p++) {
+      const int64_t page_high = std::min(high - page_start, keys[p].rows);
+      for (int64_t j = std::max<int64_t>(0, low - page_start); j < page_high; j += TILE) {
+        const int64_t some = std::min(TILE, page_high - j);
+        const Strided key_tile = tile_of(keys[p], batch, kv_head, head_dim, j, j + some, key_buffer);
+        if (count <= FEW_ROWS) {
+          few_scores(queries, task.query_row, key_tile, scores, count, some, head_dim);
+        } else {
+          product({queries, task.query_row}, key_tile, scores, TILE, count, some, head_dim);
+        }
+        for (int64_t r = 0; r < count; r++) {
+          float* row = scores + r * TILE;
+          const float highest = std::max(most[r], mask(row, position + r, page_start + j, some));
+          if (highest == NOTHING) {
+            std::fill(row, row + some, 0.0f);
+            continue;
+          }
+          Vector added{};
+          for (int64_t n = 0; n < some; n += LANES) {
+            const Vector weights = exponential(load_some(row + n, some - n, NOTHING) - highest);
+            // What is masked counts for nothing, where e^-87 would count.
+            const Vector real = load_some(row + n, some - n, NOTHING) == NOTHING ? splat(0.0f) : weights;
+            store_some(real, row + n, some - n);
+            added += real;
+          }
+          if (highest != most[r]) {
+            const float shrink = exponential(splat(most[r] - highest))[0] * (most[r] == NOTHING ? 0.0f : 1.0f);
+            total[r] *= shrink;
+            for (int64_t d = 0; d < head_dim; d++) sums[r * head_dim + d] *= shrink;
+            most[r] = highest;
+          }
+          total[r] += sum(added);
+        }
+        const Strided value_tile = tile_of(values[p], batch, kv_head, head_dim, j, j + some, value_buffer);
+        if (count <= FEW_ROWS) {
+          few_sums(scores, value_tile, sums, count, some, head_dim);
+        } else {
+          add_product({scores, TILE}, value_tile, sums, head_dim, count, head_dim, some);
+        }
+      }
+    }
+    float* out = task.out + batch * task.out_batch + head * task.out_head + first_row * task.out_row;
+    for (int64_t r = 0; r < count; r++) {
+      const float factor = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
+      for (int64_t d = 0; d < head_dim; d++) out[r * task.out_row + d] = sums[r * head_dim + d] * factor;
+    }
+  }
+};
+
+}  // namespace
+
+void attend(const AttentionTask& task, const std::vector<PageView>& keys, const std::vector<PageView>& values) {
+  const int64_t blocks = (task.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+  over_threads(task.batch * task.heads * blocks, 2 * std::min(task.rows, ROW_BLOCK) * task.total * task.head_dim,
+               [&](int64_t first, int64_t last) {
+                 for (int64_t item = first; item < last; item++) {
+                   const int64_t block = item % blocks, batch = item / blocks / task.heads, row = block * ROW_BLOCK;
+                   const Head head{task, keys, values, batch, item / blocks % task.heads,
+                                   task.left_padding ? task.left_padding[batch] : 0,
+                                   task.lengths ? std::min<int64_t>(task.lengths[batch], task.total) : task.total};
+                   head.rows(row, std::min(ROW_BLOCK, task.rows - row));
+                 }
+               });
+}
+
+namespace {
+
+class FlashAttention : public CpuPrimitive {
+ public:
+  struct Shape {
+    std::vector<int> key_bits, value_bits;  // by page
+    float scale;
+    bool causal;
+    int window;
+    bool left_padding, lengths, relative_bias;
+  };
+
+  FlashAttention(mx::Stream stream, Shape shape) : CpuPrimitive(stream), shape_(std::move(shape)) {}
+  const char* name() const override { return "MarlinFlashAttention"; }
+
+ protected:
+  std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
+    const auto& queries = inputs[0];
+    size_t next = 1;
+    const auto views = [&](const std::vector<int>& bits) {
+      std::vector<PageView> pages;
+      for (int each : bits) {
+        const auto& data = inputs[next++];
+        const int64_t heads = data.shape(1), rows = data.shape(2), width = data.shape(3);
+        if (each == 32) {
+          pages.push_back({data.data<float>(), nullptr, nullptr, Kind::nvfp4, heads * rows * width, rows * width, width, rows});
+        } else {
+          pages.push_back({nullptr, reinterpret_cast<const uint8_t*>(data.data<uint32_t>()), inputs[next++].data<uint8_t>(),
+                           each == 8 ? Kind::mxfp8 : Kind::nvfp4, heads * rows, rows, 1, rows});
+        }
+      }
+      return pages;
+    };
+    const int64_t kv_heads = inputs[1].shape(1);
+    auto keys = views(shape_.key_bits), values = views(shape_.value_bits);
+    int64_t total = 0;
+    for (const auto& page : keys) total += page.rows;
+    AttentionTask task{queries.shape(0), queries.shape(1), kv_heads, queries.shape(3), queries.shape(2), total - queries.shape(2), total, shape_.scale};
+    task.causal = shape_.causal;
+    task.window = shape_.window;
+    if (shape_.left_padding) task.left_padding = inputs[next++].data<int32_t>();
+    if (shape_.lengths) task.lengths = inputs[next++].data<int32_t>();
+    if (shape_.relative_bias) {
+      task.most = inputs[next].shape(1) / 2;
+      task.relative_bias = inputs[next++].data<float>();
+    }
+    task.queries = queries.data<float>();
+    task.out = out.data<float>();
+    task.query_row = task.out_row = task.head_dim;
+    task.query_head = task.out_head = task.rows * task.head_dim;
+    task.query_batch = task.out_batch = task.heads * task.query_head;
+    return [task, keys = std::move(keys), values = std::move(values)] { attend(task, keys, values); };
+  }
+
+ private:
+  Shape shape_;
+};
+
+}  // namespace
+
+mx::array flash_attention(const mx::array& queries, const std::vector<PageArrays>& keys, const std::vector<PageArrays>& values,
+                          float scale, bool causal, int window, const std::optional<mx::array>& left_padding,
+                          const std::optional<mx::array>& lengths, const std::optional<mx::array>& relative_bias) {
+  auto stream = mx::default_stream(mx::Device::cpu);
+  std::vector<mx::array> inputs{mx::contiguous(queries, false, stream)};
+  const auto add = [&](const std::vector<PageArrays>& pages) {
+    std::vector<int> bits;
+    for (const auto& page : pages) {
+      bits.push_back(page.bits);
+      inputs.push_back(mx::contiguous(page.data, false, stream));
+      if (page.scales) inputs.push_back(mx::contiguous(*page.scales, false, stream));
+    }
+    return bits;
+  };
+  auto key_bits = add(keys), value_bits = add(values);
+  for (const auto& counts : {left_padding, lengths})
+    if (counts) inputs.push_back(mx::contiguous(mx::astype(*counts, mx::int32, stream), false, stream));
+  if (relative_bias) inputs.push_back(mx::contiguous(*relative_bias, false, stream));
+  FlashAttention::Shape shape{std::move(key_bits), std::move(value_bits), scale, causal, window,
+                              left_padding.has_value(), lengths.has_value(), relative_bias.has_value()};
+  return mx::array(queries.shape(), mx::float32, std::make_shared<FlashAttention>(stream, std::move(shape)), std::move(inputs));
+}
+
+}  // namespace marlin

@@ -1,0 +1,338 @@
+// A stack of transformer layers: every operation on plain memory, so that a step costs its arithmetic and no graph.
+//
+// Many sequences are spread over threads, each of which takes a few of them through all layers while their rows stand in
+// its cache. One sequence is taken through the layers by all threads together.
+#include "stack.hpp"
+
+#include <cmath>
+
+#include "common.hpp"
+#include "linear.hpp"
+
+namespace marlin {
+
+namespace {
+
+constexpr int64_t ROWS_AT_ONCE = 256;
+
+// erf within 1.5e-7 (Abramowitz and Stegun, 7.1.26).
+inline Vector error_function(Vector x) {
+  const Vector magnitude = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * magnitude);
+  Vector y = splat(1.061405429f);
+  for (float next : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = y * t + next;
+  y = 1.0f - y * t * exponential(-magnitude * magnitude);
+  return x < 0.0f ? -y : y;
+}
+
+inline Vector activate(Activation kind, Vector x) {
+  switch (kind) {
+    case Activation::relu: return x > 0.0f ? x : splat(0.0f);
+    case Activation::gelu: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+    case Activation::gelu_tanh: return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));  // (1 + tanh u) / 2 = 1 / (1 + e^-2u)
+    default: return x / (1.0f + exponential(-x));
+  }
+}
+
+// Memory of one thread for one call, taken piece by piece. It stays for the next call.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    thread_local std::vector<float> memory;
+    if (int64_t(memory.size()) < floats) memory.resize(floats);
+    next_ = memory.data();
+  }
+  float* take(int64_t floats) { return std::exchange(next_, next_ + floats); }
+
+ private:
+  float* next_;
+};
+
+// Walsh-Hadamard transform of one head, orthonormal; head_dim is a power of two.
+void hadamard(float* x, int64_t head_dim) {
+  for (int64_t half = 1; half < head_dim; half *= 2) {
+    for (int64_t start = 0; start < head_dim; start += 2 * half) {
+      for (int64_t k = start; k < start + half; k++) {
+        const float a = x[k], b = x[k + half];
+        x[k] = a + b;
+        x[k + half] = a - b;
+      }
+    }
+  }
+  const float factor = 1.0f / std::sqrt(float(head_dim));
+  for (int64_t k = 0; k < head_dim; k++) x[k] *= factor;
+}
+
+void add(float* to, const float* from, int64_t count) {
+  for (int64_t k = 0; k < count; k++) to[k] += from[k];
+}
+
+}  // namespace
+
+Product::Product(const mx::array& weight, const std::optional<mx::array>& scales, const std::optional<mx::array>& biases,
+                 std::optional<Kind> kind, int group_size, const std::optional<mx::array>& bias, float factor)
+    : kind_(kind), factor_(factor) {
+  const auto hold = [this](const mx::array& each) {
+    held_.push_back(mx::contiguous(each, false, mx::Device::cpu));
+    held_.back().eval();
+    return held_.back();
+  };
+  const auto own = hold(weight);
+  if (kind) {
+    const auto codes = hold(*scales);
+    std::optional<mx::array> zeros;
+    if (biases) zeros = hold(*biases);
+    matrix_ = matrix_of(own, codes, zeros ? &*zeros : nullptr, *kind, group_size);
+    columns_ = matrix_.columns, depth_ = matrix_.depth;
+  } else {
+    dense_ = own.data<float>();
+    columns_ = own.shape(0), depth_ = own.shape(1);
+  }
+  if (bias) bias_ = hold(*bias).data<float>();
+}
+
+void Product::operator()(const float* x, float* out, int64_t rows) const {
+  if (kind_) {
+    multiply_packed(*kind_, matrix_, x, out, rows);
+  } else {
+    multiply_dense(x, dense_, out, rows, columns_, depth_);
+  }
+  if (factor_ != 1.0f)
+    for (int64_t k = 0; k < rows * columns_; k++) out[k] *= factor_;
+  if (bias_)
+    for (int64_t m = 0; m < rows; m++) add(out + m * columns_, bias_, columns_);
+}
+
+Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array>& bias, float eps) : kind_(kind), eps_(eps) {
+  held_.push_back(mx::contiguous(weight, false, mx::Device::cpu));
+  if (bias) held_.push_back(mx::contiguous(*bias, false, mx::Device::cpu));
+  for (auto& each : held_) each.eval();
+  weight_ = held_[0].data<float>();
+  bias_ = bias ? held_[1].data<float>() : nullptr;
+  width_ = held_[0].size();
+}
+
+void Norm::operator()(const float* x, float* out, int64_t rows) const {
+  for (int64_t m = 0; m < rows; m++, x += width_, out += width_) {
+    Vector totals{}, squares{};
+    for (int64_t k = 0; k < width_; k += LANES) totals += load_some(x + k, width_ - k);
+    const float mean = kind_ == NormKind::rmsnorm ? 0.0f : sum(totals) / width_;
+    for (int64_t k = 0; k < width_; k += LANES) {
+      const Vector off = load_some(x + k, width_ - k, mean) - mean;
+      squares += off * off;
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / width_ + eps_), centre = kind_ == NormKind::layernorm ? mean : 0.0f;
+    for (int64_t k = 0; k < width_; k += LANES) {
+      const int64_t left = width_ - k;
+      Vector y = (load_some(x + k, left) - centre) * factor * load_some(weight_ + k, left);
+      if (bias_) y += load_some(bias_ + k, left);
+      store_some(y, out + k, left);
+    }
+  }
+}
+
+StackCache::StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
+                       int64_t rows_per_page, std::vector<int> left_padding)
+    : batch_(batch), packed_(key_bits < 32 || value_bits < 32), left_padding_(left_padding.begin(), left_padding.end()), delayed_(layers) {
+  for (int64_t layer = 0; layer < layers; layer++) {
+    keys_.emplace_back(batch, kv_heads, head_dim, key_bits, rows_per_page);
+    values_.emplace_back(batch, kv_heads, head_dim, value_bits, rows_per_page);
+  }
+}
+
+int64_t StackCache::bytes_in_use() const {
+  int64_t bytes = 0;
+  for (const auto* pages : {&keys_, &values_})
+    for (const auto& each : *pages) bytes += each.bytes_in_use();
+  for (const auto& rows : delayed_) bytes += rows.size() * sizeof(float);
+  return bytes;
+}
+
+int64_t StackCache::bytes_allocated() const {
+  int64_t bytes = 0;
+  for (const auto* pages : {&keys_, &values_})
+    for (const auto& each : *pages) bytes += each.bytes_allocated();
+  return bytes;
+}
+
+void StackCache::clear() {
+  rows_ = 0;
+  for (auto* pages : {&keys_, &values_})
+    for (auto& each : *pages) each.clear();
+  for (auto& rows : delayed_) std::fill(rows.begin(), rows.end(), 0.0f);
+}
+
+void StackCache::keep(const std::vector<int>& streams) {
+  for (auto* pages : {&keys_, &values_})
+    for (auto& each : *pages) each.keep(streams);
+  const auto chosen = [&](auto& from, int64_t width, int64_t slots) {
+    std::remove_reference_t<decltype(from)> kept;
+    for (int64_t slot = 0; slot < slots; slot++)
+      for (int stream : streams) {
+        const auto start = from.begin() + (slot * batch_ + stream) * width;
+        kept.insert(kept.end(), start, start + width);
+      }
+    from = std::move(kept);
+  };
+  if (!left_padding_.empty()) chosen(left_padding_, 1, 1);
+  for (auto& rows : delayed_)
+    if (!rows.empty()) chosen(rows, rows.size() / (2 * batch_), 2);
+  batch_ = streams.size();
+}
+
+Stack::Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape)
+    : layers_(std::move(layers)), norm_(std::move(norm)), shape_(shape), dim_(layers_.at(0).q_proj.depth()),
+      ffn_dim_(layers_[0].up_proj.columns()) {
+  for (int64_t k = 0; shape.rope_theta > 0 && k < shape.head_dim / 2; k++)
+    frequencies_.push_back(std::pow(shape.rope_theta, -2.0f * k / shape.head_dim));
+}
+
+StackCache Stack::cache(int64_t batch, int64_t rows) const {
+  return StackCache(layers_.size(), batch, shape_.kv_heads, shape_.head_dim, 32, 32, rows, {});
+}
+
+void Stack::rotate(float* x, int64_t heads, int64_t position) const {
+  const int64_t half = shape_.head_dim / 2;
+  for (int64_t k = 0; k < half; k++) {
+    const float angle = float(position) * frequencies_[k], c = std::cos(angle), s = std::sin(angle);
+    const int64_t first = shape_.rope_interleaved ? 2 * k : k, second = shape_.rope_interleaved ? 2 * k + 1 : k + half;
+    for (int64_t h = 0; h < heads; h++) {
+      float* head = x + h * shape_.head_dim;
+      const float a = head[first], b = head[second];
+      head[first] = a * c - b * s;
+      head[second] = a * s + b * c;
+    }
+  }
+}
+
+void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, StackCache* cache) const {
+  const int64_t n = count * rows, query_width = shape_.heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim;
+  const int64_t seen = cache ? cache->rows_ : 0, half = dim_ / 2;
+  const bool packed = cache && cache->packed_;
+  const int32_t* padding = cache && !cache->left_padding_.empty() ? cache->left_padding_.data() + first : nullptr;
+  Scratch scratch(n * (3 * dim_ + 2 * query_width + 2 * kv_width + 2 * ffn_dim_));
+  float *shifted = scratch.take(n * dim_), *normed = scratch.take(n * dim_), *added = scratch.take(n * dim_);
+  float *queries = scratch.take(n * query_width), *attended = scratch.take(n * query_width);
+  float *keys = scratch.take(n * kv_width), *values = scratch.take(n * kv_width);
+  float *up = scratch.take(n * ffn_dim_), *gate = scratch.take(n * ffn_dim_);
+
+  // The upper half of the channels one row late; filler before a sequence counts as zeros.
+  const auto delay = [&](int64_t layer, int64_t slot) -> const float* {
+    if (!shape_.token_shift) return x;
+    for (int64_t b = 0; b < count; b++) {
+      float* kept = cache ? cache->delayed_[layer].data() + (slot * cache->batch_ + first + b) * half : nullptr;
+      for (int64_t r = 0; r < rows; r++) {
+        float* to = shifted + (b * rows + r) * dim_;
+        const float* from = x + (b * rows + r) * dim_;
+        const float* before = r ? from - dim_ + half : kept;
+        const bool blank = !before || (padding && seen + r - 1 < padding[b]);
+        std::memcpy(to, from, half * sizeof(float));
+        if (blank) {
+          std::fill(to + half, to + dim_, 0.0f);
+        } else {
+          std::memcpy(to + half, before, half * sizeof(float));
+        }
+      }
+      if (kept) std::memcpy(kept, x + ((b + 1) * rows - 1) * dim_ + half, half * sizeof(float));
+    }
+    return shifted;
+  };
+
+  for (size_t number = 0; number < layers_.size(); number++) {
+    const Layer& layer = layers_[number];
+    layer.attention_norm(delay(number, 0), normed, n);
+    layer.q_proj(normed, queries, n);
+    layer.k_proj(normed, keys, n);
+    layer.v_proj(normed, values, n);
+    if (layer.q_norm) (*layer.q_norm)(queries, queries, n * shape_.heads);
+    if (layer.k_norm) (*layer.k_norm)(keys, keys, n * shape_.kv_heads);
+    for (int64_t m = 0; m < n; m++) {
+      if (!frequencies_.empty()) {
+        const int64_t position = seen + m % rows - (padding ? padding[m / rows] : 0);
+        rotate(queries + m * query_width, shape_.heads, position);
+        rotate(keys + m * kv_width, shape_.kv_heads, position);
+      }
+      if (packed) {
+        for (int64_t h = 0; h < shape_.heads; h++) hadamard(queries + m * query_width + h * shape_.head_dim, shape_.head_dim);
+        for (int64_t h = 0; h < shape_.kv_heads; h++) hadamard(keys + m * kv_width + h * shape_.head_dim, shape_.head_dim);
+      }
+    }
+    AttentionTask task{count, shape_.heads, shape_.kv_heads, shape_.head_dim, rows, seen, seen + rows, shape_.scale};
+    task.window = shape_.window;
+    task.left_padding = padding;
+    task.queries = queries, task.out = attended;
+    task.query_batch = task.out_batch = rows * query_width;
+    task.query_head = task.out_head = shape_.head_dim;
+    task.query_row = task.out_row = query_width;
+    if (cache) {
+      std::vector<PageView> pages[2];
+      for (int which = 0; which < 2; which++) {
+        KeyValuePages& held = (which ? cache->values_ : cache->keys_)[number];
+        for (int64_t b = 0; b < count; b++) held.write(first + b, (which ? values : keys) + b * rows * kv_width, rows);
+        pages[which] = held.views(rows);
+        for (PageView& page : pages[which]) {  // the streams of this call
+          if (page.dense) {
+            page.dense += first * page.batch;
+          } else {
+            const int64_t skipped = first * page.batch, eights = page.kind == Kind::mxfp8;
+            page.weight += skipped * (eights ? shape_.head_dim : shape_.head_dim / 2);
+            page.codes += skipped * (shape_.head_dim / (eights ? 32 : 16));
+          }
+        }
+      }
+      attend(task, pages[0], pages[1]);
+    } else {
+      const auto view = [&](const float* from) {
+        return std::vector<PageView>{{from, nullptr, nullptr, Kind::nvfp4, rows * kv_width, shape_.head_dim, kv_width, rows}};
+      };
+      attend(task, view(keys), view(values));
+    }
+    layer.o_proj(attended, added, n);
+    add(x, added, n * dim_);
+    layer.ffn_norm(delay(number, 1), normed, n);
+    layer.up_proj(normed, up, n);
+    if (layer.gate_proj) (*layer.gate_proj)(normed, gate, n);
+    for (int64_t k = 0; k < n * ffn_dim_; k += LANES) {
+      const int64_t left = n * ffn_dim_ - k;
+      const Vector value = load_some(up + k, left);
+      store_some(layer.gate_proj ? activate(shape_.activation, load_some(gate + k, left)) * value : activate(shape_.activation, value), up + k, left);
+    }
+    layer.down_proj(up, added, n);
+    add(x, added, n * dim_);
+  }
+  if (norm_) (*norm_)(x, x, n);
+}
+
+void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache) const {
+  if (cache) {
+    for (size_t number = 0; number < layers_.size(); number++) {
+      cache->keys_[number].reserve(rows);
+      cache->values_[number].reserve(rows);
+      if (shape_.token_shift) cache->delayed_[number].resize(2 * batch * (dim_ / 2), 0.0f);
+    }
+  }
+  const int64_t at_once = std::max<int64_t>(1, ROWS_AT_ONCE / rows), chunks = (batch + at_once - 1) / at_once;
+  if (chunks >= threads()) {
+#pragma omp parallel for num_threads(threads()) schedule(dynamic, 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const int64_t first = chunk * at_once;
+      sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, cache);
+    }
+  } else {
+    for (int64_t first = 0; first < batch; first += at_once) sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, cache);
+  }
+  if (cache) {
+    cache->rows_ += rows;
+    for (auto* pages : {&cache->keys_, &cache->values_})
+      for (auto& each : *pages) each.advance(rows);
+  }
+}
+
+mx::array Stack::forward(const mx::array& x, StackCache* cache) const {
+  auto input = mx::contiguous(x, false, mx::Device::cpu);
+  input.eval();
+  std::vector<float> rows(input.data<float>(), input.data<float>() + input.size());
+  (*this)(rows.data(), x.shape(0), x.shape(1), cache);
+  return mx::array(rows.data(), x.shape(), mx::float32);
+}
+
+}  // namespace marlin

@@ -1,0 +1,110 @@
+// A stack of transformer layers as one call: MegaByte's blocks, over many sequences at once or over one row after another.
+#pragma once
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "flash_attention.hpp"
+
+namespace marlin {
+
+// x @ W^T * factor + bias, dense or packed. It keeps its arrays alive.
+class Product {
+ public:
+  Product(const mlx::core::array& weight, const std::optional<mlx::core::array>& scales, const std::optional<mlx::core::array>& biases,
+          std::optional<Kind> kind, int group_size, const std::optional<mlx::core::array>& bias, float factor);
+  void operator()(const float* x, float* out, int64_t rows) const;
+  int64_t columns() const { return columns_; }
+  int64_t depth() const { return depth_; }
+
+ private:
+  std::vector<mlx::core::array> held_;
+  std::optional<Kind> kind_;
+  Matrix matrix_{};
+  const float *dense_ = nullptr, *bias_ = nullptr;
+  float factor_;
+  int64_t columns_, depth_;
+};
+
+enum class NormKind { rmsnorm, layernorm, variance };
+
+class Norm {
+ public:
+  Norm(NormKind kind, const mlx::core::array& weight, const std::optional<mlx::core::array>& bias, float eps);
+  // `out` may be `x`; both have rows of the weight's length one after another.
+  void operator()(const float* x, float* out, int64_t rows) const;
+
+ private:
+  NormKind kind_;
+  std::vector<mlx::core::array> held_;
+  const float *weight_, *bias_;
+  int64_t width_;
+  float eps_;
+};
+
+enum class Activation { swiglu, gelu, gelu_tanh, relu, silu };
+
+struct Layer {
+  Norm attention_norm;
+  Product q_proj, k_proj, v_proj, o_proj;
+  std::optional<Norm> q_norm, k_norm;
+  Norm ffn_norm;
+  std::optional<Product> gate_proj;
+  Product up_proj, down_proj;
+};
+
+struct StackShape {
+  int64_t heads, kv_heads, head_dim;
+  float scale;
+  int64_t window;            // -1: none
+  float rope_theta;          // 0: none
+  bool rope_interleaved, token_shift;
+  Activation activation;
+};
+
+// What a stack remembers of the rows it has seen.
+class StackCache {
+ public:
+  StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
+             int64_t rows_per_page, std::vector<int> left_padding);
+
+  int64_t rows() const { return rows_; }
+  int64_t batch() const { return batch_; }
+  int64_t bytes_in_use() const;
+  int64_t bytes_allocated() const;
+  bool packed() const { return packed_; }
+  void clear();
+  void keep(const std::vector<int>& streams);
+
+ private:
+  friend class Stack;
+  int64_t batch_, rows_ = 0;
+  bool packed_;
+  std::vector<int32_t> left_padding_;  // empty: none
+  std::vector<KeyValuePages> keys_, values_;
+  std::vector<std::vector<float>> delayed_;  // by layer: [2, batch, channels] the last row of both slots
+};
+
+class Stack {
+ public:
+  Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape);
+  int64_t dim() const { return dim_; }
+  // A cache in float32 for at most `rows` rows.
+  StackCache cache(int64_t batch, int64_t rows) const;
+  // x [batch, rows, dim] becomes the hidden rows. With a cache, the rows follow those that it has seen.
+  void operator()(float* x, int64_t batch, int64_t rows, StackCache* cache) const;
+  mlx::core::array forward(const mlx::core::array& x, StackCache* cache) const;
+
+ private:
+  void sequences(float* x, int64_t first, int64_t count, int64_t rows, StackCache* cache) const;
+  void rotate(float* x, int64_t heads, int64_t position) const;
+
+  std::vector<Layer> layers_;
+  std::optional<Norm> norm_;
+  StackShape shape_;
+  int64_t dim_, ffn_dim_;
+  std::vector<float> frequencies_;
+};
+
+}  // namespace marlin

@@ -1,0 +1,166 @@
+"""The stages of a MegaByte as single calls of the CPU kernels: no graph, no operation at a time. None of it on a GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.models.megabyte import Block, MegaByte, MegaByteConfig, Stack, StageConfig, VarianceNorm
+from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.ops.cpu import kernels
+
+NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
+
+# Rows that a page of a global cache holds.
+ROWS_PER_PAGE = 128
+
+
+class FusedStages:
+    """The kernels' own copies of a network's stages; they share its arrays. Made by `fuse`."""
+
+    def __init__(self, network: MegaByte, module: Any) -> None:
+        self._network, self._module = network, module
+        self._stages = network.config.stages
+        self._stacks = [
+            _stack(module, network.config, stage.config, stage.stack, network.config.attention_window if number == 0 else None)
+            for number, stage in enumerate(network.stages)
+        ]
+        self._head = _product(module, network.output)
+        self._table = network.stages[-1].byte_embedding.weight
+
+    def run_stage(self, number: int, rows: mx.array) -> mx.array:
+        """A `RunStage`: every sequence from its beginning, nothing remembered."""
+        return self._stacks[number](rows, None)
+
+    def new_cache(self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int) -> "FusedCache":
+        """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing."""
+        stage = self._stages[number]
+        rows = ROWS_PER_PAGE if number == 0 else stage.length + 1
+        bits = [32 if wanted == 16 else wanted for wanted in (key_bits, value_bits)]
+        kv_heads = stage.kv_heads or stage.heads
+        return FusedCache(
+            self._stacks[number],
+            self._module.StackCache(stage.layers, streams, kv_heads, stage.width_of_head, *bits, rows, list(padding)),
+        )
+
+    def decode_sequence(
+        self, lead: mx.array, additions: mx.array, given: mx.array, noise: mx.array | None, steps: int, sampling: Sampling
+    ) -> mx.array:
+        """Draw the ids that follow `given` in a sequence of the last stage, in one call.
+
+        Args:
+            lead: [streams, dim] its leading row.
+            additions: [streams or 1, tokens, dim], see `MegaByte.additions`.
+            given: [streams, n] the ids that stand in it already.
+            noise: [steps, vocab]; not read when the temperature is 0.
+
+        Returns:
+            [streams, steps] int32
+        """
+        drawing = self._module.Drawing(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        if noise is None:
+            noise = mx.zeros((0,))
+        return self._module.local_patch_decode(
+            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), noise, steps, drawing
+        )
+
+    def sequence_cache_bytes(self, streams: int, rows: int) -> int:
+        """Bytes of the cache that `decode_sequence` has for `rows` rows, until it returns."""
+        stage = self._stages[-1]
+        return 2 * 4 * streams * rows * (stage.kv_heads or stage.heads) * stage.width_of_head * stage.layers
+
+
+class FusedCache:
+    """What one stage remembers, in the kernels' own pages; takes rows through the stage's layers."""
+
+    def __init__(self, stack: Any, cache: Any) -> None:
+        self._stack, self._cache = stack, cache
+
+    def run(self, rows: mx.array) -> mx.array:
+        """Hidden rows of `rows` [streams, n, dim], which follow those seen before."""
+        return self._stack(rows, self._cache)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return int(self._cache.bytes_in_use)
+
+    def keep(self, streams: Sequence[int]) -> None:
+        """Keep these members of the batch."""
+        self._cache.keep(list(streams))
+
+
+def fuse(network: MegaByte) -> FusedStages | None:
+    """The fused stages of a network, or None where the kernels do not run or do not know a layer of it."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return None
+    arrays = [network.byte_embedding.weight, *(leaf for layer in network.local.layers for leaf in _floats(layer))]
+    module = kernels()[0]
+    if module is None or any(array.dtype != mx.float32 for array in arrays):
+        return None
+    known = (Linear, QuantizedLinear)
+    for stage in network.stages:
+        for layer in stage.stack.layers:
+            if not all(type(part) in known for part in (*_attention_parts(layer), *_ffn_parts(layer))):
+                return None
+    return FusedStages(network, module) if type(network.output) in known else None
+
+
+def _attention_parts(layer: Block) -> list[nn.Module]:
+    return [layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj, layer.attention.o_proj]
+
+
+def _ffn_parts(layer: Block) -> list[nn.Module]:
+    return [layer.ffn[name] for name in ("gate_proj", "up_proj", "down_proj") if name in layer.ffn]
+
+
+def _floats(layer: Block) -> list[mx.array]:
+    dense = [part.weight for part in (*_attention_parts(layer), *_ffn_parts(layer)) if type(part) is Linear]
+    return [layer.attention_norm.weight, layer.ffn_norm.weight, *dense]
+
+
+def _stack(module: Any, config: MegaByteConfig, stage: StageConfig, stack: Stack, window: int | None) -> Any:
+    head_dim = stage.width_of_head
+    shape = module.StackShape(
+        heads=stage.heads,
+        kv_heads=stage.kv_heads or stage.heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        window=-1 if window is None else window,
+        rope_theta=config.rope_theta if stage.rope else 0.0,
+        rope_interleaved=config.rope_interleaved,
+        token_shift=config.token_shift,
+        activation=module.Activation[config.ffn],
+    )
+    return module.Stack([_layer(module, layer) for layer in stack.layers], _norm(module, stack.get("norm")), shape)
+
+
+def _layer(module: Any, layer: Block) -> Any:
+    attention, ffn = layer.attention, layer.ffn
+    products = [_product(module, part) for part in _attention_parts(layer)]
+    return module.Layer(
+        _norm(module, layer.attention_norm), *products,
+        _norm(module, attention.get("q_norm")), _norm(module, attention.get("k_norm")), _norm(module, layer.ffn_norm),
+        _product(module, ffn["gate_proj"]) if "gate_proj" in ffn else None,
+        _product(module, ffn.up_proj), _product(module, ffn.down_proj),
+    )  # fmt: skip
+
+
+def _norm(module: Any, norm: Any) -> Any:
+    if norm is None:
+        return None
+    return module.Norm(module.NormKind[NORMS[type(norm)]], norm.weight, norm.get("bias"), norm.eps)
+
+
+def _product(module: Any, layer: Any) -> Any:
+    if isinstance(layer, Linear):
+        return module.Product(layer.weight, None, None, None, 0, layer.get("bias"), 1.0)
+    affine = layer.mode == "affine"
+    scales, biases = layer["scales"], layer.get("biases")
+    if affine:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    kind = module.Kind[f"int{layer.bits}" if affine else layer.mode]
+    factor = layer["global_scale"].item() if "global_scale" in layer else 1.0
+    return module.Product(layer["weight"], scales, biases, kind, layer.group_size, layer.get("bias"), factor)
