@@ -1,0 +1,467 @@
+"""CUDA twins of the operations: kernels/*.cu through MLX's runtime compiler, built at first use, launched by shape.
+
+Each operation has the signature of its twin in `reference`, and a predicate `takes_<operation>` of the same arguments that says
+whether the kernels compute it here, at a speed worth having. Importing this needs no CUDA; calling a twin does.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+
+from marlin_cli.files import shipped
+from marlin_cli.ops.reference import KeyValueRows, Packed
+
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+PAGES_A_LAUNCH = 8
+MOST_ROWS_OF_X = 32
+MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
+MOST_KEYS_UNSPLIT = 4096
+PAGE_INPUTS = ("keys", "key_scales", "values", "value_scales")
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A kernel's text and parameters, as `mx.fast.cuda_kernel` wants them."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    headers: tuple[str, ...] = ("packed.cuh",)
+    row_contiguous: bool = True  # inputs are copied to rows where they are not; else the kernel follows their strides
+
+    def header(self) -> str:
+        return "".join(shipped(f"kernels/{name}").read_text(encoding="utf-8") for name in self.headers)
+
+    def body(self) -> str:
+        return shipped(f"kernels/{self.name}.cu").read_text(encoding="utf-8")
+
+
+_ATTENTION = ("packed.cuh", "attention.cuh")
+_PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INPUTS)
+SOURCES = {
+    source.name: source
+    for source in (
+        KernelSource("marlin_gemm_fp4", ("x", "weight", "scales"), ("out",)),
+        KernelSource(
+            "flash_attention",
+            ("queries", "keys", "values", "left_padding", "lengths", "relative_bias", "factor"),
+            ("out",),
+            _ATTENTION,
+            row_contiguous=False,
+        ),
+        KernelSource(
+            "flash_attention_kv_fp4",
+            ("queries", *_PAGES, "left_padding", "lengths", "factor", "span"),
+            ("parts", "log_weights"),
+            _ATTENTION,
+            row_contiguous=False,
+        ),
+        KernelSource(
+            "flash_attention_cross_asymmetric",
+            ("queries", *PAGE_INPUTS, "lengths", "factor", "span"),
+            ("parts", "log_weights"),
+            _ATTENTION,
+            row_contiguous=False,
+        ),
+        KernelSource("attention_combine", ("parts", "log_weights"), ("out",), _ATTENTION),
+        KernelSource("patch_embed", ("ids", "table"), ("out",)),
+        KernelSource("strided_pool", ("x",), ("out",)),
+    )
+}
+
+
+def packed_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """See `reference.packed_linear`; what `takes_packed_linear` takes. mode names the format, biases are None."""
+    columns, rows = x.shape[-1], weight.shape[0]
+    count = x.size // columns
+    row_tiles, x_tiles = _gemm_tiles(count, x.dtype)
+    (out,) = _launch(
+        "marlin_gemm_fp4",
+        [x.reshape(count, columns), weight, scales],
+        {"T": x.dtype, "BITS": bits, "GROUP": group_size, "ROW_TILES": row_tiles, "X_TILES": x_tiles},
+        grid=(-(-rows // (16 * row_tiles)) * 256, -(-count // (8 * x_tiles)), 1),
+        block=256,
+        shapes=[(count, rows)],
+        dtypes=[x.dtype],
+    )
+    return out.reshape(*x.shape[:-1], rows)
+
+
+def takes_packed_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> bool:
+    """nvfp4, mxfp4 or mxfp8 weights and 1 to 32 rows of x; columns are a multiple of 32."""
+    return (
+        (mode, bits, group_size) in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
+        and x.dtype in FLOATS
+        and weight.ndim == 2
+        and x.shape[-1] % 32 == 0
+        and 0 < x.size <= MOST_ROWS_OF_X * x.shape[-1]
+    )
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
+) -> mx.array:
+    """See `reference.attention`; what `takes_attention` takes."""
+    batch, heads, rows, head_dim = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    if (
+        not causal
+        and window is None
+        and left_padding is None
+        and relative_bias is None
+        and total > _rows_a_split(queries, [keys])
+    ):
+        return _cross_attention(queries, keys, values, scale, lengths)
+    shared_rows = heads // kv_heads * rows
+    tile = _tile(shared_rows)
+    tiles = batch * kv_heads * -(-shared_rows // tile)
+    warps = 4 if total > 128 else 1
+    (out,) = _launch(
+        "flash_attention",
+        [
+            queries,
+            keys.astype(queries.dtype),
+            values.astype(queries.dtype),
+            _integers(left_padding),
+            _integers(lengths),
+            queries if relative_bias is None else mx.contiguous(relative_bias.astype(queries.dtype)),
+            _factor(scale),
+        ],
+        {
+            "T": queries.dtype,
+            "HEAD_DIM": head_dim,
+            "TILE": tile,
+            "WARPS": warps,
+            "CAUSAL": causal,
+            "WINDOW": -1 if window is None else window,
+            "HAS_PADDING": left_padding is not None,
+            "HAS_LENGTHS": lengths is not None,
+            "HAS_BIAS": relative_bias is not None,
+        },
+        grid=(-(-tiles * warps // 4) * 128, 1, 1),
+        block=128,
+        shapes=[queries.shape],
+        dtypes=[queries.dtype],
+    )
+    return out
+
+
+def takes_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
+) -> bool:
+    """Few rows of queries, or short sequences; head_dim is a multiple of 16 up to 256."""
+    return _takes_queries(queries, keys.shape[1]) and 0 < keys.shape[2] <= MOST_KEYS_UNSPLIT and keys.dtype in FLOATS
+
+
+def paged_attention(
+    queries: mx.array,
+    keys: Sequence[KeyValueRows],
+    values: Sequence[KeyValueRows],
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> mx.array:
+    """See `reference.paged_attention`; what `takes_paged_attention` takes."""
+    plain = window is None and left_padding is None
+    if len(keys) == 1 and plain and (not causal or queries.shape[2] == 1):  # one row, the last, sees all
+        return _cross_attention(queries, keys[0], values[0], scale, lengths)
+    rows_a_split = _rows_a_split(queries, keys)
+    counts = [_row_count(page) for page in keys]
+    one_part = len(keys) == 1 and counts[0] <= rows_a_split
+    parts, first = [], 0
+    for start in range(0, len(keys), PAGES_A_LAUNCH):
+        launch = slice(start, start + PAGES_A_LAUNCH)
+        pages = [_page_inputs(k, v) for k, v in zip(keys[launch], values[launch], strict=True)]
+        pages += pages[:1] * (PAGES_A_LAUNCH - len(pages))
+        inputs = [queries, *(array for page in pages for array in page)]
+        inputs += [_integers(left_padding), _integers(lengths), _factor(scale)]
+        template = {
+            "CAUSAL": causal,
+            "WINDOW": -1 if window is None else window,
+            "HAS_PADDING": left_padding is not None,
+            "HAS_LENGTHS": lengths is not None,
+        }
+        splits = sum(-(-count // rows_a_split) for count in counts[launch])
+        span = [first, sum(counts), rows_a_split]
+        parts.append(_part("flash_attention_kv_fp4", inputs, span, template, queries, keys[0], values[0], splits, one_part))
+        first += sum(counts[launch])
+    return parts[0][0][0] if one_part else _combine(parts, queries)
+
+
+def takes_paged_attention(
+    queries: mx.array,
+    keys: Sequence[KeyValueRows],
+    values: Sequence[KeyValueRows],
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> bool:
+    """Few rows of queries; head_dim is a multiple of 16 up to 256; all pages of keys of one kind, and all of values."""
+    if not keys or any(_row_count(page) == 0 for page in keys):
+        return False
+    first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
+    return _takes_queries(queries, first.shape[1]) and all(
+        all(_stored(page) == _stored(pages[0]) for page in pages) and _stored(pages[0])[0] != mx.int8
+        for pages in (keys, values)
+    )
+
+
+def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
+    """See `reference.patch_embed`; what `takes_patch_embed` takes."""
+    width, count = table.shape[1], ids.size
+    at_once = 16 // table.dtype.size
+    values = at_once if width % at_once == 0 else 1
+    (out,) = _launch(
+        "patch_embed",
+        [ids.reshape(-1), table],
+        {"T": table.dtype, "VALUES": values},
+        grid=(_whole_blocks(count * width // values), 1, 1),
+        block=256,
+        shapes=[(count, width)],
+        dtypes=[table.dtype],
+    )
+    return out.reshape(*ids.shape[:-1], -1)
+
+
+def takes_patch_embed(ids: mx.array, table: mx.array) -> bool:
+    """Any ids below vocab and any table of floats."""
+    return ids.size > 0 and table.size > 0 and table.dtype in FLOATS
+
+
+def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:
+    """See `reference.strided_pool`; what `takes_strided_pool` takes."""
+    batch, rows, channels = x.shape
+    pooled = -(-rows // stride)
+    (out,) = _launch(
+        "strided_pool",
+        [x],
+        {"T": x.dtype, "STRIDE": stride, "MAXIMUM": kind == "max"},
+        grid=(_whole_blocks(batch * pooled * channels), 1, 1),
+        block=256,
+        shapes=[(batch, pooled, channels)],
+        dtypes=[x.dtype],
+    )
+    return out
+
+
+def takes_strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> bool:
+    """Any floats."""
+    return x.size > 0 and x.dtype in FLOATS
+
+
+class _Stored(NamedTuple):
+    """How keys or values stand in memory: a kernel is compiled for it."""
+
+    dtype: mx.Dtype
+    bits: int
+
+
+def _stored(page: KeyValueRows) -> _Stored:
+    return _Stored(mx.uint32, page.bits) if isinstance(page, Packed) else _Stored(page.dtype, page.dtype.size * 8)
+
+
+def _row_count(page: KeyValueRows) -> int:
+    return page.rows if isinstance(page, Packed) else page.shape[2]
+
+
+def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
+    _, heads, rows, head_dim = queries.shape
+    few = heads // kv_heads * rows <= MOST_SHARED_ROWS
+    return few and queries.size > 0 and head_dim % 16 == 0 and head_dim <= 256 and queries.dtype in FLOATS
+
+
+def _gemm_tiles(rows_of_x: int, dtype: mx.Dtype) -> tuple[int, int]:
+    """Tiles of 16 rows of the weight and of 8 rows of x that a block works on: as few rows of x as there are."""
+    if rows_of_x <= 8:
+        return 1, 1
+    # Three parts of each float32 x take three times the registers.
+    return (2, 2) if rows_of_x <= 16 or dtype == mx.float32 else (2, 4)
+
+
+def _tile(shared_rows: int) -> int:
+    """Rows of queries that a warp has at once."""
+    return shared_rows if shared_rows <= 2 else 4
+
+
+def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:
+    """Keys that one block reads: as many as leave two blocks for each multiprocessor of a large GPU, in whole steps of a block."""
+    batch, heads, rows, _ = queries.shape
+    first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
+    shared_rows = heads // first.shape[1] * rows
+    tiles = batch * first.shape[1] * -(-shared_rows // _tile(shared_rows))
+    total = sum(_row_count(page) for page in keys)
+    return min(max(128, -(-total * tiles // 264 // 128) * 128), 2048)
+
+
+def _cross_attention(
+    queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None
+) -> mx.array:
+    """Attention that is not causal, over one array of keys and one of values, split along its rows."""
+    rows_a_split = _rows_a_split(queries, [keys])
+    splits = -(-_row_count(keys) // rows_a_split)
+    inputs = [queries, *_page_inputs(keys, values), _integers(lengths), _factor(scale)]
+    template = {"HAS_LENGTHS": lengths is not None}
+    one_part = splits == 1
+    name = "flash_attention_cross_asymmetric"
+    part = _part(name, inputs, [rows_a_split], template, queries, keys, values, splits, one_part)
+    return part[0][0] if one_part else _combine([part], queries)
+
+
+def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
+    """In the order of PAGE_INPUTS. Dense rows have no scales; a stand-in of as many axes takes their place."""
+    inputs = []
+    for page in (keys, values):
+        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, _no_scales()]
+    return inputs
+
+
+def _part(
+    name: str,
+    inputs: list[mx.array],
+    span: list[int],
+    template: dict[str, Any],
+    queries: mx.array,
+    keys: KeyValueRows,
+    values: KeyValueRows,
+    splits: int,
+    one_part: bool,
+) -> list[mx.array]:
+    """Outputs and log weights of `splits` parts of the keys; where it is the only part, its output has the queries' type."""
+    batch, heads, rows, head_dim = queries.shape
+    kv_heads = (keys.packed if isinstance(keys, Packed) else keys).shape[1]
+    shared_rows = heads // kv_heads * rows
+    tile = _tile(shared_rows)
+    out = queries.dtype if one_part else mx.float32
+    (key_type, key_bits), (value_type, value_bits) = _stored(keys), _stored(values)
+    stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
+    return _launch(
+        name,
+        [*inputs, mx.array(span, dtype=mx.int32)],
+        {"T": queries.dtype, "OUT": out, **stored, "HEAD_DIM": head_dim, "TILE": tile, **template},
+        grid=(splits * 128, kv_heads * -(-shared_rows // tile), batch),
+        block=128,
+        shapes=[(splits, *queries.shape), (splits, batch, heads, rows)],
+        dtypes=[out, mx.float32],
+    )
+
+
+def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
+    """The attention over all keys from that over parts of them."""
+    outputs, log_weights = (
+        column[0] if len(parts) == 1 else mx.concatenate(column, axis=0) for column in zip(*parts, strict=True)
+    )
+    splits, head_dim = outputs.shape[0], queries.shape[-1]
+    (out,) = _launch(
+        "attention_combine",
+        [outputs.reshape(splits, -1, head_dim), log_weights.reshape(splits, -1)],
+        {"T": queries.dtype, "HEAD_DIM": head_dim},
+        grid=(_whole_blocks(queries.size), 1, 1),
+        block=256,
+        shapes=[queries.shape],
+        dtypes=[queries.dtype],
+    )
+    return out
+
+
+def _launch(
+    name: str,
+    inputs: list[mx.array],
+    template: dict[str, Any],
+    *,
+    grid: tuple[int, int, int],
+    block: int,
+    shapes: list[tuple[int, ...]],
+    dtypes: list[mx.Dtype],
+) -> list[mx.array]:
+    """Run a kernel; `grid` counts threads and is a multiple of the block's, as MLX shrinks blocks to it."""
+    return _kernel(name)(
+        inputs=inputs,
+        template=list(template.items()),
+        grid=grid,
+        threadgroup=(block, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )
+
+
+@functools.cache
+def _kernel(name: str) -> Callable[..., list[mx.array]]:
+    """The kernel, built at first use: MLX refuses to without CUDA."""
+    source = SOURCES[name]
+    return mx.fast.cuda_kernel(  # type: ignore[return-value]  # MLX declares it an object
+        name=source.name,
+        input_names=source.inputs,
+        output_names=source.outputs,
+        source=source.body(),
+        header=source.header(),
+        ensure_row_contiguous=source.row_contiguous,
+    )
+
+
+def _whole_blocks(threads: int) -> int:
+    return -(-threads // 256) * 256
+
+
+def _integers(values: mx.array | None) -> mx.array:
+    """Row counts of each sequence as the kernels read them; a stand-in that is never read where there are none."""
+    return _unread() if values is None else mx.contiguous(values.astype(mx.int32))
+
+
+@functools.cache
+def _unread() -> mx.array:
+    return mx.zeros((1,), dtype=mx.int32)
+
+
+@functools.cache
+def _no_scales() -> mx.array:
+    return mx.zeros((1, 1, 1, 1), dtype=mx.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _factor(scale: float) -> mx.array:
+    return mx.array([scale], dtype=mx.float32)
