@@ -151,6 +151,7 @@ struct Tile {
       const Rows<K_BITS, Keys>& keys, const Rows<V_BITS, Values>& values, int first, int end, int base,
       const Sight& sight, int warp, int warps, const Bias& bias) {
     const int group = threadIdx.x % 32 / LANES;
+    const float unseen = -cuda::std::numeric_limits<float>::infinity();
     for (int at = first + warp * KEYS_AT_ONCE * GROUPS; at < end; at += warps * KEYS_AT_ONCE * GROUPS) {
       Piece<K_BITS, Keys> key_piece[KEYS_AT_ONCE];
       Piece<V_BITS, Values> value_piece[KEYS_AT_ONCE];
@@ -171,11 +172,11 @@ struct Tile {
           float score = 0.0f;
 #pragma unroll
           for (int i = 0; i < PIECE; i++) score += queries[r][i] * key_values[i];
-          score *= working ? factor : 0.0f;
+          score = working ? score * factor : 0.0f;
 #pragma unroll
           for (int offset = 1; offset < LANES; offset *= 2) score += __shfl_xor_sync(0xffffffff, score, offset);
           score += bias(r, base + key);
-          scores[u][r] = key < end && sight.sees(position[r], base + key) ? score : -INFINITY;
+          scores[u][r] = key < end && sight.sees(position[r], base + key) ? score : unseen;
         }
       }
 #pragma unroll

@@ -329,7 +329,7 @@ def _tile(shared_rows: int) -> int:
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:
-    """Keys that one block reads: as many as leave two blocks for each multiprocessor of a large GPU, in whole steps of a block."""
+    """Keys that one block reads: as many as leave two blocks for each multiprocessor of a large GPU, in whole steps."""
     batch, heads, rows, _ = queries.shape
     first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
     shared_rows = heads // first.shape[1] * rows
@@ -392,9 +392,8 @@ def _part(
 
 def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
     """The attention over all keys from that over parts of them."""
-    outputs, log_weights = (
-        column[0] if len(parts) == 1 else mx.concatenate(column, axis=0) for column in zip(*parts, strict=True)
-    )
+    outputs = parts[0][0] if len(parts) == 1 else mx.concatenate([part[0] for part in parts], axis=0)
+    log_weights = parts[0][1] if len(parts) == 1 else mx.concatenate([part[1] for part in parts], axis=0)
     splits, head_dim = outputs.shape[0], queries.shape[-1]
     (out,) = _launch(
         "attention_combine",
