@@ -8,7 +8,7 @@
 //          All strides are free. Pages that are not needed repeat another one.
 // outputs  parts[splits, batch, heads, rows, HEAD_DIM] OUT, log_weights[splits, batch, heads, rows] float32
 // template T; OUT; K_TYPE, K_BITS, V_TYPE, V_BITS: uint32 in 4 or 8 bits, or a float type in 16 or 32; HEAD_DIM; TILE; CAUSAL;
-//          WINDOW below 0 for none; HAS_PADDING, HAS_LENGTHS: whether these inputs count
+//          WINDOW, where HAS_WINDOW; HAS_PADDING, HAS_LENGTHS: whether these inputs count
 // grid     (splits * 128, kv_heads * ceil(heads / kv_heads * rows / TILE), batch) threads in blocks of 128
 //
 // A page is a unit of splitting: each has ceil(page rows / rows a split) splits, so that no block ever spans two arrays.
@@ -69,7 +69,7 @@
       queries + batch * queries_strides[0] + first_head * queries_strides[1], queries_strides[1], queries_strides[2],
       queries_strides[3], index, shared_rows, rows, total, factor[0]);
   const marlin::Sight sight = {
-      HAS_PADDING ? left_padding[batch] : 0, HAS_LENGTHS ? min(lengths[batch], total) : total, CAUSAL, WINDOW};
+      HAS_PADDING ? left_padding[batch] : 0, HAS_LENGTHS ? min(lengths[batch], total) : total, CAUSAL, HAS_WINDOW ? WINDOW : -1};
   int first, end;
   tile.reach(sight, first, end);
   first = max(first - base, split * span[2]);

@@ -16,7 +16,7 @@
   constexpr int WARPS = 8;
   constexpr int ROWS = 16 * ROW_TILES;
   constexpr int X_ROWS = 8 * X_TILES;
-  constexpr int STAGES = ROW_TILES == 1 ? 4 : 2;          // steps whose weights are on their way: 128 bytes a lane
+  constexpr int STAGES = 2;                               // steps whose weights are on their way
   constexpr int LANE_VALUES = 128 / BITS;                 // of a row of W, in one load of a lane
   constexpr int STEP = 4 * LANE_VALUES;                   // of K, by the four lanes that share a row
   constexpr int GROUPS = LANE_VALUES > GROUP ? LANE_VALUES / GROUP : 1;  // scales that a lane's values have
@@ -54,10 +54,17 @@
       }
     }
 
+    const T* x_rows[X_TILES];  // likewise: rows after the last one repeat it
+#pragma unroll
+    for (int tile = 0; tile < X_TILES; tile++) {
+      x_rows[tile] = x + int64_t(min(first_x + tile * 8 + lane_row, x_count - 1)) * depth;
+    }
+
     uint32_t words[STAGES][ROW_TILES][2][4];
     uint8_t scale_codes[STAGES][ROW_TILES][2][GROUPS];
+    // Past the last column some other is loaded, and its scale is taken as zero: cheaper than a branch.
     auto load = [&](int stage, int column) {
-      if (column >= depth) return;
+      column = min(column, depth - LANE_VALUES);
 #pragma unroll
       for (int tile = 0; tile < ROW_TILES; tile++) {
 #pragma unroll
@@ -81,6 +88,7 @@
         if (first + stage * WARPS * STEP >= depth) break;  // the same for all lanes: products need the whole warp
         const int column = first + stage * WARPS * STEP + lane_part * LANE_VALUES;
         const bool real = column < depth;
+        const int x_column = min(column, depth - LANE_VALUES);
         uint32_t factors[ROW_TILES][2][GROUPS];
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; tile++) {
@@ -98,30 +106,22 @@
 #pragma unroll
         for (int word = 0; word < 4; word++) {
           // x of the columns whose weights this word holds, in the order in which the codes are decoded.
-          uint32_t x_pairs[X_TILES][PARTS][PAIRS] = {};
+          uint32_t x_pairs[X_TILES][PARTS][PAIRS];
 #pragma unroll
           for (int tile = 0; tile < X_TILES; tile++) {
-            const int row = first_x + tile * 8 + lane_row;
-            if (row < x_count && real) {
-              const T* from = x + int64_t(row) * depth + column + word * 2 * PAIRS;
-              uint32_t loaded[2 * PAIRS * sizeof(T) / 4];
-              marlin::load_words<WIDE>(from, loaded);
+            uint32_t loaded[2 * PAIRS * sizeof(T) / 4];
+            marlin::load_words<WIDE>(x_rows[tile] + x_column + word * 2 * PAIRS, loaded);
+#pragma unroll
+            for (int p = 0; p < PAIRS; p++) {
               if constexpr (PARTS == 1) {
-#pragma unroll
-                for (int p = 0; p < PAIRS; p++) {
-                  x_pairs[tile][0][p] = __byte_perm(loaded[p / 2], loaded[(p + PAIRS) / 2], p % 2 ? 0x7632 : 0x5410);
-                }
+                x_pairs[tile][0][p] = __byte_perm(loaded[p / 2], loaded[(p + PAIRS) / 2], p % 2 ? 0x7632 : 0x5410);
               } else {
+                float first_rest = __uint_as_float(loaded[p]), second_rest = __uint_as_float(loaded[p + PAIRS]);
 #pragma unroll
-                for (int p = 0; p < PAIRS; p++) {
-                  float first_rest = __uint_as_float(loaded[p]), second_rest = __uint_as_float(loaded[p + PAIRS]);
-#pragma unroll
-                  for (int part = 0; part < PARTS; part++) {
-                    uint32_t pair = marlin::pair_of<false>(first_rest, second_rest);
-                    x_pairs[tile][part][p] = pair;
-                    first_rest -= __uint_as_float(pair << 16);
-                    second_rest -= __uint_as_float(pair & 0xffff0000u);
-                  }
+                for (int part = 0; part < PARTS; part++) {
+                  x_pairs[tile][part][p] = marlin::pair_of<false>(first_rest, second_rest);
+                  first_rest -= __uint_as_float(x_pairs[tile][part][p] << 16);
+                  second_rest -= __uint_as_float(x_pairs[tile][part][p] & 0xffff0000u);
                 }
               }
             }

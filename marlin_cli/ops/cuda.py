@@ -33,10 +33,16 @@ class KernelSource:
     row_contiguous: bool = True  # inputs are copied to rows where they are not; else the kernel follows their strides
 
     def header(self) -> str:
-        return "".join(shipped(f"kernels/{name}").read_text(encoding="utf-8") for name in self.headers)
+        return "".join(_code(name) for name in self.headers)
 
     def body(self) -> str:
-        return shipped(f"kernels/{self.name}.cu").read_text(encoding="utf-8")
+        return _code(f"{self.name}.cu")
+
+
+def _code(name: str) -> str:
+    """A kernel file without comments and indentation: MLX copies and hashes the text at every launch."""
+    lines = (line.split("//")[0].strip() for line in shipped(f"kernels/{name}").read_text(encoding="utf-8").splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 _ATTENTION = ("packed.cuh", "attention.cuh")
@@ -86,17 +92,18 @@ def packed_linear(
     """See `reference.packed_linear`; what `takes_packed_linear` takes. mode names the format, biases are None."""
     columns, rows = x.shape[-1], weight.shape[0]
     count = x.size // columns
+    flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
     row_tiles, x_tiles = _gemm_tiles(count, x.dtype)
     (out,) = _launch(
         "marlin_gemm_fp4",
-        [x.reshape(count, columns), weight, scales],
+        [x if flat else x.reshape(count, columns), weight, scales],
         {"T": x.dtype, "BITS": bits, "GROUP": group_size, "ROW_TILES": row_tiles, "X_TILES": x_tiles},
         grid=(-(-rows // (16 * row_tiles)) * 256, -(-count // (8 * x_tiles)), 1),
         block=256,
         shapes=[(count, rows)],
         dtypes=[x.dtype],
     )
-    return out.reshape(*x.shape[:-1], rows)
+    return out if flat else out.reshape(*x.shape[:-1], rows)
 
 
 def takes_packed_linear(
@@ -163,7 +170,8 @@ def attention(
             "TILE": tile,
             "WARPS": warps,
             "CAUSAL": causal,
-            "WINDOW": -1 if window is None else window,
+            "HAS_WINDOW": window is not None,
+            "WINDOW": window or 0,  # values become part of a kernel's name, so none is below 0
             "HAS_PADDING": left_padding is not None,
             "HAS_LENGTHS": lengths is not None,
             "HAS_BIAS": relative_bias is not None,
@@ -219,7 +227,8 @@ def paged_attention(
         inputs += [_integers(left_padding), _integers(lengths), _factor(scale)]
         template = {
             "CAUSAL": causal,
-            "WINDOW": -1 if window is None else window,
+            "HAS_WINDOW": window is not None,
+            "WINDOW": window or 0,  # values become part of a kernel's name, so none is below 0
             "HAS_PADDING": left_padding is not None,
             "HAS_LENGTHS": lengths is not None,
         }
@@ -245,10 +254,9 @@ def takes_paged_attention(
     if not keys or any(_row_count(page) == 0 for page in keys):
         return False
     first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
-    return _takes_queries(queries, first.shape[1]) and all(
-        all(_stored(page) == _stored(pages[0]) for page in pages) and _stored(pages[0])[0] != mx.int8
-        for pages in (keys, values)
-    )
+    kinds = [{_stored(page) for page in pages} for pages in (keys, values)]
+    alike = all(len(kind) == 1 and _known(next(iter(kind))) for kind in kinds)
+    return alike and _takes_queries(queries, first.shape[1])
 
 
 def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
@@ -303,6 +311,10 @@ class _Stored(NamedTuple):
 
 def _stored(page: KeyValueRows) -> _Stored:
     return _Stored(mx.uint32, page.bits) if isinstance(page, Packed) else _Stored(page.dtype, page.dtype.size * 8)
+
+
+def _known(stored: _Stored) -> bool:
+    return stored.dtype in FLOATS or stored in (_Stored(mx.uint32, 4), _Stored(mx.uint32, 8))
 
 
 def _row_count(page: KeyValueRows) -> int:

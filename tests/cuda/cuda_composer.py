@@ -31,8 +31,9 @@ using Strides = cuda::std::array<int64_t, 10>;
 """
 
 
-def compose(source: KernelSource, template: dict, inputs: dict[str, str], outputs: dict[str, str], name: str) -> str:
+def compose(source: KernelSource, template: dict, inputs: dict[str, str], outputs: dict[str, str], suffix: str = "") -> str:
     """The text of one variant. `inputs` and `outputs` map names to MLX dtypes; no input is 0-d."""
+    values = "".join(f"_{'ft'[value] if isinstance(value, bool) else value}" for value in template.values())
     body = source.body()
     parameters = []
     for parameter in source.inputs:
@@ -53,7 +54,7 @@ def compose(source: KernelSource, template: dict, inputs: dict[str, str], output
             constants.append(f"  using {key} = {CUDA_NAMES[value]};")
     return "\n".join(
         [
-            f"__global__ void {name}(",
+            f"__global__ void custom_kernel_{source.name}{values}{suffix}(",
             ",\n".join(f"    {parameter}" for parameter in parameters) + ") {",
             *constants,
             "",
