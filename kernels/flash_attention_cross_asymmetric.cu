@@ -1,5 +1,5 @@
-// One part of an attention of a few rows over a long sequence that none of them belongs to (an encoder's output): not causal, no
-// window. `attention_combine` joins the parts; where there is one part only, it is the result.
+// One part of an attention of a few rows over a long sequence that none of them belongs to (an encoder's output): not causal,
+// no window. `attention_combine` joins the parts; where there is one part only, it is the result.
 //
 // inputs   queries[batch, heads, rows, HEAD_DIM] T; keys and values[batch, kv_heads, total, HEAD_DIM, packed or not],
 //          key_scales and value_scales[batch, kv_heads, total, groups] uint8, any strides; lengths[batch] int32;

@@ -1,8 +1,8 @@
 // One part of an attention over keys and values that stand in pages, packed (nvfp4, mxfp8) or dense. `attention_combine` joins
 // the parts; where there is one part only, it is the result.
 //
-// inputs   queries[batch, heads, rows, HEAD_DIM] T; eight pages: keys_i and values_i[batch, kv_heads, page rows, HEAD_DIM, packed
-//          or not], key_scales_i and value_scales_i[batch, kv_heads, page rows, groups] uint8; left_padding[batch],
+// inputs   queries[batch, heads, rows, HEAD_DIM] T; eight pages: keys_i and values_i[batch, kv_heads, page rows, HEAD_DIM or
+//          words], key_scales_i and value_scales_i[batch, kv_heads, page rows, groups] uint8; left_padding[batch],
 //          lengths[batch] int32; factor[1] float32, of dot products;
 //          span[3] int32: position of the first page's first row, rows of the whole sequence, rows a split
 //          All strides are free. Pages that are not needed repeat another one.
@@ -69,7 +69,8 @@
       queries + batch * queries_strides[0] + first_head * queries_strides[1], queries_strides[1], queries_strides[2],
       queries_strides[3], index, shared_rows, rows, total, factor[0]);
   const marlin::Sight sight = {
-      HAS_PADDING ? left_padding[batch] : 0, HAS_LENGTHS ? min(lengths[batch], total) : total, CAUSAL, HAS_WINDOW ? WINDOW : -1};
+      HAS_PADDING ? left_padding[batch] : 0, HAS_LENGTHS ? min(lengths[batch], total) : total, CAUSAL,
+      HAS_WINDOW ? WINDOW : -1};
   int first, end;
   tile.reach(sight, first, end);
   first = max(first - base, split * span[2]);

@@ -83,6 +83,44 @@ __device__ __forceinline__ uint32_t product_of_pairs(uint32_t a, uint32_t b) {
   }
 }
 
+// Scales times 2^EXPONENT, each twice in a pair: of two consecutive groups of nvfp4 (E4M3), or of one of the others (E8M0).
+template <bool HALF, int EXPONENT>
+__device__ __forceinline__ void scale_pairs(uint32_t codes, uint32_t (&pairs)[2]) {
+  uint32_t decoded[2];
+  Codes<HALF, 8>::decode(__byte_perm(codes, 0, 0x4140), decoded);
+  constexpr int MISSING = EXPONENT + Codes<HALF, 8>::CODE_EXPONENT;
+  const float half_of_it = power_of_two<MISSING / 2>(), rest = power_of_two<MISSING - MISSING / 2>();
+  uint32_t scales = product_of_pairs<HALF>(decoded[0], pair_of<HALF>(half_of_it, half_of_it));
+  scales = product_of_pairs<HALF>(scales, pair_of<HALF>(rest, rest));
+  pairs[0] = __byte_perm(scales, 0, 0x1010);
+  pairs[1] = __byte_perm(scales, 0, 0x3232);
+}
+
+template <bool HALF, int EXPONENT>
+__device__ __forceinline__ void scale_pairs(uint32_t code, uint32_t (&pairs)[1]) {
+  const float scale = scale_of<false>(code) * power_of_two<EXPONENT>();
+  pairs[0] = pair_of<HALF>(scale, scale);
+}
+
+// Consecutive values of x as the right operand's pairs, in the order of `Codes`; float32 in PARTS bfloat16 whose sum it is.
+template <typename T, int PARTS, int PAIRS>
+__device__ __forceinline__ void x_pairs_of(const uint32_t* loaded, uint32_t (&pairs)[PARTS][PAIRS]) {
+#pragma unroll
+  for (int p = 0; p < PAIRS; p++) {
+    if constexpr (sizeof(T) == 2) {
+      pairs[0][p] = __byte_perm(loaded[p / 2], loaded[(p + PAIRS) / 2], p % 2 ? 0x7632 : 0x5410);
+    } else {
+      float first = __uint_as_float(loaded[p]), second = __uint_as_float(loaded[p + PAIRS]);
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        pairs[part][p] = pair_of<false>(first, second);
+        first -= __uint_as_float(pairs[part][p] << 16);
+        second -= __uint_as_float(pairs[part][p] & 0xffff0000u);
+      }
+    }
+  }
+}
+
 // sums[16, 8] += a[16, 16] @ b[16, 8] on the matrix units, with a warp's lanes holding the operands as `mma` wants them.
 template <bool HALF>
 __device__ __forceinline__ void multiply_tiles(
@@ -116,6 +154,19 @@ __device__ __forceinline__ void load_words(const void* from, uint32_t (&words)[C
     const uint16_t* halves = static_cast<const uint16_t*>(from);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) words[i] = halves[2 * i] | uint32_t(halves[2 * i + 1]) << 16;
+  }
+}
+
+// Sixteen bytes that no other block will want: they need no place in the first cache.
+template <bool WIDE>
+__device__ __forceinline__ void load_once(const uint32_t* from, uint32_t (&words)[4]) {
+  if constexpr (WIDE) {
+    asm volatile(
+        "ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "l"(from));
+  } else {
+    load_words<false>(from, words);
   }
 }
 

@@ -17,6 +17,7 @@ from marlin_cli.ops.reference import KeyValueRows, Packed
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 PAGES_A_LAUNCH = 8
 MOST_ROWS_OF_X = 32
+SHARED_X_BYTES = 32768
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
 PAGE_INPUTS = ("keys", "key_scales", "values", "value_scales")
@@ -93,12 +94,12 @@ def packed_linear(
     columns, rows = x.shape[-1], weight.shape[0]
     count = x.size // columns
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
-    row_tiles, x_tiles = _gemm_tiles(count, x.dtype)
+    plan = _gemm_plan(count, rows, columns, x.dtype)
     (out,) = _launch(
         "marlin_gemm_fp4",
         [x if flat else x.reshape(count, columns), weight, scales],
-        {"T": x.dtype, "BITS": bits, "GROUP": group_size, "ROW_TILES": row_tiles, "X_TILES": x_tiles},
-        grid=(-(-rows // (16 * row_tiles)) * 256, -(-count // (8 * x_tiles)), 1),
+        {"T": x.dtype, "BITS": bits, "GROUP": group_size, **plan},
+        grid=(-(-rows // (16 * plan["ROW_TILES"])) * 256, -(-count // (8 * plan["X_TILES"])), 1),
         block=256,
         shapes=[(count, rows)],
         dtypes=[x.dtype],
@@ -327,12 +328,14 @@ def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
     return few and queries.size > 0 and head_dim % 16 == 0 and head_dim <= 256 and queries.dtype in FLOATS
 
 
-def _gemm_tiles(rows_of_x: int, dtype: mx.Dtype) -> tuple[int, int]:
-    """Tiles of 16 rows of the weight and of 8 rows of x that a block works on: as few rows of x as there are."""
-    if rows_of_x <= 8:
-        return 1, 1
-    # Three parts of each float32 x take three times the registers.
-    return (2, 2) if rows_of_x <= 16 or dtype == mx.float32 else (2, 4)
+def _gemm_plan(rows_of_x: int, rows: int, columns: int, dtype: mx.Dtype) -> dict[str, int | bool]:
+    """Tiles of 16 rows of the weight and of 8 rows of x that a block works on, as was fastest on an H200."""
+    parts = dtype == mx.float32  # three parts of each x take three times the registers, and time to split
+    if rows_of_x > 8:
+        return {"ROW_TILES": 2, "X_TILES": 2 if parts or rows_of_x <= 16 else 4, "X_SHARED": False}
+    shared = parts and 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
+    wide = rows >= 8192 or (parts and not shared)
+    return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "X_SHARED": shared}
 
 
 def _tile(shared_rows: int) -> int:

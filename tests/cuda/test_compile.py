@@ -15,9 +15,12 @@ THREADS = {"marlin_gemm_fp4": 256, "patch_embed": 256, "strided_pool": 256, "att
 
 
 def gemm_variants():
-    for dtype, (bits, group), (rows, x_rows) in itertools.product(BITS, [(4, 16), (4, 32), (8, 32)], [(1, 1), (2, 2), (2, 4)]):
-        if (dtype, x_rows) != ("float32", 4):
-            template = {"T": dtype, "BITS": bits, "GROUP": group, "ROW_TILES": rows, "X_TILES": x_rows}
+    for dtype, (bits, group), (rows, x_rows), shared in itertools.product(
+        BITS, [(4, 16), (4, 32), (8, 32)], [(1, 1), (2, 1), (2, 2), (2, 4)], [False, True]
+    ):
+        if (dtype, x_rows) != ("float32", 4) and (not shared or (dtype, x_rows) == ("float32", 1)):
+            template = {"T": dtype, "BITS": bits, "GROUP": group}
+            template |= {"ROW_TILES": rows, "X_TILES": x_rows, "X_SHARED": shared}
             yield template, {"x": dtype, "weight": "uint32", "scales": "uint8"}, {"out": dtype}
 
 
