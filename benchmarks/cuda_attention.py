@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_attention.py [--rounds 5]
 
-Microseconds that the GPU spends in kernels for one call, by torch's profiler (which has to be there), median of rounds that take
-turns; outputs are compared. Decoding reads all keys and values at every step, so its bytes over its time are shown too.
+Microseconds that the GPU spends in kernels for one call, by torch's profiler (which has to be there), medians of rounds that
+take turns; outputs are compared. Decoding reads all keys and values at every step, so its bytes over its time are shown too.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 // inputs   queries[batch, heads, rows, HEAD_DIM], keys and values[batch, kv_heads, total, HEAD_DIM] T, any strides;
 //          left_padding[batch], lengths[batch] int32; relative_bias[heads, 2 * most + 1] T; factor[1] float32, of dot products
 // output   out[batch, heads, rows, HEAD_DIM] T
-// template T; HEAD_DIM a multiple of 16 up to 256; TILE rows of queries a warp has at once; WARPS that share a tile's keys, 1 or
-//          4; CAUSAL; WINDOW, where HAS_WINDOW; HAS_PADDING, HAS_LENGTHS, HAS_BIAS: whether these inputs count
+// template T; HEAD_DIM a multiple of 16 up to 256; TILE rows of queries a warp has at once; WARPS that share a tile's keys,
+//          1 or 4; CAUSAL; WINDOW, where HAS_WINDOW; HAS_PADDING, HAS_LENGTHS, HAS_BIAS: whether these inputs count
 // grid     (tiles * WARPS * 32) threads in blocks of 128, tiles = batch * kv_heads * ceil(heads / kv_heads * rows / TILE)
 //
 // With WARPS 1 every warp has a tile of its own: short sequences, such as the patches of a local model, by the thousand.

@@ -3,7 +3,7 @@
 //
 // inputs   queries[batch, heads, rows, HEAD_DIM] T; keys and values[batch, kv_heads, total, HEAD_DIM, packed or not],
 //          key_scales and value_scales[batch, kv_heads, total, groups] uint8, any strides; lengths[batch] int32;
-//          factor[1] float32, of dot products; span[1] int32: rows a split
+//          factor[1] float32, of dot products; span: its shape is (rows a split)
 // outputs  parts[splits, batch, heads, rows, HEAD_DIM] OUT, log_weights[splits, batch, heads, rows] float32
 // template T; OUT; K_TYPE, K_BITS, V_TYPE, V_BITS: uint32 in 4 or 8 bits, or a float type in 16 or 32; HEAD_DIM; TILE;
 //          HAS_LENGTHS: whether that input counts
@@ -32,7 +32,7 @@
       queries + batch * queries_strides[0] + first_head * queries_strides[1], queries_strides[1], queries_strides[2],
       queries_strides[3], index, shared_rows, rows, total, factor[0]);
   const marlin::Sight sight = {0, HAS_LENGTHS ? min(lengths[batch], total) : total, false, -1};
-  const int first = blockIdx.x * span[0], end = min(sight.end, first + span[0]);
+  const int first = blockIdx.x * span_shape[0], end = min(sight.end, first + span_shape[0]);
 
   auto no_bias = [](int, int) { return 0.0f; };
   if (key_rows.wide() && value_rows.wide()) {

@@ -4,7 +4,7 @@
 // inputs   queries[batch, heads, rows, HEAD_DIM] T; eight pages: keys_i and values_i[batch, kv_heads, page rows, HEAD_DIM or
 //          words], key_scales_i and value_scales_i[batch, kv_heads, page rows, groups] uint8; left_padding[batch],
 //          lengths[batch] int32; factor[1] float32, of dot products;
-//          span[3] int32: position of the first page's first row, rows of the whole sequence, rows a split
+//          span: its shape is (1 + position of the first page's first row, rows of the whole sequence, rows a split)
 //          All strides are free. Pages that are not needed repeat another one.
 // outputs  parts[splits, batch, heads, rows, HEAD_DIM] OUT, log_weights[splits, batch, heads, rows] float32
 // template T; OUT; K_TYPE, K_BITS, V_TYPE, V_BITS: uint32 in 4 or 8 bits, or a float type in 16 or 32; HEAD_DIM; TILE; CAUSAL;
@@ -14,7 +14,7 @@
 // A page is a unit of splitting: each has ceil(page rows / rows a split) splits, so that no block ever spans two arrays.
 
   constexpr int WARPS = 4;
-  const int heads = queries_shape[1], rows = queries_shape[2], kv_heads = keys_0_shape[1], total = span[1];
+  const int heads = queries_shape[1], rows = queries_shape[2], kv_heads = keys_0_shape[1], total = span_shape[1];
   const int shared_rows = heads / kv_heads * rows;  // that see the same keys
   const int tiles = (shared_rows + TILE - 1) / TILE;
   const int index = blockIdx.y % tiles * TILE, kv_head = blockIdx.y / tiles;
@@ -24,27 +24,28 @@
 
   marlin::Rows<K_BITS, K_TYPE> key_rows = {};
   marlin::Rows<V_BITS, V_TYPE> value_rows = {};
-  int base = span[0], split = blockIdx.x, page_rows = 0;
+  const int rows_a_split = span_shape[2];
+  int base = span_shape[0] - 1, split = blockIdx.x, page_rows = 0;
   bool found = false;
-#define PAGE(keys, keys_shape, keys_strides, key_scales, key_scales_strides, values, values_strides, value_scales, \
-             value_scales_strides)                                                                                \
-  if (!found) {                                                                                                   \
-    const int splits = (keys_shape[2] + span[2] - 1) / span[2];                                                   \
-    if (split < splits) {                                                                                         \
-      found = true;                                                                                               \
-      page_rows = keys_shape[2];                                                                                  \
-      key_rows = {                                                                                                \
-          keys + batch * keys_strides[0] + kv_head * keys_strides[1],                                             \
-          key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1],                           \
-          keys_strides[2], keys_strides[3], key_scales_strides[2]};                                               \
-      value_rows = {                                                                                              \
-          values + batch * values_strides[0] + kv_head * values_strides[1],                                       \
-          value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1],                     \
-          values_strides[2], values_strides[3], value_scales_strides[2]};                                         \
-    } else {                                                                                                      \
-      split -= splits;                                                                                            \
-      base += keys_shape[2];                                                                                      \
-    }                                                                                                             \
+#define PAGE(keys, keys_shape, keys_strides, key_scales, key_scales_strides, values, values_strides, value_scales,     \
+             value_scales_strides)                                                                                     \
+  if (!found) {                                                                                                        \
+    const int splits = (keys_shape[2] + rows_a_split - 1) / rows_a_split;                                              \
+    if (split < splits) {                                                                                              \
+      found = true;                                                                                                    \
+      page_rows = keys_shape[2];                                                                                       \
+      key_rows = {                                                                                                     \
+          keys + batch * keys_strides[0] + kv_head * keys_strides[1],                                                  \
+          key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1],                                \
+          keys_strides[2], keys_strides[3], key_scales_strides[2]};                                                    \
+      value_rows = {                                                                                                   \
+          values + batch * values_strides[0] + kv_head * values_strides[1],                                            \
+          value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1],                          \
+          values_strides[2], values_strides[3], value_scales_strides[2]};                                              \
+    } else {                                                                                                           \
+      split -= splits;                                                                                                 \
+      base += keys_shape[2];                                                                                           \
+    }                                                                                                                  \
   }
   PAGE(keys_0, keys_0_shape, keys_0_strides, key_scales_0, key_scales_0_strides,
        values_0, values_0_strides, value_scales_0, value_scales_0_strides)
@@ -73,8 +74,8 @@
       HAS_WINDOW ? WINDOW : -1};
   int first, end;
   tile.reach(sight, first, end);
-  first = max(first - base, split * span[2]);
-  end = min(end - base, min((split + 1) * span[2], page_rows));
+  first = max(first - base, split * rows_a_split);
+  end = min(end - base, min((split + 1) * rows_a_split, page_rows));
 
   auto no_bias = [](int, int) { return 0.0f; };
   if (key_rows.wide() && value_rows.wide()) {

@@ -3,8 +3,8 @@
 // inputs   x[M, K] T; weight[N, K * BITS / 32] uint32; scales[N, K / GROUP] uint8
 // output   out[M, N] T
 // template T; BITS 4 or 8; GROUP 16 (scales in E4M3) or 32 (E8M0); ROW_TILES x 16 rows of W and X_TILES x 8 rows of x a block;
-//          X_SHARED: x goes through shared memory; X_TILES is 1 then, and 2 M * K, or 6 M * K for float32, at most 32 KB, with
-//          K rounded up to a multiple of 128
+//          STAGES of steps whose weights are on their way at once; X_SHARED: x goes through shared memory; X_TILES is 1 then,
+//          and 2 M * K, or 6 M * K for float32, at most 32 KB, with K rounded up to a multiple of 128
 // grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 256
 //
 // W is the left operand of the matrix units and x^T the right one, so that up to 8 rows of x cost what one costs, and each
@@ -66,33 +66,34 @@
       x_rows[tile] = x + int64_t(min(first_x + tile * 8 + lane_row, x_count - 1)) * depth;
     }
 
-    uint32_t words[ROW_TILES][2][4];
-    uint32_t scale_codes[ROW_TILES][2];
-    uint32_t x_words[X_TILES][X_EARLY ? LANE_VALUES * sizeof(T) / 4 : 1];
+    uint32_t words[STAGES][ROW_TILES][2][4];
+    uint32_t scale_codes[STAGES][ROW_TILES][2];
+    uint32_t x_words[STAGES][X_TILES][X_EARLY ? LANE_VALUES * sizeof(T) / 4 : 1];
     // Past the last column some other is loaded, and its scale is taken as zero: cheaper than a branch.
-    auto load = [&](uint32_t column) {
+    auto load = [&](int stage, uint32_t column) {
       column = min(column, last_column);
       if constexpr (X_EARLY) {
 #pragma unroll
-        for (int tile = 0; tile < X_TILES; tile++) marlin::load_words<WIDE>(x_rows[tile] + column, x_words[tile]);
+        for (int tile = 0; tile < X_TILES; tile++) marlin::load_words<WIDE>(x_rows[tile] + column, x_words[stage][tile]);
       }
 #pragma unroll
       for (int tile = 0; tile < ROW_TILES; tile++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          marlin::load_once<WIDE>(codes[tile][half] + column / (32 / BITS), words[tile][half]);
+          marlin::load_once<WIDE>(codes[tile][half] + column / (32 / BITS), words[stage][tile][half]);
           const uint8_t* from = codes_of_scales[tile][half] + column / GROUP;
           if constexpr (GROUPS == 2 && WIDE) {
-            scale_codes[tile][half] = *reinterpret_cast<const uint16_t*>(from);
+            scale_codes[stage][tile][half] = *reinterpret_cast<const uint16_t*>(from);
           } else {
-            scale_codes[tile][half] = from[0] | (GROUPS == 2 ? from[GROUPS - 1] << 8 : 0);
+            scale_codes[stage][tile][half] = from[0] | (GROUPS == 2 ? from[GROUPS - 1] << 8 : 0);
           }
         }
       }
     };
 
     const uint32_t lane_column = warp * STEP + lane_part * LANE_VALUES;
-    load(lane_column);
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) load(stage, lane_column + stage * WARPS * STEP);
 
     const int steps = (depth + STEP - 1) / STEP;
     constexpr int PIECE = PARTS * PAIRS;
@@ -111,77 +112,82 @@
       __syncthreads();
     }
 
-    // The same for all lanes, since a product needs the whole warp.
-    for (int first = warp * STEP; first < depth; first += WARPS * STEP) {
-      const uint32_t column = first + lane_part * LANE_VALUES;
-      const T* x_here[X_TILES];
+    // Each pass of the inner loop uses what it loaded STAGES steps ago and loads what comes STAGES steps later.
+    for (int at = warp * STEP; at < depth; at += STAGES * WARPS * STEP) {
 #pragma unroll
-      for (int tile = 0; tile < X_TILES; tile++) x_here[tile] = x_rows[tile] + min(column, last_column);
-      uint32_t factors[ROW_TILES][2][GROUPS];
+      for (int stage = 0; stage < STAGES; stage++) {
+        const int first = at + stage * WARPS * STEP;
+        if (first >= depth) break;  // the same for all lanes, since a product needs the whole warp
+        const uint32_t column = first + lane_part * LANE_VALUES;
+        const T* x_here[X_TILES];
 #pragma unroll
-      for (int tile = 0; tile < ROW_TILES; tile++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          marlin::scale_pairs<HALF, SCALE_EXPONENT>(scale_codes[tile][half], factors[tile][half]);
-          if (column > last_column) {
-#pragma unroll
-            for (int group = 0; group < GROUPS; group++) factors[tile][half][group] = 0;
-          }
-        }
-      }
-#pragma unroll
-      for (int word = 0; word < 4; word++) {
-        // x of the columns whose weights this word holds, in the order in which the codes are decoded.
-        uint32_t x_pairs[X_TILES][PARTS][PAIRS];
-        if constexpr (X_SHARED) {
-          const int step = first / STEP;
-          const int row = min(lane_row, x_count - 1);
-          const uint32_t* from = x_shared + ((row * steps + step) * 16 + word * 4 + lane_part) * PIECE;
-#pragma unroll
-          for (int part = 0; part < PARTS; part++) marlin::load_words<true>(from + part * PAIRS, x_pairs[0][part]);
-        } else {
-#pragma unroll
-          for (int tile = 0; tile < X_TILES; tile++) {
-            if constexpr (X_EARLY) {
-              marlin::x_pairs_of<T>(x_words[tile] + word * WORD_OF_X, x_pairs[tile]);
-            } else {
-              uint32_t loaded[WORD_OF_X];
-              marlin::load_words<WIDE>(x_here[tile] + word * 2 * PAIRS, loaded);
-              marlin::x_pairs_of<T>(loaded, x_pairs[tile]);
-            }
-          }
-        }
+        for (int tile = 0; tile < X_TILES; tile++) x_here[tile] = x_rows[tile] + min(column, last_column);
+        uint32_t factors[ROW_TILES][2][GROUPS];
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; tile++) {
-          uint32_t pairs[2][PAIRS];
 #pragma unroll
           for (int half = 0; half < 2; half++) {
-            Codes::decode(words[tile][half][word], pairs[half]);
-            const uint32_t factor = factors[tile][half][word * GROUPS / 4];
+            marlin::scale_pairs<HALF, SCALE_EXPONENT>(scale_codes[stage][tile][half], factors[tile][half]);
+            if (column > last_column) {
 #pragma unroll
-            for (int p = 0; p < PAIRS; p++) {
-              if constexpr (TWO_PRODUCTS) {
-                const float unit = marlin::power_of_two<Codes::CODE_EXPONENT>();
-                pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], marlin::pair_of<HALF>(unit, unit));
+              for (int group = 0; group < GROUPS; group++) factors[tile][half][group] = 0;
+            }
+          }
+        }
+#pragma unroll
+        for (int word = 0; word < 4; word++) {
+          // x of the columns whose weights this word holds, in the order in which the codes are decoded.
+          uint32_t x_pairs[X_TILES][PARTS][PAIRS];
+          if constexpr (X_SHARED) {
+            const int step = first / STEP;
+            const int row = min(lane_row, x_count - 1);
+            const uint32_t* from = x_shared + ((row * steps + step) * 16 + word * 4 + lane_part) * PIECE;
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) marlin::load_words<true>(from + part * PAIRS, x_pairs[0][part]);
+          } else {
+#pragma unroll
+            for (int tile = 0; tile < X_TILES; tile++) {
+              if constexpr (X_EARLY) {
+                marlin::x_pairs_of<T>(x_words[stage][tile] + word * WORD_OF_X, x_pairs[tile]);
+              } else {
+                uint32_t loaded[WORD_OF_X];
+                marlin::load_words<WIDE>(x_here[tile] + word * 2 * PAIRS, loaded);
+                marlin::x_pairs_of<T>(loaded, x_pairs[tile]);
               }
-              pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], factor);
             }
           }
 #pragma unroll
-          for (int p = 0; p < PAIRS; p += 2) {
+          for (int tile = 0; tile < ROW_TILES; tile++) {
+            uint32_t pairs[2][PAIRS];
 #pragma unroll
-            for (int x_tile = 0; x_tile < X_TILES; x_tile++) {
+            for (int half = 0; half < 2; half++) {
+              Codes::decode(words[stage][tile][half][word], pairs[half]);
+              const uint32_t factor = factors[tile][half][word * GROUPS / 4];
 #pragma unroll
-              for (int part = 0; part < PARTS; part++) {
-                marlin::multiply_tiles<HALF>(
-                    sums[tile][x_tile], pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1],
-                    x_pairs[x_tile][part][p], x_pairs[x_tile][part][p + 1]);
+              for (int p = 0; p < PAIRS; p++) {
+                if constexpr (TWO_PRODUCTS) {
+                  const float unit = marlin::power_of_two<Codes::CODE_EXPONENT>();
+                  pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], marlin::pair_of<HALF>(unit, unit));
+                }
+                pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], factor);
+              }
+            }
+#pragma unroll
+            for (int p = 0; p < PAIRS; p += 2) {
+#pragma unroll
+              for (int x_tile = 0; x_tile < X_TILES; x_tile++) {
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+                  marlin::multiply_tiles<HALF>(
+                      sums[tile][x_tile], pairs[0][p], pairs[1][p], pairs[0][p + 1], pairs[1][p + 1],
+                      x_pairs[x_tile][part][p], x_pairs[x_tile][part][p + 1]);
+                }
               }
             }
           }
         }
+        if (first + STAGES * WARPS * STEP < depth) load(stage, column + STAGES * WARPS * STEP);
       }
-      load(column + WARPS * STEP);
     }
 
 #pragma unroll

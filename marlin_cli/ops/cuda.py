@@ -94,7 +94,7 @@ def packed_linear(
     columns, rows = x.shape[-1], weight.shape[0]
     count = x.size // columns
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
-    plan = _gemm_plan(count, rows, columns, x.dtype)
+    plan = _gemm_plan(count, rows, columns, bits, x.dtype)
     (out,) = _launch(
         "marlin_gemm_fp4",
         [x if flat else x.reshape(count, columns), weight, scales],
@@ -234,7 +234,7 @@ def paged_attention(
             "HAS_LENGTHS": lengths is not None,
         }
         splits = sum(-(-count // rows_a_split) for count in counts[launch])
-        span = [first, sum(counts), rows_a_split]
+        span = (first + 1, sum(counts), rows_a_split)
         parts.append(_part("flash_attention_kv_fp4", inputs, span, template, queries, keys[0], values[0], splits, one_part))
         first += sum(counts[launch])
     return parts[0][0][0] if one_part else _combine(parts, queries)
@@ -328,14 +328,15 @@ def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
     return few and queries.size > 0 and head_dim % 16 == 0 and head_dim <= 256 and queries.dtype in FLOATS
 
 
-def _gemm_plan(rows_of_x: int, rows: int, columns: int, dtype: mx.Dtype) -> dict[str, int | bool]:
-    """Tiles of 16 rows of the weight and of 8 rows of x that a block works on, as was fastest on an H200."""
-    parts = dtype == mx.float32  # three parts of each x take three times the registers, and time to split
+def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dtype) -> dict[str, int | bool]:
+    """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
+    split = dtype == mx.float32  # three parts of each x take three times the registers, and time to split
     if rows_of_x > 8:
-        return {"ROW_TILES": 2, "X_TILES": 2 if parts or rows_of_x <= 16 else 4, "X_SHARED": False}
-    shared = parts and 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
-    wide = rows >= 8192 or (parts and not shared)
-    return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "X_SHARED": shared}
+        return {"ROW_TILES": 2, "X_TILES": 2 if split or rows_of_x <= 16 else 4, "STAGES": 1, "X_SHARED": False}
+    shared = split and 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
+    crowded = split and not shared
+    wide = crowded or (bits == 4 and rows >= 8192)
+    return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 1 if crowded else 2, "X_SHARED": shared}
 
 
 def _tile(shared_rows: int) -> int:
@@ -344,13 +345,13 @@ def _tile(shared_rows: int) -> int:
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:
-    """Keys that one block reads: as many as leave two blocks for each multiprocessor of a large GPU, in whole steps."""
+    """Keys that one block reads: as many as leave four blocks for each multiprocessor of a large GPU, in whole steps."""
     batch, heads, rows, _ = queries.shape
     first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
     shared_rows = heads // first.shape[1] * rows
     tiles = batch * first.shape[1] * -(-shared_rows // _tile(shared_rows))
     total = sum(_row_count(page) for page in keys)
-    return min(max(128, -(-total * tiles // 264 // 128) * 128), 2048)
+    return min(max(128, -(-total * tiles // 528 // 128) * 128), 2048)
 
 
 def _cross_attention(
@@ -363,7 +364,7 @@ def _cross_attention(
     template = {"HAS_LENGTHS": lengths is not None}
     one_part = splits == 1
     name = "flash_attention_cross_asymmetric"
-    part = _part(name, inputs, [rows_a_split], template, queries, keys, values, splits, one_part)
+    part = _part(name, inputs, (rows_a_split,), template, queries, keys, values, splits, one_part)
     return part[0][0] if one_part else _combine([part], queries)
 
 
@@ -378,7 +379,7 @@ def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
 def _part(
     name: str,
     inputs: list[mx.array],
-    span: list[int],
+    span: tuple[int, ...],
     template: dict[str, Any],
     queries: mx.array,
     keys: KeyValueRows,
@@ -386,7 +387,10 @@ def _part(
     splits: int,
     one_part: bool,
 ) -> list[mx.array]:
-    """Outputs and log weights of `splits` parts of the keys; where it is the only part, its output has the queries' type."""
+    """Outputs and log weights of `splits` parts of the keys; where it is the only part, its output has the queries' type.
+
+    `span` reaches the kernel as the shape of an array: numbers in a new array would wait for its page to come from the host.
+    """
     batch, heads, rows, head_dim = queries.shape
     kv_heads = (keys.packed if isinstance(keys, Packed) else keys).shape[1]
     shared_rows = heads // kv_heads * rows
@@ -396,7 +400,7 @@ def _part(
     stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
     return _launch(
         name,
-        [*inputs, mx.array(span, dtype=mx.int32)],
+        [*inputs, mx.broadcast_to(_unread(), span)],
         {"T": queries.dtype, "OUT": out, **stored, "HEAD_DIM": head_dim, "TILE": tile, **template},
         grid=(splits * 128, kv_heads * -(-shared_rows // tile), batch),
         block=128,
@@ -414,8 +418,8 @@ def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
         "attention_combine",
         [outputs.reshape(splits, -1, head_dim), log_weights.reshape(splits, -1)],
         {"T": queries.dtype, "HEAD_DIM": head_dim},
-        grid=(_whole_blocks(queries.size), 1, 1),
-        block=256,
+        grid=(queries.size // head_dim * 128, 1, 1),
+        block=128,
         shapes=[queries.shape],
         dtypes=[queries.dtype],
     )

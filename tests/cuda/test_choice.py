@@ -78,4 +78,4 @@ def test_blocks_read_whole_steps_and_fill_the_machine():
     for total in (1, 100, 4096, 65536):
         keys = mx.zeros((1, 8, total, 64), dtype=mx.float16)
         rows = cuda._rows_a_split(queries, [keys])
-        assert rows % 128 == 0 and (rows == 128 or 8 * total / rows >= 132)
+        assert rows % 128 == 0 and (rows == 128 or 8 * total / rows >= 264)

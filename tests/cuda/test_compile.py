@@ -3,25 +3,29 @@
 import itertools
 import re
 
+import mlx.core as mx
 import pytest
 from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
 
+from marlin_cli.ops import cuda
 from marlin_cli.ops.cuda import PAGES_A_LAUNCH, SOURCES
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH")]
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 REGISTERS_OF_A_BLOCK = 65536
-THREADS = {"marlin_gemm_fp4": 256, "patch_embed": 256, "strided_pool": 256, "attention_combine": 256}  # else 128
+THREADS = {"marlin_gemm_fp4": 256, "patch_embed": 256, "strided_pool": 256}  # else 128
 
 
 def gemm_variants():
-    for dtype, (bits, group), (rows, x_rows), shared in itertools.product(
-        BITS, [(4, 16), (4, 32), (8, 32)], [(1, 1), (2, 1), (2, 2), (2, 4)], [False, True]
+    for dtype, (bits, group), (count, rows) in itertools.product(
+        BITS, [(4, 16), (4, 32), (8, 32)], [(1, 64), (1, 8192), (8, 64), (8, 8192), (16, 64), (32, 64)]
     ):
-        if (dtype, x_rows) != ("float32", 4) and (not shared or (dtype, x_rows) == ("float32", 1)):
-            template = {"T": dtype, "BITS": bits, "GROUP": group}
-            template |= {"ROW_TILES": rows, "X_TILES": x_rows, "X_SHARED": shared}
-            yield template, {"x": dtype, "weight": "uint32", "scales": "uint8"}, {"out": dtype}
+        plan = cuda._gemm_plan(count, rows, 4096, bits, getattr(mx, dtype))
+        yield (
+            {"T": dtype, "BITS": bits, "GROUP": group, **plan},
+            {"x": dtype, "weight": "uint32", "scales": "uint8"},
+            {"out": dtype},
+        )
 
 
 def attention_variants():
