@@ -51,7 +51,7 @@ _PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INP
 SOURCES = {
     source.name: source
     for source in (
-        KernelSource("marlin_gemm_fp4", ("x", "weight", "scales"), ("out",)),
+        KernelSource("marlin_gemm_fp4", ("x", "weight", "scales"), ("out",), ("packed.cuh", "ptx.cuh")),
         KernelSource(
             "flash_attention",
             ("queries", "keys", "values", "left_padding", "lengths", "relative_bias", "factor"),
