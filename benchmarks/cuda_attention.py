@@ -19,10 +19,17 @@ from marlin_cli.ops.reference import Packed, pack_rows
 CALLS = 10
 
 
-def kernel_microseconds(call) -> float:
+def chain(attend, queries):
+    """CALLS calls, each with the output of the one before as its queries: what does not depend on each other runs at once."""
+    for _ in range(CALLS):
+        queries = attend(queries)
+    mx.eval(queries)
+
+
+def kernel_microseconds(attend, queries) -> float:
     """What the GPU spends in kernels for one of CALLS calls."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        mx.eval([call() for _ in range(CALLS)])
+        chain(attend, queries)
         torch.cuda.synchronize()
     return sum(event.self_device_time_total for event in profile.key_averages()) / CALLS
 
@@ -31,13 +38,15 @@ def nbytes(pages) -> int:
     return sum(page.packed.nbytes + page.scales.nbytes if isinstance(page, Packed) else page.nbytes for page in pages)
 
 
-def show(name: str, calls: dict, rounds: int, read: dict[str, int] | None = None) -> None:
+def show(name: str, calls: dict, queries: mx.array, rounds: int, read: dict[str, int] | None = None) -> None:
     """Times of each of `calls`, and how far each output is from the first one's."""
-    outputs = {side: np.array(call().astype(mx.float32)) for side, call in calls.items()}
+    outputs = {side: np.array(call(queries).astype(mx.float32)) for side, call in calls.items()}
     times = {side: [] for side in calls}
+    for call in calls.values():
+        chain(call, queries)
     for _ in range(rounds):
         for side, call in calls.items():
-            times[side].append(kernel_microseconds(call))
+            times[side].append(kernel_microseconds(call, queries))
     first = next(iter(outputs.values()))
     shown = []
     for side in calls:
@@ -58,16 +67,17 @@ def decoding(heads: int, kv_heads: int, total: int, page: int, rounds: int) -> N
     mx.eval(queries, rows, four, eight, whole)
     scale = head_dim**-0.5
     calls = {
-        "MLX 16 bit, one array": lambda: reference.attention(queries, *whole, scale),
-        "ours 16 bit": lambda: cuda.paged_attention(queries, *rows, scale),
-        "ours mxfp8": lambda: cuda.paged_attention(queries, *eight, scale),
-        "ours nvfp4": lambda: cuda.paged_attention(queries, *four, scale),
-        "reference nvfp4": lambda: reference.paged_attention(queries, *four, scale),
+        "MLX 16 bit, one array": lambda q: reference.attention(q, *whole, scale),
+        "ours 16 bit": lambda q: cuda.paged_attention(q, *rows, scale),
+        "ours mxfp8": lambda q: cuda.paged_attention(q, *eight, scale),
+        "ours nvfp4": lambda q: cuda.paged_attention(q, *four, scale),
+        "reference nvfp4": lambda q: reference.paged_attention(q, *four, scale),
     }
     held = {16: nbytes(rows[0] + rows[1]), 8: nbytes(eight[0] + eight[1]), 4: nbytes(four[0] + four[1])}
     show(
         f"decoding, {heads} heads on {kv_heads}, {total} keys in pages of {page}",
         calls,
+        queries,
         rounds,
         dict(zip(calls, (held[16], held[16], held[8], held[4], held[4]), strict=True)),
     )
@@ -82,10 +92,10 @@ def main() -> None:
     decoding(16, 16, 4096, 512, rounds)
     decoding(32, 8, 32768, 4096, rounds)
 
-    def sides(name, *arrays, **options):
-        mx.eval(arrays)
+    def sides(name, queries, *arrays, **options):
+        mx.eval(queries, arrays)
         calls = {"reference": reference.attention, "ours": cuda.attention}
-        show(name, {side: lambda f=f: f(*arrays, 0.125, **options) for side, f in calls.items()}, rounds)
+        show(name, {side: lambda q, f=f: f(q, *arrays, 0.125, **options) for side, f in calls.items()}, queries, rounds)
 
     def random(*shape):
         return mx.random.normal(shape).astype(mx.bfloat16)

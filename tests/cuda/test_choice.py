@@ -8,25 +8,23 @@ from marlin_cli.ops import cuda, reference
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 
 
-def packed(rows, columns, bits=4):
-    return mx.zeros((rows, columns * bits // 32), dtype=mx.uint32), mx.zeros((rows, columns // 16), dtype=mx.uint8)
-
-
 @pytest.mark.parametrize(
-    ("shape", "dtype", "settings", "taken"),
+    ("shape", "rows", "dtype", "settings", "taken"),
     [
-        ((1, 64), mx.float32, NVFP4, True),
-        ((2, 16, 64), mx.bfloat16, NVFP4, True),
-        ((33, 64), mx.float16, NVFP4, False),
-        ((0, 64), mx.float16, NVFP4, False),
-        ((1, 48), mx.float16, NVFP4, False),
-        ((1, 64), mx.int32, NVFP4, False),
-        ((1, 64), mx.float16, {"group_size": 32, "bits": 8, "mode": "mxfp8"}, True),
-        ((1, 64), mx.float16, {"group_size": 64, "bits": 4, "mode": "affine"}, False),
+        ((1, 64), 2**20, mx.float32, NVFP4, True),
+        ((1, 64), 2**20 - 1, mx.float32, NVFP4, False),
+        ((2, 16, 64), 2**15, mx.bfloat16, NVFP4, True),
+        ((33, 64), 2**20, mx.float16, NVFP4, False),
+        ((0, 64), 2**20, mx.float16, NVFP4, False),
+        ((1, 48), 2**22, mx.float16, NVFP4, False),
+        ((1, 64), 2**20, mx.int32, NVFP4, False),
+        ((1, 64), 2**20, mx.float16, {"group_size": 32, "bits": 8, "mode": "mxfp8"}, True),
+        ((1, 64), 2**20, mx.float16, {"group_size": 64, "bits": 4, "mode": "affine"}, False),
     ],
 )
-def test_products_that_are_taken(shape, dtype, settings, taken):
-    weight, scales = packed(8, shape[-1], settings["bits"])
+def test_products_that_are_taken(shape, rows, dtype, settings, taken):
+    weight = mx.zeros((rows, shape[-1] * settings["bits"] // 32), dtype=mx.uint32)
+    scales = mx.zeros((rows, 1), dtype=mx.uint8)  # never read
     assert cuda.takes_packed_linear(mx.zeros(shape, dtype=dtype), weight, scales, None, **settings) is taken
 
 
@@ -36,8 +34,16 @@ def test_products_that_are_taken(shape, dtype, settings, taken):
 )
 def test_attentions_that_are_taken(rows, heads, head_dim, taken):
     queries, keys = mx.zeros((1, heads, rows, head_dim)), mx.zeros((1, 2, 100, head_dim))
-    assert cuda.takes_attention(queries, keys, keys, 1.0) is taken
+    assert cuda.takes_attention(queries, keys, keys, 1.0, window=9) is taken
     assert cuda.takes_paged_attention(queries, [keys, keys], [keys, keys], 1.0) is taken
+
+
+def test_what_mlx_is_fast_at_is_left_to_it():
+    queries, keys = mx.zeros((1, 4, 1, 64)), mx.zeros((1, 4, 33, 64))
+    assert not cuda.takes_attention(queries, keys, keys, 1.0)
+    assert cuda.takes_attention(queries, keys[:, :, 1:], keys[:, :, 1:], 1.0)
+    assert cuda.takes_attention(queries, keys, keys, 1.0, lengths=mx.array([20]))
+    assert cuda.takes_attention(queries, keys, keys, 1.0, relative_bias=mx.zeros((4, 9)))
 
 
 def test_pages_are_of_one_kind_and_none_is_empty():
