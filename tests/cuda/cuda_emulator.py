@@ -6,6 +6,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ UNWRITTEN = 0xAA
 
 
 def compiler() -> str | None:
+    """A C++ compiler; None elsewhere than on Linux, whose fibers the emulator uses."""
+    if sys.platform != "linux":
+        return None
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 

@@ -21,7 +21,7 @@ EACH_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.ke
 def kernels(monkeypatch):
     if not mx.cuda.is_available():
         if compiler() is None:
-            pytest.skip("neither a CUDA GPU nor a C++ compiler here")
+            pytest.skip("neither a CUDA GPU nor a C++ compiler on Linux here")
         monkeypatch.setattr(cuda, "_kernel", Emulated)
 
 

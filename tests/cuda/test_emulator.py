@@ -9,7 +9,7 @@ from cuda_emulator import Emulated, compiler
 
 from marlin_cli.ops import cuda, reference
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(compiler() is None, reason="no C++ compiler here")]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on Linux here")]
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 
 
