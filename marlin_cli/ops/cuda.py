@@ -1,21 +1,19 @@
-"""CUDA twins of the operations: kernels/*.cu through MLX's runtime compiler, built at first use, launched by shape.
+"""CUDA twins of the operations: which kernel, which variant of it and which grid, by shape.
 
 Each operation has the signature of its twin in `reference`, and a predicate `takes_<operation>` of the same arguments that says
 whether the kernels compute it here, at a speed worth having. Importing this needs no CUDA; calling a twin does.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
-from marlin_cli.files import shipped
+from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, kernel
 from marlin_cli.ops.reference import KeyValueRows, Packed
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
-PAGES_A_LAUNCH = 8
 MOST_ROWS_OF_X = 32
 SHARED_X_BYTES = 32768
 # Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
@@ -24,64 +22,6 @@ WORTH_A_LAUNCH = 2**26
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
 MOST_KEYS_PLAIN = 32
-PAGE_INPUTS = ("keys", "key_scales", "values", "value_scales")
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """A kernel's text and parameters, as `mx.fast.cuda_kernel` wants them."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    headers: tuple[str, ...] = ("packed.cuh",)
-    row_contiguous: bool = True  # inputs are copied to rows where they are not; else the kernel follows their strides
-
-    def header(self) -> str:
-        return "".join(_code(name) for name in self.headers)
-
-    def body(self) -> str:
-        return _code(f"{self.name}.cu")
-
-
-def _code(name: str) -> str:
-    """A kernel file without comments and indentation: MLX copies and hashes the text at every launch."""
-    lines = (line.split("//")[0].strip() for line in shipped(f"kernels/{name}").read_text(encoding="utf-8").splitlines())
-    return "".join(f"{line}\n" for line in lines if line)
-
-
-_ATTENTION = ("packed.cuh", "attention.cuh")
-_PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INPUTS)
-SOURCES = {
-    source.name: source
-    for source in (
-        KernelSource("marlin_gemm_fp4", ("x", "weight", "scales"), ("out",), ("packed.cuh", "ptx.cuh")),
-        KernelSource(
-            "flash_attention",
-            ("queries", "keys", "values", "left_padding", "lengths", "relative_bias", "factor"),
-            ("out",),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource(
-            "flash_attention_kv_fp4",
-            ("queries", *_PAGES, "left_padding", "lengths", "factor", "span"),
-            ("parts", "log_weights"),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource(
-            "flash_attention_cross_asymmetric",
-            ("queries", *PAGE_INPUTS, "lengths", "factor", "span"),
-            ("parts", "log_weights"),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource("attention_combine", ("parts", "log_weights"), ("out",), _ATTENTION),
-        KernelSource("patch_embed", ("ids", "table"), ("out",)),
-        KernelSource("strided_pool", ("x",), ("out",)),
-    )
-}
 
 
 def packed_linear(
@@ -98,7 +38,7 @@ def packed_linear(
     columns = x.shape[-1]
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
     launch = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
-    (out,) = _kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **launch)
+    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **launch)
     return out if flat else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -449,27 +389,13 @@ def _launch(
     dtypes: list[mx.Dtype],
 ) -> list[mx.array]:
     """Run a kernel; `grid` counts threads and is a multiple of the block's, as MLX shrinks blocks to it."""
-    return _kernel(name)(
+    return kernel(name)(
         inputs=inputs,
         template=list(template.items()),
         grid=grid,
         threadgroup=(block, 1, 1),
         output_shapes=shapes,
         output_dtypes=dtypes,
-    )
-
-
-@functools.cache
-def _kernel(name: str) -> Callable[..., list[mx.array]]:
-    """The kernel, built at first use: MLX refuses to without CUDA."""
-    source = SOURCES[name]
-    return mx.fast.cuda_kernel(  # type: ignore[return-value]  # MLX declares it an object
-        name=source.name,
-        input_names=source.inputs,
-        output_names=source.outputs,
-        source=source.body(),
-        header=source.header(),
-        ensure_row_contiguous=source.row_contiguous,
     )
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from cuda_composer import CUDA_NAMES, compose
 
-from marlin_cli.ops import cuda
+from marlin_cli.ops import cuda_kernels
 
 COMPILERS = ("g++", "clang++", "clang++-19", "c++")
 FLAGS = ("-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w")
@@ -35,7 +35,7 @@ class Emulated:
     """A kernel as `mx.fast.cuda_kernel` returns it. `backwards` runs later threads first; `edit` changes its text."""
 
     def __init__(self, name: str, *, backwards: bool = False, edit: Callable[[str], str] = str) -> None:
-        self.source, self.backwards, self.edit = cuda.SOURCES[name], backwards, edit
+        self.source, self.backwards, self.edit = cuda_kernels.SOURCES[name], backwards, edit
 
     def __call__(self, *, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
         source = self.source
@@ -50,7 +50,7 @@ class Emulated:
             dict(zip(source.inputs, types, strict=True)),
             dict(zip(source.outputs, outputs, strict=True)),
         )
-        header = "".join(cuda._code(name) for name in source.headers if name != OWN_HEADER)
+        header = "".join(cuda_kernels.code(name) for name in source.headers if name != OWN_HEADER)
         run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text))
 
         held, strides = [], np.zeros((len(inputs), MOST_AXES), np.int64)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from marlin_cli.ops import cuda, reference
+from marlin_cli.ops import cuda, cuda_kernels, reference
 
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 
@@ -73,7 +73,7 @@ def test_without_cuda_a_twin_is_refused_when_called_and_not_before():
         cuda.strided_pool(mx.zeros((1, 4, 8)), 4, "mean")
 
 
-@pytest.mark.parametrize("source", cuda.SOURCES.values(), ids=cuda.SOURCES.keys())
+@pytest.mark.parametrize("source", cuda_kernels.SOURCES.values(), ids=cuda_kernels.SOURCES.keys())
 def test_every_input_and_output_is_used(source):
     body = source.body()
     assert [name for name in (*source.inputs, *source.outputs) if name not in body] == []

@@ -8,7 +8,7 @@ import pytest
 from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
 
 from marlin_cli.ops import cuda
-from marlin_cli.ops.cuda import PAGES_A_LAUNCH, SOURCES
+from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, SOURCES
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH")]
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32}

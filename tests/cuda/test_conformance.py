@@ -22,7 +22,7 @@ def kernels(monkeypatch):
     if not mx.cuda.is_available():
         if compiler() is None:
             pytest.skip("neither a CUDA GPU nor a C++ compiler on Linux here")
-        monkeypatch.setattr(cuda, "_kernel", Emulated)
+        monkeypatch.setattr(cuda, "kernel", Emulated)
 
 
 def random(*shape, seed=0, dtype=mx.float32):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cuda_emulator import Emulated, compiler
 
-from marlin_cli.ops import cuda, reference
+from marlin_cli.ops import cuda, cuda_kernels, reference
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on Linux here")]
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
@@ -37,7 +37,7 @@ def attention_error():
 @pytest.mark.parametrize("error", [product_error, attention_error])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_order_of_threads_does_not_matter(error, backwards, monkeypatch):
-    monkeypatch.setattr(cuda, "_kernel", functools.partial(Emulated, backwards=backwards))
+    monkeypatch.setattr(cuda, "kernel", functools.partial(Emulated, backwards=backwards))
     assert error() < 1e-4
 
 
@@ -59,12 +59,12 @@ QUICK = "sums are read before they are there"
     [pytest.param(*fault, id=name, marks=[] if name == QUICK else pytest.mark.slow) for name, fault in FAULTS.items()],
 )
 def test_a_fault_shows(error, right, wrong, monkeypatch):
-    sources = [source.header() + source.body() for source in cuda.SOURCES.values()]
+    sources = [source.header() + source.body() for source in cuda_kernels.SOURCES.values()]
     assert any(right in source for source in sources)  # else nothing is planted
     errors = []
     for backwards in (False, True):
         kernel = functools.partial(Emulated, backwards=backwards, edit=lambda text: text.replace(right, wrong))
-        monkeypatch.setattr(cuda, "_kernel", kernel)
+        monkeypatch.setattr(cuda, "kernel", kernel)
         errors.append(error())
     assert not max(errors) < 1e-4  # NaN is a fault too
 
@@ -72,6 +72,6 @@ def test_a_fault_shows(error, right, wrong, monkeypatch):
 def test_a_lane_that_misses_a_shuffle_is_found(monkeypatch):
     leave = "if (threadIdx.x == 3) return;\ntile.join_groups();"
     edit = lambda text: text.replace("tile.join_groups();", leave)  # noqa: E731
-    monkeypatch.setattr(cuda, "_kernel", functools.partial(Emulated, edit=edit))
+    monkeypatch.setattr(cuda, "kernel", functools.partial(Emulated, edit=edit))
     with pytest.raises(AssertionError, match="a lane left"):
         attention_error()
