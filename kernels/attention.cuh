@@ -115,7 +115,7 @@ struct Tile {
   static constexpr int PIECES = HEAD_DIM / PIECE;
   static constexpr int LANES = PIECES <= 1 ? 1 : PIECES <= 2 ? 2 : PIECES <= 4 ? 4 : PIECES <= 8 ? 8 : 16;  // of a group
   static constexpr int GROUPS = 32 / LANES;
-  static constexpr int KEYS_AT_ONCE = TILE == 1 ? 4 : 2;  // of a group: their loads overlap
+  static constexpr int KEYS_AT_ONCE = TILE == 1 ? 4 : TILE < 4 || LANES > 1 ? 2 : 1;  // of a group: their loads overlap
 
   int piece;     // this lane's
   bool working;  // false for lanes beyond the last piece
