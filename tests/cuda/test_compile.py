@@ -40,23 +40,23 @@ def attention_variants():
 
 
 def split_variants(pages):
-    kept = [(4, 4), (8, 8), (4, 8), (8, None), (None, None)]
-    for dtype, (keys, values), (head_dim, tile, one_part) in itertools.product(
-        BITS, kept, [(32, 1, False), (32, 4, True), (128, 4, False), (256, 4, True)]
-    ):
-        stored = {"K": keys or BITS[dtype], "V": values or BITS[dtype]}
-        types = {name: "uint32" if bits < 16 else dtype for name, bits in stored.items()}
-        out = dtype if one_part else "float32"
-        template = {"T": dtype, "OUT": out, "HEAD_DIM": head_dim, "TILE": tile, "HAS_LENGTHS": one_part}
-        template |= {"K_TYPE": types["K"], "K_BITS": stored["K"], "V_TYPE": types["V"], "V_BITS": stored["V"]}
-        inputs = {"queries": dtype, "lengths": "int32", "factor": "float32", "span": "int32"}
-        if pages:
-            template |= {"CAUSAL": not one_part, "HAS_WINDOW": one_part, "WINDOW": 7, "HAS_PADDING": one_part}
-            inputs["left_padding"] = "int32"
-        for place in [f"_{i}" for i in range(PAGES_A_LAUNCH)] if pages else [""]:
-            inputs |= {f"keys{place}": types["K"], f"values{place}": types["V"]}
-            inputs |= {f"key_scales{place}": "uint8", f"value_scales{place}": "uint8"}
-        yield template, inputs, {"parts": out, "log_weights": "float32"}
+    kinds = itertools.product(BITS, [(4, 4), (8, 8), (4, 8), (8, None), (None, None)])
+    shapes = [(32, 1, False), (128, 4, False), (32, 4, True), (256, 4, True)]  # each kind in two of them, by turns
+    for i, (dtype, (keys, values)) in enumerate(kinds):
+        for head_dim, tile, one_part in shapes[i % 2 :: 2]:
+            stored = {"K": keys or BITS[dtype], "V": values or BITS[dtype]}
+            types = {name: "uint32" if bits < 16 else dtype for name, bits in stored.items()}
+            out = dtype if one_part else "float32"
+            template = {"T": dtype, "OUT": out, "HEAD_DIM": head_dim, "TILE": tile, "HAS_LENGTHS": one_part}
+            template |= {"K_TYPE": types["K"], "K_BITS": stored["K"], "V_TYPE": types["V"], "V_BITS": stored["V"]}
+            inputs = {"queries": dtype, "lengths": "int32", "factor": "float32", "span": "int32"}
+            if pages:
+                template |= {"CAUSAL": not one_part, "HAS_WINDOW": one_part, "WINDOW": 7, "HAS_PADDING": one_part}
+                inputs["left_padding"] = "int32"
+            for place in [f"_{i}" for i in range(PAGES_A_LAUNCH)] if pages else [""]:
+                inputs |= {f"keys{place}": types["K"], f"values{place}": types["V"]}
+                inputs |= {f"key_scales{place}": "uint8", f"value_scales{place}": "uint8"}
+            yield template, inputs, {"parts": out, "log_weights": "float32"}
 
 
 def combine_variants():
