@@ -1,0 +1,35 @@
+// What only the machine's own instructions say: products on the matrix units, and loads past the first cache.
+
+namespace marlin {
+
+// sums[16, 8] += a[16, 16] @ b[16, 8] on the matrix units, with a warp's lanes holding the operands as `mma` wants them.
+template <bool HALF>
+__device__ __forceinline__ void multiply_tiles(
+    float (&sums)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (HALF) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// Sixteen bytes that no other block will want: they need no place in the first cache.
+template <bool WIDE>
+__device__ __forceinline__ void load_once(const uint32_t* from, uint32_t (&words)[4]) {
+  if constexpr (WIDE) {
+    asm volatile(
+        "ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "l"(from));
+  } else {
+    load_words<false>(from, words);
+  }
+}
+
+}  // namespace marlin

@@ -1,0 +1,423 @@
+"""CUDA twins of the operations: which kernel, which variant of it and which grid, by shape.
+
+Each operation has the signature of its twin in `reference`, and a predicate `takes_<operation>` of the same arguments that says
+whether the kernels compute it here, at a speed worth having. Importing this needs no CUDA; calling a twin does.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+
+from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, kernel
+from marlin_cli.ops.reference import KeyValueRows, Packed
+
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+MOST_ROWS_OF_X = 32
+SHARED_X_BYTES = 32768
+# Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
+# 32 us through `cuda_kernel`, while MLX's kernel needs about 10 us for 2^24 multiplications (H200, MLX 0.32.4).
+WORTH_A_LAUNCH = 2**26
+MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
+MOST_KEYS_UNSPLIT = 4096
+MOST_KEYS_PLAIN = 32
+
+
+def packed_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """See `reference.packed_linear`; what `takes_packed_linear` takes. mode names the format, biases are None."""
+    columns = x.shape[-1]
+    flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
+    launch = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
+    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **launch)
+    return out if flat else out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def takes_packed_linear(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    *,
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> bool:
+    """nvfp4, mxfp4 or mxfp8 weights, 1 to 32 rows of x, columns a multiple of 32, and enough work to be worth a launch."""
+    return (
+        (mode, bits, group_size) in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
+        and x.dtype in FLOATS
+        and weight.ndim == 2
+        and x.shape[-1] % 32 == 0
+        and x.size <= MOST_ROWS_OF_X * x.shape[-1]
+        and x.size * weight.shape[0] >= WORTH_A_LAUNCH
+    )
+
+
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
+) -> mx.array:
+    """See `reference.attention`; what `takes_attention` takes."""
+    batch, heads, rows, head_dim = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    if (
+        not causal
+        and window is None
+        and left_padding is None
+        and relative_bias is None
+        and total > _rows_a_split(queries, [keys])
+    ):
+        return _cross_attention(queries, keys, values, scale, lengths)
+    shared_rows = heads // kv_heads * rows
+    tile = _tile(shared_rows)
+    tiles = batch * kv_heads * -(-shared_rows // tile)
+    warps = 4 if total > 128 else 1
+    (out,) = _launch(
+        "flash_attention",
+        [
+            queries,
+            keys.astype(queries.dtype),
+            values.astype(queries.dtype),
+            _integers(left_padding),
+            _integers(lengths),
+            queries if relative_bias is None else mx.contiguous(relative_bias.astype(queries.dtype)),
+            _factor(scale),
+        ],
+        {
+            "T": queries.dtype,
+            "HEAD_DIM": head_dim,
+            "TILE": tile,
+            "WARPS": warps,
+            "CAUSAL": causal,
+            "HAS_WINDOW": window is not None,
+            "WINDOW": window or 0,  # values become part of a kernel's name, so none is below 0
+            "HAS_PADDING": left_padding is not None,
+            "HAS_LENGTHS": lengths is not None,
+            "HAS_BIAS": relative_bias is not None,
+        },
+        grid=(-(-tiles * warps // 4) * 128, 1, 1),
+        block=128,
+        shapes=[queries.shape],
+        dtypes=[queries.dtype],
+    )
+    return out
+
+
+def takes_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
+) -> bool:
+    """Few rows of queries of 16 to 256 numbers; masked, biased or short ones, as MLX's own is fast at the rest."""
+    total = keys.shape[2]
+    plain = window is None and left_padding is None and lengths is None and relative_bias is None
+    most = MOST_KEYS_PLAIN if plain else MOST_KEYS_UNSPLIT
+    return _takes_queries(queries, keys.shape[1]) and 0 < total <= most and keys.dtype in FLOATS
+
+
+def paged_attention(
+    queries: mx.array,
+    keys: Sequence[KeyValueRows],
+    values: Sequence[KeyValueRows],
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> mx.array:
+    """See `reference.paged_attention`; what `takes_paged_attention` takes."""
+    plain = window is None and left_padding is None
+    if len(keys) == 1 and plain and (not causal or queries.shape[2] == 1):  # one row, the last, sees all
+        return _cross_attention(queries, keys[0], values[0], scale, lengths)
+    rows_a_split = _rows_a_split(queries, keys)
+    counts = [_row_count(page) for page in keys]
+    one_part = len(keys) == 1 and counts[0] <= rows_a_split
+    parts, first = [], 0
+    for start in range(0, len(keys), PAGES_A_LAUNCH):
+        launch = slice(start, start + PAGES_A_LAUNCH)
+        pages = [_page_inputs(k, v) for k, v in zip(keys[launch], values[launch], strict=True)]
+        pages += pages[:1] * (PAGES_A_LAUNCH - len(pages))
+        inputs = [queries, *(array for page in pages for array in page)]
+        inputs += [_integers(left_padding), _integers(lengths), _factor(scale)]
+        template = {
+            "CAUSAL": causal,
+            "HAS_WINDOW": window is not None,
+            "WINDOW": window or 0,  # values become part of a kernel's name, so none is below 0
+            "HAS_PADDING": left_padding is not None,
+            "HAS_LENGTHS": lengths is not None,
+        }
+        splits = sum(-(-count // rows_a_split) for count in counts[launch])
+        span = (first + 1, sum(counts), rows_a_split)
+        parts.append(_part("flash_attention_kv_fp4", inputs, span, template, queries, keys[0], values[0], splits, one_part))
+        first += sum(counts[launch])
+    return parts[0][0][0] if one_part else _combine(parts, queries)
+
+
+def takes_paged_attention(
+    queries: mx.array,
+    keys: Sequence[KeyValueRows],
+    values: Sequence[KeyValueRows],
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> bool:
+    """Few rows of queries; head_dim is a multiple of 16 up to 256; all pages of keys of one kind, and all of values."""
+    if not keys or any(_row_count(page) == 0 for page in keys):
+        return False
+    first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
+    kinds = [{_stored(page) for page in pages} for pages in (keys, values)]
+    alike = all(len(kind) == 1 and _known(next(iter(kind))) for kind in kinds)
+    return alike and _takes_queries(queries, first.shape[1])
+
+
+def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
+    """See `reference.patch_embed`; what `takes_patch_embed` takes."""
+    width, count = table.shape[1], ids.size
+    at_once = 16 // table.dtype.size
+    values = at_once if width % at_once == 0 else 1
+    (out,) = _launch(
+        "patch_embed",
+        [ids.reshape(-1), table],
+        {"T": table.dtype, "VALUES": values},
+        grid=(_whole_blocks(count * width // values), 1, 1),
+        block=256,
+        shapes=[(count, width)],
+        dtypes=[table.dtype],
+    )
+    return out.reshape(*ids.shape[:-1], -1)
+
+
+def takes_patch_embed(ids: mx.array, table: mx.array) -> bool:
+    """Any ids below vocab and any table of floats."""
+    return ids.size > 0 and table.size > 0 and table.dtype in FLOATS
+
+
+def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:
+    """See `reference.strided_pool`; what `takes_strided_pool` takes."""
+    batch, rows, channels = x.shape
+    pooled = -(-rows // stride)
+    (out,) = _launch(
+        "strided_pool",
+        [x],
+        {"T": x.dtype, "STRIDE": stride, "MAXIMUM": kind == "max"},
+        grid=(_whole_blocks(batch * pooled * channels), 1, 1),
+        block=256,
+        shapes=[(batch, pooled, channels)],
+        dtypes=[x.dtype],
+    )
+    return out
+
+
+def takes_strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> bool:
+    """Any floats."""
+    return x.size > 0 and x.dtype in FLOATS
+
+
+class _Stored(NamedTuple):
+    """How keys or values stand in memory: a kernel is compiled for it."""
+
+    dtype: mx.Dtype
+    bits: int
+
+
+def _stored(page: KeyValueRows) -> _Stored:
+    return _Stored(mx.uint32, page.bits) if isinstance(page, Packed) else _Stored(page.dtype, page.dtype.size * 8)
+
+
+def _known(stored: _Stored) -> bool:
+    return stored.dtype in FLOATS or stored in (_Stored(mx.uint32, 4), _Stored(mx.uint32, 8))
+
+
+def _row_count(page: KeyValueRows) -> int:
+    return page.rows if isinstance(page, Packed) else page.shape[2]
+
+
+def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
+    _, heads, rows, head_dim = queries.shape
+    few = heads // kv_heads * rows <= MOST_SHARED_ROWS
+    return few and queries.size > 0 and head_dim % 16 == 0 and head_dim <= 256 and queries.dtype in FLOATS
+
+
+@functools.lru_cache(maxsize=1024)
+def _gemm_launch(rows_of_x: int, rows: int, columns: int, bits: int, group_size: int, dtype: mx.Dtype) -> dict[str, Any]:
+    """What a call of `marlin_gemm_fp4` needs beside its inputs, made once a shape: the host has no time to spare."""
+    plan = _gemm_plan(rows_of_x, rows, columns, bits, dtype)
+    return {
+        "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), *plan.items()],
+        "grid": (-(-rows // (16 * plan["ROW_TILES"])) * 256, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
+        "threadgroup": (256, 1, 1),
+        "output_shapes": [(rows_of_x, rows)],
+        "output_dtypes": [dtype],
+    }
+
+
+def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dtype) -> dict[str, int | bool]:
+    """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
+    split = dtype == mx.float32  # three parts of each x take three times the registers, and time to split
+    if rows_of_x > 8:
+        return {"ROW_TILES": 2, "X_TILES": 2 if split or rows_of_x <= 16 else 4, "STAGES": 1, "X_SHARED": False}
+    shared = split and 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
+    crowded = split and not shared
+    wide = crowded or (bits == 4 and rows >= 8192)
+    return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 1 if crowded else 2, "X_SHARED": shared}
+
+
+def _tile(shared_rows: int) -> int:
+    """Rows of queries that a warp has at once."""
+    return shared_rows if shared_rows <= 2 else 4
+
+
+def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:
+    """Keys that one block reads: as many as leave four blocks for each multiprocessor of a large GPU, in whole steps."""
+    batch, heads, rows, _ = queries.shape
+    first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
+    shared_rows = heads // first.shape[1] * rows
+    tiles = batch * first.shape[1] * -(-shared_rows // _tile(shared_rows))
+    total = sum(_row_count(page) for page in keys)
+    return min(max(128, -(-total * tiles // 528 // 128) * 128), 2048)
+
+
+def _cross_attention(
+    queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None
+) -> mx.array:
+    """Attention that is not causal, over one array of keys and one of values, split along its rows."""
+    rows_a_split = _rows_a_split(queries, [keys])
+    splits = -(-_row_count(keys) // rows_a_split)
+    inputs = [queries, *_page_inputs(keys, values), _integers(lengths), _factor(scale)]
+    template = {"HAS_LENGTHS": lengths is not None}
+    one_part = splits == 1
+    name = "flash_attention_cross_asymmetric"
+    part = _part(name, inputs, (rows_a_split,), template, queries, keys, values, splits, one_part)
+    return part[0][0] if one_part else _combine([part], queries)
+
+
+def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
+    """In the order of PAGE_INPUTS. Dense rows have no scales; a stand-in of as many axes takes their place."""
+    inputs = []
+    for page in (keys, values):
+        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, _no_scales()]
+    return inputs
+
+
+def _part(
+    name: str,
+    inputs: list[mx.array],
+    span: tuple[int, ...],
+    template: dict[str, Any],
+    queries: mx.array,
+    keys: KeyValueRows,
+    values: KeyValueRows,
+    splits: int,
+    one_part: bool,
+) -> list[mx.array]:
+    """Outputs and log weights of `splits` parts of the keys; where it is the only part, its output has the queries' type.
+
+    `span` reaches the kernel as the shape of an array: numbers in a new array would wait for its page to come from the host.
+    """
+    batch, heads, rows, head_dim = queries.shape
+    kv_heads = (keys.packed if isinstance(keys, Packed) else keys).shape[1]
+    shared_rows = heads // kv_heads * rows
+    tile = _tile(shared_rows)
+    out = queries.dtype if one_part else mx.float32
+    (key_type, key_bits), (value_type, value_bits) = _stored(keys), _stored(values)
+    stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
+    return _launch(
+        name,
+        [*inputs, mx.broadcast_to(_unread(), span)],
+        {"T": queries.dtype, "OUT": out, **stored, "HEAD_DIM": head_dim, "TILE": tile, **template},
+        grid=(splits * 128, kv_heads * -(-shared_rows // tile), batch),
+        block=128,
+        shapes=[(splits, *queries.shape), (splits, batch, heads, rows)],
+        dtypes=[out, mx.float32],
+    )
+
+
+def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
+    """The attention over all keys from that over parts of them."""
+    outputs = parts[0][0] if len(parts) == 1 else mx.concatenate([part[0] for part in parts], axis=0)
+    log_weights = parts[0][1] if len(parts) == 1 else mx.concatenate([part[1] for part in parts], axis=0)
+    splits, head_dim = outputs.shape[0], queries.shape[-1]
+    (out,) = _launch(
+        "attention_combine",
+        [outputs.reshape(splits, -1, head_dim), log_weights.reshape(splits, -1)],
+        {"T": queries.dtype, "HEAD_DIM": head_dim},
+        grid=(queries.size // head_dim * 128, 1, 1),
+        block=128,
+        shapes=[queries.shape],
+        dtypes=[queries.dtype],
+    )
+    return out
+
+
+def _launch(
+    name: str,
+    inputs: list[mx.array],
+    template: dict[str, Any],
+    *,
+    grid: tuple[int, int, int],
+    block: int,
+    shapes: list[tuple[int, ...]],
+    dtypes: list[mx.Dtype],
+) -> list[mx.array]:
+    """Run a kernel; `grid` counts threads and is a multiple of the block's, as MLX shrinks blocks to it."""
+    return kernel(name)(
+        inputs=inputs,
+        template=list(template.items()),
+        grid=grid,
+        threadgroup=(block, 1, 1),
+        output_shapes=shapes,
+        output_dtypes=dtypes,
+    )
+
+
+def _whole_blocks(threads: int) -> int:
+    return -(-threads // 256) * 256
+
+
+def _integers(values: mx.array | None) -> mx.array:
+    """Row counts of each sequence as the kernels read them; a stand-in that is never read where there are none."""
+    return _unread() if values is None else mx.contiguous(values.astype(mx.int32))
+
+
+@functools.cache
+def _unread() -> mx.array:
+    return mx.zeros((1,), dtype=mx.int32)
+
+
+@functools.cache
+def _no_scales() -> mx.array:
+    return mx.zeros((1, 1, 1, 1), dtype=mx.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def _factor(scale: float) -> mx.array:
+    return mx.array([scale], dtype=mx.float32)

@@ -1,0 +1,153 @@
+"""CUDA kernels on a CPU: the text MLX would compile, through a C++ compiler and emulator.hpp, behind the calls of `mx.fast`."""
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from cuda_composer import CUDA_NAMES, compose
+
+from marlin_cli.ops import cuda_kernels
+
+COMPILERS = ("g++", "clang++", "clang++-19", "c++")
+FLAGS = ("-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w")
+OWN_HEADER = "ptx.cuh"  # the machine's instructions, which emulator.hpp has its own way for
+MOST_AXES = 10
+UNWRITTEN = 0xAA
+
+
+def compiler() -> str | None:
+    """A C++ compiler; None elsewhere than on Linux, whose fibers the emulator uses."""
+    if sys.platform != "linux":
+        return None
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+class Emulated:
+    """A kernel as `mx.fast.cuda_kernel` returns it. `backwards` runs later threads first; `edit` changes its text."""
+
+    def __init__(self, name: str, *, backwards: bool = False, edit: Callable[[str], str] = str) -> None:
+        self.source, self.backwards, self.edit = cuda_kernels.SOURCES[name], backwards, edit
+
+    def __call__(self, *, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
+        source = self.source
+        body = source.body()
+        assert all(threads % block == 0 for threads, block in zip(grid, threadgroup, strict=True))
+        types = [_name(array.dtype) for array in inputs]
+        outputs = [_name(dtype) for dtype in output_dtypes]
+        constants = {key: value if isinstance(value, (bool, int)) else _name(value) for key, value in template}
+        text = compose(
+            source,
+            constants,
+            dict(zip(source.inputs, types, strict=True)),
+            dict(zip(source.outputs, outputs, strict=True)),
+        )
+        header = "".join(cuda_kernels.code(name) for name in source.headers if name != OWN_HEADER)
+        run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text))
+
+        held, strides = [], np.zeros((len(inputs), MOST_AXES), np.int64)
+        shapes = np.zeros((len(inputs), MOST_AXES), np.int32)
+        for i, (name, array) in enumerate(zip(source.inputs, inputs, strict=True)):
+            shapes[i, : array.ndim] = array.shape
+            if re.search(rf"\b{name}\b", body) is None:  # only its shape is read, and it may be a vast one
+                held.append(np.zeros(1, np.uint8))
+                continue
+            held.append(_placed(array, apart=not source.row_contiguous))
+            strides[i, : array.ndim] = [stride // array.dtype.size for stride in held[-1].strides]
+        results = [np.full(int(np.prod(shape)) * dtype.size, UNWRITTEN, np.uint8)
+                   for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]  # fmt: skip
+        pointers = (ctypes.c_void_p * (len(held) + len(results)))(*(array.ctypes.data for array in (*held, *results)))
+        launch = (ctypes.c_int * 6)(*(t // b for t, b in zip(grid, threadgroup, strict=True)), *threadgroup)
+        fault = run(pointers, shapes.ctypes.data, strides.ctypes.data, launch, self.backwards)
+        assert fault is None, fault.decode()
+        return [
+            mx.array(result.view(np.uint32 if dtype.size == 4 else np.uint16)).view(dtype).reshape(shape)
+            for result, shape, dtype in zip(results, output_shapes, output_dtypes, strict=True)
+        ]
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _placed(array: mx.array, apart: bool) -> np.ndarray:
+    """The bits of `array`, in rows; where the kernel follows strides, with a row of ones between the matrices."""
+    dtype = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
+    bits = np.array(mx.contiguous(array).view(dtype)).reshape(array.shape)
+    if apart and bits.ndim == 4:
+        wider = np.full((*bits.shape[:2], bits.shape[2] + 1, bits.shape[3]), np.iinfo(bits.dtype).max, bits.dtype)
+        wider[:, :, :-1] = bits
+        return wider[:, :, :-1]
+    return np.ascontiguousarray(bits)
+
+
+def _call(source, inputs: list[str], outputs: list[str], text: str) -> str:
+    arguments = []
+    for i, (name, dtype) in enumerate(zip(source.inputs, inputs, strict=True)):
+        arguments.append(f"(const {CUDA_NAMES[dtype]}*)pointers[{i}]")
+        arguments += [f"shape_of({i})"] if f" {name}_shape" in text.split("{")[0] else []
+        arguments += [f"strides_of({i})"] if f" {name}_strides" in text.split("{")[0] else []
+    arguments += [f"({CUDA_NAMES[dtype]}*)pointers[{len(inputs) + i}]" for i, dtype in enumerate(outputs)]
+    name = re.search(r"void (\w+)\(", text).group(1)
+    return f"mlx::core::cu::{name}({', '.join(arguments)});"
+
+
+@functools.cache
+def _built(header: str, kernel: str, call: str):
+    """The function that runs a grid of this kernel."""
+    text = f"""#include "emulator.hpp"
+{header}
+namespace mlx::core::cu {{
+{kernel}
+}}
+
+static void** pointers;
+static const int32_t* shapes;
+static const int64_t* strides;
+static mlx::core::cu::Shape shape_of(int i) {{
+  mlx::core::cu::Shape shape;
+  std::copy(shapes + 10 * i, shapes + 10 * i + 10, shape.begin());
+  return shape;
+}}
+static mlx::core::cu::Strides strides_of(int i) {{
+  mlx::core::cu::Strides own;
+  std::copy(strides + 10 * i, strides + 10 * i + 10, own.begin());
+  return own;
+}}
+static void call() {{ {call} }}
+
+extern "C" const char* run(void** p, const int32_t* shape, const int64_t* stride, const int* launch, bool backwards) {{
+  pointers = p, shapes = shape, strides = stride, kernel_call = call;
+  gridDim = {{uint32_t(launch[0]), uint32_t(launch[1]), uint32_t(launch[2])}};
+  blockDim = {{uint32_t(launch[3]), uint32_t(launch[4]), uint32_t(launch[5])}};
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+        if (const char* fault = run_block(backwards)) return fault;
+  return nullptr;
+}}
+"""
+    folder = Path(_folder().name)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    path.write_text(text, encoding="utf-8")
+    library = path.with_suffix(".so")
+    command = [compiler(), *FLAGS, f"-I{Path(__file__).parent}", "-o", str(library), str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[:3000]
+    run = ctypes.CDLL(str(library)).run
+    run.restype = ctypes.c_char_p
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
+    return run
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()

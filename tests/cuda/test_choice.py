@@ -1,0 +1,87 @@
+"""What the CUDA twins take and how they are launched; it needs neither a GPU nor a compiler."""
+
+import mlx.core as mx
+import pytest
+
+from marlin_cli.ops import cuda, cuda_kernels, reference
+
+NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "dtype", "settings", "taken"),
+    [
+        ((1, 64), 2**20, mx.float32, NVFP4, True),
+        ((1, 64), 2**20 - 1, mx.float32, NVFP4, False),
+        ((2, 16, 64), 2**15, mx.bfloat16, NVFP4, True),
+        ((33, 64), 2**20, mx.float16, NVFP4, False),
+        ((0, 64), 2**20, mx.float16, NVFP4, False),
+        ((1, 48), 2**22, mx.float16, NVFP4, False),
+        ((1, 64), 2**20, mx.int32, NVFP4, False),
+        ((1, 64), 2**20, mx.float16, {"group_size": 32, "bits": 8, "mode": "mxfp8"}, True),
+        ((1, 64), 2**20, mx.float16, {"group_size": 64, "bits": 4, "mode": "affine"}, False),
+    ],
+)
+def test_products_that_are_taken(shape, rows, dtype, settings, taken):
+    weight = mx.zeros((rows, shape[-1] * settings["bits"] // 32), dtype=mx.uint32)
+    scales = mx.zeros((rows, 1), dtype=mx.uint8)  # never read
+    assert cuda.takes_packed_linear(mx.zeros(shape, dtype=dtype), weight, scales, None, **settings) is taken
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "head_dim", "taken"),
+    [(1, 4, 64, True), (16, 8, 64, True), (17, 8, 64, False), (1, 4, 40, False), (1, 4, 272, False), (0, 4, 64, False)],
+)
+def test_attentions_that_are_taken(rows, heads, head_dim, taken):
+    queries, keys = mx.zeros((1, heads, rows, head_dim)), mx.zeros((1, 2, 100, head_dim))
+    assert cuda.takes_attention(queries, keys, keys, 1.0, window=9) is taken
+    assert cuda.takes_paged_attention(queries, [keys, keys], [keys, keys], 1.0) is taken
+
+
+def test_what_mlx_is_fast_at_is_left_to_it():
+    queries, keys = mx.zeros((1, 4, 1, 64)), mx.zeros((1, 4, 33, 64))
+    assert not cuda.takes_attention(queries, keys, keys, 1.0)
+    assert cuda.takes_attention(queries, keys[:, :, 1:], keys[:, :, 1:], 1.0)
+    assert cuda.takes_attention(queries, keys, keys, 1.0, lengths=mx.array([20]))
+    assert cuda.takes_attention(queries, keys, keys, 1.0, relative_bias=mx.zeros((4, 9)))
+
+
+def test_pages_are_of_one_kind_and_none_is_empty():
+    queries, dense = mx.zeros((1, 2, 1, 64)), mx.zeros((1, 2, 20, 64))
+    four, eight = (reference.pack_rows(dense, bits) for bits in (4, 8))
+    for keys, values, taken in (
+        ([four, four], [eight, eight], True),
+        ([four], [dense], True),
+        ([four, eight], [four, four], False),
+        ([dense, dense.astype(mx.float16)], [four, four], False),
+        ([dense.astype(mx.int32)], [dense], False),
+        ([four, dense[:, :, :0]], [four, dense[:, :, :0]], False),
+        ([], [], False),
+    ):
+        assert cuda.takes_paged_attention(queries, keys, values, 1.0) is taken
+
+
+def test_integers_are_not_pooled_nor_embedded():
+    assert cuda.takes_strided_pool(mx.zeros((1, 4, 8)), 4, "mean") and cuda.takes_patch_embed(mx.zeros(8), mx.zeros((4, 4)))
+    assert not cuda.takes_strided_pool(mx.zeros((1, 4, 8), dtype=mx.int32), 4, "mean")
+    assert not cuda.takes_patch_embed(mx.zeros(0), mx.zeros((4, 4)))
+
+
+@pytest.mark.skipif(mx.cuda.is_available(), reason="there is a GPU here")
+def test_without_cuda_a_twin_is_refused_when_called_and_not_before():
+    with pytest.raises(RuntimeError, match="CUDA"):
+        cuda.strided_pool(mx.zeros((1, 4, 8)), 4, "mean")
+
+
+@pytest.mark.parametrize("source", cuda_kernels.SOURCES.values(), ids=cuda_kernels.SOURCES.keys())
+def test_every_input_and_output_is_used(source):
+    body = source.body()
+    assert [name for name in (*source.inputs, *source.outputs) if name not in body] == []
+
+
+def test_blocks_read_whole_steps_and_fill_the_machine():
+    queries = mx.zeros((1, 8, 1, 64))
+    for total in (1, 100, 4096, 65536):
+        keys = mx.zeros((1, 8, total, 64), dtype=mx.float16)
+        rows = cuda._rows_a_split(queries, [keys])
+        assert rows % 128 == 0 and (rows == 128 or 8 * total / rows >= 264)

@@ -1,0 +1,128 @@
+"""Every variant of the CUDA kernels, composed as MLX does, through nvcc: a few of each always, all of them in `make slow`."""
+
+import itertools
+import re
+
+import mlx.core as mx
+import pytest
+from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
+
+from marlin_cli.ops import cuda
+from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, SOURCES
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH")]
+BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+REGISTERS_OF_A_BLOCK = 65536
+THREADS = {"marlin_gemm_fp4": 256, "patch_embed": 256, "strided_pool": 256}  # else 128
+
+
+def gemm_variants():
+    for dtype, (bits, group), (count, rows) in itertools.product(
+        BITS, [(4, 16), (4, 32), (8, 32)], [(1, 64), (1, 8192), (8, 64), (8, 8192), (16, 64), (32, 64)]
+    ):
+        plan = cuda._gemm_plan(count, rows, 4096, bits, getattr(mx, dtype))
+        yield (
+            {"T": dtype, "BITS": bits, "GROUP": group, **plan},
+            {"x": dtype, "weight": "uint32", "scales": "uint8"},
+            {"out": dtype},
+        )
+
+
+def attention_variants():
+    for (dtype, head_dim), (tile, warps, masked) in itertools.product(
+        itertools.product(BITS, [16, 64, 96, 256]), [(1, 1, False), (2, 4, True), (4, 1, True), (4, 4, False)]
+    ):
+        template = {"T": dtype, "HEAD_DIM": head_dim, "TILE": tile, "WARPS": warps, "CAUSAL": not masked}
+        template |= {"HAS_WINDOW": masked, "WINDOW": 7, "HAS_PADDING": masked, "HAS_LENGTHS": masked, "HAS_BIAS": masked}
+        integers = {"left_padding": "int32", "lengths": "int32"}
+        inputs = {"queries": dtype, "keys": dtype, "values": dtype, **integers, "relative_bias": dtype, "factor": "float32"}
+        yield template, inputs, {"out": dtype}
+
+
+def split_variants(pages):
+    kinds = itertools.product(BITS, [(4, 4), (8, 8), (4, 8), (8, None), (None, None)])
+    shapes = [(32, 1, False), (128, 4, False), (32, 4, True), (256, 4, True)]  # each kind in two of them, by turns
+    for i, (dtype, (keys, values)) in enumerate(kinds):
+        for head_dim, tile, one_part in shapes[i % 2 :: 2]:
+            stored = {"K": keys or BITS[dtype], "V": values or BITS[dtype]}
+            types = {name: "uint32" if bits < 16 else dtype for name, bits in stored.items()}
+            out = dtype if one_part else "float32"
+            template = {"T": dtype, "OUT": out, "HEAD_DIM": head_dim, "TILE": tile, "HAS_LENGTHS": one_part}
+            template |= {"K_TYPE": types["K"], "K_BITS": stored["K"], "V_TYPE": types["V"], "V_BITS": stored["V"]}
+            inputs = {"queries": dtype, "lengths": "int32", "factor": "float32", "span": "int32"}
+            if pages:
+                template |= {"CAUSAL": not one_part, "HAS_WINDOW": one_part, "WINDOW": 7, "HAS_PADDING": one_part}
+                inputs["left_padding"] = "int32"
+            for place in [f"_{i}" for i in range(PAGES_A_LAUNCH)] if pages else [""]:
+                inputs |= {f"keys{place}": types["K"], f"values{place}": types["V"]}
+                inputs |= {f"key_scales{place}": "uint8", f"value_scales{place}": "uint8"}
+            yield template, inputs, {"parts": out, "log_weights": "float32"}
+
+
+def combine_variants():
+    for dtype in BITS:
+        yield {"T": dtype, "HEAD_DIM": 64}, {"parts": "float32", "log_weights": "float32"}, {"out": dtype}
+
+
+def embed_variants():
+    for dtype, ids, whole in itertools.product(BITS, ["uint8", "int32", "int64", "uint32"], [False, True]):
+        values = 128 // BITS[dtype] if whole else 1
+        yield {"T": dtype, "VALUES": values}, {"ids": ids, "table": dtype}, {"out": dtype}
+
+
+def pool_variants():
+    for dtype, maximum in itertools.product(BITS, [False, True]):
+        yield {"T": dtype, "STRIDE": 4, "MAXIMUM": maximum}, {"x": dtype}, {"out": dtype}
+
+
+VARIANTS = {
+    "marlin_gemm_fp4": list(gemm_variants()),
+    "flash_attention": list(attention_variants()),
+    "flash_attention_kv_fp4": list(split_variants(pages=True)),
+    "flash_attention_cross_asymmetric": list(split_variants(pages=False)),
+    "attention_combine": list(combine_variants()),
+    "patch_embed": list(embed_variants()),
+    "strided_pool": list(pool_variants()),
+}
+CHUNK = 16  # variants that are compiled in one go
+
+
+def check(name, variants, architecture, folder):
+    """They compile without a warning, spill nothing, and a block of them fits the registers."""
+    source = SOURCES[name]
+    # Types of inputs are no part of the name, so it may come twice.
+    kernels = [compose(source, *variant, f"_{i}") for i, variant in enumerate(variants)]
+    report = compile_to_cubin(translation_unit(source, kernels), architecture, folder)
+    spilled = re.findall(r"(\d+) bytes spill stores", report)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert len(spilled) == len(registers) == len(variants)
+    assert set(spilled) == {"0"}
+    assert max(registers) * THREADS.get(name, 128) <= REGISTERS_OF_A_BLOCK
+
+
+def test_every_kernel_has_its_variants():
+    assert VARIANTS.keys() == SOURCES.keys()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_one_variant_compiles(name, tmp_path):
+    check(name, VARIANTS[name][:1], "sm_90a", tmp_path)
+
+
+def chunks():
+    for name, architecture in itertools.product(SOURCES, ["sm_90a", "sm_80"]):
+        for start in range(0, len(VARIANTS[name]), CHUNK):
+            yield pytest.param(name, architecture, start, id=f"{name}-{architecture}-{start}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "architecture", "start"), chunks())
+def test_all_variants_compile(name, architecture, start, tmp_path):
+    check(name, VARIANTS[name][start : start + CHUNK], architecture, tmp_path)
+
+
+def test_a_fault_is_found(tmp_path):
+    source = SOURCES["strided_pool"]
+    broken = compose(source, *VARIANTS["strided_pool"][0]).replace("= x +", "= y +")
+    with pytest.raises(AssertionError, match='identifier "y" is undefined'):
+        compile_to_cubin(translation_unit(source, [broken]), "sm_90a", tmp_path)
