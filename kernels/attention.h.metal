@@ -69,6 +69,15 @@ struct Rows<uint32_t, 8> {  // mxfp8: a scale for 32 values
   }
 };
 
+// Sets the Rows of one head to arrays of all heads, which stand in a kernel's own text: MLX gives it strides by their names.
+#define MARLIN_HEAD(rows_of_head, batch, kv_head, array, strides, scales_array, scale_strides)        \
+  rows_of_head.data = array + batch * strides[0] + kv_head * strides[1];                              \
+  rows_of_head.scales = scales_array + batch * scale_strides[0] + kv_head * scale_strides[1];         \
+  rows_of_head.row_stride = strides[2];                                                               \
+  rows_of_head.value_stride = strides[3];                                                             \
+  rows_of_head.scale_row_stride = scale_strides[2];                                                   \
+  rows_of_head.scale_stride = scale_strides[3];
+
 // Positions that a row sees: [low, high).
 struct Interval {
   int low, high;

@@ -19,14 +19,10 @@
   const int split = threadgroup_position_in_grid.x, batch = threadgroup_position_in_grid.z, batches = threadgroups_per_grid.z;
   const int64_t base_row = (int64_t(batch) * heads + kv_head * (heads / kv_heads)) * rows;  // of the queries
 
-  const marlin::Rows<K_TYPE, K_BITS> key_rows = {
-      keys + batch * keys_strides[0] + kv_head * keys_strides[1],
-      key_scales + batch * key_scales_strides[0] + kv_head * key_scales_strides[1],
-      keys_strides[2], keys_strides[3], key_scales_strides[2], key_scales_strides[3]};
-  const marlin::Rows<V_TYPE, V_BITS> value_rows = {
-      values + batch * values_strides[0] + kv_head * values_strides[1],
-      value_scales + batch * value_scales_strides[0] + kv_head * value_scales_strides[1],
-      values_strides[2], values_strides[3], value_scales_strides[2], value_scales_strides[3]};
+  marlin::Rows<K_TYPE, K_BITS> key_rows;
+  marlin::Rows<V_TYPE, V_BITS> value_rows;
+  MARLIN_HEAD(key_rows, batch, kv_head, keys, keys_strides, key_scales, key_scales_strides)
+  MARLIN_HEAD(value_rows, batch, kv_head, values, values_strides, value_scales, value_scales_strides)
 
   const marlin::Interval seen = {0, sizes[5] ? metal::min(lengths[batch], total) : total};
   marlin::Tile<HEAD_DIM, TILE> tile;

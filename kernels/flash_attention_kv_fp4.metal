@@ -32,24 +32,16 @@
 
   marlin::Rows<K_TYPE, K_BITS> keys;
   marlin::Rows<V_TYPE, V_BITS> values;
-#define MARLIN_PAGE(rows_of, data_of, strides_of, scales_of, scale_strides_of)             \
-  rows_of.data = data_of + batch * strides_of[0] + kv_head * strides_of[1];                \
-  rows_of.scales = scales_of + batch * scale_strides_of[0] + kv_head * scale_strides_of[1]; \
-  rows_of.row_stride = strides_of[2];                                                      \
-  rows_of.value_stride = strides_of[3];                                                    \
-  rows_of.scale_row_stride = scale_strides_of[2];                                          \
-  rows_of.scale_stride = scale_strides_of[3];
   if (page == 0) {
-    MARLIN_PAGE(keys, keys_0, keys_0_strides, key_scales_0, key_scales_0_strides)
-    MARLIN_PAGE(values, values_0, values_0_strides, value_scales_0, value_scales_0_strides)
+    MARLIN_HEAD(keys, batch, kv_head, keys_0, keys_0_strides, key_scales_0, key_scales_0_strides)
+    MARLIN_HEAD(values, batch, kv_head, values_0, values_0_strides, value_scales_0, value_scales_0_strides)
   } else if (page == 1) {
-    MARLIN_PAGE(keys, keys_1, keys_1_strides, key_scales_1, key_scales_1_strides)
-    MARLIN_PAGE(values, values_1, values_1_strides, value_scales_1, value_scales_1_strides)
+    MARLIN_HEAD(keys, batch, kv_head, keys_1, keys_1_strides, key_scales_1, key_scales_1_strides)
+    MARLIN_HEAD(values, batch, kv_head, values_1, values_1_strides, value_scales_1, value_scales_1_strides)
   } else {
-    MARLIN_PAGE(keys, keys_2, keys_2_strides, key_scales_2, key_scales_2_strides)
-    MARLIN_PAGE(values, values_2, values_2_strides, value_scales_2, value_scales_2_strides)
+    MARLIN_HEAD(keys, batch, kv_head, keys_2, keys_2_strides, key_scales_2, key_scales_2_strides)
+    MARLIN_HEAD(values, batch, kv_head, values_2, values_2_strides, value_scales_2, value_scales_2_strides)
   }
-#undef MARLIN_PAGE
 
   const int first_real = sizes[8] ? left_padding[batch] : 0, end_real = sizes[9] ? metal::min(lengths[batch], total) : total;
   marlin::Tile<HEAD_DIM, TILE> tile;

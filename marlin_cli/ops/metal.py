@@ -1,7 +1,7 @@
 """Metal twins of the operations: kernels/*.metal through `mx.fast.metal_kernel`, built at first use, launched by shape.
 
 Each operation has the signature of its twin in `reference`, and a predicate `takes_<operation>` of the same arguments that says
-whether a kernel computes it at a speed that MLX's own is not expected to reach. Importing this needs no Metal; calling a twin does.
+whether a kernel computes it, and MLX's own is not expected to be as fast. Importing this needs no Metal; calling a twin does.
 """
 
 import functools
@@ -18,7 +18,9 @@ FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 PIECE = 8  # values of a head that one lane holds
 PAGES_A_LAUNCH = 3  # a kernel has 31 buffers; a page takes eight
 FEWEST_ON_DEVICE = 8  # MLX puts inputs of fewer elements into another address space
-MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products
+MOST_SHARED_ROWS = 16  # rows of queries that read the same keys; more of them are for the matrix units
+PREFILL_ROWS, PREFILL_KEYS = 32, 32  # that a threadgroup of the prefill kernel has at once
+MOST_PREFILL_HEAD_DIM = 128  # by registers and threadgroup memory
 SHORT_SEQUENCE = 64  # keys that one simdgroup goes through alone
 THREADGROUPS_AIMED_AT = 256  # enough for the largest GPU; smaller ones run them in turn
 FEWEST_ROWS_A_SPLIT = 128
@@ -57,6 +59,13 @@ SOURCES = {
         ),
         KernelSource(
             "flash_attention_kv_fp4",
+            ("queries", *_PAGES, "left_padding", "lengths", "factor", "sizes"),
+            ("parts", "stats"),
+            _ATTENTION,
+            row_contiguous=False,
+        ),
+        KernelSource(
+            "flash_attention_kv_fp4_prefill",
             ("queries", *_PAGES, "left_padding", "lengths", "factor", "sizes"),
             ("parts", "stats"),
             _ATTENTION,
@@ -167,20 +176,20 @@ def paged_attention(
     lengths: mx.array | None = None,
 ) -> mx.array:
     """See `reference.paged_attention`; what `takes_paged_attention` takes."""
-    rows = queries.shape[2]
-    if len(keys) == 1 and window is None and left_padding is None and (not causal or rows == 1):
+    heads, rows, kv_heads = queries.shape[1], queries.shape[2], _stored(keys[0]).shape[1]
+    decoding = heads // kv_heads * rows <= MOST_SHARED_ROWS
+    if decoding and len(keys) == 1 and window is None and left_padding is None and (not causal or rows == 1):
         return _cross_attention(queries, keys[0], values[0], scale, lengths)  # one row, the last, sees all
     counts = [_row_count(page) for page in keys]
     total = sum(counts)
     hidden = 0 if window is None else max(0, total - rows - window)  # rows at the start that no query sees
     pages, base = [], 0
     for count, page_keys, page_values in zip(counts, keys, values, strict=True):
-        if base + count > hidden or base + count == total:
+        if base + count > hidden:
             pages.append((base, count, _page_inputs(page_keys, page_values)))
         base += count
-    rows_a_split = _rows_a_split(queries, keys[0], sum(count for _, count, _ in pages))
-    final = len(pages) == 1 and pages[0][1] <= rows_a_split
-    heads, kv_heads = queries.shape[1], _stored(keys[0]).shape[1]
+    rows_a_split = _rows_a_split(queries, keys[0], sum(count for _, count, _ in pages)) if decoding else 0
+    final = len(pages) == 1 and pages[0][1] <= rows_a_split if decoding else len(pages) <= PAGES_A_LAUNCH
     queries = mx.contiguous(queries)
     parts = []
     for start in range(0, len(pages), PAGES_A_LAUNCH):
@@ -190,8 +199,11 @@ def paged_attention(
         sizes += [left_padding is not None, lengths is not None, *(count for _, count, _ in launch), *[0] * absent]
         inputs = [queries, *(array for _, _, arrays in launch + launch[:1] * absent for array in arrays)]
         inputs += [_integers(left_padding), _integers(lengths), _factor(scale), mx.array(sizes, dtype=mx.int32)]
-        splits = sum(-(-count // rows_a_split) for _, count, _ in launch)
-        parts.append(_parts("flash_attention_kv_fp4", inputs, queries, keys[0], values[0], splits, final))
+        if decoding:
+            splits = sum(-(-count // rows_a_split) for _, count, _ in launch)
+            parts.append(_parts("flash_attention_kv_fp4", inputs, queries, keys[0], values[0], splits, final))
+        else:
+            parts.append(_prefill_part(inputs, queries, keys[0], values[0], final))
     return parts[0][0].reshape(queries.shape) if final else _combine(parts, queries)
 
 
@@ -206,11 +218,16 @@ def takes_paged_attention(
     left_padding: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> bool:
-    """Few rows of queries; head_dim is a multiple of 8 up to 256; pages with rows, all of keys alike, and all of values."""
+    """Pages with rows, all of keys alike, and all of values; head_dim is a multiple of 8 up to 256.
+
+    Many rows of queries only where keys or values are packed, with a head_dim up to 128: else MLX's own is for them.
+    """
     if not keys or len(keys) != len(values) or any(_row_count(page) == 0 for page in keys):
         return False
-    few = 0 < queries.shape[1] // _stored(keys[0]).shape[1] * queries.shape[2] <= MOST_SHARED_ROWS
-    return few and _takes_heads(queries) and _alike(keys) and _alike(values)
+    few = queries.shape[1] // _stored(keys[0]).shape[1] * queries.shape[2] <= MOST_SHARED_ROWS
+    packed = isinstance(keys[0], Packed) or isinstance(values[0], Packed)
+    many = packed and queries.shape[-1] <= MOST_PREFILL_HEAD_DIM
+    return (few or many) and _takes_heads(queries) and _alike(keys) and _alike(values)
 
 
 def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
@@ -336,7 +353,7 @@ def _parts(
     splits: int,
     final: bool,
 ) -> list[mx.array]:
-    """What `splits` splits of the keys give, and their peaks and weights; where it is final, the result in the queries' type."""
+    """What `splits` splits of the keys give, and their peaks and weights; where final, the result in the queries' type."""
     batch, heads, rows, head_dim = queries.shape
     (key_type, key_bits, shape), (value_type, value_bits, _) = _stored(keys), _stored(values)
     shared_rows = heads // shape[1] * rows
@@ -354,11 +371,29 @@ def _parts(
     )
 
 
+def _prefill_part(
+    inputs: list[mx.array], queries: mx.array, keys: KeyValueRows, values: KeyValueRows, final: bool
+) -> list[mx.array]:
+    """What the pages of one launch give to many rows of queries, as `_parts` says it."""
+    batch, heads, rows, head_dim = queries.shape
+    (key_type, key_bits, shape), (value_type, value_bits, _) = _stored(keys), _stored(values)
+    out = queries.dtype if final else mx.float32
+    stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
+    tiles = {"K_TILE": mx.bfloat16 if key_bits else key_type, "V_TILE": mx.bfloat16 if value_bits else value_type}
+    return _launch(
+        "flash_attention_kv_fp4_prefill",
+        inputs,
+        {"OUT": out, **stored, **tiles, "HEAD_DIM": head_dim, "KEYS": PREFILL_KEYS, "FINAL": final},
+        grid=(-(-(heads // shape[1] * rows) // PREFILL_ROWS) * 128, shape[1], batch),
+        threadgroup=(128, 1, 1),
+        shapes=[(1, *queries.shape), (1, batch, heads, rows, 2)],
+        dtypes=[out, mx.float32],
+    )
+
+
 def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
     """The attention over all keys from what splits of them have seen."""
-    outputs, stats = (
-        column[0] if len(parts) == 1 else mx.concatenate(column, axis=0) for column in zip(*parts, strict=True)
-    )
+    outputs, stats = (mx.concatenate(list(column), axis=0) for column in zip(*parts, strict=True))
     splits, head_dim = outputs.shape[0], queries.shape[-1]
     rows = queries.size // head_dim
     (out,) = _launch(
