@@ -5,6 +5,9 @@
 // registers, and groups only meet when all keys are done. Whatever hides keys (order, window, padding, lengths) leaves a row one
 // interval of positions. Softmax is in float32, to the base 2.
 
+// Loops over registers: an index that is not known when the kernel is compiled would put them into memory.
+#define MARLIN_UNROLL _Pragma("clang loop unroll(full)")
+
 namespace marlin {
 
 constant constexpr int PIECE = 8;  // values: one word of nvfp4, two of mxfp8
@@ -24,6 +27,7 @@ struct Rows {
   METAL_FUNC float load(int row, int piece, thread float (&values)[PIECE]) const {
     const int64_t stride = UNIT ? 1 : value_stride;
     const device Stored* from = data + row * row_stride + piece * PIECE * stride;
+    MARLIN_UNROLL
     for (int i = 0; i < PIECE; i++) values[i] = float(from[i * stride]);
     return 1.0f;
   }
@@ -39,6 +43,7 @@ struct Rows<uint32_t, 4> {  // nvfp4: a scale for 16 values
   METAL_FUNC float load(int row, int piece, thread float (&values)[PIECE]) const {
     const uint word = data[row * row_stride + piece * (UNIT ? 1 : value_stride)];
     const uint scale = scales[row * scale_row_stride + piece / 2 * scale_stride];
+    MARLIN_UNROLL
     for (int p = 0; p < 4; p++) {
       const float2 pair = from_e2m1_pair(word, p);
       values[p] = pair.x;
@@ -60,6 +65,7 @@ struct Rows<uint32_t, 8> {  // mxfp8: a scale for 32 values
     const device uint32_t* from = data + row * row_stride + piece * 2 * stride;
     const uint words[2] = {from[0], from[stride]};
     const uint scale = scales[row * scale_row_stride + piece / 4 * scale_stride];
+    MARLIN_UNROLL
     for (int i = 0; i < 4; i++) {
       const float2 pair = from_e4m3_pair(words[i / 2], i % 2);
       values[i / 2 * 4 + i % 2] = pair.x;
@@ -133,9 +139,11 @@ struct Tile {
     piece = lane % LANES;
     group = lane / LANES;
     working = piece < PIECES;
+    MARLIN_UNROLL
     for (int r = 0; r < TILE; r++) {
       peak[r] = NOTHING_SEEN;
       weight[r] = 0.0f;
+      MARLIN_UNROLL
       for (int i = 0; i < PIECE; i++) sums[r][i] = 0.0f;
     }
   }
@@ -145,6 +153,7 @@ struct Tile {
   METAL_FUNC void set_row(int r, const device T* from, int64_t value_stride, int place, Interval sees, float factor) {
     position[r] = place;
     seen[r] = sees;
+    MARLIN_UNROLL
     for (int i = 0; i < PIECE; i++) {
       queries[r][i] = working ? float(from[(piece * PIECE + i) * value_stride]) * (factor * LOG2_E) : 0.0f;
     }
@@ -153,6 +162,7 @@ struct Tile {
   // Keys that any row sees.
   METAL_FUNC Interval reach() const {
     Interval all = seen[0];
+    MARLIN_UNROLL
     for (int r = 1; r < TILE; r++) all = {metal::min(all.low, seen[r].low), metal::max(all.high, seen[r].high)};
     return all;
   }
@@ -164,38 +174,49 @@ struct Tile {
     constexpr int STEP = KEYS_AT_ONCE * GROUPS;
     for (int at = first + simdgroup * STEP; at < end; at += simdgroups * STEP) {
       float scores[KEYS_AT_ONCE][TILE];
+      MARLIN_UNROLL
       for (int u = 0; u < KEYS_AT_ONCE; u++) {
         const int key = at + u * GROUPS + group;
         float key_values[PIECE];
         const float factor = keys.template load<UNIT>(metal::min(key, end - 1), working ? piece : 0, key_values);
+        MARLIN_UNROLL
         for (int r = 0; r < TILE; r++) {
           float score = 0.0f;
+          MARLIN_UNROLL
           for (int i = 0; i < PIECE; i++) score += queries[r][i] * key_values[i];
           score = working ? score * factor : 0.0f;
+          MARLIN_UNROLL
           for (int lanes = 1; lanes < LANES; lanes *= 2) score += metal::simd_shuffle_xor(score, ushort(lanes));
           const int place = base + key;
           const bool sees = key < end && place >= seen[r].low && place < seen[r].high;
           scores[u][r] = sees ? score + bias.at(r, place - position[r]) : HIDDEN;
         }
       }
+      MARLIN_UNROLL
       for (int r = 0; r < TILE; r++) {
         float highest = peak[r];
+        MARLIN_UNROLL
         for (int u = 0; u < KEYS_AT_ONCE; u++) highest = metal::max(highest, scores[u][r]);
         const float shrink = metal::fast::exp2(peak[r] - highest);
         peak[r] = highest;
         weight[r] *= shrink;
+        MARLIN_UNROLL
         for (int u = 0; u < KEYS_AT_ONCE; u++) {
           scores[u][r] = metal::fast::exp2(scores[u][r] - highest);
           weight[r] += scores[u][r];
         }
+        MARLIN_UNROLL
         for (int i = 0; i < PIECE; i++) sums[r][i] *= shrink;
       }
+      MARLIN_UNROLL
       for (int u = 0; u < KEYS_AT_ONCE; u++) {
         float value_values[PIECE];
         const int row = metal::min(at + u * GROUPS + group, end - 1);
         const float factor = values.template load<UNIT>(row, working ? piece : 0, value_values);
+        MARLIN_UNROLL
         for (int r = 0; r < TILE; r++) {
           const float share = scores[u][r] * factor;
+          MARLIN_UNROLL
           for (int i = 0; i < PIECE; i++) sums[r][i] += share * value_values[i];
         }
       }
@@ -204,13 +225,16 @@ struct Tile {
 
   // What all groups of the simdgroup have seen, to every one of its lanes.
   METAL_FUNC void join_groups() {
+    MARLIN_UNROLL
     for (int lanes = LANES; lanes < 32; lanes *= 2) {
+      MARLIN_UNROLL
       for (int r = 0; r < TILE; r++) {
         const float other_peak = metal::simd_shuffle_xor(peak[r], ushort(lanes));
         const float highest = metal::max(peak[r], other_peak);
         const float own_share = metal::fast::exp2(peak[r] - highest);
         const float other_share = metal::fast::exp2(other_peak - highest);
         weight[r] = weight[r] * own_share + metal::simd_shuffle_xor(weight[r], ushort(lanes)) * other_share;
+        MARLIN_UNROLL
         for (int i = 0; i < PIECE; i++) {
           sums[r][i] = sums[r][i] * own_share + metal::simd_shuffle_xor(sums[r][i], ushort(lanes)) * other_share;
         }
@@ -221,8 +245,10 @@ struct Tile {
 
   // After join_groups: what this simdgroup has seen, TILE rows of WIDTH floats: sums, then peak and weight. Groups share the rows.
   METAL_FUNC void leave(threadgroup float* rows) const {
+    MARLIN_UNROLL
     for (int r = 0; r < TILE; r++) {
       if (has(r)) {
+        MARLIN_UNROLL
         for (int i = 0; i < PIECE; i++) rows[r * WIDTH + piece * PIECE + i] = sums[r][i];
         if (piece == 0) rows[r * WIDTH + HEAD_DIM] = peak[r];
         if (piece == 0) rows[r * WIDTH + HEAD_DIM + 1] = weight[r];

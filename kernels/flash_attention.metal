@@ -32,6 +32,7 @@
   marlin::Tile<HEAD_DIM, TILE> tile;
   metal::conditional_t<HAS_BIAS, marlin::RelativeBias<T, TILE>, marlin::NoBias> bias;
   tile.start(lane);
+  MARLIN_UNROLL
   for (int r = 0; r < TILE; r++) {
     const int row = metal::min(first_row + r, shared_rows - 1), head = first_head + row / rows;
     const int position = total - rows + row % rows;
@@ -53,6 +54,7 @@
   const int64_t out_row = (int64_t(batch) * heads + first_head) * rows + first_row;
   const int count = metal::min(TILE, shared_rows - first_row);
   if (SIMDGROUPS == 1) {
+    MARLIN_UNROLL
     for (int r = 0; r < TILE; r++) {
       if (r < count && tile.has(r)) {
         device T* to = out + (out_row + r) * HEAD_DIM + tile.piece * marlin::PIECE;

@@ -27,6 +27,7 @@
   const marlin::Interval seen = {0, sizes[5] ? metal::min(lengths[batch], total) : total};
   marlin::Tile<HEAD_DIM, TILE> tile;
   tile.start(lane);
+  MARLIN_UNROLL
   for (int r = 0; r < TILE; r++) {
     const int row = metal::min(first_row + r, shared_rows - 1);
     tile.set_row(r, queries + (base_row + row) * HEAD_DIM, 1, 0, seen, factor[0]);

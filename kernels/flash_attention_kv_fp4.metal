@@ -46,6 +46,7 @@
   const int first_real = sizes[8] ? left_padding[batch] : 0, end_real = sizes[9] ? metal::min(lengths[batch], total) : total;
   marlin::Tile<HEAD_DIM, TILE> tile;
   tile.start(lane);
+  MARLIN_UNROLL
   for (int r = 0; r < TILE; r++) {
     const int row = metal::min(first_row + r, shared_rows - 1);
     const int position = total - rows + row % rows;

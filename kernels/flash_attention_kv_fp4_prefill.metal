@@ -35,7 +35,9 @@
   const int reach_high = marlin::sight(highest, first_real, end_real, causal, window).high;
 
   metal::simdgroup_matrix<float, 8, 8> query[COLUMNS], sum[COLUMNS];
+  MARLIN_UNROLL
   for (int c = 0; c < COLUMNS; c++) {
+    MARLIN_UNROLL
     for (int e = 0; e < 2; e++) {
       const float value = float(queries[(base_row + row) * HEAD_DIM + c * 8 + matrix_column + e]);
       query[c].thread_elements()[e] = value * (factor[0] * marlin::LOG2_E);
@@ -68,22 +70,29 @@
         const int key = metal::min(start + n / PIECES, end - 1), to = n / PIECES * STRIDE + n % PIECES * marlin::PIECE;
         float numbers[marlin::PIECE];
         const float key_factor = keys.template load<false>(key, n % PIECES, numbers);
+        MARLIN_UNROLL
         for (int i = 0; i < marlin::PIECE; i++) key_tile[to + i] = K_TILE(numbers[i] * key_factor);
         const float value_factor = values.template load<false>(key, n % PIECES, numbers);
+        MARLIN_UNROLL
         for (int i = 0; i < marlin::PIECE; i++) value_tile[to + i] = V_TILE(numbers[i] * value_factor);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
 
       metal::simdgroup_matrix<float, 8, 8> score[BLOCKS], operand;
       float highest_score = peak;
+      MARLIN_UNROLL
       for (int b = 0; b < BLOCKS; b++) {
+        MARLIN_UNROLL
         for (int e = 0; e < 2; e++) score[b].thread_elements()[e] = 0.0f;
+        MARLIN_UNROLL
         for (int c = 0; c < COLUMNS; c++) {
+          MARLIN_UNROLL
           for (int e = 0; e < 2; e++) {
             operand.thread_elements()[e] = float(key_tile[(b * 8 + matrix_column + e) * STRIDE + c * 8 + matrix_row]);
           }
           metal::simdgroup_multiply_accumulate(score[b], query[c], operand, score[b]);
         }
+        MARLIN_UNROLL
         for (int e = 0; e < 2; e++) {
           const int key = start + b * 8 + matrix_column + e, place = base + key;
           const bool sees = key < end && place >= seen.low && place < seen.high;
@@ -97,15 +106,21 @@
       const float shrink = metal::fast::exp2(peak - highest_score);
       peak = highest_score;
       weight *= shrink;
+      MARLIN_UNROLL
       for (int b = 0; b < BLOCKS; b++) {
+        MARLIN_UNROLL
         for (int e = 0; e < 2; e++) {
           score[b].thread_elements()[e] = metal::fast::exp2(score[b].thread_elements()[e] - peak);
           weight += score[b].thread_elements()[e];
         }
       }
+      MARLIN_UNROLL
       for (int c = 0; c < COLUMNS; c++) {
+        MARLIN_UNROLL
         for (int e = 0; e < 2; e++) sum[c].thread_elements()[e] *= shrink;
+        MARLIN_UNROLL
         for (int b = 0; b < BLOCKS; b++) {
+          MARLIN_UNROLL
           for (int e = 0; e < 2; e++) {
             operand.thread_elements()[e] = float(value_tile[(b * 8 + matrix_row) * STRIDE + c * 8 + matrix_column + e]);
           }
@@ -120,7 +135,9 @@
   weight += metal::simd_shuffle_xor(weight, ushort(8));
   if (own_row > last_row) return;
   const float divisor = FINAL && weight != 0.0f ? weight : 1.0f;
+  MARLIN_UNROLL
   for (int c = 0; c < COLUMNS; c++) {
+    MARLIN_UNROLL
     for (int e = 0; e < 2; e++) {
       parts[(base_row + row) * HEAD_DIM + c * 8 + matrix_column + e] = OUT(sum[c].thread_elements()[e] / divisor);
     }
