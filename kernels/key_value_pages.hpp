@@ -18,10 +18,8 @@ struct PageView {
 
 class KeyValuePages {
  public:
-  static constexpr int64_t ROWS = 128;  // of a page; whole pages are taken, so a stream wastes half of one
-
   // bits: 32 (float32), 8 or 4.
-  KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int bits, int64_t rows_per_page = ROWS);
+  KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int bits, int64_t rows_per_page);
 
   // Makes room for `count` more rows. What is there stays where it is.
   void reserve(int64_t count);

@@ -1,17 +1,16 @@
 """What layers remember while decoding: keys and values, plain or packed, and the rows that a token shift delays."""
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
 from marlin_cli.errors import UsageError
-from marlin_cli.ops import attention, delay_one_row
+from marlin_cli.ops import attention, delay_one_row, paged_attention
+from marlin_cli.ops.reference import PACKED_MODES, KeyValueRows, Packed, pack_rows
 
 # Rows by which storage grows. Growing copies, so it must be rare; unused rows are waste, so it must be small.
 ROWS_PER_STEP = 256
 
-# MLX's formats for a packed cache, by bits.
-PACKED_MODES = {4: ("nvfp4", 16), 8: ("mxfp8", 32)}
+# Rows of a page of a packed cache: whole pages are taken, so a stream wastes half of one.
+ROWS_PER_PAGE = 128
 
 
 class Rows:
@@ -77,7 +76,8 @@ class KeyValueCache:
         return self._keys.nbytes + self._values.nbytes + sum(row.nbytes for row in self._delayed.values())
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        return self._attention(queries, self._keys.append(keys), self._values.append(values), scale, window)
+        everything = self._keys.append(keys), self._values.append(values)
+        return attention(queries, *everything, scale, window=window, left_padding=self._left_padding)
 
     def delay(self, slot: int, rows: mx.array) -> mx.array:
         seen = self._delayed_rows.get(slot, 0)
@@ -94,18 +94,57 @@ class KeyValueCache:
         if self._left_padding is not None:
             self._left_padding = self._left_padding[streams]
         self._delayed = {slot: row[streams] for slot, row in self._delayed.items()}
-        for part in self._parts():
-            part.keep(streams)
+        self._keys.keep(streams)
+        self._values.keep(streams)
 
-    def _parts(self) -> Sequence[Rows]:
-        return (self._keys, self._values)
 
-    def _attention(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        return attention(queries, keys, values, scale, window=window, left_padding=self._left_padding)
+class Pages:
+    """Keys or values [batch, heads, rows, head_dim] in pages of fixed size: what stands there is never copied or packed again.
+
+    Args:
+        bits: 16 keeps the rows as they come; 8 and 4 pack them (mxfp8, nvfp4).
+    """
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._full: list[KeyValueRows] = []
+        self._open: list[Rows] = []  # of the page that is being filled: rows, or words and scales
+
+    def append(self, new: mx.array) -> list[KeyValueRows]:
+        """Add rows, and return the pages of all rows so far."""
+        while new.shape[2]:
+            if not self._open or self._open[0].count == ROWS_PER_PAGE:
+                self._open = [Rows(ROWS_PER_PAGE) for _ in range(1 if self._bits == 16 else 2)]
+            room = ROWS_PER_PAGE - self._open[0].count
+            part, new = new[:, :, :room], new[:, :, room:]
+            if self._bits == 16:
+                page: KeyValueRows = self._open[0].append(part)
+            else:
+                packed, scales, bits = pack_rows(part, self._bits)
+                page = Packed(self._open[0].append(packed), self._open[1].append(scales), bits)
+            if self._open[0].count == ROWS_PER_PAGE:
+                self._full.append(page)
+        return self._full if self._open[0].count == ROWS_PER_PAGE else [*self._full, page]
+
+    def keep(self, streams: mx.array) -> None:
+        """Keep these members of the batch."""
+        self._full = [
+            Packed(page.packed[streams], page.scales[streams], page.bits) if isinstance(page, Packed) else page[streams]
+            for page in self._full
+        ]
+        for rows in self._open:
+            rows.keep(streams)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        full = sum(page.packed.nbytes + page.scales.nbytes if isinstance(page, Packed) else page.nbytes for page in self._full)
+        is_new = bool(self._open) and self._open[0].count < ROWS_PER_PAGE
+        return full + sum(rows.nbytes for rows in self._open if is_new)
 
 
 class PackedKeyValueCache(KeyValueCache):
-    """Keys and values of one layer in 4 bits (nvfp4) or 8 (mxfp8), packed as they come.
+    """Keys and values of one layer in 4 bits (nvfp4) or 8 (mxfp8), in pages, packed as they come.
 
     Keys and queries are rotated by a Hadamard matrix per head, which leaves their inner products as they are and
     spreads the few large channels of a key over all (plain 4-bit keys ruin some models).
@@ -113,31 +152,32 @@ class PackedKeyValueCache(KeyValueCache):
 
     def __init__(self, key_bits: int, value_bits: int, left_padding: mx.array | None = None) -> None:
         super().__init__(left_padding)
-        self._bits = (key_bits, value_bits)
-        self._scales = (Rows(ROWS_PER_STEP), Rows(ROWS_PER_STEP))
+        self._pages = (Pages(key_bits), Pages(value_bits))
+        self._rows = 0
+
+    @property
+    def rows(self) -> int:
+        return self._rows
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(part.nbytes for part in self._scales)
+        return super().nbytes + sum(pages.nbytes for pages in self._pages)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        keys = self._append(0, mx.hadamard_transform(keys))
-        values = self._append(1, values)
-        return self._attention(mx.hadamard_transform(queries), keys, values, scale, window)
+        self._rows += keys.shape[2]
+        return paged_attention(
+            mx.hadamard_transform(queries),
+            self._pages[0].append(mx.hadamard_transform(keys)),
+            self._pages[1].append(values),
+            scale,
+            window=window,
+            left_padding=self._left_padding,
+        )
 
-    def _append(self, which: int, new: mx.array) -> mx.array:
-        storage = (self._keys, self._values)[which]
-        if self._bits[which] == 16:
-            return storage.append(new)
-        mode, group_size = PACKED_MODES[self._bits[which]]
-        packed, scales, *_ = mx.quantize(new, group_size=group_size, mode=mode)
-        return mx.dequantize(
-            storage.append(packed), self._scales[which].append(scales),
-            group_size=group_size, mode=mode, dtype=new.dtype,
-        )  # fmt: skip
-
-    def _parts(self) -> Sequence[Rows]:
-        return (self._keys, self._values, *(part for part in self._scales if part.count))
+    def keep(self, streams: mx.array) -> None:
+        super().keep(streams)
+        for pages in self._pages:
+            pages.keep(streams)
 
 
 def check_cache_bits(key_bits: int, value_bits: int, head_dim: int) -> None:

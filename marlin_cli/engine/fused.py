@@ -6,15 +6,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.engine.cache import ROWS_PER_PAGE
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models.megabyte import Block, MegaByte, MegaByteConfig, Stack, StageConfig, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
-
-# Rows that a page of a global cache holds.
-ROWS_PER_PAGE = 128
 
 
 class FusedStages:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
-from marlin_cli.ops import Linear, attention, delay_one_row
+from marlin_cli.ops import Linear, attention, delay_one_row, patch_embed
 
 Layout = Literal["prefix", "paper", "megabyte_pytorch"]
 Positions = Literal["learned", "rope", "learned+rope", "none"]
@@ -561,14 +561,13 @@ class MegaByte(nn.Module):
     def _embedded(self, stage: Stage, tokens: mx.array, index: int | mx.array) -> mx.array:
         """Embeddings of tokens [batch, n, bytes per token] with learned positions from `index` on."""
         batch, count, width = tokens.shape
-        rows = stage.byte_embedding(tokens)
         per_byte = self.config.layout == "paper" and stage.to_next is not None
         if stage.positions is not None:
             where = mx.arange(count) + (index[:, None] if isinstance(index, mx.array) else index)
             where = mx.maximum(where, 0)  # filler rows of a left-padded batch stand before position 0
-            if per_byte:
-                rows = rows + stage.positions(where[..., None] * width + mx.arange(width))
-        rows = rows.reshape(batch, count, width * rows.shape[-1])
+        rows = patch_embed(tokens, stage.byte_embedding.weight)
+        if stage.positions is not None and per_byte:
+            rows = rows + patch_embed(where[..., None] * width + mx.arange(width), stage.positions.weight)
         for part in (stage.patch_norm, stage.patch_projection, stage.projected_norm):
             if part is not None:
                 rows = part(rows)

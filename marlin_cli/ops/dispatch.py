@@ -1,9 +1,13 @@
 """One choice an operation: the twin that this device, shape and type call for, else the reference."""
 
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
 import mlx.core as mx
 
-from marlin_cli.ops import reference
-from marlin_cli.ops.cpu import kernels
+from marlin_cli.ops import cuda, metal, reference
+from marlin_cli.ops.cpu import kernels, wanted_kernels
+from marlin_cli.ops.reference import KeyValueRows, Packed
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:
@@ -23,14 +27,140 @@ def packed_linear(
     mode: str,
 ) -> mx.array:
     """See `reference.packed_linear`."""
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    if gpu() == "cuda" and cuda.takes_packed_linear(x, weight, scales, biases, **settings):
+        return cuda.packed_linear(x, weight, scales, biases, **settings)
     twin = _cpu_twin(x, *([] if biases is None else [scales, biases]))
     if twin is None:
-        return reference.packed_linear(x, weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
+        return reference.packed_linear(x, weight, scales, biases, **settings)
     kind = twin.Kind[f"int{bits}" if mode == "affine" else mode]
     return twin.marlin_gemm(x, weight, scales, biases, kind, group_size)
 
 
-def _cpu_twin(*arrays: mx.array):  # type: ignore[no-untyped-def]  # a module built at run time
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
+) -> mx.array:
+    """See `reference.attention`."""
+    settings: dict[str, Any] = {
+        "causal": causal, "window": window, "left_padding": left_padding, "lengths": lengths, "relative_bias": relative_bias,
+    }  # fmt: skip
+    if gpu() == "metal" and metal.takes_attention(queries, keys, values, scale, **settings):
+        return metal.attention(queries, keys, values, scale, **settings)
+    if gpu() == "cuda" and cuda.takes_attention(queries, keys, values, scale, **settings):
+        return cuda.attention(queries, keys, values, scale, **settings)
+    twin = _cpu_twin(queries, keys, values, *([] if relative_bias is None else [relative_bias]))
+    if twin is None:
+        return reference.attention(queries, keys, values, scale, **settings)
+    pages = [(keys, None, 32)], [(values, None, 32)]
+    reach = -1 if window is None else window
+    return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, relative_bias)
+
+
+def paged_attention(
+    queries: mx.array,
+    keys: Sequence[KeyValueRows],
+    values: Sequence[KeyValueRows],
+    scale: float,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    left_padding: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> mx.array:
+    """See `reference.paged_attention`."""
+    settings: dict[str, Any] = {"causal": causal, "window": window, "left_padding": left_padding, "lengths": lengths}
+    if gpu() == "metal" and metal.takes_paged_attention(queries, keys, values, scale, **settings):
+        return metal.paged_attention(queries, keys, values, scale, **settings)
+    if gpu() == "cuda" and cuda.takes_paged_attention(queries, keys, values, scale, **settings):
+        return cuda.paged_attention(queries, keys, values, scale, **settings)
+    twin = _cpu_twin(queries, *(page for pages in (keys, values) for page in pages if not isinstance(page, Packed)))
+    if twin is None:
+        return reference.paged_attention(queries, keys, values, scale, **settings)
+    pages = [
+        [(page.packed, page.scales, page.bits) if isinstance(page, Packed) else (page, None, 32) for page in each]
+        for each in (keys, values)
+    ]
+    reach = -1 if window is None else window
+    return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, None)
+
+
+def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
+    """See `reference.patch_embed`."""
+    if gpu() == "metal" and metal.takes_patch_embed(ids, table):
+        return metal.patch_embed(ids, table)
+    if gpu() == "cuda" and cuda.takes_patch_embed(ids, table):
+        return cuda.patch_embed(ids, table)
+    return reference.patch_embed(ids, table)
+
+
+def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:
+    """See `reference.strided_pool`."""
+    if gpu() == "metal" and metal.takes_strided_pool(x, stride, kind):
+        return metal.strided_pool(x, stride, kind)
+    if gpu() == "cuda" and cuda.takes_strided_pool(x, stride, kind):
+        return cuda.strided_pool(x, stride, kind)
+    return reference.strided_pool(x, stride, kind)
+
+
+class Choice(NamedTuple):
+    """Which twin of an operation runs on the device in use, and why."""
+
+    op: str
+    twin: str  # cpu, metal, cuda, or reference: plain MLX
+    reason: str
+
+
+# The operations, and where each has a twin of its own.
+OPERATIONS = {
+    "linear": ("cpu",),
+    "marlin_gemm": ("cpu", "cuda"),
+    "flash_attention": ("cpu", "metal", "cuda"),
+    "flash_attention_kv_fp4": ("cpu", "metal", "cuda"),
+    "flash_attention_cross_asymmetric": ("cpu", "metal", "cuda"),
+    "patch_embed": ("metal", "cuda"),
+    "strided_pool": ("metal", "cuda"),
+    "stack": ("cpu",),
+    "local_patch_decode": ("cpu",),
+}
+
+
+def choices() -> list[Choice]:
+    """The twin of each operation on the device in use, for the shapes and types that it takes."""
+    device = gpu() or "cpu"
+    if wanted_kernels() == "reference":
+        return [Choice(op, "reference", "MARLIN_KERNELS=reference") for op in OPERATIONS]
+    why = {
+        "cpu": kernels()[1] if device == "cpu" else "",
+        "metal": "MLX compiles it at first use, where its own is not the faster one",
+        "cuda": "NVRTC compiles it at first use, where MLX's own is not the faster one",
+    }[device]
+    here = device != "cpu" or kernels()[0] is not None
+    chosen = []
+    for op, twins in OPERATIONS.items():
+        if device in twins:
+            chosen.append(Choice(op, device if here else "reference", why))
+        else:
+            chosen.append(Choice(op, "reference", f"MLX's own: no {device} twin is faster"))
+    return chosen
+
+
+def gpu() -> str | None:
+    """`metal` or `cuda` if the default device is a GPU and kernels are wanted, else None."""
+    if mx.default_device() == mx.Device(mx.cpu) or wanted_kernels() == "reference":
+        return None
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _cpu_twin(*arrays: mx.array) -> Any:
     """The CPU kernels, where this is the CPU and they take these arrays: float32, and not empty."""
     if mx.default_device() != mx.Device(mx.cpu) or any(a.dtype != mx.float32 or a.size == 0 for a in arrays):
         return None

@@ -128,7 +128,7 @@ def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
     Returns:
         [.., patch_size * byte_dim]
     """
-    return table[ids].reshape(*ids.shape[:-1], -1)
+    return table[ids].reshape(*ids.shape[:-1], ids.shape[-1] * table.shape[1])
 
 
 def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:
