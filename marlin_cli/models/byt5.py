@@ -130,6 +130,16 @@ class PlainMemory:
     def streams(self) -> int:
         return self.keys.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def keep(self, streams: mx.array) -> None:
+        """Go on with these inputs, in this order."""
+        self.keys, self.values = self.keys[streams], self.values[streams]
+        self.lengths = None if self.lengths is None else self.lengths[streams]
+
     def attend(self, queries: mx.array) -> mx.array:
         return cross_attention(queries, self.keys, self.values, self.lengths)
 
