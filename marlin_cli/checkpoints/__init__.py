@@ -9,9 +9,9 @@ import mlx.core as mx
 from marlin_cli.checkpoints import hugging_face, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import sha256_of_file
+from marlin_cli.files import read_json, sha256_of_file
 
-__all__ = ["Checkpoint", "ImportOptions", "fingerprint", "read_checkpoint"]
+__all__ = ["Checkpoint", "ImportOptions", "architecture_of", "fingerprint", "read_checkpoint"]
 
 # Layouts that a config.json tells, in the order in which they are asked; the last takes every other one.
 WITH_CONFIG = {"hugging_face": hugging_face, "native": native}
@@ -63,6 +63,19 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None) -> Checkpo
         _check_options(checkpoint, options)
     _check_weights(checkpoint)
     return checkpoint
+
+
+def architecture_of(path: Path) -> str:
+    """The `model_type` of a model by its config.json, of which no weight is read; megabyte where none says otherwise.
+
+    Raises:
+        ConfigError: config.json is damaged.
+    """
+    if hugging_face.recognises(path):
+        return "byt5"
+    folder = path if path.is_dir() else path.parent
+    document = read_json(folder / native.CONFIG) if native.recognises(path) else {}
+    return str(document.get("model_type", "megabyte")) if isinstance(document, dict) else "megabyte"
 
 
 def fingerprint(path: Path) -> str:
