@@ -248,9 +248,7 @@ class ByT5Model:
             OutputError: the folder exists, or cannot be written.
         """
         weights = dict(tree_flatten(self.network.parameters()))
-        write_model(
-            Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite
-        )
+        write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
 
     def _source(self, data: bytes, *, sentinels: bool = False) -> list[int]:
         """The ids of an input: its bytes and the end."""

@@ -145,5 +145,3 @@ def test_what_is_refused(model, tmp_path):
         ByT5Model.from_pretrained("megabyte-demo")
     with pytest.raises(UsageError, match="float16"):
         ByT5Model.from_pretrained(tmp_path, dtype=mx.float16)
-
-

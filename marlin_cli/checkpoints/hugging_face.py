@@ -135,7 +135,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{where}: vocab_size is {config['vocab_size']:,}, pieces of words; marlin runs T5 over bytes (ByT5, 384)"
         )
-    config["decoder_layers"] = _number(where, "num_decoder_layers", document.get("num_decoder_layers"), config["encoder_layers"])
+    config["decoder_layers"] = _number(
+        where, "num_decoder_layers", document.get("num_decoder_layers"), config["encoder_layers"]
+    )
     activation = document.get("feed_forward_proj") or "relu"
     if activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: feed_forward_proj {activation!r} is none of {', '.join(ACTIVATIONS)}")

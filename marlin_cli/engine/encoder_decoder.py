@@ -83,9 +83,7 @@ class AnswerState:
         UsageError: `memory_bits` do not fit the heads, or the network has no decoder.
     """
 
-    def __init__(
-        self, network: ByT5, sources: Sequence[Sequence[int]], *, answers: int = 1, memory_bits: int = 16
-    ) -> None:
+    def __init__(self, network: ByT5, sources: Sequence[Sequence[int]], *, answers: int = 1, memory_bits: int = 16) -> None:
         config = network.config
         if not config.decoder_layers:
             raise UsageError("the model is an encoder alone and cannot answer; ask it to encode")

@@ -383,9 +383,7 @@ class ByT5(nn.Module):
         """What each decoder layer reads of the encoder's states [n, total, d_model]."""
         return [PlainMemory(*layer.cross.keys_values(states), lengths) for layer in self.decoder.layers]
 
-    def decode(
-        self, target: mx.array, memory: Sequence[Memory], caches: Sequence[SelfCache] | None = None
-    ) -> mx.array:
+    def decode(self, target: mx.array, memory: Sequence[Memory], caches: Sequence[SelfCache] | None = None) -> mx.array:
         """Hidden rows [n, rows, d_model] of the decoder for ids [n, rows], which follow those in the caches.
 
         Args:

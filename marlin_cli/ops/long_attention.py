@@ -89,7 +89,7 @@ def _in_blocks(of_block: Callable[[int, int], mx.array], rows: int, step: int) -
 
 
 def _shifted(bias: mx.array, shift: int, distance: int, window: int | None) -> mx.array:
-    """`bias` for queries counted `shift` rows too late, for true distances up to `distance`; nothing is seen beyond `window`."""
+    """`bias` for queries counted `shift` rows too late, for distances up to `distance`; nothing is seen beyond `window`."""
     most = bias.shape[1] // 2
     reach = distance + shift
     true = mx.arange(-reach, reach + 1) + shift
