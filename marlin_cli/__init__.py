@@ -6,7 +6,8 @@ __version__ = "0.1.0"
 __all__ = ["ByT5Config", "ByT5Model", "MegaByteConfig", "MegaByteModel", "decode", "encode", "load"]
 
 if TYPE_CHECKING:
-    from marlin_cli.api import ByT5Model, MegaByteModel, decode, encode, load
+    from marlin_cli.api import MegaByteModel, decode, encode, load
+    from marlin_cli.byt5_model import ByT5Model
     from marlin_cli.models.byt5 import ByT5Config
     from marlin_cli.models.megabyte import MegaByteConfig
 

@@ -106,7 +106,9 @@ class MegaByteModel:
             dtype=chosen.dtype if dtype is None else dtype,
         )
         if not isinstance(network, MegaByte):
-            raise CheckpointError(f"{path}: holds a {checkpoint.config['model_type']}, not a MegaByte; use load")
+            raise CheckpointError(
+                f"{path}: holds a {checkpoint.config['model_type']}, which this command or class does not take; it takes a MegaByte"
+            )
         if config is not None:
             _check_same(network.config, config, str(path))
         if kv_bits is None:
@@ -197,7 +199,7 @@ class MegaByteModel:
         settings = settings or settings_from_bits(global_bits, local_bits, kv_bits)
         result = quantize_network(self.network, settings, statistics)
         return MegaByteModel(
-            result.network,  # type: ignore[arg-type]  # of the class that went in
+            result.network,
             self.device,
             cache_bits=CacheBits(settings.kv_bits, settings.kv_bits),
             quantization=result.quantization,

@@ -234,7 +234,7 @@ class ByT5Model:
         settings = settings or QuantizationSettings(kv_bits=kv_bits, **formats)  # type: ignore[arg-type]
         result = quantize_network(self.network, settings, statistics)
         return ByT5Model(
-            result.network,  # type: ignore[arg-type]  # of the class that went in
+            result.network,
             self.device,
             kv_bits=settings.kv_bits,
             quantization=result.quantization,

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from marlin_cli.api import ByT5Model, decode
+from marlin_cli.api import decode
+from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
 from marlin_cli.engine.answering import Answer, AnswerLimits
 from marlin_cli.engine.beams import Beams

@@ -49,7 +49,8 @@ def generate(
 
     require_mlx()
     from marlin_cli import console
-    from marlin_cli.api import ByT5Model, MegaByteModel
+    from marlin_cli.api import MegaByteModel
+    from marlin_cli.byt5_model import ByT5Model
     from marlin_cli.checkpoints import architecture_of
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_import_options, parse_size

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.files import read_json, shipped
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops import Linear, QuantizedLinear
@@ -52,7 +53,7 @@ def build(
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
     name = config.get("model_type", "megabyte")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(f"{where}: model_type {name!r} is not supported{did_you_mean(str(name), ARCHITECTURES)}")
     config_class, network_class = ARCHITECTURES[name]
     network: Network = network_class(from_mapping(config_class, config, where))
@@ -76,6 +77,20 @@ def build(
     network.load_weights(list(arrays.items()))
     network.eval()
     return network
+
+
+def preset(name: str) -> NetworkConfig:
+    """A shipped configuration without weights, for example `byt5-small`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    known = {file.stem: file for file in sorted(shipped("configs/models").glob("*.json"))}
+    if name not in known:
+        raise ConfigError(f"{name}: no such preset{did_you_mean(name, known)}")
+    document = read_json(known[name])
+    config: NetworkConfig = from_mapping(ARCHITECTURES[document["model_type"]][0], document, str(known[name]))
+    return config
 
 
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -161,7 +161,7 @@ def packed_of(module: QuantizedLinear) -> Packed:
 
 def copy_with(network: Network, modules: Sequence[tuple[str, nn.Module]]) -> Network:
     """A network that shares the arrays of `network`, except in the modules given by path."""
-    copy = type(network)(network.config)
+    copy: Network = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
     set_modules(copy, [(path, module) for path, module in linear_layers(network).items()])
     set_modules(copy, list(modules))
     replaced = tuple(f"{path}." for path, _ in modules)

@@ -45,7 +45,7 @@ def make(options, folder, seed=0):
             if "EncDecAttention.o" in name:
                 parameter.mul_(8)  # or all inputs would have the same answer
         if options["tie_word_embeddings"]:
-            model.shared.weight.mul_(0.1)  # or each id would follow itself
+            model.shared.weight.mul_(0.3)  # or each id would follow itself
         head = model.lm_head.weight
         head[1] += 0.25 * head.std() * torch.randn_like(head[1])  # some answers end early, some do not
     model.save_pretrained(folder)
