@@ -107,7 +107,7 @@ class MegaByteModel:
         )
         if not isinstance(network, MegaByte):
             raise CheckpointError(
-                f"{path}: holds a {checkpoint.config['model_type']}, which this command or class does not take; it takes a MegaByte"
+                f"{path}: holds a {checkpoint.config['model_type']}, which is not taken here; name a MegaByte"
             )
         if config is not None:
             _check_same(network.config, config, str(path))
