@@ -3,10 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["MegaByteConfig", "MegaByteModel", "decode", "encode", "load"]
+__all__ = ["ByT5Config", "ByT5Model", "MegaByteConfig", "MegaByteModel", "decode", "encode", "load"]
 
 if TYPE_CHECKING:
     from marlin_cli.api import MegaByteModel, decode, encode, load
+    from marlin_cli.byt5_model import ByT5Model
+    from marlin_cli.models.byt5 import ByT5Config
     from marlin_cli.models.megabyte import MegaByteConfig
 
 
@@ -21,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from marlin_cli.models.megabyte import MegaByteConfig
 
         return MegaByteConfig
+    if name == "ByT5Config":
+        from marlin_cli.models.byt5 import ByT5Config
+
+        return ByT5Config
     from marlin_cli import api
 
     return getattr(api, name)

@@ -9,14 +9,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.byt5_model import ByT5Model
+from marlin_cli.checkpoints import ImportOptions, architecture_of, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.engine.generation import Piece, Stopping, generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
-from marlin_cli.errors import ConfigError, UsageError
+from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops.device import Device, choose_device
@@ -104,6 +105,10 @@ class MegaByteModel:
             where=str(path),
             dtype=chosen.dtype if dtype is None else dtype,
         )
+        if not isinstance(network, MegaByte):
+            raise CheckpointError(
+                f"{path}: holds a {checkpoint.config['model_type']}, which is not taken here; name a MegaByte"
+            )
         if config is not None:
             _check_same(network.config, config, str(path))
         if kv_bits is None:
@@ -219,8 +224,10 @@ class MegaByteModel:
 
 def load(
     path: str | Path, *, device: str = "auto", kv_bits: int | None = None, options: ImportOptions | None = None
-) -> MegaByteModel:
-    """Read any supported model; see `MegaByteModel.from_pretrained`."""
+) -> MegaByteModel | ByT5Model:
+    """Read any supported model; see `MegaByteModel.from_pretrained` and `ByT5Model.from_pretrained`."""
+    if architecture_of(locate_model(str(path))) == "byt5":
+        return ByT5Model.from_pretrained(path, device=device, kv_bits=kv_bits)
     return MegaByteModel.from_pretrained(path, device=device, kv_bits=kv_bits, options=options)
 
 

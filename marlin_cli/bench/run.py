@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
-from marlin_cli.api import MegaByteModel, load
+from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.held_out import Window, cut, files_by_domain
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
@@ -48,7 +48,7 @@ def run(request: Request) -> Report:
     Raises:
         MarlinError: a model or a corpus that cannot be read, or settings that do not fit a model.
     """
-    models = [load(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
+    models = [MegaByteModel.from_pretrained(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
     if request.throughput is not None:
         check_run_fits(models, request.throughput)
     scoring = None if request.quality is None else _prepared(request, request.quality, models)
@@ -89,7 +89,7 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
     if settings.reference in request.models:
         reference = models[request.models.index(settings.reference)].network
     elif settings.reference is not None:
-        reference = load(settings.reference, device=request.device).network
+        reference = MegaByteModel.from_pretrained(settings.reference, device=request.device).network
     windows = cut(files_by_domain(settings.corpus), settings.windowing)
     check_windows_fit(networks, windows, reference)
     if any(model.cache_bits != CacheBits() for model in models):

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints import megabyte_pytorch, native, paper
+from marlin_cli.checkpoints import hugging_face, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import sha256_of_file
+from marlin_cli.files import read_json, sha256_of_file
 
-__all__ = ["Checkpoint", "ImportOptions", "fingerprint", "read_checkpoint"]
+__all__ = ["Checkpoint", "ImportOptions", "architecture_of", "fingerprint", "read_checkpoint"]
 
-# What tells one foreign layout from another, by its tensors' names; `native` is told by its config.json.
+# Layouts that a config.json tells, in the order in which they are asked; the last takes every other one.
+WITH_CONFIG = {"hugging_face": hugging_face, "native": native}
+
+# Foreign layouts that the names of the tensors tell.
 IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}
 
 # The field of a configuration that each option speaks of. The window stands apart: an option goes before the file.
@@ -41,8 +44,9 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None) -> Checkpo
         ConfigError: a configuration that cannot be understood.
     """
     options = options or ImportOptions()
-    if native.recognises(path):
-        checkpoint = native.read(path)
+    with_config = next((each for each in WITH_CONFIG.values() if each.recognises(path)), None)
+    if with_config is not None:
+        checkpoint = with_config.read(path)
         given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
         if given:
             raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, config.json says all")
@@ -52,13 +56,26 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None) -> Checkpo
         if importer is None:
             some = ", ".join(repr(name[:60]) for name in sorted(foreign.tensors)[:3]) or "no tensors"
             raise CheckpointError(
-                f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder with config.json,"
-                f" {', '.join(IMPORTERS)}"
+                f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder and ByT5's, with"
+                f" config.json; {', '.join(IMPORTERS)}"
             )
         checkpoint = importer.read(foreign, options)
         _check_options(checkpoint, options)
     _check_weights(checkpoint)
     return checkpoint
+
+
+def architecture_of(path: Path) -> str:
+    """The `model_type` of a model by its config.json, of which no weight is read; megabyte where none says otherwise.
+
+    Raises:
+        ConfigError: config.json is damaged.
+    """
+    if hugging_face.recognises(path):
+        return "byt5"
+    folder = path if path.is_dir() else path.parent
+    document = read_json(folder / native.CONFIG) if native.recognises(path) else {}
+    return str(document.get("model_type", "megabyte")) if isinstance(document, dict) else "megabyte"
 
 
 def fingerprint(path: Path) -> str:
@@ -67,7 +84,8 @@ def fingerprint(path: Path) -> str:
     Raises:
         CheckpointError: there is no model, or it cannot be read.
     """
-    files = native.files(path) if native.recognises(path) else [weights_file(path)]
+    with_config = next((each for each in WITH_CONFIG.values() if each.recognises(path)), None)
+    files = [weights_file(path)] if with_config is None else with_config.files(path)
     digest = hashlib.sha256()
     try:
         for file in files:

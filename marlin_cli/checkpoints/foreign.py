@@ -9,7 +9,7 @@ import mlx.core as mx
 from marlin_cli.checkpoints.pickle_reader import TensorReference
 from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import read_safetensors
+from marlin_cli.files import read_json, read_safetensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
@@ -85,6 +85,25 @@ def weights_file(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
     return path
+
+
+def shards_of_index(index: Path) -> list[Path]:
+    """The files that an index of transformers' kind, beside them, names.
+
+    Raises:
+        CheckpointError: no index, or a file that is missing or lies outside the folder.
+    """
+    document = read_json(index, CheckpointError)
+    table = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index}: has no table weight_map of weights and files")
+    names = sorted(set(table.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: the shard {name!r} lies outside the folder")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: the shard {name!r} is missing; fetch it again")
+    return [index.parent / name for name in names]
 
 
 def read_foreign(path: Path) -> Foreign:

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints.foreign import Checkpoint
+from marlin_cli.checkpoints.foreign import Checkpoint, shards_of_index
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import read_json, read_safetensors
@@ -73,17 +73,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / SINGLE).exists():
             raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}; name another layout's file itself")
         return [folder / SINGLE]
-    document = read_json(index, CheckpointError)
-    shards = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise CheckpointError(f"{index}: has no table weight_map of weights and files")
-    names = sorted(set(shards.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: the shard {name!r} lies outside the folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{index}: the shard {name!r} is missing; fetch it again")
-    return [folder / name for name in names]
+    return shards_of_index(index)
 
 
 def _table(config: dict[str, Any], key: str, folder: Path) -> dict[str, Any] | None:

@@ -25,33 +25,73 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before these bytes; repeatable.")] = None,
     stop_hex: Annotated[list[str] | None, typer.Option(help="End before these bytes, in hexadecimal.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="ByT5: beams to search with.")] = None,
+    n_best: Annotated[int, typer.Option(min=1, help="ByT5: answers an input, with --beams.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="ByT5: power of the length that beams are judged by.")] = 1.0,
+    max_length: Annotated[str | None, typer.Option(help="ByT5: the same as --max-bytes.")] = None,
+    min_length: Annotated[int, typer.Option(min=0, help="ByT5: no end before so many bytes.")] = 0,
+    prefix: Annotated[str, typer.Option(help="ByT5: what every answer begins with.")] = "",
+    sentinel: Annotated[
+        bool, typer.Option("--sentinel", help="ByT5: <extra_id_N> stands for that id, in inputs and answers.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 16,
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, on a terminal too.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Continue a prompt: bytes in, bytes out, each as soon as it is decoded.
+    """Continue a prompt, or with ByT5 answer it: bytes in, bytes out, each as soon as it is decoded.
 
-    The prompt comes from -p, --prompt-file, --hex or a pipe; without any, the model starts from nothing.
+    The prompt comes from -p, --prompt-file, --hex or a pipe; without any, the model starts from nothing. ByT5 answers
+    a pipe line by line, in order; --prompt-file - gives it the whole pipe as one input.
     """
     from marlin_cli.backend import require_mlx
 
     require_mlx()
     from marlin_cli import console
-    from marlin_cli.api import load
+    from marlin_cli.api import MegaByteModel
+    from marlin_cli.byt5_model import ByT5Model
+    from marlin_cli.checkpoints import architecture_of
+    from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
+    from marlin_cli.engine.answering import AnswerLimits
+    from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.generation import Stopping
     from marlin_cli.engine.sampling import Sampling
+    from marlin_cli.errors import UsageError
 
     sequences = [bytes_of_argument(text) for text in stop or []]
     sequences += [bytes_of_hex(text, "--stop-hex") for text in stop_hex or []]
-    stopping = Stopping(parse_size(max_bytes, "--max-bytes"), tuple(sequences))
+    longest = parse_size(max_bytes, "--max-bytes") if max_length is None else parse_size(max_length, "--max-length")
+    stopping = Stopping(longest, tuple(sequences))
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    imports = parse_import_options(import_options)
+    if architecture_of(locate_model(model)) == "byt5":
+        from marlin_cli.commands import answering_run
+
+        if import_options:
+            raise UsageError("--import has no meaning for ByT5, its config.json says all")
+        answering_run.run(
+            ByT5Model.from_pretrained(model, device=device, kv_bits=kv_bits),
+            answering_run.Request(
+                limits=AnswerLimits(longest, min_length, bytes_of_argument(prefix), tuple(sequences)),
+                sampling=sampling,
+                beams=None if beams is None else Beams(beams, n_best, length_penalty),
+                sentinels=sentinel,
+                json=json_output or prompts is not None,
+            ),
+            answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts),
+            batch_size,
+        )
+        return
+    given = {"--beams": beams, "--max-length": max_length, "--min-length": min_length, "--prefix": prefix}
+    for option, value in {**given, "--sentinel": sentinel}.items():
+        if value:
+            raise UsageError(f"{option} is an option of ByT5, and {model} is none")
     inputs = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
-    loaded = load(model, device=device, kv_bits=kv_bits, options=parse_import_options(import_options))
+    loaded = MegaByteModel.from_pretrained(model, device=device, kv_bits=kv_bits, options=imports)
     if json_output or prompts is not None:
         write_json_lines(loaded, inputs, stopping, sampling, batch_size)
     else:

@@ -13,8 +13,7 @@ from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import UsageError
-from marlin_cli.models import build, config_as_mapping
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, build, config_as_mapping
 from marlin_cli.quantization.apply import (
     PartReport,
     by_part,
@@ -115,13 +114,13 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 
 
-def _network(model: str, options: ImportOptions) -> MegaByte:
+def _network(model: str, options: ImportOptions) -> Network:
     """The network with its weights in the type that they are stored in."""
     checkpoint = read_checkpoint(locate_model(model), options)
     return build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
 
 
-def _bytes(network: MegaByte) -> int:
+def _bytes(network: Network) -> int:
     return sum(array.nbytes for _, array in tree_flatten(network.parameters()))
 
 

@@ -12,7 +12,13 @@ def quantize(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     global_bits: Annotated[int | None, typer.Option(help="Bits of the global part: 4, 8 or 16. Default 4.")] = None,
     local_bits: Annotated[int | None, typer.Option(help="Bits of the local part: 4, 8 or 16. Default 8.")] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache when the model runs.")] = None,
+    encoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the encoder. Default 4.")] = None,
+    decoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the decoder. Default 4.")] = None,
+    cross_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the attention between them. Default 4.")] = None,
+    wo_bits: Annotated[int | None, typer.Option(help="ByT5: at least so many for the feed-forward's wo. Default 8.")] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Bits of the global cache, or of ByT5's cross cache, when the model runs.")
+    ] = None,
     global_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
     local_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
@@ -31,6 +37,7 @@ def quantize(
 
     Byte embeddings, norms and the output head stay 16-bit. The result loads in plain MLX too.
     """
+    import dataclasses
     from pathlib import Path
 
     from marlin_cli.backend import require_mlx
@@ -40,6 +47,7 @@ def quantize(
     require_mlx()
     from marlin_cli.commands import quantization_run as run
     from marlin_cli.commands.options import parse_import_options
+    from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
         raise UsageError("--output is missing; name the folder to write, or pass --dry-run")
@@ -53,4 +61,7 @@ def quantize(
     settings = run.settings_of(
         recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or []
     )
+    byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
+    formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
+    settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
     run.pack(model, options, target, settings, stats, overwrite=overwrite, json_output=json_output)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,12 +10,22 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.files import read_json, shipped
+from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 
-ARCHITECTURES: dict[str, tuple[type[MegaByteConfig], type[MegaByte]]] = {
+Network: TypeAlias = MegaByte | ByT5
+NetworkConfig: TypeAlias = MegaByteConfig | ByT5Config
+
+# model_type -> classes of the configuration and of the network.
+ARCHITECTURES: dict[str, tuple[type[Any], type[Any]]] = {
     "megabyte": (MegaByteConfig, MegaByte),
+    "byt5": (ByT5Config, ByT5),
 }
+
+# First names of paths that are names of parts too; the other layers belong to the global part.
+PARTS = ("middle", "local", "encoder", "decoder")
 
 # Arrays that a packed linear layer has beside its weight.
 PACKED_SUFFIXES = (".scales", ".biases", ".global_scale")
@@ -28,7 +38,7 @@ def build(
     *,
     where: str,
     dtype: mx.Dtype | None = None,
-) -> MegaByte:
+) -> Network:
     """The network that `config` describes, holding `weights`.
 
     Args:
@@ -43,10 +53,10 @@ def build(
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
     name = config.get("model_type", "megabyte")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(f"{where}: model_type {name!r} is not supported{did_you_mean(str(name), ARCHITECTURES)}")
     config_class, network_class = ARCHITECTURES[name]
-    network = network_class(from_mapping(config_class, config, where))
+    network: Network = network_class(from_mapping(config_class, config, where))
     arrays = {
         path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
         for path, array in weights.items()
@@ -69,21 +79,37 @@ def build(
     return network
 
 
+def preset(name: str) -> NetworkConfig:
+    """A shipped configuration without weights, for example `byt5-small`.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    known = {file.stem: file for file in sorted(shipped("configs/models").glob("*.json"))}
+    if name not in known:
+        raise ConfigError(f"{name}: no such preset{did_you_mean(name, known)}")
+    document = read_json(known[name])
+    config: NetworkConfig = from_mapping(ARCHITECTURES[document["model_type"]][0], document, str(known[name]))
+    return config
+
+
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer of a network by its path, packed ones included, in the order of the definition."""
     return {path: module for path, module in reversed(network.named_modules()) if isinstance(module, (Linear, QuantizedLinear))}
 
 
 def part_of(path: str) -> str:
-    """The part of the model that a layer belongs to: global, middle, local or head."""
+    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross or head."""
     if path == "output":
         return "head"
-    first = path.split(".")[0]
+    names = path.split(".")
+    if names[0] == "decoder" and "cross" in names:
+        return "cross"
     # What runs once a patch belongs to the global part, on both sides of its transformer.
-    return first if first in ("middle", "local") else "global"
+    return names[0] if names[0] in PARTS else "global"
 
 
-def config_as_mapping(config: MegaByteConfig) -> dict[str, Any]:
+def config_as_mapping(config: NetworkConfig) -> dict[str, Any]:
     """A configuration as plain values for config.json, without the fields that say None."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
 

@@ -10,8 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import linear_layers, set_modules
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, encode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
@@ -57,13 +56,13 @@ class PartReport:
 class Quantized:
     """A packed copy of a network, its tables for config.json, and a report by layer."""
 
-    network: MegaByte
+    network: Network
     quantization: dict[str, Any]
     marlin: dict[str, Any]
     layers: list[LayerReport]
 
 
-def plan_network(network: MegaByte, settings: QuantizationSettings) -> list[LayerPlan]:
+def plan_network(network: Network, settings: QuantizationSettings) -> list[LayerPlan]:
     """The decisions for the layers of a network.
 
     Raises:
@@ -77,7 +76,7 @@ def plan_network(network: MegaByte, settings: QuantizationSettings) -> list[Laye
 
 
 def quantize_network(
-    network: MegaByte,
+    network: Network,
     settings: QuantizationSettings,
     statistics: Statistics | None = None,
     *,
@@ -112,7 +111,7 @@ def quantize_network(
     marlin = {
         "format_version": FORMAT_VERSION,
         "method": "mse" if statistics is None else "mse, weighted by statistics",
-        "formats": {"global": settings.global_format, "local": settings.local_format},
+        "formats": settings.formats_of({plan.part for plan in plans}),
         "kv_bits": settings.kv_bits,
         "statistics": None if statistics is None else statistics.fingerprint(),
     }
@@ -127,7 +126,7 @@ def planned(plan: LayerPlan) -> LayerReport:
     return LayerReport(plan, before, round(plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) / 8))
 
 
-def dequantize_network(network: MegaByte, dtype: mx.Dtype = mx.bfloat16) -> MegaByte:
+def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Network:
     """A copy of `network` with every packed layer as a plain one in `dtype`.
 
     Raises:
@@ -160,9 +159,9 @@ def packed_of(module: QuantizedLinear) -> Packed:
     )
 
 
-def copy_with(network: MegaByte, modules: Sequence[tuple[str, nn.Module]]) -> MegaByte:
+def copy_with(network: Network, modules: Sequence[tuple[str, nn.Module]]) -> Network:
     """A network that shares the arrays of `network`, except in the modules given by path."""
-    copy = MegaByte(network.config)
+    copy: Network = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
     set_modules(copy, [(path, module) for path, module in linear_layers(network).items()])
     set_modules(copy, list(modules))
     replaced = tuple(f"{path}." for path, _ in modules)
@@ -181,7 +180,7 @@ def by_part(layers: Sequence[LayerReport]) -> list[PartReport]:
     return [_part(part, name, members) for (part, name), members in groups.items()]
 
 
-def kept_bytes(network: MegaByte) -> int:
+def kept_bytes(network: Network) -> int:
     """Bytes of everything that is not a linear layer: embeddings, positions, norms, start vectors."""
     inside = tuple(f"{path}." for path in linear_layers(network))
     return sum(array.nbytes for path, array in tree_flatten(network.parameters()) if not path.startswith(inside))

@@ -1,7 +1,7 @@
 """Which layer gets which format: settings and layer shapes in, one decision a layer out. Packs nothing."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,17 @@ class QuantizationSettings:
 
     global_format: str = "nvfp4"  # the global transformer, the patch projection and what leads to the next stage
     local_format: str = "mxfp8"  # the local transformer, and stages between global and local
+    encoder_format: str = "nvfp4"
+    decoder_format: str = "nvfp4"
+    cross_format: str = "nvfp4"  # the decoder's attention to the encoder
+    wo_format: str = "mxfp8"  # at least so many bits for the last layer of ByT5's feed-forwards, whose inputs are large
     kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
     group_size: int | None = None  # of int4 and int8; the others have one size
     overrides: dict[str, str] = field(default_factory=dict)  # regular expression of layer paths -> format; last wins
 
     def __post_init__(self) -> None:
-        for name in (self.global_format, self.local_format, *self.overrides.values()):
+        named = (self.global_format, self.local_format, self.encoder_format, self.decoder_format, self.cross_format)
+        for name in (*named, self.wo_format, *self.overrides.values()):
             check_format(name)
         if self.kv_bits not in (4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, found {self.kv_bits}")
@@ -40,13 +45,32 @@ class QuantizationSettings:
             except re.error as error:
                 raise ConfigError(f"override {pattern!r} is not a regular expression: {error}") from None
 
+    def format_for(self, path: str) -> str:
+        """The format of a layer, before overrides."""
+        part = part_of(path)
+        chosen = self.formats_of([part]).get(part, KEEP)
+        protected = part in ("encoder", "decoder") and path.endswith(".ffn.down_proj")
+        return self.wo_format if protected and _bits(chosen) < _bits(self.wo_format) else chosen
+
+    def formats_of(self, parts: Iterable[str]) -> dict[str, str]:
+        """The formats of those of `parts` that are packed."""
+        known = {
+            "global": self.global_format,
+            "middle": self.local_format,
+            "local": self.local_format,
+            "encoder": self.encoder_format,
+            "decoder": self.decoder_format,
+            "cross": self.cross_format,
+        }
+        return {part: known[part] for part in known if part in parts}
+
 
 @dataclass(frozen=True)
 class LayerPlan:
     """The decision for one linear layer; `format` None keeps it as it is."""
 
     path: str
-    part: str  # global, middle, local or head
+    part: str  # see `models.part_of`
     rows: int
     columns: int
     format: Format | None
@@ -72,9 +96,13 @@ def format_from_bits(bits: int) -> str:
     return default_format(bits).name
 
 
+def _bits(name: str) -> int:
+    return 16 if name == KEEP else FORMATS[name].bits
+
+
 def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16) -> QuantizationSettings:
     """Settings that name bit widths alone."""
-    return QuantizationSettings(format_from_bits(global_bits), format_from_bits(local_bits), kv_bits)
+    return QuantizationSettings(format_from_bits(global_bits), format_from_bits(local_bits), kv_bits=kv_bits)
 
 
 def load_recipe(name: str) -> QuantizationSettings:
@@ -106,10 +134,7 @@ def plan_layers(
         QuantizationError: a layer whose columns no group of its format divides (formats that fit are named), an
             override for the output head, or one that no layer matches.
     """
-    chosen = {}
-    for path in shapes:
-        part = part_of(path)
-        chosen[path] = {"global": settings.global_format, "head": KEEP}.get(part, settings.local_format)
+    chosen = {path: settings.format_for(path) for path in shapes}
     for pattern, name in settings.overrides.items():
         matched = [path for path in shapes if re.search(pattern, path)]
         if not matched:

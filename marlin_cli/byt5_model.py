@@ -1,0 +1,258 @@
+"""`ByT5Model`, the Python interface to ByT5: bytes in, bytes, logits or encoder states out."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
+from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.errors import CheckpointError, ConfigError, UsageError
+from marlin_cli.models import build, config_as_mapping
+from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, ids_of_bytes, ids_with_sentinels
+from marlin_cli.ops.device import Device, choose_device
+
+if TYPE_CHECKING:
+    from marlin_cli.quantization.plan import QuantizationSettings
+    from marlin_cli.statistics import Statistics
+
+
+class ByT5Model:
+    """A ByT5 ready to run, on one device.
+
+    Attributes:
+        network: the MLX module.
+        config: its `ByT5Config`.
+        device: where it runs, and why.
+        kv_bits: bits of the keys and values that the decoder reads of an input.
+        quantization: the `quantization` table of its config.json (mlx-lm's convention), or None.
+        marlin: marlin's own table of its config.json, or None.
+    """
+
+    def __init__(
+        self,
+        network: ByT5,
+        device: Device,
+        *,
+        kv_bits: int = 16,
+        quantization: dict[str, Any] | None = None,
+        marlin: dict[str, Any] | None = None,
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.kv_bits = kv_bits
+        self.quantization = quantization
+        self.marlin = marlin
+
+    @property
+    def config(self) -> ByT5Config:
+        return self.network.config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        config: ByT5Config | None = None,
+        *,
+        device: str = "auto",
+        kv_bits: int | None = None,
+        dtype: mx.Dtype | None = None,
+    ) -> "ByT5Model":
+        """Read a Hugging Face folder of ByT5 or one that marlin wrote: a path, a shipped name, or a hub repository.
+
+        Args:
+            config: what the model should be; a checkpoint that says otherwise is refused.
+            device: auto, metal, cuda or cpu.
+            kv_bits: 4, 8 or 16 bits of what the decoder reads of an input; as the checkpoint says if None.
+            dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere if None.
+
+        Raises:
+            CheckpointError, ConfigError: the checkpoint cannot be used.
+            UsageError: float16, in which T5's feed-forward overflows.
+            BackendError: the device is not there.
+        """
+        if dtype is not None and dtype == mx.float16:
+            raise UsageError("dtype: T5 overflows in float16; use bfloat16 or float32")
+        where = locate_model(str(path))
+        checkpoint = read_checkpoint(where, ImportOptions())
+        chosen = choose_device(device)
+        network = build(
+            checkpoint.config,
+            checkpoint.weights,
+            checkpoint.quantization,
+            where=str(path),
+            dtype=dtype or chosen.dtype or mx.bfloat16,
+        )
+        if not isinstance(network, ByT5):
+            raise CheckpointError(f"{path}: holds a {checkpoint.config.get('model_type', 'megabyte')}, not a ByT5; use load")
+        for field in dataclasses.fields(ByT5Config) if config is not None else ():
+            found, wanted = getattr(network.config, field.name), getattr(config, field.name)
+            if wanted not in (field.default, found):
+                raise ConfigError(f"{path}: {field.name} is {found!r} in the checkpoint, but {wanted!r} was asked for")
+        if kv_bits is None:
+            kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))
+        return cls(network, chosen, kv_bits=kv_bits, quantization=checkpoint.quantization, marlin=checkpoint.marlin)
+
+    @classmethod
+    def from_config(cls, config: ByT5Config, *, seed: int = 0, device: str = "auto") -> "ByT5Model":
+        """A model with random weights, for training, tests and timing."""
+        chosen = choose_device(device)
+        mx.random.seed(seed)
+        return cls(ByT5(config), chosen)
+
+    def generate(
+        self,
+        input_bytes: bytes,
+        max_length: int = 256,
+        *,
+        min_length: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        beams: Beams | None = None,
+        prefix: bytes = b"",
+        stop: Sequence[bytes] = (),
+        sentinels: bool = False,
+    ) -> bytes:
+        """The best answer to an input; see `answers`."""
+        limits = AnswerLimits(max_length, min_length, prefix, tuple(stop))
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        return self.answers([input_bytes], limits, sampling, beams, sentinels=sentinels)[0][0].data
+
+    def answers(
+        self,
+        inputs: Sequence[bytes],
+        limits: AnswerLimits | None = None,
+        sampling: Sampling | None = None,
+        beams: Beams | None = None,
+        *,
+        sentinels: bool = False,
+    ) -> list[list[Answer]]:
+        """The answers to each of many inputs of any lengths, best first: one, or the n best of a beam search.
+
+        Args:
+            sentinels: `<extra_id_N>` in an input stands for that special id.
+
+        Raises:
+            UsageError: an input longer than `max_bytes`, beams that would be sampled, or an encoder alone.
+        """
+        limits = limits or AnswerLimits()
+        sources = [self._source(data, sentinels=sentinels) for data in inputs]
+        if beams is not None:
+            if sampling is not None and sampling.temperature:
+                raise UsageError("beams and a temperature do not go together; choose one")
+            return answer_with_beams(self.network, sources, limits, beams, memory_bits=self.kv_bits)
+        found: dict[int, Answer] = {}
+        for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
+            found.update({stream: new for stream, new in news if isinstance(new, Answer)})
+        return [[found[stream]] for stream in range(len(inputs))]
+
+    def pieces(self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling) -> Iterator[Piece]:
+        """Decode answers to many inputs side by side, each byte as soon as it is decoded."""
+        limits = AnswerLimits(stopping.max_bytes, stop=stopping.stop)
+        sources = [self._source(prompt) for prompt in prompts]
+        matchers = [StopMatcher(stopping.stop) for _ in prompts]
+        for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
+            for stream, new in news:
+                if isinstance(new, Answer):
+                    rest = b"" if new.stop_reason == "stop" else matchers[stream].flush()
+                    yield Piece(stream, rest, new.stop_reason)
+                elif FIRST_BYTE <= new < FIRST_SPECIAL:
+                    data, _ = matchers[stream].push(new - FIRST_BYTE)
+                    if data:
+                        yield Piece(stream, data)
+
+    def logits(self, source: bytes, target: bytes) -> mx.array:
+        """Logits [len(target) + 1, vocab] float32, teacher-forced: row i predicts byte i of the target, the last its end.
+
+        Raises:
+            UsageError: see `answers`.
+        """
+        if not self.config.decoder_layers:
+            raise UsageError("the model is an encoder alone and has no logits; ask it to encode")
+        ids = mx.array([self._source(source)])
+        return self.network(ids, mx.array([[self.config.start_id, *ids_of_bytes(target)]]))[0]
+
+    def bits(self, source: bytes, target: bytes) -> float:
+        """Bits that `target` and its end cost as the answer to `source`."""
+        logits = self.logits(source, target)
+        wanted = mx.array([*ids_of_bytes(target), self.config.end_id])
+        costs = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        return float(np.array(costs).astype(np.float64).sum() / np.log(2))
+
+    def bits_per_byte(self, source: bytes, target: bytes) -> float:
+        """Bits that a byte of `target` costs, those of its end among them.
+
+        Raises:
+            UsageError: no target; see `answers`.
+        """
+        if not target:
+            raise UsageError("bits_per_byte needs at least one byte of target")
+        return self.bits(source, target) / len(target)
+
+    def encode(self, data: bytes) -> mx.array:
+        """The encoder's states [len(data), d_model] of an input; that of the end, which it reads too, is left out.
+
+        Raises:
+            UsageError: an input longer than `max_bytes`.
+        """
+        return self.network.encode(mx.array([self._source(data)]))[0, : len(data)]
+
+    def quantize(
+        self,
+        bits: int = 4,
+        *,
+        encoder_bits: int | None = None,
+        decoder_bits: int | None = None,
+        cross_bits: int | None = None,
+        kv_bits: int = 16,
+        statistics: "Statistics | None" = None,
+        settings: "QuantizationSettings | None" = None,
+    ) -> "ByT5Model":
+        """A copy with packed weights; each part in `bits` unless its own are given, `wo` in 8 at least.
+
+        Raises:
+            QuantizationError: a layer that cannot be packed so.
+        """
+        from marlin_cli.quantization.apply import quantize_network
+        from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits
+
+        chosen = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits}
+        formats = {f"{part}_format": format_from_bits(bits if own is None else own) for part, own in chosen.items()}
+        settings = settings or QuantizationSettings(kv_bits=kv_bits, **formats)  # type: ignore[arg-type]
+        result = quantize_network(self.network, settings, statistics)
+        return ByT5Model(
+            result.network,
+            self.device,
+            kv_bits=settings.kv_bits,
+            quantization=result.quantization,
+            marlin=result.marlin,
+        )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a folder with config.json and model.safetensors, in one step.
+
+        Raises:
+            OutputError: the folder exists, or cannot be written.
+        """
+        weights = dict(tree_flatten(self.network.parameters()))
+        write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
+
+    def _source(self, data: bytes, *, sentinels: bool = False) -> list[int]:
+        """The ids of an input: its bytes and the end."""
+        if len(data) > self.config.max_bytes:
+            raise UsageError(f"{len(data):,} bytes do not fit the model's max_bytes of {self.config.max_bytes:,}")
+        ids = ids_with_sentinels(data, self.config.vocab_size) if sentinels else ids_of_bytes(data)
+        return [*ids, self.config.end_id]

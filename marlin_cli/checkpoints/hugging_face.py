@@ -1,0 +1,226 @@
+"""Hugging Face folders of T5 over bytes (ByT5): config.json beside safetensors or pytorch_model.bin, sharded or not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, shards_of_index
+from marlin_cli.config import describe
+from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.files import read_json
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+# Weights files in the order in which they are looked for, as transformers does.
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin")
+
+MODEL_TYPES = ("t5", "mt5")
+
+# The largest vocabulary of bytes: ByT5 has 384 ids, derivatives a few more; pieces of words start at thousands.
+MOST_IDS = 1024
+
+# Names of one and the same table of embeddings; a file has one of them or several.
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+# Left in some files by the first implementation; no code reads it.
+STRAY = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+# transformers' fields -> marlin's, with the values of fields that a file leaves out.
+FIELDS: Mapping[str, tuple[str, Any]] = {
+    "vocab_size": ("vocab_size", 32128),
+    "d_model": ("d_model", 512),
+    "d_kv": ("head_dim", 64),
+    "d_ff": ("ffn_dim", 2048),
+    "num_layers": ("encoder_layers", 6),
+    "num_heads": ("heads", 8),
+    "layer_norm_epsilon": ("norm_eps", 1e-6),
+    "relative_attention_num_buckets": ("relative_buckets", 32),
+    "relative_attention_max_distance": ("relative_distance", 128),
+}
+
+# Ids by transformers' name; generation_config.json goes before config.json, as it does there.
+IDS: Mapping[str, tuple[str, int]] = {
+    "decoder_start_token_id": ("start_id", 0),
+    "eos_token_id": ("end_id", 1),
+    "pad_token_id": ("pad_id", 0),
+}
+
+# transformers' names of activations -> (marlin's, does the feed-forward have a gate?).
+ACTIVATIONS: Mapping[str, tuple[str, bool]] = {
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gelu_new": ("gelu_tanh", False),
+    "silu": ("silu", False),
+    "gated-gelu": ("gelu_tanh", True),  # there too it means the approximation
+    "gated-gelu_new": ("gelu_tanh", True),
+    "gated-relu": ("relu", True),
+    "gated-silu": ("silu", True),
+}
+
+
+def recognises(path: Path) -> bool:
+    """Is this a folder whose config.json says T5, or a weights file in one?"""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file() or (path.is_file() and path.suffix not in SUFFIXES):
+        return False
+    document = read_json(folder / CONFIG)
+    return isinstance(document, dict) and document.get("model_type") in MODEL_TYPES
+
+
+def read(path: Path) -> Checkpoint:
+    """Canonical configuration and weights; a file without a decoder gives an encoder alone.
+
+    Raises:
+        CheckpointError: weights that are missing, left over, contradictory or of shapes that do not fit together.
+        ConfigError: a configuration that is not of T5 over bytes.
+    """
+    folder = path if path.is_dir() else path.parent
+    config = _config(folder)
+    tensors: dict[str, mx.array] = {}
+    for file in weight_files(path):
+        for name, tensor in read_foreign(file).tensors.items():
+            if name in tensors:
+                raise CheckpointError(f"{file}: {name!r} stands in another shard too")
+            tensors[name] = tensor
+    foreign = Foreign(path, tensors)
+    if not any(name.startswith("decoder.block.") for name in tensors):
+        config["decoder_layers"] = 0
+    taken = Taken(foreign)
+    for name in STRAY:
+        taken.drop(name)
+    weights = {"embedding.weight": _embedding(foreign, taken)}
+    _take_stack(weights, taken, "encoder", config["encoder_layers"], gated=config["gated_ffn"])
+    if config["decoder_layers"]:
+        _take_stack(weights, taken, "decoder", config["decoder_layers"], gated=config["gated_ffn"])
+        config["tied_head"] = not _take_head(weights, taken, path, may_be_tied=config["scaled_head"])
+    taken.finish()
+    return Checkpoint(path, "hugging_face", config, weights)
+
+
+def files(path: Path) -> list[Path]:
+    """All files that a model consists of, those of its configuration first."""
+    folder = path if path.is_dir() else path.parent
+    configs = [folder / name for name in (CONFIG, GENERATION_CONFIG) if (folder / name).is_file()]
+    return [*configs, *weight_files(path)]
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The weights files of a folder, or `path` itself.
+
+    Raises:
+        CheckpointError: none, or an index that names a missing file or one outside the folder.
+    """
+    if path.is_file():
+        return [path]
+    for single in SINGLES:
+        if (path / single).is_file():
+            return [path / single]
+        if (path / f"{single}.index.json").is_file():
+            return shards_of_index(path / f"{single}.index.json")
+    raise CheckpointError(f"{path}: holds none of {', '.join(SINGLES)} and their shards")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
+    where = folder / CONFIG
+    document = _table(where)
+    generation = _table(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
+    config: dict[str, Any] = {"model_type": "byt5"}
+    for theirs, (ours, default) in FIELDS.items():
+        config[ours] = _number(where, theirs, document.get(theirs), default)
+    if config["vocab_size"] > MOST_IDS:
+        raise ConfigError(
+            f"{where}: vocab_size is {config['vocab_size']:,}, pieces of words; marlin runs T5 over bytes (ByT5, 384)"
+        )
+    config["decoder_layers"] = _number(
+        where, "num_decoder_layers", document.get("num_decoder_layers"), config["encoder_layers"]
+    )
+    activation = document.get("feed_forward_proj") or "relu"
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"{where}: feed_forward_proj {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    config["activation"], config["gated_ffn"] = ACTIVATIONS[activation]
+    scaled = document.get("scale_decoder_outputs")  # transformers 5; before, tying said it
+    config["scaled_head"] = scaled if isinstance(scaled, bool) else document.get("tie_word_embeddings") is not False
+    for theirs, (ours, default_id) in IDS.items():
+        config[ours] = _id(where, theirs, generation.get(theirs), document.get(theirs), default_id)
+    return config
+
+
+def _table(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected an object, found {describe(document)}")
+    return document
+
+
+def _id(where: Path, name: str, first: Any, second: Any, default: int) -> Any:
+    value = second if first is None else first
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return _number(where, name, value, default)
+
+
+def _number(where: Path, name: str, value: Any, default: Any) -> Any:
+    """`value`, which must be a number of the kind that `default` is, or `default` for None."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, type(default))):
+        raise ConfigError(f"{where}: {name} should be a number, found {describe(value)}")
+    return value
+
+
+def _embedding(foreign: Foreign, taken: Taken) -> mx.array:
+    """The table under any of its names; where there are several they must be the same."""
+    names = [name for name in EMBEDDINGS if taken.has(name)]
+    if not names:
+        raise CheckpointError(f"{foreign.path}: the tensor {EMBEDDINGS[0]!r} is missing")
+    tables = [taken.take(name) for name in names]
+    for name, table in zip(names[1:], tables[1:], strict=True):
+        if table.shape != tables[0].shape or not mx.array_equal(table, tables[0]).item():
+            raise CheckpointError(f"{foreign.path}: {name!r} and {names[0]!r} should be the same table, but differ")
+    return tables[0]
+
+
+def _take_head(weights: dict[str, mx.array], taken: Taken, path: Path, *, may_be_tied: bool) -> bool:
+    """Take the output head; False where there is none of its own and the embeddings serve.
+
+    As in transformers: a head that differs from the embeddings is one, whatever the configuration says.
+    """
+    if not taken.has("lm_head.weight"):
+        if not may_be_tied:
+            raise CheckpointError(
+                f"{path}: the tensor 'lm_head.weight' is missing, and config.json has tie_word_embeddings false;"
+                " save it with T5ForConditionalGeneration"
+            )
+        return False
+    head, embedding = taken.take("lm_head.weight"), weights["embedding.weight"]
+    if head.shape == embedding.shape and mx.array_equal(head, embedding).item():
+        return False
+    weights["output.weight"] = head
+    return True
+
+
+def _take_stack(weights: dict[str, mx.array], taken: Taken, stack: str, layers: int, *, gated: bool) -> None:
+    weights[f"{stack}.norm.weight"] = taken.take(f"{stack}.final_layer_norm.weight")
+    bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    weights[f"{stack}.relative_bias.weight"] = taken.take(bias)
+    attentions = {"attention": "layer.0.SelfAttention"}
+    norms = {"attention_norm": "layer.0"}
+    if stack == "decoder":
+        attentions["cross"] = "layer.1.EncDecAttention"
+        norms["cross_norm"] = "layer.1"
+    last = f"layer.{len(norms)}"
+    norms["ffn_norm"] = last
+    linears = {"gate_proj": "wi_0", "up_proj": "wi_1", "down_proj": "wo"} if gated else {"up_proj": "wi", "down_proj": "wo"}
+    for layer in range(layers):
+        source, target = f"{stack}.block.{layer}", f"{stack}.layers.{layer}"
+        for ours, theirs in attentions.items():
+            for each in "qkvo":
+                weights[f"{target}.{ours}.{each}_proj.weight"] = taken.take(f"{source}.{theirs}.{each}.weight")
+        for ours, theirs in norms.items():
+            weights[f"{target}.{ours}.weight"] = taken.take(f"{source}.{theirs}.layer_norm.weight")
+        for ours, theirs in linears.items():
+            weights[f"{target}.ffn.{ours}.weight"] = taken.take(f"{source}.{last}.DenseReluDense.{theirs}.weight")

@@ -1,0 +1,123 @@
+"""What `marlin generate` does with ByT5: inputs in, in batches, and their answers out in the order of the inputs."""
+
+import base64
+import itertools
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from marlin_cli.api import decode
+from marlin_cli.byt5_model import ByT5Model
+from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
+from marlin_cli.engine.answering import Answer, AnswerLimits
+from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.models.byt5_ids import bytes_with_sentinels
+
+
+@dataclass(frozen=True)
+class Request:
+    """How inputs are answered, and how answers are written."""
+
+    limits: AnswerLimits
+    sampling: Sampling
+    beams: Beams | None
+    sentinels: bool
+    json: bool  # one object an answer, else its bytes and a line feed
+
+
+def inputs_of(text: str | None, file: str | None, hexadecimal: str | None, prompts: str | None) -> Iterable[Prompt]:
+    """One input by an option, those of a JSONL file, or the lines of a pipe, as they come.
+
+    Raises:
+        UsageError: two inputs, or one that cannot be read.
+    """
+    if prompts is not None:
+        return read_prompts(prompts)
+    piped = not (sys.stdin is None or sys.stdin.isatty())
+    if text is None and file is None and hexadecimal is None and piped:
+        return (Prompt(line) for line in _lines(sys.stdin.fileno()))
+    return [one_prompt(text, file, hexadecimal)]
+
+
+def run(model: ByT5Model, request: Request, inputs: Iterable[Prompt], batch_size: int) -> None:
+    """Answer inputs in batches and write the answers, the n best of an input one after the other.
+
+    A batch is what has come, `batch_size` at most: a slow pipe is answered line by line.
+    """
+    index = 0
+    for batch in _batches(inputs, batch_size):
+        found = model.answers(
+            [each.data for each in batch], request.limits, request.sampling, request.beams, sentinels=request.sentinels
+        )
+        for prompt, answers in zip(batch, found, strict=True):
+            for each in answers:
+                data = bytes_with_sentinels(each.ids) if request.sentinels else each.data
+                if request.json:
+                    line = json.dumps(_document(index, prompt, each, data), ensure_ascii=True).encode("ascii")
+                else:
+                    line = data
+                sys.stdout.buffer.write(line + b"\n")
+            index += 1
+        sys.stdout.buffer.flush()
+
+
+def _document(index: int, prompt: Prompt, answer: Answer, data: bytes) -> dict[str, object]:
+    return {
+        "index": index,
+        **({} if prompt.name is None else {"id": prompt.name}),
+        "rank": answer.rank,
+        "prompt_bytes": len(prompt.data),
+        "generated_bytes": len(data),
+        "bytes_base64": base64.b64encode(data).decode("ascii"),
+        "text": decode(data),
+        "score": answer.score,
+        "stop_reason": answer.stop_reason,
+    }
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Lines without their line feeds, unbuffered: a thread that waits in a buffer's lock would disturb the exit."""
+    rest = b""
+    while block := os.read(descriptor, 1 << 16):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _batches(inputs: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
+    """Inputs in groups of those that are there, without waiting for more than one; read by a thread."""
+    waiting: queue.Queue[Prompt | Exception | None] = queue.Queue(maxsize=4 * size)
+
+    def read() -> None:
+        try:
+            for each in inputs:
+                waiting.put(each)
+            waiting.put(None)
+        except Exception as error:  # it belongs to the caller, who is in another thread
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    ended = False
+    while not ended:
+        batch: list[Prompt] = []
+        for number in itertools.count():
+            try:
+                each = waiting.get(block=number == 0)
+            except queue.Empty:
+                break
+            if isinstance(each, Exception):
+                raise each
+            if each is None:
+                ended = True
+                break
+            batch.append(each)
+            if len(batch) == size:
+                break
+        if batch:
+            yield batch

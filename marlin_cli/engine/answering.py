@@ -1,0 +1,184 @@
+"""Answers of ByT5: inputs as ids in, bytes out as they are decoded, for one input or many of unequal lengths."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli.engine.beams import Beams, BeamSearch
+from marlin_cli.engine.encoder_decoder import AnswerState
+from marlin_cli.engine.sampling import Sampling, next_keys, sample, stream_keys
+from marlin_cli.errors import UsageError
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
+
+
+@dataclass(frozen=True)
+class AnswerLimits:
+    """How an answer begins and ends. Numbers count ids after the prefix: bytes, special ids and the end.
+
+    Raises:
+        UsageError: numbers that contradict each other, or an empty stop sequence.
+    """
+
+    max_length: int = 256
+    min_length: int = 0  # no end before so many ids
+    prefix: bytes = b""  # what every answer begins with; part of the answer
+    stop: tuple[bytes, ...] = ()  # byte sequences that end an answer; they are not part of it
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_length <= self.max_length:
+            raise UsageError(f"min_length {self.min_length} must be from 0 to max_length ({self.max_length})")
+        if any(not sequence for sequence in self.stop):
+            raise UsageError("a stop sequence is empty; give at least one byte")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one input."""
+
+    stream: int  # which input
+    rank: int  # 0 for the best
+    ids: tuple[int, ...]  # prefix included, the end and what ended it left out
+    score: float  # log-probability of the ids after the prefix, the end included; of beams, over length ** penalty
+    stop_reason: str  # end: the model's own; stop: a stop sequence; length: max_length reached
+
+    @property
+    def data(self) -> bytes:
+        """The bytes; special ids are left out."""
+        return bytes_of_ids(self.ids)
+
+
+def answer(
+    network: ByT5,
+    sources: Sequence[Sequence[int]],
+    limits: AnswerLimits,
+    sampling: Sampling | None = None,
+    *,
+    memory_bits: int = 16,
+) -> Iterator[list[tuple[int, int | Answer]]]:
+    """Decode one answer to each input, all side by side: greedy, or as `sampling` says.
+
+    Yields:
+        After each step what is new: (input, id), or (input, answer) for one that has ended. An input has the same
+        answer alone and in a batch.
+    """
+    sampling = sampling or Sampling()
+    prefix = ids_of_bytes(limits.prefix)
+    end_id = network.config.end_id
+    if not sources:
+        return
+    state = AnswerState(network, sources, memory_bits=memory_bits)
+    for value in prefix:
+        state.push(mx.full((len(sources),), value, dtype=mx.int32))
+    streams = list(range(len(sources)))
+    written: list[list[int]] = [[] for _ in streams]
+    scores = [0.0] * len(streams)
+    keys = stream_keys(sampling.seed, len(streams)) if sampling.temperature else None
+    if limits.max_length == 0:
+        yield [(stream, Answer(stream, 0, tuple(prefix), 0.0, "length")) for stream in streams]
+        return
+    while True:
+        logits = state.logits
+        if len(written[streams[0]]) < limits.min_length:
+            logits = _without(logits, end_id)
+        now = None
+        if keys is not None:
+            now, keys = next_keys(keys)
+        ids = sample(logits, sampling, now)
+        chosen = mx.take_along_axis(state.logits, ids[:, None], axis=-1)[:, 0] - mx.logsumexp(state.logits, axis=-1)
+        values: list[int] = ids.tolist()  # type: ignore[assignment]
+        costs: list[float] = chosen.tolist()  # type: ignore[assignment]
+        news: list[tuple[int, int | Answer]] = []
+        going = []
+        for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):
+            scores[stream] += cost
+            own = written[stream]
+            reason, cut = None, 0
+            if value == end_id:
+                reason = "end"
+            else:
+                own.append(value)
+                news.append((stream, value))
+                cut = _stopped(own, limits.stop)
+                reason = "stop" if cut else "length" if len(own) >= limits.max_length else None
+            if reason is None:
+                going.append(row)
+            else:
+                ids_left = (*prefix, *own[: len(own) - cut])
+                news.append((stream, Answer(stream, 0, ids_left, scores[stream], reason)))
+        yield news
+        if not going:
+            return
+        if len(going) < len(streams):
+            streams = [streams[row] for row in going]
+            state.keep(going, going)
+            ids = ids[mx.array(going)]
+            keys = None if keys is None else keys[mx.array(going)]
+        state.push(ids)
+
+
+def answer_with_beams(
+    network: ByT5,
+    sources: Sequence[Sequence[int]],
+    limits: AnswerLimits,
+    beams: Beams,
+    *,
+    memory_bits: int = 16,
+) -> list[list[Answer]]:
+    """The best answers to each input, best first, by beam search over all inputs side by side.
+
+    Raises:
+        UsageError: stop sequences, which beams do not take.
+    """
+    if limits.stop:
+        raise UsageError("stop sequences do not go with beams; use the end id, or no beams")
+    if not sources:
+        return []
+    prefix, end_id = ids_of_bytes(limits.prefix), network.config.end_id
+    ends = frozenset({end_id})
+    searches = [BeamSearch(beams, limits.max_length) for _ in sources]
+    open_streams = [stream for stream, search in enumerate(searches) if not search.done]
+    state = AnswerState(network, sources, answers=beams.count, memory_bits=memory_bits)
+    for value in prefix:
+        state.push(mx.full((len(sources) * beams.count,), value, dtype=mx.int32))
+    step = 0
+    while open_streams:
+        logits = state.logits - mx.logsumexp(state.logits, axis=-1, keepdims=True)
+        if step < limits.min_length:
+            logits = _without(logits, end_id)
+        step += 1
+        table = np.array(logits).reshape(len(open_streams), beams.count, -1)
+        rows, ids, places = [], [], []
+        for place, stream in enumerate(open_streams):
+            parents, values = searches[stream].step(table[place], ends)
+            if not searches[stream].done:
+                rows += [place * beams.count + parent for parent in parents]
+                ids += values
+                places.append(place)
+        if not places:
+            break
+        state.keep(rows, None if len(places) == len(open_streams) else places)
+        open_streams = [open_streams[place] for place in places]
+        state.push(mx.array(ids, dtype=mx.int32))
+    return [
+        [
+            Answer(
+                stream, rank, (*prefix, *(value for value in each.ids if value != end_id)), float(each.score),
+                "end" if each.ids and each.ids[-1] == end_id else "length",
+            )
+            for rank, each in enumerate(search.answers)
+        ]
+        for stream, search in enumerate(searches)
+    ]  # fmt: skip
+
+
+def _without(scores: mx.array, forbidden: int) -> mx.array:
+    """Scores [.., vocab] in which one id cannot be chosen."""
+    return mx.where(mx.arange(scores.shape[-1]) == forbidden, -mx.inf, scores)
+
+
+def _stopped(ids: Sequence[int], sequences: tuple[bytes, ...]) -> int:
+    """How many ids at the end are a stop sequence; 0 for none."""
+    return next((len(each) for each in sequences if list(ids[-len(each) :]) == ids_of_bytes(each)), 0)

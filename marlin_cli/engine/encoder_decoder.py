@@ -1,0 +1,130 @@
+"""State of ByT5's decoding: inputs encoded once, what the decoder reads of them, and what it has written so far."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli.engine.cache import Rows, check_cache_bits
+from marlin_cli.errors import UsageError
+from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
+from marlin_cli.ops.reference import pack_rows, paged_attention
+
+# Rows by which the decoder's own cache grows; answers are short.
+SELF_CACHE_ROWS = 64
+
+
+class GrowingCache:
+    """Keys and values of the rows that one decoder layer has seen; a `marlin_cli.models.byt5.SelfCache`."""
+
+    def __init__(self) -> None:
+        self._keys, self._values = Rows(SELF_CACHE_ROWS), Rows(SELF_CACHE_ROWS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return self._keys.nbytes + self._values.nbytes
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return self._keys.append(keys), self._values.append(values)
+
+    def keep(self, rows: mx.array) -> None:
+        """Go on with these sequences, in this order; one may come twice."""
+        self._keys.keep(rows)
+        self._values.keep(rows)
+
+
+class PackedMemory:
+    """A `marlin_cli.models.byt5.Memory` in 4 bits (nvfp4) or 8 (mxfp8).
+
+    Keys and queries are rotated by a Hadamard matrix per head, which leaves their inner products as they are and
+    spreads the few large channels of a key over all.
+    """
+
+    def __init__(self, plain: PlainMemory, bits: int) -> None:
+        self._keys = pack_rows(mx.hadamard_transform(plain.keys), bits)
+        self._values = pack_rows(plain.values, bits)
+        self._lengths = plain.lengths
+
+    @property
+    def streams(self) -> int:
+        return self._keys.packed.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.packed.nbytes + part.scales.nbytes for part in (self._keys, self._values))
+
+    def attend(self, queries: mx.array) -> mx.array:
+        rotated = mx.hadamard_transform(queries)
+        return paged_attention(rotated, [self._keys], [self._values], 1.0, causal=False, lengths=self._lengths)
+
+    def keep(self, streams: mx.array) -> None:
+        """Go on with these inputs, in this order."""
+        self._keys, self._values = (
+            part._replace(packed=part.packed[streams], scales=part.scales[streams]) for part in (self._keys, self._values)
+        )
+        self._lengths = None if self._lengths is None else self._lengths[streams]
+
+
+class AnswerState:
+    """Decoding state of a batch of inputs with equally many answers each, of which every one grows by an id a step.
+
+    `logits` [inputs x answers, vocab] always predicts the next id of each answer; the answers to an input stand
+    together.
+
+    Args:
+        sources: ids of each input, one at least.
+        answers: answers to each input.
+        memory_bits: bits of the keys and values that the decoder reads of the inputs: 4, 8 or 16. The cache of its own
+            rows is short and never packed.
+
+    Raises:
+        UsageError: `memory_bits` do not fit the heads, or the network has no decoder.
+    """
+
+    def __init__(self, network: ByT5, sources: Sequence[Sequence[int]], *, answers: int = 1, memory_bits: int = 16) -> None:
+        config = network.config
+        if not config.decoder_layers:
+            raise UsageError("the model is an encoder alone and cannot answer; ask it to encode")
+        if memory_bits != 16:
+            check_cache_bits(memory_bits, memory_bits, config.head_dim)
+        self._network = network
+        source, lengths = padded(sources, config.pad_id)
+        plain = network.memory(network.encode(source, lengths), lengths)
+        self._memory: list[PlainMemory] | list[PackedMemory] = (
+            plain if memory_bits == 16 else [PackedMemory(each, memory_bits) for each in plain]
+        )
+        self._caches = [GrowingCache() for _ in plain]
+        self.logits: mx.array
+        self.push(mx.full((len(sources) * answers,), config.start_id, dtype=mx.int32))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of what is held of the inputs."""
+        return sum(each.nbytes for each in self._memory)
+
+    def push(self, ids: mx.array) -> None:
+        """Append ids [inputs x answers] to the answers and predict what follows."""
+        memory: Sequence[Memory] = self._memory
+        hidden = self._network.decode(ids[:, None], memory, self._caches)
+        self.logits = self._network.head(hidden[:, -1])
+
+    def keep(self, answers: Sequence[int], streams: Sequence[int] | None = None) -> None:
+        """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
+        chosen = mx.array(list(answers))
+        self.logits = self.logits[chosen]
+        for cache in self._caches:
+            cache.keep(chosen)
+        if streams is not None:
+            for memory in self._memory:
+                memory.keep(mx.array(list(streams)))
+
+
+def padded(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[mx.array, mx.array | None]:
+    """Ids of unequal lengths as one array [n, longest] and their lengths [n]; None where all are equal."""
+    lengths = [len(source) for source in sources]
+    ids = np.full((len(sources), max(lengths)), pad_id, dtype=np.int32)
+    for row, source in enumerate(sources):
+        ids[row, : len(source)] = source
+    return mx.array(ids), mx.array(lengths) if len(set(lengths)) > 1 else None

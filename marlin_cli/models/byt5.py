@@ -1,0 +1,399 @@
+"""ByT5 (arXiv 2105.13626): T5 1.1 over bytes, an encoder of the whole input and a decoder that reads it.
+
+Checkpoints are those of transformers' T5: no scale in attention, RMSNorm without bias before each part, one relative
+bias a stack and none between decoder and encoder. `downsample_factor` above 1 is another encoder, of no published
+checkpoint: layers with a local window over bytes, pooling, layers over the pooled rows, and back to bytes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.errors import ConfigError
+from marlin_cli.models.byt5_ids import FIRST_SPECIAL
+from marlin_cli.ops import Linear, attention
+from marlin_cli.ops.dispatch import linear
+from marlin_cli.ops.long_attention import cross_attention, relative_attention
+from marlin_cli.ops.reference import strided_pool
+
+# Config
+
+# Sizes beyond these are damage or malice: a network of them would fill the memory before its weights are compared.
+LIMITS = {
+    "vocab_size": 1 << 12, "d_model": 1 << 17, "ffn_dim": 1 << 19, "heads": 1 << 12, "head_dim": 1 << 12,
+    "encoder_layers": 1 << 10, "decoder_layers": 1 << 10, "relative_buckets": 1 << 12, "relative_distance": 1 << 20,
+    "max_bytes": 1 << 30, "downsample_factor": 1 << 12, "local_window": 1 << 20,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ByT5Config:
+    """Shape and options of a ByT5; the defaults are those of google/byt5-small.
+
+    Raises:
+        ConfigError: sizes that are not positive or do not fit together.
+    """
+
+    model_type: Literal["byt5"] = "byt5"
+    vocab_size: int = 384  # pad, end, unknown, 256 bytes, sentinels
+    d_model: int = 1472  # width of the rows between layers
+    ffn_dim: int = 3584
+    heads: int = 6
+    head_dim: int = 64
+    encoder_layers: int = 12
+    decoder_layers: int = 4  # 0: an encoder alone
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    gated_ffn: bool = True
+    norm_eps: float = 1e-6
+    relative_buckets: int = 32  # rows of the tables of relative bias
+    relative_distance: int = 128  # rows further apart than this share the last bucket
+    tied_head: bool = False  # logits come from the embeddings
+    scaled_head: bool = False  # by d_model ** -0.5, as where T5 was trained with a tied head
+    start_id: int = 0  # what the decoder reads first
+    end_id: int = 1
+    pad_id: int = 0
+    max_bytes: int = 32768  # longest input
+
+    downsample_factor: int = 1  # bytes in a row of the upper encoder layers; 1 for every published checkpoint
+    pooling: Literal["mean", "max"] = "mean"
+    local_layers: int | None = None  # of encoder_layers, those over bytes; a quarter, at least one, unless given
+    local_window: int = 128  # bytes that they see before and after each byte
+
+    def __post_init__(self) -> None:
+        for name, most in LIMITS.items():
+            value, least = getattr(self, name), 0 if name == "decoder_layers" else 1
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, found {value}")
+            if value > most:
+                raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
+        if self.vocab_size < FIRST_SPECIAL:
+            raise ConfigError(f"vocab_size must hold 3 ids and every byte ({FIRST_SPECIAL} or more), found {self.vocab_size}")
+        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
+            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
+        for name in ("start_id", "end_id", "pad_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ConfigError(f"{name} must be an id below vocab_size, found {getattr(self, name)}")
+        if self.relative_buckets < 4 or self.relative_buckets % 4:
+            raise ConfigError(f"relative_buckets must be a multiple of 4, found {self.relative_buckets}")
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ConfigError(
+                f"relative_distance must be above half of relative_buckets ({self.relative_buckets}),"
+                f" found {self.relative_distance}"
+            )
+        if self.local_layers is not None and not 0 < self.local_layers < self.encoder_layers:
+            raise ConfigError(f"local_layers must be from 1 to encoder_layers - 1, found {self.local_layers}")
+        if self.downsample_factor > 1 and self.encoder_layers < 2:
+            raise ConfigError("downsample_factor needs two encoder layers: one over bytes, one over pooled rows")
+
+    @property
+    def layers_over_bytes(self) -> int:
+        """Encoder layers at full resolution."""
+        if self.downsample_factor == 1:
+            return self.encoder_layers
+        return max(1, self.encoder_layers // 4) if self.local_layers is None else self.local_layers
+
+
+# What the decoder remembers; `marlin_cli.engine` has more kinds.
+
+
+class SelfCache(Protocol):
+    """Keys and values of the rows that one decoder layer has seen."""
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add rows [n, heads, rows, head_dim]; all rows so far."""
+
+
+class Memory(Protocol):
+    """Keys and values of the encoder's states, as one decoder layer reads them."""
+
+    @property
+    def streams(self) -> int:
+        """Inputs that are held; rows of several answers to one input may read together."""
+
+    def attend(self, queries: mx.array) -> mx.array:
+        """Read with queries [streams, heads, rows, head_dim]: the same shape."""
+
+
+class PlainMemory:
+    """A `Memory` in the network's own type. `lengths` [streams] tells real rows from filler."""
+
+    def __init__(self, keys: mx.array, values: mx.array, lengths: mx.array | None) -> None:
+        self.keys, self.values, self.lengths = keys, values, lengths
+
+    @property
+    def streams(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def keep(self, streams: mx.array) -> None:
+        """Go on with these inputs, in this order."""
+        self.keys, self.values = self.keys[streams], self.values[streams]
+        self.lengths = None if self.lengths is None else self.lengths[streams]
+
+    def attend(self, queries: mx.array) -> mx.array:
+        return cross_attention(queries, self.keys, self.values, self.lengths)
+
+
+# Attention
+
+
+def buckets_by_distance(config: ByT5Config, bidirectional: bool) -> npt.NDArray[np.int32]:
+    """The bucket of each distance (key - query) from -relative_distance to relative_distance: [2 x that + 1].
+
+    Half of the buckets are for single distances, the others grow with the logarithm; both ways there are half of
+    them for each direction, else none for keys after the query (T5, arXiv 1910.10683, section 2.1).
+    """
+    most = config.relative_distance
+    distance = np.arange(-most, most + 1)
+    buckets = config.relative_buckets
+    side = np.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        side = np.where(distance > 0, buckets, 0)
+        steps = np.abs(distance)
+    else:
+        steps = np.maximum(-distance, 0)
+    exact = buckets // 2
+    # In float32 and in this order, as the weights were trained: at powers of two a rounding decides.
+    ratio = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(exact))
+    grown = ratio / np.float32(math.log(most / exact)) * np.float32(buckets - exact)
+    far = np.minimum(exact + grown.astype(np.int64), buckets - 1)
+    return (side + np.where(steps < exact, steps, far)).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    def __init__(self, config: ByT5Config, bidirectional: bool) -> None:
+        super().__init__()
+        self.weight = mx.zeros((config.relative_buckets, config.heads))
+        self._buckets = buckets_by_distance(config, bidirectional)
+
+    def __call__(self) -> mx.array:
+        """The table by distance, [heads, 2 * relative_distance + 1], which says all: beyond it nothing changes."""
+        return self.weight[mx.array(self._buckets)].T
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.heads, config.head_dim
+        width = config.heads * config.head_dim
+        self.q_proj = Linear(config.d_model, width, bias=False)
+        self.k_proj = Linear(config.d_model, width, bias=False)
+        self.v_proj = Linear(config.d_model, width, bias=False)
+        self.o_proj = Linear(width, config.d_model, bias=False)
+
+    def keys_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values of rows x [n, rows, d_model]: both [n, heads, rows, head_dim]."""
+        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:-1], self.heads, self.head_dim).swapaxes(-2, -3)
+
+    def _joined(self, x: mx.array) -> mx.array:
+        return self.o_proj(x.swapaxes(-2, -3).flatten(-2))
+
+
+class EncoderAttention(Attention):
+    def __call__(self, x: mx.array, bias: mx.array, lengths: mx.array | None, window: int | None) -> mx.array:
+        keys, values = self.keys_values(x)
+        queries = self._heads(self.q_proj(x))
+        return self._joined(relative_attention(queries, keys, values, bias, window=window, lengths=lengths))
+
+
+class DecoderAttention(Attention):
+    def __call__(self, x: mx.array, bias: mx.array, cache: SelfCache | None) -> mx.array:
+        keys, values = self.keys_values(x)
+        queries = self._heads(self.q_proj(x))
+        if cache is None:
+            return self._joined(relative_attention(queries, keys, values, bias, causal=True))
+        keys, values = cache.append(keys, values)
+        return self._joined(attention(queries, keys, values, 1.0, causal=True, relative_bias=bias))
+
+
+class CrossAttention(Attention):
+    def __call__(self, x: mx.array, memory: Memory) -> mx.array:
+        # Rows of several answers to one input are rows of one sequence here: nothing tells them apart.
+        together = x.reshape(memory.streams, -1, x.shape[-1])
+        return self._joined(memory.attend(self._heads(self.q_proj(together)))).reshape(x.shape)
+
+
+# Feed-forward
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.activation = config.activation
+        if config.gated_ffn:
+            self.gate_proj = Linear(config.d_model, config.ffn_dim, bias=False)
+        self.up_proj = Linear(config.d_model, config.ffn_dim, bias=False)
+        self.down_proj = Linear(config.ffn_dim, config.d_model, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        activation = {"gelu_tanh": nn.gelu_approx, "gelu": nn.gelu, "relu": nn.relu, "silu": nn.silu}[self.activation]
+        if "gate_proj" in self:
+            return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(activation(self.up_proj(x)))
+
+
+# Block
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = EncoderAttention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def __call__(self, x: mx.array, bias: mx.array, lengths: mx.array | None, window: int | None = None) -> mx.array:
+        x = x + self.attention(self.attention_norm(x), bias, lengths, window)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = DecoderAttention(config)
+        self.cross_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.cross = CrossAttention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def __call__(self, x: mx.array, bias: mx.array, memory: Memory, cache: SelfCache | None) -> mx.array:
+        x = x + self.attention(self.attention_norm(x), bias, cache)
+        x = x + self.cross(self.cross_norm(x), memory)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.layers = [EncoderBlock(config) for _ in range(config.encoder_layers)]
+        self.relative_bias = RelativeBias(config, bidirectional=True)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        bias = self.relative_bias()
+        for layer in self.layers:
+            x = layer(x, bias, lengths)
+        return self.norm(x)
+
+
+class DownsamplingEncoder(nn.Module):
+    """Local layers over bytes, pooling, layers over pooled rows; what these add is given back to every byte of a row."""
+
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.factor, self.pooling, self.window = config.downsample_factor, config.pooling, config.local_window
+        over_bytes = config.layers_over_bytes
+        self.local_layers = [EncoderBlock(config) for _ in range(over_bytes)]
+        self.local_bias = RelativeBias(config, bidirectional=True)
+        self.layers = [EncoderBlock(config) for _ in range(config.encoder_layers - over_bytes)]
+        self.relative_bias = RelativeBias(config, bidirectional=True)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        bias = self.local_bias()
+        for layer in self.local_layers:
+            x = layer(x, bias, lengths, self.window)
+        pooled = before = self._pooled(x, lengths)
+        pooled_lengths = None if lengths is None else -(-lengths // self.factor)
+        bias = self.relative_bias()
+        for layer in self.layers:
+            pooled = layer(pooled, bias, pooled_lengths)
+        added = mx.repeat(pooled - before, self.factor, axis=1)[:, : x.shape[1]]
+        return self.norm(x + added)
+
+    def _pooled(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        """Rows x [n, rows, d_model] pooled without their filler: [n, ceil(rows / factor), d_model]."""
+        if lengths is None:
+            return strided_pool(x, self.factor, self.pooling)
+        rows = x.shape[1]
+        real = (mx.arange(rows) < lengths[:, None])[..., None]
+        starts = mx.arange(0, rows, self.factor)
+        there = mx.minimum(rows - starts, self.factor)
+        counts = mx.clip(lengths[:, None] - starts, 0, there)[..., None]
+        if self.pooling == "max":
+            pooled = strided_pool(mx.where(real, x, mx.finfo(x.dtype).min), self.factor, "max")
+            return mx.where(counts > 0, pooled, 0)
+        # The mean over a row's bytes and filler, without the filler in its denominator.
+        share = there[:, None] / mx.maximum(counts, 1)
+        return strided_pool(mx.where(real, x, 0), self.factor, "mean") * share.astype(x.dtype)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.layers = [DecoderBlock(config) for _ in range(config.decoder_layers)]
+        self.relative_bias = RelativeBias(config, bidirectional=False)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+
+    def __call__(self, x: mx.array, memory: Sequence[Memory], caches: Sequence[SelfCache] | None) -> mx.array:
+        bias = self.relative_bias()
+        for index, layer in enumerate(self.layers):
+            x = layer(x, bias, memory[index], None if caches is None else caches[index])
+        return self.norm(x)
+
+
+# Model
+
+
+class ByT5(nn.Module):
+    """The network: ids in, encoder states or logits out. Decoding loops and caches stand in `marlin_cli.engine`."""
+
+    def __init__(self, config: ByT5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Encoder(config) if config.downsample_factor == 1 else DownsamplingEncoder(config)
+        if config.decoder_layers:
+            self.decoder = Decoder(config)
+            if not config.tied_head:
+                self.output = Linear(config.d_model, config.vocab_size, bias=False)
+
+    def __call__(self, source: mx.array, target: mx.array, lengths: mx.array | None = None) -> mx.array:
+        """Logits [n, rows, vocab] float32 of what follows each id of `target`, all of it given.
+
+        Args:
+            source: [n, total] ids of the inputs.
+            target: [n, rows] ids that the decoder reads, `start_id` first.
+            lengths: [n] real ids of each input; the rest, at its end, is filler. All of them if None.
+        """
+        memory = self.memory(self.encode(source, lengths), lengths)
+        return self.head(self.decode(target, memory))
+
+    def encode(self, source: mx.array, lengths: mx.array | None = None) -> mx.array:
+        """The encoder's states [n, total, d_model] of ids [n, total]; those of filler mean nothing."""
+        return self.encoder(self.embedding(source), lengths)
+
+    def memory(self, states: mx.array, lengths: mx.array | None = None) -> list[PlainMemory]:
+        """What each decoder layer reads of the encoder's states [n, total, d_model]."""
+        return [PlainMemory(*layer.cross.keys_values(states), lengths) for layer in self.decoder.layers]
+
+    def decode(self, target: mx.array, memory: Sequence[Memory], caches: Sequence[SelfCache] | None = None) -> mx.array:
+        """Hidden rows [n, rows, d_model] of the decoder for ids [n, rows], which follow those in the caches.
+
+        Args:
+            memory: for each layer; it holds n inputs, or fewer with equally many answers each.
+        """
+        return self.decoder(self.embedding(target), memory, caches)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden rows of the decoder as float32 logits [..., vocab]."""
+        if self.config.scaled_head:
+            hidden = hidden * self.config.d_model**-0.5
+        logits = linear(hidden, self.embedding.weight) if self.config.tied_head else self.output(hidden)
+        return logits.astype(mx.float32)

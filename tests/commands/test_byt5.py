@@ -1,0 +1,72 @@
+"""The commands on a small random ByT5, as a user runs them: lines of a pipe, JSONL, beams, packing."""
+
+import base64
+import json
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_map
+
+from marlin_cli import ByT5Config, ByT5Model, load
+from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.beams import Beams
+
+LINES = [b"first", b"", b"\xff\x00 not text", "d\N{LATIN SMALL LETTER E WITH ACUTE}".encode()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = ByT5Config(d_model=64, ffn_dim=64, heads=2, head_dim=32, encoder_layers=2, decoder_layers=1)
+    model = ByT5Model.from_config(config, device="cpu")
+    mx.random.seed(1)
+    model.network.update(tree_map(lambda a: mx.random.normal(a.shape) * a.shape[-1] ** -0.5 * 2, model.network.parameters()))
+    path = tmp_path_factory.mktemp("byt5") / "model"
+    model.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder, device="cpu")
+
+
+def marlin(*arguments, stdin=b"", code=0):
+    command = [sys.executable, "-m", "marlin_cli", *map(str, arguments)]
+    result = subprocess.run(command, input=stdin, capture_output=True, timeout=120)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def test_a_pipe_is_answered_line_by_line_in_order(folder, model):
+    output = marlin("generate", folder, "--max-length", 6, "--batch-size", 3, stdin=b"\n".join(LINES)).stdout
+    assert output == b"".join(model.generate(line, 6) + b"\n" for line in LINES)
+
+
+def test_jsonl_with_beams_and_several_answers(folder, model, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt_hex": line.hex(), "id": number}) + "\n" for number, line in enumerate(LINES)))
+    output = marlin("generate", folder, "--prompts", file, "--beams", 3, "--n-best", 2, "--max-bytes", 5).stdout
+    documents = [json.loads(line) for line in output.splitlines()]
+    expected = [each for found in model.answers(LINES, AnswerLimits(5), None, Beams(3, 2)) for each in found]
+    assert [(each["id"], each["rank"]) for each in documents] == [(n, r) for n in range(len(LINES)) for r in (0, 1)]
+    assert [base64.b64decode(each["bytes_base64"]) for each in documents] == [each.data for each in expected]
+    assert [each["score"] for each in documents] == pytest.approx([each.score for each in expected], abs=1e-3)
+
+
+def test_packing_by_part(folder, tmp_path):
+    packed = tmp_path / "packed"
+    marlin("quantize", folder, "-o", packed, "--encoder-bits", 4, "--decoder-bits", 8, "--cross-bits", 16)
+    table = json.loads((packed / "config.json").read_text())["quantization"]
+    modes = {path: (table.get(path, table) or {}).get("mode") for path in (
+        "encoder.layers.0.attention.q_proj", "encoder.layers.0.ffn.down_proj",
+        "decoder.layers.0.attention.q_proj", "decoder.layers.0.cross.q_proj",
+    )}  # fmt: skip
+    assert list(modes.values()) == ["nvfp4", "mxfp8", "mxfp8", None]
+    assert len(marlin("generate", packed, "-p", "abc", "--max-bytes", 4).stdout) <= 5
+
+
+def test_options_of_the_other_kind_are_refused(folder):
+    assert b"--beams" in marlin("generate", "megabyte-demo", "-p", "a", "--beams", 2, code=2).stderr
+    assert b"--import" in marlin("generate", folder, "-p", "a", "--import", "heads=2", code=2).stderr

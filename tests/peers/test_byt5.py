@@ -1,0 +1,141 @@
+"""ByT5 against transformers' T5: the same states, logits, greedy answers and beams, ragged batches included."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
+from marlin_cli.engine.beams import Beams
+from marlin_cli.models import build
+
+torch = pytest.importorskip("torch", reason="needs the extra `peers`")
+transformers = pytest.importorskip("transformers", reason="needs the extra `peers`")
+
+pytestmark = pytest.mark.peers
+
+TOLERANCE = 1e-4
+INPUTS = 100
+MOST_IDS = 24
+TINY = {"vocab_size": 384, "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 3}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+MODELS = {
+    "gated, untied": TINY | GATED,
+    "relu, tied": TINY | {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "gated, tied, another start": TINY | GATED | {"tie_word_embeddings": True, "decoder_start_token_id": 259},
+    "relu, untied, 422 ids, few buckets": TINY
+    | {"feed_forward_proj": "relu", "tie_word_embeddings": False, "vocab_size": 422, "decoder_start_token_id": 259,
+       "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+}  # fmt: skip
+SMALL = GATED | {
+    "vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_decoder_layers": 4, "num_heads": 6,
+}  # fmt: skip
+
+
+def make(options, folder, seed=0):
+    """A random T5 with outspoken biases and a head of its own where it has one, saved and read by both."""
+    torch.manual_seed(seed)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{"decoder_start_token_id": 0} | options)).eval()
+    with torch.no_grad():
+        if not options["tie_word_embeddings"]:
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * options["d_model"] ** -0.5)
+        for name, parameter in model.named_parameters():
+            if "relative_attention" in name:
+                parameter.normal_(0, 1)
+            if "EncDecAttention.o" in name:
+                parameter.mul_(8)  # or all inputs would have the same answer
+        if options["tie_word_embeddings"]:
+            model.shared.weight.mul_(0.3)  # or each id would follow itself
+        head = model.lm_head.weight
+        head[1] += 0.25 * head.std() * torch.randn_like(head[1])  # some answers end early, some do not
+    model.save_pretrained(folder)
+    checkpoint = read_checkpoint(folder)
+    return model, build(checkpoint.config, checkpoint.weights, where="here", dtype=mx.float32)
+
+
+def ragged(count, longest, seed=0):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, longest + 1, count)
+    return [[*generator.integers(3, 259, length - 1).tolist(), 1] for length in lengths]
+
+
+def theirs_of(sources):
+    longest = max(map(len, sources))
+    ids = torch.tensor([source + [0] * (longest - len(source)) for source in sources])
+    mask = torch.tensor([[1] * len(source) + [0] * (longest - len(source)) for source in sources])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def cut(row, end=1):
+    row = list(row)
+    return row[: row.index(end)] if end in row else row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_states_and_logits(name, tmp_path):
+    model, network = make(MODELS[name], tmp_path)
+    sources = ragged(4, 300)
+    start = model.config.decoder_start_token_id
+    target = torch.tensor([[start, *row] for row in np.random.default_rng(1).integers(3, 259, (4, 200)).tolist()])
+    theirs = model(**theirs_of(sources), decoder_input_ids=target)
+    batch = theirs_of(sources)
+    lengths = mx.array([len(source) for source in sources])
+    ids = mx.array(batch["input_ids"].numpy())
+    states = np.array(network.encode(ids, lengths))
+    for row, source in enumerate(sources):
+        expected = theirs.encoder_last_hidden_state[row, : len(source)].numpy()
+        assert np.abs(states[row, : len(source)] - expected).max() < TOLERANCE
+    logits = np.array(network(ids, mx.array(target.numpy()), lengths))
+    assert np.abs(theirs.logits.numpy()).max() > 0.5
+    assert np.abs(logits - theirs.logits.numpy()).max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_byt5_small(tmp_path):
+    model, network = make(SMALL, tmp_path)
+    source = ragged(1, 256)
+    target = torch.tensor([[0, 68, 69, 70]])
+    theirs = model(**theirs_of(source), decoder_input_ids=target).logits.numpy()
+    assert np.abs(np.array(network(mx.array(source), mx.array(target.numpy()))) - theirs).max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_answers(name, tmp_path):
+    model, network = make(MODELS[name], tmp_path)
+    sources = ragged(INPUTS, 60)
+    for minimum, prefix in ((0, b""), (5, b"ab")):
+        start = [model.config.decoder_start_token_id, *[byte + 3 for byte in prefix]]
+        theirs = model.generate(
+            **theirs_of(sources), decoder_input_ids=torch.tensor([start] * INPUTS), max_new_tokens=MOST_IDS,
+            min_new_tokens=minimum or None, do_sample=False, num_beams=1,
+        )  # fmt: skip
+        limits = AnswerLimits(MOST_IDS, min_length=minimum, prefix=prefix)
+        ours = {}
+        for news in answer(network, sources, limits):
+            ours.update({stream: new for stream, new in news if isinstance(new, Answer)})
+        expected = [tuple(cut(row[1:])) for row in theirs.tolist()]
+        assert [ours[stream].ids for stream in range(INPUTS)] == expected
+        assert len(set(expected)) > INPUTS // 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "settings",
+    [Beams(4), Beams(4, answers=3, length_penalty=0.6, early_stopping=True), Beams(5, 5, 2.0, "never")],
+    ids=["default", "n best, early", "never"],
+)
+def test_beams(name, settings, tmp_path):
+    model, network = make(MODELS[name], tmp_path)
+    sources = ragged(INPUTS, 60)
+    theirs = model.generate(
+        **theirs_of(sources), max_new_tokens=MOST_IDS, do_sample=False, num_beams=settings.count,
+        num_return_sequences=settings.answers, length_penalty=settings.length_penalty,
+        early_stopping=settings.early_stopping, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    ours = [each for found in answer_with_beams(network, sources, AnswerLimits(MOST_IDS), settings) for each in found]
+    assert [each.ids for each in ours] == [tuple(cut(row[1:])) for row in theirs.sequences.tolist()]
+    assert np.abs(np.array([each.score for each in ours]) - theirs.sequences_scores.numpy()).max() < TOLERANCE

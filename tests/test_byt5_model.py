@@ -1,0 +1,147 @@
+"""`ByT5Model` on small random networks: answers alone and in a batch, caches, packing, saving, encoders alone."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from marlin_cli import ByT5Config, ByT5Model, load
+from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.generation import Stopping
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.models.byt5_ids import bytes_of_ids, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
+
+SMALL = {"d_model": 64, "ffn_dim": 64, "heads": 2, "head_dim": 32, "encoder_layers": 3, "decoder_layers": 2}
+INPUTS = [b"a", b"", b"\x00\xff binary", "ragged \N{LATIN SMALL LETTER E WITH ACUTE}".encode() * 4]
+
+
+def random_model(**changes):
+    model = ByT5Model.from_config(ByT5Config(**{**SMALL, **changes}), device="cpu")
+    mx.random.seed(3)
+    parameters = tree_map(
+        lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5), model.network.parameters()
+    )
+    model.network.update(parameters)
+    for layer in model.network.decoder.layers if model.config.decoder_layers else ():
+        layer.cross.o_proj.weight = layer.cross.o_proj.weight * 8  # or all inputs would have one answer
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+def test_every_byte_goes_through_and_sentinels_are_reachable():
+    data = bytes(range(256))
+    assert bytes_of_ids(ids_of_bytes(data)) == data
+    ids = ids_with_sentinels(b"a<extra_id_0>b<extra_id_124><extra_id_125>", 384)
+    assert ids[:4] == [100, 259, 101, 383]
+    assert bytes_with_sentinels(ids) == b"a<extra_id_0>b<extra_id_124><extra_id_125>"
+
+
+def test_cached_decoding_is_the_full_pass(model):
+    """Greedy answers are the likeliest ids of a teacher-forced pass over themselves."""
+    for data in INPUTS:
+        found = model.answers([data], AnswerLimits(12))[0][0]
+        target = [model.config.start_id, *found.ids]
+        logits = model.network(mx.array([[*ids_of_bytes(data), 1]]), mx.array([target]))[0]
+        expected = mx.argmax(logits, axis=-1).tolist()
+        assert list(found.ids) == expected[: len(found.ids)]
+        if found.stop_reason == "end":
+            assert expected[-1] == model.config.end_id
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_an_input_has_the_same_answer_alone_and_in_a_batch(factor):
+    for pooling in ("mean", "max"):
+        model = random_model(downsample_factor=factor, pooling=pooling, local_window=5)
+        for sampling, beams in ((Sampling(), None), (Sampling(0.9, seed=4), None), (None, Beams(3, 2))):
+            limits = AnswerLimits(10, min_length=3)
+            together = model.answers(INPUTS, limits, sampling, beams)
+            for index, data in enumerate(INPUTS):
+                alone = model.answers([data], limits, sampling, beams)[0]
+                assert [each.ids for each in together[index]] == [each.ids for each in alone]
+                assert all(a.score == pytest.approx(b.score, abs=1e-3) for a, b in zip(together[index], alone, strict=True))
+        assert len({answers[0].ids for answers in together}) > 1
+
+
+def test_limits(model):
+    data = INPUTS[3]
+    free = model.answers([data], AnswerLimits(20, min_length=20))[0][0]
+    assert len(free.ids) == 20 and free.stop_reason == "length"
+    forced = model.answers([data], AnswerLimits(6, prefix=b"xyz"))[0][0]
+    assert forced.data.startswith(b"xyz")
+    bytes_there = [value for value in free.ids if 3 <= value < 259]
+    stop = bytes_of_ids(bytes_there[2:4])
+    stopped = model.generate(data, 20, min_length=20, stop=[stop])
+    assert stopped == free.data[: free.data.index(stop)] or stop not in free.data
+    pieces = list(model.pieces([data, b"b"], Stopping(9), Sampling()))
+    assert b"".join(piece.data for piece in pieces if piece.stream == 0) == model.generate(data, 9)
+
+
+def test_beams_do_not_score_worse_than_greedy(model):
+    for data in INPUTS:
+        greedy = model.answers([data], AnswerLimits(8, min_length=8))[0][0]
+        best = model.answers([data], AnswerLimits(8, min_length=8), None, Beams(16, length_penalty=0.0))[0][0]
+        assert best.score >= greedy.score - 1e-3
+
+
+def test_logits_bits_and_states(model):
+    logits = model.logits(b"source", b"target")
+    assert logits.shape == (7, 384) and logits.dtype == mx.float32
+    log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    expected = -sum(log_probabilities[row, value].item() for row, value in enumerate([*ids_of_bytes(b"target"), 1]))
+    assert model.bits(b"source", b"target") == pytest.approx(expected / np.log(2), rel=1e-4)
+    assert model.bits_per_byte(b"source", b"target") == pytest.approx(expected / np.log(2) / 6, rel=1e-4)
+    assert model.encode(b"source").shape == (6, 64)
+
+
+def test_packing_saving_and_loading(model, tmp_path):
+    packed = model.quantize(bits=4, cross_bits=8, kv_bits=8)
+    modes = {path: packed.quantization.get(path, packed.quantization) for path in (
+        "encoder.layers.0.attention.q_proj", "encoder.layers.0.ffn.down_proj", "decoder.layers.1.cross.k_proj",
+    )}  # fmt: skip
+    assert [table["mode"] for table in modes.values()] == ["nvfp4", "mxfp8", "mxfp8"]
+    assert packed.quantization["output"] is False
+    packed.save(tmp_path / "packed")
+    again = load(tmp_path / "packed", device="cpu")
+    assert isinstance(again, ByT5Model) and again.kv_bits == 8 and again.config == model.config
+    assert mx.array_equal(again.logits(b"ab", b"cd"), packed.logits(b"ab", b"cd"))
+    assert again.answers(INPUTS, AnswerLimits(5))[0][0].ids == packed.answers(INPUTS, AnswerLimits(5))[0][0].ids
+
+
+def test_packed_keys_and_values_of_the_input(model):
+    plain = model.network.memory(model.network.encode(mx.array([ids_of_bytes(INPUTS[3])])))[0]
+    from marlin_cli.engine.encoder_decoder import PackedMemory
+
+    queries = mx.random.normal((1, 2, 3, 32))
+    expected = np.array(plain.attend(queries))
+    for bits, share, tolerance in ((4, 0.3, 0.3), (8, 0.6, 0.08)):
+        packed = PackedMemory(plain, bits)
+        assert packed.nbytes < share * plain.nbytes / 2
+        error = np.abs(np.array(packed.attend(queries)) - expected)
+        assert np.sqrt((error**2).mean() / (expected**2).mean()) < tolerance
+
+
+def test_an_encoder_alone(tmp_path):
+    encoder = random_model(decoder_layers=0)
+    encoder.save(tmp_path / "encoder")
+    again = load(tmp_path / "encoder", device="cpu")
+    assert mx.allclose(again.encode(b"abc"), encoder.encode(b"abc"))
+    for ask in (lambda: again.generate(b"abc"), lambda: again.logits(b"a", b"b")):
+        with pytest.raises(UsageError, match="encoder alone"):
+            ask()
+
+
+def test_what_is_refused(model, tmp_path):
+    with pytest.raises(UsageError, match="choose one"):
+        model.answers([b"a"], None, Sampling(1.0), Beams())
+    with pytest.raises(UsageError, match="max_bytes"):
+        random_model(max_bytes=3).generate(b"abcd")
+    with pytest.raises(CheckpointError, match="not a ByT5"):
+        ByT5Model.from_pretrained("megabyte-demo")
+    with pytest.raises(UsageError, match="float16"):
+        ByT5Model.from_pretrained(tmp_path, dtype=mx.float16)
