@@ -16,13 +16,16 @@ from marlin_cli.errors import UsageError
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import (
+    LayerReport,
     PartReport,
     by_part,
+    check_method,
     dequantize_network,
     kept_bytes,
     plan_network,
     planned,
     quantize_network,
+    worst_layers,
 )
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits, load_recipe
@@ -58,26 +61,54 @@ def settings_of(
     return dataclasses.replace(base, **changes)
 
 
+def domain_weights_of(texts: Sequence[str]) -> dict[str, float] | None:
+    """`DOMAIN=SHARE` options as a mapping; None if there are none.
+
+    Raises:
+        UsageError: something else, or a share that is not a number of zero or more.
+    """
+    weights = {}
+    for text in texts:
+        name, separator, share = text.rpartition("=")
+        try:
+            weights[name] = float(share)
+        except ValueError:
+            separator = ""
+        if not separator or not name or not 0 <= weights[name] < float("inf"):
+            raise UsageError(f"--domain-weight {text!r} is not DOMAIN=SHARE, for example binary=0.2")
+    return weights or None
+
+
 def pack(
     model: str,
     options: ImportOptions,
     target: Path | None,
     settings: QuantizationSettings,
     statistics_file: str | None,
+    method: str,
+    domain_weights: dict[str, float] | None,
     *,
     overwrite: bool,
     json_output: bool,
 ) -> None:
     """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table."""
-    network = _network(model, options)
+    if domain_weights is not None and statistics_file is None:
+        raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
+    check_method(method, statistics)
+    network = _network(model, options)
     if target is None:
         reports = [planned(plan) for plan in plan_network(network, settings)]
     else:
         weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings))
         with console.byte_progress("packing", weights * 2) as progress:
             result = quantize_network(
-                network, settings, statistics, on_layer=lambda report: progress.advance(report.bytes_before)
+                network,
+                settings,
+                statistics,
+                method=method,
+                domain_weights=domain_weights,
+                on_layer=lambda report: progress.advance(report.bytes_before),
             )
         reports = result.layers
         parameters = dict(tree_flatten(result.network.parameters()))
@@ -92,12 +123,15 @@ def pack(
             "model": model,
             "output": None if target is None else str(target),
             "settings": dataclasses.asdict(settings),
+            "method": method,
             "parts": [dataclasses.asdict(part) for part in parts],
+            "worst_layers": [_worst(layer) for layer in worst_layers(reports)],
             "kept_bytes": kept,
         }
         print(json.dumps(document))
     else:
         _show(model, target, parts, kept)
+        _show_worst(worst_layers(reports))
 
 
 def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite: bool, json_output: bool) -> None:
@@ -164,6 +198,25 @@ def _show(model: str, target: Path | None, parts: Sequence[PartReport], kept: in
     columns = ["part", "format", "layers", "bits/weight", "bytes before", "bytes after", "error", "MLX's encoder"]
     title = f"{model} -> {target}" if target is not None else f"{model}: plan, nothing written"
     console.table(title, columns, rows)
+
+
+def _worst(layer: LayerReport) -> dict[str, Any]:
+    return {
+        "path": layer.plan.path,
+        "format": layer.plan.format.name if layer.plan.format else None,
+        "output_error": layer.output_error,
+        "mlx_output_error": layer.mlx_output_error,
+    }
+
+
+def _show_worst(layers: Sequence[LayerReport]) -> None:
+    rows = [
+        [each["path"], each["format"], f"{each['output_error']:.2e}", f"{each['mlx_output_error']:.2e}"]
+        for each in map(_worst, layers)
+    ]
+    if rows:
+        title = "largest squared error of the output over its square, on the calibration's inputs"
+        console.table(title, ["layer", "format", "error", "MLX's encoder"], rows)
 
 
 def _percent(value: float | None) -> str:

@@ -17,6 +17,12 @@ def quantize(
     local_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
     stats: Annotated[str | None, typer.Option(help="Statistics of `marlin calibrate`; errors are weighted.")] = None,
+    method: Annotated[
+        str, typer.Option(help="rtn, mse, or gptq (needs --stats made with --hessian); mse weighs by --stats.")
+    ] = "mse",
+    domain_weight: Annotated[
+        list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file; options go before it.")] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="REGEX=FORMAT for the layers whose path matches; repeatable.")
@@ -53,4 +59,7 @@ def quantize(
     settings = run.settings_of(
         recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or []
     )
-    run.pack(model, options, target, settings, stats, overwrite=overwrite, json_output=json_output)
+    run.pack(
+        model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
+        overwrite=overwrite, json_output=json_output,
+    )  # fmt: skip
