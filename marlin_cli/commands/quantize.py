@@ -18,10 +18,14 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
     stats: Annotated[str | None, typer.Option(help="Statistics of `marlin calibrate`; errors are weighted.")] = None,
     method: Annotated[
-        str, typer.Option(help="rtn, mse, or gptq (needs --stats made with --hessian); mse weighs by --stats.")
+        str, typer.Option(help="rtn, mse, awq (needs --stats) or gptq (needs --stats made with --hessian).")
     ] = "mse",
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")
+    ] = None,
+    distill_steps: Annotated[int, typer.Option(min=0, help="Then tune codes and scales by so many steps; slow.")] = 0,
+    distill_corpus: Annotated[
+        list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file; options go before it.")] = None,
     override: Annotated[
@@ -61,5 +65,6 @@ def quantize(
     )
     run.pack(
         model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
+        distill_steps, distill_corpus or ["default"],
         overwrite=overwrite, json_output=json_output,
     )  # fmt: skip

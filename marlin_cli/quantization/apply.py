@@ -18,7 +18,7 @@ from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
-from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS
+from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_STATISTICS
 from marlin_cli.quantization.methods.gptq import output_error
 from marlin_cli.quantization.plan import (
     LayerPlan,
@@ -26,6 +26,7 @@ from marlin_cli.quantization.plan import (
     plan_layers,
     quantization_table,
 )
+from marlin_cli.quantization.scaled import Factors, rescaled
 from marlin_cli.statistics import Statistics
 
 FORMAT_VERSION = 1
@@ -107,6 +108,10 @@ def quantize_network(
     """
     check_method(method, statistics)
     plans = plan_network(network, settings)
+    factors: Factors = {}
+    if method == "awq":
+        assert statistics is not None
+        network, factors = rescaled(network, plans, statistics, domain_weights)
     modules = linear_layers(network)
     swapped: list[tuple[str, nn.Module]] = []
     reports = []
@@ -115,6 +120,10 @@ def quantize_network(
         if plan.format is not None:
             hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
             importance = None if statistics is None else _importance(plan, statistics, domain_weights)
+            if plan.path in factors:
+                factor = factors[plan.path]
+                importance = None if importance is None else importance / mx.array(factor**2)
+                hessian = None if hessian is None else hessian / np.outer(factor, factor)
             packed = _packed(module.weight, plan, method, importance, hessian)
             swapped.append((plan.path, packed_layer(packed, module.get("bias"))))
             report = _report(module.weight, packed, plan, hessian)
@@ -141,6 +150,8 @@ def check_method(method: str, statistics: Statistics | None) -> None:
     """Raise what `quantize_network` would raise about its method."""
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    if method in NEED_STATISTICS and statistics is None:
+        raise UsageError(f"method {method!r} needs statistics; make them with marlin calibrate, give --stats")
     if method in NEED_HESSIANS and (statistics is None or not statistics.hessians):
         missing = "statistics" if statistics is None else "Hessians in the statistics"
         raise UsageError(f"method {method!r} needs {missing}; make them with marlin calibrate --hessian, give --stats")

@@ -8,7 +8,7 @@ packed again: size and layout are those of the network that came in.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,6 +18,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.corpus import Corpus
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models import linear_layers, set_modules
 from marlin_cli.models.megabyte import MegaByte
@@ -32,8 +33,8 @@ from marlin_cli.quantization.grids import grid_of
 class DistillSettings:
     """How far levels and scales may move. Rates are of Adam, falling to zero along a cosine."""
 
-    level_rate: float = 0.01  # in levels of the format, a step
-    scale_rate: float = 5e-4  # in parts of the scale, a step
+    level_rate: float = 0.003  # in levels of the format, a step
+    scale_rate: float = 2e-4  # in parts of the scale, a step
     steps: int = 400
 
 
@@ -160,7 +161,12 @@ def distill(
     layers = linear_layers(packed).items()
     set_modules(student, [(path, tuned.get(path) or _FixedLinear(layer)) for path, layer in layers])
     adam = [
-        (name, optimizers.Adam(learning_rate=optimizers.cosine_decay(rate, settings.steps), betas=[0.9, 0.95]))
+        (
+            name,
+            optimizers.Adam(
+                learning_rate=optimizers.cosine_decay(rate, settings.steps), betas=[0.9, 0.99], bias_correction=True
+            ),
+        )
         for name, rate in (("levels", settings.level_rate), ("scales", settings.scale_rate))
     ]
 
@@ -210,6 +216,13 @@ def _levels_of(packed: Packed) -> npt.NDArray[np.float32]:
         return np.array(mx.from_fp8(mx.array(codes), mx.float32))
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     return np.concatenate([magnitudes, -magnitudes])[codes]
+
+
+def windows_of(corpus: Corpus, window_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The whole windows of a corpus as batches [1, window_bytes]."""
+    for window in corpus:
+        if len(window.bytes) == window_bytes:
+            yield window.bytes[None]
 
 
 def differentiable_linear(x: mx.array, weight: mx.array) -> mx.array:

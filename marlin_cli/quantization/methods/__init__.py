@@ -15,9 +15,11 @@ from marlin_cli.quantization.methods.rtn import rtn
 # (weight [rows, columns], format, group size, mean square of each input channel, mean of x^T x) -> packed weight
 Method = Callable[[mx.array, Format, int, mx.array | None, npt.NDArray[np.float64] | None], Packed]
 
-METHODS: dict[str, Method] = {"rtn": rtn, "mse": mse, "gptq": gptq}
+# awq rescales channels first (`quantization.scaled`), over all layers that share an input, and then is mse.
+METHODS: dict[str, Method] = {"rtn": rtn, "mse": mse, "awq": mse, "gptq": gptq}
 
 # Methods that cannot run without x^T x.
 NEED_HESSIANS = ("gptq",)
+NEED_STATISTICS = ("awq", "gptq")
 
-__all__ = ["METHODS", "NEED_HESSIANS", "Method"]
+__all__ = ["METHODS", "NEED_HESSIANS", "NEED_STATISTICS", "Method"]
