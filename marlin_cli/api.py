@@ -78,7 +78,7 @@ class MegaByteModel:
         config: MegaByteConfig | None = None,
         *,
         device: str = "auto",
-        kv_bits: int | None = None,
+        kv_bits: int | tuple[int, int] | None = None,
         dtype: mx.Dtype | None = None,
         options: ImportOptions | None = None,
     ) -> "MegaByteModel":
@@ -87,7 +87,7 @@ class MegaByteModel:
         Args:
             config: what the model should be; a checkpoint that says otherwise is refused.
             device: auto, metal, cuda or cpu.
-            kv_bits: 4, 8 or 16 bits for the global cache; as the checkpoint says if None.
+            kv_bits: 4, 8 or 16 bits for the global cache, or for its keys and its values; as the checkpoint says if None.
             dtype: type of weights and activations; float32 on a CPU and as stored elsewhere if None.
             options: what a foreign checkpoint does not reveal.
 
@@ -116,7 +116,7 @@ class MegaByteModel:
         return cls(
             network,
             chosen,
-            cache_bits=CacheBits(kv_bits, kv_bits),
+            cache_bits=CacheBits(kv_bits, kv_bits) if isinstance(kv_bits, int) else CacheBits(*kv_bits),
             quantization=checkpoint.quantization,
             marlin=checkpoint.marlin,
         )

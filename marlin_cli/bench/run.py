@@ -33,7 +33,7 @@ class Request:
     throughput: ThroughputSettings | None
     quality: QualitySettings | None
     device: str = "auto"
-    kv_bits: int | None = None
+    kv_bits: int | tuple[int, int] | None = None  # of keys and values, or of each
 
     def __post_init__(self) -> None:
         if not self.models:

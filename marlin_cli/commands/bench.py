@@ -43,6 +43,11 @@ def bench(
         str | None, typer.Option(help="Score at most this many bytes, an equal share for each domain.")
     ] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
+    k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
+    v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
+    show_kernels: Annotated[
+        bool, typer.Option("--kernels", help="List each operation, the kernel that runs on the device and why, and end.")
+    ] = False,
     output_format: Annotated[
         Format | None, typer.Option("--format", help="Default: as the name of --output ends, else table.")
     ] = None,
@@ -54,7 +59,7 @@ def bench(
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """
     from marlin_cli.backend import require_mlx
-    from marlin_cli.commands.options import parse_size
+    from marlin_cli.commands.options import parse_cache_bits, parse_size
     from marlin_cli.errors import UsageError
     from marlin_cli.files import check_output_parent, writing
 
@@ -65,6 +70,8 @@ def bench(
     from marlin_cli.bench.run import Request, run
     from marlin_cli.bench.throughput import ThroughputSettings
 
+    if show_kernels:
+        return _show_kernels(device)
     target = None if output is None else Path(output)
     form = _format_of(output_format, target)
     if target is not None:
@@ -85,7 +92,7 @@ def bench(
             throughput=None if no_throughput else timing,
             quality=None if quality is None else QualitySettings(quality, windowing, reference),
             device=device,
-            kv_bits=kv_bits,
+            kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
         )
     )
     if form is Format.table:
@@ -99,6 +106,16 @@ def bench(
     with writing(target) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     console.note(f"wrote {target}")
+
+
+def _show_kernels(device: str) -> None:
+    from marlin_cli import console
+    from marlin_cli.ops.device import choose_device
+    from marlin_cli.ops.dispatch import choices
+
+    chosen = choose_device(device)
+    rows = [[choice.op, choice.twin, choice.reason] for choice in choices()]
+    console.table(f"kernels on {chosen.name} ({chosen.reason})", ["operation", "kernel", "why"], rows, to_stdout=True)
 
 
 def _format_of(given: Format | None, target: Path | None) -> Format:

@@ -29,6 +29,9 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of files and of the mixing.")] = 0,
     shard: Annotated[str, typer.Option(help="INDEX/COUNT: measure every COUNT-th window; merge the shards.")] = "0/1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of these options.")] = False,
+    hessian: Annotated[
+        bool, typer.Option("--hessian", help="Also keep x^T x of every layer's input, which gptq and awq read; large.")
+    ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Add up the named statistics files instead.")] = False,
     show: Annotated[str | None, typer.Option(help="Print the statistics in this file instead.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="The statistics as one JSON document on stdout.")] = False,
@@ -82,6 +85,7 @@ def calibrate(
         seed=seed,
         shard=share,
         resume=resume,
+        hessian=hessian,
         options=parse_import_options(import_options),
         device=device,
         json_output=json_output,

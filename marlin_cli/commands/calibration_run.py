@@ -25,6 +25,7 @@ def run(
     seed: int,
     shard: tuple[int, int],
     resume: bool,
+    hessian: bool,
     options: "ImportOptions",
     device: str,
     json_output: bool,
@@ -36,6 +37,8 @@ def run(
     from marlin_cli.checkpoints import fingerprint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.corpus import open_corpus
+    from marlin_cli.statistics.collect import hessian_channels
+    from marlin_cli.statistics.hessians import HessianAccumulator
     from marlin_cli.statistics.run import calibrate, check_output, unfinished_path
 
     check_output(output, resume=resume)
@@ -45,6 +48,12 @@ def run(
     fitting = _fitting_window(sequence_bytes, loaded.config.patch_size, loaded.config.max_bytes)
     corpus = open_corpus(corpora, sequence_bytes=fitting, seed=seed, max_bytes=max_bytes)
     total = corpus.total_bytes
+    hessians = None
+    if hessian:
+        domains = len({source.domain for source in corpus.sources})
+        hessians = HessianAccumulator(hessian_channels(loaded.network), domains, output.parent)
+        where = "in files beside the output" if hessians.spilled else "in memory"
+        console.note(f"Hessians of {domains} domain(s): {hessians.total_bytes / 2**20:,.0f} MiB, added up {where}")
     with console.byte_progress("calibrating", None if total is None else total // shard[1]) as progress:
         try:
             statistics = calibrate(
@@ -54,12 +63,16 @@ def run(
                 model=fingerprint(location),
                 shard=shard,
                 resume=resume,
+                hessians=hessians,
                 on_bytes=progress.advance,
             )
         except KeyboardInterrupt:
             if unfinished_path(output).exists():
                 console.note(f"interrupted; {unfinished_path(output)} has what was measured: go on with --resume")
             raise
+        finally:
+            if hessians is not None:
+                hessians.close()
     _report(statistics, output, json_output=json_output)
 
 

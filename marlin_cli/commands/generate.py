@@ -25,6 +25,8 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before these bytes; repeatable.")] = None,
     stop_hex: Annotated[list[str] | None, typer.Option(help="End before these bytes, in hexadecimal.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
+    k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
+    v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="ByT5: beams to search with.")] = None,
     n_best: Annotated[int, typer.Option(min=1, help="ByT5: answers an input, with --beams.")] = 1,
     length_penalty: Annotated[float, typer.Option(help="ByT5: power of the length that beams are judged by.")] = 1.0,
@@ -53,7 +55,7 @@ def generate(
     from marlin_cli.byt5_model import ByT5Model
     from marlin_cli.checkpoints import architecture_of
     from marlin_cli.checkpoints.location import locate_model
-    from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_import_options, parse_size
+    from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.engine.answering import AnswerLimits
@@ -91,7 +93,9 @@ def generate(
         if value:
             raise UsageError(f"{option} is an option of ByT5, and {model} is none")
     inputs = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
-    loaded = MegaByteModel.from_pretrained(model, device=device, kv_bits=kv_bits, options=imports)
+    loaded = MegaByteModel.from_pretrained(
+        model, device=device, kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits), options=imports
+    )
     if json_output or prompts is not None:
         write_json_lines(loaded, inputs, stopping, sampling, batch_size)
     else:

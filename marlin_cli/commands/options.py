@@ -33,6 +33,14 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None) -> int | tuple[int, int] | None:
+    """Bits of keys and values from --kv-bits, or --k-bits and --v-bits over it; None leaves it to the checkpoint."""
+    if k_bits is None and v_bits is None:
+        return kv_bits
+    both = 16 if kv_bits is None else kv_bits
+    return (both if k_bits is None else k_bits, both if v_bits is None else v_bits)
+
+
 def bytes_of_argument(text: str) -> bytes:
     """The bytes that a shell passed as an argument, also where they are not UTF-8."""
     return os.fsencode(text)

@@ -15,17 +15,23 @@ from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Network, build, config_as_mapping
 from marlin_cli.quantization.apply import (
+    LayerReport,
     PartReport,
+    Quantized,
     by_part,
+    check_method,
     dequantize_network,
     kept_bytes,
     plan_network,
     planned,
     quantize_network,
+    worst_layers,
 )
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits, load_recipe
 from marlin_cli.statistics import load_statistics
+
+DISTILL_WINDOW_BYTES = 1024
 
 
 def settings_of(
@@ -57,28 +63,60 @@ def settings_of(
     return dataclasses.replace(base, **changes)
 
 
+def domain_weights_of(texts: Sequence[str]) -> dict[str, float] | None:
+    """`DOMAIN=SHARE` options as a mapping; None if there are none.
+
+    Raises:
+        UsageError: something else, or a share that is not a number of zero or more.
+    """
+    weights = {}
+    for text in texts:
+        name, separator, share = text.rpartition("=")
+        try:
+            weights[name] = float(share)
+        except ValueError:
+            separator = ""
+        if not separator or not name or not 0 <= weights[name] < float("inf"):
+            raise UsageError(f"--domain-weight {text!r} is not DOMAIN=SHARE, for example binary=0.2")
+    return weights or None
+
+
 def pack(
     model: str,
     options: ImportOptions,
     target: Path | None,
     settings: QuantizationSettings,
     statistics_file: str | None,
+    method: str,
+    domain_weights: dict[str, float] | None,
+    distill_steps: int,
+    distill_corpora: Sequence[str],
     *,
     overwrite: bool,
     json_output: bool,
 ) -> None:
     """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table."""
-    network = _network(model, options)
+    if domain_weights is not None and statistics_file is None:
+        raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
+    check_method(method, statistics)
+    network = _network(model, options)
     if target is None:
         reports = [planned(plan) for plan in plan_network(network, settings)]
     else:
         weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings))
         with console.byte_progress("packing", weights * 2) as progress:
             result = quantize_network(
-                network, settings, statistics, on_layer=lambda report: progress.advance(report.bytes_before)
+                network,
+                settings,
+                statistics,
+                method=method,
+                domain_weights=domain_weights,
+                on_layer=lambda report: progress.advance(report.bytes_before),
             )
         reports = result.layers
+        if distill_steps:
+            result = _distilled(model, options, result, distill_steps, distill_corpora)
         parameters = dict(tree_flatten(result.network.parameters()))
         write_model(
             target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
@@ -91,12 +129,44 @@ def pack(
             "model": model,
             "output": None if target is None else str(target),
             "settings": dataclasses.asdict(settings),
+            "method": method,
             "parts": [dataclasses.asdict(part) for part in parts],
+            "worst_layers": [_worst(layer) for layer in worst_layers(reports)],
             "kept_bytes": kept,
         }
         print(json.dumps(document))
     else:
         _show(model, target, parts, kept)
+        _show_worst(worst_layers(reports))
+
+
+def _distilled(model: str, options: ImportOptions, result: Quantized, steps: int, corpora: Sequence[str]) -> Quantized:
+    """The packed network, tuned on the corpora; its tables say so. Sizes stay; the report is of before."""
+    import mlx.core as mx
+
+    from marlin_cli.corpus import open_corpus
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.quantization.distill import DistillSettings, distill, windows_of
+
+    checkpoint = read_checkpoint(locate_model(model), options)
+    original = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
+    if not (isinstance(original, MegaByte) and isinstance(result.network, MegaByte)):
+        raise UsageError(f"--distill-steps: {model} holds a {original.config.model_type}; name a MegaByte")
+    window = min(DISTILL_WINDOW_BYTES, original.config.max_bytes) // original.config.patch_size * original.config.patch_size
+    corpus = open_corpus(corpora, sequence_bytes=window, seed=0, max_bytes=None)
+    seen: list[float] = []
+    with console.byte_progress("distilling", steps * window) as progress:
+
+        def stepped(step: int, divergence: float) -> None:
+            seen.append(divergence)
+            progress.advance(window)
+
+        tuned = distill(original, result.network, windows_of(corpus, window), DistillSettings(steps=steps), on_step=stepped)
+    if not seen:
+        raise UsageError(f"--distill-corpus: no window of {window} bytes in {', '.join(corpora)}")
+    console.note(f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits per byte ({len(seen)} steps)")
+    marlin = {**result.marlin, "method": f"{result.marlin['method']}; distilled, {len(seen)} steps of {window} bytes"}
+    return dataclasses.replace(result, network=tuned, marlin=marlin)
 
 
 def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite: bool, json_output: bool) -> None:
@@ -163,6 +233,25 @@ def _show(model: str, target: Path | None, parts: Sequence[PartReport], kept: in
     columns = ["part", "format", "layers", "bits/weight", "bytes before", "bytes after", "error", "MLX's encoder"]
     title = f"{model} -> {target}" if target is not None else f"{model}: plan, nothing written"
     console.table(title, columns, rows)
+
+
+def _worst(layer: LayerReport) -> dict[str, Any]:
+    return {
+        "path": layer.plan.path,
+        "format": layer.plan.format.name if layer.plan.format else None,
+        "output_error": layer.output_error,
+        "mlx_output_error": layer.mlx_output_error,
+    }
+
+
+def _show_worst(layers: Sequence[LayerReport]) -> None:
+    rows = [
+        [each["path"], each["format"], f"{each['output_error']:.2e}", f"{each['mlx_output_error']:.2e}"]
+        for each in map(_worst, layers)
+    ]
+    if rows:
+        title = "largest squared error of the output over its square, on the calibration's inputs"
+        console.table(title, ["layer", "format", "error", "MLX's encoder"], rows)
 
 
 def _percent(value: float | None) -> str:

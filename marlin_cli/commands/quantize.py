@@ -23,6 +23,16 @@ def quantize(
     local_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
     stats: Annotated[str | None, typer.Option(help="Statistics of `marlin calibrate`; errors are weighted.")] = None,
+    method: Annotated[
+        str, typer.Option(help="rtn, mse, awq (needs --stats) or gptq (needs --stats made with --hessian).")
+    ] = "mse",
+    domain_weight: Annotated[
+        list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")
+    ] = None,
+    distill_steps: Annotated[int, typer.Option(min=0, help="Then tune codes and scales by so many steps; slow.")] = 0,
+    distill_corpus: Annotated[
+        list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file; options go before it.")] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="REGEX=FORMAT for the layers whose path matches; repeatable.")
@@ -64,4 +74,8 @@ def quantize(
     byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
     formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
-    run.pack(model, options, target, settings, stats, overwrite=overwrite, json_output=json_output)
+    run.pack(
+        model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
+        distill_steps, distill_corpus or ["default"],
+        overwrite=overwrite, json_output=json_output,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
-from marlin_cli.engine.sampling import Sampling, next_keys, sample, stream_keys
+from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
@@ -75,7 +75,7 @@ def answer(
     streams = list(range(len(sources)))
     written: list[list[int]] = [[] for _ in streams]
     scores = [0.0] * len(streams)
-    keys = stream_keys(sampling.seed, len(streams)) if sampling.temperature else None
+    noise = Noise(sampling.seed, network.config.vocab_size)
     if limits.max_length == 0:
         yield [(stream, Answer(stream, 0, tuple(prefix), 0.0, "length")) for stream in streams]
         return
@@ -83,10 +83,7 @@ def answer(
         logits = state.logits
         if len(written[streams[0]]) < limits.min_length:
             logits = _without(logits, end_id)
-        now = None
-        if keys is not None:
-            now, keys = next_keys(keys)
-        ids = sample(logits, sampling, now)
+        ids = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None)
         chosen = mx.take_along_axis(state.logits, ids[:, None], axis=-1)[:, 0] - mx.logsumexp(state.logits, axis=-1)
         values: list[int] = ids.tolist()  # type: ignore[assignment]
         costs: list[float] = chosen.tolist()  # type: ignore[assignment]
@@ -115,7 +112,6 @@ def answer(
             streams = [streams[row] for row in going]
             state.keep(going, going)
             ids = ids[mx.array(going)]
-            keys = None if keys is None else keys[mx.array(going)]
         state.push(ids)
 
 

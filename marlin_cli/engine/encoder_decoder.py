@@ -8,7 +8,8 @@ import numpy as np
 from marlin_cli.engine.cache import Rows, check_cache_bits
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
-from marlin_cli.ops.reference import pack_rows, paged_attention
+from marlin_cli.ops import paged_attention
+from marlin_cli.ops.reference import pack_rows
 
 # Rows by which the decoder's own cache grows; answers are short.
 SELF_CACHE_ROWS = 64

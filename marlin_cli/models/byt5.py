@@ -17,10 +17,9 @@ import numpy.typing as npt
 
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
-from marlin_cli.ops import Linear, attention
+from marlin_cli.ops import Linear, attention, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
-from marlin_cli.ops.reference import strided_pool
 
 # Config
 

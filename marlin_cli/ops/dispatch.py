@@ -1,7 +1,7 @@
 """One choice an operation: the twin that this device, shape and type call for, else the reference."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -60,9 +60,18 @@ def attention(
     twin = _cpu_twin(queries, keys, values, *([] if relative_bias is None else [relative_bias]))
     if twin is None:
         return reference.attention(queries, keys, values, scale, **settings)
-    pages = [(keys, None, 32)], [(values, None, 32)]
     reach = -1 if window is None else window
-    return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, relative_bias)
+
+    @mx.custom_function
+    def run(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        pages = [(keys, None, 32)], [(values, None, 32)]
+        return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, relative_bias)
+
+    @run.vjp
+    def gradient(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
+        return mx.vjp(lambda q, k, v: reference.attention(q, k, v, scale, **settings), primals, [cotangent])[1]
+
+    return cast(mx.array, run(queries, keys, values))
 
 
 def paged_attention(

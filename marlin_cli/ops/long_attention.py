@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from marlin_cli.ops.reference import attention
+from marlin_cli.ops.dispatch import attention
 
 # Scores (batch x heads x queries x keys) held at once; 128 MiB in float32.
 SCORES_AT_ONCE = 1 << 25

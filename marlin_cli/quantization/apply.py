@@ -1,28 +1,37 @@
 """Packs a network's linear layers as planned, or unpacks them, and reports what it cost."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from marlin_cli.errors import QuantizationError
+from marlin_cli.config import did_you_mean
+from marlin_cli.errors import ConfigError, QuantizationError, UsageError
 from marlin_cli.models import Network, linear_layers, set_modules
+from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear, QuantizedLinear
-from marlin_cli.quantization.encoders import Packed, decode, encode, mlx_encode, scalar, squared_error
+from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
+from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_STATISTICS
+from marlin_cli.quantization.methods.gptq import output_error
 from marlin_cli.quantization.plan import (
     LayerPlan,
     QuantizationSettings,
     plan_layers,
     quantization_table,
 )
+from marlin_cli.quantization.scaled import Factors, rescaled
 from marlin_cli.statistics import Statistics
 
 FORMAT_VERSION = 1
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class LayerReport:
     squared_weight: float | None = None
     squared_error: float | None = None
     mlx_squared_error: float | None = None  # of MLX's own encoder in the same format
+    output_error: float | None = None  # squared error of the output over its square, by x^T x; None without it
+    mlx_output_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,27 +91,46 @@ def quantize_network(
     settings: QuantizationSettings,
     statistics: Statistics | None = None,
     *,
+    method: str = "mse",
+    domain_weights: Mapping[str, float] | None = None,
     on_layer: Callable[[LayerReport], None] | None = None,
 ) -> Quantized:
     """A copy of `network` with its layers packed by `settings`; errors are weighted by `statistics` when given.
 
     Args:
+        method: a name in `METHODS`.
+        domain_weights: share of each domain of the statistics, see `Statistics.mean_square`.
         on_layer: called after each layer, for progress.
 
     Raises:
+        ConfigError: no such method.
+        UsageError: the method needs statistics, or Hessians in them, that are not there.
         QuantizationError: a layer that cannot be packed as asked, or that holds NaN or infinite weights.
-        StatisticsError: statistics that lack a layer.
+        StatisticsError: statistics that lack a layer or a domain.
     """
+    check_method(method, statistics)
     plans = plan_network(network, settings)
+    factors: Factors = {}
+    if method == "awq":
+        assert statistics is not None
+        if not isinstance(network, MegaByte):
+            raise QuantizationError("awq knows the blocks of a MegaByte alone; use --method mse or gptq")
+        network, factors = rescaled(network, plans, statistics, domain_weights)
     modules = linear_layers(network)
     swapped: list[tuple[str, nn.Module]] = []
     reports = []
     for plan in plans:
         module = modules[plan.path]
         if plan.format is not None:
-            packed = _packed(module.weight, plan, statistics)
-            swapped.append((plan.path, _layer(packed, module.get("bias"))))
-            report = _report(module.weight, packed, plan)
+            hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
+            importance = None if statistics is None else _importance(plan, statistics, domain_weights)
+            if plan.path in factors:
+                factor = factors[plan.path]
+                importance = None if importance is None else importance / mx.array(factor**2)
+                hessian = None if hessian is None else hessian / np.outer(factor, factor)
+            packed = _packed(module.weight, plan, method, importance, hessian)
+            swapped.append((plan.path, packed_layer(packed, module.get("bias"))))
+            report = _report(module.weight, packed, plan, hessian)
         else:
             report = planned(plan)
         reports.append(report)
@@ -110,12 +140,25 @@ def quantize_network(
     embeddings = [path for path, module in network.named_modules() if isinstance(module, nn.Embedding)]
     marlin = {
         "format_version": FORMAT_VERSION,
-        "method": "mse" if statistics is None else "mse, weighted by statistics",
+        "method": method if statistics is None else f"{method}, weighted by statistics",
         "formats": settings.formats_of({plan.part for plan in plans}),
         "kv_bits": settings.kv_bits,
         "statistics": None if statistics is None else statistics.fingerprint(),
     }
+    if domain_weights is not None:
+        marlin["domain_weights"] = dict(domain_weights)
     return Quantized(result, quantization_table(plans, sorted(embeddings)), marlin, reports)
+
+
+def check_method(method: str, statistics: Statistics | None) -> None:
+    """Raise what `quantize_network` would raise about its method."""
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    if method in NEED_STATISTICS and statistics is None:
+        raise UsageError(f"method {method!r} needs statistics; make them with marlin calibrate, give --stats")
+    if method in NEED_HESSIANS and (statistics is None or not statistics.hessians):
+        missing = "statistics" if statistics is None else "Hessians in the statistics"
+        raise UsageError(f"method {method!r} needs {missing}; make them with marlin calibrate --hessian, give --stats")
 
 
 def planned(plan: LayerPlan) -> LayerReport:
@@ -159,9 +202,9 @@ def packed_of(module: QuantizedLinear) -> Packed:
     )
 
 
-def copy_with(network: Network, modules: Sequence[tuple[str, nn.Module]]) -> Network:
+def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> AnyNetwork:
     """A network that shares the arrays of `network`, except in the modules given by path."""
-    copy: Network = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
+    copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
     set_modules(copy, [(path, module) for path, module in linear_layers(network).items()])
     set_modules(copy, list(modules))
     replaced = tuple(f"{path}." for path, _ in modules)
@@ -178,6 +221,12 @@ def by_part(layers: Sequence[LayerReport]) -> list[PartReport]:
         name = layer.plan.format.name if layer.plan.format else "16-bit"
         groups.setdefault((layer.plan.part, name), []).append(layer)
     return [_part(part, name, members) for (part, name), members in groups.items()]
+
+
+def worst_layers(layers: Sequence[LayerReport], most: int = 10) -> list[LayerReport]:
+    """The layers whose output suffers most, worst first; those without a measured error are left out."""
+    measured = [layer for layer in layers if layer.output_error is not None]
+    return sorted(measured, key=lambda layer: -(layer.output_error or 0.0))[:most]
 
 
 def kept_bytes(network: Network) -> int:
@@ -211,21 +260,32 @@ def _relative(squares: Sequence[tuple[float | None, float | None]]) -> float | N
     return math.sqrt(sum(error for error, _ in known) / total) if total else 0.0
 
 
-def _packed(weight: mx.array, plan: LayerPlan, statistics: Statistics | None) -> Packed:
-    assert plan.format is not None
-    importance = None if statistics is None else mx.array(statistics.mean_square(plan.path))
-    if importance is not None and importance.shape != (plan.columns,):
+def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
+    importance = mx.array(statistics.mean_square(plan.path, domain_weights))
+    if importance.shape != (plan.columns,):
         raise QuantizationError(
             f"{plan.path!r} has {plan.columns} input channels, the statistics have {importance.shape[0]}; they belong"
             " to another model"
         )
+    return importance
+
+
+def _packed(
+    weight: mx.array,
+    plan: LayerPlan,
+    method: str,
+    importance: mx.array | None,
+    hessian: npt.NDArray[np.float64] | None,
+) -> Packed:
+    assert plan.format is not None
     try:
-        return encode(weight, plan.format, plan.group_size, importance)
+        return METHODS[method](weight, plan.format, plan.group_size, importance, hessian)
     except QuantizationError as error:
         raise QuantizationError(f"{plan.path!r}: {error}") from None
 
 
-def _layer(packed: Packed, bias: mx.array | None) -> QuantizedLinear:
+def packed_layer(packed: Packed, bias: mx.array | None) -> QuantizedLinear:
+    """A linear layer of a packed weight."""
     arrays = {"weight": packed.weight, "scales": packed.scales, "biases": packed.biases, "bias": bias}
     if packed.global_scale is not None:
         arrays["global_scale"] = mx.array(packed.global_scale, dtype=mx.float32)
@@ -234,8 +294,14 @@ def _layer(packed: Packed, bias: mx.array | None) -> QuantizedLinear:
     return QuantizedLinear(present, group_size=packed.group_size, bits=settings.bits, mode=settings.mode)
 
 
-def _report(weight: mx.array, packed: Packed, plan: LayerPlan) -> LayerReport:
+def _report(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.NDArray[np.float64] | None) -> LayerReport:
     baseline = mlx_encode(weight, packed.format, packed.group_size)
+    ours = theirs = None
+    if hessian is not None:
+        original = np.array(weight.astype(mx.float32))
+        energy = float(np.einsum("ij,ij->", original @ hessian, original)) or 1.0
+        ours = output_error(original, packed, hessian) / energy
+        theirs = output_error(original, baseline, hessian) / energy
     return LayerReport(
         plan=plan,
         bytes_before=weight.nbytes,
@@ -243,4 +309,6 @@ def _report(weight: mx.array, packed: Packed, plan: LayerPlan) -> LayerReport:
         squared_weight=scalar(mx.square(weight.astype(mx.float32)).sum()),
         squared_error=squared_error(weight, packed),
         mlx_squared_error=squared_error(weight, baseline),
+        output_error=ours,
+        mlx_output_error=theirs,
     )

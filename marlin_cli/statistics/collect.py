@@ -14,6 +14,7 @@ from marlin_cli.models import linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte import LayerCache, MegaByte, MegaByteConfig
 from marlin_cli.ops import attention, delay_one_row
 from marlin_cli.statistics.data import Moments, Totals
+from marlin_cli.statistics.hessians import HessianAccumulator
 
 # A layer whose input is that of its neighbour, which is measured in its place.
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
@@ -31,6 +32,16 @@ def shared_inputs(network: MegaByte) -> dict[str, str]:
     return shared
 
 
+def hessian_channels(network: MegaByte) -> dict[str, int]:
+    """Channels of every input that layers which can be packed see, by the path in whose name it is measured."""
+    layers = linear_layers(network)
+    return {
+        source: int(layers[source]["weight"].shape[1])
+        for source in dict.fromkeys(shared_inputs(network).values())
+        if part_of(source) != "head"
+    }
+
+
 def rows_of_sequence(path: str, config: MegaByteConfig) -> int:
     """Rows of a sequence that the inputs of a linear layer are told apart by; 1 where all rows are alike."""
     part = part_of(path)
@@ -45,12 +56,17 @@ def rows_of_sequence(path: str, config: MegaByteConfig) -> int:
     return 1
 
 
-def measure(network: MegaByte, domain: str, window: npt.NDArray[np.uint8]) -> Totals:
+def measure(
+    network: MegaByte, domain: str, window: npt.NDArray[np.uint8], hessians: HessianAccumulator | None = None
+) -> Totals:
     """What one window [bytes] does in the network, from an empty context.
 
     The window is cut to whole patches, so that no filler is measured, and the cut bytes are not counted. Sums over
     its rows are float32, as the network should be: a window at a time, so that no batch size shows in the numbers.
     Memory: the activations of one layer, and its attention scores (of the global stage, heads x patches^2).
+
+    Args:
+        hessians: x^T x of every input is added to it.
 
     Raises:
         StatisticsError: no whole patch, or activations that are not finite.
@@ -62,7 +78,8 @@ def measure(network: MegaByte, domain: str, window: npt.NDArray[np.uint8]) -> To
     inputs: Kept = {}
     keys: Kept = {}
     values: Kept = {}
-    with _observed_inputs(network, inputs):
+    add_rows = None if hessians is None else partial(_add_rows, hessians, domain)
+    with _observed_inputs(network, inputs, add_rows):
         # The logits are never evaluated: each observer evaluates what leads to it.
         caches = _observing_caches(network, keys, values)
         network(mx.array(window[:used].astype(np.int32))[None], lambda n, rows: network.stages[n].stack(rows, caches[n]))
@@ -99,13 +116,13 @@ class _ObservingCache:
 
 
 @contextlib.contextmanager
-def _observed_inputs(network: MegaByte, kept: Kept) -> Iterator[None]:
+def _observed_inputs(network: MegaByte, kept: Kept, add_rows: Callable[[str, mx.array], None] | None) -> Iterator[None]:
     """Inside the block a forward pass of `network` fills `kept`; after it the network is as it was."""
     layers = linear_layers(network)
     observed = list(dict.fromkeys(shared_inputs(network).values()))
     observers: list[tuple[str, nn.Module]] = []
     for path in observed:
-        record = partial(_keep_input, kept, path, rows_of_sequence(path, network.config))
+        record: Record = partial(_keep_input, kept, path, rows_of_sequence(path, network.config), add_rows)
         observers.append((path, _ObservedLinear(layers[path], record)))
     try:
         set_modules(network, observers)
@@ -124,11 +141,17 @@ def _observing_caches(network: MegaByte, keys: Kept, values: Kept) -> list[list[
     return caches
 
 
-def _keep_input(kept: Kept, path: str, groups: int, x: mx.array) -> None:
+def _keep_input(kept: Kept, path: str, groups: int, add_rows: Callable[[str, mx.array], None] | None, x: mx.array) -> None:
     """Keep the sums over sequences of x [..., channels], whose rows come in sequences of `groups`."""
     channels = x.shape[-1]
     sequences = x.size // (groups * channels) if groups else 0
     kept[path] = _moments(x.reshape(sequences, groups, channels), path)
+    if add_rows is not None and sequences:
+        add_rows(path, x.reshape(-1, channels))
+
+
+def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.array) -> None:
+    hessians.add(path, domain, np.array(rows.astype(mx.float32)))
 
 
 def _keep_heads(kept: Kept, path: str, x: mx.array) -> None:

@@ -5,13 +5,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import StatisticsError
+from marlin_cli.statistics.hessians import HessianMapping, SummedHessians
 
 # The mappings of `Totals`.
 KINDS = ("inputs", "keys", "values")
@@ -88,12 +89,15 @@ class Statistics:
         layers: path of every linear layer -> path under which `totals.inputs` has its input.
         runs: what went in.
         totals: the arrays.
+        hessians: sums of x^T x [channels, channels] by (path as in `totals.inputs`, domain); empty if not measured.
+            They may be read from their file at each access: keep what is used twice.
     """
 
     model: str
     layers: Mapping[str, str]
     runs: tuple[Run, ...]
     totals: Totals
+    hessians: HessianMapping = field(default_factory=dict)
 
     @property
     def domains(self) -> Mapping[str, int]:
@@ -113,6 +117,9 @@ class Statistics:
             digest.update(f"{kind}.{path}".encode())
             for array in (moments.count, moments.sum_squares, moments.absolute_maximum):
                 digest.update(np.ascontiguousarray(array).data)
+        for path, domain in sorted(self.hessians):
+            digest.update(f"hessians.{path}.{domain}".encode())
+            digest.update(np.ascontiguousarray(self.hessians[path, domain]).data)
         return digest.hexdigest()
 
     def mean_square(self, path: str, domain_weights: Mapping[str, float] | None = None) -> npt.NDArray[np.float32]:
@@ -136,6 +143,30 @@ class Statistics:
         by_domain = moments.sum_squares.sum(axis=1) / np.maximum(rows, 1)[:, None]
         mean: npt.NDArray[np.float64] = weights @ by_domain / weights.sum()
         return mean.astype(np.float32)
+
+    def hessian(self, path: str, domain_weights: Mapping[str, float] | None = None) -> npt.NDArray[np.float64] | None:
+        """Mean of x^T x over the rows x of a linear layer's input: [channels, channels]; None if it was not measured.
+
+        Args:
+            domain_weights: as in `mean_square`.
+
+        Raises:
+            StatisticsError: as `mean_square`.
+        """
+        rows = self._input_of(path).count.sum(axis=1)
+        source = self.layers[path]
+        weights = np.where(rows > 0, self._weights(self.domains if domain_weights is None else domain_weights), 0.0)
+        used = [
+            (weight / count, self.hessians[source, domain])
+            for domain, weight, count in zip(self.domains, weights, rows, strict=True)
+            if weight > 0 and (source, domain) in self.hessians
+        ]
+        if not used:
+            return None
+        total: npt.NDArray[np.float64] = np.zeros(used[0][1].shape, np.float64)
+        for share, summed in used:
+            total += share * summed
+        return total / weights.sum()
 
     def absolute_maximum(self, path: str) -> npt.NDArray[np.float32]:
         """Largest absolute value of each input channel of a linear layer: [channels].
@@ -178,7 +209,9 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     for one in a.runs:
         if any(one.overlaps(other) for other in b.runs):
             raise StatisticsError(f"windows of the same corpus (seed {one.seed}) are counted already; leave it out")
-    return Statistics(a.model, a.layers, a.runs + b.runs, pool(a.totals, b.totals))
+    if bool(a.hessians) != bool(b.hessians):
+        raise StatisticsError("one of the statistics holds Hessians, the other none; calibrate both with --hessian or neither")
+    return Statistics(a.model, a.layers, a.runs + b.runs, pool(a.totals, b.totals), SummedHessians(a.hessians, b.hessians))
 
 
 def pool(a: Totals, b: Totals) -> Totals:

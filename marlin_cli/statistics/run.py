@@ -12,11 +12,15 @@ from marlin_cli.files import check_output_parent
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.statistics.collect import measure, shared_inputs
 from marlin_cli.statistics.data import Run, Statistics, pool
+from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
 
 # What has been measured is saved when either is passed; a window more may be lost.
 SAVE_EVERY_SECONDS = 10.0
 SAVE_EVERY_BYTES = 256 << 10
+
+# Hessians make large files: writing them may take at most one part in so many of the time.
+SAVE_SHARE = 20
 
 
 def unfinished_path(output: Path) -> Path:
@@ -46,6 +50,7 @@ def calibrate(
     model: str,
     shard: tuple[int, int] = (0, 1),
     resume: bool = False,
+    hessians: HessianAccumulator | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Statistics:
     """Measure the windows of `corpus` and write the statistics to `output`, in one step when all is done.
@@ -61,6 +66,8 @@ def calibrate(
         shard: (index, count): measure the windows whose number leaves `index` when divided by `count`. The shards
             of a corpus can be measured anywhere and merged.
         resume: go on with the unfinished run, if there is one.
+        hessians: also add up x^T x of every input, here; the file is that much larger. It is saved less often, and an
+            interrupt in the middle of a window goes back to the last save.
         on_bytes: called with the bytes of each window that is done, and first with those done before.
 
     Raises:
@@ -78,31 +85,44 @@ def calibrate(
     if resume and unfinished.exists():
         done = load_unfinished(unfinished)
         _check_same_run(unfinished, done[0], model, run)
+        _check_hessians(unfinished, done[0], hessians)
+        if hessians is not None:
+            hessians.restore(done[0].hessians)
         corpus.resume(done[1])
         on_bytes(done[0].total_bytes)
     elif resume and output.exists():
         finished = load_statistics(output)
         _check_same_run(output, finished, model, run)
+        _check_hessians(output, finished, hessians)
         on_bytes(finished.total_bytes)
         return finished
     layers = shared_inputs(network)
-    saved_at, unsaved_bytes = time.monotonic(), 0
+    saved_at, unsaved_bytes, saving_took = time.monotonic(), 0, 0.0
     try:
         for window in corpus:
             if window.index % run.shard_count != run.shard_index or len(window.bytes) < network.config.patch_size:
                 continue
-            totals = measure(network, window.domain, window.bytes)
+            if hessians is not None:
+                hessians.begin()
+            totals = measure(network, window.domain, window.bytes, hessians)
             count = sum(totals.domains.values())
             if done is not None:
                 totals = pool(done[0].totals, totals)
-            done = Statistics(model, layers, (run,), totals), corpus.state() if resumable else {}
+            sums = {} if hessians is None else hessians.sums
+            done = Statistics(model, layers, (run,), totals, sums), corpus.state() if resumable else {}
+            if hessians is not None:
+                hessians.commit()
             unsaved_bytes += count
-            if resumable and (unsaved_bytes >= SAVE_EVERY_BYTES or time.monotonic() - saved_at >= SAVE_EVERY_SECONDS):
+            since = time.monotonic() - saved_at
+            due = unsaved_bytes >= SAVE_EVERY_BYTES or since >= SAVE_EVERY_SECONDS
+            if resumable and due and since >= SAVE_SHARE * saving_took:
+                started = time.monotonic()
                 save_unfinished(unfinished, *done)
                 saved_at, unsaved_bytes = time.monotonic(), 0
+                saving_took = 0.0 if hessians is None else saved_at - started
             on_bytes(count)
     except KeyboardInterrupt:
-        if done is not None and resumable:
+        if done is not None and resumable and (hessians is None or hessians.consistent):
             save_unfinished(unfinished, *done)
         raise
     if done is None:
@@ -113,6 +133,12 @@ def calibrate(
     save_statistics(output, done[0])
     unfinished.unlink(missing_ok=True)
     return done[0]
+
+
+def _check_hessians(path: Path, found: Statistics, wanted: HessianAccumulator | None) -> None:
+    if bool(found.hessians) != (wanted is not None):
+        there, option = ("with", "without --hessian") if found.hessians else ("without", "with --hessian")
+        raise StatisticsError(f"{path}: the run there is {there} Hessians, this one {option}; use its options")
 
 
 def _check_same_run(path: Path, found: Statistics, model: str, run: Run) -> None:

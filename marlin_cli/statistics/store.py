@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError, StatisticsError
 from marlin_cli.files import safetensors_header, writing
 from marlin_cli.statistics.data import KINDS, Moments, Run, Statistics, Totals
+from marlin_cli.statistics.hessians import HessianMapping
 
 FORMAT_VERSION = 1
 
@@ -35,6 +36,7 @@ class _Header:
     layers: dict[str, str]
     attentions: tuple[str, ...]
     runs: tuple[Run, ...]
+    hessians: bool = False  # there are arrays `hessians.<path>.<domain>` too
     corpus_state: dict[str, Any] | None = None  # where an unfinished run goes on
 
 
@@ -80,9 +82,37 @@ def load_unfinished(path: Path) -> tuple[Statistics, dict[str, Any]]:
     return statistics, state
 
 
-def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | None) -> None:
-    from safetensors.numpy import save_file
+class _StoredHessians(HessianMapping):
+    """The Hessians in a file, read and checked one at a time as they are asked for."""
 
+    def __init__(self, path: Path, channels: Mapping[tuple[str, str], int]) -> None:
+        self._path, self._channels = path, dict(channels)
+
+    def __getitem__(self, key: tuple[str, str]) -> npt.NDArray[np.float32]:
+        from safetensors import safe_open
+
+        channels = self._channels[key]
+        name = _hessian_name(*key)
+        with safe_open(self._path, "numpy") as file:
+            array: npt.NDArray[np.float32] = file.get_tensor(name)
+        if array.dtype != np.float32 or array.shape != (channels, channels):
+            raise StatisticsError(f"{self._path}: {name!r} is {array.dtype} {list(array.shape)}, expected {channels} squared")
+        if not np.isfinite(array).all():
+            raise StatisticsError(f"{self._path}: {name!r} holds NaN or infinity")
+        return array
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._channels)
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+
+def _hessian_name(path: str, domain: str) -> str:
+    return f"hessians.{path}.{domain}"
+
+
+def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | None) -> None:
     totals = statistics.totals
     header = _Header(
         version=FORMAT_VERSION,
@@ -92,6 +122,7 @@ def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | Non
         layers=dict(statistics.layers),
         attentions=tuple(totals.keys),
         runs=statistics.runs,
+        hessians=bool(statistics.hessians),
         corpus_state=corpus_state,
     )
     arrays = {
@@ -99,12 +130,42 @@ def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | Non
         for kind, name, moments in totals.items()
         for field in DTYPES
     }
+    sides = {_hessian_name(*key): (key, totals.inputs[key[0]].sum_squares.shape[-1]) for key in sorted(statistics.hessians)}
+    shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    shapes.update({name: (np.dtype("f4"), (side, side)) for name, (_, side) in sides.items()})
+
+    def contents() -> Iterator[npt.NDArray[Any]]:
+        for name in shapes:
+            yield statistics.hessians[sides[name][0]] if name in sides else arrays[name]
+
     with writing(path) as temporary:
-        save_file(arrays, temporary, {METADATA_KEY: json.dumps(dataclasses.asdict(header))})
+        _write_safetensors(temporary, shapes, contents(), {METADATA_KEY: json.dumps(dataclasses.asdict(header))})
+
+
+def _write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+    contents: Iterator[npt.NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write arrays one after the other; the library's own writer wants all of them in memory, twice."""
+    names = {np.dtype("i8"): "I64", np.dtype("f8"): "F64", np.dtype("f4"): "F32"}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in contents:
+            file.write(np.ascontiguousarray(array).data)
 
 
 def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
     if not path.exists():
         raise StatisticsError(f"{path}: no such file")
@@ -113,13 +174,24 @@ def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
     except CheckpointError as error:
         raise StatisticsError(str(error)) from None
     header = _header(path, metadata)
-    arrays = load_file(path)
+    with safe_open(path, "numpy") as file:
+        stored = set(file.keys())
+        arrays = {name: file.get_tensor(name) for name in stored if not name.startswith("hessians.")}
     names = {"inputs": sorted(set(header.layers.values())), "keys": header.attentions, "values": header.attentions}
     parts = {
         kind: {name: _moments(path, arrays, f"{kind}.{name}", len(header.domains)) for name in names[kind]} for kind in KINDS
     }
     totals = Totals(header.domains, **parts)
-    return Statistics(header.model, header.layers, header.runs, totals), header.corpus_state
+    sides = {
+        (name, domain): moments.sum_squares.shape[-1]
+        for name, moments in totals.inputs.items()
+        for domain in header.domains
+        if _hessian_name(name, domain) in stored
+    }
+    if header.hessians != bool(sides):
+        raise StatisticsError(f"{path}: its Hessians are missing; calibrate again")
+    found = Statistics(header.model, header.layers, header.runs, totals, _StoredHessians(path, sides) if sides else {})
+    return found, header.corpus_state
 
 
 def _header(path: Path, metadata: Mapping[str, str]) -> _Header:

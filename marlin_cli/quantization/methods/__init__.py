@@ -1,0 +1,25 @@
+"""Ways to choose a layer's packed weight, by name: each one file and one pure function of the same form."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.quantization.encoders import Packed
+from marlin_cli.quantization.formats import Format
+from marlin_cli.quantization.methods.gptq import gptq
+from marlin_cli.quantization.methods.mse import mse
+from marlin_cli.quantization.methods.rtn import rtn
+
+# (weight [rows, columns], format, group size, mean square of each input channel, mean of x^T x) -> packed weight
+Method = Callable[[mx.array, Format, int, mx.array | None, npt.NDArray[np.float64] | None], Packed]
+
+# awq rescales channels first (`quantization.scaled`), over all layers that share an input, and then is mse.
+METHODS: dict[str, Method] = {"rtn": rtn, "mse": mse, "awq": mse, "gptq": gptq}
+
+# Methods that cannot run without x^T x.
+NEED_HESSIANS = ("gptq",)
+NEED_STATISTICS = ("awq", "gptq")
+
+__all__ = ["METHODS", "NEED_HESSIANS", "NEED_STATISTICS", "Method"]

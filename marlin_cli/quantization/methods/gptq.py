@@ -1,0 +1,131 @@
+"""Error feedback (GPTQ, arXiv 2210.17323) under fixed scales, then coordinate descent over codes.
+
+Scales are chosen first, from the original weights, so columns can be taken in any order while groups stay where they
+are: the file's layout does not change and nothing is permuted at run time. What is minimised is the squared error of
+the layer's output over the calibration rows, trace((Q - W) H (Q - W)^T) with H the mean of x^T x.
+"""
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.quantization.encoders import Packed, decode
+from marlin_cli.quantization.formats import Format
+from marlin_cli.quantization.grids import Floats, Grid, grid_of
+from marlin_cli.quantization.methods.mse import mse
+
+DAMPING = 0.01  # of the mean diagonal, added to it; ten times more after each failure
+DAMPING_TRIES = 4
+BLOCK_COLUMNS = 128
+DESCENT_SWEEPS = 3
+
+
+def gptq(
+    weight: mx.array,
+    format: Format,
+    group_size: int,
+    importance: mx.array | None = None,
+    hessian: npt.NDArray[np.float64] | None = None,
+) -> Packed:
+    """Pack `weight` [rows, columns] with the least output error found; never more than `mse` leaves.
+
+    Args:
+        hessian: mean of x^T x [columns, columns]; without it this is `mse`.
+    """
+    plain = mse(weight, format, group_size, importance)
+    if hessian is None:
+        return plain
+    original = np.array(weight.astype(mx.float32))
+    grid = grid_of(plain)
+    best, least = plain, output_error(original, plain, hessian)
+    factor = inverse_factor(hessian)
+    if factor is not None:
+        levels = _feed_back(original, grid, *factor)
+        levels = _descend(original, grid, levels, hessian.astype(np.float32))
+        candidate = grid.pack(levels)
+        error = output_error(original, candidate, hessian)
+        if error < least:
+            best = candidate
+    return best
+
+
+def output_error(weight: Floats, packed: Packed, hessian: npt.NDArray[np.float64]) -> float:
+    """trace((Q - W) H (Q - W)^T): the mean squared error of the layer's output, summed over its rows."""
+    error = np.array(decode(packed)) - weight
+    return float(np.einsum("ij,ij->", error @ hessian.astype(np.float32), error, dtype=np.float64))
+
+
+def inverse_factor(hessian: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], Floats] | None:
+    """An order of columns, the most used first, and the upper Cholesky factor of the damped inverse in that order.
+
+    None where no damping makes H positive definite.
+    """
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    ordered = hessian[np.ix_(order, order)].copy()
+    mean = float(np.mean(np.diag(ordered)))
+    if not mean > 0:
+        return None
+    diagonal = np.einsum("ii->i", ordered)
+    diagonal[diagonal == 0] = mean  # channels that are always 0 are rounded to nearest
+    damping = DAMPING
+    before = diagonal.copy()
+    for _ in range(DAMPING_TRIES):
+        diagonal[:] = before + damping * mean
+        try:
+            # chol(inv(H)) upper = inverse of the factor of H with rows and columns reversed.
+            lower = np.linalg.cholesky(ordered[::-1, ::-1])
+            inverse = np.linalg.inv(lower)[::-1, ::-1]
+            if np.isfinite(inverse).all():
+                return order, np.ascontiguousarray(np.triu(inverse), dtype=np.float32)
+        except np.linalg.LinAlgError:
+            pass
+        damping *= 10
+    return None
+
+
+def _feed_back(weight: Floats, grid: Grid, order: npt.NDArray[np.intp], factor: Floats) -> Floats:
+    """Levels [rows, columns], columns rounded one by one, each error spread over the columns not yet rounded."""
+    scales, biases = grid.expanded()
+    # Transposed: a column is then contiguous.
+    rest = np.ascontiguousarray(weight[:, order].T)
+    scale = np.ascontiguousarray(scales[:, order].T)
+    bias = biases if isinstance(biases, float) else np.ascontiguousarray(biases[:, order].T)
+    levels = np.empty_like(rest)
+    columns = len(rest)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, columns)
+        errors = np.empty((end - start, rest.shape[1]), np.float32)
+        for i in range(start, end):
+            offset = bias if isinstance(bias, float) else bias[i]
+            levels[i] = grid.round_levels((rest[i] - offset) / scale[i])
+            errors[i - start] = (rest[i] - (levels[i] * scale[i] + offset)) / factor[i, i]
+            rest[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
+        rest[end:] -= factor[start:end, end:].T @ errors
+    result = np.empty_like(weight)
+    result[:, order] = levels.T
+    return result
+
+
+def _descend(weight: Floats, grid: Grid, levels: Floats, hessian: Floats) -> Floats:
+    """Round each column again to what is best given all the others, a few times over; the error never grows."""
+    scales, biases = grid.expanded()
+    scale = np.ascontiguousarray(scales.T)
+    bias = biases if isinstance(biases, float) else np.ascontiguousarray(biases.T)
+    levels = np.ascontiguousarray(levels.T)
+    error = levels * scale + bias - weight.T
+    for _ in range(DESCENT_SWEEPS):
+        for start in range(0, len(levels), BLOCK_COLUMNS):
+            end = min(start + BLOCK_COLUMNS, len(levels))
+            gradient = hessian[start:end] @ error
+            for i in range(start, end):
+                if hessian[i, i] <= 0:
+                    continue
+                offset = bias if isinstance(bias, float) else bias[i]
+                wanted = error[i] - gradient[i - start] / hessian[i, i] + weight[:, i]
+                rounded = grid.round_levels((wanted - offset) / scale[i])
+                change = (rounded - levels[i]) * scale[i]
+                if change.any():
+                    levels[i] = rounded
+                    error[i] += change
+                    gradient += hessian[start:end, i, None] * change
+    return np.ascontiguousarray(levels.T)

@@ -1,0 +1,103 @@
+"""`marlin calibrate --hessian` and `marlin quantize --method` as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from marlin_cli import load
+from marlin_cli.api import MegaByteModel
+from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops.device import choose_device
+
+MARLIN = [sys.executable, "-m", "marlin_cli"]
+
+
+def run(*arguments, code=0):
+    result = subprocess.run([*MARLIN, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A small model, a corpus of two domains, and statistics with Hessians."""
+    import mlx.core as mx
+
+    folder = tmp_path_factory.mktemp("methods")
+    mx.random.seed(1)
+    from marlin_cli.models.megabyte import MegaByte
+
+    config = MegaByteConfig(
+        patch_size=4, max_bytes=96, global_layers=1, global_dim=64, global_heads=2, global_ffn_dim=128,
+        local_layers=1, local_dim=64, local_heads=2, local_ffn_dim=128,
+    )  # fmt: skip
+    MegaByteModel(MegaByte(config), choose_device("cpu")).save(folder / "model")
+    for name in ("code", "binary"):
+        (folder / name).write_bytes(bytes(range(256)) * 4)
+    corpora = [part for name in ("code", "binary") for part in ("--corpus", f"{name}={folder / name}")]
+    stats = folder / "stats.safetensors"
+    result = run("calibrate", folder / "model", *corpora, "--seq-bytes", 96, "--hessian", "-o", stats)
+    assert "Hessians of 2 domain(s): " in result.stderr
+    return folder, stats, corpora
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+def test_each_method_packs_and_reports_its_worst_layers(method, files, tmp_path):
+    folder, stats, _ = files
+    result = run(
+        "quantize", folder / "model", "-o", tmp_path / "out", "--method", method, "--stats", stats,
+        "--domain-weight", "binary=0.2", "--domain-weight", "code=0.8", "--local-bits", 4, "--json",
+    )  # fmt: skip
+    worst = json.loads(result.stdout)["worst_layers"]
+    assert len(worst) == 10
+    found = [layer["output_error"] for layer in worst]
+    assert found == sorted(found, reverse=True)
+    for layer in worst:
+        if method == "rtn":
+            assert layer["output_error"] == pytest.approx(layer["mlx_output_error"])
+        if method == "gptq":
+            assert layer["output_error"] < layer["mlx_output_error"]
+    marlin = json.loads((tmp_path / "out" / "config.json").read_text())["marlin"]
+    assert marlin["method"].startswith(method)
+    assert marlin["domain_weights"] == {"binary": 0.2, "code": 0.8}
+    assert load(tmp_path / "out").logits(b"some bytes").shape == (10, 256)
+
+
+def test_two_runs_give_identical_files(files, tmp_path):
+    folder, stats, _ = files
+    for name in ("a", "b"):
+        run("quantize", folder / "model", "-o", tmp_path / name, "--method", "gptq", "--stats", stats)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_distilling(files, tmp_path):
+    folder, stats, corpora = files
+    corpora = [part.replace("--corpus", "--distill-corpus") for part in corpora]
+    result = run("quantize", folder / "model", "-o", tmp_path / "out", "--distill-steps", 3, *corpora)
+    assert "KL divergence at the first step" in result.stderr and "(3 steps)" in result.stderr
+    marlin = json.loads((tmp_path / "out" / "config.json").read_text())["marlin"]
+    assert marlin["method"] == "mse; distilled, 3 steps of 96 bytes"
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "code"),
+    [
+        (["--method", "gtpq"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
+        (["--method", "gptq"], "'gptq' needs statistics", 2),
+        (["--domain-weight", "binary=0.2"], "--domain-weight weighs the domains of statistics; give --stats", 2),
+        (["--stats", "STATS", "--domain-weight", "binary"], "is not DOMAIN=SHARE", 2),
+        (["--stats", "STATS", "--domain-weight", "binary=-1"], "is not DOMAIN=SHARE", 2),
+        (["--stats", "STATS", "--domain-weight", "binry=1"], "no domain 'binry'", 1),
+    ],
+)
+def test_impossible_options(options, message, code, files, tmp_path):
+    folder, stats, _ = files
+    options = [str(stats) if option == "STATS" else option for option in options]
+    result = run("quantize", folder / "model", "-o", tmp_path / "out", *options, code=code)
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

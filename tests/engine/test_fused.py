@@ -1,0 +1,109 @@
+"""Whole stages in one call: equal to the graph of operations, in every layout, with every cache; sampled bytes too."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from marlin_cli.engine import decoding
+from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.fused import fuse
+from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
+from marlin_cli.quantization.apply import quantize_network
+from marlin_cli.quantization.formats import FORMATS
+from marlin_cli.quantization.plan import QuantizationSettings
+
+pytestmark = pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+
+
+def random_bytes(seed, count):
+    return np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8).tobytes()
+
+
+def both(network, prompts, sampling, monkeypatch, max_bytes=30, bits=None, stop=()):
+    """What the fused stages generate, and what the graph does."""
+    outputs = []
+    for fused in (True, False):
+        with monkeypatch.context() as patch:
+            if not fused:
+                patch.setattr(decoding, "fuse", lambda network: None)
+            streams = [b""] * len(prompts)
+            reasons = {}
+            for piece in generate(network, prompts, Stopping(max_bytes, stop), sampling, bits):
+                streams[piece.stream] += piece.data
+                reasons[piece.stream] = piece.stop_reason or reasons.get(piece.stream)
+            outputs.append((streams, reasons))
+    return outputs
+
+
+def test_a_pass_over_windows_equals_the_graph(each_network):
+    fused = fuse(each_network)
+    for length in (1, 7, 40):
+        ids = mx.array(np.random.default_rng(length).integers(0, 256, (3, length)))
+        assert mx.abs(each_network(ids) - each_network(ids, fused.run_stage)).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("prompt_bytes", [0, 1, 3, 4, 8, 17])
+def test_greedy_bytes_equal_the_graph(each_network, prompt_bytes, monkeypatch):
+    prompts = [random_bytes(prompt_bytes + seed, prompt_bytes) for seed in range(3)]
+    fused, graph = both(each_network, prompts, Sampling(), monkeypatch)
+    assert fused == graph and all(len(stream) == 30 for stream in fused[0])
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}]
+)
+def test_drawn_bytes_equal_the_graph(each_network, filters, monkeypatch):
+    fused, graph = both(each_network, [b"ab", b"abcdef"], Sampling(1.3, seed=5, **filters), monkeypatch)
+    assert fused == graph
+    assert len(set(fused[0][0])) > 3
+
+
+def test_streams_that_stop_in_a_patch_leave_the_others_alone(each_network, monkeypatch):
+    prompts = [random_bytes(seed, 9) for seed in range(4)]
+    [whole], _ = ([stream[:12] for stream in both(each_network, prompts[:1], Sampling(), monkeypatch)[0][0]], None)
+    stop = (whole[5:7],)
+    fused, graph = both(each_network, prompts, Sampling(), monkeypatch, stop=stop)
+    assert fused == graph and fused[1][0] == "stop" and len(fused[0][0]) <= 5
+
+
+def test_the_end_of_the_context(each_network, monkeypatch):
+    most = each_network.config.max_bytes
+    for left in (1, 2, 5):
+        fused, graph = both(each_network, [random_bytes(left, most - left)], Sampling(), monkeypatch)
+        assert fused == graph and len(fused[0][0]) == left and fused[1] == {0: "context"}
+
+
+@pytest.mark.parametrize("format", FORMATS.keys())
+def test_packed_weights(random_network, small_sizes, format, monkeypatch):
+    network = random_network(MegaByteConfig(**{**small_sizes, "global_dim": 64, "local_dim": 64}))
+    packed = quantize_network(network, QuantizationSettings(global_format=format, local_format=format)).network
+    ids = mx.array(np.random.default_rng(0).integers(0, 256, (2, 33)))
+    assert mx.abs(packed(ids) - packed(ids, fuse(packed).run_stage)).max().item() < 1e-5
+    fused, graph = both(packed, [b"some", b"bytes"], Sampling(), monkeypatch)
+    assert fused == graph
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [((8, 8), 0.02), ((4, 16), 0.15), ((16, 4), 0.15), ((4, 4), 0.2)])
+def test_packed_caches_are_as_close_as_those_of_the_graph(random_network, small_sizes, bits, tolerance, monkeypatch):
+    network = random_network(MegaByteConfig(**{**small_sizes, "global_dim": 64, "max_bytes": 800}))
+    data = random_bytes(5, 700)
+    exact = np.array(Lockstep(network, [data]).logits)
+    packed = Lockstep(network, [data], CacheBits(*bits))
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    graph = Lockstep(network, [data], CacheBits(*bits))
+    errors = [np.sqrt(((np.array(state.logits) - exact) ** 2).mean()) for state in (packed, graph)]
+    assert 0 < errors[0] < tolerance * np.abs(exact).max()
+    assert errors[0] < 1.5 * errors[1]
+    assert packed.cache_bytes["global"] == graph.cache_bytes["global"]
+
+
+def test_a_layer_of_another_kind_stays_with_the_graph(random_network, small_sizes):
+    import mlx.nn as nn
+
+    network = random_network(MegaByteConfig(**small_sizes))
+    assert fuse(network) is not None
+    network.local.layers[0].ffn.up_proj = nn.Linear(32, 32)
+    assert fuse(network) is None
