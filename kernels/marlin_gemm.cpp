@@ -280,6 +280,23 @@ void up_to_eight(const Matrix& w, const Laid& laid, float* out, int64_t first, i
   }
 }
 
+// Even and odd weights in the order of the row.
+inline Block interleaved(const Block& block) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+  return {__builtin_shufflevector(block.even, block.odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+          __builtin_shufflevector(block.even, block.odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+#endif
+#endif
+  Block ordered;
+  float* to = reinterpret_cast<float*>(&ordered);
+  for (int lane = 0; lane < LANES; lane++) {
+    to[2 * lane] = block.even[lane];
+    to[2 * lane + 1] = block.odd[lane];
+  }
+  return ordered;
+}
+
 // One row of weights as floats.
 template <class Format>
 void unpack_row(const Matrix& w, int64_t n, float* to) {
@@ -289,11 +306,13 @@ void unpack_row(const Matrix& w, int64_t n, float* to) {
     Tail tail;
     const int64_t index = k / BLOCK, count = std::min<int64_t>(BLOCK, w.depth - k);
     const Block block = count < BLOCK ? Format::decode(tail.of(row, index), 0) : Format::decode(row, index);
-    const float bias = Format::affine ? row.biases[k / w.group_size] : 0.0f;
-    for (int lane = 0; lane < LANES; lane++) {
-      buffer[Format::nibbles ? 2 * lane : lane] = block.even[lane] + bias;
-      buffer[Format::nibbles ? 2 * lane + 1 : lane + LANES] = block.odd[lane] + bias;
+    const Vector bias = splat(Format::affine ? row.biases[k / w.group_size] : 0.0f);
+    const Block ordered = Format::nibbles ? interleaved({block.even + bias, block.odd + bias}) : Block{block.even + bias, block.odd + bias};
+    if (count == BLOCK) {
+      std::memcpy(to + k, &ordered, sizeof(ordered));
+      continue;
     }
+    std::memcpy(buffer, &ordered, sizeof(ordered));
     std::memcpy(to + k, buffer, count * sizeof(float));
   }
 }
