@@ -5,7 +5,7 @@ BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test slow lint peers clean
+.PHONY: demo test slow metal lint peers clean
 
 # The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
 demo: .venv/demo
@@ -17,6 +17,10 @@ test: .venv/dev
 # Checks of more than a minute; MARLIN_HELDOUT names a folder of held-out bytes for the quality ones.
 slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+# Every Metal kernel in the emulator, all variants and checks (Debian: clang-19, libclang-rt-19-dev).
+metal: .venv/dev
+	$(BIN)/python -m pytest tests/metal
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,0 +1,2 @@
+// prelude.h stands in for this header of MLX.
+#pragma once
