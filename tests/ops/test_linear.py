@@ -179,6 +179,18 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     assert "cannot write to the cache" in result.stdout
 
 
+def test_a_failed_build_is_remembered(tmp_path):
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(f'#!/bin/sh\ntest "$1" = --version && exit\necho x >> {calls}\necho "error: no luck" >&2; exit 1\n')
+    compiler.chmod(0o755)
+    environment = {"MARLIN_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
+    first, made = run(environment, PRODUCT), calls.read_text()
+    again = run(environment, PRODUCT)
+    assert "the build fails: error: no luck" in first.stdout and "to try again" in again.stdout
+    assert "building" in first.stderr and "building" not in again.stderr
+    assert calls.read_text() == made
+
+
 @pytest.mark.parametrize("variable", ["MARLIN_THREADS", "MARLIN_KERNELS"])
 def test_settings_that_make_no_sense_are_refused(variable):
     code = (
