@@ -182,7 +182,9 @@ class Lockstep:
         if new.shape[1] and (self._lucid or state.tokens < stage.length):
             rows.append(self.network.token_rows(self._last, new[..., None], self._fed, state.condition))
         self._fed = state.tokens
-        return self.network.head(state.cache.run(mx.concatenate(rows, axis=1))[:, -1])
+        hidden = state.cache.run(mx.concatenate(rows, axis=1))[:, -1]
+        self._sequence_cache_bytes = state.cache.nbytes
+        return self.network.head(hidden)
 
     def _prefill(self, prompts: Sequence[bytes]) -> None:
         """Read the prompts, coarse to fine."""
