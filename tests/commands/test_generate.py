@@ -61,7 +61,8 @@ def test_each_byte_leaves_as_soon_as_it_is_decoded():
 
 
 def test_a_closed_pipe_ends_quietly():
-    script = f"MARLIN_KERNELS=reference '{sys.executable}' -m marlin_cli generate -p x --max-bytes 100k | head -c 5; echo ${{PIPESTATUS[0]}}"
+    generate = f"MARLIN_KERNELS=reference '{sys.executable}' -m marlin_cli generate -p x --max-bytes 100k"
+    script = f"{generate} | head -c 5; echo ${{PIPESTATUS[0]}}"
     result = subprocess.run(["bash", "-c", script], capture_output=True, timeout=120)
     assert result.stdout[5:].strip() == b"0" and result.stderr == b""
 
