@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, QuantizationError, UsageError
 from marlin_cli.models import Network, linear_layers, set_modules
-from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
@@ -113,8 +112,6 @@ def quantize_network(
     factors: Factors = {}
     if method == "awq":
         assert statistics is not None
-        if not isinstance(network, MegaByte):
-            raise QuantizationError("awq knows the blocks of a MegaByte alone; use --method mse or gptq")
         network, factors = rescaled(network, plans, statistics, domain_weights)
     modules = linear_layers(network)
     swapped: list[tuple[str, nn.Module]] = []

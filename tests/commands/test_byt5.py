@@ -70,3 +70,39 @@ def test_packing_by_part(folder, tmp_path):
 def test_options_of_the_other_kind_are_refused(folder):
     assert b"--beams" in marlin("generate", "megabyte-demo", "-p", "a", "--beams", 2, code=2).stderr
     assert b"--import" in marlin("generate", folder, "-p", "a", "--import", "heads=2", code=2).stderr
+
+
+def test_calibrating_on_pairs_and_spans_then_packing_with_what_was_seen(folder, tmp_path):
+    pairs, corpus = tmp_path / "pairs.tsv", tmp_path / "corpus"
+    pairs.write_bytes(b"".join(b"source %d\ttarget \xff\n" % number for number in range(5)) + b"s" * 99 + b"\t\n")
+    corpus.write_bytes(bytes(range(256)) * 2)
+    files = [tmp_path / f"{name}.safetensors" for name in ("pairs", "spans", "both")]
+    result = marlin("calibrate", folder, "--pairs", pairs, "--seq-bytes", 64, "--hessian", "-o", files[0])
+    assert b"1 pair(s) are left out" in result.stderr
+    marlin(
+        "calibrate", folder, "--corpus", f"code={corpus}", "--seq-bytes", 128, "--hessian", "--span-bytes", 9, "-o", files[1]
+    )
+    output = marlin("calibrate", "--merge", *files[:2], "-o", files[2], "--json").stdout
+    assert json.loads(output)["domains"] == {"code": 512, "pairs": 5 * 16}
+    assert b"decoder.layers.0.cross K" in marlin("calibrate", "--show", files[2]).stdout
+    for method in ("mse", "awq", "gptq"):
+        packed = tmp_path / method
+        marlin("quantize", folder, "--stats", files[2], "--method", method, "--domain-weight", "pairs=1", "-o", packed)
+        assert json.loads((packed / "config.json").read_text())["marlin"]["method"].startswith(method)
+
+
+def test_options_of_calibrate_that_contradict(folder, tmp_path):
+    output = tmp_path / "s.safetensors"
+    (tmp_path / "p.tsv").write_bytes(b"a\tb\n")
+    cases = {
+        b"--pairs is an option of ByT5": ("megabyte-demo", "--pairs", tmp_path / "p.tsv"),
+        b"--span-bytes is an option of ByT5": ("megabyte-demo", "--span-bytes", 3),
+        b"without --corpus": (folder, "--pairs", tmp_path / "p.tsv", "--corpus", "default"),
+        b"--noise-density must be": (folder, "--noise-density", 2),
+        b"name a .jsonl or .tsv file": (folder, "--pairs", tmp_path / "nowhere.tsv"),
+    }
+    for message, arguments in cases.items():
+        result = subprocess.run(
+            [sys.executable, "-m", "marlin_cli", "calibrate", *map(str, arguments), "-o", str(output)], capture_output=True
+        )
+        assert result.returncode in (1, 2) and message in result.stderr and result.stderr.count(b"\n") == 1, result.stderr
