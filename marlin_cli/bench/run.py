@@ -63,7 +63,7 @@ def run(request: Request) -> Report:
             throughput=None if speeds is None else speeds[number],
             quality=None if scores is None else scores[number],
         )
-        for number, (label, name, model) in enumerate(zip(_labels(request.models), request.models, models, strict=True))
+        for number, (label, name, model) in enumerate(zip(labels_of(request.models), request.models, models, strict=True))
     ]
     return Report(
         machine=describe_machine(models[0].device),
@@ -84,7 +84,7 @@ class _Scoring:
 
 
 def _prepared(request: Request, settings: QualitySettings, models: Sequence[MegaByteModel]) -> _Scoring:
-    networks = {label: model.network for label, model in zip(_labels(request.models), models, strict=True)}
+    networks = {label: model.network for label, model in zip(labels_of(request.models), models, strict=True)}
     reference = None
     if settings.reference in request.models:
         reference = models[request.models.index(settings.reference)].network
@@ -109,7 +109,7 @@ def _score(scoring: _Scoring) -> list[Quality]:
         return measure_quality(scoring.networks, scoring.windows, scoring.reference, progress.advance)
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels_of(names: Sequence[str]) -> list[str]:
     """The names, with a number where one comes again."""
     seen: Counter[str] = Counter()
     labels = []

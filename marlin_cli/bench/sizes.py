@@ -6,10 +6,10 @@ import mlx.core as mx
 
 from marlin_cli.models import part_of
 
-PARTS = ("global", "middle", "local", "embeddings", "head")
+PARTS = ("global", "middle", "local", "encoder", "decoder", "cross", "embeddings", "head")
 
 # How the names of what is looked up, and not multiplied, end: bytes, positions and leading rows.
-_EMBEDDINGS = ("byte_embedding", "positions", "start")
+_EMBEDDINGS = ("embedding", "positions", "start")
 
 
 def bytes_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:

@@ -30,10 +30,16 @@ def bench(
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
     quality: Annotated[
         str | None,
-        typer.Option(metavar="PATH|RECIPE", help="Score these bytes: a file, a folder of domains or a recipe."),
+        typer.Option(
+            metavar="PATH|RECIPE",
+            help="Score these bytes: a file, a folder of domains or a recipe. ByT5: pairs, as calibrate --pairs.",
+        ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare the scores with this model: KL divergence, agreement.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Compare the scores with this model's: KL divergence, agreement; ByT5: differences."
+        ),
     ] = None,
     window_bytes: Annotated[
         str | None, typer.Option(help="Bytes scored together, from an empty context. Default 2048.")
@@ -69,6 +75,7 @@ def bench(
     from marlin_cli.bench.report import RENDERINGS, QualitySettings, to_tables
     from marlin_cli.bench.run import Request, run
     from marlin_cli.bench.throughput import ThroughputSettings
+    from marlin_cli.commands import answering_bench
 
     if show_kernels:
         return _show_kernels(device)
@@ -86,20 +93,33 @@ def bench(
             raise UsageError(f"{option} needs --quality")
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
     timing = ThroughputSettings(parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes"), repeats)
-    report = run(
-        Request(
-            models=tuple(models or [DEFAULT_MODEL]),
-            throughput=None if no_throughput else timing,
-            quality=None if quality is None else QualitySettings(quality, windowing, reference),
-            device=device,
-            kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+    names = tuple(models or [DEFAULT_MODEL])
+    if answering_bench.are_byt5(names):
+        given = {
+            "--window-bytes": window_bytes,
+            "--max-bytes-per-file": max_bytes_per_file,
+            "--k-bits": k_bits,
+            "--v-bits": v_bits,
+        }
+        tables, text = answering_bench.measured(
+            names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits, form.value,
+            foreign_options=[option for option, value in given.items() if value is not None],
+        )  # fmt: skip
+    else:
+        report = run(
+            Request(
+                models=names,
+                throughput=None if no_throughput else timing,
+                quality=None if quality is None else QualitySettings(quality, windowing, reference),
+                device=device,
+                kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+            )
         )
-    )
+        tables, text = to_tables(report), RENDERINGS[form.value](report) if form is not Format.table else ""
     if form is Format.table:
-        for table in to_tables(report):
+        for table in tables:
             console.table(table.title, table.columns, table.rows, to_stdout=True)
         return
-    text = RENDERINGS[form.value](report)
     if target is None:
         print(text)
         return

@@ -106,3 +106,40 @@ def test_options_of_calibrate_that_contradict(folder, tmp_path):
             [sys.executable, "-m", "marlin_cli", "calibrate", *map(str, arguments), "-o", str(output)], capture_output=True
         )
         assert result.returncode in (1, 2) and message in result.stderr and result.stderr.count(b"\n") == 1, result.stderr
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"source": f"in {n}", "target": "out", "language": "ab"[n % 2]} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_bench_on_pairs(folder, pairs, tmp_path):
+    packed = tmp_path / "packed"
+    marlin("quantize", folder, "-o", packed)
+    quick = ("--prompt-bytes", 8, "--decode-bytes", 2, "--repeats", 1, "--device", "cpu")
+    output = marlin("bench", folder, packed, *quick, "--quality", pairs, "--reference", folder, "--format", "json").stdout
+    plain, small = json.loads(output)["models"]
+    assert [speed["batch_size"] for speed in plain["speeds"]] == [1, 8]
+    assert plain["stored_weight_bytes"].keys() == {"encoder", "decoder", "cross", "embeddings", "head"}
+    assert sum(small["stored_weight_bytes"].values()) < 0.6 * sum(plain["stored_weight_bytes"].values())
+    assert {group: score["pairs"] for group, score in plain["quality"]["groups"].items()} == {"a": 3, "b": 3}
+    model = load(folder, device="cpu")
+    bits = sum(model.bits(b"in %d" % n, b"out") for n in range(6))
+    assert plain["quality"]["all_pairs"]["total_bits"] == pytest.approx(bits, rel=1e-4)
+    assert small["quality"]["all_pairs"]["against_reference"]["bits_per_target_byte"]["value"] != 0
+    table = marlin("bench", folder, "--no-throughput", "--quality", pairs, "--max-quality-bytes", 25).stdout.decode()
+    assert "copied" in table and " 3 " in table and "Speed" not in table
+    for form, wanted in (("csv", "character_error_rate,a,"), ("md", "| group | pairs |"), ("jsonl", '"exact_match"')):
+        assert wanted in marlin("bench", folder, "--no-throughput", "--quality", pairs, "--format", form).stdout.decode()
+
+
+def test_bench_refuses_what_has_no_meaning(folder, pairs):
+    quality = ("--no-throughput", "--quality", pairs)
+    assert b"measure models of one kind" in marlin("bench", folder, "megabyte-demo", code=2).stderr
+    assert b"--window-bytes has no meaning" in marlin("bench", folder, *quality, "--window-bytes", 9, code=2).stderr
+    assert b"raise it" in marlin("bench", folder, *quality, "--max-quality-bytes", 1, code=2).stderr
+    assert b"no such file of pairs" in marlin("bench", folder, "--no-throughput", "--quality", "nowhere", code=1).stderr
+    assert b"leaves nothing" in marlin("bench", folder, "--no-throughput", code=2).stderr
