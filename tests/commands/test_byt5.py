@@ -143,3 +143,19 @@ def test_bench_refuses_what_has_no_meaning(folder, pairs):
     assert b"raise it" in marlin("bench", folder, *quality, "--max-quality-bytes", 1, code=2).stderr
     assert b"no such file of pairs" in marlin("bench", folder, "--no-throughput", "--quality", "nowhere", code=1).stderr
     assert b"leaves nothing" in marlin("bench", folder, "--no-throughput", code=2).stderr
+
+
+def test_early_stopping_and_what_goes_before_every_input(folder, model, tmp_path):
+    """The conventions that fine-tuned models follow; `tests/peers` compares them with transformers."""
+    lines = b"one\ntwo\n"
+    common = ("--beams", 3, "--n-best", 3, "--max-length", 5, "--length-penalty", 2.0, "--input-prefix", "<eng-us>: ")
+    found = {}
+    for name, value in (("true", True), ("false", False), ("never", "never")):
+        output = marlin("generate", folder, *common, "--early-stopping", name, "--json", stdin=lines).stdout
+        found[name] = [json.loads(line) for line in output.splitlines()]
+        inputs = [b"<eng-us>: one", b"<eng-us>: two"]
+        answers = [each for some in model.answers(inputs, AnswerLimits(5), None, Beams(3, 3, 2.0, value)) for each in some]
+        assert [base64.b64decode(each["bytes_base64"]) for each in found[name]] == [each.data for each in answers]
+        assert [each["prompt_bytes"] for each in found[name]] == [3] * 6
+    assert b"--early-stopping" in marlin("generate", folder, *common, "--early-stopping", "often", code=2).stderr
+    assert b"--input-prefix" in marlin("generate", "megabyte-demo", "-p", "a", "--input-prefix", "b", code=2).stderr
