@@ -123,22 +123,34 @@ def answers_to(
     Raises:
         CheckpointError: predictions that are not finite.
     """
+    bits = bits_of_pairs(model, pairs, name)
     data = [b""] * len(pairs)
-    bits = np.empty(len(pairs))
     for batch in _batches(pairs):
         chosen = [pairs[index] for index in batch]
-        sources = [[*ids_of_bytes(pair.source), model.config.end_id] for pair in chosen]
-        bits[batch] = bits_of_answers(model.network, sources, [pair.target for pair in chosen], memory_bits=model.kv_bits)
         limits = [ANSWER_RATIO * max(len(pair.source), len(pair.target)) + ANSWER_EXTRA_BYTES for pair in chosen]
         found = model.answers([pair.source for pair in chosen], AnswerLimits(max(limits)))
         for index, limit, (answer,) in zip(batch, limits, found, strict=True):
             data[index] = bytes_of_ids(answer.ids[:limit])
         on_bytes(sum(len(pair.source) + len(pair.target) for pair in chosen))
-    if not np.isfinite(bits).all():
-        raise CheckpointError(f"{name}: its predictions are not finite; its weights are damaged or overflow")
     errors = np.array([edit_distance(_text(each), _text(pair.target)) for each, pair in zip(data, pairs, strict=True)], float)
     exact = np.array([each == pair.target for each, pair in zip(data, pairs, strict=True)])
     return Answers(data, bits, errors, exact)
+
+
+def bits_of_pairs(model: ByT5Model, pairs: Sequence[Pair], name: str = "the model") -> Floats:
+    """Bits that the wanted answer of each pair and its end cost: [pairs].
+
+    Raises:
+        CheckpointError: predictions that are not finite.
+    """
+    bits = np.empty(len(pairs))
+    for batch in _batches(pairs):
+        sources = [[*ids_of_bytes(pairs[index].source), model.config.end_id] for index in batch]
+        targets = [pairs[index].target for index in batch]
+        bits[batch] = bits_of_answers(model.network, sources, targets, memory_bits=model.kv_bits)
+    if not np.isfinite(bits).all():
+        raise CheckpointError(f"{name}: its predictions are not finite; its weights are damaged or overflow")
+    return bits
 
 
 def quality_of(pairs: Sequence[Pair], answers: Answers, reference: Answers | None = None) -> PairQuality:
