@@ -1,6 +1,5 @@
 """Streams of inputs with their answers, for encoder-decoders: pairs of files, or the windows of a corpus corrupted."""
 
-import functools
 import hashlib
 import json
 import os
@@ -64,6 +63,8 @@ class PairCorpus:
             used += size
         self.total_bytes = used
         self._next = 0
+        settings = json.dumps(["pairs", sequence_bytes, seed, max_bytes])
+        self._fingerprint = _fingerprint(settings, self._examples)
 
     @property
     def domains(self) -> list[str]:
@@ -75,15 +76,9 @@ class PairCorpus:
             self._next += 1
             yield self._examples[self._next - 1]
 
-    @functools.cache  # noqa: B019 - one corpus a run, and its state is taken after every example
     def fingerprint(self) -> str:
         """SHA-256 over every pair and the settings."""
-        settings = json.dumps(["pairs", self.sequence_bytes, self.seed, self.max_bytes])
-        digest = hashlib.sha256(settings.encode())
-        for each in self._examples:
-            sides = (each.domain.encode(), each.source, each.target)
-            digest.update(b"".join(len(side).to_bytes(8, "little") + side for side in sides))
-        return digest.hexdigest()
+        return self._fingerprint
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON takes it."""
@@ -154,3 +149,11 @@ def open_pairs(names: Sequence[str], *, sequence_bytes: int, seed: int = 0, max_
         domain, rest = (named[1], named[2]) if named else (PAIRS_DOMAIN, text)
         pairs += [(domain, pair) for pair in read_pairs(locate_pairs(rest))]
     return PairCorpus(pairs, sequence_bytes=sequence_bytes, seed=seed, max_bytes=max_bytes)
+
+
+def _fingerprint(settings: str, examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for each in examples:
+        sides = (each.domain.encode(), each.source, each.target)
+        digest.update(b"".join(len(side).to_bytes(8, "little") + side for side in sides))
+    return digest.hexdigest()
