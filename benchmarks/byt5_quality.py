@@ -1,7 +1,7 @@
 """What packing costs the demo ByT5: character error rate by language and bits per byte of the wanted text; resumable.
 
     python benchmarks/byt5_quality.py HELDOUT --results results.jsonl [--per-language 12] [--train CORPUS/train/multilingual]
-        [--answer main|all]
+        [--answer main|all] [--rows "16-bit" "nvfp4 gptq" ..]
 
 HELDOUT/multilingual holds docs_<language>.txt. Its lines are cut into segments as the demo's training cut them, less the
 lines that TRAIN/<language>.txt has too, and stripped of case and marks: the model restores them. Statistics for mse, awq
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--per-language", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--answer", choices=("main", "all"), default="main")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="these alone; 16-bit comes first")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     pairs = held_out_pairs(options.heldout, options.train, options.per_language, options.seed)
@@ -126,7 +127,7 @@ def main() -> None:
     )
     answered = [name for name in ROWS if options.answer == "all" or name in ANSWERED]
     found: dict[str, Answers] = {}
-    for name in ROWS:
+    for name in dict.fromkeys(["16-bit", *options.rows]):
         if name not in done:
             start = time.perf_counter()
             candidate = packed(model, name, statistics)
