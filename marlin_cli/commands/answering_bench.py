@@ -1,10 +1,11 @@
-"""What `marlin bench` does with ByT5 models once its options are read: one library call, one rendering."""
+"""What `marlin bench` does differently with ByT5 models, once its options are read: another run, another report."""
 
 from collections.abc import Sequence
 
-from marlin_cli.bench.answering_report import RENDERINGS, PairSettings, to_tables
+from marlin_cli.bench import answering_report, report
+from marlin_cli.bench.answering_report import AnsweringReport, PairSettings
 from marlin_cli.bench.answering_run import AnsweringRequest, run
-from marlin_cli.bench.report import Table
+from marlin_cli.bench.report import Report, Table
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import architecture_of
 from marlin_cli.checkpoints.location import locate_model
@@ -31,17 +32,30 @@ def measured(
     reference: str | None,
     device: str,
     kv_bits: int | None,
-    form: str,
     *,
     foreign_options: Sequence[str],
-) -> tuple[list[Table], str]:
-    """The tables of a run, and its text in another form than `table` (empty in that one).
+) -> AnsweringReport:
+    """One run over ByT5 models.
+
+    Args:
+        foreign_options: names of options that were given and that ByT5 does not have.
 
     Raises:
-        UsageError: options that were given and that ByT5 does not have.
+        UsageError: there are such options.
     """
     if foreign_options:
         raise UsageError(f"{foreign_options[0]} has no meaning for ByT5")
     quality = None if pairs is None else PairSettings(pairs, max_bytes, reference)
-    report = run(AnsweringRequest(models, throughput, quality, device, kv_bits))
-    return to_tables(report), RENDERINGS[form](report) if form in RENDERINGS else ""
+    return run(AnsweringRequest(models, throughput, quality, device, kv_bits))
+
+
+def tables_of(found: Report | AnsweringReport) -> list[Table]:
+    """The tables of either report."""
+    return answering_report.to_tables(found) if isinstance(found, AnsweringReport) else report.to_tables(found)
+
+
+def rendered(found: Report | AnsweringReport, form: str) -> str:
+    """Either report as json, jsonl, csv or md."""
+    if isinstance(found, AnsweringReport):
+        return answering_report.RENDERINGS[form](found)
+    return report.RENDERINGS[form](found)

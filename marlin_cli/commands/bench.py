@@ -71,8 +71,9 @@ def bench(
 
     require_mlx()
     from marlin_cli import console
+    from marlin_cli.bench.answering_report import AnsweringReport
     from marlin_cli.bench.held_out import Windowing
-    from marlin_cli.bench.report import RENDERINGS, QualitySettings, to_tables
+    from marlin_cli.bench.report import QualitySettings, Report
     from marlin_cli.bench.run import Request, run
     from marlin_cli.bench.throughput import ThroughputSettings
     from marlin_cli.commands import answering_bench
@@ -101,8 +102,8 @@ def bench(
             "--k-bits": k_bits,
             "--v-bits": v_bits,
         }
-        tables, text = answering_bench.measured(
-            names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits, form.value,
+        report: Report | AnsweringReport = answering_bench.measured(
+            names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,
             foreign_options=[option for option, value in given.items() if value is not None],
         )  # fmt: skip
     else:
@@ -115,11 +116,11 @@ def bench(
                 kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
             )
         )
-        tables, text = to_tables(report), RENDERINGS[form.value](report) if form is not Format.table else ""
     if form is Format.table:
-        for table in tables:
+        for table in answering_bench.tables_of(report):
             console.table(table.title, table.columns, table.rows, to_stdout=True)
         return
+    text = answering_bench.rendered(report, form.value)
     if target is None:
         print(text)
         return
