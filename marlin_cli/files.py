@@ -97,6 +97,17 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
     check_output_parent(path)
 
 
+def check_output_file(path: Path) -> None:
+    """Raise now what `writing` would raise after the work is done.
+
+    Raises:
+        OutputError: see `writing`.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file to write")
+    check_output_parent(path)
+
+
 def check_output_parent(path: Path) -> None:
     """Raise `OutputError` unless the folder that will hold `path` exists and can be written."""
     parent = path.parent
