@@ -37,10 +37,10 @@ def statistics_of(network: MegaByte, folder: Path) -> Statistics:
 @pytest.mark.parametrize("ffn_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("method", ["rtn", "mse", "awq", "gptq"])
 def test_the_same_files_as_from_the_whole_network(method, ffn_bias, random_network, small_sizes, tmp_path):
-    small_sizes |= {"global_dim": 64, "local_dim": 64}
+    small_sizes |= {"global_dim": 64, "local_dim": 64, "global_layers": 1, "local_layers": 1}
     config = MegaByteConfig(**small_sizes, ffn="gelu" if ffn_bias else "swiglu", ffn_bias=ffn_bias)
     network = random_network(config)
-    source = write(tmp_path / "source", network, shard_bytes=100_000)
+    source = write(tmp_path / "source", network, shard_bytes=60_000)
     assert len(list(source.glob("*.safetensors"))) > 2
     statistics = statistics_of(network, tmp_path)
     whole = quantize_network(network, SETTINGS, statistics, method=method, domain_weights={"text": 1.0})
