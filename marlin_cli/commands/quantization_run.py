@@ -29,6 +29,7 @@ from marlin_cli.quantization.apply import (
 )
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits, load_recipe
+from marlin_cli.quantization.stream import quantize_checkpoint
 from marlin_cli.statistics import load_statistics
 
 DISTILL_WINDOW_BYTES = 1024
@@ -100,10 +101,11 @@ def pack(
         raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
     check_method(method, statistics)
-    network = _network(model, options)
     if target is None:
-        reports = [planned(plan) for plan in plan_network(network, settings)]
-    else:
+        network = _network(model, options, check_values=False)
+        reports, kept = [planned(plan) for plan in plan_network(network, settings)], kept_bytes(network)
+    elif distill_steps:
+        network = _network(model, options)
         weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings))
         with console.byte_progress("packing", weights * 2) as progress:
             result = quantize_network(
@@ -114,16 +116,29 @@ def pack(
                 domain_weights=domain_weights,
                 on_layer=lambda report: progress.advance(report.bytes_before),
             )
-        reports = result.layers
-        if distill_steps:
-            result = _distilled(model, options, result, distill_steps, distill_corpora)
+        reports, kept = result.layers, kept_bytes(network)
+        result = _distilled(model, options, result, distill_steps, distill_corpora)
         parameters = dict(tree_flatten(result.network.parameters()))
         write_model(
             target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
             overwrite=overwrite,
         )  # fmt: skip
+    else:
+        checkpoint = read_checkpoint(locate_model(model), options, check_values=False)
+        with console.byte_progress("packing", sum(array.nbytes for array in checkpoint.weights.values())) as progress:
+            written = quantize_checkpoint(
+                checkpoint,
+                target,
+                settings,
+                statistics,
+                where=model,
+                method=method,
+                domain_weights=domain_weights,
+                overwrite=overwrite,
+                on_bytes=progress.advance,
+            )
+        reports, kept = written.layers, written.kept_bytes
     parts = by_part(reports)
-    kept = kept_bytes(network)
     if json_output:
         document = {
             "model": model,
@@ -184,9 +199,9 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 
 
-def _network(model: str, options: ImportOptions) -> Network:
+def _network(model: str, options: ImportOptions, *, check_values: bool = True) -> Network:
     """The network with its weights in the type that they are stored in."""
-    checkpoint = read_checkpoint(locate_model(model), options)
+    checkpoint = read_checkpoint(locate_model(model), options, check_values=check_values)
     return build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
 
 

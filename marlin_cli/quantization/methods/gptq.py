@@ -16,7 +16,8 @@ from marlin_cli.quantization.methods.mse import mse
 
 DAMPING = 0.01  # of the mean diagonal, added to it; ten times more after each failure
 DAMPING_TRIES = 4
-BLOCK_COLUMNS = 128
+BLOCK_COLUMNS = 64  # rounded one by one in numpy; everything between blocks is a matrix product
+INVERSE_COLUMNS = 128  # triangles up to this size are inverted as general matrices
 DESCENT_SWEEPS = 3
 
 
@@ -74,13 +75,26 @@ def inverse_factor(hessian: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int
         try:
             # chol(inv(H)) upper = inverse of the factor of H with rows and columns reversed.
             lower = np.linalg.cholesky(ordered[::-1, ::-1])
-            inverse = np.linalg.inv(lower)[::-1, ::-1]
-            if np.isfinite(inverse).all():
-                return order, np.ascontiguousarray(np.triu(inverse), dtype=np.float32)
+            _invert_lower(lower)
+            if np.isfinite(lower).all():
+                return order, np.ascontiguousarray(lower[::-1, ::-1], dtype=np.float32)
         except np.linalg.LinAlgError:
             pass
         damping *= 10
     return None
+
+
+def _invert_lower(lower: npt.NDArray[np.floating]) -> None:
+    """Replace a lower triangle by its inverse, halves first: all but the smallest are matrix products."""
+    size = len(lower)
+    if size <= INVERSE_COLUMNS:
+        lower[:] = np.tril(np.linalg.inv(lower))
+        return
+    half = size // 2
+    first, last, below = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert_lower(first)
+    _invert_lower(last)
+    below[:] = -(last @ below) @ first
 
 
 def _feed_back(weight: Floats, grid: Grid, order: npt.NDArray[np.intp], factor: Floats) -> Floats:
@@ -91,16 +105,15 @@ def _feed_back(weight: Floats, grid: Grid, order: npt.NDArray[np.intp], factor: 
     scale = np.ascontiguousarray(scales[:, order].T)
     bias = biases if isinstance(biases, float) else np.ascontiguousarray(biases[:, order].T)
     levels = np.empty_like(rest)
-    columns = len(rest)
-    for start in range(0, columns, BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, columns)
-        errors = np.empty((end - start, rest.shape[1]), np.float32)
+    for start in range(0, len(rest), BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, len(rest))
+        # The rows of columns that are done hold their errors.
+        rest[start:end] -= factor[:start, start:end].T @ rest[:start]
         for i in range(start, end):
             offset = bias if isinstance(bias, float) else bias[i]
             levels[i] = grid.round_levels((rest[i] - offset) / scale[i])
-            errors[i - start] = (rest[i] - (levels[i] * scale[i] + offset)) / factor[i, i]
-            rest[i + 1 : end] -= factor[i, i + 1 : end, None] * errors[i - start]
-        rest[end:] -= factor[start:end, end:].T @ errors
+            rest[i] = (rest[i] - (levels[i] * scale[i] + offset)) / factor[i, i]
+            rest[i + 1 : end] -= factor[i, i + 1 : end, None] * rest[i]
     result = np.empty_like(weight)
     result[:, order] = levels.T
     return result
@@ -112,7 +125,8 @@ def _descend(weight: Floats, grid: Grid, levels: Floats, hessian: Floats) -> Flo
     scale = np.ascontiguousarray(scales.T)
     bias = biases if isinstance(biases, float) else np.ascontiguousarray(biases.T)
     levels = np.ascontiguousarray(levels.T)
-    error = levels * scale + bias - weight.T
+    columns = np.ascontiguousarray(weight.T)
+    error = levels * scale + bias - columns
     for _ in range(DESCENT_SWEEPS):
         for start in range(0, len(levels), BLOCK_COLUMNS):
             end = min(start + BLOCK_COLUMNS, len(levels))
@@ -121,11 +135,12 @@ def _descend(weight: Floats, grid: Grid, levels: Floats, hessian: Floats) -> Flo
                 if hessian[i, i] <= 0:
                     continue
                 offset = bias if isinstance(bias, float) else bias[i]
-                wanted = error[i] - gradient[i - start] / hessian[i, i] + weight[:, i]
+                wanted = error[i] - gradient[i - start] / hessian[i, i] + columns[i]
                 rounded = grid.round_levels((wanted - offset) / scale[i])
                 change = (rounded - levels[i]) * scale[i]
                 if change.any():
                     levels[i] = rounded
                     error[i] += change
-                    gradient += hessian[start:end, i, None] * change
+                    # Those before are rounded again in the next sweep only, from a new gradient.
+                    gradient[i + 1 - start :] += hessian[i + 1 : end, i, None] * change
     return np.ascontiguousarray(levels.T)
