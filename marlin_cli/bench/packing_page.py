@@ -182,9 +182,7 @@ def _by_domain(document: Mapping[str, Any]) -> Section:
             for name, each in domains.items()
         ]  # fmt: skip
         columns = ["domain", "bytes", "bits/byte before", "after", "difference", "KL, mean", "median", "99 %", "max"]
-        blocks.append(
-            Grid("On bytes of the shipped sample, each window from an empty context; KL in bits per byte", columns, rows)
-        )
+        blocks.append(Grid("On calibration's bytes, each window from an empty context; KL in bits per byte", columns, rows))
         means = [each["kl_mean_bits"] for each in domains.values()]
         blocks.append(Bars("Mean KL divergence from the 16-bit model", "bits per byte", list(domains), {"": means}))
     known = [layer for layer in document["layers"] if layer["output_error_by_domain"]]

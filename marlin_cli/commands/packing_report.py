@@ -7,10 +7,8 @@ from marlin_cli import __version__, console
 from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
 from marlin_cli.bench.packing_loss import DomainLoss, loss_by_domain, output_errors
 from marlin_cli.bench.packing_page import document_of, sections_of
-from marlin_cli.bench.throughput import SAMPLE
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.files import shipped
 from marlin_cli.models import Network, build
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops.device import choose_device
@@ -19,7 +17,8 @@ from marlin_cli.quantization.apply import LayerReport
 from marlin_cli.statistics import Statistics
 from marlin_cli.statistics.show import summarise
 
-# Bytes of the shipped sample on which both models are compared, and of a window.
+# The bytes on which both models are compared: at most so many of a recipe, and of a window.
+RECIPE = "default"
 COMPARED_BYTES, WINDOW_BYTES = 64 << 10, 2048
 
 
@@ -58,7 +57,7 @@ def _network(model: str, options: ImportOptions) -> Network:
 
 def _losses(original: MegaByte, packed: MegaByte) -> dict[str, DomainLoss]:
     windowing = Windowing(min(WINDOW_BYTES, original.config.max_bytes), max_bytes=COMPARED_BYTES)
-    windows = cut(files_by_domain(str(shipped(SAMPLE))), windowing)
+    windows = cut(files_by_domain(RECIPE), windowing)
     total = sum(window.length for part in windows.values() for window in part)
     with console.byte_progress("comparing", total) as progress:
         return loss_by_domain(original, packed, windows, progress.advance)

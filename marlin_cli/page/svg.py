@@ -88,17 +88,20 @@ def _legend(names: Sequence[str], top: float) -> tuple[list[str], float]:
 def _bars(chart: Bars) -> str:
     names = list(chart.series)
     parts, top = _legend(names, 0)
+    if chart.unit:
+        top += LINE
+        parts.append(_text(0, top - 4, chart.unit, "start", "faint"))
     width = LETTER * max((len(shortened(label)) for label in chart.labels), default=0) + 10
-    above = width > WIDTH * 0.4  # long labels stand over their bars, not beside them
+    above = width > WIDTH * 0.5  # long labels stand over their bars, not beside them
     left = 0.0 if above else width
     values = [value for values in chart.series.values() for value in values if value is not None]
     if chart.stacked:
         values = [sum(each[row] or 0.0 for each in chart.series.values()) for row in range(len(chart.labels))]
-    axis = axis_of(values, from_zero=True, most_ticks=5)
+    axis = Axis(min([0.0, *values]), max([0.0, *values]) or 1.0, ())
     negative = axis.low < 0
     right = WIDTH - 62
     place = _Places(axis, left + (50 if negative else 0), right)
-    thickness = 13.0 if len(names) == 1 or chart.stacked else 9.0
+    thickness = 13.0 if len(names) == 1 or chart.stacked else 11.0
     y = top + 4
     for row, label in enumerate(chart.labels):
         if above:
@@ -115,9 +118,9 @@ def _bars(chart: Bars) -> str:
                 if value is not None:
                     parts += _bar(value, place, y + index * thickness, thickness, index, _mark(label, name, value, chart.unit))
         y += heights + 8
-    parts.append(_line(place(0), top, place(0), y - 4, "axis"))
-    parts.append(_text(place(0), y + 9, chart.unit, "start", "faint"))
-    return _svg(chart.title, y + LINE, parts)
+    if not above:
+        parts.append(_line(place(0), top, place(0), y - 4, "axis"))
+    return _svg(chart.title, y, parts)
 
 
 def _bar(value: float, place: "_Places", y: float, thickness: float, colour: int, title: str) -> list[str]:
