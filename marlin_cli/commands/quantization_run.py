@@ -93,10 +93,15 @@ def pack(
     distill_steps: int,
     distill_corpora: Sequence[str],
     *,
+    page: Path | None,
     overwrite: bool,
     json_output: bool,
 ) -> None:
-    """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table."""
+    """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table.
+
+    Args:
+        page: file for the HTML report.
+    """
     if domain_weights is not None and statistics_file is None:
         raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
@@ -153,6 +158,10 @@ def pack(
     else:
         _show(model, target, parts, kept)
         _show_worst(worst_layers(reports))
+    if page is not None and target is not None:
+        from marlin_cli.commands.packing_report import write_report
+
+        write_report(page, model, options, target, method, reports, kept, statistics)
 
 
 def _distilled(model: str, options: ImportOptions, result: Quantized, steps: int, corpora: Sequence[str]) -> Quantized:

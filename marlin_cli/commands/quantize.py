@@ -37,6 +37,9 @@ def quantize(
     override: Annotated[
         list[str] | None, typer.Option(help="REGEX=FORMAT for the layers whose path matches; repeatable.")
     ] = None,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Write a page: size, errors, ranges, KL divergence.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
@@ -52,7 +55,7 @@ def quantize(
 
     from marlin_cli.backend import require_mlx
     from marlin_cli.errors import UsageError
-    from marlin_cli.files import check_output_folder
+    from marlin_cli.files import check_output_file, check_output_folder
 
     require_mlx()
     from marlin_cli.commands import quantization_run as run
@@ -64,6 +67,11 @@ def quantize(
     target = None if dry_run or output is None else Path(output)
     if target is not None:
         check_output_folder(target, overwrite=overwrite)
+    page = None if report is None else Path(report)
+    if page is not None:
+        if target is None or dequantize:
+            raise UsageError("--report tells what packing cost; leave out --dry-run and --dequantize")
+        check_output_file(page)
     options = parse_import_options(import_options)
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
@@ -77,5 +85,5 @@ def quantize(
     run.pack(
         model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
         distill_steps, distill_corpus or ["default"],
-        overwrite=overwrite, json_output=json_output,
+        page=page, overwrite=overwrite, json_output=json_output,
     )  # fmt: skip
