@@ -29,7 +29,17 @@ def quantize(
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")
     ] = None,
-    distill_steps: Annotated[int, typer.Option(min=0, help="Then tune codes and scales by so many steps; slow.")] = 0,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="MegaByte: pack layer after layer on calibration bytes, instead of --stats; slow."),
+    ] = False,
+    sequential_bytes: Annotated[str, typer.Option(help="How many bytes for --sequential.", metavar="SIZE")] = "512k",
+    sequential_corpus: Annotated[
+        list[str] | None, typer.Option(help="Bytes for --sequential, as calibrate's --corpus. Default: `default`.")
+    ] = None,
+    distill_steps: Annotated[
+        int, typer.Option(min=0, help="MegaByte: then tune the local part by so many steps of 8 KiB; slow.")
+    ] = 0,
     distill_corpus: Annotated[
         list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")
     ] = None,
@@ -59,7 +69,7 @@ def quantize(
 
     require_mlx()
     from marlin_cli.commands import quantization_run as run
-    from marlin_cli.commands.options import parse_import_options
+    from marlin_cli.commands.options import parse_import_options, parse_size
     from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
@@ -82,8 +92,14 @@ def quantize(
     byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
     formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
+    steps = run.ByteSteps(
+        parse_size(sequential_bytes, "--sequential-bytes") if sequential else 0,
+        sequential_corpus or ["default"],
+        distill_steps,
+        distill_corpus or ["default"],
+    )
     run.pack(
         model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
-        distill_steps, distill_corpus or ["default"],
+        steps,
         page=page, overwrite=overwrite, json_output=json_output,
     )  # fmt: skip

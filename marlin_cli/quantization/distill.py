@@ -249,11 +249,15 @@ def _levels_of(packed: Packed) -> npt.NDArray[np.float32]:
     return np.concatenate([magnitudes, -magnitudes])[codes]
 
 
-def windows_of(corpus: Corpus, window_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The whole windows of a corpus as batches [1, window_bytes]."""
+def batches_of(corpus: Corpus, window_bytes: int, windows: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The whole windows of a corpus as batches [windows, window_bytes]; what fills no batch is left out."""
+    batch: list[npt.NDArray[np.uint8]] = []
     for window in corpus:
         if len(window.bytes) == window_bytes:
-            yield window.bytes[None]
+            batch.append(window.bytes)
+        if len(batch) == windows:
+            yield np.stack(batch)
+            batch = []
 
 
 def differentiable_linear(x: mx.array, weight: mx.array) -> mx.array:

@@ -37,7 +37,9 @@ FORMAT = QuantizationSettings("mxfp4", "mxfp4")
 def batches(seed: int, count: int = 4, windows: int = 8) -> list[tuple[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     # Bytes with some structure: the inputs of layers are then correlated.
-    return [("text" if n % 2 else "code", rng.integers(0, 32 + 64 * (n % 2), (windows, 48), dtype=np.uint8)) for n in range(count)]
+    return [
+        ("text" if n % 2 else "code", rng.integers(0, 32 + 64 * (n % 2), (windows, 48), dtype=np.uint8)) for n in range(count)
+    ]
 
 
 def divergence(network, other) -> float:
