@@ -11,7 +11,7 @@ from marlin_cli.bench.answering_speed import BATCH_SIZES, AnsweringSpeed, check_
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.pairs import PairQuality, check_pairs_fit, measure_pairs
 from marlin_cli.bench.run import labels_of
-from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.checkpoints import read_checkpoint
@@ -64,6 +64,7 @@ def run(request: AnsweringRequest) -> AnsweringReport:
     reports = [
         AnsweringModelReport(
             model=label,
+            weights=weights_by_part(model.network),
             stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             kv_bits=model.kv_bits,

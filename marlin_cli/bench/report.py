@@ -35,6 +35,7 @@ class ModelReport:
     """What was measured of one model. Sizes are by part of the model."""
 
     model: str
+    weights: dict[str, int]  # how many numbers; a packed one counts once
     stored_weight_bytes: dict[str, int]  # in its checkpoint
     loaded_weight_bytes: dict[str, int]  # in memory: on a CPU, 16-bit weights become float32
     cache_bits: CacheBits

@@ -12,7 +12,7 @@ from marlin_cli.bench.held_out import Window, cut, files_by_domain
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
-from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
@@ -57,6 +57,7 @@ def run(request: Request) -> Report:
     reports = [
         ModelReport(
             model=label,
+            weights=weights_by_part(model.network),
             stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             cache_bits=model.cache_bits,

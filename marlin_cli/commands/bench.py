@@ -58,12 +58,20 @@ def bench(
         Format | None, typer.Option("--format", help="Default: as the name of --output ends, else table.")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file, not to stdout.")] = None,
+    report_page: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.html", help="Write a page of charts and tables too.")
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.svg|png", help="Draw the charts into a file too; needs the extra `plot`.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
     """Measure models side by side: bytes per second, memory, and with --quality bits per byte by domain.
 
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """
+    import json
+
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.options import parse_cache_bits, parse_size
     from marlin_cli.errors import UsageError
@@ -77,6 +85,7 @@ def bench(
     from marlin_cli.bench.run import Request, run
     from marlin_cli.bench.throughput import ThroughputSettings
     from marlin_cli.commands import answering_bench
+    from marlin_cli.commands.bench_pictures import Pictures
 
     if show_kernels:
         return _show_kernels(device)
@@ -84,6 +93,7 @@ def bench(
     form = _format_of(output_format, target)
     if target is not None:
         check_output_parent(target)
+    pictures = Pictures.checked(report_page, plot)
     sizes = {
         "window_bytes": ("--window-bytes", window_bytes),
         "max_bytes_per_file": ("--max-bytes-per-file", max_bytes_per_file),
@@ -116,6 +126,7 @@ def bench(
                 kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
             )
         )
+    pictures.write(json.loads(answering_bench.rendered(report, "json")))
     if form is Format.table:
         for table in answering_bench.tables_of(report):
             console.table(table.title, table.columns, table.rows, to_stdout=True)

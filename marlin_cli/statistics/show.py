@@ -20,6 +20,7 @@ class Range:
     channel_peak: float  # largest root mean square of a channel, over the median one
     rms_by_domain: dict[str, float]
     rms_by_group: list[float]  # by row of the sequence, or by head
+    maximum_by_group: list[float]  # largest absolute value
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _range(moments: Moments, domains: Sequence[str]) -> Range:
         channel_peak=float(by_channel.max()) / median if median else 0.0,
         rms_by_domain=dict(zip(domains, by_domain.tolist(), strict=True)),
         rms_by_group=_rms(squares.sum(axis=(0, 2)), count.sum(axis=0) * channels).tolist(),
+        maximum_by_group=moments.absolute_maximum.max(axis=(0, 2), initial=0.0).tolist(),
     )
 
 
