@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
@@ -187,10 +187,7 @@ class ByT5Model:
 
     def bits(self, source: bytes, target: bytes) -> float:
         """Bits that `target` and its end cost as the answer to `source`."""
-        logits = self.logits(source, target)
-        wanted = mx.array([*ids_of_bytes(target), self.config.end_id])
-        costs = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-        return float(np.array(costs).astype(np.float64).sum() / np.log(2))
+        return float(bits_of_answers(self.network, [self._source(source)], [target], memory_bits=self.kv_bits)[0])
 
     def bits_per_byte(self, source: bytes, target: bytes) -> float:
         """Bits that a byte of `target` costs, those of its end among them.

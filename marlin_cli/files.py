@@ -1,6 +1,8 @@
 """Files: atomic writes, fingerprints, validated safetensors, and the folder where shipped data lies."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +15,9 @@ from typing import Any
 from marlin_cli.errors import CheckpointError, ConfigError, MarlinError, OutputError
 
 PACKAGE = Path(__file__).resolve().parent
+
+# How the names of folders end that are being written.
+UNFINISHED = ".unfinished"
 
 
 def shipped(relative: str) -> Path:
@@ -57,12 +62,16 @@ def writing(path: Path) -> Iterator[Path]:
 def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`; when the block ends well it takes the place of `path` in one rename.
 
+    Folders that earlier runs for the same `path` left because they were killed are removed first.
+
     Raises:
         OutputError: `path` exists and `overwrite` is off, or the folder cannot be written.
     """
     check_output_folder(path, overwrite=overwrite)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        _remove_abandoned(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent))
+        lock = _locked(temporary)
     except OSError as error:
         raise _cannot_write(path, error) from None
     try:
@@ -82,6 +91,28 @@ def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _cannot_write(path, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the temporary folders of `path` that no running process holds."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}"):
+        lock = _locked(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that locks a folder until it is closed or the process ends; None if another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks, where nothing is removed
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def check_output_folder(path: Path, *, overwrite: bool) -> None:
@@ -94,6 +125,17 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{path}: already exists; name another folder or pass --overwrite")
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: is a file; name a folder to write")
+    check_output_parent(path)
+
+
+def check_output_file(path: Path) -> None:
+    """Raise now what `writing` would raise after the work is done.
+
+    Raises:
+        OutputError: see `writing`.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file to write")
     check_output_parent(path)
 
 

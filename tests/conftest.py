@@ -1,5 +1,6 @@
 """Small random networks of every layout, and the shipped demo."""
 
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -8,6 +9,10 @@ from mlx.utils import tree_map
 
 from marlin_cli import load
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import page_reader  # noqa: E402 (found by the line above)
 
 SMALL = {
     "patch_size": 4, "max_bytes": 96,
@@ -82,3 +87,18 @@ def demo():
 @pytest.fixture(scope="session")
 def golden():
     return mx.load(str(Path(__file__).parent / "data" / "megabyte-demo-golden.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def read_page():
+    """A function of a page's HTML: its elements, see `page_reader.PageReader`."""
+    return page_reader.PageReader
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A function of a page's path: the page as headless Chromium understood it, as HTML."""
+    if page_reader.chromium() is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    profile = tmp_path_factory.mktemp("chromium")
+    return lambda path: page_reader.loaded(path, profile)

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ class ModelReport:
     """What was measured of one model. Sizes are by part of the model."""
 
     model: str
+    weights: dict[str, int]  # how many numbers; a packed one counts once
     stored_weight_bytes: dict[str, int]  # in its checkpoint
     loaded_weight_bytes: dict[str, int]  # in memory: on a CPU, 16-bit weights become float32
     cache_bits: CacheBits
@@ -79,36 +80,46 @@ class Table:
 # Documents
 
 
-def to_json(report: Report) -> str:
-    """The report as one JSON document on one line."""
+def to_json(report: Any) -> str:
+    """A report (a dataclass) as one JSON document on one line."""
     return _line(_document(report))
 
 
-def to_jsonl(report: Report) -> str:
+def to_jsonl(report: Any) -> str:
     """A JSON document a model, one a line; each repeats the machine and the settings."""
     common = _document(report)
     return "\n".join(_line({**common, "models": [model]}) for model in common["models"])
 
 
-def to_csv(report: Report) -> str:
+def csv_of(rows: Iterable[Measurement]) -> str:
     """A row for each measurement, under the fields of `Measurement`."""
     text = io.StringIO()
     columns = [field.name for field in dataclasses.fields(Measurement)]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(dataclasses.asdict(measurement) for measurement in measurements(report))
+    writer.writerows(dataclasses.asdict(row) for row in rows)
     return text.getvalue().rstrip("\n")
+
+
+def markdown_of(tables: Iterable[Table]) -> str:
+    """Tables in Markdown."""
+    return "\n\n".join(_markdown(table) for table in tables)
+
+
+def to_csv(report: Report) -> str:
+    """See `csv_of`."""
+    return csv_of(measurements(report))
 
 
 def to_markdown(report: Report) -> str:
     """The tables of `to_tables` in Markdown."""
-    return "\n\n".join(_markdown(table) for table in to_tables(report))
+    return markdown_of(to_tables(report))
 
 
 RENDERINGS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "md": to_markdown}
 
 
-def _document(report: Report) -> dict[str, Any]:
+def _document(report: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(report)}
 
 
@@ -143,13 +154,17 @@ def measurements(report: Report) -> Iterator[Measurement]:
                 yield from _of_score(model.model, domain, score)
 
 
+def measurement_of_spread(model: str, measure: str, part: str, spread: Spread) -> Measurement:
+    """The row of repeats of one measurement."""
+    return Measurement(
+        model, measure, part, spread.median,
+        minimum=spread.minimum, maximum=spread.maximum, interquartile_range=spread.interquartile_range,
+    )  # fmt: skip
+
+
 def _of_throughput(model: str, result: Throughput) -> Iterator[Measurement]:
     for measure in ("prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds"):
-        spread: Spread = getattr(result, measure)
-        yield Measurement(
-            model, measure, "", spread.median,
-            minimum=spread.minimum, maximum=spread.maximum, interquartile_range=spread.interquartile_range,
-        )  # fmt: skip
+        yield measurement_of_spread(model, measure, "", getattr(result, measure))
     yield Measurement(model, "decoded_bytes", "", result.decoded_bytes)
     for level, size in result.cache_bytes.items():
         yield Measurement(model, "cache_bytes", level, size)
@@ -183,24 +198,30 @@ def _scores(quality: Quality) -> list[tuple[str, Score]]:
 
 def to_tables(report: Report) -> list[Table]:
     """The machine, speed and memory with a column a model, and quality with a table a model."""
-    tables = [_machine(report)]
+    tables = [machine_table(report.machine, report.peak_resident_bytes)]
     if report.throughput_settings is not None:
         tables.append(_speed(report, report.throughput_settings))
-    tables.append(_weights(report))
+    tables.append(
+        weights_table(
+            [model.model for model in report.models],
+            [model.stored_weight_bytes for model in report.models],
+            [model.loaded_weight_bytes for model in report.models],
+        )
+    )
     for model in report.models:
         if model.quality is not None and report.quality_settings is not None:
             tables.append(_quality(model.model, model.quality, report.quality_settings))
     return tables
 
 
-def _machine(report: Report) -> Table:
-    machine = report.machine
+def machine_table(machine: Machine, peak_resident_bytes: int) -> Table:
+    """The machine, with the most memory that the run held."""
     columns = ["device", f"{machine.device} ({machine.device_reason})"]
     rows = [
         ["processor", machine.device_name],
         ["system", f"{machine.system}, {machine.logical_cpus} logical CPUs"],
         ["versions", f"marlin {machine.marlin_version}, MLX {machine.mlx_version}, Python {machine.python_version}"],
-        ["peak resident bytes", f"{report.peak_resident_bytes:,}"],
+        ["peak resident bytes", f"{peak_resident_bytes:,}"],
     ]
     return Table("Machine", columns, rows)
 
@@ -212,9 +233,9 @@ def _speed(report: Report, settings: ThroughputSettings) -> Table:
     )
     results = [model.throughput for model in report.models if model.throughput is not None]
     rows = [
-        ["prefill, bytes/s", *(_range(result.prefill_bytes_per_second) for result in results)],
-        ["decode, bytes/s", *(_range(result.decode_bytes_per_second) for result in results)],
-        ["time to first byte, ms", *(_range(result.time_to_first_byte_seconds, 1000) for result in results)],
+        ["prefill, bytes/s", *(range_of(result.prefill_bytes_per_second) for result in results)],
+        ["decode, bytes/s", *(range_of(result.decode_bytes_per_second) for result in results)],
+        ["time to first byte, ms", *(range_of(result.time_to_first_byte_seconds, 1000) for result in results)],
         ["global cache, bytes", *(f"{result.cache_bytes['global']:,}" for result in results)],
         ["local cache, bytes", *(f"{result.cache_bytes['local']:,}" for result in results)],
         ["working memory, bytes", *(f"{result.working_memory_bytes:,}" for result in results)],
@@ -222,14 +243,14 @@ def _speed(report: Report, settings: ThroughputSettings) -> Table:
     return Table(title, ["", *(model.model for model in report.models)], rows)
 
 
-def _weights(report: Report) -> Table:
-    stored = [model.stored_weight_bytes for model in report.models]
+def weights_table(names: Sequence[str], stored: Sequence[Mapping[str, int]], loaded: Sequence[Mapping[str, int]]) -> Table:
+    """Bytes by part as stored, and in all as loaded, with a column a model."""
     rows = [
         [part, *(f"{sizes.get(part, 0):,}" for sizes in stored)] for part in PARTS if any(part in sizes for sizes in stored)
     ]
     rows.append(["all, stored", *(f"{sum(sizes.values()):,}" for sizes in stored)])
-    rows.append(["all, loaded", *(f"{sum(model.loaded_weight_bytes.values()):,}" for model in report.models)])
-    return Table("Weights, bytes", ["", *(model.model for model in report.models)], rows)
+    rows.append(["all, loaded", *(f"{sum(sizes.values()):,}" for sizes in loaded)])
+    return Table("Weights, bytes", ["", *names], rows)
 
 
 def _quality(name: str, quality: Quality, settings: QualitySettings) -> Table:
@@ -265,7 +286,10 @@ def _with_error(estimate: Estimate, form: str) -> list[str]:
     return [format(estimate.value, form), "" if error is None else format(error, form.removeprefix("+"))]
 
 
-def _range(spread: Spread, scale: float = 1.0) -> str:
+def range_of(spread: Spread | None, scale: float = 1.0) -> str:
+    """Median (smallest .. largest) of what was repeated; empty where nothing was."""
+    if spread is None:
+        return ""
     median, low, high = (_rounded(scale * value) for value in (spread.median, spread.minimum, spread.maximum))
     return f"{median} ({low} .. {high})"
 

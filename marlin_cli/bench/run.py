@@ -12,7 +12,7 @@ from marlin_cli.bench.held_out import Window, cut, files_by_domain
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
-from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
@@ -57,13 +57,14 @@ def run(request: Request) -> Report:
     reports = [
         ModelReport(
             model=label,
+            weights=weights_by_part(model.network),
             stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             cache_bits=model.cache_bits,
             throughput=None if speeds is None else speeds[number],
             quality=None if scores is None else scores[number],
         )
-        for number, (label, name, model) in enumerate(zip(_labels(request.models), request.models, models, strict=True))
+        for number, (label, name, model) in enumerate(zip(labels_of(request.models), request.models, models, strict=True))
     ]
     return Report(
         machine=describe_machine(models[0].device),
@@ -84,7 +85,7 @@ class _Scoring:
 
 
 def _prepared(request: Request, settings: QualitySettings, models: Sequence[MegaByteModel]) -> _Scoring:
-    networks = {label: model.network for label, model in zip(_labels(request.models), models, strict=True)}
+    networks = {label: model.network for label, model in zip(labels_of(request.models), models, strict=True)}
     reference = None
     if settings.reference in request.models:
         reference = models[request.models.index(settings.reference)].network
@@ -109,7 +110,7 @@ def _score(scoring: _Scoring) -> list[Quality]:
         return measure_quality(scoring.networks, scoring.windows, scoring.reference, progress.advance)
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels_of(names: Sequence[str]) -> list[str]:
     """The names, with a number where one comes again."""
     seen: Counter[str] = Counter()
     labels = []

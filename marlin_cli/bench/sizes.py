@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
-from marlin_cli.models import part_of
+from marlin_cli.models import linear_layers, part_of
+from marlin_cli.ops import QuantizedLinear
 
-PARTS = ("global", "middle", "local", "embeddings", "head")
+PARTS = ("global", "middle", "local", "encoder", "decoder", "cross", "embeddings", "head")
 
 # How the names of what is looked up, and not multiplied, end: bytes, positions and leading rows.
-_EMBEDDINGS = ("byte_embedding", "positions", "start")
+_EMBEDDINGS = ("embedding", "positions", "start")
 
 
 def bytes_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
@@ -21,6 +24,21 @@ def bytes_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
     for path, array in weights.items():
         sizes[_part(path)] += array.nbytes
     return {part: size for part, size in sizes.items() if size}
+
+
+def weights_by_part(network: nn.Module) -> dict[str, int]:
+    """How many numbers each part has, packed ones counted one by one, in the order of `PARTS`."""
+    packed = {path: module for path, module in linear_layers(network).items() if isinstance(module, QuantizedLinear)}
+    counts = dict.fromkeys(PARTS, 0)
+    for path, array in tree_flatten(network.parameters()):
+        layer, _, last = path.rpartition(".")
+        if layer not in packed:
+            counts[_part(path)] += array.size
+        elif last == "weight":
+            counts[_part(path)] += array.size * 32 // packed[layer].bits
+        elif last == "bias":
+            counts[_part(path)] += array.size
+    return {part: count for part, count in counts.items() if count}
 
 
 def _part(path: str) -> str:

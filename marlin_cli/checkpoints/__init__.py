@@ -11,7 +11,7 @@ from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_forei
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import read_json, sha256_of_file
 
-__all__ = ["Checkpoint", "ImportOptions", "architecture_of", "fingerprint", "read_checkpoint"]
+__all__ = ["Checkpoint", "ImportOptions", "architecture_of", "check_weight", "fingerprint", "read_checkpoint"]
 
 # Layouts that a config.json tells, in the order in which they are asked; the last takes every other one.
 WITH_CONFIG = {"hugging_face": hugging_face, "native": native}
@@ -30,13 +30,15 @@ FIELD_OF_OPTION = {
 }
 
 
-def read_checkpoint(path: Path, options: ImportOptions | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_values: bool = True) -> Checkpoint:
     """Read a model folder or file of any supported layout.
 
     Weights come in the types they are stored in; torch's float64 comes as float32.
 
     Args:
         options: what a foreign checkpoint does not reveal.
+        check_values: look at every weight now, which brings them all into memory; off, the caller calls `check_weight`
+            on each as it takes it.
 
     Raises:
         CheckpointError: no supported layout, a damaged or unsafe file, weights that are not finite numbers, or an
@@ -61,7 +63,10 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None) -> Checkpo
             )
         checkpoint = importer.read(foreign, options)
         _check_options(checkpoint, options)
-    _check_weights(checkpoint)
+    for name, array in checkpoint.weights.items():
+        _check_kind(checkpoint, name, array)
+        if check_values:
+            check_weight(checkpoint.path, name, array)
     return checkpoint
 
 
@@ -104,13 +109,15 @@ def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
             raise CheckpointError(f"{checkpoint.path}: {option} is {found} by the checkpoint, but {wanted} was given")
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
-    """Every weight, one after the other: finite floating-point numbers, but for the integers of packed layers."""
-    for name, array in checkpoint.weights.items():
-        packed = f"{name.rpartition('.')[0]}.scales" in checkpoint.weights
-        if mx.issubdtype(array.dtype, mx.floating):
-            if not mx.isfinite(array).all().item():
-                raise CheckpointError(f"{checkpoint.path}: the weight {name!r} holds NaN or infinity; the file is damaged")
-        elif not packed:
-            kind = str(array.dtype).removeprefix("mlx.core.")
-            raise CheckpointError(f"{checkpoint.path}: the weight {name!r} is {kind}, expected floating point")
+def check_weight(path: Path, name: str, array: mx.array) -> None:
+    """Raise `CheckpointError` if a weight of the checkpoint at `path` holds NaN or infinity."""
+    if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+        raise CheckpointError(f"{path}: the weight {name!r} holds NaN or infinity; the file is damaged")
+
+
+def _check_kind(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
+    """Floating-point numbers, but for the integers of packed layers."""
+    packed = f"{name.rpartition('.')[0]}.scales" in checkpoint.weights
+    if not packed and not mx.issubdtype(array.dtype, mx.floating):
+        kind = str(array.dtype).removeprefix("mlx.core.")
+        raise CheckpointError(f"{checkpoint.path}: the weight {name!r} is {kind}, expected floating point")

@@ -1,7 +1,8 @@
 """Writes marlin's own layout: a folder with config.json and safetensors, sharded when large."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import mlx.core as mx
 
 from marlin_cli.files import save_arrays, writing_folder
 
-SHARD_BYTES = 5_000_000_000
+# A shard is held in memory until it is full.
+SHARD_BYTES = 1_000_000_000
 
 
 def write_model(
@@ -32,43 +34,81 @@ def write_model(
     Raises:
         OutputError: the folder exists and `overwrite` is off, or it cannot be written.
     """
-    document = dict(config)
-    if quantization is not None:
-        document["quantization"] = dict(quantization)
-        # The same table under transformers' name, as mlx-lm writes it.
-        document["quantization_config"] = dict(quantization)
-    if marlin is not None:
-        document["marlin"] = dict(marlin)
-    shards = _shards(weights, shard_bytes)
+    with writing_model(path, overwrite=overwrite, shard_bytes=shard_bytes) as writer:
+        for name in sorted(weights):
+            writer.add(name, weights[name])
+        writer.finish(config, quantization, marlin)
+
+
+@contextlib.contextmanager
+def writing_model(path: Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> Iterator["ModelWriter"]:
+    """As `write_model`, for weights that come one by one: at most a shard of them is in memory.
+
+    Raises:
+        OutputError: as `write_model`.
+    """
     with writing_folder(path, overwrite=overwrite) as folder:
-        names = (
-            ["model.safetensors"]
-            if len(shards) == 1
-            else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        )
-        for name, shard in zip(names, shards, strict=True):
-            save_arrays(folder / name, shard, {"format": "mlx"})
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(array.nbytes for array in weights.values())},
-                "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
-            }
-            _write_json(folder / "model.safetensors.index.json", index)
-        _write_json(folder / "config.json", document)
+        yield ModelWriter(folder, shard_bytes)
 
 
-def _shards(weights: Mapping[str, mx.array], shard_bytes: int) -> list[dict[str, mx.array]]:
-    """Weights in order, cut into groups of at most `shard_bytes` (or one larger array)."""
-    shards: list[dict[str, mx.array]] = [{}]
-    used = 0
-    for name in sorted(weights):
-        size = weights[name].nbytes
-        if shards[-1] and used + size > shard_bytes:
-            shards.append({})
-            used = 0
-        shards[-1][name] = weights[name]
-        used += size
-    return shards
+class ModelWriter:
+    """A model folder in the making: `add` every weight, then `finish`."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._shard: dict[str, mx.array] = {}
+        self._shard_of: dict[str, int] = {}  # name -> number of its shard, from 1
+        self._used_bytes = self._total_bytes = 0
+        self._shards = 1
+
+    def add(self, name: str, array: mx.array) -> None:
+        """Take a weight; shards that are full go to disk.
+
+        Raises:
+            OSError: they could not be written; `writing_folder` names the folder.
+        """
+        if self._shard and self._used_bytes + array.nbytes > self._shard_bytes:
+            self._save(self._temporary(self._shards))
+            self._shards += 1
+        self._shard[name] = array
+        self._shard_of[name] = self._shards
+        self._used_bytes += array.nbytes
+        self._total_bytes += array.nbytes
+
+    def finish(
+        self, config: Mapping[str, Any], quantization: Mapping[str, Any] | None, marlin: Mapping[str, Any] | None
+    ) -> None:
+        """Write the last shard, the index if there are several, and config.json.
+
+        Raises:
+            OSError: as `add`.
+        """
+        document = dict(config)
+        if quantization is not None:
+            document["quantization"] = dict(quantization)
+            # The same table under transformers' name, as mlx-lm writes it.
+            document["quantization_config"] = dict(quantization)
+        if marlin is not None:
+            document["marlin"] = dict(marlin)
+        if self._shards == 1:
+            self._save(self._folder / "model.safetensors")
+        else:
+            self._save(self._temporary(self._shards))
+            names = {number: f"model-{number:05d}-of-{self._shards:05d}.safetensors" for number in range(1, self._shards + 1)}
+            for number, name in names.items():
+                self._temporary(number).rename(self._folder / name)
+            weight_map = {key: names[number] for key, number in self._shard_of.items()}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            _write_json(self._folder / "model.safetensors.index.json", index)
+        _write_json(self._folder / "config.json", document)
+
+    def _temporary(self, number: int) -> Path:
+        """Where a shard lies until their count is known."""
+        return self._folder / f"{number}.safetensors"
+
+    def _save(self, path: Path) -> None:
+        save_arrays(path, self._shard, {"format": "mlx"})
+        self._shard, self._used_bytes = {}, 0
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -26,6 +26,7 @@ class Request:
     limits: AnswerLimits
     sampling: Sampling
     beams: Beams | None
+    input_prefix: bytes  # goes before every input
     sentinels: bool
     json: bool  # one object an answer, else its bytes and a line feed
 
@@ -51,9 +52,8 @@ def run(model: ByT5Model, request: Request, inputs: Iterable[Prompt], batch_size
     """
     index = 0
     for batch in _batches(inputs, batch_size):
-        found = model.answers(
-            [each.data for each in batch], request.limits, request.sampling, request.beams, sentinels=request.sentinels
-        )
+        inputs_of_batch = [request.input_prefix + each.data for each in batch]
+        found = model.answers(inputs_of_batch, request.limits, request.sampling, request.beams, sentinels=request.sentinels)
         for prompt, answers in zip(batch, found, strict=True):
             for each in answers:
                 data = bytes_with_sentinels(each.ids) if request.sentinels else each.data

@@ -30,10 +30,16 @@ def bench(
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
     quality: Annotated[
         str | None,
-        typer.Option(metavar="PATH|RECIPE", help="Score these bytes: a file, a folder of domains or a recipe."),
+        typer.Option(
+            metavar="PATH|RECIPE",
+            help="Score these bytes: a file, a folder of domains or a recipe. ByT5: pairs, as calibrate --pairs.",
+        ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare the scores with this model: KL divergence, agreement.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Compare the scores with this model's: KL divergence, agreement; ByT5: differences."
+        ),
     ] = None,
     window_bytes: Annotated[
         str | None, typer.Option(help="Bytes scored together, from an empty context. Default 2048.")
@@ -52,12 +58,20 @@ def bench(
         Format | None, typer.Option("--format", help="Default: as the name of --output ends, else table.")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Write to this file, not to stdout.")] = None,
+    report_page: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.html", help="Write a page of charts and tables too.")
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.svg|png", help="Draw the charts into a file too; needs the extra `plot`.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
     """Measure models side by side: bytes per second, memory, and with --quality bits per byte by domain.
 
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """
+    import json
+
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.options import parse_cache_bits, parse_size
     from marlin_cli.errors import UsageError
@@ -65,10 +79,13 @@ def bench(
 
     require_mlx()
     from marlin_cli import console
+    from marlin_cli.bench.answering_report import AnsweringReport
     from marlin_cli.bench.held_out import Windowing
-    from marlin_cli.bench.report import RENDERINGS, QualitySettings, to_tables
+    from marlin_cli.bench.report import QualitySettings, Report
     from marlin_cli.bench.run import Request, run
     from marlin_cli.bench.throughput import ThroughputSettings
+    from marlin_cli.commands import answering_bench
+    from marlin_cli.commands.bench_pictures import Pictures
 
     if show_kernels:
         return _show_kernels(device)
@@ -76,6 +93,7 @@ def bench(
     form = _format_of(output_format, target)
     if target is not None:
         check_output_parent(target)
+    pictures = Pictures.checked(report_page, plot)
     sizes = {
         "window_bytes": ("--window-bytes", window_bytes),
         "max_bytes_per_file": ("--max-bytes-per-file", max_bytes_per_file),
@@ -86,20 +104,34 @@ def bench(
             raise UsageError(f"{option} needs --quality")
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
     timing = ThroughputSettings(parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes"), repeats)
-    report = run(
-        Request(
-            models=tuple(models or [DEFAULT_MODEL]),
-            throughput=None if no_throughput else timing,
-            quality=None if quality is None else QualitySettings(quality, windowing, reference),
-            device=device,
-            kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+    names = tuple(models or [DEFAULT_MODEL])
+    if answering_bench.are_byt5(names):
+        given = {
+            "--window-bytes": window_bytes,
+            "--max-bytes-per-file": max_bytes_per_file,
+            "--k-bits": k_bits,
+            "--v-bits": v_bits,
+        }
+        report: Report | AnsweringReport = answering_bench.measured(
+            names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,
+            foreign_options=[option for option, value in given.items() if value is not None],
+        )  # fmt: skip
+    else:
+        report = run(
+            Request(
+                models=names,
+                throughput=None if no_throughput else timing,
+                quality=None if quality is None else QualitySettings(quality, windowing, reference),
+                device=device,
+                kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+            )
         )
-    )
+    pictures.write(json.loads(answering_bench.rendered(report, "json")))
     if form is Format.table:
-        for table in to_tables(report):
+        for table in answering_bench.tables_of(report):
             console.table(table.title, table.columns, table.rows, to_stdout=True)
         return
-    text = RENDERINGS[form.value](report)
+    text = answering_bench.rendered(report, form.value)
     if target is None:
         print(text)
         return

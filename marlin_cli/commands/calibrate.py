@@ -23,9 +23,23 @@ def calibrate(
             " domain: multilingual, code, binary or your own. Default: the shipped recipe `default`."
         ),
     ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ByT5: [name=]file of inputs and answers, .jsonl or .tsv, or a shipped model that has some; repeatable."
+            " Without it --corpus is read, with spans taken out."
+        ),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="File to write (.safetensors).")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Stop after so many bytes of the corpus, e.g. 2M.")] = None,
-    seq_bytes: Annotated[str, typer.Option(help="Bytes of a window, at most the model's context.")] = "16384",
+    seq_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of a window, or of either side of a pair, at most the model's context. Default 16384; ByT5: 1024."
+        ),
+    ] = None,
+    noise_density: Annotated[float | None, typer.Option(help="ByT5: share of the bytes taken out. Default 0.15.")] = None,
+    span_bytes: Annotated[float | None, typer.Option(help="ByT5: mean length of what is taken out. Default 20.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of files and of the mixing.")] = 0,
     shard: Annotated[str, typer.Option(help="INDEX/COUNT: measure every COUNT-th window; merge the shards.")] = "0/1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of these options.")] = False,
@@ -40,7 +54,8 @@ def calibrate(
 ) -> None:
     """Run a corpus through a model and keep what its layers see: by channel, domain, byte of the patch and head.
 
-    Bytes are never decoded. An interrupted run goes on with --resume and writes the same file.
+    ByT5 reads pairs teacher-forced, or fills gaps in the corpus as in its pre-training. Bytes are never decoded. An
+    interrupted run goes on with --resume and writes the same file.
     """
     from pathlib import Path
 
@@ -70,19 +85,16 @@ def calibrate(
         raise UsageError(f"one model at a time, found {' and '.join(named[:2])}; corpora are named with --corpus")
     from marlin_cli.backend import require_mlx
 
-    sequence_bytes = parse_size(seq_bytes, "--seq-bytes")
+    sequence_bytes = None if seq_bytes is None else parse_size(seq_bytes, "--seq-bytes")
     limit = None if max_bytes is None else parse_size(max_bytes, "--max-bytes")
     share = parse_shard(shard)
     require_mlx()
-    from marlin_cli.commands.calibration_run import run
+    from marlin_cli.commands.calibration_run import Input, run
 
     run(
         named[0] if named else DEFAULT_MODEL,
-        corpus or ["default"],
+        Input(tuple(corpus or ()), tuple(pairs or ()), sequence_bytes, limit, seed, noise_density, span_bytes),
         Path(output),
-        sequence_bytes=sequence_bytes,
-        max_bytes=limit,
-        seed=seed,
         shard=share,
         resume=resume,
         hessian=hessian,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +14,33 @@ from marlin_cli.statistics.show import domain_table, summarise, tables
 
 if TYPE_CHECKING:
     from marlin_cli.checkpoints import ImportOptions
+    from marlin_cli.models.byt5 import ByT5Config
+    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.statistics.run import Measurable
+
+DEFAULT_CORPUS = "default"
+WINDOW_BYTES = 16384
+BYT5_WINDOW_BYTES = 1024  # what ByT5 was pre-trained on
+
+
+@dataclass(frozen=True)
+class Input:
+    """What is measured: corpora, or pairs for a ByT5. None and empty are defaults."""
+
+    corpora: tuple[str, ...]
+    pairs: tuple[str, ...]
+    sequence_bytes: int | None
+    max_bytes: int | None
+    seed: int
+    noise_density: float | None  # of span corruption, as the next one
+    span_bytes: float | None
 
 
 def run(
     model: str,
-    corpora: Sequence[str],
+    wanted: Input,
     output: Path,
     *,
-    sequence_bytes: int,
-    max_bytes: int | None,
-    seed: int,
     shard: tuple[int, int],
     resume: bool,
     hessian: bool,
@@ -30,13 +48,14 @@ def run(
     device: str,
     json_output: bool,
 ) -> None:
-    """Measure `corpora` in `model`, write the file, and say what was seen."""
+    """Measure a corpus or pairs in `model`, write the file, and say what was seen."""
     import mlx.core as mx
 
     from marlin_cli.api import MegaByteModel
-    from marlin_cli.checkpoints import fingerprint
+    from marlin_cli.byt5_model import ByT5Model
+    from marlin_cli.checkpoints import architecture_of, fingerprint
     from marlin_cli.checkpoints.location import locate_model
-    from marlin_cli.corpus import open_corpus
+    from marlin_cli.models import Network
     from marlin_cli.statistics.collect import hessian_channels
     from marlin_cli.statistics.hessians import HessianAccumulator
     from marlin_cli.statistics.run import calibrate, check_output, unfinished_path
@@ -44,20 +63,25 @@ def run(
     check_output(output, resume=resume)
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
-    loaded = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32, options=options)
-    fitting = _fitting_window(sequence_bytes, loaded.config.patch_size, loaded.config.max_bytes)
-    corpus = open_corpus(corpora, sequence_bytes=fitting, seed=seed, max_bytes=max_bytes)
+    network: Network
+    corpus: Measurable
+    if architecture_of(location) == "byt5":
+        byt5 = ByT5Model.from_pretrained(location, device=device, dtype=mx.float32)
+        network, corpus = byt5.network, _examples(wanted, byt5.config)
+    else:
+        megabyte = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32, options=options)
+        network, corpus = megabyte.network, _windows(wanted, megabyte.config, model)
     total = corpus.total_bytes
     hessians = None
     if hessian:
-        domains = len({source.domain for source in corpus.sources})
-        hessians = HessianAccumulator(hessian_channels(loaded.network), domains, output.parent)
+        domains = len(corpus.domains)
+        hessians = HessianAccumulator(hessian_channels(network), domains, output.parent)
         where = "in files beside the output" if hessians.spilled else "in memory"
         console.note(f"Hessians of {domains} domain(s): {hessians.total_bytes / 2**20:,.0f} MiB, added up {where}")
     with console.byte_progress("calibrating", None if total is None else total // shard[1]) as progress:
         try:
             statistics = calibrate(
-                loaded.network,
+                network,
                 corpus,
                 output,
                 model=fingerprint(location),
@@ -99,14 +123,49 @@ def show_file(file: Path, *, json_output: bool) -> None:
         console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 
-def _fitting_window(wanted: int, patch_size: int, context_bytes: int) -> int:
-    """The longest window of whole patches that `wanted` bytes and the model's context allow; says so if it differs."""
-    fitting = min(wanted, context_bytes) // patch_size * patch_size
+def _windows(wanted: Input, config: "MegaByteConfig", model: str) -> "Measurable":
+    """Windows of whole patches, as long as asked for and as the context allows; says so if that differs."""
+    from marlin_cli.corpus import open_corpus
+
+    for option, value in (
+        ("--pairs", wanted.pairs),
+        ("--noise-density", wanted.noise_density),
+        ("--span-bytes", wanted.span_bytes),
+    ):
+        if value:
+            raise UsageError(f"{option} is an option of ByT5, and {model} is none")
+    asked = WINDOW_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes
+    fitting = min(asked, config.max_bytes) // config.patch_size * config.patch_size
     if not fitting:
-        raise UsageError(f"--seq-bytes {wanted} is less than a patch of the model ({patch_size} bytes)")
-    if fitting != wanted:
-        console.note(f"--seq-bytes {wanted} is cut to {fitting}: whole patches of {patch_size}, context {context_bytes}")
-    return fitting
+        raise UsageError(f"--seq-bytes {asked} is less than a patch of the model ({config.patch_size} bytes)")
+    if fitting != asked:
+        console.note(
+            f"--seq-bytes {asked} is cut to {fitting}: whole patches of {config.patch_size}, context {config.max_bytes}"
+        )
+    corpora = wanted.corpora or (DEFAULT_CORPUS,)
+    return open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
+
+
+def _examples(wanted: Input, config: "ByT5Config") -> "Measurable":
+    """Pairs, or windows of corpora with spans taken out."""
+    from marlin_cli.corpus import CorruptedCorpus, SpanCorruption, open_corpus, open_pairs
+
+    asked = BYT5_WINDOW_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes
+    fitting = min(asked, config.max_bytes)
+    if fitting != asked:
+        console.note(f"--seq-bytes {asked} is cut to {fitting}, the longest input of the model")
+    settings = {"noise_density": wanted.noise_density, "mean_span_bytes": wanted.span_bytes}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not wanted.pairs:
+        corpora = wanted.corpora or (DEFAULT_CORPUS,)
+        corpus = open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
+        return CorruptedCorpus(corpus, SpanCorruption(**given))
+    if wanted.corpora or given:
+        raise UsageError("--pairs are measured as they are, without --corpus; calibrate each and add them up with --merge")
+    pairs = open_pairs(wanted.pairs, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
+    if pairs.left_out:
+        console.note(f"{pairs.left_out} pair(s) are left out: a side is longer than {fitting} bytes (--seq-bytes)")
+    return pairs
 
 
 def _report(statistics: Statistics, output: Path, *, json_output: bool) -> None:

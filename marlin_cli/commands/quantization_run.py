@@ -3,17 +3,24 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
-from marlin_cli.errors import UsageError
+from marlin_cli.config import did_you_mean
+from marlin_cli.corpus import open_corpus
+from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.models import Network, build, config_as_mapping
+from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import (
     LayerReport,
     PartReport,
@@ -27,11 +34,27 @@ from marlin_cli.quantization.apply import (
     quantize_network,
     worst_layers,
 )
+from marlin_cli.quantization.distill import DistillSettings, batches_of, distill
 from marlin_cli.quantization.formats import FORMATS
+from marlin_cli.quantization.methods import METHODS
 from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits, load_recipe
+from marlin_cli.quantization.sequential import Batch, quantize_sequentially
+from marlin_cli.quantization.stream import quantize_checkpoint
 from marlin_cli.statistics import load_statistics
 
-DISTILL_WINDOW_BYTES = 1024
+# Windows of both steps that run bytes through the model; a step of distillation takes so many.
+WINDOW_BYTES = 1024
+WINDOWS_PER_STEP = 8
+
+
+@dataclass(frozen=True)
+class ByteSteps:
+    """What of `marlin quantize` runs calibration bytes through the model."""
+
+    sequential_bytes: int = 0  # 0: layers are packed from statistics, each by itself
+    sequential_corpora: Sequence[str] = ("default",)
+    distill_steps: int = 0
+    distill_corpora: Sequence[str] = ("default",)
 
 
 def settings_of(
@@ -89,41 +112,75 @@ def pack(
     statistics_file: str | None,
     method: str,
     domain_weights: dict[str, float] | None,
-    distill_steps: int,
-    distill_corpora: Sequence[str],
+    steps: ByteSteps,
     *,
+    page: Path | None,
     overwrite: bool,
     json_output: bool,
 ) -> None:
-    """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table."""
-    if domain_weights is not None and statistics_file is None:
+    """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table.
+
+    Args:
+        page: file for the HTML report.
+    """
+    if domain_weights is not None and statistics_file is None and not steps.sequential_bytes:
         raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
+    if steps.sequential_bytes and (statistics_file is not None or method == "awq"):
+        found = "--stats" if statistics_file is not None else "--method awq"
+        raise UsageError(f"--sequential measures each layer's input itself; leave out {found}")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
-    check_method(method, statistics)
-    network = _network(model, options)
+    if not steps.sequential_bytes:
+        check_method(method, statistics)
+    elif method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
     if target is None:
-        reports = [planned(plan) for plan in plan_network(network, settings)]
-    else:
-        weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings))
+        network = _network(model, options, check_values=False)
+        reports, kept = [planned(plan) for plan in plan_network(network, settings)], kept_bytes(network)
+    elif steps.distill_steps or steps.sequential_bytes:
+        network = _network(model, options)
+        weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings) if plan.format)
         with console.byte_progress("packing", weights * 2) as progress:
-            result = quantize_network(
-                network,
-                settings,
-                statistics,
-                method=method,
-                domain_weights=domain_weights,
-                on_layer=lambda report: progress.advance(report.bytes_before),
-            )
-        reports = result.layers
-        if distill_steps:
-            result = _distilled(model, options, result, distill_steps, distill_corpora)
+
+            def on_layer(report: LayerReport) -> None:
+                progress.advance(report.bytes_before)
+
+            if steps.sequential_bytes:
+                result = quantize_sequentially(
+                    _megabyte(network, "--sequential", model),
+                    settings,
+                    _batches(network, "--sequential-corpus", steps),
+                    method=method,
+                    domain_weights=domain_weights,
+                    on_layer=on_layer,
+                )
+            else:
+                result = quantize_network(
+                    network, settings, statistics, method=method, domain_weights=domain_weights, on_layer=on_layer
+                )
+        reports, kept = result.layers, kept_bytes(network)
+        if steps.distill_steps:
+            result = _distilled(model, options, result, steps)
         parameters = dict(tree_flatten(result.network.parameters()))
         write_model(
             target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
             overwrite=overwrite,
         )  # fmt: skip
+    else:
+        checkpoint = read_checkpoint(locate_model(model), options, check_values=False)
+        with console.byte_progress("packing", sum(array.nbytes for array in checkpoint.weights.values())) as progress:
+            written = quantize_checkpoint(
+                checkpoint,
+                target,
+                settings,
+                statistics,
+                where=model,
+                method=method,
+                domain_weights=domain_weights,
+                overwrite=overwrite,
+                on_bytes=progress.advance,
+            )
+        reports, kept = written.layers, written.kept_bytes
     parts = by_part(reports)
-    kept = kept_bytes(network)
     if json_output:
         document = {
             "model": model,
@@ -138,34 +195,63 @@ def pack(
     else:
         _show(model, target, parts, kept)
         _show_worst(worst_layers(reports))
+    if page is not None and target is not None:
+        from marlin_cli.commands.packing_report import write_report
+
+        write_report(page, model, options, target, method, reports, kept, statistics)
 
 
-def _distilled(model: str, options: ImportOptions, result: Quantized, steps: int, corpora: Sequence[str]) -> Quantized:
+def _batches(network: Network, option: str, steps: ByteSteps) -> list[Batch]:
+    """The calibration bytes of sequential packing: batches of windows of one domain."""
+    by_domain: dict[str, list[npt.NDArray[np.uint8]]] = {}
+    window = _window_bytes(_megabyte(network, option, ""))
+    for found in open_corpus(steps.sequential_corpora, sequence_bytes=window, seed=0, max_bytes=steps.sequential_bytes):
+        if len(found.bytes) == window:
+            by_domain.setdefault(found.domain, []).append(found.bytes)
+    if not by_domain:
+        raise UsageError(f"{option}: no window of {window} bytes in {', '.join(steps.sequential_corpora)}")
+    return [
+        (domain, np.stack(windows[start : start + WINDOWS_PER_STEP]))
+        for domain, windows in sorted(by_domain.items())
+        for start in range(0, len(windows), WINDOWS_PER_STEP)
+    ]
+
+
+def _window_bytes(network: MegaByte) -> int:
+    """Whole patches of at most `WINDOW_BYTES`, within the network's context."""
+    patch = network.config.patch_size
+    return max(min(WINDOW_BYTES, network.config.max_bytes) // patch, 1) * patch
+
+
+def _megabyte(network: Network, option: str, model: str) -> MegaByte:
+    if not isinstance(network, MegaByte):
+        raise UsageError(f"{option}: {model} holds a {network.config.model_type}; name a MegaByte")
+    return network
+
+
+def _distilled(model: str, options: ImportOptions, result: Quantized, steps: ByteSteps) -> Quantized:
     """The packed network, tuned on the corpora; its tables say so. Sizes stay; the report is of before."""
-    import mlx.core as mx
-
-    from marlin_cli.corpus import open_corpus
-    from marlin_cli.models.megabyte import MegaByte
-    from marlin_cli.quantization.distill import DistillSettings, distill, windows_of
-
     checkpoint = read_checkpoint(locate_model(model), options)
     original = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
-    if not (isinstance(original, MegaByte) and isinstance(result.network, MegaByte)):
-        raise UsageError(f"--distill-steps: {model} holds a {original.config.model_type}; name a MegaByte")
-    window = min(DISTILL_WINDOW_BYTES, original.config.max_bytes) // original.config.patch_size * original.config.patch_size
-    corpus = open_corpus(corpora, sequence_bytes=window, seed=0, max_bytes=None)
+    teacher, packed = (_megabyte(network, "--distill-steps", model) for network in (original, result.network))
+    window = _window_bytes(teacher)
+    corpus = open_corpus(steps.distill_corpora, sequence_bytes=window, seed=0, max_bytes=None)
     seen: list[float] = []
-    with console.byte_progress("distilling", steps * window) as progress:
+    with console.byte_progress("distilling", steps.distill_steps * WINDOWS_PER_STEP * window) as progress:
 
         def stepped(step: int, divergence: float) -> None:
             seen.append(divergence)
-            progress.advance(window)
+            progress.advance(WINDOWS_PER_STEP * window)
 
-        tuned = distill(original, result.network, windows_of(corpus, window), DistillSettings(steps=steps), on_step=stepped)
+        batches = batches_of(corpus, window, WINDOWS_PER_STEP)
+        tuned = distill(teacher, packed, batches, DistillSettings(steps=steps.distill_steps), on_step=stepped)
     if not seen:
-        raise UsageError(f"--distill-corpus: no window of {window} bytes in {', '.join(corpora)}")
+        raise UsageError(
+            f"--distill-corpus: fewer than {WINDOWS_PER_STEP} windows of {window} bytes in {', '.join(steps.distill_corpora)}"
+        )
     console.note(f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits per byte ({len(seen)} steps)")
-    marlin = {**result.marlin, "method": f"{result.marlin['method']}; distilled, {len(seen)} steps of {window} bytes"}
+    tuning = f"distilled, {len(seen)} steps of {WINDOWS_PER_STEP} x {window} bytes"
+    marlin = {**result.marlin, "method": f"{result.marlin['method']}; {tuning}"}
     return dataclasses.replace(result, network=tuned, marlin=marlin)
 
 
@@ -184,9 +270,9 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 
 
-def _network(model: str, options: ImportOptions) -> Network:
+def _network(model: str, options: ImportOptions, *, check_values: bool = True) -> Network:
     """The network with its weights in the type that they are stored in."""
-    checkpoint = read_checkpoint(locate_model(model), options)
+    checkpoint = read_checkpoint(locate_model(model), options, check_values=check_values)
     return build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
 
 

@@ -29,13 +29,26 @@ def quantize(
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")
     ] = None,
-    distill_steps: Annotated[int, typer.Option(min=0, help="Then tune codes and scales by so many steps; slow.")] = 0,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="MegaByte: pack layer after layer on calibration bytes, instead of --stats; slow."),
+    ] = False,
+    sequential_bytes: Annotated[str, typer.Option(help="How many bytes for --sequential.", metavar="SIZE")] = "512k",
+    sequential_corpus: Annotated[
+        list[str] | None, typer.Option(help="Bytes for --sequential, as calibrate's --corpus. Default: `default`.")
+    ] = None,
+    distill_steps: Annotated[
+        int, typer.Option(min=0, help="MegaByte: then tune the local part by so many steps of 8 KiB; slow.")
+    ] = 0,
     distill_corpus: Annotated[
         list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file; options go before it.")] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="REGEX=FORMAT for the layers whose path matches; repeatable.")
+    ] = None,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE.html", help="Write a page: size, errors, ranges, KL divergence.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
@@ -52,11 +65,11 @@ def quantize(
 
     from marlin_cli.backend import require_mlx
     from marlin_cli.errors import UsageError
-    from marlin_cli.files import check_output_folder
+    from marlin_cli.files import check_output_file, check_output_folder
 
     require_mlx()
     from marlin_cli.commands import quantization_run as run
-    from marlin_cli.commands.options import parse_import_options
+    from marlin_cli.commands.options import parse_import_options, parse_size
     from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
@@ -64,6 +77,11 @@ def quantize(
     target = None if dry_run or output is None else Path(output)
     if target is not None:
         check_output_folder(target, overwrite=overwrite)
+    page = None if report is None else Path(report)
+    if page is not None:
+        if target is None or dequantize:
+            raise UsageError("--report tells what packing cost; leave out --dry-run and --dequantize")
+        check_output_file(page)
     options = parse_import_options(import_options)
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
@@ -74,8 +92,14 @@ def quantize(
     byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
     formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
+    steps = run.ByteSteps(
+        parse_size(sequential_bytes, "--sequential-bytes") if sequential else 0,
+        sequential_corpus or ["default"],
+        distill_steps,
+        distill_corpus or ["default"],
+    )
     run.pack(
         model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
-        distill_steps, distill_corpus or ["default"],
-        overwrite=overwrite, json_output=json_output,
+        steps,
+        page=page, overwrite=overwrite, json_output=json_output,
     )  # fmt: skip

@@ -1,7 +1,26 @@
-"""From the names of corpora to windows of raw bytes, streamed in bounded memory. Nothing is ever decoded."""
+"""From the names of corpora to windows of raw bytes, or to inputs with answers. Nothing is ever decoded."""
 
+from marlin_cli.corpus.examples import CorruptedCorpus, Example, PairCorpus, open_pairs
+from marlin_cli.corpus.pairs import Pair, read_pairs
 from marlin_cli.corpus.recipes import Recipe, RecipeSource, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
+from marlin_cli.corpus.spans import SpanCorruption
 from marlin_cli.corpus.stream import Corpus, Window, open_corpus
 
-__all__ = ["Corpus", "Recipe", "RecipeSource", "Source", "Window", "load_recipe", "open_corpus", "parse_source"]
+__all__ = [
+    "Corpus",
+    "CorruptedCorpus",
+    "Example",
+    "Pair",
+    "PairCorpus",
+    "Recipe",
+    "RecipeSource",
+    "Source",
+    "SpanCorruption",
+    "Window",
+    "load_recipe",
+    "open_corpus",
+    "open_pairs",
+    "parse_source",
+    "read_pairs",
+]

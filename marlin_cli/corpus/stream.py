@@ -74,6 +74,11 @@ class Corpus:
         return list(dict.fromkeys(source.domain for source in self.sources))
 
     @property
+    def resumable(self) -> bool:
+        """Can the stream be read again, and so go on elsewhere? A pipe cannot."""
+        return not any(source.stdin for source in self.sources)
+
+    @property
     def total_bytes(self) -> int | None:
         """How many bytes the windows hold; `max_bytes` or None where compressed files, tables or pipes hide it."""
         total = 0
@@ -151,7 +156,7 @@ class Corpus:
             raise CorpusError(f"the corpus holds no window of bytes: no file or row has {shortest} or more")
 
     def _check_resumable(self) -> None:
-        if any(source.stdin for source in self.sources):
+        if not self.resumable:
             raise CorpusError("stdin cannot be resumed; write it to a file first")
 
 

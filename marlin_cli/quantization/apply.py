@@ -14,7 +14,6 @@ from mlx.utils import tree_flatten
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, QuantizationError, UsageError
 from marlin_cli.models import Network, linear_layers, set_modules
-from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
@@ -108,37 +107,88 @@ def quantize_network(
         QuantizationError: a layer that cannot be packed as asked, or that holds NaN or infinite weights.
         StatisticsError: statistics that lack a layer or a domain.
     """
-    check_method(method, statistics)
-    plans = plan_network(network, settings)
-    factors: Factors = {}
-    if method == "awq":
-        assert statistics is not None
-        if not isinstance(network, MegaByte):
-            raise QuantizationError("awq knows the blocks of a MegaByte alone; use --method mse or gptq")
-        network, factors = rescaled(network, plans, statistics, domain_weights)
+    network, plans, factors = prepared(network, settings, statistics, method=method, domain_weights=domain_weights)
     modules = linear_layers(network)
     swapped: list[tuple[str, nn.Module]] = []
     reports = []
     for plan in plans:
         module = modules[plan.path]
-        if plan.format is not None:
-            hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
-            importance = None if statistics is None else _importance(plan, statistics, domain_weights)
-            if plan.path in factors:
-                factor = factors[plan.path]
-                importance = None if importance is None else importance / mx.array(factor**2)
-                hessian = None if hessian is None else hessian / np.outer(factor, factor)
-            packed = _packed(module.weight, plan, method, importance, hessian)
-            swapped.append((plan.path, packed_layer(packed, module.get("bias"))))
-            report = _report(module.weight, packed, plan, hessian)
-        else:
-            report = planned(plan)
+        layer, report = pack_layer(
+            module.weight, module.get("bias"), plan, statistics, method=method, domain_weights=domain_weights,
+            factor=factors.get(plan.path),
+        )  # fmt: skip
+        if layer is not None:
+            swapped.append((plan.path, layer))
         reports.append(report)
         if on_layer is not None:
             on_layer(report)
     result = copy_with(network, swapped)
     embeddings = [path for path, module in network.named_modules() if isinstance(module, nn.Embedding)]
-    marlin = {
+    marlin = marlin_table(settings, plans, statistics, method, domain_weights)
+    return Quantized(result, quantization_table(plans, sorted(embeddings)), marlin, reports)
+
+
+def prepared(
+    network: Network,
+    settings: QuantizationSettings,
+    statistics: Statistics | None,
+    *,
+    method: str,
+    domain_weights: Mapping[str, float] | None,
+) -> tuple[Network, list[LayerPlan], Factors]:
+    """The network as its layers are packed, the decisions, and by path the factors of columns that awq has rescaled.
+
+    Raises:
+        ConfigError, UsageError, QuantizationError, StatisticsError: see `quantize_network`.
+    """
+    check_method(method, statistics)
+    plans = plan_network(network, settings)
+    if method != "awq":
+        return network, plans, {}
+    assert statistics is not None
+    network, factors = rescaled(network, plans, statistics, domain_weights)
+    return network, plans, factors
+
+
+def pack_layer(
+    weight: mx.array,
+    bias: mx.array | None,
+    plan: LayerPlan,
+    statistics: Statistics | None = None,
+    *,
+    method: str = "mse",
+    domain_weights: Mapping[str, float] | None = None,
+    factor: npt.NDArray[np.float32] | None = None,
+) -> tuple[QuantizedLinear | None, LayerReport]:
+    """One layer packed by its plan (None where it stays as it is), and what that did to it.
+
+    Args:
+        weight: [rows, columns].
+        factor: [columns] that the weight was multiplied by after the statistics were measured.
+
+    Raises:
+        QuantizationError, StatisticsError: see `quantize_network`.
+    """
+    if plan.format is None:
+        return None, planned(plan)
+    hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
+    importance = None if statistics is None else _importance(plan, statistics, domain_weights)
+    if factor is not None:
+        importance = None if importance is None else importance / mx.array(factor**2)
+        hessian = None if hessian is None else hessian / np.outer(factor, factor)
+    packed = _packed(weight, plan, method, importance, hessian)
+    return packed_layer(packed, bias), _report(weight, packed, plan, hessian)
+
+
+def marlin_table(
+    settings: QuantizationSettings,
+    plans: Sequence[LayerPlan],
+    statistics: Statistics | None,
+    method: str,
+    domain_weights: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Marlin's own table of config.json: how the model was packed."""
+    table = {
         "format_version": FORMAT_VERSION,
         "method": method if statistics is None else f"{method}, weighted by statistics",
         "formats": settings.formats_of({plan.part for plan in plans}),
@@ -146,8 +196,8 @@ def quantize_network(
         "statistics": None if statistics is None else statistics.fingerprint(),
     }
     if domain_weights is not None:
-        marlin["domain_weights"] = dict(domain_weights)
-    return Quantized(result, quantization_table(plans, sorted(embeddings)), marlin, reports)
+        table["domain_weights"] = dict(domain_weights)
+    return table
 
 
 def check_method(method: str, statistics: Statistics | None) -> None:

@@ -17,15 +17,16 @@ import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_unflatten
 
 from marlin_cli.corpus import Corpus
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import linear_layers, set_modules
+from marlin_cli.models import linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.quantization.apply import copy_with, packed_layer, packed_of
-from marlin_cli.quantization.encoders import Packed, round_e2m1, scalar
+from marlin_cli.quantization.encoders import Packed, decode, round_e2m1, scalar
 from marlin_cli.quantization.grids import grid_of
 
 
@@ -33,9 +34,11 @@ from marlin_cli.quantization.grids import grid_of
 class DistillSettings:
     """How far levels and scales may move. Rates are of Adam, falling to zero along a cosine."""
 
-    level_rate: float = 0.003  # in levels of the format, a step
-    scale_rate: float = 2e-4  # in parts of the scale, a step
-    steps: int = 400
+    level_rate: float = 0.01  # in levels of the format, a step
+    scale_rate: float = 1e-3  # in parts of the scale, a step
+    free_rate: float = 1e-3  # of what stays in 16 bits, in parts of the array's root mean square, a step
+    steps: int = 100
+    parts: tuple[str, ...] | None = ("local", "head")  # see `models.part_of`; None tunes all
 
 
 class _TunedLinear(nn.Module):
@@ -115,16 +118,19 @@ class _TunedLinear(nn.Module):
         return mx.from_fp8(mx.to_fp8(clipped), mx.float32)
 
 
-class _FixedLinear(nn.Module):
-    """A linear layer that stays as it is and lets gradients through."""
+class _PlainLinear(nn.Module):
+    """A linear layer that is not packed, or not tuned, and lets gradients through."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._weight, self._bias = layer["weight"], layer.get("bias")
+        packed = isinstance(layer, QuantizedLinear)
+        self.weight = decode(packed_of(layer)) if packed else layer["weight"].astype(mx.float32)
+        if "bias" in layer:
+            self.bias = layer["bias"].astype(mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = differentiable_linear(x, self._weight)
-        return y if self._bias is None else y + self._bias
+        y = differentiable_linear(x, self.weight)
+        return y + self.bias if "bias" in self else y
 
 
 def distill(
@@ -153,55 +159,80 @@ def distill(
     tuned = {
         path: _TunedLinear(original[path]["weight"], packed_of(module), module.get("bias"))
         for path, module in linear_layers(packed).items()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, QuantizedLinear) and _is_tuned(path, settings)
     }
     if not tuned:
         raise QuantizationError("no layer of the model is packed; there is nothing to tune")
     student = copy_with(packed, [])
-    layers = linear_layers(packed).items()
-    set_modules(student, [(path, tuned.get(path) or _FixedLinear(layer)) for path, layer in layers])
-    adam = [
-        (
-            name,
-            optimizers.Adam(
-                learning_rate=optimizers.cosine_decay(rate, settings.steps), betas=[0.9, 0.99], bias_correction=True
-            ),
+    set_modules(student, [(path, tuned.get(path) or _PlainLinear(layer)) for path, layer in linear_layers(packed).items()])
+    stored = dict(tree_flatten(packed.parameters()))
+    inside = tuple(f"{path}." for path, layer in linear_layers(packed).items() if isinstance(layer, QuantizedLinear))
+    free = {
+        path: array.astype(mx.float32)
+        for path, array in stored.items()
+        if not path.startswith(inside) and _is_tuned(path, settings)
+    }
+    sizes = {path: mx.sqrt(mx.square(array).mean()) + 1e-12 for path, array in free.items()}
+    adam = {
+        name: optimizers.Adam(
+            learning_rate=optimizers.cosine_decay(rate, settings.steps), betas=[0.9, 0.99], bias_correction=True
         )
-        for name, rate in (("levels", settings.level_rate), ("scales", settings.scale_rate))
-    ]
+        for name, rate in (("levels", settings.level_rate), ("scales", settings.scale_rate), ("free", settings.free_rate))
+    }
 
     def divergence(parameters: dict[str, dict[str, mx.array]], ids: mx.array, wanted: mx.array) -> mx.array:
-        for path, arrays in parameters.items():
-            tuned[path].update(arrays)
+        for path, layer in tuned.items():
+            layer.update({name: arrays[path] for name, arrays in parameters.items() if path in arrays and name in layer})
+        # Adam's steps are all of a size: relative to each array's own, so that one rate fits all.
+        student.update(tree_unflatten([(path, array * sizes[path]) for path, array in parameters["free"].items()]))
         found = student(ids)
         found = found - mx.logsumexp(found, axis=-1, keepdims=True)
         return (mx.exp(wanted) * (wanted - found)).sum(axis=-1).mean()
 
     step = mx.value_and_grad(divergence)
-    parameters = {path: dict(layer.parameters()) for path, layer in tuned.items()}
+    parameters = {
+        name: {path: layer[name] for path, layer in tuned.items() if name in layer} for name in ("levels", "gain", "shift")
+    }
+    parameters["free"] = {path: array / sizes[path] for path, array in free.items()}
+    rates = {"levels": "levels", "gain": "scales", "shift": "scales", "free": "free"}
     for number, windows in zip(range(settings.steps), batches, strict=False):
         ids = mx.array(windows.astype(np.int32))
         wanted = network(ids)
         wanted = wanted - mx.logsumexp(wanted, axis=-1, keepdims=True)
         mx.eval(wanted)
         loss, gradients = step(parameters, ids, wanted)
-        for name, optimizer in adam:
-            chosen = {path: _part(arrays, name) for path, arrays in parameters.items()}
-            found = {path: _part(arrays, name) for path, arrays in gradients.items()}
-            for path, arrays in optimizer.apply_gradients(found, chosen).items():
-                parameters[path].update(arrays)
-        mx.eval(parameters, loss, [optimizer.state for _, optimizer in adam])
+        for rate, optimizer in adam.items():
+            names = [name for name in parameters if rates[name] == rate]
+            chosen = {name: parameters[name] for name in names}
+            parameters.update(optimizer.apply_gradients({name: gradients[name] for name in names}, chosen))
+        mx.eval(parameters, loss, [optimizer.state for optimizer in adam.values()])
         value = scalar(loss) / math.log(2)
         if not math.isfinite(value):
             raise QuantizationError("the tuned network's predictions are not finite; take fewer or smaller steps")
         on_step(number, value)
-    for path, arrays in parameters.items():
-        tuned[path].update(arrays)
-    return copy_with(packed, [(path, packed_layer(layer.packed(), layer._bias)) for path, layer in tuned.items()])
+    for path, layer in tuned.items():
+        layer.update({name: arrays[path] for name, arrays in parameters.items() if path in arrays and name in layer})
+    result = copy_with(packed, [(path, packed_layer(layer.packed(), layer._bias)) for path, layer in tuned.items()])
+    # Modules that hold what was tuned may be shared with the network that came in.
+    shared = {path: layer for path, layer in linear_layers(result).items() if f"{path}.weight" in free}
+    set_modules(result, [(path, _own(layer)) for path, layer in shared.items()])
+    changed = [(path, (array * sizes[path]).astype(stored[path].dtype)) for path, array in parameters["free"].items()]
+    result.load_weights(changed, strict=False)
+    return result
 
 
-def _part(arrays: dict[str, mx.array], name: str) -> dict[str, mx.array]:
-    return {key: array for key, array in arrays.items() if (key == "levels") == (name == "levels")}
+def _is_tuned(path: str, settings: DistillSettings) -> bool:
+    """Is the layer or parameter in a part that is tuned?"""
+    first = path.split(".")[0]
+    part = "head" if first == "output" else "local" if first.startswith("local_") else part_of(path)
+    return settings.parts is None or part in settings.parts
+
+
+def _own(layer: nn.Module) -> nn.Module:
+    """A plain linear layer with the same arrays."""
+    copy = Linear(layer["weight"].shape[1], layer["weight"].shape[0], bias="bias" in layer)
+    copy.update(layer.parameters())
+    return copy
 
 
 def _levels_of(packed: Packed) -> npt.NDArray[np.float32]:
@@ -218,11 +249,15 @@ def _levels_of(packed: Packed) -> npt.NDArray[np.float32]:
     return np.concatenate([magnitudes, -magnitudes])[codes]
 
 
-def windows_of(corpus: Corpus, window_bytes: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The whole windows of a corpus as batches [1, window_bytes]."""
+def batches_of(corpus: Corpus, window_bytes: int, windows: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The whole windows of a corpus as batches [windows, window_bytes]; what fills no batch is left out."""
+    batch: list[npt.NDArray[np.uint8]] = []
     for window in corpus:
         if len(window.bytes) == window_bytes:
-            yield window.bytes[None]
+            batch.append(window.bytes)
+        if len(batch) == windows:
+            yield np.stack(batch)
+            batch = []
 
 
 def differentiable_linear(x: mx.array, weight: mx.array) -> mx.array:

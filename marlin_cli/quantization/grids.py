@@ -11,6 +11,8 @@ from marlin_cli.quantization.encoders import Packed, e2m1_codes, pack_codes
 
 Floats = npt.NDArray[np.float32]
 
+SMALLEST_SCALE_CODE = 1  # a scale of zero would lose its group
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -31,6 +33,25 @@ class Grid:
         if mode == "affine":
             return np.clip(np.rint(levels), 0, (1 << bits) - 1)
         return round_e2m1(levels) if bits == 4 else _round_e4m3(levels)
+
+    def scale_steps(self) -> Floats | None:
+        """Every scale that the format can store, ascending; None where scales are floats."""
+        if self.packed.biases is not None:
+            return None
+        return _scale_table(self.packed)
+
+    def with_scales(self, scales: Floats, biases: Floats | None = None) -> "Grid":
+        """The grid with other scales, and biases where there are some, [rows, columns / group_size], as stored."""
+        if biases is not None:
+            stored = self.packed.scales.dtype
+            packed = dataclasses.replace(
+                self.packed, scales=mx.array(scales).astype(stored), biases=mx.array(biases).astype(stored)
+            )
+        else:
+            table = _scale_table(self.packed)
+            nearest = np.searchsorted((table[1:] + table[:-1]) / 2, scales)
+            packed = dataclasses.replace(self.packed, scales=mx.array((nearest + SMALLEST_SCALE_CODE).astype(np.uint8)))
+        return grid_of(packed)
 
     def pack(self, levels: Floats) -> Packed:
         """The packed weight with these levels [rows, columns] under the grid's scales."""
@@ -57,6 +78,14 @@ def scales_of(packed: Packed) -> Floats:
     else:
         scales = np.array(packed.scales.astype(mx.float32))
     return np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+
+
+def _scale_table(packed: Packed) -> Floats:
+    """The positive finite scales of codes from `SMALLEST_SCALE_CODE` on, ascending."""
+    if packed.format.mode == "nvfp4":
+        codes = mx.arange(SMALLEST_SCALE_CODE, 127, dtype=mx.uint8)
+        return np.array(mx.from_fp8(codes, mx.float32)) * np.float32(packed.global_scale or 1.0)
+    return np.ldexp(np.float32(1), np.arange(SMALLEST_SCALE_CODE, 254) - 127).astype(np.float32)
 
 
 def round_e2m1(levels: Floats) -> Floats:

@@ -1,7 +1,10 @@
-"""Measures the activations of one window of bytes. It keeps nothing: `data.pool` adds windows up."""
+"""Measures the activations of one window of bytes in a MegaByte, and what any network's layers see.
+
+It keeps nothing: `data.pool` adds windows up.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import mlx.core as mx
@@ -10,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import StatisticsError
-from marlin_cli.models import linear_layers, part_of, set_modules
+from marlin_cli.models import Network, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte import LayerCache, MegaByte, MegaByteConfig
 from marlin_cli.ops import attention, delay_one_row
 from marlin_cli.statistics.data import Moments, Totals
@@ -19,20 +22,26 @@ from marlin_cli.statistics.hessians import HessianAccumulator
 # A layer whose input is that of its neighbour, which is measured in its place.
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
 
+# Keys and values of a ByT5's input come from the encoder's states in every layer of the decoder: measured in the first.
+ENCODER_STATES = "decoder.layers.0.cross.k_proj"
+
 Kept = dict[str, Moments]
 Record = Callable[[mx.array], None]
 
 
-def shared_inputs(network: MegaByte) -> dict[str, str]:
+def shared_inputs(network: Network) -> dict[str, str]:
     """Path of every linear layer -> path of the layer in whose name its input is measured."""
     shared = {}
     for path in linear_layers(network):
         parent, _, name = path.rpartition(".")
-        shared[path] = f"{parent}.{SAME_INPUT[name]}" if name in SAME_INPUT else path
+        if part_of(path) == "cross" and name in ("k_proj", "v_proj"):
+            shared[path] = ENCODER_STATES
+        else:
+            shared[path] = f"{parent}.{SAME_INPUT[name]}" if name in SAME_INPUT else path
     return shared
 
 
-def hessian_channels(network: MegaByte) -> dict[str, int]:
+def hessian_channels(network: Network) -> dict[str, int]:
     """Channels of every input that layers which can be packed see, by the path in whose name it is measured."""
     layers = linear_layers(network)
     return {
@@ -78,8 +87,8 @@ def measure(
     inputs: Kept = {}
     keys: Kept = {}
     values: Kept = {}
-    add_rows = None if hessians is None else partial(_add_rows, hessians, domain)
-    with _observed_inputs(network, inputs, add_rows):
+    groups = {path: rows_of_sequence(path, network.config) for path in linear_layers(network)}
+    with observed_inputs(network, inputs, domain, hessians, groups):
         # The logits are never evaluated: each observer evaluates what leads to it.
         caches = _observing_caches(network, keys, values)
         network(mx.array(window[:used].astype(np.int32))[None], lambda n, rows: network.stages[n].stack(rows, caches[n]))
@@ -116,13 +125,25 @@ class _ObservingCache:
 
 
 @contextlib.contextmanager
-def _observed_inputs(network: MegaByte, kept: Kept, add_rows: Callable[[str, mx.array], None] | None) -> Iterator[None]:
-    """Inside the block a forward pass of `network` fills `kept`; after it the network is as it was."""
+def observed_inputs(
+    network: Network,
+    kept: Kept,
+    domain: str,
+    hessians: HessianAccumulator | None = None,
+    groups: Mapping[str, int] | None = None,
+) -> Iterator[None]:
+    """Inside the block a forward pass of `network` fills `kept`; after it the network is as it was.
+
+    Args:
+        hessians: x^T x of every input is added to it, for `domain`.
+        groups: rows of a sequence that the inputs of a layer are told apart by, by path; 1 for all if None.
+    """
     layers = linear_layers(network)
     observed = list(dict.fromkeys(shared_inputs(network).values()))
+    add_rows = None if hessians is None else partial(_add_rows, hessians, domain)
     observers: list[tuple[str, nn.Module]] = []
     for path in observed:
-        record: Record = partial(_keep_input, kept, path, rows_of_sequence(path, network.config), add_rows)
+        record: Record = partial(_keep_input, kept, path, 1 if groups is None else groups[path], add_rows)
         observers.append((path, _ObservedLinear(layers[path], record)))
     try:
         set_modules(network, observers)
@@ -137,7 +158,7 @@ def _observing_caches(network: MegaByte, keys: Kept, values: Kept) -> list[list[
     caches: list[list[LayerCache]] = []
     for name, stage in zip(names, network.config.stages, strict=True):
         paths = [f"{name}.layers.{index}.attention" for index in range(stage.layers)]
-        caches.append([_ObservingCache(partial(_keep_heads, keys, path), partial(_keep_heads, values, path)) for path in paths])
+        caches.append([_ObservingCache(partial(keep_heads, keys, path), partial(keep_heads, values, path)) for path in paths])
     return caches
 
 
@@ -154,7 +175,7 @@ def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.arr
     hessians.add(path, domain, np.array(rows.astype(mx.float32)))
 
 
-def _keep_heads(kept: Kept, path: str, x: mx.array) -> None:
+def keep_heads(kept: Kept, path: str, x: mx.array) -> None:
     """Keep the sums over batch and rows of x [batch, heads, rows, channels]."""
     heads, channels = x.shape[1], x.shape[-1]
     kept[path] = _moments(x.swapaxes(1, 2).reshape(-1, heads, channels), path)

@@ -4,14 +4,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from marlin_cli.corpus import Corpus
+from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Window
 from marlin_cli.errors import OutputError, StatisticsError
 from marlin_cli.files import check_output_parent
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network
+from marlin_cli.models.byt5 import ByT5
 from marlin_cli.statistics.collect import measure, shared_inputs
-from marlin_cli.statistics.data import Run, Statistics, pool
+from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
 
@@ -21,6 +23,9 @@ SAVE_EVERY_BYTES = 256 << 10
 
 # Hessians make large files: writing them may take at most one part in so many of the time.
 SAVE_SHARE = 20
+
+# Windows for a MegaByte, inputs with answers for a ByT5.
+Measurable: TypeAlias = Corpus | PairCorpus | CorruptedCorpus
 
 
 def unfinished_path(output: Path) -> Path:
@@ -43,8 +48,8 @@ def check_output(output: Path, *, resume: bool) -> None:
 
 
 def calibrate(
-    network: MegaByte,
-    corpus: Corpus,
+    network: Network,
+    corpus: Measurable,
     output: Path,
     *,
     model: str,
@@ -53,7 +58,7 @@ def calibrate(
     hessians: HessianAccumulator | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> Statistics:
-    """Measure the windows of `corpus` and write the statistics to `output`, in one step when all is done.
+    """Measure what `corpus` holds and write the statistics to `output`, in one step when all is done.
 
     Meanwhile they are saved beside it (`unfinished_path`) every few seconds, except those of stdin, which cannot be
     read again. A run that is interrupted and resumed, however often, writes the same file as one that is not.
@@ -62,6 +67,7 @@ def calibrate(
 
     Args:
         network: in float32.
+        corpus: windows of bytes for a MegaByte; pairs, or a corrupted corpus, for a ByT5.
         model: fingerprint of the model.
         shard: (index, count): measure the windows whose number leaves `index` when divided by `count`. The shards
             of a corpus can be measured anywhere and merged.
@@ -79,7 +85,6 @@ def calibrate(
     check_output(output, resume=resume)
     run = Run(corpus.fingerprint(), corpus.sequence_bytes, corpus.seed, corpus.max_bytes, *shard)
     unfinished = unfinished_path(output)
-    resumable = not any(source.stdin for source in corpus.sources)
     # One value, replaced in one step: an interrupt never finds sums of one window and the state of another.
     done: tuple[Statistics, dict[str, Any]] | None = None
     if resume and unfinished.exists():
@@ -100,39 +105,55 @@ def calibrate(
     saved_at, unsaved_bytes, saving_took = time.monotonic(), 0, 0.0
     try:
         for window in corpus:
-            if window.index % run.shard_count != run.shard_index or len(window.bytes) < network.config.patch_size:
+            if window.index % run.shard_count != run.shard_index or _too_short(network, window):
                 continue
             if hessians is not None:
                 hessians.begin()
-            totals = measure(network, window.domain, window.bytes, hessians)
+            totals = _measured(network, window, hessians)
             count = sum(totals.domains.values())
             if done is not None:
                 totals = pool(done[0].totals, totals)
             sums = {} if hessians is None else hessians.sums
-            done = Statistics(model, layers, (run,), totals, sums), corpus.state() if resumable else {}
+            done = Statistics(model, layers, (run,), totals, sums), corpus.state() if corpus.resumable else {}
             if hessians is not None:
                 hessians.commit()
             unsaved_bytes += count
             since = time.monotonic() - saved_at
             due = unsaved_bytes >= SAVE_EVERY_BYTES or since >= SAVE_EVERY_SECONDS
-            if resumable and due and since >= SAVE_SHARE * saving_took:
+            if corpus.resumable and due and since >= SAVE_SHARE * saving_took:
                 started = time.monotonic()
                 save_unfinished(unfinished, *done)
                 saved_at, unsaved_bytes = time.monotonic(), 0
                 saving_took = 0.0 if hessians is None else saved_at - started
             on_bytes(count)
     except KeyboardInterrupt:
-        if done is not None and resumable and (hessians is None or hessians.consistent):
+        if done is not None and corpus.resumable and (hessians is None or hessians.consistent):
             save_unfinished(unfinished, *done)
         raise
     if done is None:
+        what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
         raise StatisticsError(
-            f"nothing to measure: the corpus has no window of {network.config.patch_size} bytes (a patch)"
+            f"nothing to measure: the corpus has no {what}"
             + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
         )
     save_statistics(output, done[0])
     unfinished.unlink(missing_ok=True)
     return done[0]
+
+
+def _too_short(network: Network, window: Window | Example) -> bool:
+    """Is there less than what the network reads at a time?"""
+    return isinstance(window, Window) and not isinstance(network, ByT5) and len(window.bytes) < network.config.patch_size
+
+
+def _measured(network: Network, window: Window | Example, hessians: HessianAccumulator | None) -> Totals:
+    if isinstance(network, ByT5):
+        if not isinstance(window, Example):
+            raise TypeError("a ByT5 is measured on inputs with answers, not on windows")
+        return measure_pair(network, window.domain, window.source, window.target, window.size_bytes, hessians)
+    if not isinstance(window, Window):
+        raise TypeError("a MegaByte is measured on windows, not on inputs with answers")
+    return measure(network, window.domain, window.bytes, hessians)
 
 
 def _check_hessians(path: Path, found: Statistics, wanted: HessianAccumulator | None) -> None:

@@ -20,6 +20,7 @@ class Range:
     channel_peak: float  # largest root mean square of a channel, over the median one
     rms_by_domain: dict[str, float]
     rms_by_group: list[float]  # by row of the sequence, or by head
+    maximum_by_group: list[float]  # largest absolute value
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ def domain_table(summary: Summary) -> Table:
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Everything: domains, layers, rows of the sequence, keys and values."""
+    """Everything there is: domains, layers, rows of the sequence, keys and values."""
     ranges = [(_label(layer.layers), layer.input) for layer in summary.layers]
     by_row = [(label, each.rms_by_group) for label, each in ranges if len(each.rms_by_group) > 1]
     most = max((len(values) for _, values in by_row), default=0)
-    return [
+    found = [
         domain_table(summary),
         Table(
             "inputs of linear layers: root mean square, by domain; peak is the largest channel over the median one",
@@ -108,12 +109,13 @@ def tables(summary: Summary) -> list[Table]:
             "keys (as cached) and values: root mean square, by domain",
             ["attention", "heads", "max", "peak", "rms", *summary.domains],
             [
-                [f"{each.attention} {kind}", str(len(found.rms_by_group)), *_cells(found, summary)]
+                [f"{each.attention} {kind}", str(len(cached.rms_by_group)), *_cells(cached, summary)]
                 for each in summary.attentions
-                for kind, found in (("K", each.keys), ("V", each.values))
+                for kind, cached in (("K", each.keys), ("V", each.values))
             ],
         ),
     ]
+    return [table for table in found if table.rows]
 
 
 def _range(moments: Moments, domains: Sequence[str]) -> Range:
@@ -130,6 +132,7 @@ def _range(moments: Moments, domains: Sequence[str]) -> Range:
         channel_peak=float(by_channel.max()) / median if median else 0.0,
         rms_by_domain=dict(zip(domains, by_domain.tolist(), strict=True)),
         rms_by_group=_rms(squares.sum(axis=(0, 2)), count.sum(axis=0) * channels).tolist(),
+        maximum_by_group=moments.absolute_maximum.max(axis=(0, 2), initial=0.0).tolist(),
     )
 
 
@@ -139,8 +142,10 @@ def _rms(sum_squares: npt.ArrayLike, count: npt.ArrayLike) -> npt.NDArray[np.flo
 
 
 def _label(layers: Sequence[str]) -> str:
-    """`a.q_proj + k_proj + v_proj` for layers that share an input."""
-    return " + ".join([layers[0], *(path.rpartition(".")[2] for path in layers[1:])])
+    """`a.q_proj + k_proj + v_proj` for layers that share an input; of several blocks the first one is named."""
+    blocks, names = ({path.rpartition(".")[part]: None for path in layers} for part in (0, 2))
+    block = next(iter(blocks))
+    return ".".join([block, " + ".join(names)] if block else names) + (f" ({len(blocks)} blocks)" if len(blocks) > 1 else "")
 
 
 def _cells(found: Range, summary: Summary) -> list[str]:

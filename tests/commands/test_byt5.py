@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
 
-from marlin_cli import ByT5Config, ByT5Model, load
+from marlin_cli import ByT5Config, ByT5Model, cli, load
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.engine.beams import Beams
 
@@ -37,6 +37,20 @@ def marlin(*arguments, stdin=b"", code=0):
     result = subprocess.run(command, input=stdin, capture_output=True, timeout=120)
     assert result.returncode == code, result.stderr
     return result
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """Run the program in this process, which spares its start: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["marlin", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return run
 
 
 def test_a_pipe_is_answered_line_by_line_in_order(folder, model):
@@ -70,3 +84,107 @@ def test_packing_by_part(folder, tmp_path):
 def test_options_of_the_other_kind_are_refused(folder):
     assert b"--beams" in marlin("generate", "megabyte-demo", "-p", "a", "--beams", 2, code=2).stderr
     assert b"--import" in marlin("generate", folder, "-p", "a", "--import", "heads=2", code=2).stderr
+
+
+def test_calibrating_on_pairs_and_spans_then_packing_with_what_was_seen(folder, inside, tmp_path):
+    pairs, corpus = tmp_path / "pairs.tsv", tmp_path / "corpus"
+    pairs.write_bytes(b"".join(b"source %d\ttarget \xff\n" % number for number in range(5)) + b"s" * 99 + b"\t\n")
+    corpus.write_bytes(bytes(range(256)) * 2)
+    files = [tmp_path / f"{name}.safetensors" for name in ("pairs", "spans", "both")]
+    code, _, err = inside("calibrate", folder, "--pairs", pairs, "--seq-bytes", 64, "--hessian", "-o", files[0])
+    assert code == 0 and "1 pair(s) are left out" in err
+    spans = ("--corpus", f"code={corpus}", "--seq-bytes", 128, "--span-bytes", 9)
+    assert inside("calibrate", folder, *spans, "--hessian", "-o", files[1])[0] == 0
+    output = inside("calibrate", "--merge", *files[:2], "-o", files[2], "--json")[1]
+    assert json.loads(output)["domains"] == {"code": 512, "pairs": 5 * 16}
+    assert "decoder.layers.0.cross K" in inside("calibrate", "--show", files[2])[1]
+    for method in ("mse", "awq", "gptq"):
+        packed = tmp_path / method
+        options = ("--stats", files[2], "--method", method, "--domain-weight", "pairs=1", "-o", packed)
+        assert inside("quantize", folder, *options)[0] == 0
+        assert json.loads((packed / "config.json").read_text())["marlin"]["method"].startswith(method)
+
+
+def test_options_of_calibrate_that_contradict(folder, inside, tmp_path):
+    (tmp_path / "p.tsv").write_bytes(b"a\tb\n")
+    cases = {
+        "--pairs is an option of ByT5": ("megabyte-demo", "--pairs", tmp_path / "p.tsv"),
+        "--span-bytes is an option of ByT5": ("megabyte-demo", "--span-bytes", 3),
+        "without --corpus": (folder, "--pairs", tmp_path / "p.tsv", "--corpus", "default"),
+        "--noise-density must be": (folder, "--noise-density", 2),
+        "name a .jsonl or .tsv file": (folder, "--pairs", tmp_path / "nowhere.tsv"),
+    }
+    for message, arguments in cases.items():
+        code, out, err = inside("calibrate", *arguments, "-o", tmp_path / "s.safetensors")
+        assert code in (1, 2) and out == "" and message in " ".join(err.split()), err
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"source": f"in {n}", "target": "out", "language": "ab"[n % 2]} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_bench_on_pairs(folder, inside, pairs, tmp_path):
+    packed = tmp_path / "packed"
+    inside("quantize", folder, "-o", packed)
+    quick = ("--prompt-bytes", 8, "--decode-bytes", 2, "--repeats", 1, "--device", "cpu")
+    code, output, _ = inside("bench", folder, packed, *quick, "--quality", pairs, "--reference", folder, "--format", "json")
+    plain, small = json.loads(output)["models"]
+    assert code == 0 and [speed["batch_size"] for speed in plain["speeds"]] == [1, 8]
+    assert plain["stored_weight_bytes"].keys() == {"encoder", "decoder", "cross", "embeddings", "head"}
+    assert sum(small["stored_weight_bytes"].values()) < 0.6 * sum(plain["stored_weight_bytes"].values())
+    assert {group: score["pairs"] for group, score in plain["quality"]["groups"].items()} == {"a": 3, "b": 3}
+    model = load(folder, device="cpu")
+    bits = sum(model.bits(b"in %d" % n, b"out") for n in range(6))
+    assert plain["quality"]["all_pairs"]["total_bits"] == pytest.approx(bits, rel=1e-4)
+    assert small["quality"]["all_pairs"]["against_reference"]["bits_per_target_byte"]["value"] != 0
+    quality = ("--no-throughput", "--quality", pairs, "--device", "cpu")
+    table = inside("bench", folder, *quality, "--max-quality-bytes", 25)[1]
+    assert "copied" in table and " 3 " in table and "Speed" not in table
+    for form, wanted in (("csv", "character_error_rate,a,"), ("md", "| group | pairs |"), ("jsonl", '"exact_match"')):
+        assert wanted in inside("bench", folder, *quality, "--format", form)[1]
+
+
+def test_bench_refuses_what_has_no_meaning(folder, inside, pairs):
+    quality = ("--no-throughput", "--quality", pairs)
+    cases = {
+        "measure models of one kind": (folder, "megabyte-demo"),
+        "--window-bytes has no meaning": (folder, *quality, "--window-bytes", 9),
+        "raise it": (folder, *quality, "--max-quality-bytes", 1),
+        "no such file of pairs": (folder, "--no-throughput", "--quality", "nowhere"),
+        "leaves nothing": (folder, "--no-throughput"),
+    }
+    for message, arguments in cases.items():
+        code, out, err = inside("bench", *arguments)
+        assert code in (1, 2) and out == "" and message in " ".join(err.split()), err
+
+
+def test_early_stopping_and_what_goes_before_every_input(folder, model, tmp_path):
+    """The conventions that fine-tuned models follow; `tests/peers` compares them with transformers."""
+    lines = b"one\ntwo\n"
+    common = ("--beams", 3, "--n-best", 3, "--max-length", 5, "--length-penalty", 2.0, "--input-prefix", "<eng-us>: ")
+    found = {}
+    for name, value in (("true", True), ("false", False), ("never", "never")):
+        output = marlin("generate", folder, *common, "--early-stopping", name, "--json", stdin=lines).stdout
+        found[name] = [json.loads(line) for line in output.splitlines()]
+        inputs = [b"<eng-us>: one", b"<eng-us>: two"]
+        answers = [each for some in model.answers(inputs, AnswerLimits(5), None, Beams(3, 3, 2.0, value)) for each in some]
+        assert [base64.b64decode(each["bytes_base64"]) for each in found[name]] == [each.data for each in answers]
+        assert [each["prompt_bytes"] for each in found[name]] == [3] * 6
+    assert b"--early-stopping" in marlin("generate", folder, *common, "--early-stopping", "often", code=2).stderr
+    assert b"--input-prefix" in marlin("generate", "megabyte-demo", "-p", "a", "--input-prefix", "b", code=2).stderr
+
+
+def test_a_page_of_a_bench(folder, inside, pairs, tmp_path):
+    page = tmp_path / "page.html"
+    inside("bench", folder, "--no-throughput", "--quality", pairs, "--report", page)
+    assert "character error rate" in page.read_text(encoding="utf-8").lower()
+
+
+def test_ways_of_packing_that_know_megabyte_alone(folder, inside, tmp_path):
+    for option in (("--sequential",), ("--distill-steps", 1)):
+        code, out, err = inside("quantize", folder, "-o", tmp_path / "out", *option)
+        assert code in (1, 2) and out == "" and option[0] in err and not (tmp_path / "out").exists()

@@ -120,6 +120,7 @@ def test_killed_half_way_leaves_nothing_under_the_final_name(tmp_path):
             load(target)
             break
     run("megabyte-demo", "-o", target, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     first = (target / "model.safetensors").read_bytes()
     run("megabyte-demo", "-o", target, "--overwrite")
     assert (target / "model.safetensors").read_bytes() == first

@@ -10,6 +10,7 @@ from marlin_cli import load
 from marlin_cli.api import MegaByteModel
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
+from marlin_cli.quantization.methods import METHODS
 
 MARLIN = [sys.executable, "-m", "marlin_cli"]
 
@@ -65,23 +66,40 @@ def test_each_method_packs_and_reports_its_worst_layers(method, files, tmp_path)
     assert load(tmp_path / "out").logits(b"some bytes").shape == (10, 256)
 
 
-def test_two_runs_give_identical_files(files, tmp_path):
-    folder, stats, _ = files
+@pytest.mark.parametrize("how", ["rtn", "mse", "awq", "gptq", "sequential", "distilled"])
+def test_two_runs_give_identical_files(how, files, tmp_path):
+    folder, stats, corpora = files
+    options = ["--method", how, "--stats", stats] if how in METHODS else ["--method", "gptq", "--sequential"]
+    if how == "sequential":
+        options += [part.replace("--corpus", "--sequential-corpus") for part in corpora]
+    if how == "distilled":
+        options = ["--distill-steps", 2, *[part.replace("--corpus", "--distill-corpus") for part in corpora]]
     for name in ("a", "b"):
-        run("quantize", folder / "model", "-o", tmp_path / name, "--method", "gptq", "--stats", stats)
+        run("quantize", folder / "model", "-o", tmp_path / name, *options)
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_packing_layer_after_layer(files, tmp_path):
+    folder, _, corpora = files
+    corpora = [part.replace("--corpus", "--sequential-corpus") for part in corpora]
+    options = ["--method", "gptq", "--sequential", "--sequential-bytes", "4k", "--domain-weight", "code=1", *corpora]
+    document = json.loads(run("quantize", folder / "model", "-o", tmp_path / "out", *options, "--json").stdout)
+    assert len(document["worst_layers"]) == 10
+    marlin = json.loads((tmp_path / "out" / "config.json").read_text())["marlin"]
+    assert marlin["method"].startswith("gptq, sequential on ") and marlin["domain_weights"] == {"code": 1.0}
+    assert load(tmp_path / "out").logits(b"some bytes").shape == (10, 256)
+
+
 def test_distilling(files, tmp_path):
     folder, stats, corpora = files
     corpora = [part.replace("--corpus", "--distill-corpus") for part in corpora]
-    result = run("quantize", folder / "model", "-o", tmp_path / "out", "--distill-steps", 3, *corpora)
-    assert "KL divergence at the first step" in result.stderr and "(3 steps)" in result.stderr
+    result = run("quantize", folder / "model", "-o", tmp_path / "out", "--distill-steps", 2, *corpora)
+    assert "KL divergence at the first step" in result.stderr and "(2 steps)" in result.stderr
     marlin = json.loads((tmp_path / "out" / "config.json").read_text())["marlin"]
-    assert marlin["method"] == "mse; distilled, 3 steps of 96 bytes"
+    assert marlin["method"] == "mse; distilled, 2 steps of 8 x 96 bytes"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +108,9 @@ def test_distilling(files, tmp_path):
         (["--method", "gtpq"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
         (["--method", "gptq"], "'gptq' needs statistics", 2),
         (["--domain-weight", "binary=0.2"], "--domain-weight weighs the domains of statistics; give --stats", 2),
+        (["--method", "gtpq", "--sequential"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
+        (["--method", "awq", "--sequential"], "leave out --method awq", 2),
+        (["--stats", "STATS", "--sequential"], "leave out --stats", 2),
         (["--stats", "STATS", "--domain-weight", "binary"], "is not DOMAIN=SHARE", 2),
         (["--stats", "STATS", "--domain-weight", "binary=-1"], "is not DOMAIN=SHARE", 2),
         (["--stats", "STATS", "--domain-weight", "binry=1"], "no domain 'binry'", 1),

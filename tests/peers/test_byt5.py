@@ -1,9 +1,15 @@
 """ByT5 against transformers' T5: the same states, logits, greedy answers and beams, ragged batches included."""
 
+import base64
+import json
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from marlin_cli import load
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
@@ -93,12 +99,32 @@ def test_states_and_logits(name, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_byt5_small(tmp_path):
-    model, network = make(SMALL, tmp_path)
-    source = ragged(1, 256)
-    target = torch.tensor([[0, 68, 69, 70]])
-    theirs = model(**theirs_of(source), decoder_input_ids=target).logits.numpy()
-    assert np.abs(np.array(network(mx.array(source), mx.array(target.numpy()))) - theirs).max() < TOLERANCE
+@pytest.mark.parametrize("start", [0, 259])
+def test_byt5_small(start, tmp_path):
+    """The published shape: states and logits of a ragged batch, and 100 inputs answered greedily and with 4 beams."""
+    model, network = make(SMALL | {"decoder_start_token_id": start}, tmp_path)
+    sources = ragged(3, 256)
+    batch = theirs_of(sources)
+    target = torch.tensor([[start, 68, 69, 70, 200, 258]] * 3)
+    theirs = model(**batch, decoder_input_ids=target)
+    lengths = mx.array([len(source) for source in sources])
+    ids = mx.array(batch["input_ids"].numpy())
+    states = np.array(network.encode(ids, lengths))
+    for row, source in enumerate(sources):
+        expected = theirs.encoder_last_hidden_state[row, : len(source)].numpy()
+        assert np.abs(states[row, : len(source)] - expected).max() < TOLERANCE
+    logits = np.array(network(ids, mx.array(target.numpy()), lengths))
+    assert np.abs(logits - theirs.logits.numpy()).max() < TOLERANCE
+    sources = ragged(INPUTS, 24)
+    made = {**theirs_of(sources), "max_new_tokens": 6, "do_sample": False}
+    ours = {}
+    for news in answer(network, sources, AnswerLimits(6)):
+        ours.update({stream: new for stream, new in news if isinstance(new, Answer)})
+    assert [ours[n].ids for n in range(INPUTS)] == [tuple(cut(row[1:])) for row in model.generate(**made, num_beams=1).tolist()]
+    best = answer_with_beams(network, sources, AnswerLimits(6), Beams(4))
+    expected = [tuple(cut(row[1:])) for row in model.generate(**made, num_beams=4).tolist()]
+    assert [each.ids for (each,) in best] == expected
+    assert len(set(expected)) > INPUTS // 4
 
 
 @torch.no_grad()
@@ -139,3 +165,82 @@ def test_beams(name, settings, tmp_path):
     ours = [each for found in answer_with_beams(network, sources, AnswerLimits(MOST_IDS), settings) for each in found]
     assert [each.ids for each in ours] == [tuple(cut(row[1:])) for row in theirs.sequences.tolist()]
     assert np.abs(np.array([each.score for each in ours]) - theirs.sequences_scores.numpy()).max() < TOLERANCE
+
+
+def marlin(*arguments, stdin=b""):
+    """What the program writes."""
+    command = [sys.executable, "-m", "marlin_cli", "generate", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(command, input=stdin, capture_output=True, check=True, timeout=300).stdout
+
+
+def decoded(rows, *, sentinels=False):
+    """Ids as the program writes them: bytes, and sentinels by name where they are asked for."""
+    names = {value: b"<extra_id_%d>" % (value - 259) for value in range(259, 384)} if sentinels else {}
+    return [b"".join(bytes([v - 3]) if 3 <= v < 259 else names.get(v, b"") for v in cut(row[1:])) for row in rows.tolist()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("early_stopping", [True, False, "never"])
+def test_five_best_of_the_program_for_each_early_stopping(early_stopping, tmp_path):
+    model, _ = make(MODELS["gated, untied"], tmp_path)
+    sources = ragged(12, 40)
+    prompts = tmp_path / "prompts.jsonl"
+    data = [bytes(value - 3 for value in source[:-1]) for source in sources]
+    prompts.write_text("".join(json.dumps({"prompt_hex": each.hex()}) + "\n" for each in data))
+    output = marlin(
+        tmp_path, "--prompts", prompts, "--beams", 5, "--n-best", 5, "--max-length", 9, "--length-penalty", 0.8,
+        "--early-stopping", str(early_stopping).lower(),
+    )  # fmt: skip
+    documents = [json.loads(line) for line in output.splitlines()]
+    theirs = model.generate(
+        **theirs_of(sources), max_new_tokens=9, do_sample=False, num_beams=5, num_return_sequences=5, length_penalty=0.8,
+        early_stopping=early_stopping, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert [(each["index"], each["rank"]) for each in documents] == [(n, rank) for n in range(12) for rank in range(5)]
+    assert [base64.b64decode(each["bytes_base64"]) for each in documents] == decoded(theirs.sequences)
+    scores = np.array([each["score"] for each in documents])
+    assert np.abs(scores - theirs.sequences_scores.numpy()).max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_language_before_each_word(tmp_path):
+    """As grapheme-to-phoneme models are asked: `<eng-us>: word`, through transformers' own tokenizer."""
+    model, _ = make(MODELS["gated, untied"], tmp_path)
+    words = ["word", "na\u00efve", "", "stra\u00dfe"]
+    batch = transformers.ByT5Tokenizer()([f"<eng-us>: {word}" for word in words], padding=True, return_tensors="pt")
+    expected = decoded(model.generate(**batch, max_new_tokens=10, do_sample=False, num_beams=1))
+    lines = "".join(f"{word}\n" for word in words).encode()
+    limits = ("--max-length", 10, "--batch-size", 3)
+    found = marlin(tmp_path, *limits, "--input-prefix", "<eng-us>: ", stdin=lines)
+    assert found == b"".join(each + b"\n" for each in expected)
+    typed = "".join(f"<eng-us>: {word}\n" for word in words).encode()
+    assert marlin(tmp_path, *limits, stdin=typed) == found
+    assert marlin(tmp_path, *limits, "--input-prefix", "<ger>: ", stdin=lines) != found
+
+
+@torch.no_grad()
+def test_gaps_named_by_sentinels_are_filled(tmp_path):
+    """As fine-tuned models are asked: `<extra_id_0>` in text is one id, in inputs and in answers."""
+    model, _ = make(MODELS["gated, untied"], tmp_path)
+    texts = ["The <extra_id_0> walks in <extra_id_1> park", "<extra_id_124>", "none"]
+    batch = transformers.ByT5Tokenizer()(texts, padding=True, return_tensors="pt")
+    assert (batch["input_ids"][0] >= 259).sum() == 2
+    expected = model.generate(**batch, max_new_tokens=20, do_sample=False, num_beams=1)
+    found = marlin(tmp_path, "--sentinel", "--max-length", 20, stdin="".join(f"{text}\n" for text in texts).encode())
+    assert found == b"".join(each + b"\n" for each in decoded(expected, sentinels=True))
+    assert b"<extra_id_" in found
+    assert marlin(tmp_path, "--max-length", 20, stdin="".join(f"{text}\n" for text in texts).encode()) != found
+
+
+@torch.no_grad()
+def test_a_file_of_an_encoder_alone(tmp_path):
+    """As diffusion models and retrievers keep it: transformers' T5EncoderModel, saved by itself."""
+    config = transformers.T5Config(**MODELS["gated, untied"])
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(config).eval()
+    model.save_pretrained(tmp_path)
+    found = load(tmp_path, device="cpu")
+    assert found.config.decoder_layers == 0
+    ids = transformers.ByT5Tokenizer()("an encoder alone", return_tensors="pt")["input_ids"]
+    expected = model(input_ids=ids).last_hidden_state[0, :-1].numpy()
+    assert np.abs(np.array(found.encode(b"an encoder alone")) - expected).max() < TOLERANCE

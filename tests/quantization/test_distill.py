@@ -48,7 +48,11 @@ def test_the_divergence_falls_and_the_size_stays(name, share, random_network):
     packed = quantize_network(network, QuantizationSettings(name, name)).network
     seen = []
     tuned = distill(
-        network, packed, batches(1, STEPS), DistillSettings(0.03, 1e-3, STEPS), on_step=lambda step, value: seen.append(value)
+        network,
+        packed,
+        batches(1, STEPS),
+        DistillSettings(0.03, 1e-3, steps=STEPS, parts=None),
+        on_step=lambda step, value: seen.append(value),
     )
     assert len(seen) == STEPS
     assert divergence(network, tuned) < share * divergence(network, packed)

@@ -2,7 +2,8 @@
 
 The product stays the same in exact arithmetic, and nothing is added to the network: the inverse factors go into the
 gain of the norm before a layer, into the rows of `up_proj` before `down_proj`, or into those of `v_proj` before `o_proj`
-where every head has values of its own.
+where every head has values of its own. The norm that ends ByT5's encoder is left alone: what follows it is the model's
+answer to `encode`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +33,11 @@ class Fold:
 
 
 def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold]:
-    """The folds of a network of blocks with `attention_norm`, `attention`, `ffn_norm` and `ffn`.
+    """The folds of a network of blocks with `attention_norm`, `attention`, `ffn_norm` and `ffn`; some with `cross` too.
 
     Args:
         parameters: by path.
-        gated: `down_proj` sees silu(gate) * up: linear in `up_proj`. An activation alone is not.
+        gated: `down_proj` sees activation(gate) * up: linear in `up_proj`. An activation alone is not.
     """
     folds = []
     for path in parameters:
@@ -47,10 +48,15 @@ def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold
         folds.append(Fold(tuple(f"{attention}.{name}_proj" for name in "qkv"), f"{block}.attention_norm.weight"))
         ffn_inputs = [f"{block}.ffn.up_proj", *([f"{block}.ffn.gate_proj"] if gated else [])]
         folds.append(Fold(tuple(ffn_inputs), f"{block}.ffn_norm.weight"))
-        values, output = parameters[f"{attention}.v_proj.weight"], parameters[f"{attention}.o_proj.weight"]
-        if values.shape[0] == output.shape[1]:
-            bias = f"{attention}.v_proj.bias"
-            folds.append(Fold((f"{attention}.o_proj",), f"{attention}.v_proj.weight", bias if bias in parameters else None))
+        if f"{block}.cross.q_proj.weight" in parameters:
+            folds.append(Fold((f"{block}.cross.q_proj",), f"{block}.cross_norm.weight"))
+        for reader in (attention, f"{block}.cross"):
+            if f"{reader}.v_proj.weight" not in parameters:
+                continue
+            values, output = parameters[f"{reader}.v_proj.weight"], parameters[f"{reader}.o_proj.weight"]
+            if values.shape[0] == output.shape[1]:
+                bias = f"{reader}.v_proj.bias"
+                folds.append(Fold((f"{reader}.o_proj",), f"{reader}.v_proj.weight", bias if bias in parameters else None))
         if gated:
             bias = f"{block}.ffn.up_proj.bias"
             folds.append(Fold((f"{block}.ffn.down_proj",), f"{block}.ffn.up_proj.weight", bias if bias in parameters else None))

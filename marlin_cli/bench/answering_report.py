@@ -1,0 +1,172 @@
+"""The result of a bench run of ByT5 models, and its renderings; what is common to all models stands in `report`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from marlin_cli.bench.answering_speed import AnsweringSpeed
+from marlin_cli.bench.estimates import Estimate
+from marlin_cli.bench.machine import Machine
+from marlin_cli.bench.pairs import PairQuality, PairScore
+from marlin_cli.bench.report import (
+    Measurement,
+    Table,
+    csv_of,
+    machine_table,
+    markdown_of,
+    measurement_of_spread,
+    range_of,
+    to_json,
+    to_jsonl,
+    weights_table,
+)
+from marlin_cli.bench.throughput import ThroughputSettings
+
+ALL_PAIRS = "all"
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Which pairs the models were scored on."""
+
+    pairs: str  # the file, or the model that ships them
+    max_bytes: int | None = None  # of inputs and answers together; pairs at even steps through the file
+    reference: str | None = None  # the model that the others are compared with
+
+
+@dataclass(frozen=True)
+class AnsweringModelReport:
+    """What was measured of one model. Sizes are by part of the model."""
+
+    model: str
+    weights: dict[str, int]  # how many numbers; a packed one counts once
+    stored_weight_bytes: dict[str, int]  # in its checkpoint
+    loaded_weight_bytes: dict[str, int]  # in memory: on a CPU, 16-bit weights become float32
+    kv_bits: int
+    speeds: tuple[AnsweringSpeed, ...] | None  # by batch size
+    quality: PairQuality | None
+
+
+@dataclass(frozen=True)
+class AnsweringReport:
+    """One run of `marlin bench` over ByT5 models."""
+
+    machine: Machine
+    throughput_settings: ThroughputSettings | None
+    quality_settings: PairSettings | None
+    peak_resident_bytes: int  # of the whole process, all models loaded
+    models: tuple[AnsweringModelReport, ...]
+
+
+def to_csv(report: AnsweringReport) -> str:
+    """A row for each measurement, under the fields of `Measurement`."""
+    return csv_of(measurements(report))
+
+
+def to_markdown(report: AnsweringReport) -> str:
+    """The tables of `to_tables` in Markdown."""
+    return markdown_of(to_tables(report))
+
+
+RENDERINGS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "md": to_markdown}
+
+
+def measurements(report: AnsweringReport) -> Iterator[Measurement]:
+    """Every number of the report that belongs to a model; `part` is a part of the model, a batch size or a group."""
+    for model in report.models:
+        for part, size in model.stored_weight_bytes.items():
+            yield Measurement(model.model, "stored_weight_bytes", part, size)
+        for part, size in model.loaded_weight_bytes.items():
+            yield Measurement(model.model, "loaded_weight_bytes", part, size)
+        for speed in model.speeds or ():
+            yield from _of_speed(model.model, speed)
+        if model.quality is not None:
+            for group, score in _scores(model.quality):
+                yield from _of_score(model.model, group, score)
+
+
+def _of_speed(model: str, speed: AnsweringSpeed) -> Iterator[Measurement]:
+    part = f"batch {speed.batch_size}"
+    for measure in ("encoder_bytes_per_second", "time_to_first_byte_seconds", "decode_bytes_per_second"):
+        if (spread := getattr(speed, measure)) is not None:
+            yield measurement_of_spread(model, measure, part, spread)
+    for measure in ("decoded_bytes", "memory_bytes", "working_memory_bytes"):
+        yield Measurement(model, measure, part, getattr(speed, measure))
+
+
+def _of_score(model: str, group: str, score: PairScore) -> Iterator[Measurement]:
+    for measure in ("pairs", "target_bytes", "characters", "total_bits"):
+        yield Measurement(model, measure, group, getattr(score, measure))
+    names = ("bits_per_target_byte", "character_error_rate", "exact_match")
+    estimates = [(name, getattr(score, name)) for name in (*names, "copied_error_rate")]
+    if (beside := score.against_reference) is not None:
+        estimates += [(f"{name}_difference", getattr(beside, name)) for name in names]
+    for measure, estimate in estimates:
+        if estimate is not None:
+            yield Measurement(model, measure, group, estimate.value, estimate.standard_error)
+
+
+def _scores(quality: PairQuality) -> list[tuple[str, PairScore]]:
+    return [*quality.groups.items(), (ALL_PAIRS, quality.all_pairs)]
+
+
+def to_tables(report: AnsweringReport) -> list[Table]:
+    """The machine, speed by batch and sizes with a column a model, and quality with a table a model."""
+    tables = [machine_table(report.machine, report.peak_resident_bytes)]
+    names = [model.model for model in report.models]
+    if report.throughput_settings is not None:
+        by_model = [model.speeds or () for model in report.models]
+        tables += [_speed(names, list(speeds), report.throughput_settings) for speeds in zip(*by_model, strict=True)]
+    tables.append(
+        weights_table(
+            names, [each.stored_weight_bytes for each in report.models], [each.loaded_weight_bytes for each in report.models]
+        )
+    )
+    for model in report.models:
+        if model.quality is not None and report.quality_settings is not None:
+            tables.append(_quality(model.model, model.quality, report.quality_settings))
+    return tables
+
+
+def _speed(names: Sequence[str], speeds: Sequence[AnsweringSpeed], settings: ThroughputSettings) -> Table:
+    title = (
+        f"Speed: batch {speeds[0].batch_size}, inputs of {settings.prompt_bytes:,} bytes, 1 + {settings.decode_bytes:,}"
+        f" bytes of each answer, median of {settings.repeats} (smallest .. largest)"
+    )
+    rows = [
+        ["encoder, bytes/s", *(range_of(speed.encoder_bytes_per_second) for speed in speeds)],
+        ["decode, bytes/s", *(range_of(speed.decode_bytes_per_second) for speed in speeds)],
+        ["time to first byte, ms", *(range_of(speed.time_to_first_byte_seconds, 1000) for speed in speeds)],
+        ["keys and values of inputs, bytes", *(f"{speed.memory_bytes:,}" for speed in speeds)],
+        ["working memory, bytes", *(f"{speed.working_memory_bytes:,}" for speed in speeds)],
+    ]
+    return Table(title, ["", *names], rows)
+
+
+def _quality(name: str, quality: PairQuality, settings: PairSettings) -> Table:
+    title = (
+        f"Quality of {name} on {settings.pairs}: bits of the wanted answer and its end over its bytes, teacher-forced;"
+        "\nedits of the greedy answer over the wanted one's characters (CER), of the input for comparison (copied), and"
+        " answers right to the last byte, in %; standard errors over pairs"
+    )
+    columns = ["group", "pairs", "characters", "bits/byte", "s.e.", "copied", "CER", "s.e.", "exact", "s.e."]
+    if settings.reference is not None:
+        title += f"\nagainst {settings.reference}: differences, paired"
+        columns += ["bits/byte", "s.e.", "CER", "s.e.", "exact", "s.e."]
+    rows = []
+    for group, score in _scores(quality):
+        row = [group, f"{score.pairs:,}", f"{score.characters:,}", *_cells(score.bits_per_target_byte, ".4f")]
+        row += [_cells(score.copied_error_rate, ".2f", 100)[0], *_cells(score.character_error_rate, ".2f", 100)]
+        row += _cells(score.exact_match, ".1f", 100)
+        if (beside := score.against_reference) is not None:
+            row += _cells(beside.bits_per_target_byte, "+.4f") + _cells(beside.character_error_rate, "+.2f", 100)
+            row += _cells(beside.exact_match, "+.1f", 100)
+        rows.append(row)
+    return Table(title, columns, rows)
+
+
+def _cells(estimate: Estimate | None, form: str, scale: float = 1.0) -> list[str]:
+    """The value and its standard error as text; empty where there is none."""
+    if estimate is None:
+        return ["", ""]
+    error = estimate.standard_error
+    return [format(scale * estimate.value, form), "" if error is None else format(scale * error, form.removeprefix("+"))]

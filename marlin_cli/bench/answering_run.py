@@ -1,0 +1,108 @@
+"""One run of `marlin bench` over ByT5 models: loaded, checked against what is asked of them, then timed and scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx.utils import tree_flatten
+
+from marlin_cli import console
+from marlin_cli.bench.answering_report import AnsweringModelReport, AnsweringReport, PairSettings
+from marlin_cli.bench.answering_speed import BATCH_SIZES, AnsweringSpeed, check_inputs_fit, measure_answering
+from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.pairs import PairQuality, check_pairs_fit, measure_pairs
+from marlin_cli.bench.run import labels_of
+from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
+from marlin_cli.bench.throughput import ThroughputSettings
+from marlin_cli.byt5_model import ByT5Model
+from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.corpus import Pair, read_pairs
+from marlin_cli.corpus.pairs import locate_pairs
+from marlin_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class AnsweringRequest:
+    """What to measure. A part that is None is left out.
+
+    Raises:
+        UsageError: nothing to measure.
+    """
+
+    models: tuple[str, ...]  # paths, shipped names or repositories; the same one twice shows the noise
+    throughput: ThroughputSettings | None
+    quality: PairSettings | None
+    device: str = "auto"
+    kv_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.throughput is None and self.quality is None:
+            raise UsageError("--no-throughput leaves nothing to measure; give --quality too")
+
+
+def run(request: AnsweringRequest) -> AnsweringReport:
+    """Measure; progress goes to stderr. What does not fit a model is refused before anything is measured.
+
+    Raises:
+        MarlinError: a model or pairs that cannot be read, or settings that do not fit a model.
+    """
+    pairs = [] if request.quality is None else _pairs(request.quality)
+    models = [ByT5Model.from_pretrained(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
+    if request.throughput is not None:
+        check_inputs_fit(models, request.throughput)
+    labels = labels_of(request.models)
+    scores: Sequence[PairQuality | None] = [None] * len(models)
+    if request.quality is not None:
+        reference = _reference(request, request.quality, models)
+        named = dict(zip(labels, models, strict=True))
+        check_pairs_fit(named if reference is None else {**named, "the reference": reference}, pairs)
+    speeds = [None] * len(models) if request.throughput is None else _time(models, request.throughput)
+    if request.quality is not None:
+        passes = len(models) + (reference is not None and reference not in models)
+        with console.byte_progress("scoring", passes * sum(len(pair.source) + len(pair.target) for pair in pairs)) as progress:
+            scores = measure_pairs(named, pairs, reference, progress.advance)
+    reports = [
+        AnsweringModelReport(
+            model=label,
+            weights=weights_by_part(model.network),
+            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
+            loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
+            kv_bits=model.kv_bits,
+            speeds=None if speed is None else tuple(speed),
+            quality=score,
+        )
+        for label, name, model, speed, score in zip(labels, request.models, models, speeds, scores, strict=True)
+    ]
+    return AnsweringReport(
+        machine=describe_machine(models[0].device),
+        throughput_settings=request.throughput,
+        quality_settings=request.quality,
+        peak_resident_bytes=peak_resident_bytes(),
+        models=tuple(reports),
+    )
+
+
+def _pairs(settings: PairSettings) -> list[Pair]:
+    """The pairs to score: at even steps through the file where there are more bytes than asked for."""
+    pairs = read_pairs(locate_pairs(settings.pairs))
+    total = sum(len(pair.source) + len(pair.target) for pair in pairs)
+    if settings.max_bytes is None or total <= settings.max_bytes:
+        return pairs
+    count = len(pairs) * settings.max_bytes // total
+    if not count:
+        raise UsageError(f"--max-quality-bytes {settings.max_bytes} is less than a pair of {settings.pairs}; raise it")
+    return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
+
+
+def _reference(request: AnsweringRequest, settings: PairSettings, models: Sequence[ByT5Model]) -> ByT5Model | None:
+    if settings.reference is None:
+        return None
+    if settings.reference in request.models:
+        return models[request.models.index(settings.reference)]
+    return ByT5Model.from_pretrained(settings.reference, device=request.device)
+
+
+def _time(models: Sequence[ByT5Model], settings: ThroughputSettings) -> list[list[AnsweringSpeed]]:
+    total = settings.bytes_of_run * (settings.repeats + 1) * len(models) * sum(BATCH_SIZES)
+    with console.byte_progress("timing", total) as progress:
+        return measure_answering(models, settings, on_bytes=progress.advance)

@@ -1,0 +1,53 @@
+"""The files that `marlin bench` writes beside its result: a page (--report) and a picture (--plot)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marlin_cli import __version__, console
+from marlin_cli.bench.page import charts_in, labels_of, sections_of
+from marlin_cli.files import check_output_file
+from marlin_cli.page import render, write_page
+from marlin_cli.page.figure import check_figure_path, write_figure
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where the page and the picture go; None leaves one out."""
+
+    page: Path | None
+    figure: Path | None
+
+    @classmethod
+    def checked(cls, page: str | None, figure: str | None) -> "Pictures":
+        """The paths of the options, which are refused before anything is measured.
+
+        Raises:
+            OutputError: no folder to write in.
+            UsageError: a picture of an unknown kind, or without matplotlib.
+        """
+        found = cls(None if page is None else Path(page), None if figure is None else Path(figure))
+        for path in (found.page, found.figure):
+            if path is not None:
+                check_output_file(path)
+        if found.figure is not None:
+            check_figure_path(found.figure)
+        return found
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Write the files of a result, given as its JSON document.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        if self.page is None and self.figure is None:
+            return
+        sections = sections_of(document)
+        title = "marlin bench: " + ", ".join(labels_of(document.get("models", [])))
+        if self.page is not None:
+            write_page(self.page, render(title, f"measured by marlin {__version__}", sections, document))
+            console.note(f"wrote {self.page}")
+        if self.figure is not None:
+            write_figure(self.figure, charts_in(sections), title)
+            console.note(f"wrote {self.figure}")

@@ -1,0 +1,134 @@
+"""Charts as one picture in a file, SVG or PNG, drawn by matplotlib (extra `plot`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from marlin_cli.errors import UsageError
+from marlin_cli.files import writing
+from marlin_cli.page.blocks import Bars, Chart, Histogram, Plot
+from marlin_cli.page.document import LIGHT
+from marlin_cli.page.svg import shortened
+
+SUFFIXES = (".svg", ".png", ".pdf")
+
+# Inches of a chart, and of a bar.
+CHART_WIDTH, PLOT_HEIGHT, BAR_HEIGHT = 6.0, 3.4, 0.24
+COLUMNS = 2
+DOTS_PER_INCH = 144
+
+
+def check_figure_path(path: Path) -> None:
+    """Raise now what `write_figure` would raise before it draws.
+
+    Raises:
+        UsageError: another kind of file, or matplotlib is missing.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: pictures are {', '.join(SUFFIXES)}; name the file so")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError(f"{path}: pictures need matplotlib; install it with pip install 'marlin-cli[plot]'") from None
+
+
+def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
+    """Draw the charts in two columns and write the file, atomically; equal charts give equal files.
+
+    Raises:
+        UsageError: see `check_figure_path`; or there is nothing to draw.
+        OutputError: the file cannot be written.
+    """
+    check_figure_path(path)
+    if not charts:
+        raise UsageError(f"{path}: the result holds nothing that can be drawn")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Names are text, not formulas; and no random identifiers in the file.
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "marlin", "font.size": 9}):
+        columns = [list(charts[start::COLUMNS]) for start in range(min(COLUMNS, len(charts)))]
+        height = max(sum(_height(chart) for chart in column) for column in columns)
+        figure = Figure(figsize=(CHART_WIDTH * len(columns), height + 0.5), layout="constrained", dpi=DOTS_PER_INCH)
+        figure.suptitle(shortened(title, 90))
+        for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+            heights = [_height(chart) for chart in column]
+            rest = height - sum(heights)
+            axes = part.subplots(
+                len(column) + (rest > 0.01), 1, squeeze=False, height_ratios=heights + ([rest] if rest > 0.01 else [])
+            )
+            for axis, chart in zip(axes[:, 0], column, strict=False):
+                _draw(axis, chart)
+            for axis in axes[len(column) :, 0]:
+                axis.set_axis_off()
+        with writing(path) as temporary:
+            dated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None} if path.suffix == ".pdf" else {}
+            figure.savefig(temporary, metadata=dated)
+
+
+def _height(chart: Chart) -> float:
+    if isinstance(chart, Bars):
+        rows = len(chart.labels) * (1 if chart.stacked else max(len(chart.series), 1))
+        return 1.3 + BAR_HEIGHT * rows
+    return PLOT_HEIGHT
+
+
+def _draw(axis: Any, chart: Chart) -> None:
+    axis.set_title(chart.title, loc="left", fontweight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
+    if isinstance(chart, Bars):
+        _bars(axis, chart)
+    elif isinstance(chart, Plot):
+        _plot(axis, chart)
+    else:
+        _histogram(axis, chart)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _bars(axis: Any, chart: Bars) -> None:
+    rows = range(len(chart.labels))
+    thickness = 0.8 if chart.stacked else 0.8 / max(len(chart.series), 1)
+    ends = [0.0] * len(chart.labels)
+    for index, (name, values) in enumerate(chart.series.items()):
+        lengths = [value or 0.0 for value in values]
+        shift = 0.0 if chart.stacked else (index + 0.5) * thickness - 0.4
+        drawn = axis.barh(
+            [row + shift for row in rows], lengths, thickness * 0.94, left=ends if chart.stacked else None,
+            color=LIGHT[index % len(LIGHT)], label=name or None,
+        )  # fmt: skip
+        if chart.stacked:
+            ends = [end + length for end, length in zip(ends, lengths, strict=True)]
+        else:
+            axis.bar_label(drawn, ["" if value is None else f"{value:.3g}" for value in values], padding=3, fontsize=8)
+    axis.set_yticks(list(rows), [shortened(label) for label in chart.labels])
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_xlabel(chart.unit)
+
+
+def _plot(axis: Any, chart: Plot) -> None:
+    for index, (name, points) in enumerate(chart.series.items()):
+        ordered = sorted(points, key=lambda point: point.x)
+        colour = LIGHT[index % len(LIGHT)]
+        style = "o-" if chart.joined else "o"
+        axis.plot([point.x for point in ordered], [point.y for point in ordered], style, color=colour, label=name or None)
+        for point in ordered:
+            if point.low is not None and point.high is not None:
+                axis.plot([point.x] * 2, [point.low, point.high], color=colour, linewidth=1)
+    if chart.log_x:
+        axis.set_xscale("log")
+    if chart.log_y:
+        axis.set_yscale("log")
+    axis.set_xlabel(chart.x_title)
+    axis.set_ylabel(chart.y_title)
+    axis.grid(True, linewidth=0.4)
+
+
+def _histogram(axis: Any, chart: Histogram) -> None:
+    for index, (name, counts) in enumerate(chart.counts.items()):
+        axis.stairs(counts, chart.edges, color=LIGHT[index % len(LIGHT)], label=name or None)
+    if chart.log_x:
+        axis.set_xscale("log")
+    axis.set_xlabel(chart.x_title)
+    axis.set_ylabel("count")

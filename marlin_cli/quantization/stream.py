@@ -1,0 +1,89 @@
+"""Packs a checkpoint into a model folder layer by layer, so that neither the model nor its copy has to fit into memory."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from marlin_cli.checkpoints import Checkpoint, check_weight
+from marlin_cli.checkpoints.writer import writing_model
+from marlin_cli.models import build, config_as_mapping
+from marlin_cli.quantization.apply import LayerReport, marlin_table, pack_layer, prepared
+from marlin_cli.quantization.plan import QuantizationSettings, quantization_table
+from marlin_cli.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: a report by layer, in the model's order, and the bytes of everything that is no linear layer."""
+
+    layers: list[LayerReport]
+    kept_bytes: int
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    target: Path,
+    settings: QuantizationSettings,
+    statistics: Statistics | None = None,
+    *,
+    where: str,
+    method: str = "mse",
+    domain_weights: Mapping[str, float] | None = None,
+    overwrite: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Written:
+    """Write to `target` what `quantize_network` would make of a checkpoint.
+
+    Memory: a shard of the output and some copies of the largest layer in float32. awq, whose factors come from several
+    layers together, holds the model too.
+
+    Args:
+        checkpoint: read with `check_values` off. Its weights are used up: the mapping is empty afterwards.
+        where: the model, as errors name it.
+        on_bytes: called with the bytes of each weight that is done.
+
+    Raises:
+        CheckpointError: weights that do not fit the configuration, or that hold NaN or infinity.
+        OutputError: the folder exists and `overwrite` is off, or it cannot be written.
+        ConfigError, UsageError, QuantizationError, StatisticsError: see `quantize_network`.
+    """
+    network, plans, factors = prepared(
+        build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=where),
+        settings, statistics, method=method, domain_weights=domain_weights,
+    )  # fmt: skip
+    config = config_as_mapping(network.config)
+    embeddings = sorted(path for path, module in network.named_modules() if isinstance(module, nn.Embedding))
+    weights = dict(tree_flatten(network.parameters()))
+    # From here on `weights` alone holds them, and an array goes when it is written.
+    checkpoint.weights.clear()
+    del network
+    plan_of = {plan.path: plan for plan in plans}
+    reports: dict[str, LayerReport] = {}
+    kept_bytes = 0
+    with writing_model(target, overwrite=overwrite) as writer:
+        for name in sorted(weights):
+            path, _, last = name.rpartition(".")
+            plan = plan_of.get(path)
+            if plan is not None and plan.format is not None and last == "bias":
+                continue  # its weight takes it along
+            array = weights.pop(name)
+            check_weight(checkpoint.path, name, array)
+            on_bytes(array.nbytes)
+            if plan is None or last == "bias":
+                kept_bytes += array.nbytes if plan is None else 0
+                writer.add(name, array)
+                continue
+            bias = None if plan.format is None else weights.pop(f"{path}.bias", None)
+            layer, reports[path] = pack_layer(
+                array, bias, plan, statistics, method=method, domain_weights=domain_weights, factor=factors.get(path)
+            )
+            for part, result in sorted(layer.parameters().items() if layer is not None else [(last, array)]):
+                mx.eval(result)
+                writer.add(f"{path}.{part}", result)
+        marlin = marlin_table(settings, plans, statistics, method, domain_weights)
+        writer.finish(config, quantization_table(plans, embeddings), marlin)
+    return Written([reports[plan.path] for plan in plans], kept_bytes)

@@ -1,0 +1,99 @@
+"""A checkpoint packed layer by layer: the same files as from the whole network, in less memory, and nothing from damage."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.errors import CheckpointError
+from marlin_cli.models import build, config_as_mapping
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.quantization.apply import kept_bytes, quantize_network
+from marlin_cli.quantization.plan import QuantizationSettings
+from marlin_cli.quantization.stream import quantize_checkpoint
+from marlin_cli.statistics.collect import hessian_channels, measure, shared_inputs
+from marlin_cli.statistics.data import Run, Statistics
+from marlin_cli.statistics.hessians import HessianAccumulator
+
+SETTINGS = QuantizationSettings("nvfp4", "int4", kv_bits=8, overrides={"local.*o_proj": "16bit", "global.*up_proj": "mxfp8"})
+
+
+def write(folder: Path, network: MegaByte, shard_bytes: int = 1 << 30) -> Path:
+    weights = dict(tree_flatten(network.parameters()))
+    write_model(folder, config_as_mapping(network.config), weights, None, None, shard_bytes=shard_bytes)
+    return folder
+
+
+def statistics_of(network: MegaByte, folder: Path) -> Statistics:
+    sums = HessianAccumulator(hessian_channels(network), 1, folder)
+    totals = measure(network, "text", np.random.default_rng(3).integers(0, 256, 96, dtype=np.uint8), sums)
+    return Statistics("m", shared_inputs(network), (Run("c", 96, 0, None),), totals, sums.sums)
+
+
+@pytest.mark.parametrize("ffn_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("method", ["rtn", "mse", "awq", "gptq"])
+def test_the_same_files_as_from_the_whole_network(method, ffn_bias, random_network, small_sizes, tmp_path):
+    small_sizes |= {"global_dim": 64, "local_dim": 64, "global_layers": 1, "local_layers": 1}
+    config = MegaByteConfig(**small_sizes, ffn="gelu" if ffn_bias else "swiglu", ffn_bias=ffn_bias)
+    network = random_network(config)
+    source = write(tmp_path / "source", network, shard_bytes=60_000)
+    assert len(list(source.glob("*.safetensors"))) > 2
+    statistics = statistics_of(network, tmp_path)
+    whole = quantize_network(network, SETTINGS, statistics, method=method, domain_weights={"text": 1.0})
+    write_model(
+        tmp_path / "whole", config_as_mapping(config), dict(tree_flatten(whole.network.parameters())),
+        whole.quantization, whole.marlin,
+    )  # fmt: skip
+    checkpoint = read_checkpoint(source, check_values=False)
+    stored = sum(array.nbytes for array in checkpoint.weights.values())
+    done: list[int] = []
+    written = quantize_checkpoint(
+        checkpoint, tmp_path / "streamed", SETTINGS, statistics,
+        where="here", method=method, domain_weights={"text": 1.0}, on_bytes=done.append,
+    )  # fmt: skip
+    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "streamed").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes(), name
+    assert written.layers == whole.layers
+    assert written.kept_bytes == kept_bytes(network)
+    biases = sum(array.nbytes for name, array in tree_flatten(network.parameters()) if name.endswith("proj.bias"))
+    assert stored - biases <= sum(done) <= stored
+
+
+def test_less_memory_than_the_model_takes(random_network, small_sizes, tmp_path):
+    config = MegaByteConfig(**small_sizes | {"global_layers": 12, "global_dim": 256, "local_dim": 32})
+    source = write(tmp_path / "source", random_network(config))
+    checkpoint = read_checkpoint(source, check_values=False)
+    stored = sum(array.nbytes for array in checkpoint.weights.values())
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    quantize_checkpoint(checkpoint, tmp_path / "packed", QuantizationSettings(), where="here", method="rtn")
+    assert mx.get_peak_memory() - before < 0.6 * stored  # 0.15 of it is the packed model itself
+    assert not checkpoint.weights
+
+
+def test_a_weight_that_is_not_finite_leaves_nothing(random_network, small_sizes, tmp_path):
+    network = random_network(MegaByteConfig(**small_sizes | {"local_dim": 32}))
+    network.byte_embedding.weight = network.byte_embedding.weight.at[0, 0].add(float("nan"))
+    source = write(tmp_path / "source", network)
+    with pytest.raises(CheckpointError, match=r"source: the weight 'byte_embedding.weight' holds NaN or infinity"):
+        quantize_checkpoint(
+            read_checkpoint(source, check_values=False), tmp_path / "packed", QuantizationSettings(), where="here"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_packed_folder_runs(random_network, small_sizes, tmp_path):
+    network = random_network(MegaByteConfig(**small_sizes | {"local_dim": 32}))
+    source = write(tmp_path / "source", network)
+    quantize_checkpoint(read_checkpoint(source, check_values=False), tmp_path / "packed", QuantizationSettings(), where="here")
+    packed = read_checkpoint(tmp_path / "packed")
+    again = build(packed.config, packed.weights, packed.quantization, where="here")
+    data = mx.array(np.arange(24)[None])
+    assert mx.allclose(again(data), network(data), atol=1.0).item()
+    assert not mx.allclose(again(data), network(data), atol=1e-6).item()
