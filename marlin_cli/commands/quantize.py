@@ -24,7 +24,10 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
     stats: Annotated[str | None, typer.Option(help="Statistics of `marlin calibrate`; errors are weighted.")] = None,
     method: Annotated[
-        str, typer.Option(help="rtn, mse, awq (needs --stats) or gptq (needs --stats made with --hessian).")
+        str,
+        typer.Option(
+            help="rtn, mse, awq (needs --stats), gptq (needs --stats made with --hessian, or --sequential) or gptq+hadamard (needs --sequential; for mxfp4)."
+        ),
     ] = "mse",
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")

@@ -10,7 +10,6 @@ from marlin_cli import load
 from marlin_cli.api import MegaByteModel
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
-from marlin_cli.quantization.methods import METHODS
 
 MARLIN = [sys.executable, "-m", "marlin_cli"]
 
@@ -66,11 +65,12 @@ def test_each_method_packs_and_reports_its_worst_layers(method, files, tmp_path)
     assert load(tmp_path / "out").logits(b"some bytes").shape == (10, 256)
 
 
-@pytest.mark.parametrize("how", ["rtn", "mse", "awq", "gptq", "sequential", "distilled"])
+@pytest.mark.parametrize("how", ["rtn", "mse", "awq", "gptq", "sequential", "gptq+hadamard", "distilled"])
 def test_two_runs_give_identical_files(how, files, tmp_path):
     folder, stats, corpora = files
-    options = ["--method", how, "--stats", stats] if how in METHODS else ["--method", "gptq", "--sequential"]
-    if how == "sequential":
+    options = ["--method", how, "--stats", stats]
+    if how in ("sequential", "gptq+hadamard"):
+        options = ["--method", "gptq" if how == "sequential" else how, "--sequential"]
         options += [part.replace("--corpus", "--calibration-corpus") for part in corpora]
     if how == "distilled":
         options = ["--distill-steps", 2, *[part.replace("--corpus", "--distill-corpus") for part in corpora]]
@@ -119,6 +119,7 @@ def test_distilling(files, tmp_path):
     [
         (["--method", "gtpq"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
         (["--method", "gptq"], "'gptq' needs statistics", 2),
+        (["--method", "gptq+hadamard", "--stats", "STATS"], "add --sequential", 2),
         (["--domain-weight", "binary=0.2"], "--domain-weight weighs the domains of statistics; give --stats", 2),
         (["--method", "gtpq", "--sequential"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
         (["--method", "awq", "--sequential"], "leave out --method awq", 2),
