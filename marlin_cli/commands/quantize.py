@@ -26,7 +26,7 @@ def quantize(
     method: Annotated[
         str,
         typer.Option(
-            help="rtn, mse, awq (needs --stats), gptq (needs --stats made with --hessian, or --sequential) or gptq+hadamard (needs --sequential; for mxfp4)."
+            help="rtn, mse, awq (--stats), gptq (--stats with Hessians, or --sequential), gptq+hadamard (--sequential; mxfp4)."
         ),
     ] = "mse",
     domain_weight: Annotated[

@@ -134,7 +134,9 @@ def _weights(batches: Sequence[Batch], domain_weights: Mapping[str, float] | Non
     unknown = sorted(set(domain_weights) - set(total))
     if unknown:
         raise QuantizationError(f"no domain {unknown[0]!r} in the calibration bytes; there are {', '.join(sorted(total))}")
-    return [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in batches]
+    weights = [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in batches]
+    # Scaled so that a domain alone gives, to the last bit, what its bytes give without weights.
+    return [weight / (max(weights) or 1.0) for weight in weights]
 
 
 class _Run:
