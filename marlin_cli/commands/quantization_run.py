@@ -148,7 +148,7 @@ def pack(
                 result = quantize_sequentially(
                     _megabyte(network, "--sequential", model),
                     settings,
-                    _batches(network, "--sequential-corpus", steps),
+                    _batches(network, "--calibration-corpus", steps),
                     method=method,
                     domain_weights=domain_weights,
                     on_layer=on_layer,

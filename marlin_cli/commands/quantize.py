@@ -24,7 +24,10 @@ def quantize(
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
     stats: Annotated[str | None, typer.Option(help="Statistics of `marlin calibrate`; errors are weighted.")] = None,
     method: Annotated[
-        str, typer.Option(help="rtn, mse, awq (needs --stats) or gptq (needs --stats made with --hessian).")
+        str,
+        typer.Option(
+            help="rtn, mse, awq (--stats), gptq (--stats with Hessians, or --sequential), gptq+hadamard (--sequential; mxfp4)."
+        ),
     ] = "mse",
     domain_weight: Annotated[
         list[str] | None, typer.Option(help="DOMAIN=SHARE of the statistics; others count nothing; repeatable.")
@@ -34,8 +37,16 @@ def quantize(
         typer.Option("--sequential", help="MegaByte: pack layer after layer on calibration bytes, instead of --stats; slow."),
     ] = False,
     sequential_bytes: Annotated[str, typer.Option(help="How many bytes for --sequential.", metavar="SIZE")] = "512k",
-    sequential_corpus: Annotated[
-        list[str] | None, typer.Option(help="Bytes for --sequential, as calibrate's --corpus. Default: `default`.")
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(help="MegaByte: choose each layer's format by measuring; at most so many bits a weight on average."),
+    ] = None,
+    save_recipe: Annotated[
+        str | None, typer.Option(help="Where --target-bpw writes what it chose. Default: OUTPUT.recipe.yaml.")
+    ] = None,
+    calibration_corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Bytes for --sequential and --target-bpw, as calibrate's --corpus. Default: `default`."),
     ] = None,
     distill_steps: Annotated[
         int, typer.Option(min=0, help="MegaByte: then tune the local part by so many steps of 8 KiB; slow.")
@@ -92,14 +103,26 @@ def quantize(
     byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
     formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
+    shares = run.domain_weights_of(domain_weight or [])
+    if target_bpw is not None:
+        from marlin_cli.commands.automatic_run import automatic_settings
+
+        if save_recipe is None and output is None:
+            raise UsageError("--target-bpw writes a recipe; name it with --save-recipe")
+        chosen = Path(save_recipe or f"{output}.recipe.yaml")
+        check_output_file(chosen)
+        settings = automatic_settings(
+            model, options, settings, target_bpw, calibration_corpus or ["default"], chosen,
+            statistics_file=stats, method="mse" if sequential else method, domain_weights=shares if stats else None,
+        )  # fmt: skip
     steps = run.ByteSteps(
         parse_size(sequential_bytes, "--sequential-bytes") if sequential else 0,
-        sequential_corpus or ["default"],
+        calibration_corpus or ["default"],
         distill_steps,
         distill_corpus or ["default"],
     )
     run.pack(
-        model, options, target, settings, stats, method, run.domain_weights_of(domain_weight or []),
+        model, options, target, settings, stats, method, shares,
         steps,
         page=page, overwrite=overwrite, json_output=json_output,
     )  # fmt: skip

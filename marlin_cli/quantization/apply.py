@@ -17,7 +17,7 @@ from marlin_cli.models import Network, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
-from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_STATISTICS
+from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS
 from marlin_cli.quantization.methods.gptq import output_error
 from marlin_cli.quantization.plan import (
     LayerPlan,
@@ -204,6 +204,8 @@ def check_method(method: str, statistics: Statistics | None) -> None:
     """Raise what `quantize_network` would raise about its method."""
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    if method in NEED_SEQUENTIAL:
+        raise UsageError(f"method {method!r} measures the inputs of the network that it has changed; add --sequential")
     if method in NEED_STATISTICS and statistics is None:
         raise UsageError(f"method {method!r} needs statistics; make them with marlin calibrate, give --stats")
     if method in NEED_HESSIANS and (statistics is None or not statistics.hessians):

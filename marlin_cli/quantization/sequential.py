@@ -31,6 +31,8 @@ from marlin_cli.quantization.apply import (
     planned,
 )
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.methods import NEED_SEQUENTIAL
+from marlin_cli.quantization.methods.hadamard import rotated
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, quantization_table
 from marlin_cli.statistics.collect import shared_inputs
 
@@ -92,7 +94,7 @@ def quantize_sequentially(
 
     Args:
         batches: calibration bytes.
-        method: a name in `METHODS` other than awq.
+        method: a name in `METHODS` other than awq; gptq+hadamard packs the rotated network.
         domain_weights: share of each domain in the sums; the rows seen of each if None. One that is left out counts
             nothing.
 
@@ -102,6 +104,8 @@ def quantize_sequentially(
     weights = _weights(batches, domain_weights)
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")
+    if method in NEED_SEQUENTIAL:
+        network = rotated(network)
     run = _Run(network, plan_network(network, settings), method, batches, weights, on_layer)
     for number in range(len(run.student.stages)):
         run.pack_stage(number)
@@ -130,7 +134,9 @@ def _weights(batches: Sequence[Batch], domain_weights: Mapping[str, float] | Non
     unknown = sorted(set(domain_weights) - set(total))
     if unknown:
         raise QuantizationError(f"no domain {unknown[0]!r} in the calibration bytes; there are {', '.join(sorted(total))}")
-    return [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in batches]
+    weights = [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in batches]
+    # Scaled so that a domain alone gives, to the last bit, what its bytes give without weights.
+    return [weight / (max(weights) or 1.0) for weight in weights]
 
 
 class _Run:

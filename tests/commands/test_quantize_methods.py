@@ -10,7 +10,6 @@ from marlin_cli import load
 from marlin_cli.api import MegaByteModel
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
-from marlin_cli.quantization.methods import METHODS
 
 MARLIN = [sys.executable, "-m", "marlin_cli"]
 
@@ -66,12 +65,13 @@ def test_each_method_packs_and_reports_its_worst_layers(method, files, tmp_path)
     assert load(tmp_path / "out").logits(b"some bytes").shape == (10, 256)
 
 
-@pytest.mark.parametrize("how", ["rtn", "mse", "awq", "gptq", "sequential", "distilled"])
+@pytest.mark.parametrize("how", ["rtn", "mse", "awq", "gptq", "sequential", "gptq+hadamard", "distilled"])
 def test_two_runs_give_identical_files(how, files, tmp_path):
     folder, stats, corpora = files
-    options = ["--method", how, "--stats", stats] if how in METHODS else ["--method", "gptq", "--sequential"]
-    if how == "sequential":
-        options += [part.replace("--corpus", "--sequential-corpus") for part in corpora]
+    options = ["--method", how, "--stats", stats]
+    if how in ("sequential", "gptq+hadamard"):
+        options = ["--method", "gptq" if how == "sequential" else how, "--sequential"]
+        options += [part.replace("--corpus", "--calibration-corpus") for part in corpora]
     if how == "distilled":
         options = ["--distill-steps", 2, *[part.replace("--corpus", "--distill-corpus") for part in corpora]]
     for name in ("a", "b"):
@@ -84,13 +84,25 @@ def test_two_runs_give_identical_files(how, files, tmp_path):
 
 def test_packing_layer_after_layer(files, tmp_path):
     folder, _, corpora = files
-    corpora = [part.replace("--corpus", "--sequential-corpus") for part in corpora]
+    corpora = [part.replace("--corpus", "--calibration-corpus") for part in corpora]
     options = ["--method", "gptq", "--sequential", "--sequential-bytes", "4k", "--domain-weight", "code=1", *corpora]
     document = json.loads(run("quantize", folder / "model", "-o", tmp_path / "out", *options, "--json").stdout)
     assert len(document["worst_layers"]) == 10
     marlin = json.loads((tmp_path / "out" / "config.json").read_text())["marlin"]
     assert marlin["method"].startswith("gptq, sequential on ") and marlin["domain_weights"] == {"code": 1.0}
     assert load(tmp_path / "out").logits(b"some bytes").shape == (10, 256)
+
+
+def test_a_budget_chooses_formats_and_writes_a_recipe_that_gives_the_same_files(files, tmp_path):
+    folder, stats, corpora = files
+    corpora = [part.replace("--corpus", "--calibration-corpus") for part in corpora]
+    options = ["--method", "gptq", "--stats", stats]
+    run("quantize", folder / "model", "-o", tmp_path / "a", *options, "--target-bpw", 6, *corpora)
+    recipe = tmp_path / "a.recipe.yaml"
+    assert "--target-bpw 6: gptq" in recipe.read_text() and "nvfp4* " in recipe.read_text()
+    run("quantize", folder / "model", "-o", tmp_path / "b", *options, "--recipe", recipe)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 def test_distilling(files, tmp_path):
@@ -107,10 +119,12 @@ def test_distilling(files, tmp_path):
     [
         (["--method", "gtpq"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
         (["--method", "gptq"], "'gptq' needs statistics", 2),
+        (["--method", "gptq+hadamard", "--stats", "STATS"], "add --sequential", 2),
         (["--domain-weight", "binary=0.2"], "--domain-weight weighs the domains of statistics; give --stats", 2),
         (["--method", "gtpq", "--sequential"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
         (["--method", "awq", "--sequential"], "leave out --method awq", 2),
         (["--stats", "STATS", "--sequential"], "leave out --stats", 2),
+        (["--target-bpw", "4", "--calibration-corpus", "default"], "4 bits a weight are too few", 1),
         (["--stats", "STATS", "--domain-weight", "binary"], "is not DOMAIN=SHARE", 2),
         (["--stats", "STATS", "--domain-weight", "binary=-1"], "is not DOMAIN=SHARE", 2),
         (["--stats", "STATS", "--domain-weight", "binry=1"], "no domain 'binry'", 1),

@@ -69,7 +69,7 @@ def test_a_layer_makes_up_for_those_before_it(random_network, monkeypatch):
     assert fitted < 0.95 * divergence(network, quantize_sequentially(network, FORMAT, batches(1, 8)).network)
 
 
-@pytest.mark.parametrize("method", ["rtn", "mse", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "mse", "gptq", "gptq+hadamard"])
 def test_two_runs_give_the_same_arrays(method, random_network):
     network = random_network(CONFIG)
     one, two = (

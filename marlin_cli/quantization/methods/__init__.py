@@ -16,10 +16,14 @@ from marlin_cli.quantization.methods.rtn import rtn
 Method = Callable[[mx.array, Format, int, mx.array | None, npt.NDArray[np.float64] | None], Packed]
 
 # awq rescales channels first (`quantization.scaled`), over all layers that share an input, and then is mse.
-METHODS: dict[str, Method] = {"rtn": rtn, "mse": mse, "awq": mse, "gptq": gptq}
+# gptq+hadamard rotates the network first (`methods.hadamard`), and then is gptq.
+METHODS: dict[str, Method] = {"rtn": rtn, "mse": mse, "awq": mse, "gptq": gptq, "gptq+hadamard": gptq}
 
 # Methods that cannot run without x^T x.
 NEED_HESSIANS = ("gptq",)
 NEED_STATISTICS = ("awq", "gptq")
 
-__all__ = ["METHODS", "NEED_HESSIANS", "NEED_STATISTICS", "Method"]
+# Methods that change what layers see, so that no statistics of the network are of use.
+NEED_SEQUENTIAL = ("gptq+hadamard",)
+
+__all__ = ["METHODS", "NEED_HESSIANS", "NEED_SEQUENTIAL", "NEED_STATISTICS", "Method"]

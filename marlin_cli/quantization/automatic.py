@@ -1,0 +1,165 @@
+"""Mixed precision under a budget: what each layer costs in each format, measured, and the best choice of formats.
+
+A layer's cost is the KL divergence of the network's predictions when that layer alone is packed. Costs of several
+layers are taken to add up, which makes the choice a knapsack; it is solved exactly, up to the step of the budget.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.errors import QuantizationError
+from marlin_cli.models import linear_layers
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.ops import Linear
+from marlin_cli.quantization.apply import copy_with
+from marlin_cli.quantization.encoders import Packed, decode
+from marlin_cli.quantization.formats import FORMATS
+from marlin_cli.quantization.plan import KEEP, LayerPlan, QuantizationSettings, plan_layers
+from marlin_cli.statistics.collect import shared_inputs
+
+# Formats that a layer is tried in, next to staying in 16 bits.
+CANDIDATES = ("nvfp4", "mxfp8")
+
+# The budget is divided into so many steps, and sizes are rounded up to them.
+BUDGET_STEPS = 4096
+
+Predict = Callable[[MegaByte, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers that are decided together, as they see one input, and what each format costs them.
+
+    Attributes:
+        bits: format -> bits of all their weights.
+        divergence: format -> KL divergence in bits per byte when they alone are packed.
+    """
+
+    paths: tuple[str, ...]
+    weights: int
+    bits: dict[str, float]
+    divergence: dict[str, float]
+
+
+def measure_choices(
+    network: MegaByte,
+    windows: Sequence[npt.NDArray[np.uint8]],
+    pack: Callable[[mx.array, LayerPlan], Packed],
+    predict: Predict,
+    formats: Sequence[str] = CANDIDATES,
+    *,
+    on_choice: Callable[[Choice], None] = lambda choice: None,
+) -> list[Choice]:
+    """What each format costs the layers of a network that is in float32.
+
+    Args:
+        windows: calibration bytes [n, length]; each is scored once a group of layers and format.
+        pack: the method.
+        predict: base-2 logarithms of the probabilities [n, length, vocab] of ids [n, length].
+    """
+    layers = linear_layers(network)
+    ids = [mx.array(each.astype(np.int32)) for each in windows]
+    wanted = [np.array(predict(network, each)) for each in ids]
+    groups: dict[str, list[str]] = {}
+    for path, source in shared_inputs(network).items():
+        if path != "output":
+            groups.setdefault(source, []).append(path)
+    choices = []
+    for paths in groups.values():
+        shapes = {path: (int(layers[path]["weight"].shape[0]), int(layers[path]["weight"].shape[1])) for path in paths}
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        bits, divergence = {KEEP: 16.0 * weights}, {KEEP: 0.0}
+        for name in formats:
+            if any(FORMATS[name].group_size_for(columns) is None for _, columns in shapes.values()):
+                continue
+            plans = plan_layers(shapes, QuantizationSettings(overrides={".": name}))
+            swapped = [(plan.path, _unpacked(layers[plan.path], pack(layers[plan.path]["weight"], plan))) for plan in plans]
+            found = copy_with(network, swapped)
+            bits[name] = sum(
+                plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) for plan in plans if plan.format
+            )
+            divergence[name] = _divergence(found, ids, wanted, predict)
+        choices.append(Choice(tuple(paths), weights, bits, divergence))
+        on_choice(choices[-1])
+    return choices
+
+
+def choose(choices: Sequence[Choice], target_bits_per_weight: float) -> dict[str, str]:
+    """The format of each layer that leaves the least divergence within the budget (multiple-choice knapsack).
+
+    Raises:
+        QuantizationError: a budget below what the smallest formats need; it says how much that is.
+    """
+    budget = target_bits_per_weight * sum(choice.weights for choice in choices)
+    least = sum(min(choice.bits.values()) for choice in choices)
+    step = budget / BUDGET_STEPS
+    # What has to be spent is not rounded: only what each choice adds to its smallest format is.
+    spare = int((budget - least) / step + 1e-9)
+    if spare < 0:
+        needed = least / sum(choice.weights for choice in choices)
+        raise QuantizationError(f"{target_bits_per_weight:g} bits a weight are too few; the smallest formats need {needed:.2f}")
+    best = np.zeros(spare + 1)
+    taken: list[tuple[list[str], list[int], npt.NDArray[np.intp]]] = []
+    for choice in choices:
+        names = sorted(choice.bits, key=lambda name: (choice.bits[name], name))
+        sizes = [int(np.ceil((choice.bits[name] - choice.bits[names[0]]) / step - 1e-9)) for name in names]
+        table = np.full((len(names), spare + 1), np.inf)
+        for row, (name, size) in enumerate(zip(names, sizes, strict=True)):
+            if size <= spare:
+                table[row, size:] = best[: spare + 1 - size] + choice.divergence[name]
+        taken.append((names, sizes, table.argmin(axis=0)))
+        best = table.min(axis=0)
+    left, chosen = spare, {}
+    for choice, (names, sizes, rows) in zip(reversed(choices), reversed(taken), strict=True):
+        row = int(rows[left])
+        left -= sizes[row]
+        chosen.update(dict.fromkeys(choice.paths, names[row]))
+    return {path: chosen[path] for choice in choices for path in choice.paths}
+
+
+def with_choices(settings: QuantizationSettings, chosen: Mapping[str, str]) -> QuantizationSettings:
+    """Settings that say of each layer what was chosen; overrides that were there still win."""
+    exact = {f"^{re.escape(path)}$": name for path, name in chosen.items()}
+    return dataclasses.replace(settings, overrides={**exact, **settings.overrides})
+
+
+def recipe_text(settings: QuantizationSettings, choices: Sequence[Choice], chosen: Mapping[str, str], made: str) -> str:
+    """A recipe (YAML) that packs the same formats again, with the table of what was measured as comments.
+
+    Args:
+        made: a line that says how it was made.
+    """
+    import yaml
+
+    lines = [f"# {made}", "# KL divergence in bits per byte when these layers alone are packed; * is what was chosen:"]
+    for choice in choices:
+        costs = [
+            f"{name}{'*' if chosen[choice.paths[0]] == name else ''} {choice.divergence[name]:.6f}"
+            for name in sorted(choice.bits, key=lambda name: choice.bits[name])
+        ]
+        lines.append(f"#   {', '.join(choice.paths)}: {'; '.join(costs)}")
+    fields = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
+    return "\n".join(lines) + "\n" + yaml.safe_dump(fields, sort_keys=False, width=200)
+
+
+def _divergence(
+    network: MegaByte, ids: Sequence[mx.array], wanted: Sequence[npt.NDArray[np.float32]], predict: Predict
+) -> float:
+    total, count = 0.0, 0
+    for each, expected in zip(ids, wanted, strict=True):
+        found = np.array(predict(network, each))
+        total += float((np.exp2(expected) * (expected - found)).sum(dtype=np.float64))
+        count += each.size
+    return total / count
+
+
+def _unpacked(layer: Linear, packed: Packed) -> Linear:
+    plain = Linear(layer["weight"].shape[1], layer["weight"].shape[0], bias="bias" in layer)
+    plain.update({**layer.parameters(), "weight": decode(packed)})
+    return plain
