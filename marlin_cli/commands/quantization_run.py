@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints.export import EXPORTS, export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import UsageError
@@ -94,6 +95,7 @@ def pack(
     distill_corpora: Sequence[str],
     *,
     page: Path | None,
+    export: str | None,
     overwrite: bool,
     json_output: bool,
 ) -> None:
@@ -101,11 +103,14 @@ def pack(
 
     Args:
         page: file for the HTML report.
+        export: another tool's form of the folder, see `check_export`.
     """
     if domain_weights is not None and statistics_file is None:
         raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
     check_method(method, statistics)
+    if export is not None:
+        _check_exportable(_network(model, options, check_values=False), settings)
     if target is None:
         network = _network(model, options, check_values=False)
         reports, kept = [planned(plan) for plan in plan_network(network, settings)], kept_bytes(network)
@@ -143,6 +148,8 @@ def pack(
                 on_bytes=progress.advance,
             )
         reports, kept = written.layers, written.kept_bytes
+    if export is not None and target is not None:
+        export_compressed_tensors(target)
     parts = by_part(reports)
     if json_output:
         document = {
@@ -162,6 +169,23 @@ def pack(
         from marlin_cli.commands.packing_report import write_report
 
         write_report(page, model, options, target, method, reports, kept, statistics)
+
+
+def check_export(name: str | None) -> None:
+    """Raise `UsageError` unless `name` is None or a form that other tools read."""
+    if name is not None and name not in EXPORTS:
+        raise UsageError(f"--export {name!r} is not known; known: {', '.join(EXPORTS)}")
+
+
+def _check_exportable(network: Network, settings: QuantizationSettings) -> None:
+    plans = plan_network(network, settings)
+    other = [plan for plan in plans if plan.format is not None and plan.format.name != "nvfp4"]
+    if other:
+        format_name = other[0].format.name if other[0].format else ""
+        raise UsageError(
+            f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
+            f" ({len(other)} layers in all); choose 4 or 16 bits for the {other[0].part} part"
+        )
 
 
 def _distilled(model: str, options: ImportOptions, result: Quantized, steps: int, corpora: Sequence[str]) -> Quantized:
