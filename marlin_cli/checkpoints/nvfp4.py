@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import read_json
@@ -110,7 +111,7 @@ def _factor(scale: mx.array, packing: str, where: str) -> mx.array:
     """What the decoded weights are multiplied by: a float32 scalar."""
     if scale.size != 1:
         raise CheckpointError(f"{where} has shape {list(scale.shape)}, expected one number")
-    value = float(scale.astype(mx.float32).reshape(()).item())
+    value = float(np.array(scale.astype(mx.float32)).reshape(()))
     if not math.isfinite(value) or value <= 0:
         raise CheckpointError(f"{where} is {value}, expected a positive number")
     return mx.array(1 / value if packing == COMPRESSED_TENSORS else value, dtype=mx.float32)
@@ -149,7 +150,7 @@ def compressed_tensors_table(ignored: list[str], version: str) -> dict[str, Any]
     Args:
         ignored: linear layers that are not packed.
     """
-    weights = {
+    weights: dict[str, Any] = {
         "actorder": None, "block_structure": None, "dynamic": False, "group_size": GROUP_SIZE, "num_bits": 4,
         "observer": "minmax", "observer_kwargs": {}, "strategy": "tensor_group", "symmetric": True, "type": "float",
     }  # fmt: skip

@@ -4,6 +4,7 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from marlin_cli.ops.dispatch import linear, packed_linear
 
@@ -57,4 +58,4 @@ class QuantizedLinear(nn.Module):
 
 
 def _is_power_of_two(scale: mx.array) -> bool:
-    return abs(math.frexp(float(scale.item()))[0]) == 0.5
+    return abs(math.frexp(float(np.array(scale.astype(mx.float32)).reshape(())))[0]) == 0.5
