@@ -5,14 +5,18 @@ import fcntl
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from marlin_cli.errors import CheckpointError, ConfigError, MarlinError, OutputError
+
+# Bytes of a number, by the type's name in safetensors: those that are written here.
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U32": 4, "U8": 1}
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -228,6 +232,32 @@ def save_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, st
         mx.save_safetensors(str(path), dict(arrays), dict(metadata))
     except RuntimeError as error:
         raise OSError(f"{one_line(error)} (is the disk full?)") from None
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+    contents: Iterable[memoryview | bytes],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor, of any of the format's types: the library's own writers want all at once.
+
+    Args:
+        shapes: name -> the format's name of the type (F32, F8_E4M3, ..) and the shape.
+        contents: the bytes of each, in that order, contiguous and little-endian.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + DTYPE_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in contents:
+            file.write(data)
 
 
 def one_line(error: object) -> str:

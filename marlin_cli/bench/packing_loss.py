@@ -54,18 +54,23 @@ def loss_by_domain(
     """
     check_windows_fit({"the packed model": packed}, windows, original)
     losses = {}
-    for domain, part in windows.items():
+    for domain, part in sorted(windows.items()):
         before = after = 0.0
         divergences = []
         for window in part:
             ids = mx.array(window.read().astype(np.int32))[None]
             expected, predicted = log2_probabilities(original, ids), log2_probabilities(packed, ids)
-            chosen = [mx.take_along_axis(each, ids[..., None], axis=-1).sum().item() for each in (expected, predicted)]
-            before, after = before - chosen[0], after - chosen[1]
+            before, after = before + _cost(expected, ids), after + _cost(predicted, ids)
             divergences.append(np.array(kl_divergence(expected, predicted)[0]))
             on_bytes(window.length)
         losses[domain] = DomainLoss(before, after, np.concatenate(divergences))
     return losses
+
+
+def _cost(log2_predictions: mx.array, ids: mx.array) -> float:
+    """Bits that ids [1, length] cost."""
+    chosen = np.array(mx.take_along_axis(log2_predictions, ids[..., None], axis=-1))
+    return -float(chosen.sum(dtype=np.float64))
 
 
 def output_errors(

@@ -196,7 +196,7 @@ def _by_domain(document: Mapping[str, Any]) -> Section:
             ]
             for name in names
         }
-        title = "Squared error of outputs over their square, mean over layers"
+        title = "Squared error of outputs over their square, mean"
         blocks.append(Bars(title, "%", parts, means_of))
         rows = [[layer["path"], *(_small(layer["output_error_by_domain"][name]) for name in names)] for layer in known]
         blocks.append(Grid("The same by layer, on the calibration's inputs of each domain", ["layer", *names], rows))

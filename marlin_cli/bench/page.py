@@ -5,6 +5,7 @@ measurement; a table of plain numbers under a name with a unit is a sum of parts
 name; a list of alike tables whose entries differ in a whole number is a curve over it. All else goes to the last table.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -32,25 +33,35 @@ class Measured:
     high: float | None = None
 
     @property
+    def reach(self) -> tuple[float, float] | None:
+        """From where to where the number may lie."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
     def text(self) -> str:
-        return number(self.value) + (
-            f" ({number(self.low)} .. {number(self.high)})" if None not in (self.low, self.high) else ""
-        )
+        """The number with its range, if there is one."""
+        reach = self.reach
+        return number(self.value) + ("" if reach is None else f" ({number(reach[0])} .. {number(reach[1])})")
 
 
 def sections_of(document: Mapping[str, Any]) -> list[Section]:
     """The page of a result of `marlin bench`."""
     models: list[Mapping[str, Any]] = [model for model in document.get("models", ()) if isinstance(model, Mapping)]
     names = labels_of(models)
-    sections = [_where(document)]
+    sections = []
     best = quality_against_size(models, names)
     if best is not None:
         sections.append(Section("Quality against size", [best]))
+    sizes: list[Block] = []
     for topic in dict.fromkeys(key for model in models for key in model):
-        values = [model.get(topic) for model in models]
-        charts = list(charts_of(topic, values, names))
-        if charts:
+        charts = list(charts_of(topic, [model.get(topic) for model in models], names))
+        if topic.endswith(UNITS):
+            sizes += charts
+        elif charts:
             sections.append(Section(words(topic), charts))
+    if sizes:
+        sections.append(Section("Size", sizes))
+    sections.append(_where(document))
     rows = _all_numbers(models)
     if rows:
         sections.append(Section("All numbers", [Grid("", ["", *names], rows)]))
@@ -78,6 +89,11 @@ def quality_against_size(models: Sequence[Mapping[str, Any]], names: Sequence[st
         quality = measured(score.get("bits_per_byte"))
         if isinstance(weights, Mapping) and isinstance(stored, Mapping) and quality is not None and sum(weights.values()):
             bits = 8 * sum(stored.values()) / sum(weights.values())
+            # Beside a reference, what matters is the error of the difference: windows are paired.
+            beside = measured((score.get("against_reference") or {}).get("bits_per_byte_difference"))
+            if beside is not None and beside.reach is not None:
+                spread = (beside.reach[1] - beside.reach[0]) / 2
+                quality = Measured(quality.value, quality.value - spread, quality.value + spread)
             points[name] = [Point(bits, quality.value, quality.low, quality.high, name)]
     if not points:
         return None
@@ -100,12 +116,17 @@ def charts_of(name: str, values: Sequence[Any], models: Sequence[str]) -> Iterat
     """Charts of one value a model (None where a model lacks it), and of everything inside it."""
     known = next((value for value in values if value is not None), None)
     if measured(known) is not None and isinstance(known, Mapping):
-        found = [measured(value) for value in values]
-        yield Bars(words(name), unit_of(name), models, {"": [None if each is None else each.value for each in found]})
+        yield _bars(words(name), unit_of(name), models, {"": [measured(value) for value in values]})
     elif isinstance(known, Mapping) and known:
         yield from _of_table(name, [value if isinstance(value, Mapping) else {} for value in values], models)
     elif isinstance(known, list) and known and all(isinstance(entry, Mapping) for entry in known):
         yield from _curves(name, [value or [] for value in values], models)
+
+
+def _bars(title: str, unit: str, labels: Sequence[str], series: Mapping[str, Sequence[Measured | None]]) -> Bars:
+    values = {name: [None if each is None else each.value for each in found] for name, found in series.items()}
+    ranges = {name: [None if each is None else each.reach for each in found] for name, found in series.items()}
+    return Bars(title, unit, labels, values, ranges=ranges)
 
 
 def _of_table(name: str, tables: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Iterator[Chart]:
@@ -113,15 +134,15 @@ def _of_table(name: str, tables: Sequence[Mapping[str, Any]], models: Sequence[s
     inside = [value for table in tables for value in table.values() if value is not None]
     if inside and all(map(_is_number, inside)):
         if name.endswith(UNITS):
-            parts = {words(key): [table.get(key) for table in tables] for key in keys}
+            parts = {key: [table.get(key) for table in tables] for key in keys}
             yield Bars(words(name), unit_of(name), models, parts, stacked=True)
     elif len(keys) > 1 and _alike(inside):
         for leaf in _measurements_in(inside[0]):
             rows = {
-                model: [None if (found := measured(_at(table.get(key), leaf))) is None else found.value for key in keys]
+                model: [measured(_at(table.get(key), leaf)) for key in keys]
                 for model, table in zip(models, tables, strict=True)
             }
-            yield Bars(f"{words(leaf[-1])} by {words(name)}", unit_of(leaf[-1]), [words(key) for key in keys], rows)
+            yield _bars(f"{words(leaf[-1])} by {words(name).lower()}", unit_of(leaf[-1]), keys, rows)
     else:
         for key in keys:
             yield from charts_of(key, [table.get(key) for table in tables], models)
@@ -143,11 +164,17 @@ def _curves(name: str, lists: Sequence[Sequence[Mapping[str, Any]]], models: Seq
             for entry in entries:
                 found = measured(_at(entry, leaf))
                 if found is not None and _is_number(entry.get(axis)):
-                    label = ", ".join([model, *(f"{words(key)} {entry[key]}" for key in others if key in entry)])
+                    label = ", ".join([model, *(f"{words(key).lower()} {entry[key]}" for key in others if key in entry)])
                     series.setdefault(label, []).append(Point(float(entry[axis]), found.value, found.low, found.high))
         span = [point.x for points in series.values() for point in points]
         log = bool(span) and min(span) > 0 and max(span) >= 8 * min(span)
-        yield Plot(f"{words(leaf[-1])} by {words(axis)}", words(axis), unit_of(leaf[-1]) or words(name), series, log_x=log)
+        yield Plot(
+            f"{words(leaf[-1])} by {words(axis).lower()}",
+            words(axis).lower(),
+            unit_of(leaf[-1]) or words(name),
+            series,
+            log_x=log,
+        )
 
 
 def _measurements_in(table: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -209,15 +236,16 @@ def _leaves(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...]
 def _entry_name(entry: Any, index: int) -> str:
     """What tells an entry of a list from the others: its whole numbers, else its place."""
     if isinstance(entry, Mapping):
-        named = [f"{words(key)} {entry[key]}" for key in AXES if isinstance(entry.get(key), int)]
+        named = [f"{words(key).lower()} {entry[key]}" for key in AXES if isinstance(entry.get(key), int)]
         if named:
             return ", ".join(named)
     return str(index + 1)
 
 
 def words(name: str) -> str:
-    """`decode_bytes_per_second` as words."""
-    return str(name).replace("_", " ")
+    """`decode_bytes_per_second` as "Decode bytes per second"."""
+    text = str(name).replace("_", " ")
+    return re.sub(r"\bkl\b", "KL", text[:1].upper() + text[1:], flags=re.IGNORECASE)
 
 
 def unit_of(name: str) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from marlin_cli.bench.estimates import Estimate, Spread
@@ -35,12 +35,12 @@ class ModelReport:
     """What was measured of one model. Sizes are by part of the model."""
 
     model: str
-    weights: dict[str, int]  # how many numbers; a packed one counts once
     stored_weight_bytes: dict[str, int]  # in its checkpoint
     loaded_weight_bytes: dict[str, int]  # in memory: on a CPU, 16-bit weights become float32
     cache_bits: CacheBits
     throughput: Throughput | None
     quality: Quality | None
+    weights: dict[str, int] = field(default_factory=dict)  # how many numbers; a packed one counts once
 
 
 @dataclass(frozen=True)

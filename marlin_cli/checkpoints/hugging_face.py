@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, shards_of_index
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
@@ -85,6 +86,9 @@ def read(path: Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"{file}: {name!r} stands in another shard too")
             tensors[name] = tensor
+    packing = nvfp4.packing_of(_table(folder / CONFIG), folder)
+    if packing is not None:
+        tensors = nvfp4.under_mlx_names(tensors, packing, path)
     foreign = Foreign(path, tensors)
     if not any(name.startswith("decoder.block.") for name in tensors):
         config["decoder_layers"] = 0
@@ -97,7 +101,7 @@ def read(path: Path) -> Checkpoint:
         _take_stack(weights, taken, "decoder", config["decoder_layers"], gated=config["gated_ffn"])
         config["tied_head"] = not _take_head(weights, taken, path, may_be_tied=config["scaled_head"])
     taken.finish()
-    return Checkpoint(path, "hugging_face", config, weights)
+    return Checkpoint(path, "hugging_face", config, weights, None if packing is None else dict(nvfp4.TABLE))
 
 
 def files(path: Path) -> list[Path]:
@@ -121,6 +125,49 @@ def weight_files(path: Path) -> list[Path]:
         if (path / f"{single}.index.json").is_file():
             return shards_of_index(path / f"{single}.index.json")
     raise CheckpointError(f"{path}: holds none of {', '.join(SINGLES)} and their shards")
+
+
+class _Names(Taken):
+    """Hands out the names that are asked for, in place of tensors."""
+
+    def __init__(self) -> None:
+        """There is nothing to hand out."""
+
+    def take(self, name: str, shape: tuple[int, ...] | None = None) -> Any:
+        """The name itself."""
+        return name
+
+    def has(self, name: str) -> bool:
+        """Only weights have names of their own; scales go along."""
+        return False
+
+
+def names_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """transformers' name of every weight, by marlin's, of a ByT5 with marlin's configuration."""
+    names: dict[str, Any] = {"embedding.weight": EMBEDDINGS[0]}
+    for stack in ("encoder", "decoder"):
+        if config[f"{stack}_layers"]:
+            _take_stack(names, _Names(), stack, config[f"{stack}_layers"], gated=config.get("gated_ffn", True))
+    if config["decoder_layers"] and not config.get("tied_head", False):
+        names["output.weight"] = "lm_head.weight"
+    return names
+
+
+def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' config.json of a ByT5 with marlin's configuration, all of whose fields are there."""
+    document = {theirs: config[ours] for theirs, (ours, _) in (*FIELDS.items(), *IDS.items())}
+    gated = config["gated_ffn"]
+    activations = {form: name for name, form in ACTIVATIONS.items() if name != "gated-gelu_new"}
+    return {
+        **document,
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration" if config["decoder_layers"] else "T5EncoderModel"],
+        "num_decoder_layers": config["decoder_layers"],
+        "feed_forward_proj": activations[config["activation"], gated],
+        "tie_word_embeddings": config["tied_head"],
+        "scale_decoder_outputs": config["scaled_head"],
+        "is_encoder_decoder": bool(config["decoder_layers"]),
+    }
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -219,8 +266,15 @@ def _take_stack(weights: dict[str, mx.array], taken: Taken, stack: str, layers: 
         source, target = f"{stack}.block.{layer}", f"{stack}.layers.{layer}"
         for ours, theirs in attentions.items():
             for each in "qkvo":
-                weights[f"{target}.{ours}.{each}_proj.weight"] = taken.take(f"{source}.{theirs}.{each}.weight")
+                _take_linear(weights, taken, f"{target}.{ours}.{each}_proj", f"{source}.{theirs}.{each}")
         for ours, theirs in norms.items():
             weights[f"{target}.{ours}.weight"] = taken.take(f"{source}.{theirs}.layer_norm.weight")
         for ours, theirs in linears.items():
-            weights[f"{target}.ffn.{ours}.weight"] = taken.take(f"{source}.{last}.DenseReluDense.{theirs}.weight")
+            _take_linear(weights, taken, f"{target}.ffn.{ours}", f"{source}.{last}.DenseReluDense.{theirs}")
+
+
+def _take_linear(weights: dict[str, mx.array], taken: Taken, target: str, source: str) -> None:
+    """A weight, and its scales if it is packed."""
+    for name in ("weight", "scales", "global_scale"):
+        if name == "weight" or taken.has(f"{source}.{name}"):
+            weights[f"{target}.{name}"] = taken.take(f"{source}.{name}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, shards_of_index
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
@@ -29,7 +30,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a model folder, or the safetensors file in it.
+    """Read a model folder, or the safetensors file in it; layers that another tool packed as nvfp4 stay packed.
 
     Raises:
         CheckpointError: a missing, damaged or contradictory weights file.
@@ -39,6 +40,9 @@ def read(path: Path) -> Checkpoint:
     document = read_json(folder / CONFIG)
     if not isinstance(document, dict):
         raise ConfigError(f"{folder / CONFIG}: expected an object, found {describe(document)}")
+    packing = None if "quantization" in document else nvfp4.packing_of(document, folder)
+    if packing is not None:
+        document = {key: value for key, value in document.items() if key != "quantization_config"}
     known = {str(key): value for key, value in document.items() if key not in IGNORED_KEYS}
     config = {RENAMED_KEYS.get(key, key): value for key, value in known.items()}
     quantization = _table(config, "quantization", folder)
@@ -53,6 +57,8 @@ def read(path: Path) -> Checkpoint:
         if twice:
             raise CheckpointError(f"{file}: {twice[0]!r} stands in another shard too")
         weights.update(arrays)
+    if packing is not None:
+        weights, quantization = nvfp4.under_mlx_names(weights, packing, path), dict(nvfp4.TABLE)
     return Checkpoint(path, "native", config, weights, quantization, marlin)
 
 

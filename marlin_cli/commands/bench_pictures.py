@@ -46,8 +46,13 @@ class Pictures:
         sections = sections_of(document)
         title = "marlin bench: " + ", ".join(labels_of(document.get("models", [])))
         if self.page is not None:
-            write_page(self.page, render(title, f"measured by marlin {__version__}", sections, document))
+            write_page(self.page, render(title, _about(document), sections, document))
             console.note(f"wrote {self.page}")
         if self.figure is not None:
             write_figure(self.figure, charts_in(sections), title)
             console.note(f"wrote {self.figure}")
+
+
+def _about(document: Mapping[str, Any]) -> str:
+    machine = document.get("machine", {})
+    return f"Measured by marlin {__version__} on {machine.get('device', 'an unknown device')}, {machine.get('device_name', '')}"

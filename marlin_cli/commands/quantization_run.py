@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints.export import EXPORTS, export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.config import did_you_mean
@@ -115,6 +116,7 @@ def pack(
     steps: ByteSteps,
     *,
     page: Path | None,
+    export: str | None,
     overwrite: bool,
     json_output: bool,
 ) -> None:
@@ -122,6 +124,7 @@ def pack(
 
     Args:
         page: file for the HTML report.
+        export: another tool's form of the folder, see `check_export`.
     """
     if domain_weights is not None and statistics_file is None and not steps.sequential_bytes:
         raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
@@ -133,6 +136,8 @@ def pack(
         check_method(method, statistics)
     elif method not in METHODS:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    if export is not None:
+        _check_exportable(_network(model, options, check_values=False), settings)
     if target is None:
         network = _network(model, options, check_values=False)
         reports, kept = [planned(plan) for plan in plan_network(network, settings)], kept_bytes(network)
@@ -180,6 +185,8 @@ def pack(
                 on_bytes=progress.advance,
             )
         reports, kept = written.layers, written.kept_bytes
+    if export is not None and target is not None:
+        export_compressed_tensors(target)
     parts = by_part(reports)
     if json_output:
         document = {
@@ -227,6 +234,23 @@ def _megabyte(network: Network, option: str, model: str) -> MegaByte:
     if not isinstance(network, MegaByte):
         raise UsageError(f"{option}: {model} holds a {network.config.model_type}; name a MegaByte")
     return network
+
+
+def check_export(name: str | None) -> None:
+    """Raise `UsageError` unless `name` is None or a form that other tools read."""
+    if name is not None and name not in EXPORTS:
+        raise UsageError(f"--export {name!r} is not known; known: {', '.join(EXPORTS)}")
+
+
+def _check_exportable(network: Network, settings: QuantizationSettings) -> None:
+    plans = plan_network(network, settings)
+    other = [plan for plan in plans if plan.format is not None and plan.format.name != "nvfp4"]
+    if other:
+        format_name = other[0].format.name if other[0].format else ""
+        raise UsageError(
+            f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
+            f" ({len(other)} layers in all); choose 4 or 16 bits for the {other[0].part} part"
+        )
 
 
 def _distilled(model: str, options: ImportOptions, result: Quantized, steps: ByteSteps) -> Quantized:

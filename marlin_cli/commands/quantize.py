@@ -61,6 +61,10 @@ def quantize(
     report: Annotated[
         str | None, typer.Option(metavar="FILE.html", help="Write a page: size, errors, ranges, KL divergence.")
     ] = None,
+    export: Annotated[
+        str | None,
+        typer.Option(metavar="compressed-tensors", help="Write it as llm-compressor does; every layer nvfp4 or 16-bit."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
@@ -93,6 +97,9 @@ def quantize(
         if target is None or dequantize:
             raise UsageError("--report tells what packing cost; leave out --dry-run and --dequantize")
         check_output_file(page)
+    run.check_export(export)
+    if export is not None and dequantize:
+        raise UsageError("--export writes packed layers; leave out --dequantize")
     options = parse_import_options(import_options)
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
@@ -124,5 +131,5 @@ def quantize(
     run.pack(
         model, options, target, settings, stats, method, shares,
         steps,
-        page=page, overwrite=overwrite, json_output=json_output,
+        page=page, export=export, overwrite=overwrite, json_output=json_output,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from marlin_cli.ops.dispatch import linear, packed_linear
 
@@ -26,8 +27,8 @@ class Linear(nn.Module):
 class QuantizedLinear(nn.Module):
     """x @ W.T + bias for W packed in one of MLX's formats.
 
-    It holds what `mlx.nn.QuantizedLinear` holds, and `global_scale`: a float32 scalar (a power of two) that
-    multiplies the product. nvfp4 needs it, since group scales in E4M3 cannot reach small weights.
+    It holds what `mlx.nn.QuantizedLinear` holds, and `global_scale`: a float32 scalar that multiplies the product.
+    nvfp4 needs it, since group scales in E4M3 cannot reach small weights. Ours are powers of two, other tools' are not.
     """
 
     def __init__(self, arrays: dict[str, mx.array], *, group_size: int, bits: int, mode: str) -> None:
@@ -36,6 +37,8 @@ class QuantizedLinear(nn.Module):
         for name in ("weight", "scales", "biases", "bias", "global_scale"):
             if name in arrays:
                 self[name] = arrays[name]
+        # In 16 bits a power of two multiplies exactly; another number is kept in float32, and the product rounded once.
+        self._scale_is_exact = "global_scale" in arrays and _is_power_of_two(arrays["global_scale"])
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -49,5 +52,10 @@ class QuantizedLinear(nn.Module):
             mode=self.mode,
         )
         if "global_scale" in self:
-            y = y * self["global_scale"].astype(y.dtype)
+            scale = self["global_scale"]
+            y = y * scale.astype(y.dtype) if self._scale_is_exact else (y * scale).astype(y.dtype)
         return y + self["bias"] if "bias" in self else y
+
+
+def _is_power_of_two(scale: mx.array) -> bool:
+    return abs(math.frexp(float(np.array(scale.astype(mx.float32)).reshape(())))[0]) == 0.5

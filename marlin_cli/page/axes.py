@@ -1,6 +1,7 @@
 """Axes of charts: where the ticks are, how numbers are written, and how values become places."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,15 @@ def axis_of(values: Sequence[float], *, log: bool = False, from_zero: bool = Fal
     return Axis(ticks[0], ticks[-1], ticks)
 
 
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """The ticks as short as they can be told apart."""
+    for digits in range(3, 12):
+        texts = [number(tick, digits) for tick in ticks]
+        if len(set(texts)) == len(texts):
+            return texts
+    return [repr(tick) for tick in ticks]
+
+
 def _step(least: float) -> float:
     """The smallest pleasant step that is not below `least`."""
     power = 10.0 ** math.floor(math.log10(least))
@@ -71,13 +81,10 @@ def _log_axis(low: float, high: float, most_ticks: int) -> Axis:
     return Axis(low, high, inside, log=True)
 
 
-def number(value: float) -> str:
-    """Three digits and a decimal suffix: 12.3k, 0.00452, 1e-07."""
+def number(value: float, digits: int = 3) -> str:
+    """So many digits and a decimal suffix: 12.3k, 0.00452, 1e-7."""
     size = abs(value)
-    if size >= 999.5:
-        unit, suffix = next((each for each in SUFFIXES if size >= each[0] * 0.9995), SUFFIXES[-1])
-        if size / unit < 999.5e3:
-            return f"{value / unit:.3g}{suffix}" if size / unit < 999.5 else f"{value / unit:,.0f}{suffix}"
-    if size and size < 1e-3:
-        return f"{value:.3g}".replace("e-0", "e-")
-    return f"{value:.3g}"
+    scale, suffix = next((each for each in SUFFIXES if size >= each[0] * 0.9995), (1.0, ""))
+    if suffix and size / scale < 1e5:
+        return f"{value / scale:.{digits}g}{suffix}" if size / scale < 999.5 else f"{value / scale:,.0f}{suffix}"
+    return re.sub(r"e([+-])0*(\d)", r"e\1\2", f"{value:.{digits}g}")

@@ -1,7 +1,7 @@
 """What a page is made of, as plain values: text, tables and charts. Draws nothing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 
@@ -23,13 +23,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar for each label and series, from 0. A value of None leaves its bar out."""
+    """A bar for each label and series, from 0. A value of None leaves its bar out.
+
+    `ranges` has by series where each value may lie, from its lowest to its highest.
+    """
 
     title: str
     unit: str
     labels: Sequence[str]
     series: Mapping[str, Sequence[float | None]]
     stacked: bool = False  # the series of a label one after the other, as shares of a whole
+    ranges: Mapping[str, Sequence[tuple[float, float] | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

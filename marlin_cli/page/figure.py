@@ -6,6 +6,7 @@ from typing import Any
 
 from marlin_cli.errors import UsageError
 from marlin_cli.files import writing
+from marlin_cli.page.axes import number
 from marlin_cli.page.blocks import Bars, Chart, Histogram, Plot
 from marlin_cli.page.document import LIGHT
 from marlin_cli.page.svg import shortened
@@ -33,7 +34,7 @@ def check_figure_path(path: Path) -> None:
 
 
 def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
-    """Draw the charts in two columns and write the file, atomically; equal charts give equal files.
+    """Draw the charts in two columns, row by row, and write the file, atomically; equal charts give equal files.
 
     Raises:
         UsageError: see `check_figure_path`; or there is nothing to draw.
@@ -69,7 +70,7 @@ def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
 def _height(chart: Chart) -> float:
     if isinstance(chart, Bars):
         rows = len(chart.labels) * (1 if chart.stacked else max(len(chart.series), 1))
-        return 1.3 + BAR_HEIGHT * rows
+        return 0.9 + BAR_HEIGHT * rows
     return PLOT_HEIGHT
 
 
@@ -83,7 +84,9 @@ def _draw(axis: Any, chart: Chart) -> None:
     else:
         _histogram(axis, chart)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(frameon=False, fontsize=8)
+        # Bars fill their axes: what names them stands beside.
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if isinstance(chart, Bars) else {}
+        axis.legend(frameon=False, fontsize=8, **beside)
 
 
 def _bars(axis: Any, chart: Bars) -> None:
@@ -93,18 +96,34 @@ def _bars(axis: Any, chart: Bars) -> None:
     for index, (name, values) in enumerate(chart.series.items()):
         lengths = [value or 0.0 for value in values]
         shift = 0.0 if chart.stacked else (index + 0.5) * thickness - 0.4
-        drawn = axis.barh(
+        axis.barh(
             [row + shift for row in rows], lengths, thickness * 0.94, left=ends if chart.stacked else None,
             color=LIGHT[index % len(LIGHT)], label=name or None,
         )  # fmt: skip
         if chart.stacked:
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]
         else:
-            axis.bar_label(drawn, ["" if value is None else f"{value:.3g}" for value in values], padding=3, fontsize=8)
+            for row, value in enumerate(values):
+                if value is None:
+                    continue
+                reach = chart.ranges[name][row] if name in chart.ranges else None
+                if reach is not None:
+                    axis.plot(reach, [row + shift] * 2, color="#444444", linewidth=1, marker="|", markersize=5)
+                _beside(axis, max(value, *(reach or (value,)), 0.0), row + shift, value)
+    if chart.stacked:
+        for row, end in enumerate(ends):
+            _beside(axis, end, row, end)
+    axis.set_xticks([])  # the numbers stand at the bars
+    axis.spines["bottom"].set_visible(False)
     axis.set_yticks(list(rows), [shortened(label) for label in chart.labels])
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.margins(x=0.14)
     axis.set_xlabel(chart.unit)
+
+
+def _beside(axis: Any, x: float, y: float, value: float) -> None:
+    """The value, to the right of a place."""
+    axis.annotate(number(value), (x, y), (5, 0), textcoords="offset points", va="center", fontsize=8)
 
 
 def _plot(axis: Any, chart: Plot) -> None:

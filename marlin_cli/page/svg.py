@@ -4,13 +4,13 @@ import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from marlin_cli.page.axes import Axis, axis_of, number
+from marlin_cli.page.axes import Axis, axis_of, number, tick_texts
 from marlin_cli.page.blocks import Bars, Chart, Histogram, Plot, Point
 
 # The page scales a picture to its place: a phone shows it at about three quarters, which the text must survive.
 WIDTH, PLOT_HEIGHT = 460.0, 230.0
 LINE = 15.0  # from one line of small text to the next
-LETTER = 6.4  # wide, on average
+LETTER = 7.5  # wide, on average, in the widest of the page's fonts
 COLOURS = 8  # classes c0 .. c7
 
 # Characters of a label beside a bar; the middle of a longer one is left out.
@@ -92,9 +92,10 @@ def _bars(chart: Bars) -> str:
         top += LINE
         parts.append(_text(0, top - 4, chart.unit, "start", "faint"))
     width = LETTER * max((len(shortened(label)) for label in chart.labels), default=0) + 10
-    above = width > WIDTH * 0.5  # long labels stand over their bars, not beside them
+    above = width > WIDTH * 0.58  # long labels stand over their bars, not beside them
     left = 0.0 if above else width
     values = [value for values in chart.series.values() for value in values if value is not None]
+    values += [end for ranges in chart.ranges.values() for each in ranges if each is not None for end in each]
     if chart.stacked:
         values = [sum(each[row] or 0.0 for each in chart.series.values()) for row in range(len(chart.labels))]
     axis = Axis(min([0.0, *values]), max([0.0, *values]) or 1.0, ())
@@ -116,19 +117,29 @@ def _bars(chart: Bars) -> str:
             for index, name in enumerate(names):
                 value = chart.series[name][row]
                 if value is not None:
-                    parts += _bar(value, place, y + index * thickness, thickness, index, _mark(label, name, value, chart.unit))
+                    reach = chart.ranges[name][row] if name in chart.ranges else None
+                    title = _mark(label, name, value, chart.unit)
+                    parts += _bar(value, reach, place, y + index * thickness, thickness, index, title)
         y += heights + 8
     if not above:
         parts.append(_line(place(0), top, place(0), y - 4, "axis"))
     return _svg(chart.title, y, parts)
 
 
-def _bar(value: float, place: "_Places", y: float, thickness: float, colour: int, title: str) -> list[str]:
+def _bar(
+    value: float, reach: tuple[float, float] | None, place: "_Places", y: float, thickness: float, colour: int, title: str
+) -> list[str]:
     start, end = sorted((place(0), place(value)))
-    text = _text(end + 4, y + thickness - 2, number(value), "start", "small")
+    parts = [_rectangle(start, y, max(end - start, 0.7), thickness - 1.5, colour, title)]
+    if reach is not None:
+        low, high = map(place, reach)
+        middle = y + thickness / 2 - 0.75
+        parts.append(_line(low, middle, high, middle, "axis"))
+        parts += [_line(each, middle - 3, each, middle + 3, "axis") for each in (low, high)]
+        start, end = min(start, low), max(end, high)
     if value < 0:
-        text = _text(start - 4, y + thickness - 2, number(value), "end", "small")
-    return [_rectangle(start, y, max(end - start, 0.7), thickness - 1.5, colour, title), text]
+        return [*parts, _text(start - 4, y + thickness - 2, number(value), "end", "small")]
+    return [*parts, _text(end + 4, y + thickness - 2, number(value), "start", "small")]
 
 
 def _stack(chart: Bars, row: int, place: "_Places", y: float, thickness: float) -> list[str]:
@@ -158,17 +169,18 @@ class _Places:
 
 def _frame(x: Axis, y: Axis, x_title: str, y_title: str, top: float) -> tuple[list[str], _Places, _Places, float]:
     """Grid, ticks and titles of two axes; the places on both, and the height of it all."""
-    left = 14 + LETTER * max((len(number(tick)) for tick in y.ticks), default=1)
+    up_texts, across_texts = tick_texts(y.ticks), tick_texts(x.ticks)
+    left = 12 + LETTER * max(map(len, up_texts), default=1)
     top += LINE + 4
     across, up = _Places(x, left, WIDTH - 16), _Places(y, top + PLOT_HEIGHT, top)
     parts = [_text(0, top - 8, y_title, "start", "faint")]
-    for tick in y.ticks:
+    for tick, text in zip(y.ticks, up_texts, strict=True):
         parts.append(_line(left, up(tick), WIDTH - 16, up(tick), "grid"))
-        parts.append(_text(left - 6, up(tick) + 4, number(tick), "end", "small"))
+        parts.append(_text(left - 6, up(tick) + 4, text, "end", "small"))
     base = top + PLOT_HEIGHT
-    for tick in x.ticks:
+    for tick, text in zip(x.ticks, across_texts, strict=True):
         parts.append(_line(across(tick), base, across(tick), base + 4, "axis"))
-        parts.append(_text(across(tick), base + 16, number(tick), "middle", "small"))
+        parts.append(_text(across(tick), base + 16, text, "middle", "small"))
     parts.append(_line(left, base, WIDTH - 16, base, "axis"))
     parts.append(_text(WIDTH - 16, base + 32, x_title, "end", "faint"))
     return parts, across, up, base + 40

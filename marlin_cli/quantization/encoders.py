@@ -41,7 +41,7 @@ class Packed:
         weight: [rows, columns * bits / 32] uint32, the first weight in the lowest bits.
         scales: [rows, columns / group_size], uint8 codes or floats.
         biases: as scales, for int4 and int8.
-        global_scale: power of two that multiplies the decoded weights (nvfp4).
+        global_scale: multiplies the decoded weights (nvfp4); a power of two, unless another tool packed them.
     """
 
     weight: mx.array

@@ -1,12 +1,15 @@
 """Statistics as a few numbers a layer: plain values for programs, and tables of text for people."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.page.svg import shortened
 from marlin_cli.statistics.data import Moments, Run, Statistics
+
+BAR_LETTERS = 30  # of the longest bar: with a label and a number it fits 80 columns
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,32 @@ def tables(summary: Summary) -> list[Table]:
         ),
     ]
     return [table for table in found if table.rows]
+
+
+def drawings(summary: Summary) -> list[Table]:
+    """Ranges as bars of characters, at most 80 columns wide: by layer, by domain, by row of the local sequence."""
+    layers = {shortened(layer.layers[0]): layer.input.absolute_maximum for layer in summary.layers}
+    domains = {name: float(np.mean([layer.input.rms_by_domain[name] for layer in summary.layers])) for name in summary.domains}
+    local = [layer.input for layer in summary.layers if len(layer.input.rms_by_group) > 1]
+    most = max((len(each.rms_by_group) for each in local), default=0)
+    rows = {
+        str(row): float(np.mean([each.rms_by_group[row] for each in local if row < len(each.rms_by_group)]))
+        for row in range(most)
+    }
+    drawn = [
+        _drawn("largest absolute input of a layer", "layer", layers),
+        _drawn("root mean square of inputs by domain, mean over layers", "domain", domains),
+    ]
+    return [*drawn, _drawn("root mean square by row of the local sequence, mean over layers", "row", rows)] if rows else drawn
+
+
+def _drawn(title: str, what: str, values: Mapping[str, float]) -> Table:
+    largest = max(values.values(), default=0.0)
+    rows = []
+    for name, value in values.items():
+        length = round(BAR_LETTERS * value / largest) if largest else 0
+        rows.append([name, _number(value), "#" * length + "." * (BAR_LETTERS - length)])
+    return Table(title, [what, "value", ""], rows)
 
 
 def _range(moments: Moments, domains: Sequence[str]) -> Range:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from marlin_cli import __version__
 from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError, StatisticsError
-from marlin_cli.files import safetensors_header, writing
+from marlin_cli.files import safetensors_header, write_safetensors, writing
 from marlin_cli.statistics.data import KINDS, Moments, Run, Statistics, Totals
 from marlin_cli.statistics.hessians import HessianMapping
 
@@ -23,6 +23,9 @@ FORMAT_VERSION = 1
 METADATA_KEY = "marlin_statistics"
 
 DTYPES = {"count": np.dtype("i8"), "sum_squares": np.dtype("f8"), "absolute_maximum": np.dtype("f4")}
+
+# The same types by safetensors' names.
+STORED = {np.dtype("i8"): "I64", np.dtype("f8"): "F64", np.dtype("f4"): "F32"}
 
 
 @dataclass(frozen=True)
@@ -131,37 +134,16 @@ def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | Non
         for field in DTYPES
     }
     sides = {_hessian_name(*key): (key, totals.inputs[key[0]].sum_squares.shape[-1]) for key in sorted(statistics.hessians)}
-    shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    shapes.update({name: (np.dtype("f4"), (side, side)) for name, (_, side) in sides.items()})
+    shapes = {name: (STORED[array.dtype], array.shape) for name, array in arrays.items()}
+    shapes.update({name: ("F32", (side, side)) for name, (_, side) in sides.items()})
 
-    def contents() -> Iterator[npt.NDArray[Any]]:
+    def contents() -> Iterator[memoryview]:
         for name in shapes:
-            yield statistics.hessians[sides[name][0]] if name in sides else arrays[name]
+            array = statistics.hessians[sides[name][0]] if name in sides else arrays[name]
+            yield np.ascontiguousarray(array).data
 
     with writing(path) as temporary:
-        _write_safetensors(temporary, shapes, contents(), {METADATA_KEY: json.dumps(dataclasses.asdict(header))})
-
-
-def _write_safetensors(
-    path: Path,
-    shapes: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    contents: Iterator[npt.NDArray[Any]],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write arrays one after the other; the library's own writer wants all of them in memory, twice."""
-    names = {np.dtype("i8"): "I64", np.dtype("f8"): "F64", np.dtype("f4"): "F32"}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, (dtype, shape) in shapes.items():
-        end = offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in contents:
-            file.write(np.ascontiguousarray(array).data)
+        write_safetensors(temporary, shapes, contents(), {METADATA_KEY: json.dumps(dataclasses.asdict(header))})
 
 
 def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:

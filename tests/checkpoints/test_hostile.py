@@ -145,7 +145,12 @@ CONFIGS = {
     "another architecture": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     "another width": ({"local_dim": 16}, "config.json asks for"),
     "quantization is a number": ({"quantization": 4}, "'quantization' should be a table, found int 4"),
-    "another tool's packing": ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config' differs"),
+    "another tool's packing": ({"quantization_config": {"quant_method": "gptq"}}, "packed by gptq; marlin reads"),
+    "another tool's format": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        "packed by compressed-tensors as pack-quantized",
+    ),
+    "a table of no tool": ({"quantization_config": {"group_size": 16}}, "'quantization_config' differs"),
     "marlin's table is a list": ({"marlin": []}, "'marlin' should be a table"),
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from marlin_cli.statistics import Statistics
 from marlin_cli.statistics.data import Moments, Run, Totals
-from marlin_cli.statistics.show import summarise, tables
+from marlin_cli.statistics.show import BAR_LETTERS, drawings, summarise, tables
 
 # One domain saw 2 rows of each of 2 positions, the other 1 and 1; channels of mean square 1, 4 and 9.
 INPUT = Moments(
@@ -54,6 +54,20 @@ def test_tables() -> None:
     assert [row[0] for row in caches.rows] == ["local.attention K", "local.attention V"]
     for table in (domains, layers, rows, caches):
         assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_ranges_are_drawn_in_80_columns() -> None:
+    layers, domains, rows = drawings(summarise(STATISTICS))
+    assert layers.rows == [["local.ffn.up_proj", "5", "#" * BAR_LETTERS]]
+    assert [row[0] for row in domains.rows] == ["code", "text"]
+    assert [row[0] for row in rows.rows] == ["0", "1"]
+    halved = dataclasses.replace(INPUT, sum_squares=INPUT.sum_squares * np.array([[1.0], [0.25]]))
+    totals = dataclasses.replace(STATISTICS.totals, inputs={"local.ffn.up_proj": halved})
+    _, _, rows = drawings(summarise(dataclasses.replace(STATISTICS, totals=totals)))
+    assert [row[2] for row in rows.rows] == ["#" * BAR_LETTERS, "#" * (BAR_LETTERS // 2) + "." * (BAR_LETTERS // 2)]
+    long = dataclasses.replace(STATISTICS, layers={"a." * 60: "local.ffn.up_proj"})
+    for table in drawings(summarise(long)):
+        assert all(len("  ".join(row)) <= 78 for row in table.rows)
 
 
 def test_a_summary_is_plain_values() -> None:

@@ -1,0 +1,57 @@
+"""Rewrites a packed model folder as compressed-tensors: what llm-compressor writes, and vLLM and transformers read."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli import __version__
+from marlin_cli.checkpoints import hugging_face, native, nvfp4
+from marlin_cli.errors import CheckpointError
+from marlin_cli.files import write_safetensors, writing_folder
+
+EXPORTS = (nvfp4.COMPRESSED_TENSORS,)
+
+
+def export_compressed_tensors(folder: Path) -> None:
+    """Rewrite marlin's own folder in place, in one step. ByT5 takes transformers' names and configuration.
+
+    Nothing is decoded: codes and scales are the same bytes.
+
+    Raises:
+        CheckpointError: a layer that is packed otherwise than nvfp4.
+        OutputError: the folder cannot be written.
+    """
+    checkpoint = native.read(folder)
+    config, weights = checkpoint.config, checkpoint.weights
+    ignored = [path for path, entry in (checkpoint.quantization or {}).items() if entry is False]
+    if config.get("model_type") == "byt5":
+        names = hugging_face.names_of(config)
+        weights = {_renamed(path, names): array for path, array in weights.items()}
+        ignored = [_renamed(f"{path}.weight", names).removesuffix(".weight") for path in ignored]
+        config = hugging_face.config_of(config)
+    document = {**config, "quantization_config": nvfp4.compressed_tensors_table(ignored, __version__)}
+    if checkpoint.marlin is not None:
+        document["marlin"] = checkpoint.marlin
+    stored = nvfp4.under_compressed_tensors_names(weights)
+    with writing_folder(folder, overwrite=True) as temporary:
+        shapes = {name: (dtype, tuple(array.shape)) for name, (dtype, array) in stored.items()}
+        write_safetensors(temporary / native.SINGLE, shapes, _contents(stored), {"format": "pt"})
+        text = json.dumps(document, indent=2) + "\n"
+        (temporary / native.CONFIG).write_text(text, encoding="utf-8")
+
+
+def _renamed(path: str, names: Mapping[str, str]) -> str:
+    base, _, last = path.rpartition(".")
+    if f"{base}.weight" not in names:
+        raise CheckpointError(f"{path!r} has no name in transformers' T5; it cannot be exported")
+    return f"{names[f'{base}.weight'].removesuffix('.weight')}.{last}"
+
+
+def _contents(stored: Mapping[str, tuple[str, mx.array]]) -> Iterator[memoryview]:
+    for _, array in stored.values():
+        plain: Any = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        yield np.ascontiguousarray(np.array(plain)).reshape(-1).view(np.uint8).data
