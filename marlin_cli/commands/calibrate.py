@@ -20,12 +20,15 @@ def calibrate(
         list[str] | None,
         typer.Option(
             help="Recipe, [name=]path[:weight], hf:name[/config][@split], or - for stdin; repeatable. The name is the"
-            " domain: multilingual, code, binary or your own. Default: the shipped recipe `default`."
+            " domain: multilingual, code, binary or your own; the weight, against the others', is the chance that a window"
+            " comes from there. Default: the shipped recipe `default`."
         ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="File to write (.safetensors).")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Stop after so many bytes of the corpus, e.g. 2M.")] = None,
-    seq_bytes: Annotated[str, typer.Option(help="Bytes of a window, at most the model's context.")] = "16384",
+    seq_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of a window, at most the model's context. Default: the recipe's, else 16384.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of files and of the mixing.")] = 0,
     shard: Annotated[str, typer.Option(help="INDEX/COUNT: measure every COUNT-th window; merge the shards.")] = "0/1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of these options.")] = False,
@@ -70,7 +73,7 @@ def calibrate(
         raise UsageError(f"one model at a time, found {' and '.join(named[:2])}; corpora are named with --corpus")
     from marlin_cli.backend import require_mlx
 
-    sequence_bytes = parse_size(seq_bytes, "--seq-bytes")
+    sequence_bytes = None if seq_bytes is None else parse_size(seq_bytes, "--seq-bytes")
     limit = None if max_bytes is None else parse_size(max_bytes, "--max-bytes")
     share = parse_shard(shard)
     require_mlx()

@@ -20,7 +20,7 @@ def run(
     corpora: Sequence[str],
     output: Path,
     *,
-    sequence_bytes: int,
+    sequence_bytes: int | None,
     max_bytes: int | None,
     seed: int,
     shard: tuple[int, int],
@@ -36,7 +36,7 @@ def run(
     from marlin_cli.api import MegaByteModel
     from marlin_cli.checkpoints import fingerprint
     from marlin_cli.checkpoints.location import locate_model
-    from marlin_cli.corpus import open_corpus
+    from marlin_cli.corpus import default_sequence_bytes, open_corpus
     from marlin_cli.statistics.collect import hessian_channels
     from marlin_cli.statistics.hessians import HessianAccumulator
     from marlin_cli.statistics.run import calibrate, check_output, unfinished_path
@@ -45,7 +45,8 @@ def run(
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
     loaded = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32, options=options)
-    fitting = _fitting_window(sequence_bytes, loaded.config.patch_size, loaded.config.max_bytes)
+    wanted = default_sequence_bytes(corpora) if sequence_bytes is None else sequence_bytes
+    fitting = _fitting_window(wanted, loaded.config.patch_size, loaded.config.max_bytes)
     corpus = open_corpus(corpora, sequence_bytes=fitting, seed=seed, max_bytes=max_bytes)
     total = corpus.total_bytes
     hessians = None

@@ -2,6 +2,16 @@
 
 from marlin_cli.corpus.recipes import Recipe, RecipeSource, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
-from marlin_cli.corpus.stream import Corpus, Window, open_corpus
+from marlin_cli.corpus.stream import Corpus, Window, default_sequence_bytes, open_corpus
 
-__all__ = ["Corpus", "Recipe", "RecipeSource", "Source", "Window", "load_recipe", "open_corpus", "parse_source"]
+__all__ = [
+    "Corpus",
+    "Recipe",
+    "RecipeSource",
+    "Source",
+    "Window",
+    "default_sequence_bytes",
+    "load_recipe",
+    "open_corpus",
+    "parse_source",
+]
