@@ -6,15 +6,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints import hugging_face, megabyte_pytorch, native, paper
+from marlin_cli.checkpoints import gguf_t5, hugging_face, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import read_json, sha256_of_file
 
 __all__ = ["Checkpoint", "ImportOptions", "architecture_of", "check_weight", "fingerprint", "read_checkpoint"]
 
-# Layouts that a config.json tells, in the order in which they are asked; the last takes every other one.
-WITH_CONFIG = {"hugging_face": hugging_face, "native": native}
+# Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
+WITH_CONFIG = {"gguf_t5": gguf_t5, "hugging_face": hugging_face, "native": native}
 
 # Foreign layouts that the names of the tensors tell.
 IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}
@@ -51,7 +51,7 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         checkpoint = with_config.read(path)
         given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
         if given:
-            raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, config.json says all")
+            raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, the model says all")
     else:
         foreign = read_foreign(path)
         importer = next((each for each in IMPORTERS.values() if each.recognises(foreign.tensors)), None)
@@ -59,7 +59,7 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
             some = ", ".join(repr(name[:60]) for name in sorted(foreign.tensors)[:3]) or "no tensors"
             raise CheckpointError(
                 f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder and ByT5's, with"
-                f" config.json; {', '.join(IMPORTERS)}"
+                f" config.json; ByT5's GGUF; {', '.join(IMPORTERS)}"
             )
         checkpoint = importer.read(foreign, options)
         _check_options(checkpoint, options)
@@ -71,12 +71,12 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
 
 
 def architecture_of(path: Path) -> str:
-    """The `model_type` of a model by its config.json, of which no weight is read; megabyte where none says otherwise.
+    """The `model_type` of a model, of which no weight is read; megabyte where nothing says otherwise.
 
     Raises:
         ConfigError: config.json is damaged.
     """
-    if hugging_face.recognises(path):
+    if gguf_t5.recognises(path) or hugging_face.recognises(path):
         return "byt5"
     folder = path if path.is_dir() else path.parent
     document = read_json(folder / native.CONFIG) if native.recognises(path) else {}

@@ -20,7 +20,8 @@ def calibrate(
         list[str] | None,
         typer.Option(
             help="Recipe, [name=]path[:weight], hf:name[/config][@split], or - for stdin; repeatable. The name is the"
-            " domain: multilingual, code, binary or your own. Default: the shipped recipe `default`."
+            " domain: multilingual, code, binary or your own; the weight, against the others', is the chance that a window"
+            " comes from there. Default: the shipped recipe `default`."
         ),
     ] = None,
     pairs: Annotated[
@@ -35,7 +36,8 @@ def calibrate(
     seq_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Bytes of a window, or of either side of a pair, at most the model's context. Default 16384; ByT5: 1024."
+            help="Bytes of a window, or of either side of a pair, at most the model's context. Default: the recipe's, else"
+            " 16384; ByT5: 1024."
         ),
     ] = None,
     noise_density: Annotated[float | None, typer.Option(help="ByT5: share of the bytes taken out. Default 0.15.")] = None,

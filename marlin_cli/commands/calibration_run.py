@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from marlin_cli import console
 from marlin_cli.errors import StatisticsError, UsageError
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
-from marlin_cli.statistics.show import domain_table, drawings, summarise, tables
+from marlin_cli.statistics.show import domain_table, summarise, tables
 
 if TYPE_CHECKING:
     from marlin_cli.checkpoints import ImportOptions
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from marlin_cli.statistics.run import Measurable
 
 DEFAULT_CORPUS = "default"
-WINDOW_BYTES = 16384
 BYT5_WINDOW_BYTES = 1024  # what ByT5 was pre-trained on
 
 
@@ -119,14 +118,13 @@ def show_file(file: Path, *, json_output: bool) -> None:
     if json_output:
         print(_document(statistics, file))
         return
-    summary = summarise(statistics)
-    for table in [*tables(summary), *drawings(summary)]:
+    for table in tables(summarise(statistics)):
         console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 
 def _windows(wanted: Input, config: "MegaByteConfig", model: str) -> "Measurable":
     """Windows of whole patches, as long as asked for and as the context allows; says so if that differs."""
-    from marlin_cli.corpus import open_corpus
+    from marlin_cli.corpus import default_sequence_bytes, open_corpus
 
     for option, value in (
         ("--pairs", wanted.pairs),
@@ -135,7 +133,8 @@ def _windows(wanted: Input, config: "MegaByteConfig", model: str) -> "Measurable
     ):
         if value:
             raise UsageError(f"{option} is an option of ByT5, and {model} is none")
-    asked = WINDOW_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes
+    corpora = wanted.corpora or (DEFAULT_CORPUS,)
+    asked = default_sequence_bytes(corpora) if wanted.sequence_bytes is None else wanted.sequence_bytes
     fitting = min(asked, config.max_bytes) // config.patch_size * config.patch_size
     if not fitting:
         raise UsageError(f"--seq-bytes {asked} is less than a patch of the model ({config.patch_size} bytes)")
@@ -143,7 +142,6 @@ def _windows(wanted: Input, config: "MegaByteConfig", model: str) -> "Measurable
         console.note(
             f"--seq-bytes {asked} is cut to {fitting}: whole patches of {config.patch_size}, context {config.max_bytes}"
         )
-    corpora = wanted.corpora or (DEFAULT_CORPUS,)
     return open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
 
 

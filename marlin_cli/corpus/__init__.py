@@ -5,7 +5,7 @@ from marlin_cli.corpus.pairs import Pair, read_pairs
 from marlin_cli.corpus.recipes import Recipe, RecipeSource, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
 from marlin_cli.corpus.spans import SpanCorruption
-from marlin_cli.corpus.stream import Corpus, Window, open_corpus
+from marlin_cli.corpus.stream import Corpus, Window, default_sequence_bytes, open_corpus
 
 __all__ = [
     "Corpus",
@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "SpanCorruption",
     "Window",
+    "default_sequence_bytes",
     "load_recipe",
     "open_corpus",
     "open_pairs",

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.corpus.readers import SHORTEST_WINDOW_BYTES, is_raw, size_of_windows, windows_of_source
-from marlin_cli.corpus.recipes import find_recipe, load_recipe
+from marlin_cli.corpus.recipes import Recipe, find_recipe, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
 from marlin_cli.errors import CorpusError
 
@@ -174,16 +174,23 @@ def open_corpus(
     if isinstance(names, str):
         raise TypeError("open_corpus takes a list of names")
     sources = [source for name in names for source in parse_source(name)]
-    if len(names) == 1 and find_recipe(names[0]) is not None:
-        recipe = load_recipe(names[0])
-        sequence_bytes = recipe.seq_bytes if sequence_bytes is None else sequence_bytes
-        max_bytes = recipe.max_bytes if max_bytes is None else max_bytes
+    recipe = _only_recipe(names)
     return Corpus(
         sources,
-        sequence_bytes=DEFAULT_SEQUENCE_BYTES if sequence_bytes is None else sequence_bytes,
+        sequence_bytes=default_sequence_bytes(names) if sequence_bytes is None else sequence_bytes,
         seed=seed,
-        max_bytes=max_bytes,
+        max_bytes=recipe.max_bytes if recipe is not None and max_bytes is None else max_bytes,
     )
+
+
+def default_sequence_bytes(names: Sequence[str]) -> int:
+    """Bytes of a window where the caller of `open_corpus` names none."""
+    recipe = _only_recipe(names)
+    return DEFAULT_SEQUENCE_BYTES if recipe is None else recipe.seq_bytes
+
+
+def _only_recipe(names: Sequence[str]) -> Recipe | None:
+    return load_recipe(names[0]) if len(names) == 1 and find_recipe(names[0]) is not None else None
 
 
 def _mixed(sources: Sequence[Source], sequence_bytes: int, seed: int) -> Any:

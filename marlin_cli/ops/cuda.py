@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, kernel
+from marlin_cli.ops.kernel_inputs import FLOATS, factor_input, integers, row_count, tile_of, unread
 from marlin_cli.ops.reference import KeyValueRows, Packed
 
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 MOST_ROWS_OF_X = 32
 SHARED_X_BYTES = 32768
 # Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
@@ -87,7 +87,7 @@ def attention(
     ):
         return _cross_attention(queries, keys, values, scale, lengths)
     shared_rows = heads // kv_heads * rows
-    tile = _tile(shared_rows)
+    tile = tile_of(shared_rows)
     tiles = batch * kv_heads * -(-shared_rows // tile)
     warps = 4 if total > 128 else 1
     (out,) = _launch(
@@ -96,10 +96,10 @@ def attention(
             queries,
             keys.astype(queries.dtype),
             values.astype(queries.dtype),
-            _integers(left_padding),
-            _integers(lengths),
+            integers(left_padding),
+            integers(lengths),
             queries if relative_bias is None else mx.contiguous(relative_bias.astype(queries.dtype)),
-            _factor(scale),
+            factor_input(scale),
         ],
         {
             "T": queries.dtype,
@@ -156,7 +156,7 @@ def paged_attention(
     if len(keys) == 1 and plain and (not causal or queries.shape[2] == 1):  # one row, the last, sees all
         return _cross_attention(queries, keys[0], values[0], scale, lengths)
     rows_a_split = _rows_a_split(queries, keys)
-    counts = [_row_count(page) for page in keys]
+    counts = [row_count(page) for page in keys]
     one_part = len(keys) == 1 and counts[0] <= rows_a_split
     parts, first = [], 0
     for start in range(0, len(keys), PAGES_A_LAUNCH):
@@ -164,7 +164,7 @@ def paged_attention(
         pages = [_page_inputs(k, v) for k, v in zip(keys[launch], values[launch], strict=True)]
         pages += pages[:1] * (PAGES_A_LAUNCH - len(pages))
         inputs = [queries, *(array for page in pages for array in page)]
-        inputs += [_integers(left_padding), _integers(lengths), _factor(scale)]
+        inputs += [integers(left_padding), integers(lengths), factor_input(scale)]
         template = {
             "CAUSAL": causal,
             "HAS_WINDOW": window is not None,
@@ -191,7 +191,7 @@ def takes_paged_attention(
     lengths: mx.array | None = None,
 ) -> bool:
     """Few rows of queries; head_dim is a multiple of 16 up to 256; all pages of keys of one kind, and all of values."""
-    if not keys or any(_row_count(page) == 0 for page in keys):
+    if not keys or any(row_count(page) == 0 for page in keys):
         return False
     first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
     kinds = [{_stored(page) for page in pages} for pages in (keys, values)]
@@ -257,10 +257,6 @@ def _known(stored: _Stored) -> bool:
     return stored.dtype in FLOATS or stored in (_Stored(mx.uint32, 4), _Stored(mx.uint32, 8))
 
 
-def _row_count(page: KeyValueRows) -> int:
-    return page.rows if isinstance(page, Packed) else page.shape[2]
-
-
 def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
     _, heads, rows, head_dim = queries.shape
     few = heads // kv_heads * rows <= MOST_SHARED_ROWS
@@ -291,18 +287,13 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 1 if crowded else 2, "X_SHARED": shared}
 
 
-def _tile(shared_rows: int) -> int:
-    """Rows of queries that a warp has at once."""
-    return shared_rows if shared_rows <= 2 else 4
-
-
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:
     """Keys that one block reads: as many as leave four blocks for each multiprocessor of a large GPU, in whole steps."""
     batch, heads, rows, _ = queries.shape
     first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
     shared_rows = heads // first.shape[1] * rows
-    tiles = batch * first.shape[1] * -(-shared_rows // _tile(shared_rows))
-    total = sum(_row_count(page) for page in keys)
+    tiles = batch * first.shape[1] * -(-shared_rows // tile_of(shared_rows))
+    total = sum(row_count(page) for page in keys)
     return min(max(128, -(-total * tiles // 528 // 128) * 128), 2048)
 
 
@@ -311,8 +302,8 @@ def _cross_attention(
 ) -> mx.array:
     """Attention that is not causal, over one array of keys and one of values, split along its rows."""
     rows_a_split = _rows_a_split(queries, [keys])
-    splits = -(-_row_count(keys) // rows_a_split)
-    inputs = [queries, *_page_inputs(keys, values), _integers(lengths), _factor(scale)]
+    splits = -(-row_count(keys) // rows_a_split)
+    inputs = [queries, *_page_inputs(keys, values), integers(lengths), factor_input(scale)]
     template = {"HAS_LENGTHS": lengths is not None}
     one_part = splits == 1
     name = "flash_attention_cross_asymmetric"
@@ -346,13 +337,13 @@ def _part(
     batch, heads, rows, head_dim = queries.shape
     kv_heads = (keys.packed if isinstance(keys, Packed) else keys).shape[1]
     shared_rows = heads // kv_heads * rows
-    tile = _tile(shared_rows)
+    tile = tile_of(shared_rows)
     out = queries.dtype if one_part else mx.float32
     (key_type, key_bits), (value_type, value_bits) = _stored(keys), _stored(values)
     stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
     return _launch(
         name,
-        [*inputs, mx.broadcast_to(_unread(), span)],
+        [*inputs, mx.broadcast_to(unread(), span)],
         {"T": queries.dtype, "OUT": out, **stored, "HEAD_DIM": head_dim, "TILE": tile, **template},
         grid=(splits * 128, kv_heads * -(-shared_rows // tile), batch),
         block=128,
@@ -403,21 +394,6 @@ def _whole_blocks(threads: int) -> int:
     return -(-threads // 256) * 256
 
 
-def _integers(values: mx.array | None) -> mx.array:
-    """Row counts of each sequence as the kernels read them; a stand-in that is never read where there are none."""
-    return _unread() if values is None else mx.contiguous(values.astype(mx.int32))
-
-
-@functools.cache
-def _unread() -> mx.array:
-    return mx.zeros((1,), dtype=mx.int32)
-
-
 @functools.cache
 def _no_scales() -> mx.array:
     return mx.zeros((1, 1, 1, 1), dtype=mx.uint8)
-
-
-@functools.lru_cache(maxsize=64)
-def _factor(scale: float) -> mx.array:
-    return mx.array([scale], dtype=mx.float32)

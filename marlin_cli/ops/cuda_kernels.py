@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.files import shipped
+from marlin_cli.ops.kernel_inputs import PAGE_INPUTS
 
 PAGES_A_LAUNCH = 8
-PAGE_INPUTS = ("keys", "key_scales", "values", "value_scales")
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from marlin_cli.files import shipped
+from marlin_cli.ops.kernel_inputs import FLOATS, PAGE_INPUTS, factor_input, integers, row_count, tile_of
 from marlin_cli.ops.reference import PACKED_MODES, KeyValueRows, Packed
 
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 PIECE = 8  # values of a head that one lane holds
 PAGES_A_LAUNCH = 3  # a kernel has 31 buffers; a page takes eight
 FEWEST_ON_DEVICE = 8  # MLX puts inputs of fewer elements into another address space
@@ -25,7 +25,6 @@ SHORT_SEQUENCE = 64  # keys that one simdgroup goes through alone
 THREADGROUPS_AIMED_AT = 256  # enough for the largest GPU; smaller ones run them in turn
 FEWEST_ROWS_A_SPLIT = 128
 MLX_HEAD_DIMS = (64, 80, 96, 128, 256)  # that MLX's own attention has kernels for
-PAGE_INPUTS = ("keys", "key_scales", "values", "value_scales")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def attention(
     """See `reference.attention`; what `takes_attention` takes."""
     batch, heads, rows, head_dim = queries.shape
     kv_heads, total = keys.shape[1], keys.shape[2]
-    tile = _tile(heads // kv_heads * rows)
+    tile = tile_of(heads // kv_heads * rows)
     tiles = batch * kv_heads * -(-(heads // kv_heads * rows) // tile)
     simdgroups = 1 if total <= SHORT_SEQUENCE else _simdgroups(head_dim)
     bias = queries if relative_bias is None else _on_device(relative_bias.astype(queries.dtype).reshape(-1))
@@ -113,10 +112,10 @@ def attention(
             queries,
             keys.astype(queries.dtype),
             values.astype(queries.dtype),
-            _integers(left_padding),
-            _integers(lengths),
+            integers(left_padding),
+            integers(lengths),
             bias,
-            _factor(scale),
+            factor_input(scale),
             mx.array(sizes, dtype=mx.int32),
         ],
         {
@@ -180,7 +179,7 @@ def paged_attention(
     decoding = heads // kv_heads * rows <= MOST_SHARED_ROWS
     if decoding and len(keys) == 1 and window is None and left_padding is None and (not causal or rows == 1):
         return _cross_attention(queries, keys[0], values[0], scale, lengths)  # one row, the last, sees all
-    counts = [_row_count(page) for page in keys]
+    counts = [row_count(page) for page in keys]
     total = sum(counts)
     hidden = 0 if window is None else max(0, total - rows - window)  # rows at the start that no query sees
     pages, base = [], 0
@@ -198,7 +197,7 @@ def paged_attention(
         sizes = [heads, kv_heads, rows, total, launch[0][0], rows_a_split, causal, -1 if window is None else window]
         sizes += [left_padding is not None, lengths is not None, *(count for _, count, _ in launch), *[0] * absent]
         inputs = [queries, *(array for _, _, arrays in launch + launch[:1] * absent for array in arrays)]
-        inputs += [_integers(left_padding), _integers(lengths), _factor(scale), mx.array(sizes, dtype=mx.int32)]
+        inputs += [integers(left_padding), integers(lengths), factor_input(scale), mx.array(sizes, dtype=mx.int32)]
         if decoding:
             splits = sum(-(-count // rows_a_split) for _, count, _ in launch)
             parts.append(_parts("flash_attention_kv_fp4", inputs, queries, keys[0], values[0], splits, final))
@@ -222,7 +221,7 @@ def takes_paged_attention(
 
     Many rows of queries only where keys or values are packed, with a head_dim up to 128: else MLX's own is for them.
     """
-    if not keys or len(keys) != len(values) or any(_row_count(page) == 0 for page in keys):
+    if not keys or len(keys) != len(values) or any(row_count(page) == 0 for page in keys):
         return False
     few = queries.shape[1] // _stored(keys[0]).shape[1] * queries.shape[2] <= MOST_SHARED_ROWS
     packed = isinstance(keys[0], Packed) or isinstance(values[0], Packed)
@@ -287,10 +286,6 @@ def _stored(page: KeyValueRows) -> _Stored:
     return _Stored(mx.uint32, page.bits, page.packed.shape) if isinstance(page, Packed) else _Stored(page.dtype, 0, page.shape)
 
 
-def _row_count(page: KeyValueRows) -> int:
-    return page.rows if isinstance(page, Packed) else page.shape[2]
-
-
 def _alike(pages: Sequence[KeyValueRows]) -> bool:
     """Whether all pages stand in memory in one way, which the kernels read."""
     dtype, bits, _ = _stored(pages[0])
@@ -303,11 +298,6 @@ def _takes_heads(queries: mx.array) -> bool:
     return queries.size > 0 and head_dim % PIECE == 0 and head_dim <= 32 * PIECE and queries.dtype in FLOATS
 
 
-def _tile(shared_rows: int) -> int:
-    """Rows of queries that a simdgroup has at once."""
-    return shared_rows if shared_rows <= 2 else 4
-
-
 def _simdgroups(head_dim: int) -> int:
     """Simdgroups that share a tile's keys: what they leave for each other must fit 32 KiB twice over."""
     return 8 if head_dim <= 128 else 4
@@ -318,7 +308,7 @@ def _rows_a_split(queries: mx.array, keys: KeyValueRows, total: int) -> int:
     batch, heads, rows, _ = queries.shape
     kv_heads = _stored(keys).shape[1]
     shared_rows = heads // kv_heads * rows
-    tiles = batch * kv_heads * -(-shared_rows // _tile(shared_rows))
+    tiles = batch * kv_heads * -(-shared_rows // tile_of(shared_rows))
     return -(-total * tiles // THREADGROUPS_AIMED_AT // FEWEST_ROWS_A_SPLIT) * FEWEST_ROWS_A_SPLIT
 
 
@@ -326,12 +316,12 @@ def _cross_attention(
     queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None
 ) -> mx.array:
     """Attention that hides nothing, over one array of keys and one of values, split along its rows."""
-    total, kv_heads = _row_count(keys), _stored(keys).shape[1]
+    total, kv_heads = row_count(keys), _stored(keys).shape[1]
     rows_a_split = _rows_a_split(queries, keys, total)
     splits = -(-total // rows_a_split)
     queries = mx.contiguous(queries)
     sizes = [queries.shape[1], kv_heads, queries.shape[2], total, rows_a_split, lengths is not None]
-    inputs = [queries, *_page_inputs(keys, values), _integers(lengths), _factor(scale), mx.array(sizes, dtype=mx.int32)]
+    inputs = [queries, *_page_inputs(keys, values), integers(lengths), factor_input(scale), mx.array(sizes, dtype=mx.int32)]
     part = _parts("flash_attention_cross_asymmetric", inputs, queries, keys, values, splits, splits == 1)
     return part[0].reshape(queries.shape) if splits == 1 else _combine([part], queries)
 
@@ -357,7 +347,7 @@ def _parts(
     batch, heads, rows, head_dim = queries.shape
     (key_type, key_bits, shape), (value_type, value_bits, _) = _stored(keys), _stored(values)
     shared_rows = heads // shape[1] * rows
-    tile, simdgroups = _tile(shared_rows), _simdgroups(head_dim)
+    tile, simdgroups = tile_of(shared_rows), _simdgroups(head_dim)
     out = queries.dtype if final else mx.float32
     stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
     return _launch(
@@ -453,21 +443,6 @@ def _on_device(array: mx.array) -> mx.array:
     return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
 
 
-def _integers(values: mx.array | None) -> mx.array:
-    """Row counts of each sequence as the kernels read them; a stand-in that is never read where there are none."""
-    return _unread() if values is None else mx.contiguous(values.astype(mx.int32))
-
-
-@functools.cache
-def _unread() -> mx.array:
-    return mx.zeros((1,), dtype=mx.int32)
-
-
 @functools.cache
 def _no_scales() -> mx.array:
     return mx.zeros((1, 1, 1, FEWEST_ON_DEVICE), dtype=mx.uint8)
-
-
-@functools.lru_cache(maxsize=64)
-def _factor(scale: float) -> mx.array:
-    return mx.array([scale], dtype=mx.float32)

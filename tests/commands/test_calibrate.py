@@ -74,6 +74,14 @@ def test_json_is_one_document_on_stdout(marlin):
     assert {path for layer in document["layers"] for path in layer["layers"]} >= {"output", "local.layers.1.ffn.up_proj"}
 
 
+def test_windows_are_as_long_as_the_recipe_says(marlin, workplace):
+    recipe = workplace / "own.yaml"
+    recipe.write_text("seq_bytes: 32\nsources: [{domain: code, path: text, weight: 2}]\n")
+    for options, expected in (((), 32), (("--seq-bytes", "64"), 64)):
+        assert marlin("model", "--corpus", recipe, "-o", f"{expected}.safetensors", *options)[0] == 0
+        assert load_statistics(workplace / f"{expected}.safetensors").runs[0].sequence_bytes == expected
+
+
 def test_windows_are_cut_to_the_context(marlin, workplace):
     code, _, err = marlin(*RUN)
     assert code == 0 and "--seq-bytes 16384 is cut to 96" in err

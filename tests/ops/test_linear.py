@@ -143,9 +143,8 @@ def test_other_types_run_on_the_reference(dtype):
 
 
 def run(environment, code):
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
+    own = {name: value for name, value in os.environ.items() if name != "CXX"} | environment
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=own)
     assert result.returncode == 0, result.stderr
     return result
 

@@ -1,0 +1,181 @@
+"""GGUF files: metadata and tensors by name, every count and offset checked against the file. Knows no network.
+
+The `gguf` package reads such files too, but follows a damaged count for ever; of it only the numbers of packed types are
+taken, for which it is the reference in Python. Layout: the GGUF specification of ggml, versions 2 and 3.
+"""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+
+# Numbers of metadata by the id of their type, as `struct` has them.
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
+
+# Types of tensors that need no decoding, by id: how numpy holds them, and what MLX makes of it.
+PLAIN: Mapping[int, tuple[str, mx.Dtype]] = {
+    0: ("<f4", mx.float32),
+    1: ("<f2", mx.float16),
+    30: ("<u2", mx.bfloat16),
+}
+
+MOST_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its shape with the longest stride first, its type, and its offset in the file."""
+
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+class GGUFFile:
+    """A GGUF file, mapped into memory.
+
+    Attributes:
+        metadata: key -> number, bool, `str`, or a list of such; lists of strings hold `bytes`.
+        shapes: name of a tensor -> its shape, rows first.
+
+    Raises:
+        CheckpointError: no such file, not GGUF, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise self._damaged("it is empty") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+        self._at = 0
+        if self._take(4) != MAGIC:
+            raise CheckpointError(f"{path}: is no GGUF file (it does not begin with GGUF)")
+        version = self._number("<I")
+        if version not in VERSIONS:
+            raise CheckpointError(f"{path}: GGUF of version {version}; marlin reads little-endian versions 2 and 3")
+        tensors, keys = self._number("<Q"), self._number("<Q")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(keys):  # each takes bytes, of which there are so many
+            key = self._text()
+            if key in self.metadata:
+                raise self._damaged(f"the key {key!r} stands twice")
+            self.metadata[key] = self._value(self._number("<I"))
+        self._places = self._read_places(tensors)
+        self.shapes = {name: place.shape for name, place in self._places.items()}
+
+    def array(self, name: str) -> mx.array:
+        """The tensor `name`: of its own type where MLX has it, else unpacked to float32.
+
+        Raises:
+            CheckpointError: it ends beyond the file, or its type is unknown.
+        """
+        place = self._places[name]
+        count = int(np.prod(place.shape, dtype=object))
+        if place.type in PLAIN:
+            stored, dtype = PLAIN[place.type]
+            array = mx.array(self._numbers(name, place.offset, count, stored).reshape(place.shape))
+            return array.view(dtype) if dtype == mx.bfloat16 else array
+        return mx.array(self._unpacked(name, place, count))
+
+    def _unpacked(self, name: str, place: _Place, count: int) -> npt.NDArray[np.float32]:
+        try:
+            from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+            from gguf.quants import dequantize
+        except ImportError:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is packed; to read it, install the extra: pip install 'marlin-cli[gguf]'"
+            ) from None
+        try:
+            kind = GGMLQuantizationType(place.type)
+        except ValueError:
+            raise self._damaged(f"{name!r} has the unknown type {place.type}") from None
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        columns = place.shape[-1]
+        if columns % block:
+            raise self._damaged(f"{name!r} has {columns} columns, no multiple of the {block} of {kind.name}")
+        packed = self._numbers(name, place.offset, count // block * block_bytes, "<u1")
+        try:
+            rows: npt.NDArray[np.float32] = dequantize(packed.reshape(-1, columns // block * block_bytes), kind)
+        except NotImplementedError:
+            raise CheckpointError(f"{self.path}: {name!r} is {kind.name}, which cannot be unpacked; use another type") from None
+        return rows.reshape(place.shape).astype(np.float32, copy=False)
+
+    def _read_places(self, count: int) -> dict[str, _Place]:
+        places = {}
+        for _ in range(count):
+            name = self._text()
+            dimensions = self._number("<I")
+            if not 0 < dimensions <= MOST_DIMENSIONS:
+                raise self._damaged(f"{name!r} has {dimensions} dimensions")
+            shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
+            if 0 in shape:
+                raise self._damaged(f"{name!r} is empty")
+            if name in places:
+                raise self._damaged(f"the tensor {name!r} stands twice")
+            places[name] = _Place(shape, self._number("<I"), self._number("<Q"))
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self._damaged(f"general.alignment is {alignment!r}, not a power of two")
+        start = -(-self._at // alignment) * alignment
+        return {name: _Place(place.shape, place.type, start + place.offset) for name, place in places.items()}
+
+    def _value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self._number(SCALARS[kind])
+        if kind == STRING:
+            return self._text()
+        if kind != ARRAY:
+            raise self._damaged(f"its metadata has the unknown type {kind}")
+        inner, count = self._number("<I"), self._number("<Q")
+        if inner == STRING:
+            if count > (len(self._data) - self._at) // 8:  # the length alone takes so much
+                raise self._damaged(f"a list of {count:,} strings goes beyond its end")
+            return [self._string() for _ in range(count)]
+        if inner not in SCALARS:
+            raise self._damaged(f"its metadata has lists of the unknown type {inner}")
+        size = struct.calcsize(SCALARS[inner])
+        return [value for (value,) in struct.iter_unpack(SCALARS[inner], self._take(count * size))]
+
+    def _number(self, layout: str) -> Any:
+        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
+
+    def _string(self) -> bytes:
+        return self._take(self._number("<Q"))
+
+    def _text(self) -> str:
+        try:
+            return self._string().decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._damaged("a name in it is not UTF-8") from None
+
+    def _take(self, size: int) -> bytes:
+        if size > len(self._data) - self._at:
+            raise self._damaged(f"it ends after {len(self._data):,} bytes, in the middle of its header")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def _numbers(self, name: str, offset: int, count: int, stored: str) -> npt.NDArray[Any]:
+        needed = offset + count * np.dtype(stored).itemsize
+        if needed > len(self._data):
+            raise self._damaged(f"{name!r} ends at byte {needed:,}, the file at {len(self._data):,}")
+        return np.frombuffer(self._data, stored, count, offset)
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: damaged GGUF file: {what}; fetch it again")
