@@ -93,9 +93,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = {}
-        for label, bits, dtype in (
-            ("bfloat16", None, "bfloat16"), ("float32", None, "float32"), ("8 bits (mxfp8)", 8, "float32"), ("4 bits (nvfp4)", 4, "float32"),
-        ):  # fmt: skip
+        kinds = ("bfloat16", None), ("float32", None), ("8 bits (mxfp8)", 8), ("4 bits (nvfp4)", 4)
+        for label, bits in kinds:
+            dtype = label if bits is None else "float32"
             folder = Path(name) / str(bits)
             if not folder.exists():
                 in_a_process(save, folder, bits)

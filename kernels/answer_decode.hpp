@@ -6,11 +6,11 @@ namespace marlin {
 
 // Feeds an id to each answer: its embedding, the layers, the head.
 //   table   [vocab, dim] float32
-//   ids     [answers] int32
+//   ids     one for each answer
 //   cache   of the answers so far; grows by a row
 //   memory  of the inputs, each with equally many answers
 // Returns [answers, vocab] logits.
-mlx::core::array answer_decode(const Stack& stack, const mlx::core::array& table, const Product& head, const mlx::core::array& ids,
+mlx::core::array answer_decode(const Stack& stack, const mlx::core::array& table, const Product& head, const std::vector<int>& ids,
                                StackCache& cache, const StackMemory& memory);
 
 }  // namespace marlin

@@ -97,14 +97,17 @@ int64_t bytes_of(const std::vector<KeyValuePages>& keys, const std::vector<KeyVa
 
 }  // namespace
 
+mx::array in_memory(const mx::array& from) {
+  if (from.is_available() && from.flags().row_contiguous) return from;
+  auto copy = mx::contiguous(from, false, mx::Device::cpu);
+  copy.eval();
+  return copy;
+}
+
 Product::Product(const mx::array& weight, const std::optional<mx::array>& scales, const std::optional<mx::array>& biases,
                  std::optional<Kind> kind, int group_size, const std::optional<mx::array>& bias, float factor)
     : kind_(kind), factor_(factor) {
-  const auto hold = [this](const mx::array& each) {
-    held_.push_back(mx::contiguous(each, false, mx::Device::cpu));
-    held_.back().eval();
-    return held_.back();
-  };
+  const auto hold = [this](const mx::array& each) { return held_.emplace_back(in_memory(each)); };
   const auto own = hold(weight);
   if (kind) {
     const auto codes = hold(*scales);
@@ -132,9 +135,8 @@ void Product::operator()(const float* x, float* out, int64_t rows) const {
 }
 
 Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array>& bias, float eps) : kind_(kind), eps_(eps) {
-  held_.push_back(mx::contiguous(weight, false, mx::Device::cpu));
-  if (bias) held_.push_back(mx::contiguous(*bias, false, mx::Device::cpu));
-  for (auto& each : held_) each.eval();
+  held_.push_back(in_memory(weight));
+  if (bias) held_.push_back(in_memory(*bias));
   weight_ = held_[0].data<float>();
   bias_ = bias ? held_[1].data<float>() : nullptr;
   width_ = held_[0].size();
@@ -223,10 +225,7 @@ Stack::Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackSha
       ffn_dim_(layers_[0].up_proj.columns()) {
   for (int64_t k = 0; shape.rope_theta > 0 && k < shape.head_dim / 2; k++)
     frequencies_.push_back(std::pow(shape.rope_theta, -2.0f * k / shape.head_dim));
-  if (relative_bias) {
-    relative_bias_ = mx::contiguous(*relative_bias, false, mx::Device::cpu);
-    relative_bias_->eval();
-  }
+  if (relative_bias) relative_bias_ = in_memory(*relative_bias);
 }
 
 StackCache Stack::cache(int64_t batch, int64_t rows) const {
@@ -235,8 +234,7 @@ StackCache Stack::cache(int64_t batch, int64_t rows) const {
 
 StackMemory Stack::remember(const mx::array& states, const std::vector<int>& lengths, int bits) const {
   constexpr int64_t ROWS_OF_A_PAGE = 4096;
-  auto input = mx::contiguous(states, false, mx::Device::cpu);
-  input.eval();
+  const auto input = in_memory(states);
   const int64_t batch = states.shape(0), rows = states.shape(1), width = shape_.kv_heads * shape_.head_dim;
   StackMemory memory;
   memory.batch_ = batch, memory.rows_ = rows, memory.packed_ = bits < 32, memory.lengths_.assign(lengths.begin(), lengths.end());
@@ -430,8 +428,7 @@ void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache,
 }
 
 mx::array Stack::forward(const mx::array& x, StackCache* cache, const std::vector<int>& lengths) const {
-  auto input = mx::contiguous(x, false, mx::Device::cpu);
-  input.eval();
+  const auto input = in_memory(x);
   std::vector<float> rows(input.data<float>(), input.data<float>() + input.size());
   const std::vector<int32_t> real(lengths.begin(), lengths.end());
   (*this)(rows.data(), x.shape(0), x.shape(1), cache, nullptr, real.empty() ? nullptr : real.data());
