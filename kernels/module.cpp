@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "answer_decode.hpp"
 #include "common.hpp"
 #include "linear.hpp"
 #include "local_patch_decode.hpp"
@@ -61,14 +62,19 @@ NB_MODULE(marlin_cpu, m) {
       .value("gelu_tanh", marlin::Activation::gelu_tanh)
       .value("relu", marlin::Activation::relu)
       .value("silu", marlin::Activation::silu);
+  nb::class_<marlin::CrossAttention>(m, "CrossAttention")
+      .def(nb::init<marlin::Norm, marlin::Product, marlin::Product, marlin::Product, marlin::Product>(), "norm"_a, "q_proj"_a,
+           "k_proj"_a, "v_proj"_a, "o_proj"_a);
   nb::class_<marlin::Layer>(m, "Layer")
       .def(nb::init<marlin::Norm, marlin::Product, marlin::Product, marlin::Product, marlin::Product, std::optional<marlin::Norm>,
-                    std::optional<marlin::Norm>, marlin::Norm, std::optional<marlin::Product>, marlin::Product, marlin::Product>(),
+                    std::optional<marlin::Norm>, marlin::Norm, std::optional<marlin::Product>, marlin::Product, marlin::Product,
+                    std::optional<marlin::CrossAttention>>(),
            "attention_norm"_a, "q_proj"_a, "k_proj"_a, "v_proj"_a, "o_proj"_a, "q_norm"_a.none(), "k_norm"_a.none(),
-           "ffn_norm"_a, "gate_proj"_a.none(), "up_proj"_a, "down_proj"_a);
+           "ffn_norm"_a, "gate_proj"_a.none(), "up_proj"_a, "down_proj"_a, "cross"_a.none() = nb::none());
   nb::class_<marlin::StackShape>(m, "StackShape")
-      .def(nb::init<int64_t, int64_t, int64_t, float, int64_t, float, bool, bool, marlin::Activation>(), "heads"_a, "kv_heads"_a,
-           "head_dim"_a, "scale"_a, "window"_a, "rope_theta"_a, "rope_interleaved"_a, "token_shift"_a, "activation"_a);
+      .def(nb::init<int64_t, int64_t, int64_t, float, int64_t, float, bool, bool, marlin::Activation, bool>(), "heads"_a, "kv_heads"_a,
+           "head_dim"_a, "scale"_a, "window"_a, "rope_theta"_a, "rope_interleaved"_a, "token_shift"_a, "activation"_a,
+           "causal"_a = true);
   nb::class_<marlin::StackCache>(m, "StackCache")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, int, int64_t, std::vector<int>>(), "layers"_a, "batch"_a, "kv_heads"_a,
            "head_dim"_a, "key_bits"_a, "value_bits"_a, "rows_per_page"_a, "left_padding"_a)
@@ -77,13 +83,21 @@ NB_MODULE(marlin_cpu, m) {
       .def_prop_ro("bytes_allocated", &marlin::StackCache::bytes_allocated)
       .def("keep", &marlin::StackCache::keep, "streams"_a);
   nb::class_<marlin::Stack>(m, "Stack")
-      .def(nb::init<std::vector<marlin::Layer>, std::optional<marlin::Norm>, const marlin::StackShape&>(), "layers"_a, "norm"_a.none(), "shape"_a)
-      .def("__call__", &marlin::Stack::forward, "x"_a, "cache"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+      .def(nb::init<std::vector<marlin::Layer>, std::optional<marlin::Norm>, const marlin::StackShape&, const std::optional<array>&>(),
+           "layers"_a, "norm"_a.none(), "shape"_a, "relative_bias"_a.none() = nb::none())
+      .def("__call__", &marlin::Stack::forward, "x"_a, "cache"_a.none(), "lengths"_a = std::vector<int>{},
+           nb::call_guard<nb::gil_scoped_release>())
+      .def("remember", &marlin::Stack::remember, "states"_a, "lengths"_a, "bits"_a, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<marlin::StackMemory>(m, "StackMemory")
+      .def_prop_ro("bytes_in_use", &marlin::StackMemory::bytes_in_use)
+      .def("keep", &marlin::StackMemory::keep, "sequences"_a);
 
   nb::class_<marlin::Drawing>(m, "Drawing")
       .def("__init__", [](marlin::Drawing* self, float temperature, int top_k, float top_p, float min_p) {
              new (self) marlin::Drawing{temperature, top_k, top_p, min_p};
            }, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a);
+  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("local_patch_decode", &marlin::local_patch_decode, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a,
         "noise"_a, "steps"_a, "drawing"_a, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -13,7 +13,9 @@ namespace marlin {
 
 namespace {
 
-constexpr int64_t ROWS_AT_ONCE = 256;
+constexpr int64_t ROWS_AT_ONCE = 256;      // of sequences that a thread takes together
+constexpr int64_t ROWS_OF_A_PRODUCT = 1024;  // of one sequence: what lies between two products stays small
+constexpr int64_t FLOATS_KEPT = 1 << 24;   // of a thread's scratch, for the next call
 
 // erf within 1.5e-7 (Abramowitz and Stegun, 7.1.26).
 inline Vector error_function(Vector x) {
@@ -33,17 +35,19 @@ inline Vector activate(Activation kind, Vector x) {
   }
 }
 
-// Memory of one thread for one call, taken piece by piece. It stays for the next call.
+// Memory of one thread for one call, taken piece by piece. It stays for the next call, unless it is large.
 class Scratch {
  public:
   explicit Scratch(int64_t floats) {
-    thread_local std::vector<float> memory;
+    thread_local std::vector<float> kept;
+    std::vector<float>& memory = floats > FLOATS_KEPT ? own_ : kept;
     if (int64_t(memory.size()) < floats) memory.resize(floats);
     next_ = memory.data();
   }
   float* take(int64_t floats) { return std::exchange(next_, next_ + floats); }
 
  private:
+  std::vector<float> own_;
   float* next_;
 };
 
@@ -62,20 +66,48 @@ void hadamard(float* x, int64_t head_dim) {
   for (int64_t k = 0; k < head_dim; k++) x[k] *= factor;
 }
 
+void hadamard_heads(float* x, int64_t heads, int64_t head_dim) {
+  for (int64_t h = 0; h < heads; h++) hadamard(x + h * head_dim, head_dim);
+}
+
 void add(float* to, const float* from, int64_t count) {
   for (int64_t k = 0; k < count; k++) to[k] += from[k];
 }
 
+// The pages from sequence `first` on.
+std::vector<PageView> from_sequence(std::vector<PageView> pages, int64_t first, int64_t head_dim) {
+  for (PageView& page : pages) {
+    const int64_t skipped = first * page.batch, eights = page.kind == Kind::mxfp8;
+    if (page.dense) {
+      page.dense += skipped;
+    } else {
+      page.weight += skipped * (eights ? head_dim : head_dim / 2);
+      page.codes += skipped * (head_dim / (eights ? 32 : 16));
+    }
+  }
+  return pages;
+}
+
+int64_t bytes_of(const std::vector<KeyValuePages>& keys, const std::vector<KeyValuePages>& values) {
+  int64_t bytes = 0;
+  for (const auto* pages : {&keys, &values})
+    for (const auto& each : *pages) bytes += each.bytes_in_use();
+  return bytes;
+}
+
 }  // namespace
+
+mx::array in_memory(const mx::array& from) {
+  if (from.is_available() && from.flags().row_contiguous) return from;
+  auto copy = mx::contiguous(from, false, mx::Device::cpu);
+  copy.eval();
+  return copy;
+}
 
 Product::Product(const mx::array& weight, const std::optional<mx::array>& scales, const std::optional<mx::array>& biases,
                  std::optional<Kind> kind, int group_size, const std::optional<mx::array>& bias, float factor)
     : kind_(kind), factor_(factor) {
-  const auto hold = [this](const mx::array& each) {
-    held_.push_back(mx::contiguous(each, false, mx::Device::cpu));
-    held_.back().eval();
-    return held_.back();
-  };
+  const auto hold = [this](const mx::array& each) { return held_.emplace_back(in_memory(each)); };
   const auto own = hold(weight);
   if (kind) {
     const auto codes = hold(*scales);
@@ -103,9 +135,8 @@ void Product::operator()(const float* x, float* out, int64_t rows) const {
 }
 
 Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array>& bias, float eps) : kind_(kind), eps_(eps) {
-  held_.push_back(mx::contiguous(weight, false, mx::Device::cpu));
-  if (bias) held_.push_back(mx::contiguous(*bias, false, mx::Device::cpu));
-  for (auto& each : held_) each.eval();
+  held_.push_back(in_memory(weight));
+  if (bias) held_.push_back(in_memory(*bias));
   weight_ = held_[0].data<float>();
   bias_ = bias ? held_[1].data<float>() : nullptr;
   width_ = held_[0].size();
@@ -140,9 +171,7 @@ StackCache::StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t 
 }
 
 int64_t StackCache::bytes_in_use() const {
-  int64_t bytes = 0;
-  for (const auto* pages : {&keys_, &values_})
-    for (const auto& each : *pages) bytes += each.bytes_in_use();
+  int64_t bytes = bytes_of(keys_, values_);
   for (const auto& rows : delayed_) bytes += rows.size() * sizeof(float);
   return bytes;
 }
@@ -179,15 +208,48 @@ void StackCache::keep(const std::vector<int>& streams) {
   batch_ = streams.size();
 }
 
-Stack::Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape)
+int64_t StackMemory::bytes_in_use() const { return bytes_of(keys_, values_); }
+
+void StackMemory::keep(const std::vector<int>& sequences) {
+  for (auto* pages : {&keys_, &values_})
+    for (auto& each : *pages) each.keep(sequences);
+  std::vector<int32_t> lengths;
+  for (int sequence : sequences)
+    if (!lengths_.empty()) lengths.push_back(lengths_[sequence]);
+  lengths_ = std::move(lengths);
+  batch_ = sequences.size();
+}
+
+Stack::Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape, const std::optional<mx::array>& relative_bias)
     : layers_(std::move(layers)), norm_(std::move(norm)), shape_(shape), dim_(layers_.at(0).q_proj.depth()),
       ffn_dim_(layers_[0].up_proj.columns()) {
   for (int64_t k = 0; shape.rope_theta > 0 && k < shape.head_dim / 2; k++)
     frequencies_.push_back(std::pow(shape.rope_theta, -2.0f * k / shape.head_dim));
+  if (relative_bias) relative_bias_ = in_memory(*relative_bias);
 }
 
 StackCache Stack::cache(int64_t batch, int64_t rows) const {
   return StackCache(layers_.size(), batch, shape_.kv_heads, shape_.head_dim, 32, 32, rows, {});
+}
+
+StackMemory Stack::remember(const mx::array& states, const std::vector<int>& lengths, int bits) const {
+  constexpr int64_t ROWS_OF_A_PAGE = 4096;
+  const auto input = in_memory(states);
+  const int64_t batch = states.shape(0), rows = states.shape(1), width = shape_.kv_heads * shape_.head_dim;
+  StackMemory memory;
+  memory.batch_ = batch, memory.rows_ = rows, memory.packed_ = bits < 32, memory.lengths_.assign(lengths.begin(), lengths.end());
+  std::vector<float> projected(batch * rows * width);
+  for (const Layer& layer : layers_) {
+    for (bool key : {true, false}) {
+      (key ? layer.cross->k_proj : layer.cross->v_proj)(input.data<float>(), projected.data(), batch * rows);
+      if (key && memory.packed_) hadamard_heads(projected.data(), batch * rows * shape_.kv_heads, shape_.head_dim);
+      auto& pages = (key ? memory.keys_ : memory.values_).emplace_back(batch, shape_.kv_heads, shape_.head_dim, bits, std::min(rows, ROWS_OF_A_PAGE));
+      pages.reserve(rows);
+      for (int64_t b = 0; b < batch; b++) pages.write(b, projected.data() + b * rows * width, rows);
+      pages.advance(rows);
+    }
+  }
+  return memory;
 }
 
 void Stack::rotate(float* x, int64_t heads, int64_t position) const {
@@ -204,16 +266,18 @@ void Stack::rotate(float* x, int64_t heads, int64_t position) const {
   }
 }
 
-void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, StackCache* cache) const {
+void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, const Context& context) const {
+  StackCache* cache = context.cache;
   const int64_t n = count * rows, query_width = shape_.heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim;
-  const int64_t seen = cache ? cache->rows_ : 0, half = dim_ / 2;
+  const int64_t seen = cache ? cache->rows_ : 0, half = dim_ / 2, most_rows = std::min(n, ROWS_OF_A_PRODUCT);
   const bool packed = cache && cache->packed_;
   const int32_t* padding = cache && !cache->left_padding_.empty() ? cache->left_padding_.data() + first : nullptr;
-  Scratch scratch(n * (3 * dim_ + 2 * query_width + 2 * kv_width + 2 * ffn_dim_));
-  float *shifted = scratch.take(n * dim_), *normed = scratch.take(n * dim_), *added = scratch.take(n * dim_);
+  Scratch scratch(2 * n * (query_width + kv_width) + 2 * most_rows * (dim_ + ffn_dim_) + (shape_.token_shift ? n * dim_ : 0));
   float *queries = scratch.take(n * query_width), *attended = scratch.take(n * query_width);
   float *keys = scratch.take(n * kv_width), *values = scratch.take(n * kv_width);
-  float *up = scratch.take(n * ffn_dim_), *gate = scratch.take(n * ffn_dim_);
+  float *normed = scratch.take(most_rows * dim_), *added = scratch.take(most_rows * dim_);
+  float *up = scratch.take(most_rows * ffn_dim_), *gate = scratch.take(most_rows * ffn_dim_);
+  float* shifted = scratch.take(shape_.token_shift ? n * dim_ : 0);
 
   // The upper half of the channels one row late; filler before a sequence counts as zeros.
   const auto delay = [&](int64_t layer, int64_t slot) -> const float* {
@@ -236,48 +300,59 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, Stac
     }
     return shifted;
   };
+  const auto over_rows = [&](const auto& body) {
+    for (int64_t m = 0; m < n; m += most_rows) body(m, std::min(most_rows, n - m));
+  };
+  const auto add_attended = [&](const Product& o_proj) {
+    over_rows([&](int64_t m, int64_t some) {
+      o_proj(attended + m * query_width, added, some);
+      add(x + m * dim_, added, some * dim_);
+    });
+  };
+  // `batch` sequences of queries, each against `total` rows.
+  const auto task_of = [&](int64_t batch, int64_t total) {
+    const int64_t row_count = n / batch;
+    AttentionTask task{batch, shape_.heads, shape_.kv_heads, shape_.head_dim, row_count, 0, total, shape_.scale};
+    task.queries = queries, task.out = attended;
+    task.query_batch = task.out_batch = row_count * query_width;
+    task.query_head = task.out_head = shape_.head_dim;
+    task.query_row = task.out_row = query_width;
+    return task;
+  };
 
   for (size_t number = 0; number < layers_.size(); number++) {
     const Layer& layer = layers_[number];
-    layer.attention_norm(delay(number, 0), normed, n);
-    layer.q_proj(normed, queries, n);
-    layer.k_proj(normed, keys, n);
-    layer.v_proj(normed, values, n);
+    const float* from = delay(number, 0);
+    over_rows([&](int64_t m, int64_t some) {
+      layer.attention_norm(from + m * dim_, normed, some);
+      layer.q_proj(normed, queries + m * query_width, some);
+      layer.k_proj(normed, keys + m * kv_width, some);
+      layer.v_proj(normed, values + m * kv_width, some);
+    });
     if (layer.q_norm) (*layer.q_norm)(queries, queries, n * shape_.heads);
     if (layer.k_norm) (*layer.k_norm)(keys, keys, n * shape_.kv_heads);
-    for (int64_t m = 0; m < n; m++) {
-      if (!frequencies_.empty()) {
-        const int64_t position = seen + m % rows - (padding ? padding[m / rows] : 0);
-        rotate(queries + m * query_width, shape_.heads, position);
-        rotate(keys + m * kv_width, shape_.kv_heads, position);
-      }
-      if (packed) {
-        for (int64_t h = 0; h < shape_.heads; h++) hadamard(queries + m * query_width + h * shape_.head_dim, shape_.head_dim);
-        for (int64_t h = 0; h < shape_.kv_heads; h++) hadamard(keys + m * kv_width + h * shape_.head_dim, shape_.head_dim);
-      }
+    for (int64_t m = 0; m < n && !frequencies_.empty(); m++) {
+      const int64_t position = seen + m % rows - (padding ? padding[m / rows] : 0);
+      rotate(queries + m * query_width, shape_.heads, position);
+      rotate(keys + m * kv_width, shape_.kv_heads, position);
     }
-    AttentionTask task{count, shape_.heads, shape_.kv_heads, shape_.head_dim, rows, seen, seen + rows, shape_.scale};
+    if (packed) {
+      hadamard_heads(queries, n * shape_.heads, shape_.head_dim);
+      hadamard_heads(keys, n * shape_.kv_heads, shape_.head_dim);
+    }
+    AttentionTask task = task_of(count, seen + rows);
+    task.first = seen;
+    task.causal = shape_.causal;
     task.window = shape_.window;
     task.left_padding = padding;
-    task.queries = queries, task.out = attended;
-    task.query_batch = task.out_batch = rows * query_width;
-    task.query_head = task.out_head = shape_.head_dim;
-    task.query_row = task.out_row = query_width;
+    task.lengths = context.lengths ? context.lengths + first : nullptr;
+    if (relative_bias_) task.relative_bias = relative_bias_->data<float>(), task.most = relative_bias_->shape(1) / 2;
     if (cache) {
       std::vector<PageView> pages[2];
       for (int which = 0; which < 2; which++) {
         KeyValuePages& held = (which ? cache->values_ : cache->keys_)[number];
         for (int64_t b = 0; b < count; b++) held.write(first + b, (which ? values : keys) + b * rows * kv_width, rows);
-        pages[which] = held.views(rows);
-        for (PageView& page : pages[which]) {  // the streams of this call
-          if (page.dense) {
-            page.dense += first * page.batch;
-          } else {
-            const int64_t skipped = first * page.batch, eights = page.kind == Kind::mxfp8;
-            page.weight += skipped * (eights ? shape_.head_dim : shape_.head_dim / 2);
-            page.codes += skipped * (shape_.head_dim / (eights ? 32 : 16));
-          }
-        }
+        pages[which] = from_sequence(held.views(rows), first, shape_.head_dim);
       }
       attend(task, pages[0], pages[1]);
     } else {
@@ -286,23 +361,44 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, Stac
       };
       attend(task, view(keys), view(values));
     }
-    layer.o_proj(attended, added, n);
-    add(x, added, n * dim_);
-    layer.ffn_norm(delay(number, 1), normed, n);
-    layer.up_proj(normed, up, n);
-    if (layer.gate_proj) (*layer.gate_proj)(normed, gate, n);
-    for (int64_t k = 0; k < n * ffn_dim_; k += LANES) {
-      const int64_t left = n * ffn_dim_ - k;
-      const Vector value = load_some(up + k, left);
-      store_some(layer.gate_proj ? activate(shape_.activation, load_some(gate + k, left)) * value : activate(shape_.activation, value), up + k, left);
+    add_attended(layer.o_proj);
+    if (layer.cross && context.memory) {
+      const StackMemory& memory = *context.memory;
+      over_rows([&](int64_t m, int64_t some) {
+        layer.cross->norm(x + m * dim_, normed, some);
+        layer.cross->q_proj(normed, queries + m * query_width, some);
+      });
+      if (memory.packed_) hadamard_heads(queries, n * shape_.heads, shape_.head_dim);
+      // The rows of all that read a sequence are rows of one: nothing tells them apart.
+      AttentionTask reading = task_of(count / context.readers, memory.rows_);
+      const int64_t source = first / context.readers;
+      reading.causal = false;
+      reading.lengths = memory.lengths_.empty() ? nullptr : memory.lengths_.data() + source;
+      attend(reading, from_sequence(memory.keys_[number].views(0), source, shape_.head_dim),
+             from_sequence(memory.values_[number].views(0), source, shape_.head_dim));
+      add_attended(layer.cross->o_proj);
     }
-    layer.down_proj(up, added, n);
-    add(x, added, n * dim_);
+    from = delay(number, 1);
+    over_rows([&](int64_t m, int64_t some) {
+      layer.ffn_norm(from + m * dim_, normed, some);
+      layer.up_proj(normed, up, some);
+      if (layer.gate_proj) (*layer.gate_proj)(normed, gate, some);
+      constexpr int64_t WORK_OF_AN_ACTIVATION = 16;
+      over_threads(some, WORK_OF_AN_ACTIVATION * ffn_dim_, [&](int64_t start, int64_t end) {
+        for (int64_t k = start * ffn_dim_; k < end * ffn_dim_; k += LANES) {
+          const int64_t left = end * ffn_dim_ - k;
+          const Vector value = load_some(up + k, left);
+          store_some(layer.gate_proj ? activate(shape_.activation, load_some(gate + k, left)) * value : activate(shape_.activation, value), up + k, left);
+        }
+      });
+      layer.down_proj(up, added, some);
+      add(x + m * dim_, added, some * dim_);
+    });
   }
   if (norm_) (*norm_)(x, x, n);
 }
 
-void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache) const {
+void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory, const int32_t* lengths) const {
   if (cache) {
     for (size_t number = 0; number < layers_.size(); number++) {
       cache->keys_[number].reserve(rows);
@@ -310,15 +406,19 @@ void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache)
       if (shape_.token_shift) cache->delayed_[number].resize(2 * batch * (dim_ / 2), 0.0f);
     }
   }
-  const int64_t at_once = std::max<int64_t>(1, ROWS_AT_ONCE / rows), chunks = (batch + at_once - 1) / at_once;
+  const Context context{cache, memory, lengths, memory ? batch / memory->batch_ : 1};
+  // Those that read the same stay together.
+  const int64_t at_once = std::max<int64_t>(1, ROWS_AT_ONCE / rows / context.readers) * context.readers;
+  const int64_t chunks = (batch + at_once - 1) / at_once;
+  const auto chunk = [&](int64_t number) {
+    const int64_t first = number * at_once;
+    sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, context);
+  };
   if (chunks >= threads()) {
 #pragma omp parallel for num_threads(threads()) schedule(dynamic, 1)
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      const int64_t first = chunk * at_once;
-      sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, cache);
-    }
+    for (int64_t number = 0; number < chunks; number++) chunk(number);
   } else {
-    for (int64_t first = 0; first < batch; first += at_once) sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, cache);
+    for (int64_t number = 0; number < chunks; number++) chunk(number);
   }
   if (cache) {
     cache->rows_ += rows;
@@ -327,11 +427,11 @@ void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache)
   }
 }
 
-mx::array Stack::forward(const mx::array& x, StackCache* cache) const {
-  auto input = mx::contiguous(x, false, mx::Device::cpu);
-  input.eval();
+mx::array Stack::forward(const mx::array& x, StackCache* cache, const std::vector<int>& lengths) const {
+  const auto input = in_memory(x);
   std::vector<float> rows(input.data<float>(), input.data<float>() + input.size());
-  (*this)(rows.data(), x.shape(0), x.shape(1), cache);
+  const std::vector<int32_t> real(lengths.begin(), lengths.end());
+  (*this)(rows.data(), x.shape(0), x.shape(1), cache, nullptr, real.empty() ? nullptr : real.data());
   return mx::array(rows.data(), x.shape(), mx::float32);
 }
 

@@ -1,4 +1,5 @@
-// A stack of transformer layers as one call: MegaByte's blocks, over many sequences at once or over one row after another.
+// A stack of transformer layers as one call, over many sequences at once or over one row after another: MegaByte's blocks, and
+// T5's with their relative bias and their reading of another sequence.
 #pragma once
 #include <memory>
 #include <optional>
@@ -8,6 +9,9 @@
 #include "flash_attention.hpp"
 
 namespace marlin {
+
+// The array itself where its values stand in order in memory already (an evaluation costs a tenth of a millisecond), else a copy.
+mlx::core::array in_memory(const mlx::core::array& from);
 
 // x @ W^T * factor + bias, dense or packed. It keeps its arrays alive.
 class Product {
@@ -45,6 +49,12 @@ class Norm {
 
 enum class Activation { swiglu, gelu, gelu_tanh, relu, silu };
 
+// What a layer reads another sequence with.
+struct CrossAttention {
+  Norm norm;
+  Product q_proj, k_proj, v_proj, o_proj;
+};
+
 struct Layer {
   Norm attention_norm;
   Product q_proj, k_proj, v_proj, o_proj;
@@ -52,6 +62,7 @@ struct Layer {
   Norm ffn_norm;
   std::optional<Product> gate_proj;
   Product up_proj, down_proj;
+  std::optional<CrossAttention> cross;
 };
 
 struct StackShape {
@@ -61,6 +72,7 @@ struct StackShape {
   float rope_theta;          // 0: none
   bool rope_interleaved, token_shift;
   Activation activation;
+  bool causal;
 };
 
 // What a stack remembers of the rows it has seen.
@@ -86,18 +98,48 @@ class StackCache {
   std::vector<std::vector<float>> delayed_;  // by layer: [2, batch, channels] the last row of both slots
 };
 
+// Keys and values of another sequence, as each layer reads them. It never grows.
+class StackMemory {
+ public:
+  int64_t bytes_in_use() const;
+  int64_t batch() const { return batch_; }
+  void keep(const std::vector<int>& sequences);
+
+ private:
+  friend class Stack;
+  int64_t batch_, rows_;
+  bool packed_;
+  std::vector<int32_t> lengths_;  // real rows of each sequence; empty: all
+  std::vector<KeyValuePages> keys_, values_;
+};
+
 class Stack {
  public:
-  Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape);
+  // relative_bias [heads, 2 * most + 1]: added to scores by clip(key - query, -most, most).
+  Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape,
+        const std::optional<mlx::core::array>& relative_bias);
   int64_t dim() const { return dim_; }
   // A cache in float32 for at most `rows` rows.
   StackCache cache(int64_t batch, int64_t rows) const;
-  // x [batch, rows, dim] becomes the hidden rows. With a cache, the rows follow those that it has seen.
-  void operator()(float* x, int64_t batch, int64_t rows, StackCache* cache) const;
-  mlx::core::array forward(const mlx::core::array& x, StackCache* cache) const;
+  // What the layers read of states [batch, rows, dim], of which each sequence has `lengths` real rows (all, if empty), in
+  // 32, 8 or 4 bits.
+  StackMemory remember(const mlx::core::array& states, const std::vector<int>& lengths, int bits) const;
+
+  // x [batch, rows, dim] becomes the hidden rows. With a cache, the rows follow those that it has seen. The sequences that
+  // read the same one of a memory stand together, equally many for each. `lengths` [batch] are real rows, all if null.
+  void operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory = nullptr,
+                  const int32_t* lengths = nullptr) const;
+  mlx::core::array forward(const mlx::core::array& x, StackCache* cache, const std::vector<int>& lengths) const;
 
  private:
-  void sequences(float* x, int64_t first, int64_t count, int64_t rows, StackCache* cache) const;
+  // Beside the rows: what they follow, and what they read.
+  struct Context {
+    StackCache* cache;
+    const StackMemory* memory;
+    const int32_t* lengths;
+    int64_t readers;  // sequences for each one of the memory
+  };
+  void sequences(float* x, int64_t first, int64_t count, int64_t rows, const Context& context) const;
   void rotate(float* x, int64_t heads, int64_t position) const;
 
   std::vector<Layer> layers_;
@@ -105,6 +147,7 @@ class Stack {
   StackShape shape_;
   int64_t dim_, ffn_dim_;
   std::vector<float> frequencies_;
+  std::optional<mlx::core::array> relative_bias_;
 };
 
 }  // namespace marlin

@@ -14,6 +14,7 @@ from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
@@ -205,7 +206,7 @@ class ByT5Model:
         Raises:
             UsageError: an input longer than `max_bytes`.
         """
-        return self.network.encode(mx.array([self._source(data)]))[0, : len(data)]
+        return encode(self.network, mx.array([self._source(data)]))[0, : len(data)]
 
     def quantize(
         self,

@@ -85,6 +85,7 @@ def answer(
             logits = _without(logits, end_id)
         ids = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None)
         chosen = mx.take_along_axis(state.logits, ids[:, None], axis=-1)[:, 0] - mx.logsumexp(state.logits, axis=-1)
+        mx.eval(ids, chosen)  # together: an evaluation costs more than either
         values: list[int] = ids.tolist()  # type: ignore[assignment]
         costs: list[float] = chosen.tolist()  # type: ignore[assignment]
         news: list[tuple[int, int | Answer]] = []

@@ -1,18 +1,17 @@
 """State of ByT5's decoding: inputs encoded once, what the decoder reads of them, and what it has written so far."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import Rows, check_cache_bits
+from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.ops import paged_attention
 from marlin_cli.ops.reference import pack_rows
-
-# Rows by which the decoder's own cache grows; answers are short.
-SELF_CACHE_ROWS = 64
 
 
 class GrowingCache:
@@ -68,6 +67,47 @@ class PackedMemory:
         self._lengths = None if self._lengths is None else self._lengths[streams]
 
 
+class Answers(Protocol):
+    """What decoding remembers of the inputs and the answers so far, and how it goes on."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of what is held of the inputs."""
+
+    def push(self, ids: mx.array) -> mx.array:
+        """Append ids [inputs x answers]; logits [inputs x answers, vocab] of what follows."""
+
+    def keep(self, answers: Sequence[int], streams: Sequence[int] | None) -> None:
+        """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
+
+
+class GraphAnswers:
+    """`Answers` by the network itself, an operation at a time."""
+
+    def __init__(self, network: ByT5, states: mx.array, lengths: mx.array | None, memory_bits: int) -> None:
+        self._network = network
+        plain = network.memory(states, lengths)
+        self._memory: list[PlainMemory] | list[PackedMemory] = (
+            plain if memory_bits == 16 else [PackedMemory(each, memory_bits) for each in plain]
+        )
+        self._caches = [GrowingCache() for _ in plain]
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(each.nbytes for each in self._memory)
+
+    def push(self, ids: mx.array) -> mx.array:
+        memory: Sequence[Memory] = self._memory
+        return self._network.head(self._network.decode(ids[:, None], memory, self._caches)[:, -1])
+
+    def keep(self, answers: Sequence[int], streams: Sequence[int] | None) -> None:
+        for cache in self._caches:
+            cache.keep(mx.array(list(answers)))
+        if streams is not None:
+            for memory in self._memory:
+                memory.keep(mx.array(list(streams)))
+
+
 class AnswerState:
     """Decoding state of a batch of inputs with equally many answers each, of which every one grows by an id a step.
 
@@ -90,36 +130,35 @@ class AnswerState:
             raise UsageError("the model is an encoder alone and cannot answer; ask it to encode")
         if memory_bits != 16:
             check_cache_bits(memory_bits, memory_bits, config.head_dim)
-        self._network = network
         source, lengths = padded(sources, config.pad_id)
-        plain = network.memory(network.encode(source, lengths), lengths)
-        self._memory: list[PlainMemory] | list[PackedMemory] = (
-            plain if memory_bits == 16 else [PackedMemory(each, memory_bits) for each in plain]
-        )
-        self._caches = [GrowingCache() for _ in plain]
+        fused = fuse_byt5(network)
+        self._answers: Answers
+        if fused is None:
+            self._answers = GraphAnswers(network, network.encode(source, lengths), lengths, memory_bits)
+        else:
+            self._answers = fused.answers(fused.encode(source, lengths), lengths, answers, memory_bits)
         self.logits: mx.array
         self.push(mx.full((len(sources) * answers,), config.start_id, dtype=mx.int32))
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of what is held of the inputs."""
-        return sum(each.nbytes for each in self._memory)
+        return self._answers.memory_bytes
 
     def push(self, ids: mx.array) -> None:
         """Append ids [inputs x answers] to the answers and predict what follows."""
-        memory: Sequence[Memory] = self._memory
-        hidden = self._network.decode(ids[:, None], memory, self._caches)
-        self.logits = self._network.head(hidden[:, -1])
+        self.logits = self._answers.push(ids)
 
     def keep(self, answers: Sequence[int], streams: Sequence[int] | None = None) -> None:
         """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
-        chosen = mx.array(list(answers))
-        self.logits = self.logits[chosen]
-        for cache in self._caches:
-            cache.keep(chosen)
-        if streams is not None:
-            for memory in self._memory:
-                memory.keep(mx.array(list(streams)))
+        self.logits = self.logits[mx.array(list(answers))]
+        self._answers.keep(answers, streams)
+
+
+def encode(network: ByT5, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
+    """See `ByT5.encode`: in one call where the kernels run."""
+    fused = fuse_byt5(network)
+    return network.encode(ids, lengths) if fused is None else fused.encode(ids, lengths)
 
 
 def padded(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[mx.array, mx.array | None]:

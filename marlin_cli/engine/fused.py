@@ -25,7 +25,7 @@ class FusedStages:
             _stack(module, network.config, stage.config, stage.stack, network.config.attention_window if number == 0 else None)
             for number, stage in enumerate(network.stages)
         ]
-        self._head = _product(module, network.output)
+        self._head = kernel_product(module, network.output)
         self._table = network.stages[-1].byte_embedding.weight
 
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
@@ -132,33 +132,37 @@ def _stack(module: Any, config: MegaByteConfig, stage: StageConfig, stack: Stack
         token_shift=config.token_shift,
         activation=module.Activation[config.ffn],
     )
-    return module.Stack([_layer(module, layer) for layer in stack.layers], _norm(module, stack.get("norm")), shape)
+    return module.Stack([_layer(module, layer) for layer in stack.layers], kernel_norm(module, stack.get("norm")), shape)
 
 
 def _layer(module: Any, layer: Block) -> Any:
     attention, ffn = layer.attention, layer.ffn
-    products = [_product(module, part) for part in _attention_parts(layer)]
+    products = [kernel_product(module, part) for part in _attention_parts(layer)]
     return module.Layer(
-        _norm(module, layer.attention_norm), *products,
-        _norm(module, attention.get("q_norm")), _norm(module, attention.get("k_norm")), _norm(module, layer.ffn_norm),
-        _product(module, ffn["gate_proj"]) if "gate_proj" in ffn else None,
-        _product(module, ffn.up_proj), _product(module, ffn.down_proj),
+        kernel_norm(module, layer.attention_norm), *products,
+        kernel_norm(module, attention.get("q_norm")), kernel_norm(module, attention.get("k_norm")),
+        kernel_norm(module, layer.ffn_norm),
+        kernel_product(module, ffn["gate_proj"]) if "gate_proj" in ffn else None,
+        kernel_product(module, ffn.up_proj), kernel_product(module, ffn.down_proj),
     )  # fmt: skip
 
 
-def _norm(module: Any, norm: Any) -> Any:
+def kernel_norm(module: Any, norm: Any) -> Any:
+    """The kernels' own copy of a normalisation; None for None."""
     if norm is None:
         return None
     return module.Norm(module.NormKind[NORMS[type(norm)]], norm.weight, norm.get("bias"), norm.eps)
 
 
-def _product(module: Any, layer: Any) -> Any:
+def kernel_product(module: Any, layer: Any, factor: float = 1.0) -> Any:
+    """The kernels' own copy of a linear layer, dense or packed, whose results `factor` multiplies."""
     if isinstance(layer, Linear):
-        return module.Product(layer.weight, None, None, None, 0, layer.get("bias"), 1.0)
+        return module.Product(layer.weight, None, None, None, 0, layer.get("bias"), factor)
     affine = layer.mode == "affine"
     scales, biases = layer["scales"], layer.get("biases")
     if affine:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     kind = module.Kind[f"int{layer.bits}" if affine else layer.mode]
-    factor = layer["global_scale"].item() if "global_scale" in layer else 1.0
+    if "global_scale" in layer:
+        factor *= layer["global_scale"].item()
     return module.Product(layer["weight"], scales, biases, kind, layer.group_size, layer.get("bias"), factor)

@@ -138,6 +138,7 @@ OPERATIONS = {
     "patch_embed": ("metal", "cuda"),
     "strided_pool": ("metal", "cuda"),
     "stack": ("cpu",),
+    "answer_decode": ("cpu",),
     "local_patch_decode": ("cpu",),
 }
 
