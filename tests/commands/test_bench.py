@@ -204,3 +204,9 @@ def test_fingerprints_tell_models_apart(models, tmp_path):
 def test_against_gives_paired_ratios(models):
     text = run(models[1], *QUICK, "--against", models[0]).stdout
     assert "Paired with" in text and "95 % interval" in text
+
+
+@pytest.mark.parametrize("limit, noisy", [(-1.0, True), (float("inf"), False)])
+def test_a_noisy_machine_is_said_to_be_one(models, monkeypatch, limit, noisy):
+    monkeypatch.setattr("marlin_cli.bench.run.NOISY", limit)
+    assert ("the machine was noisy" in run(models[0], *QUICK).stderr) == noisy
