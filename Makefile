@@ -5,7 +5,7 @@ BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test slow metal lint peers clean
+.PHONY: demo test slow metal lint peers peers-bench clean
 
 # The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
 demo: .venv/demo
@@ -30,6 +30,10 @@ lint: .venv/dev
 # Against the implementations that checkpoints come from.
 peers: .venv/peers
 	$(BIN)/python -m pytest -m peers
+
+# Speeds beside other packages, as one table.
+peers-bench: .venv/peers
+	$(BIN)/python benchmarks/peers.py
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv

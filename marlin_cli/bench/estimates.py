@@ -20,6 +20,11 @@ class Spread:
     interquartile_range: float  # third quartile less first: robust against one disturbed repeat
     samples: tuple[float, ...]  # in the order they were taken
 
+    @property
+    def relative_range(self) -> float:
+        """The interquartile range over the median."""
+        return self.interquartile_range / self.median
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -20,6 +20,9 @@ from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByte
 
+# Interquartile range over median of decode speeds, beyond which a run is said to be noisy.
+NOISY = 0.1
+
 
 @dataclass(frozen=True)
 class Request:
@@ -101,7 +104,11 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
 def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> list[Throughput]:
     total = settings.bytes_of_run * (settings.repeats + 1) * len(models)
     with console.byte_progress("timing", total) as progress:
-        return measure_throughput(models, settings, on_bytes=progress.advance)
+        speeds = measure_throughput(models, settings, on_bytes=progress.advance)
+    widest = max(speed.decode_bytes_per_second.relative_range for speed in speeds)
+    if widest > NOISY:
+        console.note(f"the machine was noisy: the middle half of the decode speeds spans {widest:.0%} of their median")
+    return speeds
 
 
 def _score(scoring: _Scoring) -> list[Quality]:

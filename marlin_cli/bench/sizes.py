@@ -41,6 +41,14 @@ def weights_by_part(network: nn.Module) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count}
 
 
+def elements_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
+    """Numbers in the arrays of each part that has any, in the order of `PARTS`; of a checkpoint that is not packed."""
+    counts = dict.fromkeys(PARTS, 0)
+    for path, array in weights.items():
+        counts[_part(path)] += array.size
+    return {part: count for part, count in counts.items() if count}
+
+
 def _part(path: str) -> str:
     layer, _, _ = path.rpartition(".")
     if any(name.endswith(_EMBEDDINGS) for name in path.split(".")):

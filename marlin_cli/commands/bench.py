@@ -1,5 +1,6 @@
 """`marlin bench`: how fast models run, what they weigh, and how well they predict held-out bytes."""
 
+import dataclasses
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -65,6 +66,26 @@ def bench(
         str | None, typer.Option(metavar="FILE.svg|png", help="Draw the charts into a file too; needs the extra `plot`.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Time this model in turn with the others: paired ratios.")
+    ] = None,
+    save: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Append the result to this file, a line of JSON, with fingerprints.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="OLD NEW", help="Measure nothing: what changed between two saved results beyond the noise."),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Time nothing: attention, cache and bytes read a byte generated, from the shape.")
+    ] = False,
+    context: Annotated[
+        str | None, typer.Option(help="With --plan: contexts, for example 1k,8k,32k. Default the longest.")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="With --plan: bits of the weights, 4, 8, 16 or 32; else as stored.")] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="With --plan: GB/s at which memory is read; measured unless given.")
+    ] = None,
 ) -> None:
     """Measure models side by side: bytes per second, memory, and with --quality bits per byte by domain.
 
@@ -89,6 +110,22 @@ def bench(
 
     if show_kernels:
         return _show_kernels(device)
+    if compare is not None:
+        return _compare(*compare)
+    if plan:
+        from marlin_cli.commands.bench_plan import show_plan
+
+        cache = parse_cache_bits(kv_bits, k_bits, v_bits)
+        return show_plan(models or [DEFAULT_MODEL], context, bits, cache, bandwidth, device)
+    for option, value in (("--context", context), ("--bits", bits), ("--bandwidth", bandwidth)):
+        if value is not None:
+            raise UsageError(f"{option} needs --plan")
+    if against is not None:
+        if no_throughput:
+            raise UsageError("--against compares speeds; leave --no-throughput out")
+        models = [against, *(models or [DEFAULT_MODEL])]
+    if save is not None:
+        check_output_parent(Path(save))
     target = None if output is None else Path(output)
     form = _format_of(output_format, target)
     if target is not None:
@@ -111,6 +148,8 @@ def bench(
             "--max-bytes-per-file": max_bytes_per_file,
             "--k-bits": k_bits,
             "--v-bits": v_bits,
+            "--against": against,
+            "--save": save,
         }
         report: Report | AnsweringReport = answering_bench.measured(
             names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,
@@ -127,6 +166,16 @@ def bench(
             )
         )
     pictures.write(json.loads(answering_bench.rendered(report, "json")))
+    if save is not None and isinstance(report, Report):
+        from marlin_cli.bench.results import append_result
+
+        append_result(Path(save), report, models or [DEFAULT_MODEL])
+        console.note(f"added to {save}")
+    if against is not None and isinstance(report, Report):
+        from marlin_cli.bench.changes import table_of_pairs
+
+        pairs = table_of_pairs(dataclasses.asdict(report), against)
+        console.table(pairs.title, pairs.columns, pairs.rows, to_stdout=form is Format.table)
     if form is Format.table:
         for table in answering_bench.tables_of(report):
             console.table(table.title, table.columns, table.rows, to_stdout=True)
@@ -138,6 +187,17 @@ def bench(
     with writing(target) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     console.note(f"wrote {target}")
+
+
+def _compare(old: str, new: str) -> None:
+    from marlin_cli import console
+    from marlin_cli.bench.changes import changes, read_result, table_of_changes
+
+    before, after = read_result(Path(old)), read_result(Path(new))
+    if before["machine"] != after["machine"]:
+        console.note("the results are of different machines, devices or versions")
+    table = table_of_changes(list(changes(before, after)))
+    console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 
 def _show_kernels(device: str) -> None:

@@ -155,3 +155,58 @@ def test_long_windows_are_refused_before_anything_is_timed(models, tmp_path, mon
     result = invoke(models[0], *QUICK, "--quality", tmp_path / "long")
     assert isinstance(result.exception, UsageError)
     assert "--window-bytes: 200 bytes do not fit the context of" in str(result.exception)
+
+
+def test_a_plan_times_nothing_and_follows_the_bits(models):
+    text = run(models[0], "--plan", "--context", "16,32", "--bandwidth", "400").stdout
+    assert "attention, pairs" in text and "at 400.0 GB/s" in text and "32 bytes" in text
+    rows = {}
+    for bits in ("32", "4"):
+        lines = run(models[0], "--plan", "--bits", bits, "--bandwidth", "1").stdout.splitlines()
+        rows[bits] = next(float(line.split()[-1].replace(",", "")) for line in lines if "read a byte: local " in line)
+    assert rows["4"] == pytest.approx(rows["32"] * 4.5 / 32, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--context", "1k"], "--context needs --plan"),
+        (["--plan", "--context", "1G"], "the model's context is"),
+        (["--plan", "--bandwidth", "0"], "--bandwidth must be more than 0"),
+        (["--plan", "--k-bits", "4"], "one width for keys and values"),
+        (["--against", "megabyte-demo", "--no-throughput"], "--against compares speeds"),
+    ],
+)
+def test_options_of_the_plan_and_of_pairs_are_checked(models, arguments, words):
+    result = invoke(models[0], *arguments)
+    assert isinstance(result.exception, UsageError)
+    assert words in str(result.exception)
+
+
+def test_saved_results_add_up_and_compare(models, tmp_path):
+    file = tmp_path / "results.jsonl"
+    for _ in range(2):
+        run(models[0], *QUICK, "--save", file)
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    [one], [two] = first["models"], second["models"]
+    assert len(one["fingerprint"]) == 64 and one["fingerprint"] == two["fingerprint"]
+    assert first["machine"]["mlx_version"] and first["taken"]
+    text = run("--compare", file, file).stdout
+    assert text.count("within noise") == 3
+
+
+def test_fingerprints_tell_models_apart(models, tmp_path):
+    run(*models, *QUICK, "--save", tmp_path / "results")
+    first, second = json.loads((tmp_path / "results").read_text())["models"]
+    assert first["fingerprint"] != second["fingerprint"]
+
+
+def test_against_gives_paired_ratios(models):
+    text = run(models[1], *QUICK, "--against", models[0]).stdout
+    assert "Paired with" in text and "95 % interval" in text
+
+
+@pytest.mark.parametrize("limit, noisy", [(-1.0, True), (float("inf"), False)])
+def test_a_noisy_machine_is_said_to_be_one(models, monkeypatch, limit, noisy):
+    monkeypatch.setattr("marlin_cli.bench.run.NOISY", limit)
+    assert ("the machine was noisy" in run(models[0], *QUICK).stderr) == noisy

@@ -1,0 +1,158 @@
+"""Two results compared: which speeds and scores changed beyond the noise. From JSON documents of `bench`, old and new."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marlin_cli.bench.report import Table
+from marlin_cli.errors import UsageError
+
+# Two runs of the same thing on the same machine differ by this much: what lies within is never called a change.
+SPEED_FLOOR = 0.05
+# Scores of the same bytes differ by rounding alone.
+QUALITY_FLOOR = 0.002
+
+SPEEDS = ("prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio, new over old, with a 95 % interval; the ends are equal to it where a single observation does not tell."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measure of one model in both results."""
+
+    model: str
+    measure: str
+    ratio: Ratio
+    verdict: str  # better, worse, within noise
+
+
+def paired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
+    """Geometric mean of new / old over repeats that were taken in turn, and Student's 95 % interval of it.
+
+    Raises:
+        UsageError: different numbers of repeats.
+    """
+    if len(old) != len(new):
+        raise UsageError(f"paired ratios need as many repeats of both: found {len(old)} and {len(new)}")
+    logs = np.log(np.array(new, dtype=np.float64) / np.array(old, dtype=np.float64))
+    error = float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    return _around(float(logs.mean()), error * _student(len(logs) - 1))
+
+
+def unpaired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
+    """Ratio of medians of separate runs. The error of a median is taken from the quartiles, as for normal noise."""
+    middle = math.log(float(np.median(new)) / float(np.median(old)))
+    error = math.hypot(_error_of_median(old), _error_of_median(new))
+    return _around(middle, error * _student(min(len(old), len(new)) - 1))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+    """What both documents hold of the models that are in both.
+
+    Raises:
+        UsageError: no model is in both.
+    """
+    before = {model["model"]: model for model in old["models"]}
+    shared = [model for model in new["models"] if model["model"] in before]
+    if not shared:
+        raise UsageError(f"--compare: no model is in both results; the old one has {', '.join(before)}")
+    same_timing = old["throughput_settings"] == new["throughput_settings"]
+    for model in shared:
+        name, earlier = model["model"], before[model["model"]]
+        if same_timing and model["throughput"] and earlier["throughput"]:
+            for measure in SPEEDS:
+                ratio = unpaired_ratio(earlier["throughput"][measure]["samples"], model["throughput"][measure]["samples"])
+                yield Change(name, measure, ratio, _verdict(ratio, SPEED_FLOOR, measure.endswith("_per_second")))
+        if model["quality"] and earlier["quality"]:
+            mine, theirs = model["quality"]["all_domains"], earlier["quality"]["all_domains"]
+            if mine["bytes"] == theirs["bytes"]:
+                ratio = _around(math.log(mine["total_bits"] / theirs["total_bits"]), 0.0)
+                yield Change(name, "bits_per_byte", ratio, _verdict(ratio, QUALITY_FLOOR, more_is_better=False))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The last result in a file that `--save` appends to, or the document of `--format json`.
+
+    Raises:
+        UsageError: the file cannot be read, or its last line is no result of `bench`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        document = json.loads(next((line for line in reversed(lines) if line.strip()), ""))
+        models, timing = document["models"], document["throughput_settings"]
+    except OSError as error:
+        raise UsageError(f"--compare {path}: cannot read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--compare {path}: the last line is no result of bench; write one with --save") from None
+    if not isinstance(models, list) or not isinstance(timing, dict | None):
+        raise UsageError(f"--compare {path}: the last line is no result of bench; write one with --save")
+    return dict(document)
+
+
+def table_of_changes(found: Sequence[Change]) -> Table:
+    """A row a measure; the interval covers the noise of the repeats."""
+    rows = [
+        [
+            change.model,
+            change.measure,
+            f"{change.ratio.value:.4f}",
+            f"{change.ratio.low:.4f} .. {change.ratio.high:.4f}",
+            change.verdict,
+        ]
+        for change in found
+    ]
+    title = f"Changes: speeds beyond {SPEED_FLOOR:.0%} and the noise, bits per byte beyond {QUALITY_FLOOR:.1%}"
+    return Table(title, ["model", "measure", "new / old", "95 % interval", "verdict"], rows)
+
+
+def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:
+    """Speeds of every other model over those of `baseline`, repeat by repeat."""
+    speeds = {model["model"]: model["throughput"] for model in document["models"]}
+    rows = []
+    for name, speed in speeds.items():
+        for measure in SPEEDS if name != baseline else ():
+            ratio = paired_ratio(speeds[baseline][measure]["samples"], speed[measure]["samples"])
+            rows.append([name, measure, f"{ratio.value:.4f}", f"{ratio.low:.4f} .. {ratio.high:.4f}"])
+    return Table(f"Paired with {baseline}", ["model", "measure", "ratio", "95 % interval"], rows)
+
+
+def _verdict(ratio: Ratio, floor: float, more_is_better: bool) -> str:
+    surely_more, surely_less = ratio.low > 1 and ratio.value > 1 + floor, ratio.high < 1 and ratio.value < 1 - floor
+    if not (surely_more or surely_less):
+        return "within noise"
+    return "better" if surely_more == more_is_better else "worse"
+
+
+def _around(log_ratio: float, half_width: float) -> Ratio:
+    return Ratio(*(math.exp(log_ratio + shift) for shift in (0.0, -half_width, half_width)))
+
+
+def _error_of_median(samples: Sequence[float]) -> float:
+    """Standard error of the logarithm of a median: 1.2533 sigma / sqrt(n), sigma from the interquartile range."""
+    first, third = np.percentile(np.log(np.array(samples, dtype=np.float64)), [25, 75])
+    return 1.2533 * float(third - first) / 1.349 / math.sqrt(len(samples))
+
+
+def _student(degrees: int) -> float:
+    """97.5 % point of Student's t, by the expansion of Cornish and Fisher; exact up to three degrees."""
+    if degrees < 1:
+        return 0.0
+    exact = {1: 12.706, 2: 4.303, 3: 3.182}
+    if degrees in exact:
+        return exact[degrees]
+    z = 1.959964
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / degrees**power for power, term in enumerate(terms))

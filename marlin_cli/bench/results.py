@@ -1,0 +1,41 @@
+"""A file of results, one JSON document a line, each with the time it was taken and a fingerprint of every model."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from marlin_cli.bench.report import Report, to_json
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.errors import OutputError
+from marlin_cli.files import sha256_of_file
+
+
+def append_result(path: Path, report: Report, models: Sequence[str]) -> None:
+    """Add the report to the end of `path`; the file is made where there is none.
+
+    Args:
+        models: names or paths of the models, as `report.models` has them.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    document = json.loads(to_json(report))
+    document["taken"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    for entry, name in zip(document["models"], models, strict=True):
+        entry["fingerprint"] = fingerprint(locate_model(name))
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the names and contents of the files of a checkpoint, a file or a folder."""
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name if path.is_dir() else ''}\0{sha256_of_file(file)}\n".encode())
+    return digest.hexdigest()

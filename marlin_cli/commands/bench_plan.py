@@ -1,0 +1,73 @@
+"""`marlin bench --plan`: what models cost by their shape, at contexts and bit widths, and the time that memory alone takes."""
+
+from collections.abc import Sequence
+
+
+def show_plan(
+    names: Sequence[str],
+    contexts: str | None,
+    bits: int | None,
+    cache_bits: int | tuple[int, int] | None,
+    gigabytes_per_second: float | None,
+    device: str,
+) -> None:
+    """Print a table a model; the bandwidth is measured unless it is given.
+
+    Raises:
+        MarlinError: a model that cannot be read or is no MegaByte, or options that do not fit it.
+    """
+    from marlin_cli import console
+    from marlin_cli.bench.arithmetic import costs_of, stored_bits
+    from marlin_cli.bench.bandwidth import measure_bandwidth
+    from marlin_cli.bench.sizes import bytes_by_part, elements_by_part
+    from marlin_cli.checkpoints import read_checkpoint
+    from marlin_cli.checkpoints.location import locate_model
+    from marlin_cli.commands.options import parse_size
+    from marlin_cli.config import from_mapping
+    from marlin_cli.errors import UsageError
+    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.ops.device import choose_device
+
+    if isinstance(cache_bits, tuple):
+        if cache_bits[0] != cache_bits[1]:
+            raise UsageError("--plan takes one width for keys and values: --kv-bits")
+        cache_bits = cache_bits[0]
+    if gigabytes_per_second is not None and not gigabytes_per_second > 0:
+        raise UsageError(f"--bandwidth must be more than 0, found {gigabytes_per_second}")
+    plans = []
+    for name in names:
+        checkpoint = read_checkpoint(locate_model(name))
+        if checkpoint.config.get("model_type") != "megabyte":
+            raise UsageError(f"--plan: {name} is no MegaByte; its arithmetic is known for that alone")
+        config = from_mapping(MegaByteConfig, checkpoint.config, name)
+        sizes: dict[str, float] = dict(bytes_by_part(checkpoint.weights))
+        if bits is not None:
+            if checkpoint.quantization is not None:
+                raise UsageError(f"--bits: {name} is packed already; leave it out, or name the model it was made from")
+            elements = elements_by_part(checkpoint.weights)
+            sizes = {part: count * stored_bits(bits) / 8 for part, count in elements.items()}
+        lengths = [parse_size(text, "--context") for text in contexts.split(",")] if contexts else [config.max_bytes]
+        plans.append((name, [costs_of(config, sizes, length, cache_bits or 16) for length in lengths]))
+    if gigabytes_per_second is None:
+        choose_device(device)
+        measured = measure_bandwidth()
+        rate = measured.matvec
+        console.note(f"measured: copies {measured.copy / 1e9:.1f} GB/s, matrix times vector {rate / 1e9:.1f} GB/s")
+    else:
+        rate = gigabytes_per_second * 1e9
+    for name, costs in plans:
+        rows = [
+            ["attention, pairs", *(f"{each.attention_pairs:,}" for each in costs)],
+            ["of a flat byte model", *(f"{each.flat_attention_pairs:,}" for each in costs)],
+            ["ratio", *(f"{each.flat_attention_pairs / each.attention_pairs:.1f}" for each in costs)],
+            *(
+                [f"{level} cache, bytes", *(f"{each.cache_bytes[level]:,.0f}" for each in costs)]
+                for level in ("global", "local")
+            ),
+            ["of a flat byte model, 16 bits", *(f"{each.flat_cache_bytes:,.0f}" for each in costs)],
+            *([f"read a byte: {part}", *(f"{each.read_bytes[part]:,.0f}" for each in costs)] for part in costs[0].read_bytes),
+            ["read a byte: all", *(f"{each.read_bytes_total:,.0f}" for each in costs)],
+            ["time a byte, us", *(f"{1e6 * each.seconds_per_byte(rate):,.3g}" for each in costs)],
+        ]
+        title = f"Plan of {name} at {rate / 1e9:.1f} GB/s"
+        console.table(title, ["", *(f"{each.context_bytes:,} bytes" for each in costs)], rows, to_stdout=True)

@@ -1,0 +1,114 @@
+"""Changes between results made up with known noise: what was planted is found, what is noise is not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from marlin_cli.bench.changes import _student, changes, paired_ratio, read_result, table_of_pairs
+from marlin_cli.errors import UsageError
+
+
+def document(speed=1.0, bits=1.0, noise=0.01, seed=0, name="m"):
+    """A result of 9 repeats whose speeds are `speed` x 100 and whose noise has the given relative width."""
+    random = np.random.default_rng(seed)
+
+    def samples(scale):
+        return {"samples": list(scale * np.exp(noise * random.standard_normal(9)))}
+
+    return {
+        "throughput_settings": {"prompt_bytes": 512},
+        "models": [
+            {
+                "model": name,
+                "throughput": {
+                    "prefill_bytes_per_second": samples(1000 * speed),
+                    "decode_bytes_per_second": samples(100 * speed),
+                    "time_to_first_byte_seconds": samples(0.5 / speed),
+                },
+                "quality": {"all_domains": {"bytes": 1000, "total_bits": 2500.0 * bits}},
+            }
+        ],
+    }
+
+
+def verdicts(old, new):
+    return {change.measure: change.verdict for change in changes(old, new)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_slow_down_of_a_tenth_is_flagged(seed):
+    found = verdicts(document(seed=seed), document(speed=0.9, seed=seed + 100))
+    assert found.pop("bits_per_byte") == "within noise"
+    assert set(found.values()) == {"worse"}
+    found = verdicts(document(speed=0.9, seed=seed), document(seed=seed + 100))
+    assert found["decode_bytes_per_second"] == found["time_to_first_byte_seconds"] == "better"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_of_a_hundredth_is_not(seed):
+    assert set(verdicts(document(seed=seed), document(seed=seed + 100)).values()) == {"within noise"}
+
+
+def test_a_tenth_is_seldom_flagged_where_the_repeats_differ_by_more():
+    found = [verdicts(document(noise=0.4, seed=seed), document(speed=0.9, noise=0.4, seed=seed + 1000)) for seed in range(200)]
+    assert sum(each["decode_bytes_per_second"] == "worse" for each in found) < 0.15 * len(found)
+
+
+def test_a_loss_of_half_a_percent_is_flagged():
+    assert verdicts(document(), document(bits=1.005))["bits_per_byte"] == "worse"
+    assert verdicts(document(), document(bits=0.995))["bits_per_byte"] == "better"
+    assert verdicts(document(), document(bits=1.0005))["bits_per_byte"] == "within noise"
+
+
+def test_what_was_not_measured_alike_is_not_compared():
+    other = document()
+    other["throughput_settings"] = {"prompt_bytes": 64}
+    other["models"][0]["quality"]["all_domains"]["bytes"] = 999
+    assert verdicts(document(), other) == {}
+    with pytest.raises(UsageError, match="no model is in both results; the old one has m"):
+        list(changes(document(), document(name="n")))
+
+
+def test_pairs_cancel_what_slows_both():
+    slow = np.array([1.0, 3.0, 1.5, 2.0])
+    ratio = paired_ratio(list(100 / slow), list(110 / slow))
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
+    assert paired_ratio([1.0], [2.0]).low == 2.0
+    with pytest.raises(UsageError, match="found 1 and 2"):
+        paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_the_interval_of_pairs_is_that_of_student():
+    ratio = paired_ratio([1.0] * 4, list(np.exp([0.1, 0.2, 0.3, 0.4])))
+    assert np.log([ratio.value, ratio.high]) == pytest.approx(
+        [0.25, 0.25 + 3.1824 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2], rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("degrees, point", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (8, 2.306), (30, 2.042)])
+def test_points_of_student(degrees, point):
+    assert _student(degrees) == pytest.approx(point, rel=5e-3)
+
+
+def test_a_table_of_pairs_leaves_the_baseline_out():
+    both = document()
+    both["models"] += document(speed=2.0, name="n")["models"]
+    table = table_of_pairs(both, "m")
+    assert [row[:3] for row in table.rows][1] == ["n", "decode_bytes_per_second", "2.0000"]
+    assert len(table.rows) == 3
+
+
+def test_the_last_line_of_a_file_is_read(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps(document(name="old")) + "\n" + json.dumps(document(name="new")) + "\n")
+    assert read_result(file)["models"][0]["model"] == "new"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"models": 1, "throughput_settings": null}'])
+def test_what_is_no_result_is_refused(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(UsageError, match="no result of bench"):
+        read_result(tmp_path / "file")
+    with pytest.raises(UsageError, match="cannot read"):
+        read_result(tmp_path / "missing")
