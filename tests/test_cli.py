@@ -39,6 +39,19 @@ def test_every_option_has_help(name):
         assert parameter.help, parameter.name
 
 
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "bench"])
+def test_help_prints_every_text_as_it_is_written(name):
+    from typer.main import get_command
+
+    from marlin_cli.cli import app
+
+    result = run(name, "--help")
+    assert result.returncode == 0, result.stderr
+    printed = "".join(result.stdout.split())
+    for parameter in get_command(app).commands[name].params:
+        assert "".join(parameter.help.split()) in printed, parameter.name
+
+
 def test_version():
     assert run("--version").stdout == f"marlin {marlin_cli.__version__}\n"
 

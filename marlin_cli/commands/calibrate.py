@@ -11,7 +11,7 @@ def calibrate(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL | FILE...]",
+            metavar="MODEL|FILE",
             help="Path, shipped name or hub repository of a model; with --merge the files to add up."
             f" Default: {DEFAULT_MODEL}.",
         ),
