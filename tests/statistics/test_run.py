@@ -261,12 +261,12 @@ KILLED = textwrap.dedent("""
         final = state is None
         if (moment == "while saving" and not final and windows == 4) or (moment == "while writing the result" and final):
             # Half of the file is there, under its temporary name, when the process ends.
-            real_write = store._write_safetensors
+            real_write = store.write_safetensors
             def half(temporary, *rest):
                 real_write(temporary, *rest)
                 os.truncate(temporary, 5000)
                 die()
-            store._write_safetensors = half
+            store.write_safetensors = half
         real_save(path, statistics, state)
         if moment == "before the rest is removed" and final:
             die()
