@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,14 @@ def shipped(relative: str) -> Path:
     """
     inside = PACKAGE / relative
     return inside if inside.exists() else PACKAGE.parent / relative
+
+
+def user_cache() -> Path:
+    """Where marlin keeps what it can make again: MARLIN_CACHE, else `marlin` in the user's cache folder."""
+    if "MARLIN_CACHE" in os.environ:
+        return Path(os.environ["MARLIN_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(base) / "marlin"
 
 
 @contextlib.contextmanager
