@@ -15,9 +15,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from marlin_cli.ranks import is_follower
+
 
 def note(message: str) -> None:
-    """One line of information on stderr."""
+    """One line of information on stderr; rank 0 alone says it."""
+    if is_follower():
+        return
     _stderr().print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -33,7 +37,9 @@ def failure(message: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
-    """A table; the first column is text, the others are right-aligned numbers."""
+    """A table; the first column is text, the others are right-aligned numbers. Rank 0 alone prints it."""
+    if is_follower():
+        return
     grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
         grid.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
@@ -57,7 +63,7 @@ def byte_progress(description: str, total_bytes: int | None) -> Iterator["BytePr
         TimeRemainingColumn(),
     )
     console = _stderr()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal or is_follower(), transient=True) as progress:
         yield ByteProgress(progress, description, total_bytes)
 
 

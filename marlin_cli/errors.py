@@ -43,3 +43,7 @@ class BackendError(MarlinError):
 
 class OutputError(MarlinError):
     """A result can not be written where it was asked for."""
+
+
+class DistributedError(MarlinError):
+    """The processes that share a job cannot find each other, disagree, or one of them ended."""

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,14 @@ def shipped(relative: str) -> Path:
     """
     inside = PACKAGE / relative
     return inside if inside.exists() else PACKAGE.parent / relative
+
+
+def user_cache() -> Path:
+    """Where marlin keeps what it can make again: MARLIN_CACHE, else `marlin` in the user's cache folder."""
+    if "MARLIN_CACHE" in os.environ:
+        return Path(os.environ["MARLIN_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(base) / "marlin"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The bytes that models are scored on: files by domain, as they lie, cut into disjoint windows. No shuffling."""
+"""The bytes that models are scored on: files by domain, as they lie, in windows that score each byte once. No shuffling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,33 +15,52 @@ COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Windowing:
-    """How files become windows. Each window is scored from an empty context.
+    """How files become windows. Each window is read from an empty context.
+
+    Windows are disjoint, or with `stride_bytes` they slide: each begins that many bytes after the one before, and what it
+    shares with that one is context that is not scored again. So every byte is scored once either way, and beyond the
+    first window of a file each has at least `window_bytes - stride_bytes` bytes before it.
 
     Raises:
-        UsageError: a size below 1.
+        UsageError: a size below 1, or a stride longer than a window.
     """
 
-    window_bytes: int = 2048  # disjoint; the last one of a file may be shorter
+    window_bytes: int = 2048  # the last one of a file may be shorter
+    stride_bytes: int | None = None  # None: that of disjoint windows
     max_bytes_per_file: int | None = None  # only the first bytes of each file
     max_bytes: int | None = None  # in all, an equal share for each domain
 
     def __post_init__(self) -> None:
         for option, value in (
             ("--window-bytes", self.window_bytes),
+            ("--stride-bytes", self.stride_bytes),
             ("--max-bytes-per-file", self.max_bytes_per_file),
             ("--max-quality-bytes", self.max_bytes),
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{option} must be at least 1, found {value}")
+        if self.stride > self.window_bytes:
+            raise UsageError(f"--stride-bytes {self.stride_bytes} leaves bytes out between windows of {self.window_bytes}")
+
+    @property
+    def stride(self) -> int:
+        """Bytes from the start of a window to that of the next."""
+        return self.window_bytes if self.stride_bytes is None else self.stride_bytes
 
 
 @dataclass(frozen=True)
 class Window:
-    """`length` bytes of a file from `start` on."""
+    """`length` bytes of a file from `start` on, of which the first `context` are read but not scored."""
 
     file: Path
     start: int
     length: int
+    context: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Bytes that are scored."""
+        return self.length - self.context
 
     def read(self) -> npt.NDArray[np.uint8]:
         """The bytes [length].
@@ -49,15 +68,24 @@ class Window:
         Raises:
             CorpusError: the file cannot be read, or has become shorter.
         """
+        return self.read_with_margins(0)[0]
+
+    def read_with_margins(self, margin: int) -> tuple[npt.NDArray[np.uint8], int]:
+        """The bytes with at most `margin` more of the file on each side, and how many of those stand before.
+
+        Raises:
+            CorpusError: as `read`.
+        """
+        before = min(margin, self.start)
         try:
             with self.file.open("rb") as file:
-                file.seek(self.start)
-                data = file.read(self.length)
+                file.seek(self.start - before)
+                data = file.read(before + self.length + margin)
         except OSError as error:
             raise CorpusError(f"{self.file}: cannot read: {error.strerror or error}") from None
-        if len(data) < self.length:
+        if len(data) < before + self.length:
             raise CorpusError(f"{self.file}: became shorter while it was being scored")
-        return np.frombuffer(data, dtype=np.uint8)
+        return np.frombuffer(data, dtype=np.uint8), before
 
 
 def files_by_domain(name: str) -> dict[str, list[Path]]:
@@ -120,18 +148,25 @@ def _windows_of(path: Path, windowing: Windowing) -> list[Window]:
     size = path.stat().st_size
     if windowing.max_bytes_per_file is not None:
         size = min(size, windowing.max_bytes_per_file)
-    step = windowing.window_bytes
-    return [Window(path, start, min(step, size - start)) for start in range(0, size, step)]
+    windows: list[Window] = []
+    scored = 0  # bytes of the file so far
+    for start in range(0, size, windowing.stride):
+        end = min(start + windowing.window_bytes, size)
+        if end > scored:
+            windows.append(Window(path, start, end - start, scored - start if windows else 0))
+            scored = end
+    return windows
 
 
 def _thinned(windows: list[Window], share: int, windowing: Windowing) -> list[Window]:
-    if sum(window.length for window in windows) <= share:
+    if sum(window.scored for window in windows) <= share:
         return windows
-    count = share // windowing.window_bytes
-    if count == 0:
-        raise UsageError(
-            f"--max-quality-bytes {windowing.max_bytes} leaves {share} bytes for a domain, less than one window of"
-            f" {windowing.window_bytes}; raise it or lower --window-bytes"
-        )
-    count = min(count, len(windows))
-    return [windows[(2 * number + 1) * len(windows) // (2 * count)] for number in range(count)]
+    for count in range(min(share // windowing.stride, len(windows)), 0, -1):
+        chosen = [windows[(2 * number + 1) * len(windows) // (2 * count)] for number in range(count)]
+        # The first window of a file scores all its bytes, those that slide a stride of them.
+        if sum(window.scored for window in chosen) <= share:
+            return chosen
+    raise UsageError(
+        f"--max-quality-bytes {windowing.max_bytes} leaves {share} bytes for a domain, less than one window of"
+        f" {windowing.window_bytes}; raise it or lower --window-bytes"
+    )

@@ -8,19 +8,26 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.bench.byte_classes import BYTE_CLASSES, MARGIN_BYTES, classes_of
 from marlin_cli.bench.estimates import Estimate, Floats, ratio, stratified
 from marlin_cli.bench.held_out import Window
+from marlin_cli.bench.journal import Journal
+from marlin_cli.bench.pass_sums import ALL, FIRST_CLASS, FIRST_POSITION, Groups, PassSums, from_bytes, to_bytes
 from marlin_cli.engine.scoring import BYTES_PER_PASS, log2_probabilities
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.ranks import ALONE, Ranks
 
 REFERENCE = "the reference"
+
+# Log-probabilities [n, length, vocab] of bytes [n, length], computed by the call unless they are at hand.
+Kept: TypeAlias = Callable[[npt.NDArray[np.uint8], Callable[[], mx.array]], mx.array]
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Quality:
-    """Scores of one model: by domain, and of all bytes together with the domains as strata."""
+    """Scores of one model: by domain, and of all bytes together with the domains as strata.
+
+    The rest is of all domains as one sample: by what kind of byte it is (`byte_classes`), and by its place in the
+    patch of the model, from "0" on. A class or place that no byte has is left out.
+    """
 
     domains: dict[str, Score]
     all_domains: Score
+    byte_classes: dict[str, Score] = field(default_factory=dict)
+    patch_positions: dict[str, Score] = field(default_factory=dict)
 
 
 def measure_quality(
@@ -59,30 +72,45 @@ def measure_quality(
     windows: Mapping[str, Sequence[Window]],
     reference: MegaByte | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
+    *,
+    kept_reference: Kept = lambda ids, compute: compute(),
+    journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Quality]:
     """Score networks (by their names) on the same windows (by domain), each from an empty context.
+
+    Ranks share the passes out, each to be done by one of them whole, and put their sums together in the order of the
+    passes: so any number of ranks gives the same numbers, bit for bit, and every rank gets them.
 
     Args:
         reference: what the networks are compared with; when it is one of them, it is run once.
         on_bytes: told after each pass how many bytes it scored.
+        kept_reference: where the reference's log-probabilities of given bytes may lie already (see `ReferenceCache`).
+        journal: has the sums of passes that were done before, and takes those of each that is.
 
     Raises:
         UsageError: a window longer than a context, or vocabularies that differ from the reference's.
         CheckpointError: predictions that are not finite.
+        DistributedError: another rank ended.
     """
     check_windows_fit(networks, windows, reference)
-    tallies = {name: {domain: _Tally() for domain in windows} for name in networks}
-    for domain, part in windows.items():
-        for batch in _batches(part):
-            ids = mx.array(np.stack([window.read() for window in batch]).astype(np.int32))
-            expected = None if reference is None else log2_probabilities(reference, ids)
-            for name, network in networks.items():
-                known = expected if network is reference else None
-                predicted = log2_probabilities(network, ids) if known is None else known
-                beside = None if expected is None else _beside(predicted, expected, ids)
-                tallies[name][domain].add(_costs(predicted, ids, name), beside)
-            on_bytes(ids.size)
-    return [_quality(by_domain) for by_domain in tallies.values()]
+    passes = [(domain, batch) for domain, part in windows.items() for batch in _batches(part)]
+    done = {} if journal is None else journal.load()
+    for number in range(ranks.rank, len(passes), ranks.size):
+        _, batch = passes[number]
+        if number not in done:
+            done[number] = _measured(networks, batch, reference, kept_reference)
+            if journal is not None:
+                journal.add(number, done[number])
+        on_bytes(sum(window.scored for window in batch))
+    if journal is not None:
+        journal.save()
+    results = _gathered(done, len(passes), ranks)
+    tallies: list[dict[str, list[PassSums]]] = [{domain: [] for domain in windows} for _ in networks]
+    for (domain, _), result in zip(passes, results, strict=True):
+        for tally, sums in zip(tallies, result, strict=True):
+            tally[domain].append(sums)
+    return [_quality(by_domain) for by_domain in tallies]
 
 
 def check_windows_fit(
@@ -113,49 +141,68 @@ def kl_divergence(expected: mx.array, predicted: mx.array) -> mx.array:
     return (p * (expected - predicted) - (p - q) / math.log(2)).sum(axis=-1)
 
 
-class _Beside(NamedTuple):
-    """A pass of a model beside the reference; all [n, length]."""
-
-    reference_costs: Floats  # bits that each byte costs the reference
-    agreements: npt.NDArray[np.bool_]  # is the likeliest id the same?
-    divergences: npt.NDArray[np.float32]
-
-
-@dataclass
-class _Tally:
-    """One model in one domain, a list entry a pass: sums over each window, and the divergences of single bytes."""
-
-    bytes: list[Floats] = field(default_factory=list)
-    bits: list[Floats] = field(default_factory=list)
-    reference_bits: list[Floats] = field(default_factory=list)
-    agreements: list[Floats] = field(default_factory=list)
-    kl: list[Floats] = field(default_factory=list)
-    kl_of_bytes: list[npt.NDArray[np.float32]] = field(default_factory=list)
-
-    def add(self, costs: Floats, beside: _Beside | None) -> None:
-        """Take in a pass: the bits that its bytes cost [n, length], and how they compare with the reference."""
-        windows, length = costs.shape
-        self.bytes.append(np.full(windows, length, dtype=np.float64))
-        self.bits.append(costs.sum(axis=1))
-        if beside is not None:
-            self.reference_bits.append(beside.reference_costs.sum(axis=1))
-            self.agreements.append(beside.agreements.sum(axis=1, dtype=np.float64))
-            self.kl.append(beside.divergences.sum(axis=1, dtype=np.float64))
-            self.kl_of_bytes.append(beside.divergences.reshape(-1))
-
-
 def _batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
-    """Windows of equal length in groups of one pass, longest first."""
-    ordered = sorted(windows, key=lambda window: -window.length)
-    for length, equal in itertools.groupby(ordered, key=lambda window: window.length):
+    """Windows of equal length and context in groups of one pass, longest first."""
+    ordered = sorted(windows, key=lambda window: (-window.length, window.context))
+    for (length, _), equal in itertools.groupby(ordered, key=lambda window: (window.length, window.context)):
         while batch := list(itertools.islice(equal, max(1, BYTES_PER_PASS // length))):
             yield batch
 
 
-def _beside(predicted: mx.array, expected: mx.array, ids: mx.array) -> _Beside:
+def _measured(
+    networks: Mapping[str, MegaByte], batch: Sequence[Window], reference: MegaByte | None, kept: Kept
+) -> list[PassSums]:
+    """One pass of every network."""
+    data, classes = _read(batch)
+    context = batch[0].context
+    ids = mx.array(data.astype(np.int32))
+    scored_ids = ids[:, context:]
+    expected = None
+    if reference is not None:
+        expected = kept(data, lambda: log2_probabilities(reference, ids))[:, context:]
+    results = []
+    for name, network in networks.items():
+        known = expected if network is reference else None
+        predicted = log2_probabilities(network, ids)[:, context:] if known is None else known
+        patch_size = network.config.patch_size
+        positions = np.broadcast_to(np.arange(context, data.shape[1]) % patch_size, classes.shape)
+        groups = Groups(classes, positions, patch_size)
+        costs = _costs(predicted, scored_ids, name)
+        reference_costs = None if expected is None else _costs(expected, scored_ids, REFERENCE)
+        results.append(_sums(groups, costs, predicted, expected, reference_costs))
+    return results
+
+
+def _read(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The bytes of windows alike in length and context [n, length], and the classes of those scored."""
+    data, classes = [], []
+    for window in batch:
+        found, before = window.read_with_margins(MARGIN_BYTES)
+        data.append(found[before : before + window.length])
+        classes.append(classes_of(found)[before + window.context : before + window.length])
+    return np.stack(data), np.stack(classes).astype(np.int64)
+
+
+def _sums(
+    groups: Groups, costs: Floats, predicted: mx.array, expected: mx.array | None, reference_costs: Floats | None
+) -> PassSums:
+    sizes, bits = groups.sums(np.ones_like(costs)), groups.sums(costs)
+    if expected is None or reference_costs is None:
+        nothing = np.zeros((0, sizes.shape[1]))
+        return PassSums(
+            sizes, bits, nothing, nothing, nothing, np.zeros(0, dtype=np.float32), np.zeros((2, 0), dtype=np.uint16)
+        )
     agreements = mx.argmax(predicted, axis=-1) == mx.argmax(expected, axis=-1)
-    divergences = kl_divergence(expected, predicted)
-    return _Beside(_costs(expected, ids, REFERENCE), np.array(agreements), np.array(divergences))
+    divergences = np.array(kl_divergence(expected, predicted))
+    return PassSums(
+        bytes=sizes,
+        bits=bits,
+        reference_bits=groups.sums(reference_costs),
+        agreements=groups.sums(np.array(agreements)),
+        kl=groups.sums(divergences),
+        kl_of_bytes=divergences.reshape(-1),
+        groups_of_bytes=groups.of_bytes(),
+    )
 
 
 def _costs(log2_predictions: mx.array, ids: mx.array, name: str) -> Floats:
@@ -167,23 +214,67 @@ def _costs(log2_predictions: mx.array, ids: mx.array, name: str) -> Floats:
     return costs
 
 
-def _quality(tallies: Mapping[str, _Tally]) -> Quality:
+def _gathered(own: Mapping[int, list[PassSums]], count: int, ranks: Ranks) -> list[list[PassSums]]:
+    """The results of all passes, in order, from the ranks that did them."""
+    if ranks.size == 1:
+        return [own[number] for number in range(count)]
+    mine = {number: to_bytes(own[number]) for number in range(ranks.rank, count, ranks.size)}
+    sizes = np.array([len(mine[number]) for number in mine], dtype="<i8").tobytes()
+    everyone = [_split(payload) for payload in ranks.gather(len(mine).to_bytes(8, "little") + sizes + b"".join(mine.values()))]
+    return [from_bytes(everyone[number % ranks.size][number // ranks.size]) for number in range(count)]
+
+
+def _split(payload: bytes) -> list[bytes]:
+    """What one rank gave to `_gathered`: a count, that many sizes, and parts of these sizes."""
+    count = int.from_bytes(payload[:8], "little")
+    ends = 8 + 8 * count + np.cumsum(np.frombuffer(payload[8 : 8 + 8 * count], dtype="<i8"))
+    return [payload[end - size : end] for end, size in zip(ends, np.diff(ends, prepend=8 + 8 * count), strict=True)]
+
+
+def _quality(tallies: Mapping[str, Sequence[PassSums]]) -> Quality:
+    passes = [sums for tally in tallies.values() for sums in tally]
     domains = {domain: _score(tally) for domain, tally in tallies.items()}
-    kl_of_bytes = [part for tally in tallies.values() for part in tally.kl_of_bytes]
-    return Quality(domains, _pooled(list(domains.values()), kl_of_bytes))
+    kl_of_bytes = [sums.kl_of_bytes for sums in passes]
+    positions = passes[0].bytes.shape[1] - FIRST_POSITION
+    classes = {name: _score(passes, FIRST_CLASS + number) for number, name in enumerate(BYTE_CLASSES)}
+    return Quality(
+        domains,
+        _pooled(list(domains.values()), kl_of_bytes),
+        byte_classes={name: score for name, score in classes.items() if score.bytes},
+        patch_positions={
+            str(number): score for number in range(positions) if (score := _score(passes, FIRST_POSITION + number)).bytes
+        },
+    )
 
 
-def _score(tally: _Tally) -> Score:
-    sizes, bits = np.concatenate(tally.bytes), np.concatenate(tally.bits)
+def _score(passes: Sequence[PassSums], group: int = ALL) -> Score:
+    """The bytes of one group, over the windows that have any."""
+    sizes = _column(passes, "bytes", group)
+    has_any = sizes > 0
+    sizes = sizes[has_any]
+    if not len(sizes):
+        return Score(0, 0, 0.0, Estimate(math.nan, None), None)
+    bits = _column(passes, "bits", group)[has_any]
     comparison = None
-    if tally.kl:
+    if len(passes[0].kl):
         comparison = _comparison(
-            difference=ratio(bits - np.concatenate(tally.reference_bits), sizes),
-            kl=ratio(np.concatenate(tally.kl), sizes),
-            agreement=ratio(np.concatenate(tally.agreements), sizes),
-            kl_of_bytes=tally.kl_of_bytes,
+            difference=ratio(bits - _column(passes, "reference_bits", group)[has_any], sizes),
+            kl=ratio(_column(passes, "kl", group)[has_any], sizes),
+            agreement=ratio(_column(passes, "agreements", group)[has_any], sizes),
+            kl_of_bytes=[_divergences(sums, group) for sums in passes],
         )
     return Score(int(sizes.sum()), len(sizes), float(bits.sum()), ratio(bits, sizes), comparison)
+
+
+def _column(passes: Sequence[PassSums], name: str, group: int) -> Floats:
+    return np.concatenate([getattr(sums, name)[:, group] for sums in passes])
+
+
+def _divergences(sums: PassSums, group: int) -> npt.NDArray[np.float32]:
+    """Those of the single bytes of a group."""
+    if group == ALL:
+        return sums.kl_of_bytes
+    return sums.kl_of_bytes[sums.groups_of_bytes[0 if group < FIRST_POSITION else 1] == group]
 
 
 def _pooled(scores: Sequence[Score], kl_of_bytes: Sequence[npt.NDArray[np.float32]]) -> Score:

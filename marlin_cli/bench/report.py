@@ -28,6 +28,7 @@ class QualitySettings:
     corpus: str  # a path or the name of a recipe
     windowing: Windowing
     reference: str | None = None  # the model that the others are compared with
+    denominator: str = "bytes as they lie in the files, 0x00 and what is no text included"  # of bits per byte
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class Measurement:
 
     model: str
     measure: str  # with its unit
-    part: str  # of the model or the cache, or a domain; empty for none
+    part: str  # of the model or the cache, or a domain, class of bytes or position in the patch; empty for none
     value: float  # the median where there is a range
     standard_error: float | None = None
     minimum: float | None = None
     maximum: float | None = None
     interquartile_range: float | None = None
+    over_bytes: int | None = None  # of quality: the denominator, bytes as they lie in the files
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def measurements(report: Report) -> Iterator[Measurement]:
         if model.throughput is not None:
             yield from _of_throughput(model.model, model.throughput)
         if model.quality is not None:
-            for domain, score in _scores(model.quality):
+            for domain, score in [*_scores(model.quality), *_groups(model.quality)]:
                 yield from _of_score(model.model, domain, score)
 
 
@@ -175,22 +177,28 @@ def _of_score(model: str, domain: str, score: Score) -> Iterator[Measurement]:
     yield Measurement(model, "scored_bytes", domain, score.bytes)
     yield Measurement(model, "scored_windows", domain, score.windows)
     yield Measurement(model, "total_bits", domain, score.total_bits)
-    yield _of_estimate(model, "bits_per_byte", domain, score.bits_per_byte)
+    yield _of_estimate(model, "bits_per_byte", domain, score.bits_per_byte, score.bytes)
     if (beside := score.against_reference) is not None:
         for measure in ("bits_per_byte_difference", "kl_bits_per_byte", "top1_agreement"):
-            yield _of_estimate(model, measure, domain, getattr(beside, measure))
+            yield _of_estimate(model, measure, domain, getattr(beside, measure), score.bytes)
         for measure in ("kl_median_bits", "kl_percentile_99_bits", "kl_maximum_bits"):
-            yield Measurement(model, measure, domain, getattr(beside, measure))
+            yield Measurement(model, measure, domain, getattr(beside, measure), over_bytes=score.bytes)
 
 
-def _of_estimate(model: str, measure: str, part: str, estimate: Estimate) -> Measurement:
-    return Measurement(model, measure, part, estimate.value, estimate.standard_error)
+def _of_estimate(model: str, measure: str, part: str, estimate: Estimate, over_bytes: int) -> Measurement:
+    return Measurement(model, measure, part, estimate.value, estimate.standard_error, over_bytes=over_bytes)
 
 
 def _scores(quality: Quality) -> list[tuple[str, Score]]:
     """The scores of the domains, and of all of them where there are several."""
     several = [(ALL_DOMAINS, quality.all_domains)] if len(quality.domains) > 1 else []
     return [*quality.domains.items(), *several]
+
+
+def _groups(quality: Quality) -> list[tuple[str, Score]]:
+    """The scores by class of bytes and by position in the patch."""
+    positions = [(f"byte {position} of the patch", score) for position, score in quality.patch_positions.items()]
+    return [*quality.byte_classes.items(), *positions]
 
 
 # Tables for people
@@ -211,6 +219,9 @@ def to_tables(report: Report) -> list[Table]:
     for model in report.models:
         if model.quality is not None and report.quality_settings is not None:
             tables.append(_quality(model.model, model.quality, report.quality_settings))
+            if groups := _groups(model.quality):
+                title = f"Quality of {model.model} by kind of byte and by position in the patch, all domains as one sample"
+                tables.append(_scores_table(title, "bytes that are", groups, report.quality_settings))
     return tables
 
 
@@ -255,19 +266,31 @@ def weights_table(names: Sequence[str], stored: Sequence[Mapping[str, int]], loa
 
 def _quality(name: str, quality: Quality, settings: QualitySettings) -> Table:
     title = (
-        f"Quality of {name} on {settings.corpus}: total bits over total bytes, disjoint windows of"
-        f" {settings.windowing.window_bytes:,} bytes, standard errors over windows"
+        f"Quality of {name} on {settings.corpus}: total bits over total bytes, {_windows(settings)}, standard errors over"
+        " windows"
     )
-    columns = ["domain", "bytes", "windows", "bits/byte", "s.e."]
     if settings.reference is not None:
         title += (
             f"\nagainst {settings.reference}: difference of bits/byte; KL(reference || model) in bits/byte, its mean,"
             " median, 99 % and maximum; share of bytes with the same likeliest one"
         )
+    return _scores_table(title, "domain", _scores(quality), settings)
+
+
+def _windows(settings: QualitySettings) -> str:
+    windowing = settings.windowing
+    if windowing.stride == windowing.window_bytes:
+        return f"disjoint windows of {windowing.window_bytes:,} bytes"
+    return f"windows of {windowing.window_bytes:,} bytes every {windowing.stride:,}, each byte scored once"
+
+
+def _scores_table(title: str, first: str, scores: Sequence[tuple[str, Score]], settings: QualitySettings) -> Table:
+    columns = [first, "bytes", "windows", "bits/byte", "s.e."]
+    if settings.reference is not None:
         columns += ["difference", "s.e.", "KL", "s.e.", "median", "99 %", "max", "top-1"]
     rows = []
-    for domain, score in _scores(quality):
-        row = [domain, f"{score.bytes:,}", f"{score.windows:,}", *_with_error(score.bits_per_byte, ".5f")]
+    for name, score in scores:
+        row = [name, f"{score.bytes:,}", f"{score.windows:,}", *_with_error(score.bits_per_byte, ".5f")]
         rows.append(row + (_beside(score.against_reference) if score.against_reference is not None else []))
     return Table(title, columns, rows)
 

@@ -1,24 +1,33 @@
 """One run of `marlin bench`: models are loaded, checked against what is asked of them, then timed and scored."""
 
+import dataclasses
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from mlx.utils import tree_flatten
 
-from marlin_cli import console
+from marlin_cli import __version__, console
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.held_out import Window, cut, files_by_domain
+from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
+from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
 from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
-from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.engine.scoring import BYTES_PER_PASS
 from marlin_cli.errors import UsageError
+from marlin_cli.files import user_cache
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.ranks import Ranks, joined
 
 # Interquartile range over median of decode speeds, beyond which a run is said to be noisy.
 NOISY = 0.1
@@ -37,6 +46,8 @@ class Request:
     quality: QualitySettings | None
     device: str = "auto"
     kv_bits: int | tuple[int, int] | None = None  # of keys and values, or of each
+    resume: bool = False  # go on with the quality run of these models, bytes and settings that was interrupted
+    reference_cache_bytes: int = DEFAULT_LIMIT_BYTES  # for log-probabilities of the reference, kept between runs; 0 for none
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -48,15 +59,28 @@ class Request:
 def run(request: Request) -> Report:
     """Measure; progress and notes go to stderr. What does not fit a model is refused before anything is measured.
 
+    Where a launcher started several ranks, they share the scoring, every one returns the report, and none is timed.
+
     Raises:
         MarlinError: a model or a corpus that cannot be read, or settings that do not fit a model.
     """
+    with joined() as ranks:
+        return _run(request, ranks)
+
+
+def _run(request: Request, ranks: Ranks) -> Report:
+    if ranks.size > 1:
+        if request.quality is None:
+            raise UsageError(f"{ranks.size} ranks share a quality run; give --quality, or measure speed in one process")
+        if request.throughput is not None:
+            console.note(f"speed is not measured: {ranks.size} ranks would disturb each other")
+            request = dataclasses.replace(request, throughput=None)
     models = [MegaByteModel.from_pretrained(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
     if request.throughput is not None:
         check_run_fits(models, request.throughput)
     scoring = None if request.quality is None else _prepared(request, request.quality, models)
     speeds = None if request.throughput is None else _time(models, request.throughput)
-    scores = None if scoring is None else _score(scoring)
+    scores = None if scoring is None else _score(scoring, request, models[0].device.name, ranks)
     reports = [
         ModelReport(
             model=label,
@@ -111,10 +135,43 @@ def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> list
     return speeds
 
 
-def _score(scoring: _Scoring) -> list[Quality]:
-    total = sum(window.length for part in scoring.windows.values() for window in part)
-    with console.byte_progress("scoring", total) as progress:
-        return measure_quality(scoring.networks, scoring.windows, scoring.reference, progress.advance)
+def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> list[Quality]:
+    settings = request.quality
+    assert settings is not None
+    made_by = [__version__, version("mlx"), device]  # whatever else decides the numbers that a model gives
+    kept = {}
+    if settings.reference is not None and request.reference_cache_bytes:
+        kept["kept_reference"] = ReferenceCache(
+            user_cache() / "reference", " ".join([_fingerprint(settings.reference), *made_by]), request.reference_cache_bytes
+        )
+    names = [*request.models, *([] if settings.reference is None else [settings.reference])]
+
+    def key() -> str:
+        facts = [made_by, BYTES_PER_PASS, len(request.models), [_fingerprint(name) for name in names]]
+        return hashlib.sha256(json.dumps([*facts, _fingerprint_of_windows(scoring.windows)]).encode()).hexdigest()
+
+    if ranks.size > 1:
+        ranks.check_alike(job=key())
+    total = sum(window.scored for part in scoring.windows.values() for window in part) // ranks.size
+    journal = Journal(user_cache() / "quality", key, rank=ranks.rank, resume=request.resume)
+    with console.byte_progress("scoring", total) as progress, journal:
+        return measure_quality(
+            scoring.networks, scoring.windows, scoring.reference, progress.advance, journal=journal, ranks=ranks, **kept
+        )
+
+
+def _fingerprint(model: str) -> str:
+    return fingerprint(locate_model(model))
+
+
+def _fingerprint_of_windows(windows: Mapping[str, Sequence[Window]]) -> str:
+    """SHA-256 over the bytes of all windows, how they are cut and in which domains."""
+    digest = hashlib.sha256()
+    for domain, part in windows.items():
+        for window in part:
+            digest.update(f"{domain} {window.length} {window.context} ".encode())
+            digest.update(window.read().tobytes())
+    return digest.hexdigest()
 
 
 def labels_of(names: Sequence[str]) -> list[str]:

@@ -45,10 +45,21 @@ def bench(
     window_bytes: Annotated[
         str | None, typer.Option(help="Bytes scored together, from an empty context. Default 2048.")
     ] = None,
+    stride_bytes: Annotated[
+        str | None,
+        typer.Option(help="Slide: a window every so many bytes, the rest of it being context. Default: disjoint windows."),
+    ] = None,
     max_bytes_per_file: Annotated[str | None, typer.Option(help="Score only the first bytes of each file.")] = None,
     max_quality_bytes: Annotated[
         str | None, typer.Option(help="Score at most this many bytes, an equal share for each domain.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted --quality run of the same models, bytes and settings.")
+    ] = False,
+    reference_cache: Annotated[
+        str,
+        typer.Option(help="Size of what is kept between runs of the reference's predictions, 1k a byte scored; 0: nothing."),
+    ] = "2G",
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
@@ -97,6 +108,7 @@ def bench(
     from marlin_cli.commands.options import parse_cache_bits, parse_size
     from marlin_cli.errors import UsageError
     from marlin_cli.files import check_output_parent, writing
+    from marlin_cli.ranks import is_follower
 
     require_mlx()
     from marlin_cli import console
@@ -133,10 +145,11 @@ def bench(
     pictures = Pictures.checked(report_page, plot)
     sizes = {
         "window_bytes": ("--window-bytes", window_bytes),
+        "stride_bytes": ("--stride-bytes", stride_bytes),
         "max_bytes_per_file": ("--max-bytes-per-file", max_bytes_per_file),
         "max_bytes": ("--max-quality-bytes", max_quality_bytes),
     }
-    for option, value in (*sizes.values(), ("--reference", reference)):
+    for option, value in (*sizes.values(), ("--reference", reference), ("--resume", resume or None)):
         if quality is None and value is not None:
             raise UsageError(f"{option} needs --quality")
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
@@ -145,6 +158,7 @@ def bench(
     if answering_bench.are_byt5(names):
         given = {
             "--window-bytes": window_bytes,
+            "--stride-bytes": stride_bytes,
             "--max-bytes-per-file": max_bytes_per_file,
             "--k-bits": k_bits,
             "--v-bits": v_bits,
@@ -163,8 +177,12 @@ def bench(
                 quality=None if quality is None else QualitySettings(quality, windowing, reference),
                 device=device,
                 kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+                resume=resume,
+                reference_cache_bytes=parse_size(reference_cache, "--reference-cache"),
             )
         )
+    if is_follower():
+        return
     pictures.write(json.loads(answering_bench.rendered(report, "json")))
     if save is not None and isinstance(report, Report):
         from marlin_cli.bench.results import append_result

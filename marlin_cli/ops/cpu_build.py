@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from types import ModuleType
 import mlx.core as mx
 
 from marlin_cli import console
-from marlin_cli.files import one_line, shipped, writing
+from marlin_cli.files import one_line, shipped, user_cache, writing
 
 MODULE = "marlin_cpu"
 COMPILERS = ("c++", "g++", "clang++")
@@ -129,10 +128,7 @@ def find_toolchain() -> Toolchain:
 
 def cache_folder() -> Path:
     """Where built kernels are kept: MARLIN_CACHE, else the user's cache folder."""
-    if "MARLIN_CACHE" in os.environ:
-        return Path(os.environ["MARLIN_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(base) / "marlin" / "kernels"
+    return user_cache() if "MARLIN_CACHE" in os.environ else user_cache() / "kernels"
 
 
 def _build(toolchain: Toolchain, module: Path) -> None:

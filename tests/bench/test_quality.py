@@ -8,7 +8,9 @@ import pytest
 from mlx.utils import tree_map
 
 from marlin_cli.bench import quality
+from marlin_cli.bench.byte_classes import BYTE_CLASSES, classes_of
 from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
+from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.quality import kl_divergence, measure_quality
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError, UsageError
@@ -213,6 +215,73 @@ def test_predictions_that_are_not_finite_are_named(network, other, windows, brok
     networks = {"tiny": other if broken == "tiny" else network}
     with pytest.raises(CheckpointError, match=f"{broken}: its predictions are not finite"):
         measure_quality(networks, windows, reference=network if broken == "tiny" else other)
+
+
+def test_kinds_of_bytes_and_places_in_the_patch_are_those_of_a_plain_loop(network, other, windows):
+    [result] = measure_quality({"other": other}, windows, reference=network)
+    costs, kinds, places, divergences = [], [], [], []
+    for name, (data, q) in in_float64(other, "").items():
+        p = in_float64(network, name)[name][1]
+        costs += list(bits(data, q))
+        divergences += list((2**p * (p - q)).sum(axis=1))
+        kinds += [BYTE_CLASSES[number] for number in classes_of(np.frombuffer(data, dtype=np.uint8))]
+        places += [str(index % WINDOW % network.config.patch_size) for index in range(len(data))]
+    costs, divergences = np.array(costs), np.array(divergences)
+    for labels, scores in ((kinds, result.byte_classes), (places, result.patch_positions)):
+        assert set(scores) == set(labels)
+        for label, score in scores.items():
+            members = np.array(labels) == label
+            assert score.bytes == members.sum()
+            assert score.bits_per_byte.value == pytest.approx(costs[members].mean(), abs=1e-6)
+            assert score.against_reference.kl_median_bits == pytest.approx(np.median(divergences[members]), abs=1e-5)
+        assert sum(score.total_bits for score in scores.values()) == pytest.approx(result.all_domains.total_bits, rel=1e-12)
+    assert {"UTF-8 lead", "UTF-8 continuation", "high binary"} <= set(result.byte_classes)  # also cut by a window's end
+
+
+@pytest.mark.parametrize("stride", [48, 20, 7])
+def test_sliding_windows_score_each_byte_once_and_with_context(tmp_path, network, stride):
+    for name, data in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    [result] = measure_quality(
+        {"tiny": network}, cut(files_by_domain(str(tmp_path)), Windowing(window_bytes=WINDOW, stride_bytes=stride))
+    )
+    expected = 0.0
+    for data in FILES.values():
+        scored = 0
+        for start in range(0, len(data), stride):
+            window = data[start : start + WINDOW]
+            fresh = max(0, start + len(window) - scored)
+            log2 = log2_in_float64(network, window)
+            expected += bits(window, log2)[len(window) - fresh :].sum()
+            scored += fresh
+        assert scored == len(data)
+    assert result.all_domains.bytes == sum(map(len, FILES.values()))
+    assert result.all_domains.bits_per_byte.value == pytest.approx(expected / result.all_domains.bytes, abs=1e-6)
+
+
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_an_interrupted_run_resumes_to_the_same_numbers(tmp_path, network, other, windows, monkeypatch, after):
+    monkeypatch.setattr(quality, "BYTES_PER_PASS", 2 * WINDOW)
+    whole = measure_quality({"other": other}, windows, reference=network)
+    done = []
+
+    def stop(count):
+        done.append(count)
+        if len(done) == after:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "journals"
+    with pytest.raises(KeyboardInterrupt), Journal(folder, lambda: "key") as journal:
+        measure_quality({"other": other}, windows, network, stop, journal=journal)
+    calls = []
+    original = quality.log2_probabilities
+    monkeypatch.setattr(quality, "log2_probabilities", lambda *arguments: calls.append(1) or original(*arguments))
+    counts = []
+    with Journal(folder, lambda: "key", resume=True) as journal:
+        assert measure_quality({"other": other}, windows, network, counts.append, journal=journal) == whole
+    assert sum(counts) == whole[0].all_domains.bytes
+    assert len(calls) == 2 * (len(counts) - after)
 
 
 @pytest.mark.slow
