@@ -1,13 +1,16 @@
 """Small random networks of every layout, and the shipped demo."""
 
+import os
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-import pytest
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # products on an NVIDIA GPU to float32's precision; read at the first of them
+
+import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
 from mlx.utils import tree_map
 
-from marlin_cli import load
+from marlin_cli import MegaByteModel
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -81,7 +84,7 @@ def each_network(each_config):
 
 @pytest.fixture(scope="session")
 def demo():
-    return load("megabyte-demo")
+    return MegaByteModel.from_pretrained("megabyte-demo", dtype=mx.float32)  # a GPU would take the 16 bits that are stored
 
 
 @pytest.fixture(scope="session")

@@ -561,6 +561,8 @@ class MegaByte(nn.Module):
     def _embedded(self, stage: Stage, tokens: mx.array, index: int | mx.array) -> mx.array:
         """Embeddings of tokens [batch, n, bytes per token] with learned positions from `index` on."""
         batch, count, width = tokens.shape
+        if count == 0:  # MLX's CUDA backend fails to launch the norm of no rows
+            return mx.zeros((batch, 0, stage.config.dim), dtype=stage.byte_embedding.weight.dtype)
         per_byte = self.config.layout == "paper" and stage.to_next is not None
         if stage.positions is not None:
             where = mx.arange(count) + (index[:, None] if isinstance(index, mx.array) else index)

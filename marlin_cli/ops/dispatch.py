@@ -1,6 +1,7 @@
 """One choice an operation: the twin that this device, shape and type call for, else the reference."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from marlin_cli.ops.reference import KeyValueRows, Packed
 def linear(x: mx.array, weight: mx.array) -> mx.array:
     """See `reference.linear`."""
     twin = _cpu_twin(x, weight)
-    return reference.linear(x, weight) if twin is None else twin.linear(x, weight)
+    return reference.linear(x, weight) if twin is None else _differentiable(twin.linear, reference.linear, x, weight)
 
 
 def packed_linear(
@@ -53,25 +54,40 @@ def attention(
     settings: dict[str, Any] = {
         "causal": causal, "window": window, "left_padding": left_padding, "lengths": lengths, "relative_bias": relative_bias,
     }  # fmt: skip
+    twin: Callable[..., mx.array] | None = None
     if gpu() == "metal" and metal.takes_attention(queries, keys, values, scale, **settings):
-        return metal.attention(queries, keys, values, scale, **settings)
-    if gpu() == "cuda" and cuda.takes_attention(queries, keys, values, scale, **settings):
-        return cuda.attention(queries, keys, values, scale, **settings)
-    twin = _cpu_twin(queries, keys, values, *([] if relative_bias is None else [relative_bias]))
+        twin = metal.attention
+    elif gpu() == "cuda" and cuda.takes_attention(queries, keys, values, scale, **settings):
+        twin = cuda.attention
+    elif (cpu := _cpu_twin(queries, keys, values, *([] if relative_bias is None else [relative_bias]))) is not None:
+        twin = functools.partial(_cpu_attention, cpu)
     if twin is None:
         return reference.attention(queries, keys, values, scale, **settings)
+
+    def run(function: Callable[..., mx.array], q: mx.array, k: mx.array, v: mx.array, *bias: mx.array) -> mx.array:
+        return function(q, k, v, scale, **{**settings, "relative_bias": bias[0] if bias else None})
+
+    arrays = (queries, keys, values) if relative_bias is None else (queries, keys, values, relative_bias)
+    return _differentiable(functools.partial(run, twin), functools.partial(run, reference.attention), *arrays)
+
+
+def _cpu_attention(
+    cpu: Any,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    *,
+    causal: bool,
+    window: int | None,
+    left_padding: mx.array | None,
+    lengths: mx.array | None,
+    relative_bias: mx.array | None,
+) -> mx.array:
+    """`reference.attention` by the CPU kernels, which take keys and values in pages: here one of each."""
+    pages = [(keys, None, 32)], [(values, None, 32)]
     reach = -1 if window is None else window
-
-    @mx.custom_function
-    def run(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        pages = [(keys, None, 32)], [(values, None, 32)]
-        return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, relative_bias)
-
-    @run.vjp
-    def gradient(primals: list[mx.array], cotangent: mx.array, output: mx.array) -> list[mx.array]:
-        return mx.vjp(lambda q, k, v: reference.attention(q, k, v, scale, **settings), primals, [cotangent])[1]
-
-    return cast(mx.array, run(queries, keys, values))
+    return cast(mx.array, cpu.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, relative_bias))
 
 
 def paged_attention(
@@ -104,20 +120,22 @@ def paged_attention(
 
 def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
     """See `reference.patch_embed`."""
-    if gpu() == "metal" and metal.takes_patch_embed(ids, table):
-        return metal.patch_embed(ids, table)
-    if gpu() == "cuda" and cuda.takes_patch_embed(ids, table):
-        return cuda.patch_embed(ids, table)
-    return reference.patch_embed(ids, table)
+    device = gpu()
+    twins: Any = metal if device == "metal" else cuda
+    if device is None or not twins.takes_patch_embed(ids, table):
+        return reference.patch_embed(ids, table)
+    return _differentiable(lambda t: twins.patch_embed(ids, t), lambda t: reference.patch_embed(ids, t), table)
 
 
 def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:
     """See `reference.strided_pool`."""
-    if gpu() == "metal" and metal.takes_strided_pool(x, stride, kind):
-        return metal.strided_pool(x, stride, kind)
-    if gpu() == "cuda" and cuda.takes_strided_pool(x, stride, kind):
-        return cuda.strided_pool(x, stride, kind)
-    return reference.strided_pool(x, stride, kind)
+    device = gpu()
+    twins: Any = metal if device == "metal" else cuda
+    if device is None or not twins.takes_strided_pool(x, stride, kind):
+        return reference.strided_pool(x, stride, kind)
+    return _differentiable(
+        lambda rows: twins.strided_pool(rows, stride, kind), lambda rows: reference.strided_pool(rows, stride, kind), x
+    )
 
 
 class Choice(NamedTuple):
@@ -168,6 +186,21 @@ def gpu() -> str | None:
     if mx.default_device() == mx.Device(mx.cpu) or wanted_kernels() == "reference":
         return None
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _differentiable(twin: Callable[..., mx.array], plain: Callable[..., mx.array], *arrays: mx.array) -> mx.array:
+    """`twin(*arrays)`, with the gradients of `plain`, which computes the same: the kernels have none of their own.
+
+    What is differentiated must be among `arrays`: MLX sees nothing else that the functions hold.
+    """
+    run = mx.custom_function(twin)
+
+    @run.vjp
+    def gradient(primals: mx.array | list[mx.array], cotangent: mx.array, output: mx.array) -> Any:
+        gradients = mx.vjp(plain, [primals] if isinstance(primals, mx.array) else list(primals), [cotangent])[1]
+        return gradients[0] if len(arrays) == 1 else gradients
+
+    return cast(mx.array, run(*arrays))
 
 
 def _cpu_twin(*arrays: mx.array) -> Any:

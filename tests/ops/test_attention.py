@@ -108,11 +108,14 @@ def test_keys_that_are_views_and_scores_that_are_huge():
     assert np.abs(np.array(attention(queries, keys, values, 1.0)) - exact(queries, keys, values, 1.0)).max() < 1e-4
 
 
-def test_its_gradient_is_the_reference_s():
-    arrays = [random(1, 2, 7, 16, seed=seed) for seed in range(3)]
+def test_its_gradients_are_the_reference_s():
+    arrays = [random(1, 2, 7, 16, seed=seed) for seed in range(3)] + [random(2, 9, seed=3)]
 
     def loss(function):
-        return mx.grad(lambda *each: (function(*each, 0.3, window=4) ** 2).sum(), argnums=(0, 1, 2))
+        def squares(queries, keys, values, bias):
+            return (function(queries, keys, values, 0.3, window=4, relative_bias=bias) ** 2).sum()
+
+        return mx.grad(squares, argnums=(0, 1, 2, 3))
 
     for found, expected in zip(loss(attention)(*arrays), loss(reference.attention)(*arrays), strict=True):
         assert mx.abs(found - expected).max().item() < 1e-4 < mx.abs(expected).max().item()
