@@ -561,8 +561,6 @@ class MegaByte(nn.Module):
     def _embedded(self, stage: Stage, tokens: mx.array, index: int | mx.array) -> mx.array:
         """Embeddings of tokens [batch, n, bytes per token] with learned positions from `index` on."""
         batch, count, width = tokens.shape
-        if count == 0:  # MLX's CUDA backend fails to launch the norm of no rows
-            return mx.zeros((batch, 0, stage.config.dim), dtype=stage.byte_embedding.weight.dtype)
         per_byte = self.config.layout == "paper" and stage.to_next is not None
         if stage.positions is not None:
             where = mx.arange(count) + (index[:, None] if isinstance(index, mx.array) else index)
@@ -571,7 +569,8 @@ class MegaByte(nn.Module):
         if stage.positions is not None and per_byte:
             rows = rows + patch_embed(where[..., None] * width + mx.arange(width), stage.positions.weight)
         for part in (stage.patch_norm, stage.patch_projection, stage.projected_norm):
-            if part is not None:
+            empty_norm = count == 0 and part is not stage.patch_projection  # which MLX's CUDA backend fails to launch
+            if part is not None and not empty_norm:
                 rows = part(rows)
         if stage.positions is not None and not per_byte:
             rows = rows + stage.positions(where)
