@@ -4,7 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from marlin_cli.ops.cuda_kernels import KernelSource
+from marlin_cli.ops.kernel_source import KernelSource
 
 CUDA_NAMES = {
     "float16": "__half",

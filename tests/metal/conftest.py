@@ -24,13 +24,13 @@ def emulated():
     import checks
     import drop_in
 
-    from marlin_cli.ops import metal
+    from marlin_cli.ops import metal_kernels
 
     def run(call, *, sanitized=False, change=None):
-        metal._kernel.cache_clear()
+        metal_kernels.kernel.cache_clear()
         try:
             return drop_in.emulate(call, checks=checks.ALL if sanitized else checks.UNSANITIZED, change=change)
         finally:
-            metal._kernel.cache_clear()
+            metal_kernels.kernel.cache_clear()
 
     return run
