@@ -182,7 +182,7 @@ def test_all_kernels_as_users_build_them(tmp_path, name, path):
     """With -O3; the portable path beside NEON, so that a difference between the two shows as a failure of one."""
     if shutil.which(COMPILERS[name][0]) is None:
         pytest.skip(f"no {COMPILERS[name][0]}")
-    driver = build(tmp_path, compiler=COMPILERS[name], flags=["-O3", "-fopenmp", *PATHS[path]], kernels=True)
+    driver = build(tmp_path, compiler=COMPILERS[name], flags=["-O3", *PATHS[path]], kernels=True)
     calls, expected = [], []
     for more, results in (product_calls(), dense_calls(), attention_calls()):
         calls += more
