@@ -84,4 +84,4 @@ def launch(
         instance=f"{kernel}<{arguments}>",
         constants=constants or {},
     )
-    return check(composed, inputs, expected, tolerance, checks)
+    return check(composed, inputs, expected, tolerance, checks, name=f"MLX's {kernel}")
