@@ -3,15 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from checks import Check
 from kernel_cases import DTYPES, TOLERANCES
+from mlx_kernels import ABSENT, CHECKS, Output, launch, missing
 from packed_numbers import FORMATS, packed_numbers
 
-pytestmark = pytest.mark.metal
-mlx_kernels = pytest.importorskip("mlx_kernels")
-if mlx_kernels.missing():
-    pytest.skip(mlx_kernels.missing(), allow_module_level=True)
-
-from mlx_kernels import ABSENT, CHECKS, Check, Output, launch  # noqa: E402 (skipped above)
+pytestmark = [pytest.mark.metal, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 UNSANITIZED = CHECKS - {Check.SANITIZERS}
