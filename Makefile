@@ -20,7 +20,7 @@ slow: .venv/dev
 
 # Every Metal kernel in the emulator, all variants and checks (Debian: clang-19, libclang-rt-19-dev).
 metal: .venv/dev
-	$(BIN)/python -m pytest tests/metal
+	$(BIN)/python -m pytest -n 2 tests/metal
 
 lint: .venv/dev
 	$(BIN)/ruff check .

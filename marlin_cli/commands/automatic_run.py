@@ -16,7 +16,7 @@ from marlin_cli.files import writing
 from marlin_cli.models import build
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import check_method
-from marlin_cli.quantization.automatic import choose, measure_choices, recipe_text, with_choices
+from marlin_cli.quantization.automatic import check_target, choose, measure_choices, recipe_text, with_choices
 from marlin_cli.quantization.encoders import Packed
 from marlin_cli.quantization.methods import METHODS
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings
@@ -52,6 +52,7 @@ def automatic_settings(
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
     if not isinstance(network, MegaByte):
         raise UsageError(f"--target-bpw: {model} holds a {network.config.model_type}; name a MegaByte")
+    check_target(network, target_bits_per_weight)
     window = max(min(WINDOW_BYTES, network.config.max_bytes) // network.config.patch_size, 1) * network.config.patch_size
     found = open_corpus(corpora, sequence_bytes=window, seed=0, max_bytes=MEASURED_BYTES)
     windows = [each.bytes for each in found if len(each.bytes) == window]

@@ -6,13 +6,27 @@ whether the kernels compute it here, at a speed worth having. Importing this nee
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, kernel
-from marlin_cli.ops.kernel_inputs import FLOATS, factor_input, integers, row_count, tile_of, unread
-from marlin_cli.ops.reference import KeyValueRows, Packed
+from marlin_cli.ops.kernel_inputs import (
+    FLOATS,
+    alike,
+    factor_input,
+    integers,
+    page_inputs,
+    row_count,
+    shared_rows,
+    stored,
+    stored_template,
+    tile_count,
+    tile_of,
+    unread,
+)
+from marlin_cli.ops.kernel_source import launch
+from marlin_cli.ops.reference import KeyValueRows
 
 MOST_ROWS_OF_X = 32
 SHARED_X_BYTES = 32768
@@ -37,8 +51,8 @@ def packed_linear(
     """See `reference.packed_linear`; what `takes_packed_linear` takes. mode names the format, biases are None."""
     columns = x.shape[-1]
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
-    launch = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
-    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **launch)
+    how = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
+    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **how)
     return out if flat else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -76,7 +90,7 @@ def attention(
     relative_bias: mx.array | None = None,
 ) -> mx.array:
     """See `reference.attention`; what `takes_attention` takes."""
-    batch, heads, rows, head_dim = queries.shape
+    head_dim = queries.shape[-1]
     kv_heads, total = keys.shape[1], keys.shape[2]
     if (
         not causal
@@ -86,12 +100,10 @@ def attention(
         and total > _rows_a_split(queries, [keys])
     ):
         return _cross_attention(queries, keys, values, scale, lengths)
-    shared_rows = heads // kv_heads * rows
-    tile = tile_of(shared_rows)
-    tiles = batch * kv_heads * -(-shared_rows // tile)
+    tile, tiles = tile_of(shared_rows(queries, kv_heads)), tile_count(queries, kv_heads)
     warps = 4 if total > 128 else 1
-    (out,) = _launch(
-        "flash_attention",
+    (out,) = launch(
+        kernel("flash_attention"),
         [
             queries,
             keys.astype(queries.dtype),
@@ -114,7 +126,7 @@ def attention(
             "HAS_BIAS": relative_bias is not None,
         },
         grid=(-(-tiles * warps // 4) * 128, 1, 1),
-        block=128,
+        threadgroup=(128, 1, 1),
         shapes=[queries.shape],
         dtypes=[queries.dtype],
     )
@@ -160,8 +172,8 @@ def paged_attention(
     one_part = len(keys) == 1 and counts[0] <= rows_a_split
     parts, first = [], 0
     for start in range(0, len(keys), PAGES_A_LAUNCH):
-        launch = slice(start, start + PAGES_A_LAUNCH)
-        pages = [_page_inputs(k, v) for k, v in zip(keys[launch], values[launch], strict=True)]
+        some = slice(start, start + PAGES_A_LAUNCH)
+        pages = [page_inputs(k, v) for k, v in zip(keys[some], values[some], strict=True)]
         pages += pages[:1] * (PAGES_A_LAUNCH - len(pages))
         inputs = [queries, *(array for page in pages for array in page)]
         inputs += [integers(left_padding), integers(lengths), factor_input(scale)]
@@ -172,10 +184,10 @@ def paged_attention(
             "HAS_PADDING": left_padding is not None,
             "HAS_LENGTHS": lengths is not None,
         }
-        splits = sum(-(-count // rows_a_split) for count in counts[launch])
+        splits = sum(-(-count // rows_a_split) for count in counts[some])
         span = (first + 1, sum(counts), rows_a_split)
         parts.append(_part("flash_attention_kv_fp4", inputs, span, template, queries, keys[0], values[0], splits, one_part))
-        first += sum(counts[launch])
+        first += sum(counts[some])
     return parts[0][0][0] if one_part else _combine(parts, queries)
 
 
@@ -193,10 +205,7 @@ def takes_paged_attention(
     """Few rows of queries; head_dim is a multiple of 16 up to 256; all pages of keys of one kind, and all of values."""
     if not keys or any(row_count(page) == 0 for page in keys):
         return False
-    first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
-    kinds = [{_stored(page) for page in pages} for pages in (keys, values)]
-    alike = all(len(kind) == 1 and _known(next(iter(kind))) for kind in kinds)
-    return alike and _takes_queries(queries, first.shape[1])
+    return alike(keys) and alike(values) and _takes_queries(queries, stored(keys[0]).shape[1])
 
 
 def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
@@ -204,12 +213,12 @@ def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
     width, count = table.shape[1], ids.size
     at_once = 16 // table.dtype.size
     values = at_once if width % at_once == 0 else 1
-    (out,) = _launch(
-        "patch_embed",
+    (out,) = launch(
+        kernel("patch_embed"),
         [ids.reshape(-1), table],
         {"T": table.dtype, "VALUES": values},
         grid=(_whole_blocks(count * width // values), 1, 1),
-        block=256,
+        threadgroup=(256, 1, 1),
         shapes=[(count, width)],
         dtypes=[table.dtype],
     )
@@ -225,12 +234,12 @@ def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.a
     """See `reference.strided_pool`; what `takes_strided_pool` takes."""
     batch, rows, channels = x.shape
     pooled = -(-rows // stride)
-    (out,) = _launch(
-        "strided_pool",
+    (out,) = launch(
+        kernel("strided_pool"),
         [x],
         {"T": x.dtype, "STRIDE": stride, "MAXIMUM": kind == "max"},
         grid=(_whole_blocks(batch * pooled * channels), 1, 1),
-        block=256,
+        threadgroup=(256, 1, 1),
         shapes=[(batch, pooled, channels)],
         dtypes=[x.dtype],
     )
@@ -242,24 +251,9 @@ def takes_strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -
     return x.size > 0 and x.dtype in FLOATS
 
 
-class _Stored(NamedTuple):
-    """How keys or values stand in memory: a kernel is compiled for it."""
-
-    dtype: mx.Dtype
-    bits: int
-
-
-def _stored(page: KeyValueRows) -> _Stored:
-    return _Stored(mx.uint32, page.bits) if isinstance(page, Packed) else _Stored(page.dtype, page.dtype.size * 8)
-
-
-def _known(stored: _Stored) -> bool:
-    return stored.dtype in FLOATS or stored in (_Stored(mx.uint32, 4), _Stored(mx.uint32, 8))
-
-
 def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
-    _, heads, rows, head_dim = queries.shape
-    few = heads // kv_heads * rows <= MOST_SHARED_ROWS
+    head_dim = queries.shape[-1]
+    few = shared_rows(queries, kv_heads) <= MOST_SHARED_ROWS
     return few and queries.size > 0 and head_dim % 16 == 0 and head_dim <= 256 and queries.dtype in FLOATS
 
 
@@ -289,10 +283,7 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:
     """Keys that one block reads: as many as leave four blocks for each multiprocessor of a large GPU, in whole steps."""
-    batch, heads, rows, _ = queries.shape
-    first = keys[0].packed if isinstance(keys[0], Packed) else keys[0]
-    shared_rows = heads // first.shape[1] * rows
-    tiles = batch * first.shape[1] * -(-shared_rows // tile_of(shared_rows))
+    tiles = tile_count(queries, stored(keys[0]).shape[1])
     total = sum(row_count(page) for page in keys)
     return min(max(128, -(-total * tiles // 528 // 128) * 128), 2048)
 
@@ -303,20 +294,12 @@ def _cross_attention(
     """Attention that is not causal, over one array of keys and one of values, split along its rows."""
     rows_a_split = _rows_a_split(queries, [keys])
     splits = -(-row_count(keys) // rows_a_split)
-    inputs = [queries, *_page_inputs(keys, values), integers(lengths), factor_input(scale)]
+    inputs = [queries, *page_inputs(keys, values), integers(lengths), factor_input(scale)]
     template = {"HAS_LENGTHS": lengths is not None}
     one_part = splits == 1
     name = "flash_attention_cross_asymmetric"
     part = _part(name, inputs, (rows_a_split,), template, queries, keys, values, splits, one_part)
     return part[0][0] if one_part else _combine([part], queries)
-
-
-def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
-    """In the order of PAGE_INPUTS. Dense rows have no scales; a stand-in of as many axes takes their place."""
-    inputs = []
-    for page in (keys, values):
-        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, _no_scales()]
-    return inputs
 
 
 def _part(
@@ -335,18 +318,17 @@ def _part(
     `span` reaches the kernel as the shape of an array: numbers in a new array would wait for its page to come from the host.
     """
     batch, heads, rows, head_dim = queries.shape
-    kv_heads = (keys.packed if isinstance(keys, Packed) else keys).shape[1]
-    shared_rows = heads // kv_heads * rows
-    tile = tile_of(shared_rows)
+    kv_heads = stored(keys).shape[1]
+    shared = shared_rows(queries, kv_heads)
+    tile = tile_of(shared)
     out = queries.dtype if one_part else mx.float32
-    (key_type, key_bits), (value_type, value_bits) = _stored(keys), _stored(values)
-    stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
-    return _launch(
-        name,
+    variant = {"HEAD_DIM": head_dim, "TILE": tile, **template}
+    return launch(
+        kernel(name),
         [*inputs, mx.broadcast_to(unread(), span)],
-        {"T": queries.dtype, "OUT": out, **stored, "HEAD_DIM": head_dim, "TILE": tile, **template},
-        grid=(splits * 128, kv_heads * -(-shared_rows // tile), batch),
-        block=128,
+        {"T": queries.dtype, "OUT": out, **stored_template(keys, values), **variant},
+        grid=(splits * 128, kv_heads * -(-shared // tile), batch),
+        threadgroup=(128, 1, 1),
         shapes=[(splits, *queries.shape), (splits, batch, heads, rows)],
         dtypes=[out, mx.float32],
     )
@@ -357,43 +339,17 @@ def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
     outputs = parts[0][0] if len(parts) == 1 else mx.concatenate([part[0] for part in parts], axis=0)
     log_weights = parts[0][1] if len(parts) == 1 else mx.concatenate([part[1] for part in parts], axis=0)
     splits, head_dim = outputs.shape[0], queries.shape[-1]
-    (out,) = _launch(
-        "attention_combine",
+    (out,) = launch(
+        kernel("attention_combine"),
         [outputs.reshape(splits, -1, head_dim), log_weights.reshape(splits, -1)],
         {"T": queries.dtype, "HEAD_DIM": head_dim},
         grid=(queries.size // head_dim * 128, 1, 1),
-        block=128,
+        threadgroup=(128, 1, 1),
         shapes=[queries.shape],
         dtypes=[queries.dtype],
     )
     return out
 
 
-def _launch(
-    name: str,
-    inputs: list[mx.array],
-    template: dict[str, Any],
-    *,
-    grid: tuple[int, int, int],
-    block: int,
-    shapes: list[tuple[int, ...]],
-    dtypes: list[mx.Dtype],
-) -> list[mx.array]:
-    """Run a kernel; `grid` counts threads and is a multiple of the block's, as MLX shrinks blocks to it."""
-    return kernel(name)(
-        inputs=inputs,
-        template=list(template.items()),
-        grid=grid,
-        threadgroup=(block, 1, 1),
-        output_shapes=shapes,
-        output_dtypes=dtypes,
-    )
-
-
 def _whole_blocks(threads: int) -> int:
     return -(-threads // 256) * 256
-
-
-@functools.cache
-def _no_scales() -> mx.array:
-    return mx.zeros((1, 1, 1, 1), dtype=mx.uint8)

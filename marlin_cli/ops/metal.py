@@ -1,23 +1,33 @@
-"""Metal twins of the operations: kernels/*.metal through `mx.fast.metal_kernel`, built at first use, launched by shape.
+"""Metal twins of the operations: which kernel, which variant of it and which grid, by shape.
 
 Each operation has the signature of its twin in `reference`, and a predicate `takes_<operation>` of the same arguments that says
 whether a kernel computes it, and MLX's own is not expected to be as fast. Importing this needs no Metal; calling a twin does.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import mlx.core as mx
 
-from marlin_cli.files import shipped
-from marlin_cli.ops.kernel_inputs import FLOATS, PAGE_INPUTS, factor_input, integers, row_count, tile_of
-from marlin_cli.ops.reference import PACKED_MODES, KeyValueRows, Packed
+from marlin_cli.ops.kernel_inputs import (
+    FEWEST_ON_DEVICE,
+    FLOATS,
+    alike,
+    factor_input,
+    integers,
+    page_inputs,
+    row_count,
+    shared_rows,
+    stored,
+    stored_template,
+    tile_count,
+    tile_of,
+)
+from marlin_cli.ops.kernel_source import launch
+from marlin_cli.ops.metal_kernels import PAGES_A_LAUNCH, kernel
+from marlin_cli.ops.reference import KeyValueRows, Packed
 
 PIECE = 8  # values of a head that one lane holds
-PAGES_A_LAUNCH = 3  # a kernel has 31 buffers; a page takes eight
-FEWEST_ON_DEVICE = 8  # MLX puts inputs of fewer elements into another address space
 MOST_SHARED_ROWS = 16  # rows of queries that read the same keys; more of them are for the matrix units
 PREFILL_ROWS, PREFILL_KEYS = 32, 32  # that a threadgroup of the prefill kernel has at once
 MOST_PREFILL_HEAD_DIM = 128  # by registers and threadgroup memory
@@ -25,63 +35,6 @@ SHORT_SEQUENCE = 64  # keys that one simdgroup goes through alone
 THREADGROUPS_AIMED_AT = 256  # enough for the largest GPU; smaller ones run them in turn
 FEWEST_ROWS_A_SPLIT = 128
 MLX_HEAD_DIMS = (64, 80, 96, 128, 256)  # that MLX's own attention has kernels for
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """A kernel's text and parameters, as `mx.fast.metal_kernel` wants them."""
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    headers: tuple[str, ...] = ()
-    row_contiguous: bool = True  # inputs are copied to rows where they are not; else the kernel follows their strides
-
-    def header(self) -> str:
-        return "".join(shipped(f"kernels/{name}").read_text(encoding="utf-8") for name in self.headers)
-
-    def body(self) -> str:
-        return shipped(f"kernels/{self.name}.metal").read_text(encoding="utf-8")
-
-
-_ATTENTION = ("packed.h.metal", "attention.h.metal")
-_PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INPUTS)
-SOURCES = {
-    source.name: source
-    for source in (
-        KernelSource(
-            "flash_attention",
-            ("queries", "keys", "values", "left_padding", "lengths", "relative_bias", "factor", "sizes"),
-            ("out",),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource(
-            "flash_attention_kv_fp4",
-            ("queries", *_PAGES, "left_padding", "lengths", "factor", "sizes"),
-            ("parts", "stats"),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource(
-            "flash_attention_kv_fp4_prefill",
-            ("queries", *_PAGES, "left_padding", "lengths", "factor", "sizes"),
-            ("parts", "stats"),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource(
-            "flash_attention_cross_asymmetric",
-            ("queries", *PAGE_INPUTS, "lengths", "factor", "sizes"),
-            ("parts", "stats"),
-            _ATTENTION,
-            row_contiguous=False,
-        ),
-        KernelSource("attention_combine", ("parts", "stats"), ("out",), _ATTENTION),
-        KernelSource("patch_embed", ("ids", "table"), ("out",)),
-        KernelSource("strided_pool", ("x",), ("out",)),
-    )
-}
 
 
 def attention(
@@ -97,17 +50,17 @@ def attention(
     relative_bias: mx.array | None = None,
 ) -> mx.array:
     """See `reference.attention`; what `takes_attention` takes."""
-    batch, heads, rows, head_dim = queries.shape
+    _, heads, rows, head_dim = queries.shape
     kv_heads, total = keys.shape[1], keys.shape[2]
-    tile = tile_of(heads // kv_heads * rows)
-    tiles = batch * kv_heads * -(-(heads // kv_heads * rows) // tile)
+    tile = tile_of(shared_rows(queries, kv_heads))
+    tiles = tile_count(queries, kv_heads)
     simdgroups = 1 if total <= SHORT_SEQUENCE else _simdgroups(head_dim)
     bias = queries if relative_bias is None else _on_device(relative_bias.astype(queries.dtype).reshape(-1))
     most = 0 if relative_bias is None else relative_bias.shape[1] // 2
     sizes = [heads, kv_heads, rows, total, causal, -1 if window is None else window]
     sizes += [left_padding is not None, lengths is not None, most]
-    (out,) = _launch(
-        "flash_attention",
+    (out,) = launch(
+        kernel("flash_attention"),
         [
             queries,
             keys.astype(queries.dtype),
@@ -149,8 +102,8 @@ def takes_attention(
 
     head_dim is a multiple of 8 up to 256.
     """
-    _, heads, rows, head_dim = queries.shape
-    few = 0 < heads // keys.shape[1] * rows <= MOST_SHARED_ROWS
+    head_dim = queries.shape[-1]
+    few = 0 < shared_rows(queries, keys.shape[1]) <= MOST_SHARED_ROWS
     masked = any(array is not None for array in (window, left_padding, lengths, relative_bias))
     short = keys.shape[2] <= SHORT_SEQUENCE
     return (
@@ -175,8 +128,8 @@ def paged_attention(
     lengths: mx.array | None = None,
 ) -> mx.array:
     """See `reference.paged_attention`; what `takes_paged_attention` takes."""
-    heads, rows, kv_heads = queries.shape[1], queries.shape[2], _stored(keys[0]).shape[1]
-    decoding = heads // kv_heads * rows <= MOST_SHARED_ROWS
+    heads, rows, kv_heads = queries.shape[1], queries.shape[2], stored(keys[0]).shape[1]
+    decoding = shared_rows(queries, kv_heads) <= MOST_SHARED_ROWS
     if decoding and len(keys) == 1 and window is None and left_padding is None and (not causal or rows == 1):
         return _cross_attention(queries, keys[0], values[0], scale, lengths)  # one row, the last, sees all
     counts = [row_count(page) for page in keys]
@@ -192,14 +145,14 @@ def paged_attention(
     queries = mx.contiguous(queries)
     parts = []
     for start in range(0, len(pages), PAGES_A_LAUNCH):
-        launch = pages[start : start + PAGES_A_LAUNCH]
-        absent = PAGES_A_LAUNCH - len(launch)
-        sizes = [heads, kv_heads, rows, total, launch[0][0], rows_a_split, causal, -1 if window is None else window]
-        sizes += [left_padding is not None, lengths is not None, *(count for _, count, _ in launch), *[0] * absent]
-        inputs = [queries, *(array for _, _, arrays in launch + launch[:1] * absent for array in arrays)]
+        some = pages[start : start + PAGES_A_LAUNCH]
+        absent = PAGES_A_LAUNCH - len(some)
+        sizes = [heads, kv_heads, rows, total, some[0][0], rows_a_split, causal, -1 if window is None else window]
+        sizes += [left_padding is not None, lengths is not None, *(count for _, count, _ in some), *[0] * absent]
+        inputs = [queries, *(array for _, _, arrays in some + some[:1] * absent for array in arrays)]
         inputs += [integers(left_padding), integers(lengths), factor_input(scale), mx.array(sizes, dtype=mx.int32)]
         if decoding:
-            splits = sum(-(-count // rows_a_split) for _, count, _ in launch)
+            splits = sum(-(-count // rows_a_split) for _, count, _ in some)
             parts.append(_parts("flash_attention_kv_fp4", inputs, queries, keys[0], values[0], splits, final))
         else:
             parts.append(_prefill_part(inputs, queries, keys[0], values[0], final))
@@ -223,10 +176,10 @@ def takes_paged_attention(
     """
     if not keys or len(keys) != len(values) or any(row_count(page) == 0 for page in keys):
         return False
-    few = queries.shape[1] // _stored(keys[0]).shape[1] * queries.shape[2] <= MOST_SHARED_ROWS
+    few = shared_rows(queries, stored(keys[0]).shape[1]) <= MOST_SHARED_ROWS
     packed = isinstance(keys[0], Packed) or isinstance(values[0], Packed)
     many = packed and queries.shape[-1] <= MOST_PREFILL_HEAD_DIM
-    return (few or many) and _takes_heads(queries) and _alike(keys) and _alike(values)
+    return (few or many) and _takes_heads(queries) and alike(keys) and alike(values)
 
 
 def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
@@ -235,8 +188,8 @@ def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
     values = 4 if width % 4 == 0 else 1
     threads = width // values
     across = min(threads, 256)
-    (out,) = _launch(
-        "patch_embed",
+    (out,) = launch(
+        kernel("patch_embed"),
         [ids.reshape(-1), table],
         {"VALUES": values},
         grid=(threads, count, 1),
@@ -257,8 +210,8 @@ def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.a
     batch, rows, channels = x.shape
     pooled = -(-rows // stride)
     across = min(channels, 256)
-    (out,) = _launch(
-        "strided_pool",
+    (out,) = launch(
+        kernel("strided_pool"),
         [x],
         {"T": x.dtype, "STRIDE": stride, "MAXIMUM": kind == "max"},
         grid=(channels, pooled, batch),
@@ -274,25 +227,6 @@ def takes_strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -
     return x.size > 0 and x.dtype in FLOATS
 
 
-class _Stored(NamedTuple):
-    """How keys or values stand in memory: a kernel is compiled for it."""
-
-    dtype: mx.Dtype
-    bits: int  # 0: not packed
-    shape: tuple[int, ...]
-
-
-def _stored(page: KeyValueRows) -> _Stored:
-    return _Stored(mx.uint32, page.bits, page.packed.shape) if isinstance(page, Packed) else _Stored(page.dtype, 0, page.shape)
-
-
-def _alike(pages: Sequence[KeyValueRows]) -> bool:
-    """Whether all pages stand in memory in one way, which the kernels read."""
-    dtype, bits, _ = _stored(pages[0])
-    readable = bits in PACKED_MODES if bits else dtype in FLOATS
-    return readable and all(_stored(page)[:2] == (dtype, bits) for page in pages)
-
-
 def _takes_heads(queries: mx.array) -> bool:
     head_dim = queries.shape[-1]
     return queries.size > 0 and head_dim % PIECE == 0 and head_dim <= 32 * PIECE and queries.dtype in FLOATS
@@ -305,10 +239,7 @@ def _simdgroups(head_dim: int) -> int:
 
 def _rows_a_split(queries: mx.array, keys: KeyValueRows, total: int) -> int:
     """Keys that one threadgroup reads: few enough for all of a large GPU to have work, in multiples of the fewest worth it."""
-    batch, heads, rows, _ = queries.shape
-    kv_heads = _stored(keys).shape[1]
-    shared_rows = heads // kv_heads * rows
-    tiles = batch * kv_heads * -(-shared_rows // tile_of(shared_rows))
+    tiles = tile_count(queries, stored(keys).shape[1])
     return -(-total * tiles // THREADGROUPS_AIMED_AT // FEWEST_ROWS_A_SPLIT) * FEWEST_ROWS_A_SPLIT
 
 
@@ -316,7 +247,7 @@ def _cross_attention(
     queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None
 ) -> mx.array:
     """Attention that hides nothing, over one array of keys and one of values, split along its rows."""
-    total, kv_heads = row_count(keys), _stored(keys).shape[1]
+    total, kv_heads = row_count(keys), stored(keys).shape[1]
     rows_a_split = _rows_a_split(queries, keys, total)
     splits = -(-total // rows_a_split)
     queries = mx.contiguous(queries)
@@ -327,11 +258,7 @@ def _cross_attention(
 
 
 def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
-    """In the order of PAGE_INPUTS. Dense rows have no scales; a stand-in of as many axes takes their place."""
-    inputs = []
-    for page in (keys, values):
-        inputs += [_on_device(page.packed), _on_device(page.scales)] if isinstance(page, Packed) else [page, _no_scales()]
-    return inputs
+    return [_on_device(array) for array in page_inputs(keys, values)]
 
 
 def _parts(
@@ -345,16 +272,16 @@ def _parts(
 ) -> list[mx.array]:
     """What `splits` splits of the keys give, and their peaks and weights; where final, the result in the queries' type."""
     batch, heads, rows, head_dim = queries.shape
-    (key_type, key_bits, shape), (value_type, value_bits, _) = _stored(keys), _stored(values)
-    shared_rows = heads // shape[1] * rows
-    tile, simdgroups = tile_of(shared_rows), _simdgroups(head_dim)
+    kv_heads = stored(keys).shape[1]
+    shared = shared_rows(queries, kv_heads)
+    tile, simdgroups = tile_of(shared), _simdgroups(head_dim)
     out = queries.dtype if final else mx.float32
-    stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
-    return _launch(
-        name,
+    variant = {"HEAD_DIM": head_dim, "TILE": tile, "SIMDGROUPS": simdgroups, "FINAL": final}
+    return launch(
+        kernel(name),
         inputs,
-        {"OUT": out, **stored, "HEAD_DIM": head_dim, "TILE": tile, "SIMDGROUPS": simdgroups, "FINAL": final},
-        grid=(splits * simdgroups * 32, shape[1] * -(-shared_rows // tile), batch),
+        {"OUT": out, **stored_template(keys, values), **variant},
+        grid=(splits * simdgroups * 32, kv_heads * -(-shared // tile), batch),
         threadgroup=(simdgroups * 32, 1, 1),
         shapes=[(splits, *queries.shape), (splits, batch, heads, rows, 2)],
         dtypes=[out, mx.float32],
@@ -366,15 +293,15 @@ def _prefill_part(
 ) -> list[mx.array]:
     """What the pages of one launch give to many rows of queries, as `_parts` says it."""
     batch, heads, rows, head_dim = queries.shape
-    (key_type, key_bits, shape), (value_type, value_bits, _) = _stored(keys), _stored(values)
+    kv_heads = stored(keys).shape[1]
     out = queries.dtype if final else mx.float32
-    stored = {"K_TYPE": key_type, "K_BITS": key_bits, "V_TYPE": value_type, "V_BITS": value_bits}
-    tiles = {"K_TILE": mx.bfloat16 if key_bits else key_type, "V_TILE": mx.bfloat16 if value_bits else value_type}
-    return _launch(
-        "flash_attention_kv_fp4_prefill",
+    k_tile, v_tile = (mx.bfloat16 if isinstance(page, Packed) else page.dtype for page in (keys, values))
+    variant = {"K_TILE": k_tile, "V_TILE": v_tile, "HEAD_DIM": head_dim, "KEYS": PREFILL_KEYS, "FINAL": final}
+    return launch(
+        kernel("flash_attention_kv_fp4_prefill"),
         inputs,
-        {"OUT": out, **stored, **tiles, "HEAD_DIM": head_dim, "KEYS": PREFILL_KEYS, "FINAL": final},
-        grid=(-(-(heads // shape[1] * rows) // PREFILL_ROWS) * 128, shape[1], batch),
+        {"OUT": out, **stored_template(keys, values), **variant},
+        grid=(-(-shared_rows(queries, kv_heads) // PREFILL_ROWS) * 128, kv_heads, batch),
         threadgroup=(128, 1, 1),
         shapes=[(1, *queries.shape), (1, batch, heads, rows, 2)],
         dtypes=[out, mx.float32],
@@ -386,8 +313,8 @@ def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
     outputs, stats = (mx.concatenate(list(column), axis=0) for column in zip(*parts, strict=True))
     splits, head_dim = outputs.shape[0], queries.shape[-1]
     rows = queries.size // head_dim
-    (out,) = _launch(
-        "attention_combine",
+    (out,) = launch(
+        kernel("attention_combine"),
         [outputs.reshape(splits, rows, head_dim), stats.reshape(splits, rows, 2)],
         {"T": queries.dtype, "HEAD_DIM": head_dim},
         grid=(head_dim, rows, 1),
@@ -398,41 +325,6 @@ def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
     return out
 
 
-def _launch(
-    name: str,
-    inputs: list[mx.array],
-    template: dict[str, Any],
-    *,
-    grid: tuple[int, int, int],
-    threadgroup: tuple[int, int, int],
-    shapes: list[tuple[int, ...]],
-    dtypes: list[mx.Dtype],
-) -> list[mx.array]:
-    """Run a kernel; `grid` counts threads, and the last threadgroups may have fewer than the others."""
-    return _kernel(name)(
-        inputs=inputs,
-        template=list(template.items()),
-        grid=grid,
-        threadgroup=threadgroup,
-        output_shapes=shapes,
-        output_dtypes=dtypes,
-    )
-
-
-@functools.cache
-def _kernel(name: str) -> Callable[..., list[mx.array]]:
-    """The kernel, made at first use; MLX compiles its text at the first call of each variant."""
-    source = SOURCES[name]
-    return mx.fast.metal_kernel(  # type: ignore[return-value]  # MLX declares it an object
-        name=source.name,
-        input_names=source.inputs,
-        output_names=source.outputs,
-        source=source.body(),
-        header=source.header(),
-        ensure_row_contiguous=source.row_contiguous,
-    )
-
-
 def _on_device(array: mx.array) -> mx.array:
     """The array, of at least the elements that MLX leaves in the device's address space; more rows, which nothing reads."""
     if array.size >= FEWEST_ON_DEVICE:
@@ -441,8 +333,3 @@ def _on_device(array: mx.array) -> mx.array:
     a_row = array.size // array.shape[axis]
     more = -(-FEWEST_ON_DEVICE // a_row)
     return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
-
-
-@functools.cache
-def _no_scales() -> mx.array:
-    return mx.zeros((1, 1, 1, FEWEST_ON_DEVICE), dtype=mx.uint8)

@@ -28,8 +28,9 @@ KeyValueRows: TypeAlias = "mx.array | Packed"
 def pack_rows(rows: mx.array, bits: int) -> Packed:
     """Rows [batch, kv_heads, n, head_dim] packed in `bits` bits; head_dim is a multiple of the format's group."""
     mode, group_size = PACKED_MODES[bits]
-    packed, scales, *_ = mx.quantize(rows, group_size=group_size, mode=mode)
-    return Packed(packed, scales, bits)
+    count = rows.shape[2]
+    packed, scales, *_ = mx.quantize(_even(rows, rows.size // group_size), group_size=group_size, mode=mode)
+    return Packed(packed[:, :, :count], scales[:, :, :count], bits)
 
 
 def unpack_rows(rows: KeyValueRows, dtype: mx.Dtype) -> mx.array:
@@ -37,7 +38,13 @@ def unpack_rows(rows: KeyValueRows, dtype: mx.Dtype) -> mx.array:
     if isinstance(rows, mx.array):
         return rows.astype(dtype)
     mode, group_size = PACKED_MODES[rows.bits]
-    return mx.dequantize(rows.packed, rows.scales, group_size=group_size, mode=mode, dtype=dtype)
+    packed, scales = (_even(array, rows.scales.size) for array in (rows.packed, rows.scales))
+    return mx.dequantize(packed, scales, group_size=group_size, mode=mode, dtype=dtype)[:, :, : rows.rows]
+
+
+def _even(rows: mx.array, groups: int) -> mx.array:
+    """Rows [batch, kv_heads, n, width], and one more where there is an odd number of groups, which MLX 0.32.4 refuses."""
+    return mx.pad(rows, [(0, 0), (0, 0), (0, 1), (0, 0)]) if groups % 2 else rows
 
 
 def attention(

@@ -66,28 +66,26 @@ def measure_choices(
     layers = linear_layers(network)
     ids = [mx.array(each.astype(np.int32)) for each in windows]
     wanted = [np.array(predict(network, each)) for each in ids]
-    groups: dict[str, list[str]] = {}
-    for path, source in shared_inputs(network).items():
-        if path != "output":
-            groups.setdefault(source, []).append(path)
     choices = []
-    for paths in groups.values():
-        shapes = {path: (int(layers[path]["weight"].shape[0]), int(layers[path]["weight"].shape[1])) for path in paths}
-        weights = sum(rows * columns for rows, columns in shapes.values())
-        bits, divergence = {KEEP: 16.0 * weights}, {KEEP: 0.0}
-        for name in formats:
-            if any(FORMATS[name].group_size_for(columns) is None for _, columns in shapes.values()):
-                continue
+    for choice in _unmeasured(network, formats):
+        divergence = dict(choice.divergence)
+        for name in [name for name in choice.bits if name not in divergence]:
+            shapes = {path: _shape(layers[path]) for path in choice.paths}
             plans = plan_layers(shapes, QuantizationSettings(overrides={".": name}))
             swapped = [(plan.path, _unpacked(layers[plan.path], pack(layers[plan.path]["weight"], plan))) for plan in plans]
-            found = copy_with(network, swapped)
-            bits[name] = sum(
-                plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) for plan in plans if plan.format
-            )
-            divergence[name] = _divergence(found, ids, wanted, predict)
-        choices.append(Choice(tuple(paths), weights, bits, divergence))
+            divergence[name] = _divergence(copy_with(network, swapped), ids, wanted, predict)
+        choices.append(dataclasses.replace(choice, divergence=divergence))
         on_choice(choices[-1])
     return choices
+
+
+def check_target(network: MegaByte, target_bits_per_weight: float, formats: Sequence[str] = CANDIDATES) -> None:
+    """Refuses what `choose` would, before anything is measured.
+
+    Raises:
+        QuantizationError: a budget below what the smallest formats need; it says how much that is.
+    """
+    _spare_steps(_unmeasured(network, formats), target_bits_per_weight)
 
 
 def choose(choices: Sequence[Choice], target_bits_per_weight: float) -> dict[str, str]:
@@ -96,14 +94,7 @@ def choose(choices: Sequence[Choice], target_bits_per_weight: float) -> dict[str
     Raises:
         QuantizationError: a budget below what the smallest formats need; it says how much that is.
     """
-    budget = target_bits_per_weight * sum(choice.weights for choice in choices)
-    least = sum(min(choice.bits.values()) for choice in choices)
-    step = budget / BUDGET_STEPS
-    # What has to be spent is not rounded: only what each choice adds to its smallest format is.
-    spare = int((budget - least) / step + 1e-9)
-    if spare < 0:
-        needed = least / sum(choice.weights for choice in choices)
-        raise QuantizationError(f"{target_bits_per_weight:g} bits a weight are too few; the smallest formats need {needed:.2f}")
+    step, spare = _spare_steps(choices, target_bits_per_weight)
     best = np.zeros(spare + 1)
     taken: list[tuple[list[str], list[int], npt.NDArray[np.intp]]] = []
     for choice in choices:
@@ -146,6 +137,49 @@ def recipe_text(settings: QuantizationSettings, choices: Sequence[Choice], chose
         lines.append(f"#   {', '.join(choice.paths)}: {'; '.join(costs)}")
     fields = {name: value for name, value in dataclasses.asdict(settings).items() if value is not None}
     return "\n".join(lines) + "\n" + yaml.safe_dump(fields, sort_keys=False, width=200)
+
+
+def _unmeasured(network: MegaByte, formats: Sequence[str]) -> list[Choice]:
+    """Every choice that a network has, with the sizes of its formats; only staying as it is has a known cost."""
+    layers = linear_layers(network)
+    groups: dict[str, list[str]] = {}
+    for path, source in shared_inputs(network).items():
+        if path != "output":
+            groups.setdefault(source, []).append(path)
+    choices = []
+    for paths in groups.values():
+        shapes = [_shape(layers[path]) for path in paths]
+        weights = sum(rows * columns for rows, columns in shapes)
+        bits = {KEEP: 16.0 * weights}
+        for name in formats:
+            groups_of = [FORMATS[name].group_size_for(columns) for _, columns in shapes]
+            sizes = [
+                rows * columns * FORMATS[name].bits_per_weight(group)
+                for (rows, columns), group in zip(shapes, groups_of, strict=True)
+                if group is not None
+            ]
+            if len(sizes) == len(shapes):
+                bits[name] = sum(sizes)
+        choices.append(Choice(tuple(paths), weights, bits, {KEEP: 0.0}))
+    return choices
+
+
+def _spare_steps(choices: Sequence[Choice], target_bits_per_weight: float) -> tuple[float, int]:
+    """The step of the budget in bits, and how many of them the smallest formats leave; QuantizationError if they do not fit."""
+    weights = sum(choice.weights for choice in choices)
+    least = sum(min(choice.bits.values()) for choice in choices)
+    step = target_bits_per_weight * weights / BUDGET_STEPS
+    # What has to be spent is not rounded: only what each choice adds to its smallest format is.
+    spare = int((target_bits_per_weight * weights - least) / step + 1e-9)
+    if spare < 0:
+        needed = least / weights
+        raise QuantizationError(f"{target_bits_per_weight:g} bits a weight are too few; the smallest formats need {needed:.2f}")
+    return step, spare
+
+
+def _shape(layer: Linear) -> tuple[int, int]:
+    rows, columns = layer["weight"].shape
+    return int(rows), int(columns)
 
 
 def _divergence(

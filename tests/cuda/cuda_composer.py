@@ -1,10 +1,11 @@
 """Kernels as MLX hands them to CUDA's runtime compiler, composed without CUDA, and nvcc to compile them."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
-from marlin_cli.ops.cuda_kernels import KernelSource
+from marlin_cli.ops.kernel_source import KernelSource
 
 CUDA_NAMES = {
     "float16": "__half",
@@ -71,7 +72,8 @@ def translation_unit(source: KernelSource, kernels: list[str]) -> str:
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc")
+    """nvcc, where it finds the host's compiler, without which it compiles nothing."""
+    return shutil.which("nvcc") if shutil.which(os.environ.get("NVCC_CCBIN", "gcc")) else None
 
 
 def compile_to_cubin(text: str, architecture: str, folder: Path) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from cuda_composer import CUDA_NAMES, compose
 
 from marlin_cli.ops import cuda_kernels
+from marlin_cli.ops.kernel_source import code
 
 COMPILERS = ("g++", "clang++", "clang++-19", "c++")
 FLAGS = ("-std=c++20", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w")
@@ -50,7 +51,7 @@ class Emulated:
             dict(zip(source.inputs, types, strict=True)),
             dict(zip(source.outputs, outputs, strict=True)),
         )
-        header = "".join(cuda_kernels.code(name) for name in source.headers if name != OWN_HEADER)
+        header = "".join(code(name) for name in source.headers if name != OWN_HEADER)
         run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text))
 
         held, strides = [], np.zeros((len(inputs), MOST_AXES), np.int64)

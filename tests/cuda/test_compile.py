@@ -10,7 +10,7 @@ from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
 from marlin_cli.ops import cuda
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, SOURCES
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH")]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH, or the gcc that it needs")]
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 REGISTERS_OF_A_BLOCK = 65536
 THREADS = {"marlin_gemm_fp4": 256, "patch_embed": 256, "strided_pool": 256}  # else 128

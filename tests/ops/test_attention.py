@@ -99,6 +99,20 @@ def test_pages(rows, bits):
     assert np.abs(found - exact(queries, *whole, 0.2, left_padding=padding)).max() < 1e-5
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize(("bits", "head_dim"), [(4, 48), (4, 16), (8, 96)])
+def test_an_odd_number_of_groups_is_packed_and_read(bits, head_dim, rows):
+    dense = random(1, 1, rows, head_dim)
+    packed = reference.pack_rows(dense, bits)
+    assert packed.rows == rows and packed.scales.shape[2] == rows
+    twice = reference.pack_rows(mx.concatenate([dense, dense], axis=2), bits)
+    found = reference.unpack_rows(packed, mx.float32)
+    assert found.shape == dense.shape
+    assert mx.array_equal(found, reference.unpack_rows(twice, mx.float32)[:, :, :rows])
+    close = reference.attention(dense[:, :, -1:], found, found, 1.0)
+    assert mx.allclose(paged_attention(dense[:, :, -1:], [packed], [packed], 1.0), close, atol=1e-5)
+
+
 def test_keys_that_are_views_and_scores_that_are_huge():
     queries, keys, values = (
         random(1, 2, 3, 16) * 50,

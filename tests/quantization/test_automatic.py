@@ -8,7 +8,7 @@ import pytest
 
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models.megabyte import MegaByteConfig
-from marlin_cli.quantization.automatic import Choice, choose, measure_choices, recipe_text, with_choices
+from marlin_cli.quantization.automatic import Choice, check_target, choose, measure_choices, recipe_text, with_choices
 from marlin_cli.quantization.methods.mse import mse
 from marlin_cli.quantization.plan import QuantizationSettings, load_recipe
 
@@ -56,6 +56,13 @@ def test_no_combination_within_the_budget_is_better(target, seed):
 def test_a_budget_that_nothing_meets():
     with pytest.raises(QuantizationError, match=r"4 bits a weight are too few; the smallest formats need 4\.50"):
         choose(random_choices(0), 4.0)
+
+
+def test_a_budget_that_nothing_meets_is_refused_before_anything_is_measured(random_network):
+    network = random_network(CONFIG)
+    check_target(network, 4.5)
+    with pytest.raises(QuantizationError, match=r"4\.4 bits a weight are too few; the smallest formats need 4\.50"):
+        check_target(network, 4.4)
 
 
 def test_measured_choices_make_a_recipe_that_runs_again(random_network, tmp_path):

@@ -97,7 +97,7 @@ class _Kernel:
             raise AssertionError(f"{self._name} has {len(composed.slots)} buffers; Metal has {MOST_BUFFERS}")
         if self._change:
             composed = composed.changed(self._change)
-        report = check(composed, arrays, checks=self._checks)
+        report = check(composed, arrays, checks=self._checks, name=self._name)
         self._emulation.launched.append(self._name)
         self._emulation.reports.append(report)
         return report.require().outputs

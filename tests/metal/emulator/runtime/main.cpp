@@ -4,6 +4,7 @@
 // The launch, as whitespace-separated integers:  grid x y z  threadgroup x y z
 //   number of buffers, then of each:  bytes  is_output  offset      number of runs, then of each:  order poison seed fill
 // (fill: the byte that outputs hold before the run, or -1 for what stdin gave) and a newline.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -55,7 +56,7 @@ void run_once(const Run& run, const std::vector<Buffer>& buffers, emulator::Inde
     if (buffer.is_output && run.fill >= 0)
       memset(start, run.fill, buffer.bytes);
     else
-      memcpy(start, buffer.initial.data(), buffer.bytes);
+      std::copy(buffer.initial.begin(), buffer.initial.end(), start);  // memcpy refuses the nothing of an empty buffer
     memory.push_back(start);
   }
   const emulator::Outcome outcome =
@@ -63,7 +64,8 @@ void run_once(const Run& run, const std::vector<Buffer>& buffers, emulator::Inde
                          static_cast<emulator::Poison>(run.poison), run.seed);
   int written_input = -1;
   for (size_t i = 0; i < buffers.size(); i++)
-    if (!buffers[i].is_output && memcmp(memory[i], buffers[i].initial.data(), buffers[i].bytes) != 0) written_input = i;
+    if (!buffers[i].is_output && !std::equal(buffers[i].initial.begin(), buffers[i].initial.end(), static_cast<char*>(memory[i])))
+      written_input = i;
   printf("%u %d %llu %llu %llu %zu %s\n", outcome.events, written_input, (unsigned long long)outcome.threads,
          (unsigned long long)outcome.collectives, (unsigned long long)outcome.barriers, outcome.threadgroup_bytes,
          outcome.error.c_str());
