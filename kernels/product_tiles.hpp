@@ -12,10 +12,10 @@
 #if MARLIN_AVX512
 namespace marlin::tiles {
 
-constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;       // of a tile: 24 sums, four vectors of b and a value of a fill the registers
-constexpr int64_t WIDTH = MOST_VECTORS * LANES;      // columns of a panel
-constexpr int64_t DEPTH = 128;                       // of a panel: 32 KiB
-constexpr int64_t ROWS_OF_A_COPY = 256;
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;   // of a tile: 24 sums, four vectors of b and a value of a fill the registers
+constexpr int64_t WIDTH = MOST_VECTORS * LANES;  // columns of a panel
+constexpr int64_t DEPTH = 128;                   // of a panel: 32 KiB
+constexpr int64_t ROWS_OF_A_COPY = 384;          // fewer, and b is turned oftener; more, and the copy leaves the second cache
 
 // out[ROWS, columns] (+)= a[ROWS, depth] @ panel[depth, VECTORS * 16]; the last vector has the columns that are left.
 template <int ROWS, int VECTORS>
