@@ -26,31 +26,56 @@ Strided tile_of(const PageView& page, int64_t batch, int64_t head, int64_t head_
   return {buffer, head_dim};
 }
 
+// COUNT keys against one query: as many sums at once hide the latency of one.
+template <int COUNT>
+inline void some_scores(const float* query, const float* keys, int64_t stride, float* scores, int64_t head_dim) {
+  Vector sums[COUNT] = {};
+  for (int64_t d = 0; d < head_dim; d += LANES) {
+    const Vector part = load_some(query + d, head_dim - d);
+#pragma GCC unroll 4
+    for (int n = 0; n < COUNT; n++) sums[n] += part * load_some(keys + n * stride + d, head_dim - d);
+  }
+  for (int n = 0; n < COUNT; n++) scores[n] = sum(sums[n]);
+}
+
 // scores[rows, TILE] = queries @ keys^T for a few rows.
 void few_scores(const float* queries, int64_t query_row, Strided keys, float* scores, int64_t rows, int64_t count, int64_t head_dim) {
-  constexpr int64_t TOGETHER = 4;
+  constexpr int TOGETHER = 4;
   for (int64_t r = 0; r < rows; r++) {
     const float* query = queries + r * query_row;
-    for (int64_t j = 0; j < count; j += TOGETHER) {
-      const int64_t some = std::min(TOGETHER, count - j);
-      Vector sums[TOGETHER] = {};
-      for (int64_t d = 0; d < head_dim; d += LANES) {
-        const Vector part = load_some(query + d, head_dim - d);
-        for (int64_t n = 0; n < some; n++) sums[n] += part * load_some(keys.data + (j + n) * keys.stride + d, head_dim - d);
-      }
-      for (int64_t n = 0; n < some; n++) scores[r * TILE + j + n] = sum(sums[n]);
-    }
+    int64_t j = 0;
+    for (; j + TOGETHER <= count; j += TOGETHER)
+      some_scores<TOGETHER>(query, keys.data + j * keys.stride, keys.stride, scores + r * TILE + j, head_dim);
+    for (; j < count; j++) some_scores<1>(query, keys.data + j * keys.stride, keys.stride, scores + r * TILE + j, head_dim);
   }
+}
+
+// COUNT vectors of a result at once; the last one has the channels that are left.
+template <int COUNT>
+inline void some_sums(const float* weights, Strided values, float* out, int64_t count, int64_t left) {
+  Vector totals[COUNT];
+  const int64_t last = left - (COUNT - 1) * LANES;
+#pragma GCC unroll 4
+  for (int n = 0; n < COUNT; n++) totals[n] = load_some(out + n * LANES, n + 1 < COUNT ? LANES : last);
+  for (int64_t j = 0; j < count; j++) {
+    const Vector weight = splat(weights[j]);
+    const float* from = values.data + j * values.stride;
+#pragma GCC unroll 4
+    for (int n = 0; n < COUNT; n++) totals[n] += weight * load_some(from + n * LANES, n + 1 < COUNT ? LANES : last);
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < COUNT; n++) store_some(totals[n], out + n * LANES, n + 1 < COUNT ? LANES : last);
 }
 
 // out[rows, head_dim] += weights[rows, TILE] @ values for a few rows.
 void few_sums(const float* weights, Strided values, float* out, int64_t rows, int64_t count, int64_t head_dim) {
+  constexpr int TOGETHER = 4;
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t d = 0; d < head_dim; d += LANES) {
-      Vector total = load_some(out + r * head_dim + d, head_dim - d);
-      for (int64_t j = 0; j < count; j++) total += splat(weights[r * TILE + j]) * load_some(values.data + j * values.stride + d, head_dim - d);
-      store_some(total, out + r * head_dim + d, head_dim - d);
-    }
+    int64_t d = 0;
+    for (; d + TOGETHER * LANES <= head_dim; d += TOGETHER * LANES)
+      some_sums<TOGETHER>(weights + r * TILE, {values.data + d, values.stride}, out + r * head_dim + d, count, TOGETHER * LANES);
+    for (; d < head_dim; d += LANES)
+      some_sums<1>(weights + r * TILE, {values.data + d, values.stride}, out + r * head_dim + d, count, std::min<int64_t>(LANES, head_dim - d));
   }
 }
 
@@ -65,17 +90,28 @@ struct Head {
     const int64_t window = task.window < 0 ? task.total + task.rows : task.window;
     const int64_t low = std::max(start, position - window);
     const int64_t high = std::min(end, (task.causal ? position : position + window) + 1);
-    float most = NOTHING;
-    for (int64_t j = 0; j < count; j++) {
-      const int64_t other = key + j;
-      scores[j] *= task.scale;
-      if (task.relative_bias) {
-        const int64_t distance = std::clamp(other - position, -task.most, task.most);
-        scores[j] += task.relative_bias[head * (2 * task.most + 1) + task.most + distance];
+    const float* biases = task.relative_bias ? task.relative_bias + head * (2 * task.most + 1) + task.most : nullptr;
+    Vector highest = splat(NOTHING);
+    for (int64_t j = 0; j < count; j += LANES) {
+      const int64_t some = std::min<int64_t>(LANES, count - j), other = key + j, distance = other - position;
+      Vector values = load_some(scores + j, some, NOTHING) * task.scale;
+      if (biases) {
+        if (distance >= -task.most && distance + some - 1 <= task.most) {
+          values += load_some(biases + distance, some);
+        } else if (distance >= task.most || distance + some - 1 <= -task.most) {
+          values += biases[distance > 0 ? task.most : -task.most];
+        } else {
+          for (int64_t n = 0; n < some; n++) values[n] += biases[std::clamp(distance + n, -task.most, task.most)];
+        }
       }
-      if (other < low || other >= high) scores[j] = NOTHING;
-      most = std::max(most, scores[j]);
+      if (other < low || other + some > high)
+        for (int64_t n = 0; n < some; n++)
+          if (other + n < low || other + n >= high) values[n] = NOTHING;
+      store_some(values, scores + j, some);
+      highest = values > highest ? values : highest;
     }
+    float most = highest[0];
+    for (int lane = 1; lane < LANES; lane++) most = std::max(most, highest[lane]);
     return most;
   }
 
@@ -147,7 +183,9 @@ struct Head {
 
 void attend(const AttentionTask& task, const std::vector<PageView>& keys, const std::vector<PageView>& values) {
   const int64_t blocks = (task.rows + ROW_BLOCK - 1) / ROW_BLOCK;
-  over_threads(task.batch * task.heads * blocks, 2 * std::min(task.rows, ROW_BLOCK) * task.total * task.head_dim,
+  // A multiplication of few rows comes with a load of its own, and with its share of an exponential.
+  const int64_t work = (task.rows <= FEW_ROWS ? 4 : 2) * std::min(task.rows, ROW_BLOCK) * task.total * task.head_dim;
+  over_threads(task.batch * task.heads * blocks, work,
                [&](int64_t first, int64_t last) {
                  for (int64_t item = first; item < last; item++) {
                    const int64_t block = item % blocks, batch = item / blocks / task.heads, row = block * ROW_BLOCK;

@@ -1,6 +1,8 @@
-// linear: out[M, N] = x[M, K] @ weight[N, K]^T in float32. Few rows: a product at the speed of memory; many: OpenBLAS.
+// linear: out[M, N] = x[M, K] @ weight[N, K]^T in float32. Few rows: a product at the speed of memory; many: tiles of registers
+// where vectors have 512 bits, OpenBLAS elsewhere.
 #include "common.hpp"
 #include "linear.hpp"
+#include "product_tiles.hpp"
 
 extern "C" {
 // scipy-openblas32's names; CblasRowMajor 101, CblasNoTrans 111, CblasTrans 112.
@@ -37,24 +39,38 @@ inline void block(const float* x, const float* weight, float* out, int64_t colum
 
 template <int ROWS>
 void few_rows(const float* x, const float* weight, float* out, int64_t columns, int64_t depth, int64_t first, int64_t last) {
-  constexpr int TOGETHER = 4;
+  constexpr int TOGETHER = ROWS > 4 ? 3 : 4;  // as many sums as there are registers
   int64_t n = first;
   for (; n + TOGETHER <= last; n += TOGETHER) block<ROWS, TOGETHER>(x, weight + n * depth, out + n, columns, depth);
   for (; n < last; n++) block<ROWS, 1>(x, weight + n * depth, out + n, columns, depth);
 }
 
+#if MARLIN_AVX512
+constexpr int64_t FEW = 16, AT_ONCE = 8;
+#else
+constexpr int64_t FEW = 4, AT_ONCE = 4;
+#endif
+
+void up_to_eight(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth, int64_t first, int64_t last) {
+  switch (rows) {
+    case 1: return few_rows<1>(x, weight, out, columns, depth, first, last);
+    case 2: return few_rows<2>(x, weight, out, columns, depth, first, last);
+    case 3: return few_rows<3>(x, weight, out, columns, depth, first, last);
+    case 4: return few_rows<4>(x, weight, out, columns, depth, first, last);
+    case 5: return few_rows<5>(x, weight, out, columns, depth, first, last);
+    case 6: return few_rows<6>(x, weight, out, columns, depth, first, last);
+    case 7: return few_rows<7>(x, weight, out, columns, depth, first, last);
+    default: return few_rows<8>(x, weight, out, columns, depth, first, last);
+  }
+}
+
 }  // namespace
 
 void multiply_dense(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {
-  constexpr int64_t FEW = 4;
   if (rows > FEW) return product({x, depth}, {weight, depth}, out, columns, rows, columns, depth);
   over_threads(columns, rows * depth, [&](int64_t first, int64_t last) {
-    switch (rows) {
-      case 1: return few_rows<1>(x, weight, out, columns, depth, first, last);
-      case 2: return few_rows<2>(x, weight, out, columns, depth, first, last);
-      case 3: return few_rows<3>(x, weight, out, columns, depth, first, last);
-      default: return few_rows<4>(x, weight, out, columns, depth, first, last);
-    }
+    for (int64_t m = 0; m < rows; m += AT_ONCE)
+      up_to_eight(x + m * depth, weight, out + m * columns, std::min(AT_ONCE, rows - m), columns, depth, first, last);
   });
 }
 
@@ -84,8 +100,13 @@ void set_threads(int count) {
 
 void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
   const auto part = [&](int64_t row, int64_t row_count, int64_t column, int64_t column_count) {
+#if MARLIN_AVX512
+    tiles::product({a.data + row * a.stride, a.stride}, {b.data + column * b.stride, b.stride}, out + row * out_stride + column,
+                   out_stride, row_count, column_count, depth);
+#else
     scipy_cblas_sgemm(101, 111, 112, row_count, column_count, depth, 1.0f, a.data + row * a.stride, a.stride,
                       b.data + column * b.stride, b.stride, 0.0f, out + row * out_stride + column, out_stride);
+#endif
   };
   // Parts of the longer side, so that each stays near square.
   if (rows > columns) return over_threads(rows, columns * depth, [&](int64_t first, int64_t last) { part(first, last - first, 0, columns); });
@@ -93,7 +114,11 @@ void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows,
 }
 
 void add_product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
+#if MARLIN_AVX512
+  tiles::add_product(a, b, out, out_stride, rows, columns, depth);
+#else
   scipy_cblas_sgemm(101, 111, 111, rows, columns, depth, 1.0f, a.data, a.stride, b.data, b.stride, 1.0f, out, out_stride);
+#endif
 }
 
 mx::array linear(const mx::array& x, const mx::array& weight) {

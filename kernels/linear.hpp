@@ -16,10 +16,10 @@ struct Strided {
   int64_t stride;
 };
 
-// out[rows, columns] = a[rows, depth] @ b[columns, depth]^T, by OpenBLAS.
+// out[rows, columns] = a[rows, depth] @ b[columns, depth]^T, over threads.
 void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth);
 
-// out[rows, columns] += a[rows, depth] @ b[depth, columns], by OpenBLAS.
+// out[rows, columns] += a[rows, depth] @ b[depth, columns], on one thread.
 void add_product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth);
 
 }  // namespace marlin

@@ -1,15 +1,9 @@
 // local_patch_decode: all bytes that are left of a patch, in one call.
 #pragma once
+#include "logits.hpp"
 #include "stack.hpp"
 
 namespace marlin {
-
-// How an id is drawn; the filters are those of `marlin_cli.engine.sampling`, in the same order.
-struct Drawing {
-  float temperature = 0.0f;
-  int top_k = 0;
-  float top_p = 1.0f, min_p = 0.0f;
-};
 
 // Rows of the last stage in turn: `lead`, then a token's embedding and its addition for each id.
 //   lead       [streams, dim]

@@ -8,6 +8,8 @@
 #include "common.hpp"
 #include "linear.hpp"
 #include "local_patch_decode.hpp"
+#include "logits.hpp"
+#include "sequence_costs.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -96,7 +98,10 @@ NB_MODULE(marlin_cpu, m) {
       .def("__init__", [](marlin::Drawing* self, float temperature, int top_k, float top_p, float min_p) {
              new (self) marlin::Drawing{temperature, top_k, top_p, min_p};
            }, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a);
+  m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawing"_a, "noise"_a.none());
   m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("sequence_costs", &marlin::sequence_costs, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a, "expected"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("local_patch_decode", &marlin::local_patch_decode, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a,
         "noise"_a, "steps"_a, "drawing"_a, nb::call_guard<nb::gil_scoped_release>());

@@ -19,7 +19,7 @@ from marlin_cli.bench.estimates import Estimate, Floats, ratio, stratified
 from marlin_cli.bench.held_out import Window
 from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.pass_sums import ALL, FIRST_CLASS, FIRST_POSITION, Groups, PassSums, from_bytes, to_bytes
-from marlin_cli.engine.scoring import BYTES_PER_PASS, log2_probabilities
+from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ranks import ALONE, Ranks
@@ -162,14 +162,16 @@ def _measured(
         expected = kept(data, lambda: log2_probabilities(reference, ids))[:, context:]
     results = []
     for name, network in networks.items():
-        known = expected if network is reference else None
-        predicted = log2_probabilities(network, ids)[:, context:] if known is None else known
         patch_size = network.config.patch_size
         positions = np.broadcast_to(np.arange(context, data.shape[1]) % patch_size, classes.shape)
         groups = Groups(classes, positions, patch_size)
-        costs = _costs(predicted, scored_ids, name)
-        reference_costs = None if expected is None else _costs(expected, scored_ids, REFERENCE)
-        results.append(_sums(groups, costs, predicted, expected, reference_costs))
+        if expected is None:
+            # No distribution is asked for, so none is kept.
+            results.append(_sums(groups, _finite(costs(network, ids)[:, context:], name)))
+            continue
+        predicted = expected if network is reference else log2_probabilities(network, ids)[:, context:]
+        own, theirs = _costs(predicted, scored_ids, name), _costs(expected, scored_ids, REFERENCE)
+        results.append(_compared(_sums(groups, own), groups, predicted, expected, theirs))
     return results
 
 
@@ -183,20 +185,20 @@ def _read(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     return np.stack(data), np.stack(classes).astype(np.int64)
 
 
-def _sums(
-    groups: Groups, costs: Floats, predicted: mx.array, expected: mx.array | None, reference_costs: Floats | None
-) -> PassSums:
-    sizes, bits = groups.sums(np.ones_like(costs)), groups.sums(costs)
-    if expected is None or reference_costs is None:
-        nothing = np.zeros((0, sizes.shape[1]))
-        return PassSums(
-            sizes, bits, nothing, nothing, nothing, np.zeros(0, dtype=np.float32), np.zeros((2, 0), dtype=np.uint16)
-        )
+def _sums(groups: Groups, own_costs: Floats) -> PassSums:
+    """Those of a model alone."""
+    sizes, bits = groups.sums(np.ones_like(own_costs)), groups.sums(own_costs)
+    nothing = np.zeros((0, sizes.shape[1]))
+    return PassSums(sizes, bits, nothing, nothing, nothing, np.zeros(0, dtype=np.float32), np.zeros((2, 0), dtype=np.uint16))
+
+
+def _compared(alone: PassSums, groups: Groups, predicted: mx.array, expected: mx.array, reference_costs: Floats) -> PassSums:
+    """With those of its predictions beside the reference's."""
     agreements = mx.argmax(predicted, axis=-1) == mx.argmax(expected, axis=-1)
     divergences = np.array(kl_divergence(expected, predicted))
     return PassSums(
-        bytes=sizes,
-        bits=bits,
+        bytes=alone.bytes,
+        bits=alone.bits,
         reference_bits=groups.sums(reference_costs),
         agreements=groups.sums(np.array(agreements)),
         kl=groups.sums(divergences),
@@ -207,11 +209,19 @@ def _sums(
 
 def _costs(log2_predictions: mx.array, ids: mx.array, name: str) -> Floats:
     """Bits that each of ids [n, length] costs."""
-    chosen = mx.take_along_axis(log2_predictions, ids[..., None], axis=-1)[..., 0]
-    costs = -np.array(chosen).astype(np.float64)
-    if not np.isfinite(costs).all():
+    return _finite(-mx.take_along_axis(log2_predictions, ids[..., None], axis=-1)[..., 0], name)
+
+
+def _finite(bits: mx.array, name: str) -> Floats:
+    """As float64.
+
+    Raises:
+        CheckpointError: one of them is not finite.
+    """
+    found = np.array(bits).astype(np.float64)
+    if not np.isfinite(found).all():
         raise CheckpointError(f"{name}: its predictions are not finite; its weights are damaged or overflow")
-    return costs
+    return found
 
 
 def _gathered(own: Mapping[int, list[PassSums]], count: int, ranks: Ranks) -> list[list[PassSums]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
-from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.sampling import Noise, Sampling, draw, without
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
@@ -80,18 +80,12 @@ def answer(
         yield [(stream, Answer(stream, 0, tuple(prefix), 0.0, "length")) for stream in streams]
         return
     while True:
-        logits = state.logits
-        if len(written[streams[0]]) < limits.min_length:
-            logits = _without(logits, end_id)
-        ids = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None)
-        chosen = mx.take_along_axis(state.logits, ids[:, None], axis=-1)[:, 0] - mx.logsumexp(state.logits, axis=-1)
-        mx.eval(ids, chosen)  # together: an evaluation costs more than either
-        values: list[int] = ids.tolist()  # type: ignore[assignment]
-        costs: list[float] = chosen.tolist()  # type: ignore[assignment]
+        forbidden = end_id if len(written[streams[0]]) < limits.min_length else None
+        values, costs = draw(state.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
         news: list[tuple[int, int | Answer]] = []
         going = []
         for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):
-            scores[stream] += cost
+            scores[stream] -= cost
             own = written[stream]
             reason, cut = None, 0
             if value == end_id:
@@ -112,8 +106,7 @@ def answer(
         if len(going) < len(streams):
             streams = [streams[row] for row in going]
             state.keep(going, going)
-            ids = ids[mx.array(going)]
-        state.push(ids)
+        state.push(mx.array([values[row] for row in going], dtype=mx.int32))
 
 
 def answer_with_beams(
@@ -144,7 +137,7 @@ def answer_with_beams(
     while open_streams:
         logits = state.logits - mx.logsumexp(state.logits, axis=-1, keepdims=True)
         if step < limits.min_length:
-            logits = _without(logits, end_id)
+            logits = without(logits, end_id)
         step += 1
         table = np.array(logits).reshape(len(open_streams), beams.count, -1)
         rows, ids, places = [], [], []
@@ -169,11 +162,6 @@ def answer_with_beams(
         ]
         for stream, search in enumerate(searches)
     ]  # fmt: skip
-
-
-def _without(scores: mx.array, forbidden: int) -> mx.array:
-    """Scores [.., vocab] in which one id cannot be chosen."""
-    return mx.where(mx.arange(scores.shape[-1]) == forbidden, -mx.inf, scores)
 
 
 def _stopped(ids: Sequence[int], sequences: tuple[bytes, ...]) -> int:

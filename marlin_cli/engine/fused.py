@@ -64,6 +64,23 @@ class FusedStages:
             self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), noise, steps, drawing
         )
 
+    def costs(self, ids: mx.array) -> mx.array:
+        """What each of ids [batch, total] costs, in nats, as `MegaByte.__call__` predicts it: [batch, total] float32."""
+        network, last = self._network, len(self._stages) - 1
+        batch, total = ids.shape
+        tokens, condition, previous = network.last_sequences(ids, self.run_stage)
+        lead = network.leading_row(last, tokens.shape[0], condition, previous)[:, 0]
+        expected = tokens
+        if network.config.layout == "megabyte_pytorch":
+            # One row more: it predicts the first id of the sequence that follows, and a leading row the very first alone.
+            following = mx.concatenate([tokens[1:, :1], tokens[:1, :1]])
+            expected = mx.concatenate([tokens, following], axis=1)
+        nats = self._module.sequence_costs(
+            self._stacks[-1], self._table, self._head, lead, network.additions(condition), tokens.astype(mx.int32),
+            expected.astype(mx.int32),
+        )  # fmt: skip
+        return network.in_order(nats, batch, total)
+
     def sequence_cache_bytes(self, streams: int, rows: int) -> int:
         """Bytes of the cache that `decode_sequence` has for `rows` rows, until it returns."""
         stage = self._stages[-1]

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from marlin_cli.engine.fused import fuse
 from marlin_cli.models.megabyte import MegaByte
 
-# Bytes scored in one forward pass; bounds the memory of activations.
+# Bytes scored in one forward pass; bounds the memory of activations. Kernels that keep no logits take more.
 BYTES_PER_PASS = 16384
+BYTES_PER_FUSED_PASS = 65536
 
 
 def windows_of(total_bytes: int, window_bytes: int) -> Iterator[tuple[int, int]]:
@@ -30,6 +31,16 @@ def log2_probabilities(network: MegaByte, windows: mx.array) -> mx.array:
     return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
 
 
+def costs(network: MegaByte, windows: mx.array) -> mx.array:
+    """Bits that each byte of windows [n, length] costs: [n, length] float32. Kernels keep no distribution of it."""
+    fused = fuse(network)
+    if fused is not None and windows.size:
+        return fused.costs(windows) / math.log(2)
+    logits = network(windows, None if fused is None else fused.run_stage)
+    chosen = mx.take_along_axis(logits, windows[..., None], axis=-1)[..., 0]
+    return (mx.logsumexp(logits, axis=-1) - chosen) / math.log(2)
+
+
 def _logits(network: MegaByte, windows: mx.array) -> mx.array:
     fused = fuse(network)
     return network(windows, None if fused is None else fused.run_stage)
@@ -40,20 +51,17 @@ def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -
 
     Every byte value counts, 0x00 too. Windows of equal length share a pass.
     """
-    costs = np.empty(len(data), dtype=np.float64)
+    bits = np.empty(len(data), dtype=np.float64)
     full = len(data) // window_bytes
-    per_pass = max(1, BYTES_PER_PASS // window_bytes)
+    per_pass = max(1, (BYTES_PER_PASS if fuse(network) is None else BYTES_PER_FUSED_PASS) // window_bytes)
     for first in range(0, full, per_pass):
         last = min(first + per_pass, full)
         part = data[first * window_bytes : last * window_bytes].reshape(last - first, window_bytes)
-        costs[first * window_bytes : last * window_bytes] = _bits(network, part).reshape(-1)
+        bits[first * window_bytes : last * window_bytes] = _bits(network, part).reshape(-1)
     if full * window_bytes < len(data):
-        costs[full * window_bytes :] = _bits(network, data[None, full * window_bytes :])[0]
-    return costs
+        bits[full * window_bytes :] = _bits(network, data[None, full * window_bytes :])[0]
+    return bits
 
 
 def _bits(network: MegaByte, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    ids = mx.array(windows.astype(np.int32))
-    logits = _logits(network, ids)
-    chosen = mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-    return np.array(mx.logsumexp(logits, axis=-1) - chosen).astype(np.float64) / math.log(2)
+    return np.array(costs(network, mx.array(windows.astype(np.int32)))).astype(np.float64)

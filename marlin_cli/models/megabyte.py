@@ -367,6 +367,14 @@ class Stage(NamedTuple):
     to_next: Linear | None
 
 
+class LastSequences(NamedTuple):
+    """What the last stage reads: its sequences, in the order of the ids."""
+
+    tokens: mx.array  # [sequences, length] ids
+    condition: mx.array  # [sequences, slots, dim]
+    previous: mx.array  # [patches] the id before each patch, see `MegaByte.leading_row`
+
+
 class MegaByte(nn.Module):
     """The network: bytes in, logits out. Decoding loops and caches stand in `marlin_cli.engine`.
 
@@ -441,35 +449,48 @@ class MegaByte(nn.Module):
         batch, total = ids.shape
         if total == 0:
             return mx.zeros((batch, 0, self.config.vocab_size))
+        last = len(self.config.stages) - 1
+        tokens, condition, previous = self.last_sequences(ids, run_stage)
+        rows = self._rows_of_stage(last, tokens[..., None], condition, previous)
+        hidden = self.local(rows) if run_stage is None else run_stage(last, rows)
+        return self.in_order(self.head(hidden), batch, total)
+
+    def last_sequences(self, ids: mx.array, run_stage: RunStage | None = None) -> LastSequences:
+        """What the last stage reads for ids [batch, total], of which there is at least one; the last patch is filled up."""
+        batch, total = ids.shape
         patch = self.config.patch_size
         patches = -(-total // patch)
         ids = mx.pad(ids, [(0, 0), (0, patches * patch - total)])
-        lucid = self.config.layout == "megabyte_pytorch"
         tokens = ids.reshape(batch, patches, patch)
         previous = self._last_ids_before(ids)
         condition = None
-        hidden = None
-        last = len(self.config.stages) - 1
-        for number, stage in enumerate(self.stages):
-            # Sequences of this stage: [n, length, bytes of a token]; the last token only predicts beyond the end,
-            # which the last stage of megabyte_pytorch does use: there it predicts the next patch's first byte.
-            count = tokens.shape[1] - (0 if lucid and number == last else 1)
-            lead = self.leading_row(number, tokens.shape[0], condition, previous)
-            rows = self.token_rows(number, tokens[:, :count], 0, condition)
-            rows = mx.concatenate([lead, rows], axis=1)
+        for number, stage in enumerate(self.stages[:-1]):
+            rows = self._rows_of_stage(number, tokens, condition, previous)
             hidden = stage.stack(rows) if run_stage is None else run_stage(number, rows)
-            if number < last:
-                length = self.config.stages[number + 1].length
-                condition = self.to_next(number, hidden.reshape(-1, hidden.shape[-1]))
-                tokens = tokens.reshape(hidden.shape[0] * hidden.shape[1], length, -1)
-        assert hidden is not None
-        logits = self.head(hidden)
-        if lucid:
-            per_sequence = logits.shape[0] // batch
-            start = logits[::per_sequence, :1]
-            following = logits[:, 1:].reshape(batch, -1, logits.shape[-1])
-            logits = mx.concatenate([start, following[:, :-1]], axis=1)
-        return logits.reshape(batch, patches * patch, -1)[:, :total]
+            length = self.config.stages[number + 1].length
+            condition = self.to_next(number, hidden.reshape(-1, hidden.shape[-1]))
+            tokens = tokens.reshape(hidden.shape[0] * hidden.shape[1], length, -1)
+        assert condition is not None
+        return LastSequences(tokens[..., 0], condition, previous)
+
+    def in_order(self, rows: mx.array, batch: int, total: int) -> mx.array:
+        """What the last stage's rows [sequences, rows, ...] say of each id: [batch, total, ...]."""
+        if self.config.layout == "megabyte_pytorch":
+            # The last row of a sequence predicts the first id of the next, whose own leading row predicts nothing.
+            per_window = rows.shape[0] // batch
+            start = rows[::per_window, :1]
+            following = rows[:, 1:].reshape(batch, -1, *rows.shape[2:])
+            rows = mx.concatenate([start, following[:, :-1]], axis=1)
+        return rows.reshape(batch, -1, *rows.shape[2:])[:, :total]
+
+    def _rows_of_stage(self, number: int, tokens: mx.array, condition: mx.array | None, previous: mx.array | None) -> mx.array:
+        """The rows of sequences of stage `number`, of tokens [n, length, bytes of a token]."""
+        # The last token only predicts beyond the end, which the last stage of megabyte_pytorch does use: there it
+        # predicts the next patch's first byte.
+        ends = self.config.layout == "megabyte_pytorch" and number == len(self.config.stages) - 1
+        lead = self.leading_row(number, tokens.shape[0], condition, previous)
+        rows = self.token_rows(number, tokens[:, : tokens.shape[1] - (not ends)], 0, condition)
+        return mx.concatenate([lead, rows], axis=1)
 
     def logits_of_nothing(self, batch: int) -> mx.array:
         """What megabyte_pytorch predicts for the first byte of an empty prompt: [batch, vocab].

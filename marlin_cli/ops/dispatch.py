@@ -157,6 +157,7 @@ OPERATIONS = {
     "strided_pool": ("metal", "cuda"),
     "stack": ("cpu",),
     "answer_decode": ("cpu",),
+    "sequence_costs": ("cpu",),
     "local_patch_decode": ("cpu",),
 }
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.engine import decoding
+from marlin_cli.engine import decoding, scoring
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.generation import Stopping, generate
@@ -43,6 +43,26 @@ def test_a_pass_over_windows_equals_the_graph(each_network):
     for length in (1, 7, 40):
         ids = mx.array(np.random.default_rng(length).integers(0, 256, (3, length)))
         assert mx.abs(each_network(ids) - each_network(ids, fused.run_stage)).max().item() < 1e-5
+
+
+def test_costs_equal_those_of_the_graph(each_network, monkeypatch):
+    """Every layout; one patch, some, and more sequences than a thread takes at once; an end inside a patch."""
+    for windows, length in ((1, 1), (3, 7), (2, 40), (5, 1023)):
+        if length > each_network.config.max_bytes:
+            length = each_network.config.max_bytes - 1
+        ids = mx.array(np.random.default_rng(length).integers(0, 256, (windows, length)))
+        found = np.array(scoring.costs(each_network, ids))
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "fuse", lambda network: None)
+            expected = np.array(scoring.costs(each_network, ids))
+        assert found.shape == (windows, length) and (expected.std() > 0.01 or length == 1)
+        assert np.abs(found - expected).max() < 2e-5 * expected.max()
+
+
+def test_costs_of_logits_that_overflow_are_no_numbers(random_network, small_sizes):
+    network = random_network(MegaByteConfig(**small_sizes))
+    network.output.weight = network.output.weight * 1e38 * 100
+    assert not np.isfinite(np.array(scoring.costs(network, mx.array([list(range(20))])))).all()
 
 
 @pytest.mark.parametrize("prompt_bytes", [0, 1, 3, 4, 8, 17])

@@ -49,6 +49,16 @@ def test_dense(twin, rows, columns, depth):
     assert close((linear if twin == "dispatch" else reference.linear)(x, weight), x, weight)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth"),
+    [(17, 65, 129), (23, 16, 128), (30, 63, 300), (100, 130, 257), (257, 100, 130), (300, 33, 700), (1, 65, 20), (513, 3, 5), (400, 20, 300)],
+)
+def test_dense_in_tiles(rows, columns, depth):
+    """Parts of a tile, of a panel, of the depth and of the rows that are taken together; more rows than columns and fewer."""
+    x, weight = random(rows, depth), random(columns, depth, seed=1)
+    assert close(linear(x, weight), x, weight)
+
+
 @pytest.mark.parametrize("depth", [1, 7, 15, 17, 33])
 def test_dense_with_a_ragged_depth(depth):
     for rows in (1, 4, 6):
