@@ -21,12 +21,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from measured import read_rows
 
 FOLDER = Path(__file__).parent
+PACKAGES = "mlx", "mlx-lm", "torch", "MEGABYTE-pytorch", "transformers", "ctranslate2"
 MARKERS = "<!-- peers: written by benchmarks/peers.py -->\n", "<!-- end of peers -->\n"
 
 
@@ -114,13 +116,20 @@ def machine() -> str:
     return f"{processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
 
 
+def versions() -> str:
+    """What is compared, as installed."""
+    return ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+
+
 def table(outcomes: list[Outcome]) -> str:
     """The rows in Markdown, under a line with dates and machines."""
     dates = sorted({outcome.settings["date"] for outcome in outcomes})
-    machines = sorted({outcome.settings["machine"] for outcome in outcomes})
+    machines, installed = (sorted({outcome.settings[key] for outcome in outcomes}) for key in ("machine", "versions"))
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
     lines = [
-        f"`benchmarks/peers.py` on {' and '.join(dates)}, {'; '.join(machines)}. Ratios are marlin's speed over the peer's:"
-        " more than 1 is faster.",
+        f"`benchmarks/peers.py` on {' and '.join(dates)} in {minutes:.0f} minutes; {'; '.join(machines)};"
+        f" {'; '.join(installed)}.",
+        "Ratios are marlin's speed over the peer's: more than 1 is faster.",
         "",
         "| what | marlin | peer | ratio | outputs | script |",
         "|---|---|---|---|---|---|",
@@ -157,7 +166,7 @@ def main() -> None:
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"unknown part {unknown[0]}; known: {', '.join(PARTS)}")
-    settings = {"machine": machine(), "threads": os.environ.get("MARLIN_THREADS", "all")}
+    settings = {"machine": machine(), "threads": os.environ.get("MARLIN_THREADS", "all"), "versions": versions()}
     lines = arguments.results.read_text(encoding="utf-8").splitlines() if arguments.results.exists() else []
     found = {outcome.name: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
     for number, name in enumerate(names, start=1):
@@ -173,9 +182,9 @@ def main() -> None:
             out.write(json.dumps(asdict(outcome)) + "\n")
     chosen = [found[name] for name in PARTS if name in found]
     text = table(chosen)
-    print(text)
     if arguments.markdown is not None:
         write_between_markers(arguments.markdown, text)
+    print(text)
     sys.exit(1 if any(outcome.failure for outcome in chosen) else 0)
 
 
