@@ -5,7 +5,7 @@ BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test slow metal lint peers peers-bench clean
+.PHONY: demo test slow metal lint parity peers clean
 
 # The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
 demo: .venv/demo
@@ -27,13 +27,13 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Against the implementations that checkpoints come from.
-peers: .venv/peers
+# The same numbers as the implementations that checkpoints come from.
+parity: .venv/peers
 	$(BIN)/python -m pytest -m peers
 
-# Speeds beside other packages, as one table.
-peers-bench: .venv/peers
-	$(BIN)/python benchmarks/peers.py
+# Speeds beside other packages, as README's table; a stopped run goes on, and `rm peers.jsonl` begins a new one.
+peers: .venv/peers
+	$(BIN)/python benchmarks/peers.py --results peers.jsonl --markdown README.md
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,22 +1,28 @@
-"""MegaByte generation on the CPU against MEGABYTE-pytorch, on the same weights: bytes per second at a context length.
+"""MegaByte generation on the CPU against MEGABYTE-pytorch, on the same weights: at a context length, and a whole context.
 
-    python benchmarks/megabyte_generation.py [--lengths 512,4096] [--bytes 24] [--rounds 3]
+    python benchmarks/megabyte_generation.py [--lengths 512,4096] [--bytes 24] [--rounds 3] [--whole 0]
 
 The peer has no cache: it runs a full forward pass for every byte, so its speed at a length is that of one pass. marlin
 reads the same prompt once, then decodes. The model is random: global 1024 x 12, local 512 x 4, patches of 8. marlin runs it in
 float32, and with a 4-bit global and an 8-bit local part. The greedy bytes of the float32 runs are compared with the
 peer's own. Rounds alternate; medians; the same threads on both sides (MARLIN_THREADS).
+
+`--whole N` generates N bytes from nothing: marlin for real. The peer would take hours, so its passes are timed at eight
+lengths and summed over all N by straight lines between them: an estimate. Its own greedy bytes are compared at the first
+16 places and, marlin's bytes given, at the places timed.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import torch
+from measured import Row, add_rows_option, report
 from MEGABYTE_pytorch import MEGABYTE
 
 from marlin_cli import load
@@ -50,11 +56,54 @@ def peer_pass(model: MEGABYTE, ids: torch.Tensor) -> tuple[float, int]:
     return took, int(logits.argmax())
 
 
+def peer_bytes(peer: MEGABYTE, count: int) -> bytes:
+    """Its own greedy bytes from nothing, every one by a full pass, as its `generate` does."""
+    ids = torch.empty((1, 0), dtype=torch.long)
+    for _ in range(count):
+        ids = torch.cat([ids, torch.tensor([[peer_pass(peer, ids)[1]]])], dim=1)
+    return bytes(ids[0].tolist())
+
+
+def whole(peer: MEGABYTE, plain: MegaByteModel, packed: MegaByteModel, count: int, rounds: int, file: Path | None) -> None:
+    """A whole context from nothing."""
+    runs = {"float32": decode(plain, b"", count - 1), "4/8 bits": decode(packed, b"", count - 1)}
+    written = runs["float32"][1]
+    assert written[:16] == peer_bytes(peer, 16), "the first greedy bytes differ from the peer's"
+    # Padded to whole patches, so a pass costs the same within one; these lengths end one.
+    lengths = [8, *(max(8, count * part // 64 // 8 * 8) for part in (4, 8, 16, 32, 48, 56)), count]
+    passes: dict[int, list[float]] = {length: [] for length in lengths}
+    same = 0
+    for _ in range(rounds):
+        for length in lengths:
+            took, byte = peer_pass(peer, torch.tensor([list(written[:length])]))
+            passes[length].append(took)
+            same += length < count and byte == written[length]
+    medians = [statistics.median(times) for times in passes.values()]
+    print("peer, ms a pass: " + ", ".join(f"{n} bytes {1e3 * took:.0f}" for n, took in zip(passes, medians, strict=True)))
+    package = f"MEGABYTE-pytorch {version('MEGABYTE-pytorch')}"
+    estimate = float(np.interp(np.arange(count), lengths, medians).sum())
+    for name, (took, _) in runs.items():
+        report(
+            Row(
+                f"MegaByte, 147 M, {name}, {count:,} bytes from nothing, {thread_count()} threads",
+                f"{took * count:.1f} s",
+                f"{package}: {estimate:,.0f} s, estimated from passes at {len(lengths)} lengths",
+                f"{estimate / (took * count):.0f}x",
+                f"float32: first 16 bytes the same, and {same} of {rounds * (len(lengths) - 1)} after marlin's"
+                if name == "float32"
+                else "packed: other bytes",
+            ),
+            file,
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="512,4096")
     parser.add_argument("--bytes", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--whole", type=int, default=0)
+    add_rows_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(thread_count())
     torch.manual_seed(0)
@@ -67,7 +116,7 @@ def main() -> None:
         packed = plain.quantize(global_bits=4, local_bits=8)
     print(f"{parameters / 1e6:.0f} M parameters, {thread_count()} threads, kernels: {kernels()[1]}, torch {torch.__version__}")
     rng = np.random.default_rng(0)
-    for length in map(int, arguments.lengths.split(",")):
+    for length in map(int, filter(None, arguments.lengths.split(","))):
         prompt = rng.integers(0, 256, length, dtype=np.uint8).tobytes()
         times: dict[str, list[float]] = {"peer": [], "float32": [], "4/8 bits": []}
         for _ in range(arguments.rounds):
@@ -83,12 +132,19 @@ def main() -> None:
             assert list(out[:3]) == expected, "greedy bytes differ from the peer's"
             times["4/8 bits"].append(decode(packed, prompt, arguments.bytes)[0])
         rates = {name: 1 / statistics.median(values) for name, values in times.items()}
-        print(
-            f"length {length}: MEGABYTE-pytorch {rates['peer']:.2f} bytes/s; marlin float32 {rates['float32']:.1f}"
-            f" ({rates['float32'] / rates['peer']:.0f}x), 4/8 bits {rates['4/8 bits']:.1f}"
-            f" ({rates['4/8 bits'] / rates['peer']:.0f}x)",
-            flush=True,
-        )
+        for name in ("float32", "4/8 bits"):
+            report(
+                Row(
+                    f"MegaByte, 147 M, {name}, the bytes after {length}, {thread_count()} threads",
+                    f"{rates[name]:.1f} bytes/s",
+                    f"MEGABYTE-pytorch {version('MEGABYTE-pytorch')}: {rates['peer']:.2f} bytes/s",
+                    f"{rates[name] / rates['peer']:.0f}x",
+                    "greedy bytes the same" if name == "float32" else "packed: other bytes",
+                ),
+                arguments.rows_file,
+            )
+    if arguments.whole:
+        whole(peer, plain, packed, arguments.whole, arguments.rounds, arguments.rows_file)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from cached_torch import CachedTorch
+from measured import Row, add_rows_option, report
 from mlx.utils import tree_flatten
 from products import copy_bandwidth
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--models", default="demo,150M")
     parser.add_argument("--bytes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    add_rows_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(thread_count())
     device = choose_device("cpu")
@@ -102,6 +104,17 @@ def main() -> None:
                 f"{name}: {run} is {rates[run] / rates['torch float32']:.2f}x torch float32, {rates[run] / best:.2f}x its"
                 f" faster type; {bytes_read(model) / 1e6:.1f} MB a byte, {100 * rates[run] / limit:.0f} % of the roofline",
                 flush=True,
+            )
+            report(
+                Row(
+                    f"MegaByte generation, {name}, {run.removeprefix('marlin ')}, after {PROMPT_BYTES} bytes",
+                    f"{rates[run]:.0f} bytes/s ({100 * rates[run] / limit:.0f} % of the roofline)",
+                    f"torch {torch.__version__} with both caches, float32 {rates['torch float32']:.0f}, bfloat16"
+                    f" {rates['torch bfloat16']:.0f} bytes/s",
+                    f"{rates[run] / rates['torch float32']:.1f}x, {rates[run] / rates['torch bfloat16']:.1f}x",
+                    "same bytes as torch float32" if model is plain else "packed: other bytes",
+                ),
+                arguments.rows_file,
             )
 
 

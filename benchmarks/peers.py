@@ -1,70 +1,191 @@
-"""The other benchmarks beside other packages, each with small settings, gathered in one Markdown table.
+"""The comparisons with other packages, gathered in one Markdown table: every part is another benchmark with small settings.
 
-    python benchmarks/peers.py [--only products,megabyte_roofline] [--seconds 400]
+    python benchmarks/peers.py [--only NAME,..] [--results peers.jsonl] [--again] [--markdown README.md]
 
-Each script runs in a process of its own, one after another, and compares outputs itself. A script that fails, or that takes
-longer than --seconds, is a row that says so, and the exit status is then 1. Needs the extra `peers`: `make peers-bench`.
+Each part runs in a process of its own, one after another, on as many cores as it has threads (MARLIN_THREADS), and compares
+outputs itself. Its rows are kept in --results as soon as it ends, so a stopped run goes on where it was; --again measures
+parts anew that are there already. The table goes to stdout, and with --markdown between the two markers of that file. A
+part that fails, or that takes longer than --seconds, is a row that says so, and the exit status is then 1. About 20
+minutes on 2 cores. Needs the extra `peers`: `make peers`.
 """
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from measured import read_rows
 
 FOLDER = Path(__file__).parent
+PACKAGES = "mlx", "mlx-lm", "torch", "MEGABYTE-pytorch", "transformers", "ctranslate2"
+MARKERS = "<!-- peers: written by benchmarks/peers.py -->\n", "<!-- end of peers -->\n"
 
-# What each script is run with, and beside what it measures.
-SCRIPTS = {
-    "products": ("mx.quantized_matmul, torch", ["--sizes", "1024", "--repeats", "5"]),
-    "megabyte_generation": ("MEGABYTE-pytorch", ["--lengths", "512", "--bytes", "24", "--rounds", "3"]),
-    "megabyte_roofline": ("torch with both caches", ["--bytes", "64", "--rounds", "3"]),
-    "key_value_cache": ("a 16-bit cache", ["--context", "8k"]),
-    "byt5_generation": ("transformers, CTranslate2", []),
+
+@dataclass(frozen=True)
+class Part:
+    """A benchmark, its settings, and a number of threads other than all."""
+
+    script: str
+    options: list[str]
+    threads: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What a part left; `settings` says under what."""
+
+    name: str
+    settings: dict[str, Any]
+    seconds: float
+    failure: str = ""
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+
+PARTS = {
+    "products": Part("products", ["--only", "packed", "--sizes", "1024,4096", "--repeats", "5"]),
+    "products-1-thread": Part("products", ["--only", "packed", "--sizes", "4096", "--repeats", "5"], threads=1),
+    "dense": Part("products", ["--only", "dense", "--sizes", "1024,4096", "--repeats", "7"]),
+    "megabyte-512": Part("megabyte_generation", ["--lengths", "512", "--bytes", "32", "--rounds", "3"]),
+    "megabyte-4096": Part("megabyte_generation", ["--lengths", "", "--whole", "4096", "--rounds", "2"]),
+    "cached-torch": Part("megabyte_roofline", ["--bytes", "64", "--rounds", "5"]),
+    "packed-cache": Part("key_value_cache", ["--context", "32k", "--rounds", "5"]),
+    "mlx-lm-cache": Part("packed_attention", ["--rounds", "5"]),
+    "byt5": Part("byt5_generation", ["--streams", "1", "--rounds", "3"]),
+    "byt5-batch-8": Part("byt5_generation", ["--streams", "8", "--rounds", "1", "--skip", "transformers bfloat16"]),
 }
 
 
-def run(name: str, options: list[str], seconds: float) -> tuple[bool, list[str]]:
-    """Did the script end well, and the lines it printed; or the last line of its error."""
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
+@contextmanager
+def pinned(threads: str | None) -> Iterator[None]:
+    """Processes started here stay on as many cores as they have threads, where the system can say so."""
+    if threads is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[: int(threads)])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return False, [f"took more than {seconds:.0f} s"]
-    if done.returncode:
-        return False, [f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"]
-    return True, done.stdout.strip().splitlines()
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def run(name: str, settings: dict[str, Any], seconds: float) -> Outcome:
+    """A part's rows; those measured before it failed are kept too."""
+    part = PARTS[name]
+    environment = dict(os.environ)
+    if part.threads is not None:
+        environment |= {"MARLIN_THREADS": str(part.threads), "OMP_NUM_THREADS": str(part.threads)}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        command = [sys.executable, str(FOLDER / f"{part.script}.py"), *part.options, "--rows-file", str(file)]
+        failure = ""
+        try:
+            # What the part prints is progress.
+            with pinned(environment.get("MARLIN_THREADS")):
+                done = subprocess.run(command, stdout=2, timeout=seconds, check=False, env=environment)
+            failure = f"failed with status {done.returncode}" if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            failure = f"took more than {seconds:.0f} s"
+        rows = [asdict(row) for row in read_rows(file)]
+    return Outcome(name, settings, time.perf_counter() - start, failure, rows)
 
 
 def processor() -> str:
     """The processor's name where the system tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def machine() -> str:
+    """Processor, cores and system."""
+    return f"{processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
+
+
+def versions() -> str:
+    """What is compared, as installed."""
+    return ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The rows in Markdown, under a line with dates and machines."""
+    dates = sorted({outcome.settings["date"] for outcome in outcomes})
+    machines, installed = (sorted({outcome.settings[key] for outcome in outcomes}) for key in ("machine", "versions"))
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    lines = [
+        f"`benchmarks/peers.py` on {' and '.join(dates)} in {minutes:.0f} minutes; {'; '.join(machines)};"
+        f" {'; '.join(installed)}.",
+        "Ratios are marlin's speed over the peer's: more than 1 is faster.",
+        "",
+        "| what | marlin | peer | ratio | outputs | script |",
+        "|---|---|---|---|---|---|",
+    ]
+    for outcome in outcomes:
+        script = f"`{PARTS[outcome.name].script}.py`"
+        cells = [list(row.values()) for row in outcome.rows]
+        if outcome.failure:
+            cells.append([outcome.name, outcome.failure, "", "", ""])
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in [*row, script]) + " |" for row in cells]
+    return "\n".join(lines) + "\n"
+
+
+def write_between_markers(file: Path, text: str) -> None:
+    """Put the table in the place that the file has for it."""
+    whole = file.read_text(encoding="utf-8")
+    first, last = MARKERS
+    if whole.count(first) != 1 or last not in whole.split(first)[1]:
+        raise SystemExit(
+            f"{file}: the lines {first.strip()!r} and {last.strip()!r} are not there; add them where the table goes"
+        )
+    before, _, rest = whole.partition(first)
+    file.write_text(f"{before}{first}{text}{last}{rest.partition(last)[2]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(name for name in SCRIPTS if (FOLDER / f"{name}.py").exists()))
-    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas: " + ", ".join(PARTS))
+    parser.add_argument("--results", type=Path, default=Path("peers.jsonl"))
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--seconds", type=float, default=600)
     arguments = parser.parse_args()
     names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in SCRIPTS]:
-        parser.error(f"unknown script {unknown[0]}; known: {', '.join(SCRIPTS)}")
-    print(f"{datetime.date.today()}, {processor()}, {os.cpu_count()} logical CPUs, {platform.system()}\n")
-    print("| script | beside | result |\n| --- | --- | --- |")
-    whole = True
-    for name in names:
-        beside, options = SCRIPTS[name]
-        good, lines = run(name, options, arguments.seconds)
-        whole = whole and good
-        for line in lines:
-            print(f"| `{name}.py` | {beside} | {line.replace('|', chr(92) + '|')} |", flush=True)
-    sys.exit(0 if whole else 1)
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"unknown part {unknown[0]}; known: {', '.join(PARTS)}")
+    settings = {"machine": machine(), "threads": os.environ.get("MARLIN_THREADS", "all"), "versions": versions()}
+    lines = arguments.results.read_text(encoding="utf-8").splitlines() if arguments.results.exists() else []
+    found = {outcome.name: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
+    for number, name in enumerate(names, start=1):
+        wanted = settings | {"options": PARTS[name].options}
+        is_done = name in found and not found[name].failure and wanted.items() <= found[name].settings.items()
+        if is_done and not arguments.again:
+            continue
+        print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)
+        outcome = run(name, wanted | {"date": str(datetime.date.today())}, arguments.seconds)
+        print(f"[{number}/{len(names)}] {name}: {outcome.seconds:.0f} s {outcome.failure}", file=sys.stderr, flush=True)
+        found[name] = outcome
+        with arguments.results.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(asdict(outcome)) + "\n")
+    chosen = [found[name] for name in PARTS if name in found]
+    text = table(chosen)
+    if arguments.markdown is not None:
+        write_between_markers(arguments.markdown, text)
+    print(text)
+    sys.exit(1 if any(outcome.failure for outcome in chosen) else 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """CPU products side by side in one run: packed ones against mx.quantized_matmul, dense ones against torch.
 
-    python benchmarks/products.py [--sizes 1024,2048,4096] [--repeats 9]
+    python benchmarks/products.py [--sizes 1024,2048,4096] [--repeats 9] [--only packed|dense]
 
 Rounds interleave the two sides; medians. Outputs are compared in the same run. Packed bandwidth counts the bytes of the packed
-weights and scales; the share is of a copy of 256 MB measured here. torch (extra `peers`) runs with the same threads.
+weights and scales; the share is of a copy of 256 MB measured here. torch (extra `peers`) runs with the same threads; MLX's CPU
+backend multiplies packed weights with one thread, whatever it is given: MARLIN_THREADS=1 is the comparison of kernels.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import time
 
 import mlx.core as mx
 import numpy as np
+from measured import Row, add_rows_option, report
 
 from marlin_cli.ops.cpu import kernels, thread_count
 from marlin_cli.quantization.encoders import decode, encode
@@ -52,6 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="1024,2048,4096")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", choices=("packed", "dense"))
+    add_rows_option(parser)
     arguments = parser.parse_args()
     module, reason = kernels()
     if module is None:
@@ -59,11 +63,13 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     bandwidth = copy_bandwidth()
     print(f"mlx {mx.__version__}, {thread_count()} threads; a 256 MB weight is read at {bandwidth / 1e9:.1f} GB/s")
-    for size in map(int, arguments.sizes.split(",")):
+    sizes = [int(size) for size in arguments.sizes.split(",")]
+    for size in sizes if arguments.only != "dense" else ():
         weight = mx.random.normal((size, size)) * size**-0.5
         for rows in (1, 8):
             x = mx.random.normal((rows, size))
             mx.eval(x, weight)
+            found = []
             for name, format in FORMATS.items():
                 packed = encode(weight, format)
                 scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
@@ -89,13 +95,28 @@ def main() -> None:
                     f" {read / 1e9:.1f} GB/s ({100 * read / bandwidth:.0f} %), error {error:.0e}",
                     flush=True,
                 )
+                found.append((name, fast, slow, error))
+            report(
+                Row(
+                    f"packed products, {rows} x {size} by {size} x {size}, {thread_count()} threads",
+                    ", ".join(f"{name} {1e3 * fast:.2f}" for name, fast, *_ in found) + " ms",
+                    "mx.quantized_matmul: " + ", ".join(f"{1e3 * slow:.2f}" for _, _, slow, _ in found) + " ms",
+                    ", ".join(f"{slow / fast:.1f}x" for _, fast, slow, _ in found),
+                    f"within {max(error for *_, error in found):.0e} of the unpacked product",
+                ),
+                arguments.rows_file,
+            )
+    if arguments.only == "packed":
+        return
     try:
         import torch
     except ImportError:
         return
     torch.set_num_threads(thread_count())
-    for size in (1024, 4096):
-        for rows in (1, 8, 64, 512):
+    counts = 1, 8, 64, 512
+    for size in sizes:
+        found = []
+        for rows in counts:
             x, weight = mx.random.normal((rows, size)), mx.random.normal((size, size))
             mx.eval(x, weight)
             theirs_x, theirs_weight = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(weight))
@@ -111,6 +132,17 @@ def main() -> None:
                 f" {fast / peer:.2f} of torch's time, error {error:.0e}",
                 flush=True,
             )
+            found.append((fast, peer, error))
+        report(
+            Row(
+                f"dense float32 products, {', '.join(map(str, counts))} x {size} by {size} x {size}, {thread_count()} threads",
+                ", ".join(f"{1e3 * fast:.2f}" for fast, *_ in found) + " ms",
+                f"torch {torch.__version__}: " + ", ".join(f"{1e3 * peer:.2f}" for _, peer, _ in found) + " ms",
+                ", ".join(f"{peer / fast:.2f}x" for fast, peer, _ in found),
+                f"within {max(error for *_, error in found):.0e}",
+            ),
+            arguments.rows_file,
+        )
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ class Pages:
             room = ROWS_PER_PAGE - self._open[0].count
             part, new = new[:, :, :room], new[:, :, room:]
             if self._bits == 16:
-                page: KeyValueRows = self._open[0].append(part)
+                # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
+                page: KeyValueRows = self._open[0].append(mx.contiguous(part))
             else:
                 packed, scales, bits = pack_rows(part, self._bits)
                 page = Packed(self._open[0].append(packed), self._open[1].append(scales), bits)
