@@ -83,5 +83,5 @@ def from_bytes(data: bytes) -> list[PassSums]:
 def _sums(values: Floats, numbers: npt.NDArray[np.int64], count: int) -> Floats:
     rows = len(values)
     places = numbers + count * np.arange(rows)[:, None]
-    sums: Floats = np.bincount(places.reshape(-1), values.reshape(-1), minlength=rows * count).reshape(rows, count)
-    return sums
+    sums: npt.NDArray[Any] = np.bincount(places.reshape(-1), values.reshape(-1), minlength=rows * count)
+    return sums.reshape(rows, count)

@@ -75,18 +75,21 @@ def calibrate(
     share = parse_shard(shard)
     require_mlx()
     from marlin_cli.commands.calibration_run import run
+    from marlin_cli.ranks import joined
 
-    run(
-        named[0] if named else DEFAULT_MODEL,
-        corpus or ["default"],
-        Path(output),
-        sequence_bytes=sequence_bytes,
-        max_bytes=limit,
-        seed=seed,
-        shard=share,
-        resume=resume,
-        hessian=hessian,
-        options=parse_import_options(import_options),
-        device=device,
-        json_output=json_output,
-    )
+    with joined() as ranks:
+        run(
+            ranks,
+            named[0] if named else DEFAULT_MODEL,
+            corpus or ["default"],
+            Path(output),
+            sequence_bytes=sequence_bytes,
+            max_bytes=limit,
+            seed=seed,
+            shard=share,
+            resume=resume,
+            hessian=hessian,
+            options=parse_import_options(import_options),
+            device=device,
+            json_output=json_output,
+        )

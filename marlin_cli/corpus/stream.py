@@ -74,6 +74,11 @@ class Corpus:
         return list(dict.fromkeys(source.domain for source in self.sources))
 
     @property
+    def resumable(self) -> bool:
+        """Can the stream be read again, and so go on elsewhere? A pipe cannot."""
+        return not any(source.stdin for source in self.sources)
+
+    @property
     def total_bytes(self) -> int | None:
         """How many bytes the windows hold; `max_bytes` or None where compressed files, tables or pipes hide it."""
         total = 0

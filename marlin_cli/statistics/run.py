@@ -23,6 +23,10 @@ SAVE_EVERY_BYTES = 256 << 10
 SAVE_SHARE = 20
 
 
+class NothingMeasured(StatisticsError):
+    """The corpus, or the shard of it, has no window that the model can read."""
+
+
 def unfinished_path(output: Path) -> Path:
     """Where a run keeps what it has so far: beside the file that it will write."""
     return output.with_name(output.name + ".partial")
@@ -126,7 +130,7 @@ def calibrate(
             save_unfinished(unfinished, *done)
         raise
     if done is None:
-        raise StatisticsError(
+        raise NothingMeasured(
             f"nothing to measure: the corpus has no window of {network.config.patch_size} bytes (a patch)"
             + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
         )
