@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -83,6 +84,8 @@ def _ring_hosts(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8")
         hosts = json.loads(text) if text.strip() else []
+        if not isinstance(hosts, list):
+            raise TypeError(f"it is {type(hosts).__name__}")
         return tuple(address.rpartition(":")[0] for address in hosts[0]) if len(hosts) > 1 else ()
     except OSError as error:
         raise DistributedError(f"MLX_HOSTFILE {path}: cannot read: {error.strerror or error}") from None
@@ -188,6 +191,7 @@ def joined() -> Iterator[Ranks]:
     watch = _join(launch)
     previous = signal.signal(signal.SIGTERM, watch.stop)
     try:
+        watch.start()
         yield Ranks(launch.rank, watch.size, watch)
     except KeyboardInterrupt:
         if watch.lost is None:
@@ -215,12 +219,7 @@ def _ending(watch: "_Watch", error: MarlinError) -> BaseException:
 def _join(launch: Launch) -> "_Watch":
     import mlx.core as mx
 
-    timer = threading.Timer(
-        JOIN_SECONDS,
-        lambda: _exit_now(f"rank {launch.rank} waited {JOIN_SECONDS:.0f} s for the others; start all of them with mlx.launch"),
-    )
-    timer.daemon = True
-    timer.start()
+    limit = _limit_of_joining(launch.rank)
     try:
         group = mx.distributed.init(strict=True, backend=launch.backend)
         if launch.rank == 0:
@@ -231,7 +230,27 @@ def _join(launch: Launch) -> "_Watch":
             f"rank {launch.rank} cannot join over {launch.backend}: {' '.join(str(error).split())}"
         ) from None
     finally:
-        timer.cancel()
+        limit.kill()
+        limit.wait()
+
+
+# MLX waits for the other ranks without end, and lets no thread of this process run meanwhile: another one must watch.
+_LIMIT = """
+import os, signal, sys, time
+parent, end = os.getppid(), time.monotonic() + float(sys.argv[1])
+while os.getppid() == parent:
+    if time.monotonic() > end:
+        print(sys.argv[2], file=sys.stderr, flush=True)
+        os.kill(parent, signal.SIGKILL)
+        break
+    time.sleep(0.1)
+"""
+
+
+def _limit_of_joining(rank: int) -> "subprocess.Popen[bytes]":
+    """A process that ends this one with a line on stderr, unless it is killed within `JOIN_SECONDS`."""
+    line = f"marlin: rank {rank} waited {JOIN_SECONDS:.0f} s for the others; start all of them with mlx.launch"
+    return subprocess.Popen([sys.executable, "-S", "-c", _LIMIT, str(JOIN_SECONDS), line], stdin=subprocess.DEVNULL)
 
 
 def _leader(size: int, addresses: Sequence[str]) -> "_Watch":
@@ -319,7 +338,10 @@ class _Watch:
         self._left: set[int] = set()
         self._closed = self._stopping = False
         self._news = threading.Condition()
-        for peer, connection in connections.items():
+
+    def start(self) -> None:
+        """From here on the main thread is interrupted when a rank is lost: by SIGTERM, which must lead to `stop`."""
+        for peer, connection in self._connections.items():
             threading.Thread(target=self._read, args=(peer, connection), daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
