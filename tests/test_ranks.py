@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from marlin_cli import ranks as ranks_module
 from marlin_cli.errors import DistributedError, MarlinError, UsageError
-from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, joined, launch_of
+from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
 
 # What takes seconds to import is imported where it is used: most ranks here do without.
 
@@ -117,7 +116,7 @@ def job_differing(folder: Path) -> None:
 
 
 def job_lonely(folder: Path) -> None:
-    ranks_module.JOIN_SECONDS = 1.0
+    job.JOIN_SECONDS = 1.0
     with joined():
         raise AssertionError("nobody is there")
 
