@@ -4,13 +4,13 @@
 
 Keys are divided by a scale a channel before they are packed and queries multiplied by it, or both are rotated by a Hadamard
 matrix a head: inner products stay what they are. Values are prepared so too, and the output of the attention turned back.
-Scales are powers of the largest value of a channel, or its root mean square, in the statistics of `marlin calibrate` over
-the shipped sample. `one a pair` is what can be folded into the projections: a power of two that both channels share which
+Scales are the largest value of a channel, or its square root, in the statistics of `marlin calibrate` over the shipped
+sample. `one a pair` is what can be folded into the projections: a power of two that both channels share which
 the position rotates together. The second model computes the same as the first, with one pair of key channels in eight,
 and one channel of values in eight, up to `--largest` times as large, and queries and output projection made up for it.
 
 Windows of 8,192 held-out bytes, spread evenly; the global stage's keys and values are packed in nvfp4 as its cache packs
-them; differences from 16 bits are paired by window.
+them; differences from 16 bits are paired by window. KL divergence, in bits per byte, is from the prediction with 16 bits.
 """
 
 import argparse
@@ -37,6 +37,7 @@ WINDOW_BYTES = 8192
 
 # Scales [kv_heads, 1, head_dim] of keys or values, from what was measured.
 Scales = Callable[[Moments], mx.array]
+Way = tuple[Scales, bool]
 
 
 class PreparedCache(KeyValueCache):
@@ -78,11 +79,6 @@ def largest(moments: Moments, power: float = 1.0) -> mx.array:
     return mx.array(np.maximum(moments.absolute_maximum.max(axis=0), 1e-6)[:, None] ** power)
 
 
-def root_mean_square(moments: Moments) -> mx.array:
-    mean = moments.sum_squares.sum(axis=0) / moments.count.sum(axis=0)[:, None]
-    return mx.array(np.sqrt(np.maximum(mean, 1e-12))[:, None].astype(np.float32))
-
-
 def one_a_pair(moments: Moments) -> mx.array:
     halves = np.array(largest(moments)).reshape(moments.count.shape[1], 1, 2, -1).max(axis=2, keepdims=True)
     powers = 2.0 ** np.round(np.log2(halves))
@@ -91,21 +87,23 @@ def one_a_pair(moments: Moments) -> mx.array:
     )
 
 
-def half_power(moments: Moments) -> mx.array:
+def root_of_largest(moments: Moments) -> mx.array:
     return largest(moments, 0.5)
 
 
-KEYS: dict[str, tuple[Scales, bool]] = {
-    "plain": (none, False),
-    "rotation": (none, True),
-    "scales: largest": (largest, False),
-    "scales: largest ** 0.5": (half_power, False),
-    "scales: root mean square": (root_mean_square, False),
-    "scales: one a pair": (one_a_pair, False),
-    "scales: largest, and rotation": (largest, True),
-    "scales: one a pair, and rotation": (one_a_pair, True),
+# What is done to (keys, values): None leaves them in 16 bits, else the scales that they are divided by, and: rotated?
+WAYS: dict[str, tuple[Way | None, Way | None]] = {
+    "16 bits": (None, None),
+    "keys": ((none, False), None),
+    "keys, rotation": ((none, True), None),
+    "keys, scales": ((largest, False), None),
+    "keys, square root of scales": ((root_of_largest, False), None),
+    "keys, scales one a pair": ((one_a_pair, False), None),
+    "keys, scales one a pair and rotation": ((one_a_pair, True), None),
+    "values": (None, (none, False)),
+    "values, rotation": (None, (none, True)),
+    "values, scales": (None, (largest, False)),
 }
-VALUES = {name: KEYS[name] for name in ("plain", "rotation", "scales: largest", "scales: largest, and rotation")}
 
 
 def with_outliers(network: MegaByte, factor: float) -> None:
@@ -133,41 +131,47 @@ def measured(network: MegaByte, size: int) -> Statistics:
         return calibrate(network, corpus, Path(folder) / "statistics.safetensors", model="")
 
 
-def bits_per_byte(network, fused, windows: np.ndarray, caches: Callable[[], list[KeyValueCache]]) -> np.ndarray:
-    """Of each window [n, length]: [n]."""
+def compare(network: MegaByte, windows: np.ndarray, calibration_bytes: int) -> None:
+    totals = measured(network, calibration_bytes).totals
+    fused = fuse(network)
+    paths = [f"global.layers.{number}.attention" for number in range(len(network["global"].layers))]
 
-    def run_stage(number: int, rows: mx.array) -> mx.array:
-        return fused.run_stage(number, rows) if number else network["global"](rows, caches())
+    def prepared(way: Way | None, kind: dict[str, Moments], path: str) -> "tuple[mx.array, bool] | None":
+        return None if way is None else (way[0](kind[path]), way[1])
 
-    out = []
+    def log2_probabilities(ids: mx.array, name: str) -> mx.array:
+        def run_stage(number: int, rows: mx.array) -> mx.array:
+            if number:
+                return fused.run_stage(number, rows)
+            keys, values = WAYS[name]
+            caches = [PreparedCache(prepared(keys, totals.keys, path), prepared(values, totals.values, path)) for path in paths]
+            return network["global"](rows, caches)
+
+        logits = network(ids, run_stage)
+        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / np.log(2)
+
+    bits, divergences = [], []
     for window in windows:
         ids = mx.array(window[None].astype(np.int32))
-        logits = network(ids, run_stage)
-        chosen = mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        out.append((mx.logsumexp(logits, axis=-1) - chosen).mean().item() / np.log(2))
-    return np.array(out)
+        base = log2_probabilities(ids, "16 bits")
+        own = [log2_probabilities(ids, name) for name in list(WAYS)[1:]]
+        chosen = [-mx.take_along_axis(each, ids[..., None], axis=-1).mean().item() for each in (base, *own)]
+        bits.append(chosen)
+        divergences.append([(mx.power(2.0, base) * (base - each)).sum(axis=-1).mean().item() for each in own])
+        if len(bits) % 8 == 0 or len(bits) == len(windows):
+            show(np.array(bits), np.array(divergences))
 
 
-def compare(network: MegaByte, windows: np.ndarray, calibration_bytes: int) -> None:
-    statistics = measured(network, calibration_bytes)
-    fused = fuse(network)
-    count = len(network["global"].layers)
+def show(bits: np.ndarray, divergences: np.ndarray) -> None:
+    """Both [windows, ways], the first with 16 bits in front."""
 
-    def caches(keys: "tuple[Scales, bool] | None", values: "tuple[Scales, bool] | None") -> list[KeyValueCache]:
-        def one(kind: str, number: int, way: "tuple[Scales, bool] | None") -> "tuple[mx.array, bool] | None":
-            moments = getattr(statistics.totals, kind)[f"global.layers.{number}.attention"]
-            return None if way is None else (way[0](moments), way[1])
+    def error(samples: np.ndarray) -> float:
+        return samples.std(ddof=1) / len(samples) ** 0.5
 
-        return [PreparedCache(one("keys", number, keys), one("values", number, values)) for number in range(count)]
-
-    base = bits_per_byte(network, fused, windows, lambda: caches(None, None))
-    print(f"  16 bits: {base.mean():.5f} bits per byte", flush=True)
-    ways = [(f"keys, {name}", way, None) for name, way in KEYS.items()]
-    ways += [(f"values, {name}", None, way) for name, way in VALUES.items()]
-    for name, keys, values in ways:
-        prepared = caches(keys, values)
-        lost = bits_per_byte(network, fused, windows, lambda prepared=prepared: prepared) - base
-        print(f"  {name:40} {lost.mean():+.5f} +- {lost.std(ddof=1) / len(lost) ** 0.5:.5f}", flush=True)
+    print(f"  {len(bits)} windows, 16 bits: {bits[:, 0].mean():.5f} bits per byte", flush=True)
+    for number, name in enumerate(list(WAYS)[1:]):
+        lost, divergence = bits[:, number + 1] - bits[:, 0], divergences[:, number]
+        print(f"  {name:38} {lost.mean():+.5f} +- {error(lost):.5f}, KL {divergence.mean():.5f} +- {error(divergence):.5f}")
 
 
 def spread(folder: Path, count: int) -> np.ndarray:
