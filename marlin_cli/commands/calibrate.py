@@ -92,15 +92,18 @@ def calibrate(
     share = parse_shard(shard)
     require_mlx()
     from marlin_cli.commands.calibration_run import Input, run
+    from marlin_cli.ranks import joined
 
-    run(
-        named[0] if named else DEFAULT_MODEL,
-        Input(tuple(corpus or ()), tuple(pairs or ()), sequence_bytes, limit, seed, noise_density, span_bytes),
-        Path(output),
-        shard=share,
-        resume=resume,
-        hessian=hessian,
-        options=parse_import_options(import_options),
-        device=device,
-        json_output=json_output,
-    )
+    with joined() as ranks:
+        run(
+            ranks,
+            named[0] if named else DEFAULT_MODEL,
+            Input(tuple(corpus or ()), tuple(pairs or ()), sequence_bytes, limit, seed, noise_density, span_bytes),
+            Path(output),
+            shard=share,
+            resume=resume,
+            hessian=hessian,
+            options=parse_import_options(import_options),
+            device=device,
+            json_output=json_output,
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from marlin_cli import console
 from marlin_cli.errors import StatisticsError, UsageError
+from marlin_cli.ranks import Ranks
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
 from marlin_cli.statistics.show import domain_table, summarise, tables
 
@@ -36,6 +37,7 @@ class Input:
 
 
 def run(
+    ranks: Ranks,
     model: str,
     wanted: Input,
     output: Path,
@@ -47,7 +49,7 @@ def run(
     device: str,
     json_output: bool,
 ) -> None:
-    """Measure a corpus or pairs in `model`, write the file, and say what was seen."""
+    """Measure a corpus or pairs in `model`, write the file, and say what was seen. Ranks share it, and rank 0 reports."""
     import mlx.core as mx
 
     from marlin_cli.api import MegaByteModel
@@ -57,7 +59,8 @@ def run(
     from marlin_cli.models import Network
     from marlin_cli.statistics.collect import hessian_channels
     from marlin_cli.statistics.hessians import HessianAccumulator
-    from marlin_cli.statistics.run import calibrate, check_output, unfinished_path
+    from marlin_cli.statistics.run import check_output, unfinished_path
+    from marlin_cli.statistics.shared_run import calibrate_together, share_path
 
     check_output(output, resume=resume)
     location = locate_model(model)
@@ -77,9 +80,12 @@ def run(
         hessians = HessianAccumulator(hessian_channels(network), domains, output.parent)
         where = "in files beside the output" if hessians.spilled else "in memory"
         console.note(f"Hessians of {domains} domain(s): {hessians.total_bytes / 2**20:,.0f} MiB, added up {where}")
-    with console.byte_progress("calibrating", None if total is None else total // shard[1]) as progress:
+    expected = None if total is None else total // (shard[1] * ranks.size)
+    unfinished = unfinished_path(output if ranks.size == 1 else share_path(output, ranks.rank, ranks.size))
+    with console.byte_progress("calibrating", expected) as progress:
         try:
-            statistics = calibrate(
+            statistics = calibrate_together(
+                ranks,
                 network,
                 corpus,
                 output,
@@ -90,13 +96,14 @@ def run(
                 on_bytes=progress.advance,
             )
         except KeyboardInterrupt:
-            if unfinished_path(output).exists():
-                console.note(f"interrupted; {unfinished_path(output)} has what was measured: go on with --resume")
+            if unfinished.exists():
+                console.note(f"interrupted; {unfinished} has what was measured: go on with --resume")
             raise
         finally:
             if hessians is not None:
                 hessians.close()
-    _report(statistics, output, json_output=json_output)
+    if statistics is not None:
+        _report(statistics, output, json_output=json_output)
 
 
 def merge_files(files: Sequence[Path], output: Path, *, json_output: bool) -> None:

@@ -28,6 +28,10 @@ SAVE_SHARE = 20
 Measurable: TypeAlias = Corpus | PairCorpus | CorruptedCorpus
 
 
+class NothingMeasured(StatisticsError):
+    """The corpus, or the shard of it, has nothing that the model can read."""
+
+
 def unfinished_path(output: Path) -> Path:
     """Where a run keeps what it has so far: beside the file that it will write."""
     return output.with_name(output.name + ".partial")
@@ -132,7 +136,7 @@ def calibrate(
         raise
     if done is None:
         what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
-        raise StatisticsError(
+        raise NothingMeasured(
             f"nothing to measure: the corpus has no {what}"
             + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
         )

@@ -63,6 +63,32 @@ def test_windows_are_disjoint_and_leave_no_byte_out(folder):
     assert [window.read().tolist() for window in windows["maps"]] == [[0, 0, 0, 0], [0]]
 
 
+def test_sliding_windows_share_context_and_no_scored_byte(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(11)))
+    windows = cut(files_by_domain(str(tmp_path / "a")), Windowing(window_bytes=6, stride_bytes=2))["other"]
+    assert [(window.start, window.length, window.context) for window in windows] == [
+        (0, 6, 0), (2, 6, 4), (4, 6, 4), (6, 5, 4),
+    ]  # fmt: skip
+    assert sum(window.scored for window in windows) == 11
+    scored = [window.read()[window.context :].tolist() for window in windows]
+    assert sum(scored, []) == list(range(11))
+
+
+def test_margins_end_where_the_file_does(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(range(8)))
+    data, before = Window(tmp_path / "a", 2, 4).read_with_margins(3)
+    assert (data.tolist(), before) == ([0, 1, 2, 3, 4, 5, 6, 7], 2)
+    data, before = Window(tmp_path / "a", 0, 2).read_with_margins(3)
+    assert (data.tolist(), before) == ([0, 1, 2, 3, 4], 0)
+
+
+def test_a_share_of_sliding_windows_is_not_exceeded(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(1000))
+    for share in (10, 25, 100, 999):
+        windows = cut(files_by_domain(str(tmp_path / "a")), Windowing(10, 3, max_bytes=share))["other"]
+        assert share - 10 < sum(window.scored for window in windows) <= share
+
+
 def test_only_the_first_bytes_of_each_file(folder):
     windows = cut(files_by_domain(str(folder)), Windowing(window_bytes=4, max_bytes_per_file=6))
     assert lengths(windows["songs"]) == [("z.txt", 0, 4), ("z.txt", 4, 2), ("b.txt", 0, 4), ("b.txt", 4, 2)]

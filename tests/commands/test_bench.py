@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from marlin_cli.api import MegaByteModel
+from marlin_cli.bench import quality
 from marlin_cli.commands.bench import bench
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
@@ -32,6 +33,14 @@ def corpus(tmp_path):
         (tmp_path / "corpus" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / name).write_bytes(data)
     return str(tmp_path / "corpus")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Not the user's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("marlin_cli.bench.run.user_cache", lambda: folder)
+    return folder
 
 
 def invoke(*arguments):
@@ -116,6 +125,55 @@ def test_output_goes_to_a_file_and_not_to_stdout(models, tmp_path, arguments, na
     assert json.loads((tmp_path / name).read_text())["models"][0]["model"] == models[0]
 
 
+def test_a_second_comparison_does_not_run_the_reference(models, corpus, cache, monkeypatch):
+    arguments = [models[1], "--no-throughput", "--quality", corpus, "--window-bytes", "64", "--reference", models[0]]
+    first = document(*arguments)["models"]
+    assert sum(path.stat().st_size for path in (cache / "reference").iterdir()) > 197 * 1024
+    calls = []
+    original = quality.log2_probabilities
+    monkeypatch.setattr(quality, "log2_probabilities", lambda *given: calls.append(1) or original(*given))
+    assert document(*arguments)["models"] == first
+    kept = len(calls)
+    assert document(*arguments, "--reference-cache", "0")["models"] == first
+    assert len(calls) - kept == 2 * kept
+    other = document(models[0], *arguments[1:-1], models[1])["models"]
+    assert other != first  # the other way round is another reference
+
+
+def test_an_interrupted_run_goes_on_when_asked_to(models, corpus, cache, monkeypatch):
+    arguments = [models[0], "--no-throughput", "--quality", corpus, "--window-bytes", "32", "--stride-bytes", "16"]
+    whole = document(*arguments)["models"]
+    assert whole[0]["quality"]["all_domains"]["bytes"] == 197  # each once, though windows overlap
+    original = quality._measured
+    calls = []
+
+    def interrupted(*given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(quality, "_measured", interrupted)
+    assert invoke(*arguments).exit_code != 0
+    assert len(list((cache / "quality").iterdir())) == 1
+    assert document(*arguments, "--resume")["models"] == whole
+    passes = len(calls) - 3
+    assert list((cache / "quality").iterdir()) == []
+    document(*arguments, "--resume")
+    assert len(calls) - 3 - passes == passes + 2  # nothing is left to go on with
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "md", "table"])
+def test_every_form_says_what_the_bits_are_divided_by(models, corpus, form):
+    text = run(models[0], "--no-throughput", "--quality", corpus, "--window-bytes", "64", "--format", form).stdout
+    words = {"json": "bytes as they lie", "jsonl": "bytes as they lie", "csv": "over_bytes"}.get(
+        form, "total bits over total bytes"
+    )
+    assert words in text
+    assert "other ASCII" in text
+    assert "197" in text
+
+
 def test_packed_caches_are_said_to_leave_quality_alone(models, corpus):
     arguments = [models[0], "--no-throughput", "--quality", corpus, "--window-bytes", "64", "--format", "json"]
     assert "scored without a cache" in run(*arguments, "--kv-bits", "4").stderr
@@ -128,6 +186,11 @@ def test_packed_caches_are_said_to_leave_quality_alone(models, corpus):
         pytest.param(["--no-throughput"], UsageError, "give --quality too", id="nothing to measure"),
         pytest.param(["--reference", "x"], UsageError, "--reference needs --quality", id="reference alone"),
         pytest.param(["--window-bytes", "9"], UsageError, "--window-bytes needs --quality", id="windows alone"),
+        pytest.param(["--stride-bytes", "9"], UsageError, "--stride-bytes needs --quality", id="strides alone"),
+        pytest.param(["--resume"], UsageError, "--resume needs --quality", id="resume alone"),
+        pytest.param(
+            ["--quality", "no", "--window-bytes", "8", "--stride-bytes", "9"], UsageError, "leaves bytes out", id="gaps"
+        ),
         pytest.param(["--prompt-bytes", "many"], UsageError, "--prompt-bytes: 'many' is not a size", id="no number"),
         pytest.param(["--prompt-bytes", "0"], UsageError, "--prompt-bytes must be at least 1", id="empty prompt"),
         pytest.param(["--prompt-bytes", "4k"], UsageError, "do not fit a context of 96 bytes", id="long prompt"),

@@ -1,0 +1,158 @@
+"""The TCP connections by which ranks learn that another is gone: at once from a closed one, else from missing beats."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+BEAT_SECONDS = 2.0
+SILENT_SECONDS = 30.0  # without a beat a rank counts as gone
+
+# A main thread that is interrupted may first have to finish a pass of a large model, or nothing at all.
+STOP_SECONDS = 60.0
+STOP_COLLECTIVE_SECONDS = 3.0
+
+
+class Connection:
+    """Messages to and from one other rank: a line of JSON each."""
+
+    def __init__(self, plug: socket.socket) -> None:
+        plug.settimeout(SILENT_SECONDS)
+        plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._lines, self._lock = plug, plug.makefile("rb"), threading.Lock()
+
+    def send(self, **message: Any) -> None:
+        # A peer that is gone is found out where its messages are read.
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next message; None when the peer is gone, or silent for too long."""
+        try:
+            line = self._lines.readline()
+            message: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+        except (OSError, ValueError):
+            return None
+        return message
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class Watch:
+    """The connections of one rank (rank 0: to all others; else: to rank 0), and threads that read them."""
+
+    def __init__(self, rank: int, size: int, connections: dict[int, Connection]) -> None:
+        self.rank, self.size, self._connections = rank, size, connections
+        self.lost: str | None = None  # the line that says why the job is over
+        self.told = False  # rank 0 knows, and says it
+        self.in_collective = False
+        self._number = 0  # of the collective that is next
+        self._ready = dict.fromkeys(connections, 0)  # collectives that the other side has reached
+        self._left: set[int] = set()
+        self.leaving = False  # the main thread has begun to end the job, and is not interrupted any more
+        self._closed = self._stopping = False
+        self._news = threading.Condition()
+
+    def start(self) -> None:
+        """From here on the main thread is interrupted when a rank is lost: by SIGTERM, which must lead to `stop`."""
+        for peer, connection in self._connections.items():
+            threading.Thread(target=self._read, args=(peer, connection), daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def agree(self) -> None:
+        """Wait until every rank has come to the next collective. Interrupted when one is lost."""
+        self._number += 1
+        if self.rank > 0:
+            self._send(ready=self._number)
+        with self._news:
+            while min(self._ready.values()) < self._number:
+                self._news.wait(0.1)  # short: a signal is handled between waits
+        if self.rank == 0:
+            self._send(ready=self._number)
+
+    def fail(self, reason: str, *, by_all: bool = False) -> None:
+        """Tell the others that this rank ends before its time. Rank 0 says why; wait until it has heard.
+
+        Args:
+            by_all: every rank fails so; none is named.
+        """
+        self._closed = True
+        self._send(failed=reason if by_all else f"rank {self.rank} of {self.size} failed: {reason}")
+        if self.rank > 0:
+            with self._news:
+                self._news.wait_for(lambda: self.told or 0 in self._left, timeout=5)
+
+    def close(self) -> None:
+        self._closed = True
+        self._send(bye=True)
+        for connection in self._connections.values():
+            connection.close()
+
+    def stop(self, *_: object) -> None:
+        """Interrupt the main thread, where this runs: once, since it will be saving what it has."""
+        before, self._stopping = self._stopping, True
+        if not before and not self.leaving:
+            raise KeyboardInterrupt
+
+    def _send(self, **message: Any) -> None:
+        for connection in self._connections.values():
+            connection.send(**message)
+
+    def _beat(self) -> None:
+        while not self._closed:
+            self._send(beat=True)
+            time.sleep(BEAT_SECONDS)
+
+    def _read(self, peer: int, connection: Connection) -> None:
+        while (message := connection.receive()) is not None:
+            if "ready" in message:
+                with self._news:
+                    self._ready[peer] = message["ready"]
+                    self._news.notify_all()
+            elif "failed" in message:
+                self._leaves(peer, message["failed"], told=self.rank > 0)
+            elif "over" in message:
+                self._leaves(peer, message["over"], told=True)
+            elif "bye" in message:
+                self._leaves(peer, None)
+        if peer not in self._left:
+            self._leaves(peer, f"rank {peer} of {self.size} ended without finishing its share")
+
+    def _leaves(self, peer: int, reason: str | None, *, told: bool = False) -> None:
+        """A peer is gone, and with a reason the job is over."""
+        with self._news:
+            self._left.add(peer)
+            self.told = self.told or told
+            first = reason is not None and self.lost is None and not self._closed
+            if first:
+                self.lost = reason
+            self._news.notify_all()
+        if self.rank == 0 and reason is not None:
+            self._send(over=reason)
+        if first:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """End the main thread by `stop`; the process, if that does not come back from where it is."""
+        assert self.lost is not None
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        started = time.monotonic()
+        while not self._stopping and not self._closed:
+            time.sleep(0.1)
+            if time.monotonic() - started > (STOP_COLLECTIVE_SECONDS if self.in_collective else STOP_SECONDS):
+                _exit_now("" if self.told else self.lost)
+
+
+def _exit_now(reason: str) -> None:
+    """From another thread than the main one, which does not come back."""
+    if reason:
+        print(f"marlin: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,288 @@
+"""Two real processes on loopback: they give what one gives, and when one is gone the other says so and keeps its work."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from marlin_cli.errors import DistributedError, MarlinError, UsageError
+from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
+
+# What takes seconds to import is imported where it is used: most ranks here do without.
+
+
+def network() -> Any:
+    """The same one in every process."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+
+    sizes = {"global_layers": 1, "global_dim": 32, "global_heads": 2, "local_layers": 1, "local_dim": 16, "local_heads": 2}
+    mx.random.seed(0)
+    network = MegaByte(MegaByteConfig(patch_size=4, max_bytes=96, **sizes))
+    network.update(tree_map(lambda array: mx.random.normal(array.shape) * 0.3, network.parameters()))
+    return network
+
+
+def calibrated(ranks: Ranks, folder: Path, name: str = "out", **options: Any) -> None:
+    """12 windows, or one alone."""
+    from marlin_cli.corpus import open_corpus
+    from marlin_cli.statistics.shared_run import calibrate_together
+
+    names = [f"{part}={folder / 'corpus' / part}" for part in (("binary", "code") if name == "out" else ("one",))]
+    corpus = open_corpus(names, sequence_bytes=96)
+    calibrate_together(ranks, network(), corpus, folder / f"{name}.safetensors", model="m", **options)
+
+
+def answers(ranks: Ranks, folder: Path, **options: Any) -> None:
+    """A ByT5's: 7 pairs, and a corpus with spans taken out."""
+    import mlx.core as mx
+    from mlx.utils import tree_map
+
+    from marlin_cli.corpus import CorruptedCorpus, Pair, PairCorpus, open_corpus
+    from marlin_cli.models.byt5 import ByT5, ByT5Config
+    from marlin_cli.statistics.shared_run import calibrate_together
+
+    mx.random.seed(0)
+    byt5 = ByT5(ByT5Config(d_model=32, ffn_dim=64, heads=2, head_dim=16, encoder_layers=1, decoder_layers=1))
+    byt5.update(tree_map(lambda array: mx.random.normal(array.shape) * 0.2, byt5.parameters()))
+    byt5.eval()
+    pairs = [("pairs", Pair(bytes(range(number, 2 * number)), b"answer %d" % number)) for number in range(1, 8)]
+    spans = CorruptedCorpus(open_corpus([f"code={folder / 'corpus' / 'code'}"], sequence_bytes=96))
+    for name, corpus in (("pairs", PairCorpus(pairs, sequence_bytes=64)), ("spans", spans)):
+        calibrate_together(ranks, byt5, corpus, folder / f"{name}.safetensors", model="b", **options)
+
+
+# What ranks do; each is run in a process of its own, under its name.
+
+
+def job_together(folder: Path) -> None:
+    from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
+    from marlin_cli.bench.quality import measure_quality
+
+    seen: list[int] = []
+    with joined() as ranks:
+        payload = bytes([ranks.rank]) * (3 + 5 * ranks.rank)
+        parts = ranks.gather(payload), ranks.gather(b""), ranks.gather(payload * 1000)
+        calibrated(ranks, folder, resume=True, on_bytes=seen.append)
+        windows = cut(files_by_domain(str(folder / "corpus")), Windowing(48, 20))
+        other = network()
+        other.output.weight = other.output.weight * 1.1
+        found = measure_quality({"tiny": network(), "other": other}, windows, other, ranks=ranks)
+        calibrated(ranks, folder, "one")
+        answers(ranks, folder)
+    print(json.dumps([[list(map(len, part)) for part in parts], repr(found), seen[0]]))
+
+
+def job_slow(folder: Path) -> None:
+    """Rank 0 saves when it is interrupted and not before; rank 1 after each window, since it will be killed."""
+    from marlin_cli.statistics import run as run_module
+
+    run_module.SAVE_EVERY_BYTES = 10**9 if is_first() else 0
+    seen: list[int] = []
+
+    def slowly(count: int) -> None:
+        seen.append(count)
+        print(len(seen), flush=True)
+        if len(seen) == 3:
+            time.sleep(60)
+
+    with joined() as ranks:
+        calibrated(ranks, folder, resume=True, on_bytes=slowly)
+
+
+def job_failing(folder: Path) -> None:
+    with joined():
+        if not is_first():
+            raise UsageError("no such thing")
+        time.sleep(60)
+
+
+def job_differing(folder: Path) -> None:
+    with joined() as ranks:
+        ranks.check_alike(model="m", corpus=str(ranks.rank))
+
+
+def job_lonely(folder: Path) -> None:
+    job.JOIN_SECONDS = 1.0
+    with joined():
+        raise AssertionError("nobody is there")
+
+
+def is_first() -> bool:
+    return os.environ["MLX_RANK"] == "0"
+
+
+if __name__ == "__main__":
+    try:
+        globals()[f"job_{sys.argv[1]}"](Path(sys.argv[2]))
+    except MarlinError as error:
+        sys.exit(f"marlin: {error}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "corpus").mkdir()
+    for name, size in (("binary", 500), ("code", 650), ("one", 96)):
+        (tmp_path / "corpus" / name).write_bytes(rng.integers(0, 256, size, dtype=np.uint8).tobytes())
+    return tmp_path
+
+
+Start = Callable[..., list["subprocess.Popen[str]"]]
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Start]:
+    """Starts ranks 0 and 1, or `only` some, of a ring that do a job."""
+    started: list[subprocess.Popen[str]] = []
+
+    def starting(job: str, only: tuple[int, ...] = (0, 1)) -> list["subprocess.Popen[str]"]:
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+        new = [
+            subprocess.Popen(
+                [sys.executable, __file__, job, str(folder)],
+                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in only
+        ]  # fmt: skip
+        started.extend(new)
+        return new
+
+    yield starting
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, of a range that no outgoing connection is given."""
+    ports: list[int] = []
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                try:
+                    with socket.socket() as server:
+                        server.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+                ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each."""
+    results = []
+    for process in processes:
+        out, error = process.communicate(timeout=60)
+        results.append((process.returncode, out, error))
+    return results
+
+
+def test_two_ranks_of_which_one_is_killed_go_on_to_what_one_process_gives(start: Start, folder: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as alone:
+        job_together(folder)
+    # "one" is of a single window, for two ranks.
+    files = [folder / f"{name}.safetensors" for name in ("one", "out", "pairs", "spans")]
+    expected = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+
+    first, second = start("slow")
+    for process in (first, second):
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(3)] == ["1\n", "2\n", "3\n"]
+    second.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    [(code, _, errors)] = ended([first])
+    assert time.monotonic() - killed < 5
+    assert (code, errors) == (1, "marlin: rank 1 of 2 ended without finishing its share\n")
+    partial = [f"out.rank-{rank}-of-2.safetensors.partial" for rank in (0, 1)]
+    assert sorted(path.name for path in folder.glob("*.partial")) == partial
+
+    first_result, second_result = ended(start("together"))
+    assert [(code, errors) for code, _, errors in (first_result, second_result)] == [(0, ""), (0, "")]
+    assert [file.read_bytes() for file in files] == expected
+    lengths, scores, before = json.loads(first_result[1])
+    assert lengths == [[3, 8], [0, 0], [3000, 8000]]
+    assert scores == json.loads(second_result[1])[1] == json.loads(alone.getvalue())[1]
+    # What was done before the kill comes first and in one: all three windows of rank 0, two at least of rank 1.
+    assert before > 2 * 96
+    assert json.loads(second_result[1])[2] > 96
+    assert sorted(path.name for path in folder.iterdir()) == ["corpus", "hosts.json", *(file.name for file in files)]
+
+
+def test_an_error_of_one_rank_is_said_by_rank_0_alone(start: Start) -> None:
+    first, second = ended(start("failing"))
+    assert (first[0], first[2]) == (1, "marlin: rank 1 of 2 failed: no such thing\n")
+    assert (second[0], second[2]) == (2, "")
+
+
+def test_ranks_of_different_jobs_are_refused(start: Start) -> None:
+    first, second = ended(start("differing"))
+    assert (first[0], first[2]) == (1, "marlin: rank 1 has another corpus than rank 0; start all ranks on the same job\n")
+    assert (second[0], second[2]) == (1, "")
+
+
+def test_a_rank_whose_peers_never_come_gives_up(start: Start) -> None:
+    [(code, _, errors)] = ended(start("lonely", only=(0,)))
+    assert (code, errors) == (-signal.SIGKILL, "marlin: rank 0 waited 1 s for the others; start all of them with mlx.launch\n")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("", None),
+        ('[["127.0.0.1:1"]]', None),
+        ('[["10.0.0.1:1", "10.0.1.1:2"], ["10.0.0.2:1"]]', Launch("ring", 1, ("10.0.0.1", "10.0.1.1"))),
+    ],
+)
+def test_a_ring_is_what_its_hosts_say(hosts: str, expected: Launch | None, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(hosts)
+    assert launch_of({"MLX_RANK": "1", "MLX_HOSTFILE": str(tmp_path / "hosts")}) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"MLX_RANK": "3"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, Launch("mpi", 2, ())),
+        ({"MLX_RANK": "1", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}, Launch("nccl", 1, ("10.0.0.1",))),
+        ({"MLX_RANK": "1", "MLX_JACCL_COORDINATOR": "10.0.0.1:7"}, Launch("jaccl", 1, ("10.0.0.1",))),
+    ],
+)
+def test_launchers_are_known_by_what_they_set(environment: dict[str, str], expected: Launch | None) -> None:
+    assert launch_of(environment) == expected
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[[1], [2]]"])
+def test_hosts_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(text + " ")
+    with pytest.raises(DistributedError, match="not a list of lists of address:port"):
+        launch_of({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")})
+
+
+def test_a_process_that_nothing_launched_is_alone() -> None:
+    with joined() as ranks:
+        assert ranks is ALONE
+        assert ranks.gather(b"x") == [b"x"]
+    assert not is_follower()
