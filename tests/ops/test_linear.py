@@ -51,7 +51,17 @@ def test_dense(twin, rows, columns, depth):
 
 @pytest.mark.parametrize(
     ("rows", "columns", "depth"),
-    [(17, 65, 129), (23, 16, 128), (30, 63, 300), (100, 130, 257), (257, 100, 130), (300, 33, 700), (1, 65, 20), (513, 3, 5), (400, 20, 300)],
+    [
+        (17, 65, 129),
+        (23, 16, 128),
+        (30, 63, 300),
+        (100, 130, 257),
+        (257, 100, 130),
+        (300, 33, 700),
+        (1, 65, 20),
+        (513, 3, 5),
+        (400, 20, 300),
+    ],
 )
 def test_dense_in_tiles(rows, columns, depth):
     """Parts of a tile, of a panel, of the depth and of the rows that are taken together; more rows than columns and fewer."""
