@@ -41,7 +41,7 @@ inline Vector load(const float* from) {
   return value;
 }
 
-inline Vector splat(float value) { return Vector{} + value; }
+inline Vector splat(float value) { return value - Vector{}; }  // less zero is no operation; zero plus it would be one, for -0
 
 inline float sum(Vector value) {
 #if MARLIN_AVX512
