@@ -8,6 +8,7 @@
 #include "common.hpp"
 #include "decode.hpp"
 #include "linear.hpp"
+#include "marlin_gemm_rounded.hpp"
 
 namespace marlin {
 
@@ -354,7 +355,8 @@ Matrix matrix_of(const mx::array& weight, const mx::array& scales, const mx::arr
   return w;
 }
 
-void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows) {
+void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits) {
+  if (activation_bits == 8 && has_whole_weights(kind)) return multiply_rounded(kind, w, x, out, rows);
   switch (kind) {
     case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows);
     case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows);
@@ -381,34 +383,36 @@ namespace {
 
 class Gemm : public CpuPrimitive {
  public:
-  Gemm(mx::Stream stream, Kind kind, int64_t group_size) : CpuPrimitive(stream), kind_(kind), group_size_(group_size) {}
+  Gemm(mx::Stream stream, Kind kind, int64_t group_size, int activation_bits)
+      : CpuPrimitive(stream), kind_(kind), group_size_(group_size), activation_bits_(activation_bits) {}
   const char* name() const override { return "MarlinGemm"; }
 
  protected:
   std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
     const Matrix w = matrix_of(inputs[1], inputs[2], inputs.size() > 3 ? &inputs[3] : nullptr, kind_, group_size_);
     const int64_t rows = inputs[0].size() / w.depth;
-    return [kind = kind_, w, x = inputs[0].data<float>(), result = out.data<float>(), rows] {
-      multiply_packed(kind, w, x, result, rows);
+    return [kind = kind_, w, x = inputs[0].data<float>(), result = out.data<float>(), rows, bits = activation_bits_] {
+      multiply_packed(kind, w, x, result, rows, bits);
     };
   }
 
  private:
   Kind kind_;
   int64_t group_size_;
+  int activation_bits_;
 };
 
 }  // namespace
 
 mx::array marlin_gemm(const mx::array& x, const mx::array& weight, const mx::array& scales,
-                      const std::optional<mx::array>& biases, Kind kind, int group_size) {
+                      const std::optional<mx::array>& biases, Kind kind, int group_size, int activation_bits) {
   auto shape = x.shape();
   shape.back() = weight.shape(0);
   auto stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs;
   for (const auto& input : {x, weight, scales}) inputs.push_back(mx::contiguous(input, false, stream));
   if (biases) inputs.push_back(mx::contiguous(*biases, false, stream));
-  return mx::array(shape, mx::float32, std::make_shared<Gemm>(stream, kind, group_size), std::move(inputs));
+  return mx::array(shape, mx::float32, std::make_shared<Gemm>(stream, kind, group_size, activation_bits), std::move(inputs));
 }
 
 }  // namespace marlin

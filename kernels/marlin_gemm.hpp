@@ -36,14 +36,16 @@ struct Matrix {
 Matrix matrix_of(const mlx::core::array& weight, const mlx::core::array& scales, const mlx::core::array* biases, Kind kind,
                  int group_size);
 
-// out[rows, columns] = x[rows, depth] @ W[columns, depth]^T.
-void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows);
+// out[rows, columns] = x[rows, depth] @ W[columns, depth]^T. With 8 activation bits x is rounded first, where the format's
+// weights are whole numbers (all but mxfp8).
+void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits);
 
 // Rows first .. last of W as floats, one after another.
 void unpack(Kind kind, const Matrix& w, int64_t first, int64_t last, float* to);
 
 // x [.., K] float32 @ packed W [N, K]^T -> [.., N] float32; scales uint8 codes, or float32 with biases for int4, int8.
 mlx::core::array marlin_gemm(const mlx::core::array& x, const mlx::core::array& weight, const mlx::core::array& scales,
-                             const std::optional<mlx::core::array>& biases, Kind kind, int group_size);
+                             const std::optional<mlx::core::array>& biases, Kind kind, int group_size,
+                             int activation_bits);
 
 }  // namespace marlin

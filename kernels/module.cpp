@@ -37,7 +37,8 @@ NB_MODULE(marlin_cpu, m) {
       .value("int4", marlin::Kind::int4)
       .value("int8", marlin::Kind::int8);
   m.def("linear", &marlin::linear, "x"_a, "weight"_a);
-  m.def("marlin_gemm", &marlin::marlin_gemm, "x"_a, "weight"_a, "scales"_a, "biases"_a.none(), "kind"_a, "group_size"_a);
+  m.def("marlin_gemm", &marlin::marlin_gemm, "x"_a, "weight"_a, "scales"_a, "biases"_a.none(), "kind"_a, "group_size"_a,
+        "activation_bits"_a = 16);
   m.def(
       "flash_attention",
       [](const array& queries, const std::vector<Page>& keys, const std::vector<Page>& values, float scale, bool causal,
@@ -50,8 +51,9 @@ NB_MODULE(marlin_cpu, m) {
 
   nb::class_<marlin::Product>(m, "Product")
       .def(nb::init<const array&, const std::optional<array>&, const std::optional<array>&, std::optional<marlin::Kind>, int,
-                    const std::optional<array>&, float>(),
-           "weight"_a, "scales"_a.none(), "biases"_a.none(), "kind"_a.none(), "group_size"_a, "bias"_a.none(), "factor"_a);
+                    const std::optional<array>&, float, int>(),
+           "weight"_a, "scales"_a.none(), "biases"_a.none(), "kind"_a.none(), "group_size"_a, "bias"_a.none(), "factor"_a,
+           "activation_bits"_a = 16);
   nb::enum_<marlin::NormKind>(m, "NormKind")
       .value("rmsnorm", marlin::NormKind::rmsnorm)
       .value("layernorm", marlin::NormKind::layernorm)

@@ -105,8 +105,8 @@ mx::array in_memory(const mx::array& from) {
 }
 
 Product::Product(const mx::array& weight, const std::optional<mx::array>& scales, const std::optional<mx::array>& biases,
-                 std::optional<Kind> kind, int group_size, const std::optional<mx::array>& bias, float factor)
-    : kind_(kind), factor_(factor) {
+                 std::optional<Kind> kind, int group_size, const std::optional<mx::array>& bias, float factor, int activation_bits)
+    : kind_(kind), factor_(factor), activation_bits_(activation_bits) {
   const auto hold = [this](const mx::array& each) { return held_.emplace_back(in_memory(each)); };
   const auto own = hold(weight);
   if (kind) {
@@ -124,7 +124,7 @@ Product::Product(const mx::array& weight, const std::optional<mx::array>& scales
 
 void Product::operator()(const float* x, float* out, int64_t rows) const {
   if (kind_) {
-    multiply_packed(*kind_, matrix_, x, out, rows);
+    multiply_packed(*kind_, matrix_, x, out, rows, activation_bits_);
   } else {
     multiply_dense(x, dense_, out, rows, columns_, depth_);
   }

@@ -17,7 +17,7 @@ mlx::core::array in_memory(const mlx::core::array& from);
 class Product {
  public:
   Product(const mlx::core::array& weight, const std::optional<mlx::core::array>& scales, const std::optional<mlx::core::array>& biases,
-          std::optional<Kind> kind, int group_size, const std::optional<mlx::core::array>& bias, float factor);
+          std::optional<Kind> kind, int group_size, const std::optional<mlx::core::array>& bias, float factor, int activation_bits);
   void operator()(const float* x, float* out, int64_t rows) const;
   int64_t columns() const { return columns_; }
   int64_t depth() const { return depth_; }
@@ -28,6 +28,7 @@ class Product {
   Matrix matrix_{};
   const float *dense_ = nullptr, *bias_ = nullptr;
   float factor_;
+  int activation_bits_;
   int64_t columns_, depth_;
 };
 

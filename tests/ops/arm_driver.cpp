@@ -58,13 +58,13 @@ std::vector<float> unpack(const Call& call) {
   return out;
 }
 
-// One integer more: rows of x; one buffer more: x.
+// Two integers more: rows of x, and the bits that they are rounded to or 32; one buffer more: x.
 std::vector<float> multiply_packed(const Call& call) {
   const auto kind = marlin::Kind(call.integers[0]);
   const marlin::Matrix w = matrix(call, kind);
   const int64_t rows = call.integers[4];
   std::vector<float> out(rows * w.columns);
-  marlin::multiply_packed(kind, w, call.buffer<float>(call.buffers.size() - 1), out.data(), rows);
+  marlin::multiply_packed(kind, w, call.buffer<float>(call.buffers.size() - 1), out.data(), rows, call.integers[5]);
   return out;
 }
 

@@ -1,5 +1,6 @@
 """The CPU kernels' NEON paths: compiled for ARM, run by QEMU, against the exact numbers. No ARM machine has run them."""
 
+import itertools
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ COMPILERS = {
     "gcc": ["aarch64-linux-gnu-g++"],
     "clang": ["clang++-19", "--target=aarch64-linux-gnu"],
 }
-PATHS = {"neon": [], "portable": ["-U__ARM_NEON"]}
+DOT_PRODUCTS = "-march=armv8.2-a+dotprod"
+PATHS = {"neon": [], "neon, dot products": [DOT_PRODUCTS], "portable": ["-U__ARM_NEON"]}
+PRODUCTS = ["marlin_gemm_rounded.cpp"]  # beside marlin_gemm.cpp, which the driver includes
 OTHER_KERNELS = ["flash_attention.cpp", "linear.cpp", "marlin_gemm.cpp"]
 
 
@@ -49,7 +52,8 @@ def build(
     folder: Path, *, compiler: Sequence[str] = COMPILERS["gcc"], flags: Sequence[str] = ("-O1",), kernels: bool = False
 ) -> Path:
     """The driver with marlin_gemm, or with all that it calls. A file in `folder` goes before the kernel of that name."""
-    sources = [HERE / "arm_driver.cpp", *(shipped("kernels") / name for name in OTHER_KERNELS if kernels)]
+    linked = [*PRODUCTS, *(OTHER_KERNELS if kernels else [])]
+    sources = [HERE / "arm_driver.cpp", *(shipped("kernels") / name for name in linked)]
     includes = [f"-I{place}" for place in (folder, shipped("kernels"), Path(mx.__file__).parent / "include")]
     options = ["-std=c++20", "-Wno-psabi", "-static", "-ffunction-sections", "-Wl,--gc-sections", *flags]
     options += ["-DDRIVER_ALL"] if kernels else []
@@ -70,7 +74,7 @@ def run(driver: Path, calls: Sequence[Call], path: str = "neon") -> list[np.ndar
     done = subprocess.run(["qemu-aarch64", str(driver)], input=text, capture_output=True)
     assert done.returncode == 0, done.stderr
     said, _, printed = done.stdout.partition(b"\n")
-    assert said.decode() == path
+    assert said.decode() == path.split(",")[0]
     floats = np.frombuffer(printed, np.float32)
     ends = np.cumsum([np.prod(call.shape) for call in calls])
     assert floats.size == ends[-1]
@@ -95,6 +99,13 @@ def depths(kind: str) -> list[int]:
     return {"nvfp4": [192, 80], "mxfp4": [192, 160], "mxfp8": [192, 160]}.get(kind, [192])
 
 
+def rounded(x: np.ndarray) -> np.ndarray:
+    """Each 32 values of a row as multiples of a 127th of the largest of them."""
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(x.shape[0], -1, 32)
+    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(127)
+    return (np.rint(blocks / scales) * scales.astype(np.float64)).reshape(x.shape[0], -1)[:, : x.shape[1]]
+
+
 def product_calls() -> tuple[list[Call], list[tuple[str, np.ndarray, np.ndarray]]]:
     """Every format unpacked and multiplied; with each call its name, the exact result, and how far off it may be."""
     calls, expected = [], []
@@ -107,13 +118,12 @@ def product_calls() -> tuple[list[Call], list[tuple[str, np.ndarray, np.ndarray]
             # A number times a scale has few bits, so only a bias makes it inexact.
             room = np.zeros_like(numbers) if kind in FORMATS else 1e-6 * (np.abs(numbers).max() + np.zeros_like(numbers))
             expected.append((f"unpack {kind} {depth}", numbers, room))
-            for rows in ROWS:
+            for rows, bits in itertools.product(ROWS, (32, 8)):
                 x = np.random.default_rng(rows).standard_normal((rows, depth)).astype(np.float32)
-                calls.append(Call("multiply_packed", [*integers, rows], [*buffers, x], (rows, columns)))
-                terms = np.abs(x.astype(np.float64)) @ np.abs(numbers).T
-                expected.append(
-                    (f"multiply_packed {kind} {depth}, {rows} rows", x.astype(np.float64) @ numbers.T, 2e-6 * terms)
-                )
+                calls.append(Call("multiply_packed", [*integers, rows, bits], [*buffers, x], (rows, columns)))
+                seen = rounded(x) if bits == 8 and kind != "mxfp8" else x.astype(np.float64)
+                exact, terms = seen @ numbers.T, np.abs(seen) @ np.abs(numbers).T
+                expected.append((f"multiply_packed {kind} {depth}, {rows} rows of {bits} bits", exact, 2e-6 * terms))
     return calls, expected
 
 

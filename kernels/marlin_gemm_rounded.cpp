@@ -1,0 +1,713 @@
+// marlin_gemm with activations of 8 bits: each 32 values of a row of x become whole numbers under a scale of their own, so that
+// their products with the codes of weights are sums of whole numbers, four a lane and instruction where the processor has it.
+//
+// One row to three: each packed row is read once, its bytes as they lie; a lane adds up neighbours. More rows: tiles of
+// columns are unpacked into bytes that stay in the first cache, one column a lane, and all rows of x pass over them.
+#include "marlin_gemm_rounded.hpp"
+
+#include <cmath>
+#include <stdexcept>
+#include <type_traits>
+
+#include "common.hpp"
+#include "decode.hpp"
+
+#if MARLIN_AVX512 && defined(__AVX512VNNI__)
+#define MARLIN_VNNI 1
+#endif
+
+namespace marlin {
+
+namespace {
+
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+
+constexpr int64_t BLOCK = 32;  // values of x under one scale
+constexpr int64_t LINE = 64;   // bytes of a vector
+
+inline Bytes load_bytes(const uint8_t* from) {
+  Bytes value;
+  std::memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+// The first `count` of 64 bytes; the others are zero.
+inline Bytes load_bytes(const uint8_t* from, int64_t count) {
+#if MARLIN_AVX512
+  return Bytes(_mm512_maskz_loadu_epi8(count >= LINE ? ~0ull : (1ull << count) - 1, from));
+#else
+  Bytes value{};
+  std::memcpy(&value, from, std::min(count, LINE));
+  return value;
+#endif
+}
+
+// A dword of x for every lane.
+inline Bytes four_of(const int8_t* from) {
+  int32_t four;
+  std::memcpy(&four, from, sizeof(four));
+  return Bytes(Integers{} + four);
+}
+
+inline Vector to_floats(Integers values) { return __builtin_convertvector(values, Vector); }
+
+// sums[i] + the products of bytes 4i .. 4i+3. Bytes of weights are unsigned with VNNI, and signed without; SMALL ones are below
+// 32 and both. Bytes of x are signed, and never -128.
+template <bool SMALL>
+inline __attribute__((always_inline)) Integers dot(Integers sums, Bytes weights, Bytes x) {
+#if MARLIN_VNNI
+  return Integers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(weights), __m512i(x)));
+#elif MARLIN_AVX512 || MARLIN_AVX2
+  __m256i w[2], values[2], totals[2];
+  std::memcpy(w, &weights, sizeof(w));
+  std::memcpy(values, &x, sizeof(values));
+  for (int half = 0; half < 2; half++) {
+    // Two products fit 16 bits: 2 * 128 * 127 at most. An unsigned and a signed factor: the sign moves over to x.
+    const __m256i pairs = SMALL ? _mm256_maddubs_epi16(w[half], values[half])
+                                : _mm256_maddubs_epi16(_mm256_abs_epi8(w[half]), _mm256_sign_epi8(values[half], w[half]));
+    totals[half] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+  Integers products;
+  std::memcpy(&products, totals, sizeof(products));
+  return sums + products;
+#elif MARLIN_NEON
+  int8x16_t w[4], values[4];
+  int32x4_t totals[4];
+  std::memcpy(w, &weights, sizeof(w));
+  std::memcpy(values, &x, sizeof(values));
+  std::memcpy(totals, &sums, sizeof(totals));
+  for (int part = 0; part < 4; part++) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    totals[part] = vdotq_s32(totals[part], w[part], values[part]);
+#else
+    const int32x4_t lower = vpaddlq_s16(vmull_s8(vget_low_s8(w[part]), vget_low_s8(values[part])));
+    const int32x4_t upper = vpaddlq_s16(vmull_s8(vget_high_s8(w[part]), vget_high_s8(values[part])));
+    totals[part] = vaddq_s32(totals[part], vpaddq_s32(lower, upper));
+#endif
+  }
+  std::memcpy(&sums, totals, sizeof(sums));
+  return sums;
+#else
+  for (int lane = 0; lane < LANES; lane++)
+    for (int part = 0; part < 4; part++) sums[lane] += int8_t(weights[4 * lane + part]) * int8_t(x[4 * lane + part]);
+  return sums;
+#endif
+}
+
+// Codes of sixteen columns or lanes, two bytes each, the code in the upper one: E4M3 as half floats, times 2^-8.
+#if MARLIN_AVX512
+inline Vector from_e4m3(__m256i upper) {
+  // The shift leaves a copy of the sign where a half has one exponent bit more.
+  return Vector(_mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16(int16_t(0xbf80)))));
+}
+#endif
+
+// How each format's bytes become whole numbers. The number that a code stands for is its byte less OFFSET, under the scale of
+// its group times FACTOR. UNIT: weights whose whole sums are scaled together.
+struct FourBits {
+  static constexpr bool nibbles = true, affine = false;
+  static constexpr int OFFSET = 12;  // E2M1 doubled runs from -12 to 12
+  static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+};
+
+struct Nvfp4 : FourBits {
+  static constexpr int64_t UNIT = 16;
+#if MARLIN_AVX512
+  static constexpr float FACTOR = 128.0f;
+#else
+  static constexpr float FACTOR = 0.5f;
+#endif
+  explicit Nvfp4(const Matrix&) {}
+
+  // The scales of 128 weights, two lanes each.
+  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
+    alignas(8) uint8_t codes[8] = {};
+    const uint8_t* from = row.codes + 8 * line;
+    if (groups < 8) from = static_cast<const uint8_t*>(std::memcpy(codes, from, groups));
+#if MARLIN_AVX512
+    int64_t eight;
+    std::memcpy(&eight, from, sizeof(eight));
+    const __m256i places = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
+                                            -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
+    return from_e4m3(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), places));
+#else
+    Vector scales;
+    for (int lane = 0; lane < LANES; lane++) scales[lane] = e4m3_table[from[lane / 2]];
+    return scales;
+#endif
+  }
+
+  // Sixteen columns' scales of the group whose codes are the bytes number `part` of dwords.
+  static Vector of_columns(Integers codes, int part) {
+#if MARLIN_AVX512
+    return from_e4m3(_mm256_slli_epi16(_mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(codes), 8 * part)), 8));
+#else
+    Vector scales;
+    for (int lane = 0; lane < LANES; lane++) scales[lane] = e4m3_table[uint8_t(codes[lane] >> (8 * part))];
+    return scales;
+#endif
+  }
+};
+
+struct Mxfp4 : FourBits {
+  static constexpr int64_t UNIT = 32;
+  static constexpr float FACTOR = 0.5f;
+  explicit Mxfp4(const Matrix&) {}
+
+  // The scales of 128 weights, four lanes each.
+  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
+    int32_t four = 0;
+    if (groups >= 4) {
+      std::memcpy(&four, row.codes + 4 * line, sizeof(four));
+    } else {
+      std::memcpy(&four, row.codes + 4 * line, groups);
+    }
+#if MARLIN_AVX512
+    // Each code to the top of its lanes, then below the sign.
+    constexpr int P0 = 0x00808080, P1 = 0x01808080, P2 = 0x02808080, P3 = 0x03808080;
+    const __m512i places = _mm512_setr_epi32(P0, P0, P0, P0, P1, P1, P1, P1, P2, P2, P2, P2, P3, P3, P3, P3);
+    const __m512i codes = _mm512_shuffle_epi8(_mm512_set1_epi32(four), places);
+    return Vector(_mm512_castsi512_ps(_mm512_srli_epi32(codes, 1)));
+#else
+    Integers codes;
+    for (int lane = 0; lane < LANES; lane++) codes[lane] = (four >> (lane / 4 * 8)) & 255;
+    return power(codes);
+#endif
+  }
+
+  static Vector of_columns(Integers codes, int part) { return power((codes >> (8 * part)) & 255); }
+
+  // 2^(code - 127); code 0, a subnormal, counts as nothing.
+  static Vector power(Integers codes) {
+    const Integers bits = codes << 23;
+    Vector scales;
+    std::memcpy(&scales, &bits, sizeof(scales));
+    return scales;
+  }
+};
+
+// Scales and biases are floats; what the biases add comes from the sums of x over each group.
+struct Affine {
+  static constexpr bool affine = true;
+  static constexpr int64_t UNIT = 32;
+  static constexpr float FACTOR = 1.0f;
+
+  Affine(const Matrix& w, int64_t weights_of_line) : group_size(w.group_size), weights(weights_of_line) {
+    for (int lane = 0; lane < LANES; lane++) spread[lane] = lane * weights / LANES / group_size;
+    most = std::max<int64_t>(1, weights / group_size);
+  }
+
+  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
+    const float* from = row.scales + line * weights / group_size;
+    const int64_t count = std::min(most, groups);
+#if MARLIN_AVX512
+    const __m512 some = _mm512_castps128_ps512(_mm_maskz_loadu_ps(__mmask8((1 << count) - 1), from));
+    return Vector(_mm512_permutexvar_ps(__m512i(spread), some));
+#else
+    Vector scales{};
+    for (int lane = 0; lane < LANES; lane++) scales[lane] = spread[lane] < count ? from[spread[lane]] : 0.0f;
+    return scales;
+#endif
+  }
+
+  Integers spread;
+  int64_t group_size, weights, most;
+};
+
+struct Int4 : Affine {
+  static constexpr bool nibbles = true;
+  static constexpr int OFFSET = 0;
+  static constexpr uint8_t TABLE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  explicit Int4(const Matrix& w) : Affine(w, 2 * LINE) {}
+};
+
+struct Int8 : Affine {
+  static constexpr bool nibbles = false;
+#if MARLIN_VNNI
+  static constexpr int OFFSET = 0;
+  static constexpr uint8_t FLIP = 0;
+#else
+  static constexpr int OFFSET = -128;  // as signed bytes
+  static constexpr uint8_t FLIP = 128;
+#endif
+  explicit Int8(const Matrix& w) : Affine(w, LINE) {}
+};
+
+// Weights of a vector of packed bytes: with nibbles the even ones and the odd ones, else all of them, in `first`.
+struct Whole {
+  Bytes first, second;
+};
+
+template <class Format>
+inline __attribute__((always_inline)) Whole unpack(Bytes packed) {
+  if constexpr (!Format::nibbles) {
+    return {packed ^ Format::FLIP, packed};
+  } else if constexpr (Format::affine) {
+    return {packed & 15, packed >> 4};
+  } else {
+#if MARLIN_AVX512
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
+#if defined(__AVX512VBMI__)
+    // Six bits of an index are read; the table repeats, so that the upper two may be anything and nothing is masked.
+    return {Bytes(_mm512_permutexvar_epi8(__m512i(packed), table)),
+            Bytes(_mm512_permutexvar_epi8(_mm512_srli_epi16(__m512i(packed), 4), table))};
+#else
+    return {Bytes(_mm512_shuffle_epi8(table, __m512i(packed & 15))), Bytes(_mm512_shuffle_epi8(table, __m512i(packed >> 4)))};
+#endif
+#elif MARLIN_AVX2
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
+    const Bytes nibbles[2] = {packed & 15, packed >> 4};
+    __m256i codes[4];
+    std::memcpy(codes, nibbles, sizeof(codes));
+    for (auto& some : codes) some = _mm256_shuffle_epi8(table, some);
+    Whole whole;
+    std::memcpy(&whole, codes, sizeof(whole));
+    return whole;
+#elif MARLIN_NEON
+    const uint8x16_t table = vld1q_u8(Format::TABLE);
+    const Bytes nibbles[2] = {packed & 15, packed >> 4};
+    uint8x16_t codes[8];
+    std::memcpy(codes, nibbles, sizeof(codes));
+    for (auto& some : codes) some = vqtbl1q_u8(table, some);
+    Whole whole;
+    std::memcpy(&whole, codes, sizeof(whole));
+    return whole;
+#else
+    Whole whole;
+    for (int64_t place = 0; place < LINE; place++) {
+      whole.first[place] = Format::TABLE[packed[place] & 15];
+      whole.second[place] = Format::TABLE[packed[place] >> 4];
+    }
+    return whole;
+#endif
+  }
+}
+
+// Thirty-two bytes, each eight of them as four even ones and four odd ones: so do nibbles come apart.
+inline void even_then_odd(int8_t* bytes) {
+  typedef int8_t Codes __attribute__((vector_size(32)));
+  Codes codes, ordered;
+  std::memcpy(&codes, bytes, sizeof(codes));
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MARLIN_SHUFFLES 1
+#endif
+#endif
+#if MARLIN_SHUFFLES
+  ordered = __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 16, 18, 20, 22, 17, 19, 21,
+                                    23, 24, 26, 28, 30, 25, 27, 29, 31);
+#else
+  for (int k = 0; k < 32; k++) ordered[k] = codes[k / 8 * 8 + k % 4 * 2 + k % 8 / 4];
+#endif
+  std::memcpy(bytes, &ordered, sizeof(ordered));
+}
+
+// Sixteen dwords of sixteen vectors, transposed: four perfect shuffles.
+inline __attribute__((always_inline)) void transpose(Integers* rows) {
+#if MARLIN_SHUFFLES
+  for (int round = 0; round < 4; round++) {
+    Integers mixed[LANES];
+    for (int row = 0; row < LANES / 2; row++) {
+      const Integers &a = rows[row], &b = rows[row + LANES / 2];
+      mixed[2 * row] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      mixed[2 * row + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+    std::copy_n(mixed, LANES, rows);
+  }
+#else
+  for (int row = 0; row < LANES; row++)
+    for (int column = 0; column < row; column++) {
+      const int32_t value = rows[row][column];
+      rows[row][column] = rows[column][row];
+      rows[column][row] = value;
+    }
+#endif
+}
+
+// The nearest whole numbers, of ties the even ones.
+inline Integers nearest(Vector values) {
+#if MARLIN_AVX512
+  return Integers(_mm512_cvtps_epi32(__m512(values)));
+#elif MARLIN_AVX2
+  __m256 halves[2];
+  std::memcpy(halves, &values, sizeof(halves));
+  const __m256i rounded[2] = {_mm256_cvtps_epi32(halves[0]), _mm256_cvtps_epi32(halves[1])};
+  Integers whole;
+  std::memcpy(&whole, rounded, sizeof(whole));
+  return whole;
+#elif MARLIN_NEON
+  float32x4_t quarters[4];
+  int32x4_t rounded[4];
+  std::memcpy(quarters, &values, sizeof(quarters));
+  for (int part = 0; part < 4; part++) rounded[part] = vcvtnq_s32_f32(quarters[part]);
+  Integers whole;
+  std::memcpy(&whole, rounded, sizeof(whole));
+  return whole;
+#else
+  Integers whole;
+  for (int lane = 0; lane < LANES; lane++) whole[lane] = int32_t(std::lrint(values[lane]));
+  return whole;
+#endif
+}
+
+// Rows of x as whole numbers. Memory stays with the thread for its next product.
+struct Rounded {
+  int64_t blocks = 0;           // of a row
+  std::vector<int8_t> codes;    // [rows, blocks, 32], in the order in which weights come apart
+  std::vector<float> scales;    // [rows, blocks]
+  std::vector<int32_t> sums;    // [rows, 2 * blocks] of sixteen codes each, where they are asked for
+};
+
+// One block: codes of x[0 .. count), the scale, and the sums of both halves where `sums` is given.
+inline void round_block(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sums) {
+  typedef int8_t Sixteen __attribute__((vector_size(16)));
+  constexpr float TINY = 0x1p-120f;  // below, a scale's inverse would overflow: zeros
+  const Vector parts[2] = {load_some(x, count), count > LANES ? load_some(x + LANES, count - LANES) : Vector{}};
+  // As whole numbers magnitudes are in the same order, with infinities and NaN above all: they become the scale.
+  Integers magnitudes[2];
+  for (int part = 0; part < 2; part++) {
+    std::memcpy(&magnitudes[part], &parts[part], sizeof(Integers));
+    magnitudes[part] &= 0x7fffffff;
+  }
+  const Integers larger = magnitudes[0] > magnitudes[1] ? magnitudes[0] : magnitudes[1];
+#if MARLIN_AVX512
+  const int32_t bits = _mm512_reduce_max_epi32(__m512i(larger));
+#else
+  int32_t bits = 0;
+  for (int lane = 0; lane < LANES; lane++) bits = std::max(bits, larger[lane]);
+#endif
+  float largest;
+  std::memcpy(&largest, &bits, sizeof(largest));
+  const float inverse = largest >= TINY ? 127.0f / largest : 0.0f;
+  *scale = largest >= TINY || largest != largest ? largest / 127.0f : 0.0f;
+  for (int part = 0; part < 2; part++) {
+    const Integers whole = nearest(parts[part] * inverse);
+    const Sixteen narrow = __builtin_convertvector(whole, Sixteen);
+    std::memcpy(codes + LANES * part, &narrow, sizeof(narrow));
+    if (sums) sums[part] = int32_t(sum(to_floats(whole)));
+  }
+}
+
+template <class Format>
+void round_rows(const float* x, int64_t rows, int64_t depth, bool with_sums, Rounded& rounded) {
+  const int64_t blocks = rounded.blocks = (depth + BLOCK - 1) / BLOCK;
+  const auto grow = [](auto& memory, int64_t count) {
+    if (int64_t(memory.size()) < count) memory.resize(count);
+  };
+  grow(rounded.codes, rows * blocks * BLOCK);
+  grow(rounded.scales, rows * blocks);
+  grow(rounded.sums, with_sums ? 2 * rows * blocks : 0);
+  constexpr int64_t WORK_OF_A_VALUE = 8;
+  over_threads(rows, depth * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
+    for (int64_t block = first * blocks; block < last * blocks; block++) {
+      const int64_t row = block / blocks, k = block % blocks * BLOCK;
+      int8_t* codes = rounded.codes.data() + block * BLOCK;
+      round_block(x + row * depth + k, depth - k, codes, &rounded.scales[block], with_sums ? &rounded.sums[2 * block] : nullptr);
+      if (Format::nibbles) even_then_odd(codes);
+    }
+  });
+}
+
+// The sum of x over each group of an affine format, [rows, groups].
+std::vector<float> sums_of_groups(const Rounded& rounded, int64_t rows, const Matrix& w) {
+  const int64_t groups = w.depth / w.group_size, blocks_of_group = w.group_size / BLOCK;
+  std::vector<float> sums(rows * groups);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = m * rounded.blocks + g * blocks_of_group;
+      for (int64_t block = first; block < first + blocks_of_group; block++)
+        sums[m * groups + g] += rounded.scales[block] * float(rounded.sums[2 * block] + rounded.sums[2 * block + 1]);
+    }
+  return sums;
+}
+
+// ---- one row to three: lanes along the depth
+
+// What a vector of packed bytes meets of a row of x.
+struct Meeting {
+  Bytes first, second;  // as `Whole`
+  Integers start;       // what takes the offset of the weights back
+  Vector scale;
+};
+
+template <class Format>
+void lay_out(const Rounded& rounded, int64_t rows, int64_t lines, std::vector<Meeting>& meetings) {
+  constexpr int64_t CODES = Format::nibbles ? 2 * LINE : LINE, LANES_OF_BLOCK = LANES * BLOCK / CODES;
+  if (int64_t(meetings.size()) < rows * lines) meetings.resize(rows * lines);
+  for (int64_t m = 0; m < rows; m++) {
+    const int8_t* codes = rounded.codes.data() + m * rounded.blocks * BLOCK;
+    const float* scales = rounded.scales.data() + m * rounded.blocks;
+    for (int64_t line = 0; line < lines; line++) {
+      Meeting& meeting = meetings[m * lines + line];
+      const int64_t left = rounded.blocks * BLOCK - line * CODES;
+      Integers dwords[2];
+      dwords[0] = Integers(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES), left));
+      if constexpr (Format::nibbles) {
+        dwords[1] = left > LINE ? Integers(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES + LINE), left - LINE)) : Integers{};
+#if MARLIN_SHUFFLES
+        const Integers even = __builtin_shufflevector(dwords[0], dwords[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        const Integers odd = __builtin_shufflevector(dwords[0], dwords[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+        Integers even, odd;
+        for (int lane = 0; lane < LANES; lane++) even[lane] = dwords[lane / 8][2 * (lane % 8)], odd[lane] = dwords[lane / 8][2 * (lane % 8) + 1];
+#endif
+        meeting.first = Bytes(even), meeting.second = Bytes(odd);
+      } else {
+        meeting.first = Bytes(dwords[0]);
+      }
+      if constexpr (Format::OFFSET != 0) {
+        const Bytes ones = Bytes{} + uint8_t(1);
+        Integers total = dot<true>(Integers{}, ones, meeting.first);
+        if constexpr (Format::nibbles) total = dot<true>(total, ones, meeting.second);
+        meeting.start = total * -Format::OFFSET;
+      }
+      const int64_t block = line * CODES / BLOCK;
+      for (int lane = 0; lane < LANES; lane++) {
+        const int64_t own = block + lane / LANES_OF_BLOCK;
+        meeting.scale[lane] = own < rounded.blocks ? scales[own] * Format::FACTOR : 0.0f;
+      }
+    }
+  }
+}
+
+template <class Format, int ROWS, int TOGETHER>
+inline void together(const Format& format, const Matrix& w, const Meeting* meetings, const float* group_sums, float* out, int64_t n0) {
+  constexpr int64_t WEIGHTS = Format::nibbles ? 2 * LINE : LINE;
+  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE, groups = w.depth / w.group_size;
+  Packed rows[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
+  Vector sums[TOGETHER][ROWS] = {};
+  const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
+    Whole weights[TOGETHER];
+    Vector scales[TOGETHER];
+    for (int n = 0; n < TOGETHER; n++) {
+      const uint8_t* from = rows[n].weight + line * LINE;
+      weights[n] = unpack<Format>(all ? load_bytes(from) : load_bytes(from, w.row_bytes - line * LINE));
+      scales[n] = format.of_lanes(rows[n], line, all ? LANES : groups - line * WEIGHTS / w.group_size);
+    }
+    for (int m = 0; m < ROWS; m++) {
+      const Meeting& meeting = meetings[m * lines + line];
+      for (int n = 0; n < TOGETHER; n++) {
+        Integers total = Format::OFFSET ? meeting.start : Integers{};
+        total = dot<Format::nibbles>(total, weights[n].first, meeting.first);
+        if constexpr (Format::nibbles) total = dot<true>(total, weights[n].second, meeting.second);
+        sums[n][m] += to_floats(total) * (scales[n] * meeting.scale);
+      }
+    }
+  };
+  for (int64_t line = 0; line < whole; line++) step(line, true);
+  if (whole < lines) step(whole, false);
+  for (int n = 0; n < TOGETHER; n++) {
+    for (int m = 0; m < ROWS; m++) {
+      if constexpr (Format::affine)
+        for (int64_t g = 0; g < groups; g += LANES)
+          sums[n][m] += load_some(rows[n].biases + g, groups - g) * load_some(group_sums + m * groups + g, groups - g);
+      out[m * w.columns + n0 + n] = sum(sums[n][m]);
+    }
+  }
+}
+
+template <class Format, int ROWS>
+void few_rows(const Matrix& w, const float* x, float* out) {
+  constexpr int TOGETHER = ROWS == 1 ? 4 : 2;
+  thread_local Rounded kept_rounded;
+  thread_local std::vector<Meeting> kept_meetings;
+  Rounded& rounded = kept_rounded;
+  std::vector<Meeting>& meetings = kept_meetings;
+  round_rows<Format>(x, ROWS, w.depth, Format::affine, rounded);
+  lay_out<Format>(rounded, ROWS, (w.row_bytes + LINE - 1) / LINE, meetings);
+  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, ROWS, w) : std::vector<float>{};
+  const Format format(w);
+  over_threads(w.columns, ROWS * w.depth, [&](int64_t first, int64_t last) {
+    int64_t n = first;
+    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, w, meetings.data(), group_sums.data(), out, n);
+    for (; n < last; n++) together<Format, ROWS, 1>(format, w, meetings.data(), group_sums.data(), out, n);
+  });
+}
+
+// ---- more rows: lanes are columns
+
+constexpr int64_t CHUNK = 256;  // of the depth, unpacked at a time: 8 KB for a tile; two threads of a core share the first cache
+constexpr int WIDE = 2;         // vectors of columns in a tile
+constexpr int64_t TILE = WIDE * LANES;
+constexpr int ROWS_AT_ONCE = 6;  // of x: twelve sums of floats and twelve of whole numbers fit 32 registers
+
+// A chunk of a tile's columns: four weights of each column a vector, and the scales and biases of its groups.
+template <class Format>
+struct Panel {
+  Bytes weights[CHUNK / 4][WIDE];
+  Vector scales[CHUNK / Format::UNIT][WIDE];
+  Vector biases[CHUNK / BLOCK][WIDE];
+};
+
+template <class Format>
+void unpack_panel(const Matrix& w, int64_t column, int64_t k, int64_t count, Panel<Format>& panel) {
+  constexpr int64_t WEIGHTS = Format::nibbles ? 2 * LINE : LINE;
+  const int64_t first_byte = Format::nibbles ? k / 2 : k;
+  for (int c = 0; c < WIDE; c++) {
+    Packed rows[LANES];
+    for (int r = 0; r < LANES; r++) rows[r] = w.row(std::min(column + c * LANES + r, w.columns - 1));
+    for (int64_t line = 0; line * WEIGHTS < count; line++) {
+      Integers dwords[LANES];
+      const int64_t start = first_byte + line * LINE, left = w.row_bytes - start;
+      for (int r = 0; r < LANES; r++)
+        dwords[r] = Integers(left >= LINE ? load_bytes(rows[r].weight + start) : load_bytes(rows[r].weight + start, left));
+      transpose(dwords);
+      for (int j = 0; j < LANES; j++) {
+        const Whole whole = unpack<Format>(Bytes(dwords[j]));
+        if constexpr (Format::nibbles) {
+          panel.weights[2 * (line * LANES + j)][c] = whole.first;
+          panel.weights[2 * (line * LANES + j) + 1][c] = whole.second;
+        } else {
+          panel.weights[line * LANES + j][c] = whole.first;
+        }
+      }
+    }
+    const int64_t units = (count + BLOCK - 1) / BLOCK * BLOCK / Format::UNIT;
+    if constexpr (Format::affine) {
+      const int64_t group = k / w.group_size, units_of_group = w.group_size / Format::UNIT;
+      for (int64_t g = 0; g * units_of_group < units; g++) {
+        Vector scale, bias;
+        for (int r = 0; r < LANES; r++) scale[r] = rows[r].scales[group + g], bias[r] = rows[r].biases[group + g];
+        for (int64_t unit = 0; unit < units_of_group; unit++) panel.scales[g * units_of_group + unit][c] = scale;
+        panel.biases[g][c] = bias;
+      }
+    } else {
+      const int64_t first = k / Format::UNIT, there = w.depth / Format::UNIT - first;
+      for (int64_t unit = 0; unit < units; unit += 4) {
+        Integers codes{};
+        const int64_t some = std::min<int64_t>(4, there - unit);
+        for (int r = 0; r < LANES; r++) {
+          int32_t four = 0;
+          if (some == 4) std::memcpy(&four, rows[r].codes + first + unit, 4);
+          else if (some > 0) std::memcpy(&four, rows[r].codes + first + unit, some);
+          codes[r] = four;
+        }
+        for (int part = 0; part < 4 && unit + part < units; part++)
+          panel.scales[unit + part][c] = part < some ? Format::of_columns(codes, part) : Vector{};
+      }
+    }
+  }
+}
+
+// What a panel meets: rows of x from some column on.
+struct Rows {
+  const int8_t* codes;        // [rows, codes_stride]
+  const float* scales;        // [rows, stride of blocks], times FACTOR
+  const int32_t* starts;      // [rows, 2 * stride]: what takes the offset of the weights back, for each sixteen codes
+  const float* group_sums;    // [rows, groups], for biases
+  int64_t blocks, groups;     // strides
+};
+
+template <class Format, int ROWS>
+void rows_of_tile(const Panel<Format>& panel, const Rows& x, float* out, int64_t out_stride, int64_t columns, int64_t count, int64_t panel_groups,
+                  bool add) {
+  constexpr int64_t UNITS = BLOCK / Format::UNIT, STEPS = Format::UNIT / 4;
+  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
+  Vector sums[ROWS][WIDE] = {};
+  for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t half = 0; half < UNITS; half++) {
+      const int64_t unit = block * UNITS + half;
+      Integers totals[ROWS][WIDE];
+      for (int m = 0; m < ROWS; m++) {
+        int32_t start = 0;
+        if constexpr (Format::OFFSET != 0) start = x.starts[2 * (m * x.blocks + block) + half];
+        for (int c = 0; c < WIDE; c++) totals[m][c] = Integers{} + start;
+      }
+      for (int64_t step = 0; step < STEPS; step++) {
+        const Bytes* weights = panel.weights[unit * STEPS + step];
+        const int8_t* codes = x.codes + 4 * (unit * STEPS + step);
+        for (int m = 0; m < ROWS; m++) {
+          const Bytes four = four_of(codes + m * x.blocks * BLOCK);
+          for (int c = 0; c < WIDE; c++) totals[m][c] = dot<Format::nibbles>(totals[m][c], weights[c], four);
+        }
+      }
+      for (int m = 0; m < ROWS; m++) {
+        const Vector scale = splat(x.scales[m * x.blocks + block]);
+        for (int c = 0; c < WIDE; c++) sums[m][c] += to_floats(totals[m][c]) * (panel.scales[unit][c] * scale);
+      }
+    }
+  }
+  if constexpr (Format::affine)
+    for (int64_t g = 0; g < panel_groups; g++)
+      for (int m = 0; m < ROWS; m++)
+        for (int c = 0; c < WIDE; c++) sums[m][c] += panel.biases[g][c] * x.group_sums[m * x.groups + g];
+  for (int m = 0; m < ROWS; m++) {
+    for (int c = 0; c * LANES < columns; c++) {
+      float* to = out + m * out_stride + c * LANES;
+      store_some(add ? sums[m][c] + load_some(to, columns - c * LANES) : sums[m][c], to, columns - c * LANES);
+    }
+  }
+}
+
+template <class Format>
+void many_rows(const Matrix& w, const float* x, float* out, int64_t rows) {
+  thread_local Rounded kept_rounded;
+  Rounded& rounded = kept_rounded;
+  round_rows<Format>(x, rows, w.depth, Format::affine || Format::OFFSET != 0, rounded);
+  const int64_t groups = w.depth / w.group_size, blocks = rounded.blocks;
+  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, rows, w) : std::vector<float>{};
+  for (int64_t block = 0; block < rows * blocks; block++) rounded.scales[block] *= Format::FACTOR;
+  if constexpr (Format::OFFSET != 0) {
+    for (int64_t block = 0; block < rows * blocks; block++) {
+      int32_t* sums = &rounded.sums[2 * block];
+      if (Format::UNIT == BLOCK) sums[0] += sums[1];
+      sums[0] *= -Format::OFFSET, sums[1] *= -Format::OFFSET;
+    }
+  }
+  const int64_t parts = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  over_threads((w.columns + TILE - 1) / TILE, TILE * rows * w.depth, [&](int64_t first, int64_t last) {
+    Panel<Format> panel;
+    for (int64_t tile = first; tile < last; tile++) {
+      const int64_t column = tile * TILE, columns = std::min(TILE, w.columns - column);
+      for (int64_t k = 0; k < w.depth; k += CHUNK) {
+        const int64_t count = std::min(CHUNK, w.depth - k), panel_groups = count / w.group_size;
+        unpack_panel<Format>(w, column, k, count, panel);
+        for (int64_t part = 0; part < parts; part++) {
+          // Parts as equal as can be: a part of few rows loads as many weights as a whole one.
+          const int64_t m = rows * part / parts, own = rows * (part + 1) / parts - m;
+          const Rows here{rounded.codes.data() + m * blocks * BLOCK + k, rounded.scales.data() + m * blocks + k / BLOCK,
+                          rounded.sums.data() + 2 * (m * blocks + k / BLOCK), Format::affine ? &group_sums[m * groups + k / w.group_size] : nullptr,
+                          blocks, groups};
+          const auto run = [&](auto count_of_rows) {
+            rows_of_tile<Format, decltype(count_of_rows)::value>(panel, here, out + m * w.columns + column, w.columns, columns, count,
+                                                                 panel_groups, k > 0);
+          };
+          switch (own) {
+            case 1: run(std::integral_constant<int, 1>{}); break;
+            case 2: run(std::integral_constant<int, 2>{}); break;
+            case 3: run(std::integral_constant<int, 3>{}); break;
+            case 4: run(std::integral_constant<int, 4>{}); break;
+            case 5: run(std::integral_constant<int, 5>{}); break;
+            default: run(std::integral_constant<int, ROWS_AT_ONCE>{});
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class Format>
+void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+  switch (rows) {
+    case 1: return few_rows<Format, 1>(w, x, out);
+    case 2: return few_rows<Format, 2>(w, x, out);
+    case 3: return few_rows<Format, 3>(w, x, out);
+    default: return many_rows<Format>(w, x, out, rows);
+  }
+}
+
+}  // namespace
+
+void multiply_rounded(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows) {
+  switch (kind) {
+    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows);
+    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows);
+    case Kind::int4: return multiply<Int4>(w, x, out, rows);
+    case Kind::int8: return multiply<Int8>(w, x, out, rows);
+    default: throw std::invalid_argument("this format's weights are no whole numbers");
+  }
+}
+
+}  // namespace marlin
