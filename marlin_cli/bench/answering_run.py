@@ -34,6 +34,7 @@ class AnsweringRequest:
     quality: PairSettings | None
     device: str = "auto"
     kv_bits: int | None = None
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.throughput is None and self.quality is None:
@@ -47,7 +48,10 @@ def run(request: AnsweringRequest) -> AnsweringReport:
         MarlinError: a model or pairs that cannot be read, or settings that do not fit a model.
     """
     pairs = [] if request.quality is None else _pairs(request.quality)
-    models = [ByT5Model.from_pretrained(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
+    models = [
+        ByT5Model.from_pretrained(name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits)
+        for name in request.models
+    ]
     if request.throughput is not None:
         check_inputs_fit(models, request.throughput)
     labels = labels_of(request.models)

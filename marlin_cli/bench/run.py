@@ -46,6 +46,7 @@ class Request:
     quality: QualitySettings | None
     device: str = "auto"
     kv_bits: int | tuple[int, int] | None = None  # of keys and values, or of each
+    activation_bits: int = 16
     resume: bool = False  # go on with the quality run of these models, bytes and settings that was interrupted
     reference_cache_bytes: int = DEFAULT_LIMIT_BYTES  # for log-probabilities of the reference, kept between runs; 0 for none
 
@@ -75,7 +76,12 @@ def _run(request: Request, ranks: Ranks) -> Report:
         if request.throughput is not None:
             console.note(f"speed is not measured: {ranks.size} ranks would disturb each other")
             request = dataclasses.replace(request, throughput=None)
-    models = [MegaByteModel.from_pretrained(name, device=request.device, kv_bits=request.kv_bits) for name in request.models]
+    models = [
+        MegaByteModel.from_pretrained(
+            name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
+        )
+        for name in request.models
+    ]
     if request.throughput is not None:
         check_run_fits(models, request.throughput)
     scoring = None if request.quality is None else _prepared(request, request.quality, models)

@@ -32,6 +32,7 @@ def measured(
     reference: str | None,
     device: str,
     kv_bits: int | None,
+    activation_bits: int,
     *,
     foreign_options: Sequence[str],
 ) -> AnsweringReport:
@@ -46,7 +47,7 @@ def measured(
     if foreign_options:
         raise UsageError(f"{foreign_options[0]} has no meaning for ByT5")
     quality = None if pairs is None else PairSettings(pairs, max_bytes, reference)
-    return run(AnsweringRequest(models, throughput, quality, device, kv_bits))
+    return run(AnsweringRequest(models, throughput, quality, device, kv_bits, activation_bits))
 
 
 def tables_of(found: Report | AnsweringReport) -> list[Table]:

@@ -182,4 +182,6 @@ def kernel_product(module: Any, layer: Any, factor: float = 1.0) -> Any:
     kind = module.Kind[f"int{layer.bits}" if affine else layer.mode]
     if "global_scale" in layer:
         factor *= layer["global_scale"].item()
-    return module.Product(layer["weight"], scales, biases, kind, layer.group_size, layer.get("bias"), factor)
+    return module.Product(
+        layer["weight"], scales, biases, kind, layer.group_size, layer.get("bias"), factor, layer.activation_bits
+    )

@@ -26,16 +26,17 @@ def packed_linear(
     group_size: int,
     bits: int,
     mode: str,
+    activation_bits: int = 16,
 ) -> mx.array:
     """See `reference.packed_linear`."""
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    if gpu() == "cuda" and cuda.takes_packed_linear(x, weight, scales, biases, **settings):
+    if gpu() == "cuda" and activation_bits == 16 and cuda.takes_packed_linear(x, weight, scales, biases, **settings):
         return cuda.packed_linear(x, weight, scales, biases, **settings)
     twin = _cpu_twin(x, *([] if biases is None else [scales, biases]))
     if twin is None:
-        return reference.packed_linear(x, weight, scales, biases, **settings)
+        return reference.packed_linear(x, weight, scales, biases, **settings, activation_bits=activation_bits)
     kind = twin.Kind[f"int{bits}" if mode == "affine" else mode]
-    return twin.marlin_gemm(x, weight, scales, biases, kind, group_size)
+    return twin.marlin_gemm(x, weight, scales, biases, kind, group_size, activation_bits)
 
 
 def attention(

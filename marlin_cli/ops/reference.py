@@ -178,10 +178,32 @@ def packed_linear(
     group_size: int,
     bits: int,
     mode: str,
+    activation_bits: int = 16,
 ) -> mx.array:
-    """x [.., columns] @ W.T for W [rows, columns] packed as `mx.quantize` packs it: [.., rows]."""
+    """x [.., columns] @ W.T for W [rows, columns] packed as `mx.quantize` packs it: [.., rows].
+
+    Args:
+        activation_bits: 8 rounds x first, see `rounded_activations`, but for mxfp8: its weights are no whole numbers.
+    """
     if x.size == 0:  # MLX 0.32.4 divides by the number of rows and dies
         return mx.zeros((*x.shape[:-1], weight.shape[0]), dtype=x.dtype)
+    if activation_bits == 8 and mode != "mxfp8":
+        x = rounded_activations(x)
     return mx.quantized_matmul(
         x, weight, scales=scales, biases=biases, transpose=True, group_size=group_size, bits=bits, mode=mode
     )
+
+
+ACTIVATION_BLOCK = 32
+SMALLEST_ROUNDED = 2.0**-120  # a block of smaller activations becomes zeros: the inverse of its scale would overflow
+
+
+def rounded_activations(x: mx.array) -> mx.array:
+    """x [.., columns] with each 32 values of a row rounded to multiples of a 127th of the largest, as with int8 codes."""
+    columns = x.shape[-1]
+    filled = mx.pad(x.astype(mx.float32), [(0, 0)] * (x.ndim - 1) + [(0, -columns % ACTIVATION_BLOCK)])
+    blocks = filled.reshape(*x.shape[:-1], -1, ACTIVATION_BLOCK)
+    largest = mx.abs(blocks).max(axis=-1, keepdims=True)
+    inverse = mx.where(largest >= SMALLEST_ROUNDED, 127 / mx.maximum(largest, SMALLEST_ROUNDED), 0)
+    rounded = mx.round(blocks * inverse) * (largest / 127)
+    return rounded.reshape(*x.shape[:-1], -1)[..., :columns].astype(x.dtype)
