@@ -49,10 +49,13 @@ def test_dense(twin, rows, columns, depth):
     assert close((linear if twin == "dispatch" else reference.linear)(x, weight), x, weight)
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "depth"),
-    [(17, 65, 129), (23, 16, 128), (30, 63, 300), (100, 130, 257), (257, 100, 130), (300, 33, 700), (1, 65, 20), (513, 3, 5), (400, 20, 300)],
-)
+TILED = [
+    (17, 65, 129), (23, 16, 128), (30, 63, 300), (100, 130, 257), (257, 100, 130), (300, 33, 700), (1, 65, 20), (513, 3, 5),
+    (400, 20, 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns", "depth"), TILED)
 def test_dense_in_tiles(rows, columns, depth):
     """Parts of a tile, of a panel, of the depth and of the rows that are taken together; more rows than columns and fewer."""
     x, weight = random(rows, depth), random(columns, depth, seed=1)
@@ -187,6 +190,20 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     (tmp_path / "file").write_text("")
     result = run({"MARLIN_CACHE": str(tmp_path / "file")}, PRODUCT)
     assert "cannot write to the cache" in result.stdout
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP is Linux's")
+def test_threads_wait_awake_unless_the_user_says_otherwise():
+    """And the environment is left as it was."""
+    code = PRODUCT + "\nimport os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
+    unset = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for own, policy in (({}, "ACTIVE"), ({"OMP_WAIT_POLICY": "passive"}, "PASSIVE")):
+        environment = {**unset, "OMP_DISPLAY_ENV": "verbose", **own}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+        assert f"OMP_WAIT_POLICY = '{policy}'" in result.stderr
+        assert ("GOMP_SPINCOUNT = '20000'" in result.stderr) == (not own)
+        assert result.stdout.splitlines()[-1] == f"{own.get('OMP_WAIT_POLICY')} None"
 
 
 def test_a_failed_build_is_remembered(tmp_path):
