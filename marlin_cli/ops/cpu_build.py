@@ -25,9 +25,9 @@ from marlin_cli.files import one_line, shipped, user_cache, writing
 MODULE = "marlin_cpu"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
-# How GNU's OpenMP waits, which it reads when it is loaded. A step is many products with little between them, and two of its pools
-# (MLX's thread has one of its own) are more threads than processors: it would then sleep after each product, and waking costs more
-# than a small product. A thread waits awake for a fraction of a millisecond; the user's own settings win.
+# How GNU's OpenMP waits, which it reads when it is loaded. A step is many products with little between them, and its two pools
+# (MLX's thread has one of its own) are more threads than processors: it would then sleep after each product, and waking costs
+# more than a small product. A thread waits awake for a fraction of a millisecond; the user's own settings win.
 WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000"}
 OPENMP = "-fopenmp"  # where the compiler has it; without it the kernels run on one thread
 
