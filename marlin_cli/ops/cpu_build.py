@@ -25,6 +25,10 @@ from marlin_cli.files import one_line, shipped, user_cache, writing
 MODULE = "marlin_cpu"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
+# How GNU's OpenMP waits, which it reads when it is loaded. A step is many products with little between them, and its two pools
+# (MLX's thread has one of its own) are more threads than processors: it would then sleep after each product, and waking costs
+# more than a small product. A thread waits awake for a fraction of a millisecond; the user's own settings win.
+WAITING = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "20000"}
 OPENMP = "-fopenmp"  # where the compiler has it; without it the kernels run on one thread
 
 
@@ -82,8 +86,9 @@ def load_kernels() -> ModuleType:
     specification = importlib.util.spec_from_file_location(MODULE, module)
     assert specification is not None and specification.loader is not None
     try:
-        kernels = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(kernels)
+        with _environment(WAITING):
+            kernels = importlib.util.module_from_spec(specification)
+            specification.loader.exec_module(kernels)
     except ImportError as error:
         raise BuildError(f"{module} does not load: {one_line(error)}") from None
     return kernels
@@ -165,6 +170,18 @@ def _run(command: list[str]) -> str | None:
     """What a failing command says, or None."""
     result = subprocess.run(command, capture_output=True, text=True)
     return None if result.returncode == 0 else result.stderr or f"{command[0]} ends with {result.returncode}"
+
+
+@contextlib.contextmanager
+def _environment(defaults: dict[str, str]) -> Iterator[None]:
+    """These variables for a while, unless one of them is set; then none."""
+    own = {} if defaults.keys() & os.environ.keys() else defaults
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
 
 
 @contextlib.contextmanager
