@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -155,6 +156,16 @@ def test_other_types_run_on_the_reference(dtype):
     assert linear(x, weight).dtype == dtype
 
 
+def test_its_gradients_are_the_reference_s():
+    x, weight = random(3, 64), random(5, 64, seed=1)
+
+    def gradients(function):
+        return mx.grad(lambda x, weight: (function(x, weight) ** 2).sum(), argnums=(0, 1))(x, weight)
+
+    for found, expected in zip(gradients(linear), gradients(reference.linear), strict=True):
+        assert mx.abs(found - expected).max().item() < 1e-3 < mx.abs(expected).max().item()
+
+
 def run(environment, code):
     own = {name: value for name, value in os.environ.items() if name != "CXX"} | environment
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=own)
@@ -164,6 +175,7 @@ def run(environment, code):
 
 PRODUCT = (
     "import mlx.core as mx; from marlin_cli.ops.dispatch import linear; from marlin_cli.ops.cpu import kernels\n"
+    "mx.set_default_device(mx.cpu)\n"
     "for _ in range(2): assert linear(mx.ones((2, 32)), mx.ones((3, 32)))[0, 0].item() == 32\n"
     "print(kernels()[0] is not None, kernels()[1])"
 )
@@ -222,6 +234,7 @@ def test_a_failed_build_is_remembered(tmp_path):
 def test_settings_that_make_no_sense_are_refused(variable):
     code = (
         "import mlx.core as mx; from marlin_cli.ops.dispatch import linear; from marlin_cli.errors import UsageError\n"
+        "mx.set_default_device(mx.cpu)\n"
         "try: linear(mx.ones((2, 32)), mx.ones((3, 32)))\nexcept UsageError as error: print(error)"
     )
     assert f"{variable} must be" in run({variable: "-1"}, code).stdout
@@ -231,9 +244,10 @@ def test_settings_that_make_no_sense_are_refused(variable):
 @pytest.mark.slow
 @pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
 def test_the_paths_for_other_processors(march, tmp_path):
-    """AVX2, and plain C++: built apart, through this file's own table."""
+    """AVX2, and plain C++: built apart, through the tables of this file and of its neighbour."""
     environment = {**os.environ, "MARLIN_MARCH": march, "MARLIN_CACHE": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__, "-k"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    command += [str(Path(__file__).with_name("test_rounded_activations.py")), "-k"]
     result = subprocess.run(
         [*command, "packed or dense or code or depth"], env=environment, capture_output=True, text=True, timeout=600
     )
