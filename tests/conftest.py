@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 from marlin_cli import MegaByteModel
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
 import page_reader  # noqa: E402 (found by the line above)
 

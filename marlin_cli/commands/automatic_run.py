@@ -46,7 +46,7 @@ def automatic_settings(
         QuantizationError: a target below what the smallest formats need.
     """
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
-    tried = "mse" if method == "awq" else method  # awq's rescaling is not of one layer alone
+    tried = {"awq": "mse", "awq+gptq": "gptq"}.get(method, method)  # awq's rescaling is not of one layer alone
     check_method(tried, statistics)
     checkpoint = read_checkpoint(locate_model(model), options)
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)

@@ -17,7 +17,7 @@ from marlin_cli.models import Network, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
 from marlin_cli.quantization.formats import format_of
-from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS
+from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS, RESCALING
 from marlin_cli.quantization.methods.gptq import output_error
 from marlin_cli.quantization.plan import (
     LayerPlan,
@@ -143,7 +143,7 @@ def prepared(
     """
     check_method(method, statistics)
     plans = plan_network(network, settings)
-    if method != "awq":
+    if method not in RESCALING:
         return network, plans, {}
     assert statistics is not None
     network, factors = rescaled(network, plans, statistics, domain_weights)

@@ -58,10 +58,11 @@ def rescaled(
                 return squared_error(weight, candidate, seen)
             return output_error(np.array(weight), candidate, hessian / np.outer(scale, scale))
 
-        chosen = awq_factors([parameters[f"{path}.weight"] for path in found.consumers], mean_square, error_of)
+        weights = [parameters[f"{path}.weight"] for path in found.consumers]
+        chosen = awq_factors(weights, mean_square, error_of, found.repeats)
         if (chosen != 1).any():
             fold(parameters, found, chosen)
-            factors.update(dict.fromkeys(found.consumers, chosen))
+            factors.update(dict.fromkeys(found.consumers, np.tile(chosen, found.repeats)))
     copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
     copy.load_weights(list(parameters.items()))
     copy.eval()

@@ -1,16 +1,18 @@
-"""awq: folding changes nothing the network computes, and recovers what outlying channels cost."""
+"""awq: folding changes nothing the network computes, and recovers what channels 100 times larger than others cost."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from outlier_model import with_outliers
 
 from marlin_cli.errors import UsageError
 from marlin_cli.models import linear_layers
 from marlin_cli.quantization.apply import plan_network, quantize_network
-from marlin_cli.quantization.methods.awq import fold, legal_folds
+from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import rescaled
 from marlin_cli.statistics.collect import hessian_channels, measure, shared_inputs
@@ -19,18 +21,6 @@ from marlin_cli.statistics.hessians import HessianAccumulator
 
 BYTES = np.random.default_rng(3).integers(0, 256, 96, dtype=np.uint8)
 SETTINGS = QuantizationSettings("int4", "int4", overrides={})
-
-
-def with_outliers(network):
-    """The same function with each foldable channel scaled by up to 100."""
-    parameters = dict(tree_flatten(network.parameters()))
-    rng = np.random.default_rng(1)
-    for found in legal_folds(parameters, gated=network.config.ffn == "swiglu"):
-        columns = parameters[f"{found.consumers[0]}.weight"].shape[1]
-        fold(parameters, found, (100 ** -(rng.random(columns) ** 6)).astype(np.float32))
-    other = type(network)(network.config)
-    other.load_weights(list(parameters.items()))
-    return other
 
 
 def statistics_of(network, folder: Path) -> Statistics:
@@ -43,9 +33,32 @@ def logits(network) -> np.ndarray:
     return np.array(network(mx.array(BYTES.astype(np.int32))[None]))
 
 
-def test_folding_is_exact(each_network, tmp_path):
+def test_folding_is_exact(each_network):
     scaled = with_outliers(each_network)
-    np.testing.assert_allclose(logits(scaled), logits(each_network), rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(logits(scaled), logits(each_network), rtol=1e-4, atol=1e-4)
+
+
+def test_every_pair_of_the_layout_is_scaled(each_network):
+    before, after = (linear_layers(network) for network in (each_network, with_outliers(each_network)))
+    kept = {path for path in before if mx.array_equal(before[path]["weight"], after[path]["weight"]).item()}
+    config = each_network.config
+    expected = {"output"}  # never packed
+    if config.layout == "paper":
+        expected.add("global_to_local")  # reads slices of the stream
+    if config.global_kv_heads:  # a head of values is read in several places
+        expected |= {path for path in before if path.endswith("attention.o_proj")}
+    if config.ffn != "swiglu":
+        expected |= {path for path in before if path.endswith("down_proj")}
+    # Rows of `v_proj` and `up_proj` change where they produce, but those of nothing else.
+    assert kept == expected
+
+
+def test_the_model_has_channels_that_differ_by_up_to_100(network_of_64):
+    scaled = with_outliers(network_of_64)
+    for found in legal_folds(dict(tree_flatten(scaled.parameters())), gated=True):
+        path = f"{found.consumers[0]}.weight"
+        ratio = np.array(dict(tree_flatten(network_of_64.parameters()))[path] / dict(tree_flatten(scaled.parameters()))[path])
+        assert 0.99 < np.median(ratio) < 2 and 10 < ratio.max() < 101
 
 
 def test_what_is_chosen_computes_the_same(network_of_64, tmp_path):
@@ -56,22 +69,27 @@ def test_what_is_chosen_computes_the_same(network_of_64, tmp_path):
     np.testing.assert_allclose(logits(copy), logits(scaled), rtol=1e-4, atol=1e-5)
 
 
-def test_outliers_cost_less(network_of_64, tmp_path):
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
+def test_outliers_cost_less(name, network_of_64, tmp_path):
     scaled = with_outliers(network_of_64)
     statistics = statistics_of(scaled, tmp_path)
     exact = logits(scaled)
-    lost = {
-        method: np.square(
-            logits(quantize_network(scaled, SETTINGS, None if method == "rtn" else statistics, method=method).network) - exact
-        ).mean()
-        for method in ("rtn", "awq")
-    }
-    assert lost["awq"] < 0.6 * lost["rtn"]
+    settings = QuantizationSettings(name, name)
+
+    def lost(method: str) -> float:
+        packed = quantize_network(scaled, settings, None if method == "rtn" else statistics, method=method).network
+        return float(np.square(logits(packed) - exact).mean())
+
+    found = {method: lost(method) for method in ("rtn", "awq", "gptq", "awq+gptq")}
+    assert found["awq"] < 0.1 * found["rtn"]
+    assert found["gptq"] < 0.5 * found["rtn"]
+    assert found["awq+gptq"] < 0.5 * found["awq"]
 
 
-def test_without_statistics(network_of_64):
-    with pytest.raises(UsageError, match="'awq' needs statistics"):
-        quantize_network(network_of_64, SETTINGS, method="awq")
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_without_statistics(method, network_of_64):
+    with pytest.raises(UsageError, match=f"'{re.escape(method)}' needs statistics"):
+        quantize_network(network_of_64, SETTINGS, method=method)
 
 
 @pytest.fixture

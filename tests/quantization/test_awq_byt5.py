@@ -2,12 +2,13 @@
 
 import mlx.core as mx
 import numpy as np
+import outlier_model
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.quantization.apply import plan_network, quantize_network
-from marlin_cli.quantization.methods.awq import fold, legal_folds
+from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import is_gated, rescaled
 from marlin_cli.statistics.collect import hessian_channels, shared_inputs
@@ -29,14 +30,7 @@ def with_outliers(**changes):
         tree_map(lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5), network.parameters())
     )
     network.eval()
-    parameters = dict(tree_flatten(network.parameters()))
-    rng = np.random.default_rng(1)
-    for found in legal_folds(parameters, gated=is_gated(network)):
-        columns = parameters[f"{found.consumers[0]}.weight"].shape[1]
-        fold(parameters, found, (100 ** -(rng.random(columns) ** 6)).astype(np.float32))
-    scaled = ByT5(network.config)
-    scaled.load_weights(list(parameters.items()))
-    return network, scaled
+    return network, outlier_model.with_outliers(network)
 
 
 def statistics_of(network, folder):

@@ -15,15 +15,23 @@ from marlin_cli.quantization.methods.rtn import rtn
 # (weight [rows, columns], format, group size, mean square of each input channel, mean of x^T x) -> packed weight
 Method = Callable[[mx.array, Format, int, mx.array | None, npt.NDArray[np.float64] | None], Packed]
 
-# awq rescales channels first (`quantization.scaled`), over all layers that share an input, and then is mse.
-# gptq+hadamard rotates the network first (`methods.hadamard`), and then is gptq.
-METHODS: dict[str, Method] = {"rtn": rtn, "mse": mse, "awq": mse, "gptq": gptq, "gptq+hadamard": gptq}
+# awq and awq+gptq rescale channels first (`quantization.scaled`), over all layers that share an input, and then are mse
+# and gptq. gptq+hadamard rotates the network first (`methods.hadamard`), and then is gptq.
+METHODS: dict[str, Method] = {
+    "rtn": rtn,
+    "mse": mse,
+    "awq": mse,
+    "gptq": gptq,
+    "awq+gptq": gptq,
+    "gptq+hadamard": gptq,
+}
+RESCALING = ("awq", "awq+gptq")
 
 # Methods that cannot run without x^T x.
-NEED_HESSIANS = ("gptq",)
-NEED_STATISTICS = ("awq", "gptq")
+NEED_HESSIANS = ("gptq", "awq+gptq")
+NEED_STATISTICS = ("awq", "gptq", "awq+gptq")
 
 # Methods that change what layers see, so that no statistics of the network are of use.
 NEED_SEQUENTIAL = ("gptq+hadamard",)
 
-__all__ = ["METHODS", "NEED_HESSIANS", "NEED_SEQUENTIAL", "NEED_STATISTICS", "Method"]
+__all__ = ["METHODS", "NEED_HESSIANS", "NEED_SEQUENTIAL", "NEED_STATISTICS", "RESCALING", "Method"]

@@ -1,9 +1,12 @@
 """Activation-aware scaling (AWQ, arXiv 2306.00978): channels are scaled up in a layer and down in what feeds it.
 
 The product stays the same in exact arithmetic, and nothing is added to the network: the inverse factors go into the
-gain of the norm before a layer, into the rows of `up_proj` before `down_proj`, or into those of `v_proj` before `o_proj`
-where every head has values of its own. The norm that ends ByT5's encoder is left alone: what follows it is the model's
-answer to `encode`.
+gain of the norm before a layer, into the rows of `up_proj` before `down_proj`, into those of `v_proj` before `o_proj`
+where every head has values of its own, or into the embeddings that a patch projection reads. The norm that ends ByT5's
+encoder is left alone: what follows it is the model's answer to `encode`.
+
+A factor is a power of the channel's mean input over a power of its mean weight, both searched: where a channel's inputs
+are large only because its weights are small, as an outlier of trained networks often is, the two together tell how much.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-# Exponents of the mean input that are tried; 0 leaves the channels as they are.
-EXPONENTS = tuple(index / 10 for index in range(11))
+# Exponents that are tried, of the mean input and of the mean weight; the first pair leaves the channels as they are.
+TENTHS = tuple(index / 10 for index in range(11))
+EXPONENTS = tuple((input, 0.0) for input in TENTHS) + tuple((input, 1 - input) for input in TENTHS[:-1])
 
 
 @dataclass(frozen=True)
@@ -23,17 +27,22 @@ class Fold:
 
     Attributes:
         consumers: paths of the linear layers whose columns are multiplied.
-        producer: path of the parameter divided by the same factors: a gain [channels], or a weight [channels, ..].
+        producer: path of the parameter divided by the same factors: a gain [channels], a weight [channels, ..], or an
+            embedding [ids, channels].
         producer_bias: path of the producer's bias, divided too.
+        repeats: how many times the producer's channels stand side by side in the consumers' columns.
     """
 
     consumers: tuple[str, ...]
     producer: str
     producer_bias: str | None = None
+    repeats: int = 1
 
 
 def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold]:
     """The folds of a network of blocks with `attention_norm`, `attention`, `ffn_norm` and `ffn`; some with `cross` too.
+
+    In a MegaByte also what leads into a stage's rows, and from its last norm to the next stage.
 
     Args:
         parameters: by path.
@@ -60,6 +69,25 @@ def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold
         if gated:
             bias = f"{block}.ffn.up_proj.bias"
             folds.append(Fold((f"{block}.ffn.down_proj",), f"{block}.ffn.up_proj.weight", bias if bias in parameters else None))
+    return [*folds, *_between_stages(parameters)]
+
+
+def _between_stages(parameters: Mapping[str, mx.array]) -> list[Fold]:
+    """Embeddings or their norm before each patch projection, and the norm of each stage before the next one."""
+    folds = []
+    for path in parameters:
+        stage, found, _ = path.rpartition("patch_projection.weight")
+        if found and f"{stage}patch_norm.weight" in parameters:
+            folds.append(Fold((f"{stage}patch_projection",), f"{stage}patch_norm.weight", f"{stage}patch_norm.bias"))
+        elif found:
+            embedding = f"{stage}byte_embedding.weight"
+            repeats = parameters[path].shape[1] // parameters[embedding].shape[1]
+            folds.append(Fold((f"{stage}patch_projection",), embedding, repeats=repeats))
+        stage, found, _ = path.rpartition("to_next.weight")
+        if found:
+            folds.append(Fold((f"{stage}to_next",), f"{stage}norm.weight"))
+    if "global_to_local.weight" in parameters and "global.norm.weight" in parameters:
+        folds.append(Fold(("global_to_local",), "global.norm.weight"))
     return folds
 
 
@@ -67,36 +95,48 @@ def awq_factors(
     weights: Sequence[mx.array],
     mean_square: npt.NDArray[np.float32],
     output_error: Callable[[int, mx.array, npt.NDArray[np.float32]], float],
+    repeats: int = 1,
 ) -> npt.NDArray[np.float32]:
     """The factor of each input channel [channels] under which packing the layers leaves the least error.
 
     Args:
-        weights: [rows, channels] of each layer that sees the input.
-        mean_square: of each input channel.
-        output_error: (index of the layer, its scaled weight, the factors) -> squared error of the output.
+        weights: [rows, channels * repeats] of each layer that sees the input.
+        mean_square: of each of their columns.
+        output_error: (index of the layer, its scaled weight, the factors of its columns) -> squared error of the output.
+        repeats: see `Fold`.
     """
-    size = np.sqrt(np.maximum(mean_square, 1e-12))
-    best, least = np.ones_like(size), np.inf
-    for exponent in EXPONENTS:
-        factors = size**exponent
+    inputs = _size(mean_square, repeats)
+    weight_square = np.stack([np.array(mx.square(weight.astype(mx.float32)).mean(axis=0)) for weight in weights]).mean(axis=0)
+    columns = _size(weight_square, repeats)
+    best, least = np.ones_like(inputs), np.inf
+    for of_inputs, of_weights in EXPONENTS:
+        factors = inputs**of_inputs / columns**of_weights
         # Powers of two, so that folding is exact in every type.
         factors = np.exp2(np.rint(np.log2(factors / np.sqrt(factors.max() * factors.min())))).astype(np.float32)
+        tried = np.tile(factors, repeats)
         error = sum(
-            output_error(index, weight.astype(mx.float32) * mx.array(factors), factors) for index, weight in enumerate(weights)
+            output_error(index, weight.astype(mx.float32) * mx.array(tried), tried) for index, weight in enumerate(weights)
         )
         if error < least:
             best, least = factors, error
     return best
 
 
+def _size(mean_square: npt.NDArray[np.float32], repeats: int) -> npt.NDArray[np.float32]:
+    """Root mean square of each channel [channels], never 0, from those of columns [channels * repeats]."""
+    by_channel = mean_square.reshape(repeats, -1).mean(axis=0)
+    return np.sqrt(np.maximum(by_channel, max(1e-8 * float(by_channel.mean()), 1e-30)))
+
+
 def fold(parameters: dict[str, mx.array], found: Fold, factors: npt.NDArray[np.float32]) -> None:
-    """Multiply the consumers' columns and divide the producer, in place of the mapping's values."""
-    factor = mx.array(factors)
+    """Multiply the consumers' columns by `factors` [channels] and divide the producer, in place of the mapping's values."""
+    factor, columns = mx.array(factors), mx.array(np.tile(factors, found.repeats))
     for path in found.consumers:
         weight = parameters[f"{path}.weight"]
-        parameters[f"{path}.weight"] = (weight.astype(mx.float32) * factor).astype(weight.dtype)
+        parameters[f"{path}.weight"] = (weight.astype(mx.float32) * columns).astype(weight.dtype)
     for name in (found.producer, found.producer_bias):
         if name is not None:
             array = parameters[name]
-            inverse = 1 / (factor[:, None] if array.ndim == 2 else factor)
+            by_row = array.ndim == 2 and not name.endswith("embedding.weight")
+            inverse = 1 / (factor[:, None] if by_row else factor)
             parameters[name] = (array.astype(mx.float32) * inverse).astype(array.dtype)
