@@ -14,8 +14,8 @@ from marlin_cli.engine.scoring import log2_probabilities
 from marlin_cli.models import Network, linear_layers
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import QuantizedLinear
-from marlin_cli.quantization.apply import LayerReport, packed_of
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import LayerReport, packed_of
 from marlin_cli.statistics import Statistics
 
 # A packed weight further from the original than this many times its reported error was made from a rescaled one.

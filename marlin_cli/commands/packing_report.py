@@ -13,7 +13,7 @@ from marlin_cli.models import Network, build
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops.device import choose_device
 from marlin_cli.page import render, write_page
-from marlin_cli.quantization.apply import LayerReport
+from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.statistics import Statistics
 from marlin_cli.statistics.show import summarise
 

@@ -19,8 +19,8 @@ from marlin_cli.models import build, linear_layers, set_modules
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
-from marlin_cli.quantization.apply import packed_of
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import packed_of
 
 DATA = bytes(range(64))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float64)
