@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -19,6 +20,7 @@ from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.corpus import open_corpus
 from marlin_cli.errors import ConfigError, UsageError
+from marlin_cli.files import scratch_folder
 from marlin_cli.models import Network, build, config_as_mapping
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import (
@@ -31,12 +33,12 @@ from marlin_cli.quantization.apply import (
 )
 from marlin_cli.quantization.distill import DistillSettings, distill
 from marlin_cli.quantization.layers import LayerReport, planned
-from marlin_cli.quantization.methods import METHODS
+from marlin_cli.quantization.methods import METHODS, RESCALING
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
 from marlin_cli.quantization.stream import quantize_checkpoint
 from marlin_cli.quantization.windows import WINDOWS_PER_BATCH, Batch, batches_by_domain, batches_of, window_bytes_of
-from marlin_cli.statistics import load_statistics
+from marlin_cli.statistics import Statistics, load_statistics
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def pack(
     """
     if domain_weights is not None and statistics_file is None and not steps.sequential_bytes:
         raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
-    if steps.sequential_bytes and (statistics_file is not None or method == "awq"):
-        found = "--stats" if statistics_file is not None else "--method awq"
+    if steps.sequential_bytes and (statistics_file is not None or method in RESCALING):
+        found = "--stats" if statistics_file is not None else f"--method {method}"
         raise UsageError(f"--sequential measures each layer's input itself; leave out {found}")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
     if not steps.sequential_bytes:
@@ -85,53 +87,15 @@ def pack(
     if target is None:
         network = _network(model, options, check_values=False)
         reports, kept = [planned(plan) for plan in plan_network(network, settings)], kept_bytes(network)
-    elif steps.distill_steps or steps.sequential_bytes:
-        network = _network(model, options)
-        weights = sum(plan.rows * plan.columns for plan in plan_network(network, settings) if plan.format)
-        with console.byte_progress("packing", weights * 2) as progress:
-
-            def on_layer(report: LayerReport) -> None:
-                progress.advance(report.bytes_before)
-
-            if steps.sequential_bytes:
-                megabyte = _megabyte(network, "--sequential", model)
-                result = quantize_sequentially(
-                    megabyte,
-                    settings,
-                    _batches(megabyte, steps),
-                    method=method,
-                    domain_weights=domain_weights,
-                    on_layer=on_layer,
-                )
-            else:
-                result = quantize_network(
-                    network, settings, statistics, method=method, domain_weights=domain_weights, on_layer=on_layer
-                )
-        reports, kept = result.layers, kept_bytes(network)
-        if steps.distill_steps:
-            result = _distilled(model, options, result, steps)
-        parameters = dict(tree_flatten(result.network.parameters()))
-        write_model(
-            target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
-            overwrite=overwrite,
-        )  # fmt: skip
     else:
-        checkpoint = read_checkpoint(locate_model(model), options, check_values=False)
-        with console.byte_progress("packing", sum(array.nbytes for array in checkpoint.weights.values())) as progress:
-            written = quantize_checkpoint(
-                checkpoint,
-                target,
-                settings,
-                statistics,
-                where=model,
-                method=method,
-                domain_weights=domain_weights,
-                overwrite=overwrite,
-                on_bytes=progress.advance,
-            )
-        reports, kept = written.layers, written.kept_bytes
-    if export is not None and target is not None:
-        export_compressed_tensors(target)
+        packing = _Packing(model, options, settings, statistics, method, domain_weights, steps)
+        if export is None:
+            reports, kept = packing.write(target, overwrite=overwrite)
+        else:
+            # Under the target's name stands the other form or nothing, whenever the run is cut short.
+            with scratch_folder(target) as scratch:
+                reports, kept = packing.write(scratch / target.name, overwrite=False)
+                export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
     if json_output:
         print(json.dumps(document_of(model, target, settings, method, reports, kept)))
     else:
@@ -140,6 +104,61 @@ def pack(
         from marlin_cli.commands.packing_report import write_report
 
         write_report(page, model, options, target, method, reports, kept, statistics)
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """A model, and how it is to be packed."""
+
+    model: str
+    options: ImportOptions
+    settings: QuantizationSettings
+    statistics: Statistics | None
+    method: str
+    domain_weights: dict[str, float] | None
+    steps: ByteSteps
+
+    def write(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
+        """Pack into the folder `target`; a report by layer, and the bytes of what is no linear layer."""
+        if self.steps.distill_steps or self.steps.sequential_bytes:
+            return self._write_whole(target, overwrite=overwrite)
+        checkpoint = read_checkpoint(locate_model(self.model), self.options, check_values=False)
+        with console.byte_progress("packing", sum(array.nbytes for array in checkpoint.weights.values())) as progress:
+            written = quantize_checkpoint(
+                checkpoint,
+                target,
+                self.settings,
+                self.statistics,
+                where=self.model,
+                method=self.method,
+                domain_weights=self.domain_weights,
+                overwrite=overwrite,
+                on_bytes=progress.advance,
+            )
+        return written.layers, written.kept_bytes
+
+    def _write_whole(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
+        """As `write`, by the methods that run bytes through the model, which is in memory."""
+        network = _network(self.model, self.options)
+        weights = sum(plan.rows * plan.columns for plan in plan_network(network, self.settings) if plan.format)
+        with console.byte_progress("packing", weights * 2) as progress:
+            result = self._quantized(network, lambda report: progress.advance(report.bytes_before))
+        reports = result.layers
+        if self.steps.distill_steps:
+            result = _distilled(self.model, self.options, result, self.steps)
+        parameters = dict(tree_flatten(result.network.parameters()))
+        write_model(
+            target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
+            overwrite=overwrite,
+        )  # fmt: skip
+        return reports, kept_bytes(network)
+
+    def _quantized(self, network: Network, on_layer: Callable[[LayerReport], None]) -> Quantized:
+        how: dict[str, Any] = {"method": self.method, "domain_weights": self.domain_weights, "on_layer": on_layer}
+        if not self.steps.sequential_bytes:
+            return quantize_network(network, self.settings, self.statistics, **how)
+        megabyte = _megabyte(network, "--sequential", self.model)
+        return quantize_sequentially(megabyte, self.settings, _batches(megabyte, self.steps), **how)
 
 
 def _batches(network: MegaByte, steps: ByteSteps) -> list[Batch]:
