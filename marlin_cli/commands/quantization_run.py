@@ -103,7 +103,7 @@ def pack(
     if page is not None and target is not None:
         from marlin_cli.commands.packing_report import write_report
 
-        write_report(page, model, options, target, method, reports, kept, statistics)
+        write_report(page, model, options, target, method, reports, kept, statistics, domain_weights)
 
 
 @dataclass(frozen=True)
