@@ -1,5 +1,7 @@
 """The program `marlin`: four subcommands, and one place that turns errors into a line and an exit code."""
 
+import contextlib
+import errno
 import functools
 import os
 import signal
@@ -23,6 +25,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # brackets in help texts are meant: [name=]path
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# What a write says that found no room. Streams alone raise it here: files are written where it is made an `OutputError`.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _ReaderGone(Exception):
@@ -64,15 +70,21 @@ def main() -> NoReturn:
     """Run the program: 0 done, 1 an error with a one-line reason, 2 wrong usage, 130 interrupted."""
     from typer.main import get_command
 
+    _open_closed_streams()
     code = 0
     try:
         result = get_command(app)(standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        sys.stdout.flush()  # of --help and --version
     except MarlinError as error:
         code = _fail(str(error), error.exit_code)
-    except _ReaderGone:
-        # Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (_ReaderGone, BrokenPipeError):
+        _forget_output()
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _forget_output()
+        code = _fail(f"cannot write the output: {error.strerror}", 1)
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
     except Exception as error:
@@ -83,8 +95,24 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
+def _open_closed_streams() -> None:
+    """Give streams that the caller closed (`>&-`) to the null device, else the first files opened would be in their place."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 (for the whole run, as the next two)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _forget_output() -> None:
+    """Drop what stdout still holds: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> int:
     from marlin_cli.console import failure
 
-    failure(" ".join(message.split()))
+    with contextlib.suppress(OSError):  # nowhere to say it
+        failure(" ".join(message.split()))
     return code

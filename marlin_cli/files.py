@@ -21,7 +21,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, 
 
 PACKAGE = Path(__file__).resolve().parent
 
-# How the names of folders end that are being written.
+# How the names of folders end that are being written, and those of files before their suffix.
 UNFINISHED = ".unfinished"
 
 
@@ -46,29 +46,44 @@ def user_cache() -> Path:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well it is flushed to disk and renamed to `path`.
 
-    The temporary file keeps the suffix of `path`. Nothing stands under the final name unless it is whole.
+    The temporary file keeps the suffix of `path`. Nothing stands under the final name unless it is whole; what earlier
+    runs for the same `path` left because they were killed is removed first. A link is followed, and a device or a pipe
+    is written into when all is ready, for renaming would take its place.
 
     Raises:
         OutputError: the folder is missing or not writable, the target is a folder, or the disk is full.
     """
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file to write")
+    stream = path.exists() and not path.is_file()
+    target = path.resolve() if path.is_symlink() and not stream else path
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
+        if not stream:
+            _remove_abandoned(target, target.suffix)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=UNFINISHED + target.suffix, dir=None if stream else target.parent
+        )
     except OSError as error:
         raise _cannot_write(path, error) from None
     temporary = Path(name)
     try:
+        _lock(handle)
         yield temporary
-        _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        _flush(path.parent)
+        if stream:
+            with temporary.open("rb") as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        else:
+            _flush(temporary)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
+            _flush(target.parent)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -87,7 +102,12 @@ def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.rename(aside / path.name)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                (aside / path.name).rename(path)
+                aside.rmdir()
+                raise
             shutil.rmtree(aside)
         else:
             temporary.rename(path)
@@ -119,24 +139,35 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary folders of `path` that no running process holds."""
-    for folder in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}"):
-        lock = _locked(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+def _remove_abandoned(path: Path, suffix: str = "") -> None:
+    """Remove what is left of writing `path` and that no running process holds: temporary folders, or files of this suffix."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}{glob.escape(suffix)}"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            lock = _locked(left)
+            if lock is not None:
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+                os.close(lock)
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that locks a folder until it is closed or the process ends; None if another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _locked(path: Path) -> int | None:
+    """A descriptor that locks a folder or file until it is closed or the process ends; None if another process holds it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    if _lock(descriptor):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock what is open; False if another process holds it, or the file system has no locks, where nothing is removed."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks, where nothing is removed
-        os.close(descriptor)
-        return None
-    return descriptor
+    except OSError:
+        return False
+    return True
 
 
 def check_output_folder(path: Path, *, overwrite: bool) -> None:
@@ -160,6 +191,8 @@ def check_output_file(path: Path) -> None:
     """
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe: its folder takes nothing
     check_output_parent(path)
 
 

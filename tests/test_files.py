@@ -1,11 +1,15 @@
-"""Folders that are written in one step, also after a process that was killed and beside one that still runs."""
+"""Files and folders that are written in one step, also after a process that was killed and beside one that still runs."""
 
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
-from marlin_cli.files import writing_folder
+from marlin_cli.errors import OutputError
+from marlin_cli.files import check_output_file, writing, writing_folder
 
 # Starts a folder, says so, and waits for its stdin to end.
 WRITER = """
@@ -52,3 +56,78 @@ def test_an_error_leaves_nothing(tmp_path):
         (folder / "half").write_bytes(b"x")
         raise RuntimeError("half way")
     assert not list(tmp_path.iterdir())
+
+
+# The same for a file.
+FILE_WRITER = """
+import sys
+from pathlib import Path
+from marlin_cli.files import writing
+with writing(Path(sys.argv[1])) as file:
+    file.write_bytes(b"half")
+    print("started", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_half_a_file_goes_with_the_next_unless_it_is_still_written(tmp_path):
+    target = tmp_path / "statistics.safetensors"
+    command = [sys.executable, "-c", FILE_WRITER, str(target)]
+    (tmp_path / ".statistics.safetensors.mine.safetensors").touch()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"started\n"
+        for left in (3, 2):  # beside a process that runs, and after it was killed
+            with writing(target) as file:
+                file.write_bytes(b"whole")
+            assert target.read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == left
+            process.kill()
+            process.wait()
+
+
+def test_a_pipe_is_written_into_and_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_output_file(pipe)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    with writing(pipe) as file:
+        file.write_bytes(b"data")
+    reader.join()
+    assert found == [b"data"] and pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
+def test_a_device_takes_what_it_can(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="link: cannot write: No space left"), writing(link) as file:
+        file.write_bytes(b"data")
+    assert link.is_symlink() and Path("/dev/full").is_char_device()
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder/target"
+    link.symlink_to(target)
+    for data in (b"old", b"new"):  # where the target is missing, and where it is not
+        with writing(link) as file:
+            file.write_bytes(data)
+        assert link.is_symlink() and target.read_bytes() == data
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_could_not_be_replaced_stays(tmp_path, monkeypatch):
+    with writing_folder(tmp_path / "model") as folder:
+        (folder / "old").touch()
+    rename = Path.rename
+
+    def refused(self, target):
+        if self.name.endswith(".unfinished"):
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OutputError, match="model: cannot write"), writing_folder(tmp_path / "model", overwrite=True):
+        pass
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]

@@ -1,15 +1,17 @@
 """Two results compared: which speeds and scores changed beyond the noise. From JSON documents of `bench`, old and new."""
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.report import Table
+from marlin_cli.bench.report import Table, markdown_of
 from marlin_cli.errors import UsageError
 
 # Two runs of the same thing on the same machine differ by this much: what lies within is never called a change.
@@ -18,6 +20,7 @@ SPEED_FLOOR = 0.05
 QUALITY_FLOOR = 0.002
 
 SPEEDS = ("prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds")
+ANSWERING_SPEEDS = ("encoder_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds")
 
 
 @dataclass(frozen=True)
@@ -60,27 +63,72 @@ def unpaired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
-    """What both documents hold of the models that are in both.
+    """What both documents measured alike of the models in both: speeds of equal lengths, scores of the same windows.
 
     Raises:
-        UsageError: no model is in both.
+        UsageError: no model is in both, none was measured alike, or a document is none of `bench`.
     """
-    before = {model["model"]: model for model in old["models"]}
-    shared = [model for model in new["models"] if model["model"] in before]
-    if not shared:
-        raise UsageError(f"--compare: no model is in both results; the old one has {', '.join(before)}")
-    same_timing = old["throughput_settings"] == new["throughput_settings"]
-    for model in shared:
-        name, earlier = model["model"], before[model["model"]]
-        if same_timing and model["throughput"] and earlier["throughput"]:
-            for measure in SPEEDS:
-                ratio = unpaired_ratio(earlier["throughput"][measure]["samples"], model["throughput"][measure]["samples"])
-                yield Change(name, measure, ratio, _verdict(ratio, SPEED_FLOOR, measure.endswith("_per_second")))
-        if model["quality"] and earlier["quality"]:
-            mine, theirs = model["quality"]["all_domains"], earlier["quality"]["all_domains"]
-            if mine["bytes"] == theirs["bytes"]:
-                ratio = _around(math.log(mine["total_bits"] / theirs["total_bits"]), 0.0)
-                yield Change(name, "bits_per_byte", ratio, _verdict(ratio, QUALITY_FLOOR, more_is_better=False))
+    try:
+        before = {model["model"]: model for model in old["models"]}
+        shared = [model for model in new["models"] if model["model"] in before]
+        if not shared:
+            raise UsageError(f"--compare: no model is in both results; the old one has {', '.join(before)}")
+        found = [change for model in shared for change in _changes_of(model, before[model["model"]], _alike(old, new))]
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UsageError("--compare: a result lacks numbers that bench writes; measure again with --save") from None
+    if not found:
+        raise UsageError("--compare: the results have nothing in common but models; measure both with the same settings")
+    yield from found
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Whether two results were timed and scored with the same settings."""
+
+    timed: bool
+    scored: bool
+
+
+def _alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> _Alike:
+    # What the scores are compared with changes nothing of them.
+    scored = [{**(each.get("quality_settings") or {}), "reference": None} for each in (old, new)]
+    return _Alike(old["throughput_settings"] == new["throughput_settings"], scored[0] == scored[1])
+
+
+def _changes_of(new: Mapping[str, Any], old: Mapping[str, Any], alike: _Alike) -> Iterator[Change]:
+    """Changes of one model."""
+    if alike.timed:
+        before = _samples(old)
+        for measure, samples in _samples(new).items():
+            if measure in before:
+                ratio = unpaired_ratio(before[measure], samples)
+                yield Change(new["model"], measure, ratio, _verdict(ratio, SPEED_FLOOR, "_per_second" in measure))
+    mine, theirs = _bits(new), _bits(old)
+    if alike.scored and mine is not None and theirs is not None and mine[1] == theirs[1]:
+        ratio = _around(math.log(mine[0] / theirs[0]), 0.0)
+        yield Change(new["model"], "bits_per_byte", ratio, _verdict(ratio, QUALITY_FLOOR, more_is_better=False))
+
+
+def _samples(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
+    """Repeats of every speed of a model, by measure; of a ByT5 by measure and batch size."""
+    if model.get("throughput"):
+        return {measure: model["throughput"][measure]["samples"] for measure in SPEEDS}
+    return {
+        f"{measure}, batch {speed['batch_size']}": speed[measure]["samples"]
+        for speed in model.get("speeds") or ()
+        for measure in ANSWERING_SPEEDS
+        if speed[measure] is not None
+    }
+
+
+def _bits(model: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Total bits of what a model was scored on, and how many bytes that is; None where it was not."""
+    quality = model.get("quality")
+    if not quality:
+        return None
+    if "all_pairs" in quality:
+        return quality["all_pairs"]["total_bits"], quality["all_pairs"]["target_bytes"]
+    return quality["all_domains"]["total_bits"], quality["all_domains"]["bytes"]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -116,6 +164,22 @@ def table_of_changes(found: Sequence[Change]) -> Table:
     ]
     title = f"Changes: speeds beyond {SPEED_FLOOR:.0%} and the noise, bits per byte beyond {QUALITY_FLOOR:.1%}"
     return Table(title, ["model", "measure", "new / old", "95 % interval", "verdict"], rows)
+
+
+def rendered_changes(found: Sequence[Change], form: str) -> str:
+    """Changes as json (one document), jsonl (a change a line), csv or md."""
+    rows = [{"model": each.model, "measure": each.measure, **asdict(each.ratio), "verdict": each.verdict} for each in found]
+    if form == "md":
+        return markdown_of([table_of_changes(found)])
+    if form == "json":
+        return json.dumps({"changes": rows}, ensure_ascii=False, allow_nan=False)
+    if form == "jsonl":
+        return "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["model", "measure", "value", "low", "high", "verdict"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
 
 
 def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:

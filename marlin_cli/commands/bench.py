@@ -1,13 +1,17 @@
 """`marlin bench`: how fast models run, what they weigh, and how well they predict held-out bytes."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from marlin_cli.commands.options import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from marlin_cli.bench.report import Table
 
 
 class Format(str, Enum):
@@ -110,7 +114,7 @@ def bench(
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.options import parse_cache_bits, parse_size
     from marlin_cli.errors import UsageError
-    from marlin_cli.files import check_output_parent, writing
+    from marlin_cli.files import check_output_file
     from marlin_cli.ranks import is_follower
 
     require_mlx()
@@ -126,7 +130,7 @@ def bench(
     if show_kernels:
         return _show_kernels(device)
     if compare is not None:
-        return _compare(*compare)
+        return _compare(*compare, output_format, None if output is None else Path(output))
     if plan:
         from marlin_cli.commands.bench_plan import show_plan
 
@@ -140,11 +144,11 @@ def bench(
             raise UsageError("--against compares speeds; leave --no-throughput out")
         models = [against, *(models or [DEFAULT_MODEL])]
     if save is not None:
-        check_output_parent(Path(save))
+        check_output_file(Path(save))
     target = None if output is None else Path(output)
     form = _format_of(output_format, target)
     if target is not None:
-        check_output_parent(target)
+        check_output_file(target)
     pictures = Pictures.checked(report_page, plot)
     sizes = {
         "window_bytes": ("--window-bytes", window_bytes),
@@ -166,7 +170,6 @@ def bench(
             "--k-bits": k_bits,
             "--v-bits": v_bits,
             "--against": against,
-            "--save": save,
         }
         report: Report | AnsweringReport = answering_bench.measured(
             names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,
@@ -188,7 +191,7 @@ def bench(
     if is_follower():
         return
     pictures.write(json.loads(answering_bench.rendered(report, "json")))
-    if save is not None and isinstance(report, Report):
+    if save is not None:
         from marlin_cli.bench.results import append_result
 
         append_result(Path(save), report, models or [DEFAULT_MODEL])
@@ -198,28 +201,40 @@ def bench(
 
         pairs = table_of_pairs(dataclasses.asdict(report), against)
         console.table(pairs.title, pairs.columns, pairs.rows, to_stdout=form is Format.table)
+    _deliver(form, target, answering_bench.tables_of(report), lambda: answering_bench.rendered(report, form.value))
+
+
+def _compare(old: str, new: str, given: Format | None, target: Path | None) -> None:
+    from marlin_cli import console
+    from marlin_cli.bench.changes import changes, read_result, rendered_changes, table_of_changes
+    from marlin_cli.files import check_output_file
+
+    form = _format_of(given, target)
+    if target is not None:
+        check_output_file(target)
+    before, after = read_result(Path(old)), read_result(Path(new))
+    if before.get("machine") != after.get("machine"):
+        console.note("the results are of different machines, devices or versions")
+    found = list(changes(before, after))
+    _deliver(form, target, [table_of_changes(found)], lambda: rendered_changes(found, form.value))
+
+
+def _deliver(form: Format, target: Path | None, tables: "Sequence[Table]", render: Callable[[], str]) -> None:
+    """Tables to stdout, or the rendering in another form to stdout or a file."""
+    from marlin_cli import console
+    from marlin_cli.files import writing
+
     if form is Format.table:
-        for table in answering_bench.tables_of(report):
+        for table in tables:
             console.table(table.title, table.columns, table.rows, to_stdout=True)
         return
-    text = answering_bench.rendered(report, form.value)
+    text = render()
     if target is None:
         print(text)
         return
     with writing(target) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     console.note(f"wrote {target}")
-
-
-def _compare(old: str, new: str) -> None:
-    from marlin_cli import console
-    from marlin_cli.bench.changes import changes, read_result, table_of_changes
-
-    before, after = read_result(Path(old)), read_result(Path(new))
-    if before["machine"] != after["machine"]:
-        console.note("the results are of different machines, devices or versions")
-    table = table_of_changes(list(changes(before, after)))
-    console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 
 def _show_kernels(device: str) -> None:

@@ -1,11 +1,13 @@
 """Changes between results made up with known noise: what was planted is found, what is noise is not."""
 
+import csv
+import io
 import json
 
 import numpy as np
 import pytest
 
-from marlin_cli.bench.changes import _student, changes, paired_ratio, read_result, table_of_pairs
+from marlin_cli.bench.changes import _student, changes, paired_ratio, read_result, rendered_changes, table_of_pairs
 from marlin_cli.errors import UsageError
 
 
@@ -65,9 +67,64 @@ def test_what_was_not_measured_alike_is_not_compared():
     other = document()
     other["throughput_settings"] = {"prompt_bytes": 64}
     other["models"][0]["quality"]["all_domains"]["bytes"] = 999
-    assert verdicts(document(), other) == {}
+    with pytest.raises(UsageError, match="nothing in common but models"):
+        verdicts(document(), other)
     with pytest.raises(UsageError, match="no model is in both results; the old one has m"):
         list(changes(document(), document(name="n")))
+
+
+def test_scores_of_other_windows_are_not_compared():
+    long, short = document(), document(bits=1.1)
+    long["quality_settings"] = {"corpus": "c", "windowing": {"window_bytes": 2048}, "reference": "full"}
+    short["quality_settings"] = {"corpus": "c", "windowing": {"window_bytes": 512}, "reference": None}
+    assert "bits_per_byte" not in verdicts(long, short)
+    short["quality_settings"]["windowing"] = {"window_bytes": 2048}
+    assert verdicts(long, short)["bits_per_byte"] == "worse"
+
+
+def answering(speed=1.0, bits=1.0):
+    """A result of a ByT5, whose repeats are equal."""
+
+    def samples(scale):
+        return {"samples": [scale] * 3}
+
+    speeds = [
+        {
+            "batch_size": size,
+            "encoder_bytes_per_second": samples(1000.0),
+            "decode_bytes_per_second": samples(100 * speed),
+            "time_to_first_byte_seconds": None,
+        }
+        for size in (1, 8)
+    ]
+    quality = {"groups": {}, "all_pairs": {"target_bytes": 1000, "total_bits": 900.0 * bits}}
+    return {"throughput_settings": None, "models": [{"model": "b", "speeds": speeds, "quality": quality}]}
+
+
+def test_answering_models_are_compared_by_batch():
+    assert verdicts(answering(), answering(speed=0.9, bits=1.005)) == {
+        "encoder_bytes_per_second, batch 1": "within noise",
+        "decode_bytes_per_second, batch 1": "worse",
+        "encoder_bytes_per_second, batch 8": "within noise",
+        "decode_bytes_per_second, batch 8": "worse",
+        "bits_per_byte": "worse",
+    }
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "md"])
+def test_changes_are_rendered_whole(form):
+    found = list(changes(answering(), answering(speed=2.0)))
+    text = rendered_changes(found, form)
+    if form == "md":
+        assert text.count("| b |") == len(found) and "decode_bytes_per_second, batch 8 | 2.0000 |" in text
+        return
+    rows = {
+        "json": lambda: json.loads(text)["changes"],
+        "jsonl": lambda: [json.loads(line) for line in text.splitlines()],
+        "csv": lambda: list(csv.DictReader(io.StringIO(text))),
+    }[form]()
+    assert [row["verdict"] for row in rows] == [change.verdict for change in found]
+    assert float(rows[1]["value"]) == pytest.approx(2.0) and rows[1]["measure"] == "decode_bytes_per_second, batch 1"
 
 
 def test_pairs_cancel_what_slows_both():
@@ -103,6 +160,13 @@ def test_the_last_line_of_a_file_is_read(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text(json.dumps(document(name="old")) + "\n" + json.dumps(document(name="new")) + "\n")
     assert read_result(file)["models"][0]["model"] == "new"
+
+
+@pytest.mark.parametrize("models", [[{}], ["m"], [{"model": "m", "throughput": {"a": 1}}], [{"model": "m", "quality": [1]}]])
+def test_a_result_that_lacks_numbers_is_refused(models):
+    broken = {"models": models, "throughput_settings": {"prompt_bytes": 512}}
+    with pytest.raises(UsageError, match="lacks numbers|nothing in common"):
+        list(changes(broken, broken))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"models": 1, "throughput_settings": null}'])

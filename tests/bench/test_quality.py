@@ -12,6 +12,7 @@ from marlin_cli.bench.byte_classes import BYTE_CLASSES, classes_of
 from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
 from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.quality import kl_divergence, measure_quality
+from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
@@ -55,11 +56,11 @@ def other(random_network, config):
     return random_network(config, seed=1)
 
 
-def log2_in_float64(network, data):
+def log2_in_float64(network, data, run_stage=None):
     """Base-2 log-probabilities [len(data), 256], each window from an empty context."""
     rows = []
     for start in range(0, len(data), WINDOW):
-        logits = np.array(network(mx.array(list(data[start : start + WINDOW]))[None])[0]).astype(np.float64)
+        logits = np.array(network(mx.array(list(data[start : start + WINDOW]))[None], run_stage)[0]).astype(np.float64)
         for row in logits:
             shifted = row - row.max()
             rows.append((shifted - np.log(np.exp(shifted).sum())) / np.log(2))
@@ -83,6 +84,21 @@ def test_bits_per_byte_of_a_file_are_those_of_a_plain_loop(tmp_path, network, na
     expected = bits(FILES[name], log2_in_float64(network, FILES[name]))
     assert result.all_domains.bytes == len(FILES[name])
     assert result.all_domains.bits_per_byte.value == pytest.approx(expected.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_costs_of_the_demo_are_those_of_its_logits_and_windows_add_up(tmp_path, demo, name):
+    """Kernels sum its costs and keep no logits; their logits say the same."""
+    (tmp_path / "file").write_bytes(FILES[name])
+    windows = cut(files_by_domain(str(tmp_path / "file")), Windowing(window_bytes=WINDOW))
+    [result] = measure_quality({"demo": demo.network}, windows)
+    fused = fuse(demo.network)  # its logits: those of plain MLX are rounded otherwise, by 2e-6
+    log2 = log2_in_float64(demo.network, FILES[name], None if fused is None else fused.run_stage)
+    expected = bits(FILES[name], log2)
+    assert result.all_domains.bits_per_byte.value == pytest.approx(expected.mean(), abs=1e-6)
+    alone = [measure_quality({"demo": demo.network}, {"other": [window]})[0].all_domains for window in windows["other"]]
+    assert sum(score.bytes for score in alone) == len(FILES[name])
+    assert sum(score.total_bits for score in alone) == pytest.approx(result.all_domains.total_bits, abs=1e-6 * len(FILES[name]))
 
 
 def test_domains_add_up_to_the_whole(network, windows):

@@ -245,3 +245,29 @@ def test_a_full_disk(workplace):
     error = result.stderr.decode()
     assert result.returncode == 1 and error.startswith("marlin: out: cannot write") and error.count("\n") == 1, error
     assert list(workplace.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="the system has no /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["generate", "-p", "x", "--max-bytes", "9"],
+        ["generate", "-p", "x", "--max-bytes", "9", "--json"],
+        ["bench", "--kernels"],
+    ],
+)
+def test_a_full_disk_behind_stdout(workplace, arguments):
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "marlin_cli", *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=120)
+    assert (result.returncode, result.stderr) == (1, b"marlin: cannot write the output: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(workplace, closed):
+    """No file that is opened takes the place of a stream."""
+    script = f"'{sys.executable}' -m marlin_cli generate megabyte-demo -p x --max-bytes 9 {closed}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, timeout=120)
+    assert result.returncode == 0 and b"marlin: " not in result.stderr, result.stderr
+    assert len(result.stdout) == (0 if closed == ">&-" else 9)

@@ -148,6 +148,15 @@ def test_bench_on_pairs(folder, inside, pairs, tmp_path):
         assert wanted in inside("bench", folder, *quality, "--format", form)[1]
 
 
+def test_saved_results_of_bench_compare(folder, inside, pairs, tmp_path):
+    arguments = (folder, "--prompt-bytes", 8, "--decode-bytes", 2, "--repeats", 2, "--quality", pairs, "--device", "cpu")
+    assert inside("bench", *arguments, "--save", tmp_path / "results")[0] == 0
+    [saved] = json.loads((tmp_path / "results").read_text())["models"]
+    assert len(saved["fingerprint"]) == 64
+    code, output, _ = inside("bench", "--compare", tmp_path / "results", tmp_path / "results", "--format", "csv")
+    assert code == 0 and output.count("within noise") == len(output.splitlines()) - 1 == 7
+
+
 def test_bench_refuses_what_has_no_meaning(folder, inside, pairs):
     quality = ("--no-throughput", "--quality", pairs)
     cases = {
