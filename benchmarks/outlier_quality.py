@@ -64,7 +64,9 @@ def main() -> None:
     statistics = statistics_of(network, corpora, arguments.calibration_bytes, file)
     losses = PairedLosses(arguments.results, spread_windows(arguments.heldout, arguments.windows))
     base = ("16-bit",)
-    print(f"16-bit: {losses.measure(base, lambda: original).mean():.5f} bits per byte, {len(losses.domains)} windows", flush=True)
+    print(
+        f"16-bit: {losses.measure(base, lambda: original).mean():.5f} bits per byte, {len(losses.domains)} windows", flush=True
+    )
     losses.measure((kind, "16-bit"), lambda: network)
     print(losses.line((kind, "16-bit"), base), flush=True)
     for name in arguments.formats.split(","):

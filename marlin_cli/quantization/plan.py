@@ -30,6 +30,7 @@ class QuantizationSettings:
     cross_format: str = "nvfp4"  # the decoder's attention to the encoder
     wo_format: str = "mxfp8"  # at least so many bits for the last layer of ByT5's feed-forwards, whose inputs are large
     kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
+    balance_keys: bool = False  # scale q_proj and k_proj so that packed keys lose less; needs statistics
     group_size: int | None = None  # of int4 and int8; the others have one size
     overrides: dict[str, str] = field(default_factory=dict)  # regular expression of layer paths -> format; last wins
 
