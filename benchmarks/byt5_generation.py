@@ -4,8 +4,9 @@
 
 The shape is that of google/byt5-small (300 M parameters). Each program reads the inputs and writes `--steps` ids, greedily and
 without stopping. Timed are the encoder, and everything; what is left is spread over the steps. marlin runs in float32, and
-with packed weights. The ids of float32 runs must be those of transformers'. Rounds alternate, after a short answer by each
-that does not count; medians; the same threads for all (MARLIN_THREADS).
+with packed weights, whose activations are float32 or rounded to 8 bits as CTranslate2 rounds its own. The ids of float32
+runs must be those of transformers. Rounds alternate, after a short answer by each that does not count; medians; the same
+threads for all (MARLIN_THREADS).
 """
 
 import argparse
@@ -28,7 +29,10 @@ from transformers.utils import logging
 from marlin_cli import ByT5Model
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.engine.encoder_decoder import encode
+from marlin_cli.ops import round_activations
 from marlin_cli.ops.cpu import kernels, thread_count
+from marlin_cli.quantization.apply import quantize_network
+from marlin_cli.quantization.plan import QuantizationSettings
 
 # Seconds of the encoder and of the whole, and the ids of each answer.
 Run = Callable[[list[list[int]], int], tuple[float, float, list[list[int]]]]
@@ -101,6 +105,16 @@ def marlin_run(model: ByT5Model) -> Run:
     return run
 
 
+def packed(model: ByT5Model, format: str, wo_format: str, activation_bits: int = 16) -> ByT5Model:
+    """The model with its layers in a format, by nearest values: how well they are chosen changes no time."""
+    settings = QuantizationSettings(
+        encoder_format=format, decoder_format=format, cross_format=format, wo_format=wo_format
+    )  # fmt: skip
+    network = quantize_network(model.network, settings, method="rtn").network
+    round_activations(network, activation_bits)
+    return ByT5Model(network, model.device)
+
+
 def agreement(answers: list[list[int]], expected: list[list[int]]) -> float:
     """Share of the ids that are the same, place by place."""
     return float(np.mean(np.array(answers) == np.array(expected)))
@@ -128,8 +142,10 @@ def main() -> None:
             "transformers bfloat16": lambda: transformers_run(folder, torch.bfloat16),
             "ctranslate2 int8": lambda: ctranslate2_run(folder),
             "marlin float32": lambda: marlin_run(plain),
-            "marlin mxfp8": lambda: marlin_run(plain.quantize(bits=8)),
-            "marlin nvfp4": lambda: marlin_run(plain.quantize(bits=4)),
+            "marlin mxfp8": lambda: marlin_run(packed(plain, "mxfp8", "mxfp8")),
+            "marlin nvfp4": lambda: marlin_run(packed(plain, "nvfp4", "mxfp8")),
+            "marlin nvfp4 with 8-bit activations": lambda: marlin_run(packed(plain, "nvfp4", "int8", 8)),
+            "marlin int8 with 8-bit activations": lambda: marlin_run(packed(plain, "int8", "int8", 8)),
         }
         runs = {label: make() for label, make in makers.items() if label not in skipped}
     versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "torch", "ctranslate2", "mlx"))

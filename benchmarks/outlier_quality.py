@@ -10,36 +10,21 @@ mebibyte, `hadamard` gptq+hadamard so, and `awq+sequential` rescales by the stat
 
 import argparse
 import os
-import tempfile
 from pathlib import Path
 
 import mlx.core as mx
+from calibrated import calibration_batches, corpus_of, statistics_of
 from outlier_model import with_outliers
-from paired_losses import PairedLosses, calibration_batches, spread_windows
+from paired_losses import PairedLosses, spread_windows
 
 from marlin_cli import load
-from marlin_cli.corpus import open_corpus
 from marlin_cli.quantization.apply import dequantize_network, plan_network, quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import rescaled
 from marlin_cli.quantization.sequential import quantize_sequentially
-from marlin_cli.statistics import load_statistics
-from marlin_cli.statistics.collect import hessian_channels
-from marlin_cli.statistics.hessians import HessianAccumulator
-from marlin_cli.statistics.run import calibrate
 
 # Methods that pack layer after layer, by the name of the method that packs each.
 SEQUENTIAL = {"sequential": "gptq", "hadamard": "gptq+hadamard", "awq+sequential": "gptq"}
-
-
-def statistics_of(network, corpora: list[str], max_bytes: int, file: Path):
-    """Statistics of the network with x^T x, measured unless `file` has them."""
-    if not file.exists():
-        corpus = open_corpus(corpora, sequence_bytes=2048, seed=0, max_bytes=max_bytes)
-        with tempfile.TemporaryDirectory() as folder:
-            sums = HessianAccumulator(hessian_channels(network), 3, Path(folder))
-            calibrate(network, corpus, file, model=file.stem, resume=True, hessians=sums)
-    return load_statistics(file)
 
 
 def main() -> None:
@@ -61,7 +46,7 @@ def main() -> None:
     network = original if arguments.plain else with_outliers(original)
     kind = "plain" if arguments.plain else "outliers"
     file = arguments.results.with_name(f"{arguments.results.stem}.{kind}.safetensors")
-    statistics = statistics_of(network, corpora, arguments.calibration_bytes, file)
+    statistics = statistics_of(network, corpus_of(corpora, arguments.calibration_bytes), file)
     losses = PairedLosses(arguments.results, spread_windows(arguments.heldout, arguments.windows))
     base = ("16-bit",)
     print(

@@ -2,17 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from marlin_cli.corpus import open_corpus
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.models.megabyte import MegaByte
 
 WINDOW_BYTES = 2048
-CALIBRATION_WINDOW_BYTES, WINDOWS_PER_STEP = 1024, 8
 
 
 def spread_windows(folder: Path, count: int) -> dict[str, list[np.ndarray]]:
@@ -27,19 +25,6 @@ def spread_windows(folder: Path, count: int) -> dict[str, list[np.ndarray]]:
             for file, start in (places[index] for index in taken)
         ]
     return chosen
-
-
-def calibration_batches(corpora: Sequence[str], max_bytes: int) -> list[tuple[str, np.ndarray]]:
-    """Windows of the corpora, as many of a domain together as a step takes."""
-    found: dict[str, list[np.ndarray]] = {}
-    for window in open_corpus(corpora, sequence_bytes=CALIBRATION_WINDOW_BYTES, seed=0, max_bytes=max_bytes):
-        if len(window.bytes) == CALIBRATION_WINDOW_BYTES:
-            found.setdefault(window.domain, []).append(window.bytes)
-    return [
-        (domain, np.stack(each[start : start + WINDOWS_PER_STEP]))
-        for domain, each in sorted(found.items())
-        for start in range(0, len(each), WINDOWS_PER_STEP)
-    ]
 
 
 class PairedLosses:
@@ -63,16 +48,22 @@ class PairedLosses:
             self.bits[key] = np.array(bits)
         return self.bits[key]
 
+    def bits_per_byte(self, key: tuple[object, ...], domain: str | None = None) -> float:
+        """Mean bits per byte over the windows of a domain, or over all."""
+        return float(self.bits[key][self._among(domain)].mean())
+
     def difference(self, key: tuple[object, ...], other: tuple[object, ...], domain: str | None = None) -> tuple[float, float]:
         """Mean of (key - other) over the windows of a domain, or over all, and its standard error."""
-        among = np.full(len(self.domains), True) if domain is None else self.domains == domain
-        lost = (self.bits[key] - self.bits[other])[among]
+        lost = (self.bits[key] - self.bits[other])[self._among(domain)]
         return float(lost.mean()), float(lost.std(ddof=1) / len(lost) ** 0.5)
 
     def line(self, key: tuple[object, ...], base: tuple[object, ...]) -> str:
         """What `key` loses against `base`, in all and by domain."""
         by_domain = [f"{name} {_signed(self.difference(key, base, name))}" for name in self.windows]
         return f"{' '.join(map(str, key)):40} {_signed(self.difference(key, base))}  ({', '.join(by_domain)})"
+
+    def _among(self, domain: str | None) -> np.ndarray:
+        return np.full(len(self.domains), True) if domain is None else self.domains == domain
 
 
 def _signed(found: tuple[float, float]) -> str:

@@ -1,6 +1,5 @@
 """The Python interface: `load` a model, then ask it for logits, bits per byte, bytes, or a quantised copy of itself."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +12,12 @@ from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.checkpoints import ImportOptions, architecture_of, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.config import check_same
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.engine.generation import Piece, Stopping, generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
-from marlin_cli.errors import CheckpointError, ConfigError, UsageError
+from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops import round_activations
@@ -113,7 +113,7 @@ class MegaByteModel:
                 f"{path}: holds a {checkpoint.config['model_type']}, which is not taken here; name a MegaByte"
             )
         if config is not None:
-            _check_same(network.config, config, str(path))
+            check_same(network.config, config, str(path))
         round_activations(network, activation_bits)
         if kv_bits is None:
             kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))
@@ -238,11 +238,3 @@ def load(
     if architecture_of(locate_model(str(path))) == "byt5":
         return ByT5Model.from_pretrained(path, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
     return MegaByteModel.from_pretrained(path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, options=options)
-
-
-def _check_same(found: MegaByteConfig, wanted: MegaByteConfig, where: str) -> None:
-    for field in dataclasses.fields(MegaByteConfig):
-        ours, theirs = getattr(found, field.name), getattr(wanted, field.name)
-        default = field.default
-        if theirs != default and ours != theirs:
-            raise ConfigError(f"{where}: {field.name} is {ours!r} in the checkpoint, but {theirs!r} was asked for")

@@ -1,6 +1,5 @@
 """`ByT5Model`, the Python interface to ByT5: bytes in, bytes, logits or encoder states out."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,13 +10,14 @@ from mlx.utils import tree_flatten
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.config import check_same
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.errors import CheckpointError, ConfigError, UsageError
+from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, ids_of_bytes, ids_with_sentinels
@@ -99,10 +99,8 @@ class ByT5Model:
         )
         if not isinstance(network, ByT5):
             raise CheckpointError(f"{path}: holds a {checkpoint.config.get('model_type', 'megabyte')}, not a ByT5; use load")
-        for field in dataclasses.fields(ByT5Config) if config is not None else ():
-            found, wanted = getattr(network.config, field.name), getattr(config, field.name)
-            if wanted not in (field.default, found):
-                raise ConfigError(f"{path}: {field.name} is {found!r} in the checkpoint, but {wanted!r} was asked for")
+        if config is not None:
+            check_same(network.config, config, str(path))
         round_activations(network, activation_bits)
         if kv_bits is None:
             kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))

@@ -42,6 +42,18 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def check_same(found: T, wanted: T, where: str) -> None:
+    """Compare the configuration found in a checkpoint with one that was asked for, but for fields left at their defaults.
+
+    Raises:
+        ConfigError: a field that differs; `where` begins the error.
+    """
+    for field in dataclasses.fields(wanted):  # type: ignore[arg-type]
+        ours, theirs = getattr(found, field.name), getattr(wanted, field.name)
+        if theirs not in (field.default, ours):
+            raise ConfigError(f"{where}: {field.name} is {ours!r} in the checkpoint, but {theirs!r} was asked for")
+
+
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, or the list of them when none is near."""
     names = list(known)

@@ -90,19 +90,11 @@ def writing(path: Path) -> Iterator[Path]:
 def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`; when the block ends well it takes the place of `path` in one rename.
 
-    Folders that earlier runs for the same `path` left because they were killed are removed first.
-
     Raises:
         OutputError: `path` exists and `overwrite` is off, or the folder cannot be written.
     """
     check_output_folder(path, overwrite=overwrite)
-    try:
-        _remove_abandoned(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent))
-        lock = _locked(temporary)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-    try:
+    with scratch_folder(path) as temporary:
         yield temporary
         for file in temporary.iterdir():
             _flush(file)
@@ -120,6 +112,25 @@ def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         else:
             temporary.rename(path)
         _flush(path.parent)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, for what `path` is made from; it is gone when the block ends.
+
+    Folders that earlier runs for the same `path` left because they were killed are removed first.
+
+    Raises:
+        OutputError: it cannot be made, or the block cannot write.
+    """
+    try:
+        _remove_abandoned(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent))
+        lock = _locked(temporary)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        yield temporary
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:

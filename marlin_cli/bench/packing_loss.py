@@ -14,8 +14,8 @@ from marlin_cli.engine.scoring import log2_probabilities
 from marlin_cli.models import Network, linear_layers
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import QuantizedLinear
-from marlin_cli.quantization.apply import LayerReport, packed_of
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import LayerReport, packed_of
 from marlin_cli.statistics import Statistics
 
 # A packed weight further from the original than this many times its reported error was made from a rescaled one.
@@ -28,17 +28,25 @@ class DomainLoss:
 
     Attributes:
         bits_before, bits_after: bits that all bytes cost the original and the packed model.
+        window_losses: bits per byte that each window costs the packed model more: [windows].
         divergences: KL(original || packed) of each byte's prediction, in bits: [bytes].
     """
 
     bits_before: float
     bits_after: float
+    window_losses: npt.NDArray[np.float64]
     divergences: npt.NDArray[np.float32]
 
     @property
     def bytes(self) -> int:
         """Bytes scored."""
         return len(self.divergences)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean of `window_losses`; None of a single window."""
+        windows = len(self.window_losses)
+        return float(self.window_losses.std(ddof=1)) / math.sqrt(windows) if windows > 1 else None
 
 
 def loss_by_domain(
@@ -55,15 +63,17 @@ def loss_by_domain(
     check_windows_fit({"the packed model": packed}, windows, original)
     losses = {}
     for domain, part in sorted(windows.items()):
-        before = after = 0.0
+        bits: list[tuple[float, float]] = []
         divergences = []
         for window in part:
             ids = mx.array(window.read().astype(np.int32))[None]
             expected, predicted = log2_probabilities(original, ids), log2_probabilities(packed, ids)
-            before, after = before + _cost(expected, ids), after + _cost(predicted, ids)
+            bits.append((_cost(expected, ids), _cost(predicted, ids)))
             divergences.append(np.array(kl_divergence(expected, predicted)[0]))
             on_bytes(window.length)
-        losses[domain] = DomainLoss(before, after, np.concatenate(divergences))
+        costs, lengths = np.array(bits), np.array([window.length for window in part])
+        before, after = costs.sum(axis=0).tolist()
+        losses[domain] = DomainLoss(before, after, (costs[:, 1] - costs[:, 0]) / lengths, np.concatenate(divergences))
     return losses
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from marlin_cli.bench.packing_loss import DomainLoss
 from marlin_cli.page import Bars, Block, Grid, Histogram, Plot, Point, Section, Text
-from marlin_cli.quantization.apply import LayerReport, by_part, worst_layers
+from marlin_cli.quantization.layers import LayerReport
+from marlin_cli.quantization.reports import by_part, worst_layers
 from marlin_cli.statistics.show import LayerRange, Summary
 
 FORMAT_VERSION = 1  # of the document
@@ -29,8 +30,13 @@ def document_of(
     summary: Summary | None,
     errors: Mapping[str, Mapping[str, float]] | None,
     losses: Mapping[str, DomainLoss] | None,
+    domain_weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Every number of the page as plain values."""
+    """Every number of the page as plain values.
+
+    Args:
+        domain_weights: share of each domain of the statistics; that of its bytes if None.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "model": model,
@@ -42,6 +48,7 @@ def document_of(
         "worst_layers": [layer["path"] for layer in _worst(layers)],
         "domains": None if losses is None else {domain: _domain(loss) for domain, loss in losses.items()},
         "kl_edges_bits": list(KL_EDGES),
+        "calibrated_on": None if summary is None else _shares(domain_weights or summary.domains),
         "statistics": None if summary is None else dataclasses.asdict(summary),
     }
 
@@ -95,12 +102,19 @@ def _domain(loss: DomainLoss) -> dict[str, Any]:
         "bytes": loss.bytes,
         "bits_per_byte_before": loss.bits_before / loss.bytes,
         "bits_per_byte_after": loss.bits_after / loss.bytes,
+        "bits_per_byte_lost_error": loss.standard_error,
         "kl_mean_bits": float(loss.divergences.mean(dtype=np.float64)),
         "kl_median_bits": median,
         "kl_percentile_99_bits": high,
         "kl_maximum_bits": largest,
         "kl_counts": np.histogram(clipped, KL_EDGES)[0].tolist(),
     }
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """The domains that count something, and their shares of the whole."""
+    total = sum(weights.values()) or 1.0
+    return {domain: weight / total for domain, weight in weights.items() if weight > 0}
 
 
 def _sizes(document: Mapping[str, Any]) -> Section:
@@ -177,12 +191,16 @@ def _by_domain(document: Mapping[str, Any]) -> Section:
     if domains is not None:
         rows = [
             [name, f"{each['bytes']:,}", f"{each['bits_per_byte_before']:.4f}", f"{each['bits_per_byte_after']:.4f}",
-             f"{each['bits_per_byte_after'] - each['bits_per_byte_before']:+.4f}", _small(each["kl_mean_bits"]),
+             _lost(each), _small(each["kl_mean_bits"]),
              _small(each["kl_median_bits"]), _small(each["kl_percentile_99_bits"]), _small(each["kl_maximum_bits"])]
             for name, each in domains.items()
         ]  # fmt: skip
         columns = ["domain", "bytes", "bits/byte before", "after", "difference", "KL, mean", "median", "99 %", "max"]
-        blocks.append(Grid("On calibration's bytes, each window from an empty context; KL in bits per byte", columns, rows))
+        blocks.append(Grid("On the shipped sample, each window from an empty context; KL in bits per byte", columns, rows))
+        unseen = [name for name in domains if name not in (document["calibrated_on"] or domains)]
+        if unseen:
+            seen = " and ".join(document["calibrated_on"])
+            blocks.append(Text(f"Calibrated on {seen} alone: no {' and no '.join(unseen)} was weighed, so it may lose more."))
         means = [each["kl_mean_bits"] for each in domains.values()]
         blocks.append(Bars("Mean KL divergence from the 16-bit model", "bits per byte", list(domains), {"": means}))
     known = [layer for layer in document["layers"] if layer["output_error_by_domain"]]
@@ -204,6 +222,12 @@ def _by_domain(document: Mapping[str, Any]) -> Section:
         if left_out:
             blocks.append(Text(f"{left_out} layers were rescaled before they were packed, and are left out."))
     return Section("Error by domain", blocks)
+
+
+def _lost(domain: Mapping[str, Any]) -> str:
+    difference = f"{domain['bits_per_byte_after'] - domain['bits_per_byte_before']:+.4f}"
+    error = domain["bits_per_byte_lost_error"]
+    return difference if error is None else f"{difference} ± {error:.4f}"
 
 
 def _divergence(domains: Mapping[str, Any]) -> Section:

@@ -1,6 +1,6 @@
 """Bytes of weights by part of the model, for arrays as they are stored or as they lie in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,33 +20,36 @@ def bytes_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
 
     Scales of packed layers count with their layer. Nothing is read: an array knows its size before its values.
     """
-    sizes = dict.fromkeys(PARTS, 0)
-    for path, array in weights.items():
-        sizes[_part(path)] += array.nbytes
-    return {part: size for part, size in sizes.items() if size}
+    return _by_part((path, array.nbytes) for path, array in weights.items())
+
+
+def elements_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
+    """As `bytes_by_part`, the numbers in the arrays: the weights of a checkpoint that is not packed."""
+    return _by_part((path, array.size) for path, array in weights.items())
 
 
 def weights_by_part(network: nn.Module) -> dict[str, int]:
     """How many numbers each part has, packed ones counted one by one, in the order of `PARTS`."""
+    return _by_part(_unpacked_sizes(network))
+
+
+def _unpacked_sizes(network: nn.Module) -> Iterator[tuple[str, int]]:
+    """(path, numbers) of each parameter that the network would have if no layer were packed."""
     packed = {path: module for path, module in linear_layers(network).items() if isinstance(module, QuantizedLinear)}
-    counts = dict.fromkeys(PARTS, 0)
     for path, array in tree_flatten(network.parameters()):
         layer, _, last = path.rpartition(".")
-        if layer not in packed:
-            counts[_part(path)] += array.size
-        elif last == "weight":
-            counts[_part(path)] += array.size * 32 // packed[layer].bits
-        elif last == "bias":
-            counts[_part(path)] += array.size
-    return {part: count for part, count in counts.items() if count}
+        if layer in packed and last == "weight":
+            yield path, array.size * 32 // packed[layer].bits
+        elif layer not in packed or last == "bias":
+            yield path, array.size
 
 
-def elements_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
-    """Numbers in the arrays of each part that has any, in the order of `PARTS`; of a checkpoint that is not packed."""
-    counts = dict.fromkeys(PARTS, 0)
-    for path, array in weights.items():
-        counts[_part(path)] += array.size
-    return {part: count for part, count in counts.items() if count}
+def _by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sums of (path, size) by part."""
+    sums = dict.fromkeys(PARTS, 0)
+    for path, size in sizes:
+        sums[_part(path)] += size
+    return {part: size for part, size in sums.items() if size}
 
 
 def _part(path: str) -> str:

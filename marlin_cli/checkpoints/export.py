@@ -1,4 +1,4 @@
-"""Rewrites a packed model folder as compressed-tensors: what llm-compressor writes, and vLLM and transformers read."""
+"""Writes a packed model folder again as compressed-tensors: what llm-compressor writes, and vLLM and transformers read."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,16 +16,16 @@ from marlin_cli.files import write_safetensors, writing_folder
 EXPORTS = (nvfp4.COMPRESSED_TENSORS,)
 
 
-def export_compressed_tensors(folder: Path) -> None:
-    """Rewrite marlin's own folder in place, in one step. ByT5 takes transformers' names and configuration.
+def export_compressed_tensors(packed: Path, target: Path, *, overwrite: bool = False) -> None:
+    """Write marlin's own folder `packed` as `target`, in one step. ByT5 takes transformers' names and configuration.
 
     Nothing is decoded: codes and scales are the same bytes.
 
     Raises:
         CheckpointError: a layer that is packed otherwise than nvfp4.
-        OutputError: the folder cannot be written.
+        OutputError: `target` exists and `overwrite` is off, or it cannot be written.
     """
-    checkpoint = native.read(folder)
+    checkpoint = native.read(packed)
     config, weights = checkpoint.config, checkpoint.weights
     ignored = [path for path, entry in (checkpoint.quantization or {}).items() if entry is False]
     if config.get("model_type") == "byt5":
@@ -37,7 +37,7 @@ def export_compressed_tensors(folder: Path) -> None:
     if checkpoint.marlin is not None:
         document["marlin"] = checkpoint.marlin
     stored = nvfp4.under_compressed_tensors_names(weights)
-    with writing_folder(folder, overwrite=True) as temporary:
+    with writing_folder(target, overwrite=overwrite) as temporary:
         shapes = {name: (dtype, tuple(array.shape)) for name, (dtype, array) in stored.items()}
         write_safetensors(temporary / native.SINGLE, shapes, _contents(stored), {"format": "pt"})
         text = json.dumps(document, indent=2) + "\n"

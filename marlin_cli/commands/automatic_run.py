@@ -20,11 +20,11 @@ from marlin_cli.quantization.automatic import check_target, choose, measure_choi
 from marlin_cli.quantization.encoders import Packed
 from marlin_cli.quantization.methods import METHODS
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings
+from marlin_cli.quantization.windows import whole_windows, window_bytes_of
 from marlin_cli.statistics import load_statistics
 
 # Bytes that every choice is scored on, in windows.
 MEASURED_BYTES = 32 << 10
-WINDOW_BYTES = 1024
 
 
 def automatic_settings(
@@ -53,9 +53,9 @@ def automatic_settings(
     if not isinstance(network, MegaByte):
         raise UsageError(f"--target-bpw: {model} holds a {network.config.model_type}; name a MegaByte")
     check_target(network, target_bits_per_weight)
-    window = max(min(WINDOW_BYTES, network.config.max_bytes) // network.config.patch_size, 1) * network.config.patch_size
-    found = open_corpus(corpora, sequence_bytes=window, seed=0, max_bytes=MEASURED_BYTES)
-    windows = [each.bytes for each in found if len(each.bytes) == window]
+    window = window_bytes_of(network)
+    corpus = open_corpus(corpora, sequence_bytes=window, seed=0, max_bytes=MEASURED_BYTES)
+    windows = [found for _, found in whole_windows(corpus, window)]
     if not windows:
         raise UsageError(f"--calibration-corpus: no window of {window} bytes in {', '.join(corpora)}")
 

@@ -11,7 +11,7 @@ from marlin_cli import console
 from marlin_cli.errors import StatisticsError, UsageError
 from marlin_cli.ranks import Ranks
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
-from marlin_cli.statistics.show import domain_table, summarise, tables
+from marlin_cli.statistics.show import domain_table, drawings, summarise, tables
 
 if TYPE_CHECKING:
     from marlin_cli.checkpoints import ImportOptions
@@ -125,7 +125,8 @@ def show_file(file: Path, *, json_output: bool) -> None:
     if json_output:
         print(_document(statistics, file))
         return
-    for table in tables(summarise(statistics)):
+    summary = summarise(statistics)
+    for table in [*tables(summary), *drawings(summary)]:
         console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 

@@ -1,6 +1,6 @@
 """What `marlin quantize --report` does after packing: measures what it cost, and writes the page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marlin_cli import __version__, console
@@ -13,7 +13,7 @@ from marlin_cli.models import Network, build
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops.device import choose_device
 from marlin_cli.page import render, write_page
-from marlin_cli.quantization.apply import LayerReport
+from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.statistics import Statistics
 from marlin_cli.statistics.show import summarise
 
@@ -31,8 +31,12 @@ def write_report(
     layers: Sequence[LayerReport],
     kept_bytes: int,
     statistics: Statistics | None,
+    domain_weights: Mapping[str, float] | None,
 ) -> None:
     """Compare the packed model in `target` with `model`, and write the page. Both are read into memory.
+
+    Args:
+        domain_weights: share of each domain of the statistics, where they were weighed otherwise than by bytes.
 
     Raises:
         OutputError: the page cannot be written.
@@ -43,7 +47,7 @@ def write_report(
         losses = _losses(original, packed)
     errors = None if statistics is None else output_errors(original, packed, layers, statistics)
     summary = None if statistics is None else summarise(statistics)
-    document = document_of(model, str(target), method, layers, kept_bytes, summary, errors, losses)
+    document = document_of(model, str(target), method, layers, kept_bytes, summary, errors, losses, domain_weights)
     about = f"{model} packed into {target} by marlin {__version__}, method {method}"
     write_page(page, render(f"What packing cost {Path(model).name}", about, sections_of(document, summary), document))
     console.note(f"wrote {page}")

@@ -92,6 +92,7 @@ def quantize(
     require_mlx()
     from marlin_cli.commands import quantization_run as run
     from marlin_cli.commands.options import parse_import_options, parse_size
+    from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, settings_of
     from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
@@ -104,22 +105,20 @@ def quantize(
         if target is None or dequantize:
             raise UsageError("--report tells what packing cost; leave out --dry-run and --dequantize")
         check_output_file(page)
-    run.check_export(export)
+    check_export(export)
     if export is not None and dequantize:
         raise UsageError("--export writes packed layers; leave out --dequantize")
     options = parse_import_options(import_options)
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
         return
-    settings = run.settings_of(
-        recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or []
-    )
+    settings = settings_of(recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or [])
     byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
     formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
     if balance_keys:
         settings = dataclasses.replace(settings, balance_keys=True)
-    shares = run.domain_weights_of(domain_weight or [])
+    shares = domain_weights_of(domain_weight or [])
     if target_bpw is not None:
         from marlin_cli.commands.automatic_run import automatic_settings
 

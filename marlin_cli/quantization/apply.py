@@ -1,14 +1,11 @@
-"""Packs a network's linear layers as planned, or unpacks them, and reports what it cost."""
+"""Packs a network's linear layers as planned, or unpacks them."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean
@@ -16,10 +13,9 @@ from marlin_cli.errors import ConfigError, QuantizationError, UsageError
 from marlin_cli.models import Network, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
-from marlin_cli.quantization.encoders import Packed, decode, mlx_encode, scalar, squared_error
-from marlin_cli.quantization.formats import format_of
+from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import LayerReport, pack_layer, packed_of
 from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS, RESCALING
-from marlin_cli.quantization.methods.gptq import output_error
 from marlin_cli.quantization.plan import (
     LayerPlan,
     QuantizationSettings,
@@ -32,35 +28,6 @@ from marlin_cli.statistics import Statistics
 FORMAT_VERSION = 1
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What packing did to one layer. Squared errors are sums over its weights; None where nothing was packed."""
-
-    plan: LayerPlan
-    bytes_before: int
-    bytes_after: int
-    squared_weight: float | None = None
-    squared_error: float | None = None
-    mlx_squared_error: float | None = None  # of MLX's own encoder in the same format
-    output_error: float | None = None  # squared error of the output over its square, by x^T x; None without it
-    mlx_output_error: float | None = None
-
-
-@dataclass(frozen=True)
-class PartReport:
-    """Layers of one part and format together. Relative errors are RMS error over RMS weight."""
-
-    part: str
-    format: str
-    layers: int
-    weights: int
-    bits_per_weight: float
-    bytes_before: int
-    bytes_after: int
-    relative_error: float | None
-    mlx_relative_error: float | None
 
 
 @dataclass(frozen=True)
@@ -157,36 +124,6 @@ def prepared(
     return network, plans, factors
 
 
-def pack_layer(
-    weight: mx.array,
-    bias: mx.array | None,
-    plan: LayerPlan,
-    statistics: Statistics | None = None,
-    *,
-    method: str = "mse",
-    domain_weights: Mapping[str, float] | None = None,
-    factor: npt.NDArray[np.float32] | None = None,
-) -> tuple[QuantizedLinear | None, LayerReport]:
-    """One layer packed by its plan (None where it stays as it is), and what that did to it.
-
-    Args:
-        weight: [rows, columns].
-        factor: [columns] that the weight was multiplied by after the statistics were measured.
-
-    Raises:
-        QuantizationError, StatisticsError: see `quantize_network`.
-    """
-    if plan.format is None:
-        return None, planned(plan)
-    hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
-    importance = None if statistics is None else _importance(plan, statistics, domain_weights)
-    if factor is not None:
-        importance = None if importance is None else importance / mx.array(factor**2)
-        hessian = None if hessian is None else hessian / np.outer(factor, factor)
-    packed = _packed(weight, plan, method, importance, hessian)
-    return packed_layer(packed, bias), _report(weight, packed, plan, hessian)
-
-
 def marlin_table(
     settings: QuantizationSettings,
     plans: Sequence[LayerPlan],
@@ -222,14 +159,6 @@ def check_method(method: str, statistics: Statistics | None) -> None:
         raise UsageError(f"method {method!r} needs {missing}; make them with marlin calibrate --hessian, give --stats")
 
 
-def planned(plan: LayerPlan) -> LayerReport:
-    """The sizes of a layer before (in 16 bits) and after, from its plan alone."""
-    before = 2 * plan.rows * plan.columns
-    if plan.format is None:
-        return LayerReport(plan, before, before)
-    return LayerReport(plan, before, round(plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) / 8))
-
-
 def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Network:
     """A copy of `network` with every packed layer as a plain one in `dtype`.
 
@@ -250,19 +179,6 @@ def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Netwo
     return copy_with(network, swapped)
 
 
-def packed_of(module: QuantizedLinear) -> Packed:
-    """The packed weight inside a layer."""
-    scale = module.get("global_scale")
-    return Packed(
-        weight=module["weight"],
-        scales=module["scales"],
-        biases=module.get("biases"),
-        global_scale=None if scale is None else float(scale.item()),
-        format=format_of(module.mode, module.bits),
-        group_size=module.group_size,
-    )
-
-
 def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> AnyNetwork:
     """A network that shares the arrays of `network`, except in the modules given by path."""
     copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
@@ -275,101 +191,7 @@ def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> 
     return copy
 
 
-def by_part(layers: Sequence[LayerReport]) -> list[PartReport]:
-    """Layer reports gathered by part and format, in the order of the layers."""
-    groups: dict[tuple[str, str], list[LayerReport]] = {}
-    for layer in layers:
-        name = layer.plan.format.name if layer.plan.format else "16-bit"
-        groups.setdefault((layer.plan.part, name), []).append(layer)
-    return [_part(part, name, members) for (part, name), members in groups.items()]
-
-
-def worst_layers(layers: Sequence[LayerReport], most: int = 10) -> list[LayerReport]:
-    """The layers whose output suffers most, worst first; those without a measured error are left out."""
-    measured = [layer for layer in layers if layer.output_error is not None]
-    return sorted(measured, key=lambda layer: -(layer.output_error or 0.0))[:most]
-
-
 def kept_bytes(network: Network) -> int:
     """Bytes of everything that is not a linear layer: embeddings, positions, norms, start vectors."""
     inside = tuple(f"{path}." for path in linear_layers(network))
     return sum(array.nbytes for path, array in tree_flatten(network.parameters()) if not path.startswith(inside))
-
-
-def _part(part: str, name: str, members: Sequence[LayerReport]) -> PartReport:
-    weights = sum(layer.plan.rows * layer.plan.columns for layer in members)
-    after = sum(layer.bytes_after for layer in members)
-    return PartReport(
-        part=part,
-        format=name,
-        layers=len(members),
-        weights=weights,
-        bits_per_weight=after * 8 / weights,
-        bytes_before=sum(layer.bytes_before for layer in members),
-        bytes_after=after,
-        relative_error=_relative([(layer.squared_error, layer.squared_weight) for layer in members]),
-        mlx_relative_error=_relative([(layer.mlx_squared_error, layer.squared_weight) for layer in members]),
-    )
-
-
-def _relative(squares: Sequence[tuple[float | None, float | None]]) -> float | None:
-    """RMS error over RMS weight from (squared error, squared weight) of each layer; None unless all were packed."""
-    known = [(error, weight) for error, weight in squares if error is not None and weight is not None]
-    if len(known) < len(squares):
-        return None
-    total = sum(weight for _, weight in known)
-    return math.sqrt(sum(error for error, _ in known) / total) if total else 0.0
-
-
-def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
-    importance = mx.array(statistics.mean_square(plan.path, domain_weights))
-    if importance.shape != (plan.columns,):
-        raise QuantizationError(
-            f"{plan.path!r} has {plan.columns} input channels, the statistics have {importance.shape[0]}; they belong"
-            " to another model"
-        )
-    return importance
-
-
-def _packed(
-    weight: mx.array,
-    plan: LayerPlan,
-    method: str,
-    importance: mx.array | None,
-    hessian: npt.NDArray[np.float64] | None,
-) -> Packed:
-    assert plan.format is not None
-    try:
-        return METHODS[method](weight, plan.format, plan.group_size, importance, hessian)
-    except QuantizationError as error:
-        raise QuantizationError(f"{plan.path!r}: {error}") from None
-
-
-def packed_layer(packed: Packed, bias: mx.array | None) -> QuantizedLinear:
-    """A linear layer of a packed weight."""
-    arrays = {"weight": packed.weight, "scales": packed.scales, "biases": packed.biases, "bias": bias}
-    if packed.global_scale is not None:
-        arrays["global_scale"] = mx.array(packed.global_scale, dtype=mx.float32)
-    present = {name: array for name, array in arrays.items() if array is not None}
-    settings = packed.format
-    return QuantizedLinear(present, group_size=packed.group_size, bits=settings.bits, mode=settings.mode)
-
-
-def _report(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.NDArray[np.float64] | None) -> LayerReport:
-    baseline = mlx_encode(weight, packed.format, packed.group_size)
-    ours = theirs = None
-    if hessian is not None:
-        original = np.array(weight.astype(mx.float32))
-        energy = float(np.einsum("ij,ij->", original @ hessian, original)) or 1.0
-        ours = output_error(original, packed, hessian) / energy
-        theirs = output_error(original, baseline, hessian) / energy
-    return LayerReport(
-        plan=plan,
-        bytes_before=weight.nbytes,
-        bytes_after=packed.nbytes,
-        squared_weight=scalar(mx.square(weight.astype(mx.float32)).sum()),
-        squared_error=squared_error(weight, packed),
-        mlx_squared_error=squared_error(weight, baseline),
-        output_error=ours,
-        mlx_output_error=theirs,
-    )

@@ -8,7 +8,7 @@ packed again: size and layout are those of the network that came in.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,15 +19,15 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
-from marlin_cli.corpus import Corpus
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models import linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.dispatch import linear
-from marlin_cli.quantization.apply import copy_with, packed_layer, packed_of
+from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode, round_e2m1, scalar
 from marlin_cli.quantization.grids import grid_of
+from marlin_cli.quantization.layers import packed_layer, packed_of
 
 
 @dataclass(frozen=True)
@@ -247,17 +247,6 @@ def _levels_of(packed: Packed) -> npt.NDArray[np.float32]:
         return np.array(mx.from_fp8(mx.array(codes), mx.float32))
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     return np.concatenate([magnitudes, -magnitudes])[codes]
-
-
-def batches_of(corpus: Corpus, window_bytes: int, windows: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The whole windows of a corpus as batches [windows, window_bytes]; what fills no batch is left out."""
-    batch: list[npt.NDArray[np.uint8]] = []
-    for window in corpus:
-        if len(window.bytes) == window_bytes:
-            batch.append(window.bytes)
-        if len(batch) == windows:
-            yield np.stack(batch)
-            batch = []
 
 
 def differentiable_linear(x: mx.array, weight: mx.array) -> mx.array:

@@ -19,25 +19,14 @@ from mlx.utils import tree_flatten
 from marlin_cli.errors import QuantizationError, UsageError
 from marlin_cli.models import linear_layers, set_modules
 from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.quantization.apply import (
-    FORMAT_VERSION,
-    LayerReport,
-    Quantized,
-    _packed,
-    _report,
-    copy_with,
-    packed_layer,
-    plan_network,
-    planned,
-)
+from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import LayerReport, pack_weight, packed_layer, planned, report_of
 from marlin_cli.quantization.methods import NEED_SEQUENTIAL
 from marlin_cli.quantization.methods.hadamard import rotated
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, quantization_table
+from marlin_cli.quantization.windows import Batch
 from marlin_cli.statistics.collect import shared_inputs
-
-# Windows of one domain and length: the domain, and bytes [n, length].
-Batch = tuple[str, npt.NDArray[np.uint8]]
 
 Matrix = npt.NDArray[np.float64]
 
@@ -227,11 +216,11 @@ class _Run:
             fitted = weight + weight @ shift
             if missing is not None:
                 fitted = fitted + missing
-            packed = _packed(mx.array(fitted.astype(np.float32)), plan, self.method, importance, hessian)
+            packed = pack_weight(mx.array(fitted.astype(np.float32)), plan, self.method, importance, hessian)
             self.packed.append((path, packed_layer(packed, module.get("bias"))))
             plain = linear_layers(self.student)[path]
             plain["weight"] = decode(packed)
-            report = _report(module["weight"], packed, plan, hessian)
+            report = report_of(module["weight"], packed, plan, hessian)
             self.reports[path] = report
             if self.on_layer is not None:
                 self.on_layer(report)

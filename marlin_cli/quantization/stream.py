@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from marlin_cli.checkpoints import Checkpoint, check_weight
 from marlin_cli.checkpoints.writer import writing_model
 from marlin_cli.models import build, config_as_mapping
-from marlin_cli.quantization.apply import LayerReport, marlin_table, pack_layer, prepared
+from marlin_cli.quantization.apply import marlin_table, prepared
+from marlin_cli.quantization.layers import LayerReport, pack_layer
 from marlin_cli.quantization.plan import QuantizationSettings, quantization_table
 from marlin_cli.statistics import Statistics
 

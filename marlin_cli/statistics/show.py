@@ -10,6 +10,8 @@ from marlin_cli.page.svg import shortened
 from marlin_cli.statistics.data import Moments, Run, Statistics
 
 BAR_LETTERS = 30  # of the longest bar: with a label and a number it fits 80 columns
+ROWS_OF_A_TABLE = 8  # of the local sequence: with the longest label they fit 100 columns
+SUFFIX = "_proj"  # of most layers' names; of layers that share an input it is said once
 
 
 @dataclass(frozen=True)
@@ -92,22 +94,18 @@ def domain_table(summary: Summary) -> Table:
 
 
 def tables(summary: Summary) -> list[Table]:
-    """Everything there is: domains, layers, rows of the sequence, keys and values."""
+    """Everything there is, at most 100 columns wide: domains, layers, rows of the sequence, keys and values."""
     ranges = [(_label(layer.layers), layer.input) for layer in summary.layers]
     by_row = [(label, each.rms_by_group) for label, each in ranges if len(each.rms_by_group) > 1]
     most = max((len(values) for _, values in by_row), default=0)
     found = [
         domain_table(summary),
         Table(
-            "inputs of linear layers: root mean square, by domain; peak is the largest channel over the median one",
-            ["layer", "rows", "channels", "max", "peak", "rms", *summary.domains],
-            [[label, f"{each.rows:,}", str(each.channels), *_cells(each, summary)] for label, each in ranges],
+            "inputs of linear layers: root mean square, by domain; peak: largest channel over the median one",
+            ["layer", "channels", "max", "peak", "rms", *summary.domains],
+            [[label, str(each.channels), *_cells(each, summary)] for label, each in ranges],
         ),
-        Table(
-            "root mean square by row of the local sequence (row i predicts byte i of a patch)",
-            ["layer", *map(str, range(most))],
-            [[label, *map(_number, values), *[""] * (most - len(values))] for label, values in by_row],
-        ),
+        *(_row_table(by_row, start, min(start + ROWS_OF_A_TABLE, most)) for start in range(0, most, ROWS_OF_A_TABLE)),
         Table(
             "keys (as cached) and values: root mean square, by domain",
             ["attention", "heads", "max", "peak", "rms", *summary.domains],
@@ -136,6 +134,18 @@ def drawings(summary: Summary) -> list[Table]:
         _drawn("root mean square of inputs by domain, mean over layers", "domain", domains),
     ]
     return [*drawn, _drawn("root mean square by row of the local sequence, mean over layers", "row", rows)] if rows else drawn
+
+
+def _row_table(by_row: Sequence[tuple[str, Sequence[float]]], start: int, end: int) -> Table:
+    """Rows `start` to `end` of the local sequence; layers that see fewer are left empty."""
+    return Table(
+        "root mean square by row of the local sequence (row i predicts byte i of a patch)",
+        ["layer", *map(str, range(start, end))],
+        [
+            [label, *(_number(values[row]) if row < len(values) else "" for row in range(start, end))]
+            for label, values in by_row
+        ],
+    )
 
 
 def _drawn(title: str, what: str, values: Mapping[str, float]) -> Table:
@@ -171,10 +181,14 @@ def _rms(sum_squares: npt.ArrayLike, count: npt.ArrayLike) -> npt.NDArray[np.flo
 
 
 def _label(layers: Sequence[str]) -> str:
-    """`a.q_proj + k_proj + v_proj` for layers that share an input; of several blocks the first one is named."""
-    blocks, names = ({path.rpartition(".")[part]: None for path in layers} for part in (0, 2))
-    block = next(iter(blocks))
-    return ".".join([block, " + ".join(names)] if block else names) + (f" ({len(blocks)} blocks)" if len(blocks) > 1 else "")
+    """`a.q/k/v_proj` for layers that share an input; of several blocks the first one is named."""
+    blocks, names = (list(dict.fromkeys(path.rpartition(".")[part] for path in layers)) for part in (0, 2))
+    if len(names) > 1 and all(name.endswith(SUFFIX) for name in names):
+        together = "/".join(name.removesuffix(SUFFIX) for name in names) + SUFFIX
+    else:
+        together = " + ".join(names)
+    label = f"{blocks[0]}.{together}" if blocks[0] else together
+    return label + (f" ({len(blocks)} blocks)" if len(blocks) > 1 else "")
 
 
 def _cells(found: Range, summary: Summary) -> list[str]:

@@ -1,6 +1,9 @@
 """nvfp4 layers of llm-compressor and ModelOpt come in, ours leave, and plain MLX takes our folders as mlx-lm takes its own."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,8 +22,8 @@ from marlin_cli.models import build, linear_layers, set_modules
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
-from marlin_cli.quantization.apply import packed_of
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import packed_of
 
 DATA = bytes(range(64))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float64)
@@ -99,6 +102,30 @@ def test_an_export_comes_back_bit_for_bit(source, tmp_path):
     assert back.cache_bits == ours.cache_bits
     back.save(tmp_path / "again")
     assert mx.array_equal(load(tmp_path / "again").logits(DATA), ours.logits(DATA)).item()
+
+
+# The command line, killed when the packed model is whole and its other form is about to be written.
+KILLED = """
+import os, signal
+from marlin_cli.commands import quantization_run
+quantization_run.export_compressed_tensors = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+from marlin_cli.cli import main
+main()
+"""
+
+
+def test_an_export_that_is_killed_leaves_what_stood_there(source, tmp_path):
+    folder = tmp_path / "written"
+    folder.mkdir()
+    command = ["quantize", str(source), "-o", str(folder / "out"), "--local-bits", "4", "--export", "compressed-tensors"]
+    killed = [sys.executable, "-c", KILLED, *command]
+    assert subprocess.run(killed, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert [path.name[:5] for path in folder.iterdir()] == [".out."]
+    quantize(*command[1:])  # and takes away what the other left
+    assert [path.name for path in folder.iterdir()] == ["out"]
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    assert subprocess.run([*killed, "--overwrite"], capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
 
 
 def test_other_formats_are_not_exported(source, tmp_path):

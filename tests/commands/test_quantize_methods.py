@@ -123,6 +123,7 @@ def test_distilling(files, tmp_path):
         (["--domain-weight", "binary=0.2"], "--domain-weight weighs the domains of statistics; give --stats", 2),
         (["--method", "gtpq", "--sequential"], "unknown method 'gtpq'; did you mean 'gptq'", 1),
         (["--method", "awq", "--sequential"], "leave out --method awq", 2),
+        (["--method", "awq+gptq", "--sequential"], "leave out --method awq+gptq", 2),
         (["--stats", "STATS", "--sequential"], "leave out --stats", 2),
         (["--target-bpw", "4", "--calibration-corpus", "default"], "4 bits a weight are too few", 1),
         (["--stats", "STATS", "--domain-weight", "binary"], "is not DOMAIN=SHARE", 2),

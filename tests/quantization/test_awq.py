@@ -12,6 +12,7 @@ from outlier_model import with_outliers
 from marlin_cli.errors import UsageError
 from marlin_cli.models import linear_layers
 from marlin_cli.quantization.apply import plan_network, quantize_network
+from marlin_cli.quantization.layers import pack_layer
 from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import rescaled
@@ -69,6 +70,22 @@ def test_what_is_chosen_computes_the_same(network_of_64, tmp_path):
     np.testing.assert_allclose(logits(copy), logits(scaled), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_layers_are_packed_by_the_statistics_of_their_new_inputs(method, network_of_64, tmp_path):
+    scaled = with_outliers(network_of_64)
+    statistics = statistics_of(scaled, tmp_path)
+    plans = plan_network(scaled, SETTINGS)
+    copy, factors = rescaled(scaled, plans, statistics)
+    seen = statistics_of(copy, tmp_path)
+    layers = linear_layers(copy)
+    for plan in [plan for plan in plans if plan.path in factors]:
+        weight = layers[plan.path]["weight"]
+        found, _ = pack_layer(weight, None, plan, statistics, method=method, factor=factors[plan.path])
+        expected, _ = pack_layer(weight, None, plan, seen, method=method)
+        # Factors are powers of two: what was measured changes by them exactly.
+        assert found is not None and mx.array_equal(found["weight"], expected["weight"]).item(), plan.path
+
+
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
 def test_outliers_cost_less(name, network_of_64, tmp_path):
     scaled = with_outliers(network_of_64)
@@ -81,8 +98,10 @@ def test_outliers_cost_less(name, network_of_64, tmp_path):
         return float(np.square(logits(packed) - exact).mean())
 
     found = {method: lost(method) for method in ("rtn", "awq", "gptq", "awq+gptq")}
-    assert found["awq"] < 0.1 * found["rtn"]
-    assert found["gptq"] < 0.5 * found["rtn"]
+    # Over other seeds awq leaves 3 to 9 % of rtn's error, gptq 6 to 10 %, and both together 11 to 17 % of awq's; the
+    # scale sweep alone leaves more than 60 %.
+    assert found["awq"] < 0.25 * found["rtn"]
+    assert found["gptq"] < 0.3 * found["rtn"]
     assert found["awq+gptq"] < 0.5 * found["awq"]
 
 

@@ -69,4 +69,4 @@ def test_what_is_chosen_computes_the_same_and_costs_less(tmp_path):
     for method in ("rtn", "awq"):
         packed = quantize_network(scaled, SETTINGS, None if method == "rtn" else statistics, method=method).network
         lost[method] = np.square(answers(packed)[0] - exact).mean()
-    assert lost["awq"] < 0.6 * lost["rtn"]
+    assert lost["awq"] < 0.2 * lost["rtn"]  # 3 to 7 % of it, over other seeds

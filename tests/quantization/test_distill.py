@@ -8,9 +8,10 @@ from marlin_cli.errors import QuantizationError
 from marlin_cli.models import linear_layers
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import Linear, QuantizedLinear
-from marlin_cli.quantization.apply import packed_of, quantize_network
+from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.distill import DistillSettings, differentiable_linear, distill
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.layers import packed_of
 from marlin_cli.quantization.plan import QuantizationSettings
 
 STEPS = 25

@@ -152,8 +152,8 @@ def test_what_is_shown_has_no_rows_of_patches(network, tmp_path):
     shown = tables(summary)
     assert [len(table.rows) > 0 for table in shown] == [True, True, True]
     names = [row[0] for row in shown[1].rows]
-    assert "decoder.layers.0.cross.k_proj + v_proj (2 blocks)" in names
-    assert "encoder.layers.1.attention.q_proj + k_proj + v_proj" in names
+    assert "decoder.layers.0.cross.k/v_proj (2 blocks)" in names
+    assert "encoder.layers.1.attention.q/k/v_proj" in names
 
 
 def test_a_network_takes_its_own_kind_of_corpus(network, tmp_path):

@@ -49,11 +49,27 @@ def test_ranges() -> None:
 def test_tables() -> None:
     domains, layers, rows, caches = tables(summarise(STATISTICS))
     assert domains.rows == [["code", "30", "75.0 %"], ["text", "10", "25.0 %"], ["all", "40", ""]]
-    assert layers.rows == [["local.ffn.up_proj + gate_proj", "6", "3", "5", "1.5", "2.16", "2.16", "2.16"]]
-    assert rows.rows == [["local.ffn.up_proj + gate_proj", "2.16", "2.16"]]
+    assert layers.rows == [["local.ffn.up/gate_proj", "3", "5", "1.5", "2.16", "2.16", "2.16"]]
+    assert rows.rows == [["local.ffn.up/gate_proj", "2.16", "2.16"]]
     assert [row[0] for row in caches.rows] == ["local.attention K", "local.attention V"]
     for table in (domains, layers, rows, caches):
         assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_tables_fit_100_columns() -> None:
+    names = [f"local.layers.11.attention.{name}_proj" for name in "qkv"]
+    shape = (3, 17)
+    moments = Moments(
+        np.full(shape, 10**7), np.full((*shape, 4096), 1.235e3), np.full((*shape, 4096), 1.235e3, dtype=np.float32)
+    )
+    heads = {"global.layers.11.attention": moments}
+    totals = Totals({"binary": 10**7, "code": 10**7, "multilingual": 10**7}, {names[0]: moments}, heads, heads)
+    found = tables(summarise(Statistics("f" * 64, dict.fromkeys(names, names[0]), (Run("c" * 64, 16, 0, None),), totals)))
+    # Eight rows of the sequence in a table, so of 17 there are three.
+    assert [len(table.columns) for table in found] == [3, 8, 9, 9, 2, 8]
+    for table in found:
+        widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+        assert sum(widths) + 2 * (len(widths) - 1) <= 100 and len(table.title) <= 100
 
 
 def test_ranges_are_drawn_in_80_columns() -> None:

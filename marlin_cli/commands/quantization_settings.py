@@ -1,0 +1,91 @@
+"""The options of `marlin quantize` as settings, checked against each other."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from marlin_cli.checkpoints.export import EXPORTS
+from marlin_cli.errors import UsageError
+from marlin_cli.quantization.formats import FORMATS
+from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, format_from_bits, load_recipe
+
+
+def settings_of(
+    recipe: str | None,
+    global_bits: int | None,
+    local_bits: int | None,
+    kv_bits: int | None,
+    global_format: str | None,
+    local_format: str | None,
+    group_size: int | None,
+    overrides: Sequence[str],
+) -> QuantizationSettings:
+    """The recipe's settings (or the defaults), changed by the options that were given.
+
+    Raises:
+        UsageError: bits and a format that contradict each other, or an override without a format.
+        ConfigError: an unknown recipe or format, or impossible bits.
+    """
+    base = load_recipe(recipe) if recipe is not None else QuantizationSettings()
+    changes: dict[str, Any] = {
+        "global_format": _format("global", global_bits, global_format),
+        "local_format": _format("local", local_bits, local_format),
+        "kv_bits": kv_bits,
+        "group_size": group_size,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if overrides:
+        changes["overrides"] = {**base.overrides, **dict(_override(text) for text in overrides)}
+    return dataclasses.replace(base, **changes)
+
+
+def domain_weights_of(texts: Sequence[str]) -> dict[str, float] | None:
+    """`DOMAIN=SHARE` options as a mapping; None if there are none.
+
+    Raises:
+        UsageError: something else, or a share that is not a number of zero or more.
+    """
+    weights = {}
+    for text in texts:
+        name, separator, share = text.rpartition("=")
+        try:
+            weights[name] = float(share)
+        except ValueError:
+            separator = ""
+        if not separator or not name or not 0 <= weights[name] < float("inf"):
+            raise UsageError(f"--domain-weight {text!r} is not DOMAIN=SHARE, for example binary=0.2")
+    return weights or None
+
+
+def check_export(name: str | None) -> None:
+    """Raise `UsageError` unless `name` is None or a form that other tools read."""
+    if name is not None and name not in EXPORTS:
+        raise UsageError(f"--export {name!r} is not known; known: {', '.join(EXPORTS)}")
+
+
+def check_exportable(plans: Sequence[LayerPlan]) -> None:
+    """Raise `UsageError` unless every layer stays as it is or becomes what the export can hold."""
+    other = [plan for plan in plans if plan.format is not None and plan.format.name != "nvfp4"]
+    if other:
+        format_name = other[0].format.name if other[0].format else ""
+        raise UsageError(
+            f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
+            f" ({len(other)} layers in all); choose 4 or 16 bits for the {other[0].part} part"
+        )
+
+
+def _format(part: str, bits: int | None, name: str | None) -> str | None:
+    if bits is None:
+        return name
+    if name is None:
+        return format_from_bits(bits)
+    if name in FORMATS and FORMATS[name].bits != bits:
+        raise UsageError(f"--{part}-bits {bits} and --{part}-format {name} contradict each other; give one")
+    return name
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, separator, name = text.rpartition("=")
+    if not separator or not pattern:
+        raise UsageError(f"--override {text!r} is not REGEX=FORMAT, for example 'global.*down_proj=mxfp8'")
+    return pattern, name

@@ -1,0 +1,146 @@
+"""One linear layer packed by its plan and a method, and what that did to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.errors import QuantizationError
+from marlin_cli.ops import QuantizedLinear
+from marlin_cli.quantization.encoders import Packed, mlx_encode, scalar, squared_error
+from marlin_cli.quantization.formats import format_of
+from marlin_cli.quantization.methods import METHODS
+from marlin_cli.quantization.methods.gptq import output_error
+from marlin_cli.quantization.plan import LayerPlan
+from marlin_cli.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What packing did to one layer. Squared errors are sums over its weights; None where nothing was packed."""
+
+    plan: LayerPlan
+    bytes_before: int
+    bytes_after: int
+    squared_weight: float | None = None
+    squared_error: float | None = None
+    mlx_squared_error: float | None = None  # of MLX's own encoder in the same format
+    output_error: float | None = None  # squared error of the output over its square, by x^T x; None without it
+    mlx_output_error: float | None = None
+
+
+def pack_layer(
+    weight: mx.array,
+    bias: mx.array | None,
+    plan: LayerPlan,
+    statistics: Statistics | None = None,
+    *,
+    method: str = "mse",
+    domain_weights: Mapping[str, float] | None = None,
+    factor: npt.NDArray[np.float32] | None = None,
+) -> tuple[QuantizedLinear | None, LayerReport]:
+    """One layer packed by its plan (None where it stays as it is), and what that did to it.
+
+    Args:
+        weight: [rows, columns].
+        factor: [columns] that the weight was multiplied by after the statistics were measured.
+
+    Raises:
+        QuantizationError, StatisticsError: see `apply.quantize_network`.
+    """
+    if plan.format is None:
+        return None, planned(plan)
+    hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
+    importance = None if statistics is None else _importance(plan, statistics, domain_weights)
+    if factor is not None:
+        importance = None if importance is None else importance / mx.array(factor**2)
+        hessian = None if hessian is None else hessian / np.outer(factor, factor)
+    packed = pack_weight(weight, plan, method, importance, hessian)
+    return packed_layer(packed, bias), report_of(weight, packed, plan, hessian)
+
+
+def planned(plan: LayerPlan) -> LayerReport:
+    """The sizes of a layer before (in 16 bits) and after, from its plan alone."""
+    before = 2 * plan.rows * plan.columns
+    if plan.format is None:
+        return LayerReport(plan, before, before)
+    return LayerReport(plan, before, round(plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) / 8))
+
+
+def pack_weight(
+    weight: mx.array,
+    plan: LayerPlan,
+    method: str,
+    importance: mx.array | None,
+    hessian: npt.NDArray[np.float64] | None,
+) -> Packed:
+    """`weight` [rows, columns] by a method's name, as planned.
+
+    Args:
+        importance: mean square of each column of its input.
+        hessian: mean of x^T x of its input.
+
+    Raises:
+        QuantizationError: as the method; it names the layer.
+    """
+    assert plan.format is not None
+    try:
+        return METHODS[method](weight, plan.format, plan.group_size, importance, hessian)
+    except QuantizationError as error:
+        raise QuantizationError(f"{plan.path!r}: {error}") from None
+
+
+def packed_layer(packed: Packed, bias: mx.array | None) -> QuantizedLinear:
+    """A linear layer of a packed weight."""
+    arrays = {"weight": packed.weight, "scales": packed.scales, "biases": packed.biases, "bias": bias}
+    if packed.global_scale is not None:
+        arrays["global_scale"] = mx.array(packed.global_scale, dtype=mx.float32)
+    present = {name: array for name, array in arrays.items() if array is not None}
+    settings = packed.format
+    return QuantizedLinear(present, group_size=packed.group_size, bits=settings.bits, mode=settings.mode)
+
+
+def packed_of(module: QuantizedLinear) -> Packed:
+    """The packed weight inside a layer."""
+    scale = module.get("global_scale")
+    return Packed(
+        weight=module["weight"],
+        scales=module["scales"],
+        biases=module.get("biases"),
+        global_scale=None if scale is None else float(scale.item()),
+        format=format_of(module.mode, module.bits),
+        group_size=module.group_size,
+    )
+
+
+def report_of(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.NDArray[np.float64] | None) -> LayerReport:
+    """What packing `weight` cost, beside what MLX's own encoder would have."""
+    baseline = mlx_encode(weight, packed.format, packed.group_size)
+    ours = theirs = None
+    if hessian is not None:
+        original = np.array(weight.astype(mx.float32))
+        energy = float(np.einsum("ij,ij->", original @ hessian, original)) or 1.0
+        ours = output_error(original, packed, hessian) / energy
+        theirs = output_error(original, baseline, hessian) / energy
+    return LayerReport(
+        plan=plan,
+        bytes_before=weight.nbytes,
+        bytes_after=packed.nbytes,
+        squared_weight=scalar(mx.square(weight.astype(mx.float32)).sum()),
+        squared_error=squared_error(weight, packed),
+        mlx_squared_error=squared_error(weight, baseline),
+        output_error=ours,
+        mlx_output_error=theirs,
+    )
+
+
+def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
+    importance = mx.array(statistics.mean_square(plan.path, domain_weights))
+    if importance.shape != (plan.columns,):
+        raise QuantizationError(
+            f"{plan.path!r} has {plan.columns} input channels, the statistics have {importance.shape[0]}; they belong"
+            " to another model"
+        )
+    return importance
