@@ -40,6 +40,9 @@ class QuantizationSettings:
             check_format(name)
         if self.kv_bits not in (4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, found {self.kv_bits}")
+        sizes = sorted({*FORMATS["int4"].group_sizes, *FORMATS["int8"].group_sizes})
+        if self.group_size is not None and self.group_size not in sizes:
+            raise ConfigError(f"group_size must be one of {', '.join(map(str, sizes))}, found {self.group_size}")
         for pattern in self.overrides:
             try:
                 re.compile(pattern)
