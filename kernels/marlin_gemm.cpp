@@ -210,7 +210,8 @@ struct Tail {
 // rows; one or two rows of x have chains of sums to spare, so every other block gets its own.
 template <class Format, int ROWS, int TOGETHER>
 inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t m0) {
-  constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1;
+  constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1, BLOCK_BYTES = Format::nibbles ? BLOCK / 2 : BLOCK;
+  const int64_t ahead = w.bytes_ahead(TOGETHER);
   const int64_t whole = w.depth / BLOCK, padded = (w.depth + BLOCK - 1) / BLOCK * BLOCK;
   const int64_t groups = w.depth / w.group_size;
   const float* x = laid.values.data() + m0 * padded;
@@ -230,6 +231,8 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
   Block blocks[TOGETHER];
   int64_t index = 0;
   for (; index + CHAINS <= whole; index += CHAINS) {
+    if constexpr (CHAINS > 1)
+      for (int n = 0; n < TOGETHER; n++) __builtin_prefetch(rows[n].weight + index * BLOCK_BYTES + ahead);
     for (int64_t chain = 0; chain < CHAINS; chain++) {
       decode(blocks, index + chain);
       add(blocks, (index + chain) * BLOCK, chain);

@@ -30,6 +30,13 @@ struct Matrix {
     return {weight + n * row_bytes, codes ? codes + n * groups : nullptr, scales ? scales + n * groups : nullptr,
             biases ? biases + n * groups : nullptr, group_size};
   }
+
+  // How far ahead of its place a loop over `together` rows at a time should prefetch: whole turns, a page at least. A
+  // processor's own prefetching loses each of these streams where its row ends.
+  int64_t bytes_ahead(int64_t together) const {
+    const int64_t turn = together * row_bytes;
+    return (4095 / turn + 1) * turn;
+  }
 };
 
 // The matrix that arrays hold: weight uint32 [N, words], scales uint8, or float32 with biases for int4 and int8.

@@ -478,11 +478,13 @@ inline void together(const Format& format, const Matrix& w, const Meeting* meeti
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
   Vector sums[TOGETHER][ROWS] = {};
+  const int64_t ahead = w.bytes_ahead(TOGETHER);
   const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
     Whole weights[TOGETHER];
     Vector scales[TOGETHER];
     for (int n = 0; n < TOGETHER; n++) {
       const uint8_t* from = rows[n].weight + line * LINE;
+      __builtin_prefetch(from + ahead);
       weights[n] = unpack<Format>(all ? load_bytes(from) : load_bytes(from, w.row_bytes - line * LINE));
       scales[n] = format.of_lanes(rows[n], line, all ? LANES : groups - line * WEIGHTS / w.group_size);
     }
