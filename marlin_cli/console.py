@@ -46,9 +46,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for row in rows:
         grid.add_row(*row)
     # A pipe has no width: give it one in which no column is cut.
-    console = Console(stderr=not to_stdout)
+    console = Console(stderr=not to_stdout, emoji=False)
     if not console.is_terminal:
-        console = Console(stderr=not to_stdout, width=160)
+        console = Console(stderr=not to_stdout, width=160, emoji=False)
     console.print(grid, markup=False)
 
 
@@ -80,4 +80,4 @@ class ByteProgress:
 
 
 def _stderr() -> Console:
-    return Console(file=sys.stderr)
+    return Console(file=sys.stderr, emoji=False)  # `x:-1:` is no thumb

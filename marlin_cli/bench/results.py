@@ -28,10 +28,13 @@ def append_result(path: Path, report: Report | AnsweringReport, models: Sequence
     for entry, name in zip(document["models"], models, strict=True):
         entry["fingerprint"] = fingerprint(locate_model(name))
     line = json.dumps(document, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    is_new = not path.exists()
     try:
         with path.open("ab") as file:
             _append_whole(file.fileno(), line if _ends_a_line(path) else b"\n" + line)
     except OSError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot write: {error.strerror}") from None
 
 

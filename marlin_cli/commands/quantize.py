@@ -19,6 +19,13 @@ def quantize(
     kv_bits: Annotated[
         int | None, typer.Option(help="Bits of the global cache, or of ByT5's cross cache, when the model runs.")
     ] = None,
+    balance_keys: Annotated[
+        bool,
+        typer.Option(
+            "--balance-keys",
+            help="Scale keys against queries by --stats, so that --kv-bits 4 costs less where some key channels are large.",
+        ),
+    ] = False,
     global_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
     local_format: Annotated[str | None, typer.Option(help="nvfp4, mxfp4, int4, mxfp8, int8 or 16bit.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale in int4 and int8.")] = None,
@@ -109,6 +116,8 @@ def quantize(
     byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
     formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
+    if balance_keys:
+        settings = dataclasses.replace(settings, balance_keys=True)
     shares = domain_weights_of(domain_weight or [])
     if target_bpw is not None:
         from marlin_cli.commands.automatic_run import automatic_settings

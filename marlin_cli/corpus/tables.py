@@ -113,6 +113,8 @@ def _column(fitting: Collection[str], names: Collection[str], where: str) -> str
             return name
     if len(fitting) != 1:
         found = ", ".join(map(str, names)) or "no columns"
+        if not fitting:
+            raise CorpusError(f"{where}: no column holds text or bytes; found {found}")
         raise CorpusError(f"{where}: which column holds the bytes? Found {found}; name it text")
     return next(iter(fitting))
 

@@ -32,6 +32,8 @@ class Sampling:
             raise UsageError(f"top_p must be above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p must be between 0 and 1, found {self.min_p}")
+        if not 0 <= self.seed < 1 << 64:
+            raise UsageError(f"seed must be 0 or more and fit 64 bits, found {self.seed}")
 
 
 # Steps for which noise is drawn at once.

@@ -12,6 +12,7 @@ from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, QuantizationError, UsageError
 from marlin_cli.models import Network, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, pack_layer, packed_of
 from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS, RESCALING
@@ -105,11 +106,17 @@ def prepared(
 ) -> tuple[Network, list[LayerPlan], Factors]:
     """The network as its layers are packed, the decisions, and by path the factors of columns that awq has rescaled.
 
+    Keys are balanced here, which no factor tells of: it scales rows, and every input stays as it was measured.
+
     Raises:
         ConfigError, UsageError, QuantizationError, StatisticsError: see `quantize_network`.
     """
     check_method(method, statistics)
     plans = plan_network(network, settings)
+    if settings.balance_keys:
+        if statistics is None:
+            raise UsageError("--balance-keys needs statistics; make them with marlin calibrate, give --stats")
+        network = with_balanced_keys(network, statistics)
     if method not in RESCALING:
         return network, plans, {}
     assert statistics is not None
@@ -132,6 +139,8 @@ def marlin_table(
         "kv_bits": settings.kv_bits,
         "statistics": None if statistics is None else statistics.fingerprint(),
     }
+    if settings.balance_keys:
+        table["balanced_keys"] = True
     if domain_weights is not None:
         table["domain_weights"] = dict(domain_weights)
     return table

@@ -5,6 +5,7 @@ layers are taken to add up, which makes the choice a knapsack; it is solved exac
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def _unmeasured(network: MegaByte, formats: Sequence[str]) -> list[Choice]:
 
 def _spare_steps(choices: Sequence[Choice], target_bits_per_weight: float) -> tuple[float, int]:
     """The step of the budget in bits, and how many of them the smallest formats leave; QuantizationError if they do not fit."""
+    if not 0 < target_bits_per_weight < math.inf:
+        raise QuantizationError(f"bits a weight must be a number above 0, found {target_bits_per_weight:g}")
     weights = sum(choice.weights for choice in choices)
     least = sum(min(choice.bits.values()) for choice in choices)
     step = target_bits_per_weight * weights / BUDGET_STEPS

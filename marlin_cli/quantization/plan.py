@@ -30,6 +30,7 @@ class QuantizationSettings:
     cross_format: str = "nvfp4"  # the decoder's attention to the encoder
     wo_format: str = "mxfp8"  # at least so many bits for the last layer of ByT5's feed-forwards, whose inputs are large
     kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
+    balance_keys: bool = False  # scale q_proj and k_proj so that packed keys lose less; needs statistics
     group_size: int | None = None  # of int4 and int8; the others have one size
     overrides: dict[str, str] = field(default_factory=dict)  # regular expression of layer paths -> format; last wins
 
@@ -39,6 +40,9 @@ class QuantizationSettings:
             check_format(name)
         if self.kv_bits not in (4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, found {self.kv_bits}")
+        sizes = sorted({*FORMATS["int4"].group_sizes, *FORMATS["int8"].group_sizes})
+        if self.group_size is not None and self.group_size not in sizes:
+            raise ConfigError(f"group_size must be one of {', '.join(map(str, sizes))}, found {self.group_size}")
         for pattern in self.overrides:
             try:
                 re.compile(pattern)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from marlin_cli.errors import QuantizationError
+from marlin_cli.errors import QuantizationError, UsageError
 from marlin_cli.models import linear_layers, set_modules
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
@@ -88,8 +88,11 @@ def quantize_sequentially(
             nothing.
 
     Raises:
+        UsageError: keys are to be balanced, which takes statistics.
         QuantizationError: no calibration bytes, or what `quantize_network` raises.
     """
+    if settings.balance_keys:
+        raise UsageError("--balance-keys takes the keys' ranges from --stats, which --sequential goes without")
     weights = _weights(batches, domain_weights)
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")

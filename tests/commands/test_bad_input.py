@@ -173,6 +173,13 @@ CASES = {
     "an empty stop": (["generate", "-p", "x", "--stop", ""], 2, "a stop sequence is empty"),
     "a size that is none": (["generate", "-p", "x", "--max-bytes", "ten"], 2, "--max-bytes: 'ten' is not a size"),
     "a negative temperature": (["generate", "-p", "x", "--temperature", "-1"], 2, "temperature must be 0 or more"),
+    "a negative seed": (["generate", "-p", "x", "--seed", "-1"], 2, "seed must be 0 or more and fit 64 bits"),
+    "a seed beyond 64 bits": (["generate", "-p", "x", "--seed", str(1 << 64)], 2, "fit 64 bits"),
+    "no group": (["quantize", "megabyte-demo", "-o", "x", "--group-size", "0"], 1, "group_size must be one of 32, 64, 128"),
+    "a budget of nothing": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "0"], 1, "a number above 0, found 0"),
+    "a budget that is no number": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "nan"], 1, "above 0, found nan"),
+    "a weight that rich would draw": (["calibrate", "-o", "s.safetensors", "--corpus", "x=long:-1"], 1, "x=long:-1: the w"),
+    "a column of numbers": (["calibrate", "-o", "s.safetensors", "--corpus", "n.jsonl"], 1, "no column holds text"),
     "a number that is none": (["generate", "--top-k", "many"], 2, "'--top-k'"),
     "an unknown option": (["generate", "--colour"], 2, "--colour"),
     "an unknown command": (["translate"], 2, "translate"),
@@ -228,6 +235,7 @@ def test_commands(workplace, kind):
     (workplace / "folder").mkdir()
     (workplace / "empty").write_bytes(b"")
     (workplace / "long").write_bytes(b"x" * 40_000)
+    (workplace / "n.jsonl").write_bytes(b'{"text": 5}\n')
     arguments, code, names = CASES[kind]
     refused(*arguments, names=names, code=code)
 

@@ -289,6 +289,8 @@ def test_a_file_that_cannot_take_a_line_stays_as_it_was(models, tmp_path, monkey
     result = invoke(models[0], *QUICK, "--save", file)
     assert isinstance(result.exception, OutputError) and "results: cannot write: No space left" in str(result.exception)
     assert left == [0] and file.read_bytes() == before
+    invoke(models[0], *QUICK, "--save", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_fingerprints_tell_models_apart(models, tmp_path):
