@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from published import machine
 
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.models.megabyte import MegaByte
@@ -34,7 +35,9 @@ class PairedLosses:
         self.windows, self.results = windows, results
         self.domains = np.array([domain for domain in windows for _ in windows[domain]])
         lines = results.read_text().splitlines() if results.exists() else []
-        self.bits = {tuple(row["key"]): np.array(row["bits"]) for row in map(json.loads, lines)}
+        rows = [json.loads(line) for line in lines]
+        self.bits = {tuple(row["key"]): np.array(row["bits"]) for row in rows}
+        self.machines = {tuple(row["key"]): row.get("machine", "") for row in rows}
 
     def measure(self, key: tuple[object, ...], make: Callable[[], MegaByte]) -> np.ndarray:
         """Mean bits per byte of each window [windows], domain after domain."""
@@ -44,8 +47,9 @@ class PairedLosses:
             made = time.perf_counter() - start
             bits = [float(bits_of(network, window, WINDOW_BYTES).mean()) for part in self.windows.values() for window in part]
             with self.results.open("a") as file:
-                file.write(json.dumps({"key": key, "bits": bits, "seconds_to_make": round(made, 1)}) + "\n")
-            self.bits[key] = np.array(bits)
+                row = {"key": key, "bits": bits, "seconds_to_make": round(made, 1), "machine": machine()}
+                file.write(json.dumps(row) + "\n")
+            self.bits[key], self.machines[key] = np.array(bits), machine()
         return self.bits[key]
 
     def bits_per_byte(self, key: tuple[object, ...], domain: str | None = None) -> float:

@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from measured import read_rows
+from published import machine, markers_of, write_between_markers
 
 FOLDER = Path(__file__).parent
 PACKAGES = "mlx", "mlx-lm", "torch", "MEGABYTE-pytorch", "transformers", "ctranslate2"
-MARKERS = "<!-- peers: written by benchmarks/peers.py -->\n", "<!-- end of peers -->\n"
+MARKERS = markers_of("peers")
 
 
 @dataclass(frozen=True)
@@ -102,20 +102,6 @@ def run(name: str, settings: dict[str, Any], seconds: float) -> Outcome:
     return Outcome(name, settings, time.perf_counter() - start, failure, rows)
 
 
-def processor() -> str:
-    """The processor's name where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def machine() -> str:
-    """Processor, cores and system."""
-    return f"{processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
-
-
 def versions() -> str:
     """What is compared, as installed."""
     return ", ".join(f"{package} {version(package)}" for package in PACKAGES)
@@ -141,18 +127,6 @@ def table(outcomes: list[Outcome]) -> str:
             cells.append([outcome.name, outcome.failure, "", "", ""])
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in [*row, script]) + " |" for row in cells]
     return "\n".join(lines) + "\n"
-
-
-def write_between_markers(file: Path, text: str) -> None:
-    """Put the table in the place that the file has for it."""
-    whole = file.read_text(encoding="utf-8")
-    first, last = MARKERS
-    if whole.count(first) != 1 or last not in whole.split(first)[1]:
-        raise SystemExit(
-            f"{file}: the lines {first.strip()!r} and {last.strip()!r} are not there; add them where the table goes"
-        )
-    before, _, rest = whole.partition(first)
-    file.write_text(f"{before}{first}{text}{last}{rest.partition(last)[2]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -183,7 +157,7 @@ def main() -> None:
     chosen = [found[name] for name in PARTS if name in found]
     text = table(chosen)
     if arguments.markdown is not None:
-        write_between_markers(arguments.markdown, text)
+        write_between_markers(arguments.markdown, text, MARKERS)
     print(text)
     sys.exit(1 if any(outcome.failure for outcome in chosen) else 0)
 
