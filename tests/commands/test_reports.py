@@ -139,3 +139,27 @@ def test_the_page_and_the_picture_of_bench(packed, browser, read_page, tmp_path)
     assert bits == pytest.approx([16, 4.95], abs=0.02)
     assert any(f"bits per weight, all weights {bits[1]:.6g}" in title for title in page.texts("title"))
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_calibrating_on_the_wrong_domain_costs(tmp_path, read_page):
+    def marlin(*arguments):
+        subprocess.run([sys.executable, "-m", "marlin_cli", *map(str, arguments)], check=True, capture_output=True)
+
+    statistics = tmp_path / "statistics.safetensors"
+    marlin("calibrate", "-o", statistics, "--max-bytes", "256k", "--seq-bytes", "2k", "--hessian")
+    documents = {}
+    for name, weights in {"all": [], "binary": ["--domain-weight", "binary=1"]}.items():
+        how = ["--global-bits", 4, "--local-bits", 4, "--method", "gptq", "--stats", statistics, *weights]
+        marlin("quantize", "megabyte-demo", "-o", tmp_path / name, *how, "--report", tmp_path / f"{name}.html")
+        page = read_page((tmp_path / f"{name}.html").read_text())
+        documents[name] = page.data
+        alone = any(text.startswith("Calibrated on binary alone: no code and no multilingual") for text in page.texts("p"))
+        assert alone == (name == "binary")
+
+    def lost(name: str, domain: str) -> float:
+        found = documents[name]["domains"][domain]
+        return found["bits_per_byte_after"] - found["bits_per_byte_before"]
+
+    for domain in ("code", "multilingual"):
+        assert lost("binary", domain) > 1.1 * lost("all", domain) > 0
