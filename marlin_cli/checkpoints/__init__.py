@@ -67,7 +67,17 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         _check_kind(checkpoint, name, array)
         if check_values:
             check_weight(checkpoint.path, name, array)
+            _check_codes(checkpoint, name, array)
     return checkpoint
+
+
+# The byte that means NaN in an array of a packed format, and the bits of it that count: E4M3 has one of each sign.
+NOT_A_NUMBER = {
+    ("nvfp4", "scales"): (0x7F, 0x7F),
+    ("mxfp4", "scales"): (0xFF, 0xFF),
+    ("mxfp8", "scales"): (0xFF, 0xFF),
+    ("mxfp8", "weight"): (0x7F, 0x7F),
+}
 
 
 def architecture_of(path: Path) -> str:
@@ -113,6 +123,17 @@ def check_weight(path: Path, name: str, array: mx.array) -> None:
     """Raise `CheckpointError` if a weight of the checkpoint at `path` holds NaN or infinity."""
     if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
         raise CheckpointError(f"{path}: the weight {name!r} holds NaN or infinity; the file is damaged")
+
+
+def _check_codes(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
+    """Raise `CheckpointError` if a packed layer holds a code that means NaN."""
+    path, _, last = name.rpartition(".")
+    table = checkpoint.quantization or {}
+    settings = table.get(path, table)
+    mode = settings.get("mode") if isinstance(settings, dict) else None
+    code, mask = NOT_A_NUMBER.get((str(mode), last), (0, 0))
+    if mask and array.dtype in (mx.uint8, mx.uint32) and ((array.view(mx.uint8) & mask) == code).any().item():
+        raise CheckpointError(f"{checkpoint.path}: {name!r} holds NaN; the file is damaged")
 
 
 def _check_kind(checkpoint: Checkpoint, name: str, array: mx.array) -> None:

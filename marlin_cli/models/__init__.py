@@ -13,6 +13,7 @@ from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import read_json, shipped
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer
 from marlin_cli.ops import Linear, QuantizedLinear
 
 Network: TypeAlias = MegaByte | ByT5
@@ -121,26 +122,11 @@ def _is_castable(path: str, array: mx.array) -> bool:
 
 def _swap_packed_layers(network: nn.Module, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str) -> None:
     """Put a `QuantizedLinear` wherever the weights hold `.scales`."""
-    swapped = []
+    swapped: list[tuple[str, nn.Module]] = []
     for path, module in linear_layers(network).items():
-        scales = arrays.get(f"{path}.scales")
-        if scales is None:
-            continue
-        settings = table.get(path, table)
-        if not isinstance(settings, Mapping) or not {"group_size", "bits", "mode"} <= settings.keys():
-            raise CheckpointError(f"{where}: {path!r} is packed, but the quantization table does not say how")
-        try:
-            group_size, bits = int(settings["group_size"]), int(settings["bits"])
-        except (TypeError, ValueError):
-            raise CheckpointError(f"{where}: the quantization of {path!r} is not made of numbers") from None
-        names = ("weight", "scales", "biases", "bias", "global_scale")
-        own = {name: arrays[f"{path}.{name}"] for name in names if f"{path}.{name}" in arrays}
-        rows, columns = module["weight"].shape
-        if "weight" not in own or own["weight"].shape != (rows, columns * bits // 32):
-            raise CheckpointError(f"{where}: {path!r} does not hold {bits}-bit weights of shape [{rows}, {columns}]")
-        if scales.shape != (rows, columns // group_size):
-            raise CheckpointError(f"{where}: {path!r} has scales for another group size than {group_size}")
-        swapped.append((path, QuantizedLinear(own, group_size=group_size, bits=bits, mode=str(settings["mode"]))))
+        if f"{path}.scales" in arrays:
+            own = {name: arrays[f"{path}.{name}"] for name in PACKED_ARRAYS if f"{path}.{name}" in arrays}
+            swapped.append((path, packed_layer(module, own, table.get(path, table), f"{where}: {path!r}")))
     set_modules(network, swapped)
 
 

@@ -99,9 +99,9 @@ def _bars(chart: Bars) -> str:
     if chart.stacked:
         values = [sum(each[row] or 0.0 for each in chart.series.values()) for row in range(len(chart.labels))]
     axis = Axis(min([0.0, *values]), max([0.0, *values]) or 1.0, ())
-    negative = axis.low < 0
-    right = WIDTH - 62
-    place = _Places(axis, left + (50 if negative else 0), right)
+    # Numbers of negative bars stand before them, and labels before those.
+    below = [len(number(value)) for each in chart.series.values() for value in each if value is not None and value < 0]
+    place = _Places(axis, left + (LETTER * max(below) if below else 0), WIDTH - 62)
     thickness = 13.0 if len(names) == 1 or chart.stacked else 11.0
     y = top + 4
     for row, label in enumerate(chart.labels):

@@ -131,6 +131,46 @@ def test_weights_that_do_not_fit(case, tmp_path):
     assert says in refused(write_native(tmp_path / "model", **changes))
 
 
+NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+MXFP8 = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
+INT4 = {"group_size": 32, "bits": 4, "mode": "affine"}
+Q = "global.layers.0.attention.q_proj"
+CODES, SCALES = mx.zeros((16, 2), mx.uint32), mx.full((16, 1), 56, mx.uint8)
+PACKED = {
+    "biases where none belong": (NVFP4, {"biases": mx.zeros(3)}, "has biases, for which a layer packed as nvfp4 has no place"),
+    "a bias that the model lacks": (NVFP4, {"bias": mx.zeros(16)}, "has bias, for which"),
+    "no biases": (INT4, {"weight": mx.zeros((16, 2), mx.uint32)}, "in groups of 32 ask for [16, 0]"),
+    "a vector of global scales": (NVFP4, {"global_scale": mx.zeros(3)}, "a global_scale that is not one number"),
+    "a whole global scale": (NVFP4, {"global_scale": mx.array(1)}, "a global_scale that is not one number"),
+    "scales in float32": (NVFP4, {"scales": mx.ones((16, 1))}, "has scales of type float32, which nvfp4 does not hold"),
+    "codes in bytes": (NVFP4, {"weight": CODES.astype(mx.uint8)}, "has weight of type uint8"),
+    "too few codes": (NVFP4, {"weight": CODES[:5]}, "has weight of shape [5, 2]"),
+    "scales that are NaN": (NVFP4, {"scales": mx.full((16, 1), 0xFF, mx.uint8)}, f"'{Q}.scales' holds NaN"),
+    "codes that are NaN": (MXFP8, {"weight": CODES + 0x7F00}, f"'{Q}.weight' holds NaN"),
+    "3 bits": ({**INT4, "bits": 3}, {}, "'affine' with 3 bits in groups of 32, which is no format"),
+    "no group": ({**NVFP4, "group_size": 0}, {}, "in groups of 0, which is no format"),
+    "a group that is no whole number": ({**NVFP4, "group_size": 16.0}, {}, "in groups of 16.0, which is no format"),
+    "another kind": ({**NVFP4, "mode": "nf4"}, {}, "'nf4' with 4 bits"),
+    "a list for a kind": ({**NVFP4, "mode": ["nvfp4"]}, {}, "which is no format"),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_layers_that_do_not_fit(case, tmp_path):
+    """Kernels read as many bytes as shapes promise: what gets past here crashes the program."""
+    table, changes, says = PACKED[case]
+    arrays = {f"{Q}.{name}": array for name, array in {"weight": CODES, "scales": SCALES, **changes}.items()}
+    write_model(tmp_path / "model", config_as_mapping(TINY), {**WEIGHTS, **arrays}, table, None)
+    assert says in refused(tmp_path / "model")
+
+
+def test_the_packed_layer_that_these_tests_damage_is_good(tmp_path):
+    weights = {**WEIGHTS, f"{Q}.weight": CODES, f"{Q}.scales": SCALES, f"{Q}.global_scale": mx.array(2.0)}
+    write_model(tmp_path / "model", config_as_mapping(TINY), weights, NVFP4, None)
+    checkpoint = read_checkpoint(tmp_path / "model")
+    build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where="x")
+
+
 CONFIGS = {
     "no JSON": ("{,}", "not valid JSON"),
     "empty": ("", "not valid JSON"),

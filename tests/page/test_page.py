@@ -80,6 +80,13 @@ def test_marks_stand_where_their_values_say(read_page):
     assert "one: 10 MB" in titles and ": bits 8, loss 0.25" in titles and "1e-6 .. 0.0001: 30" in titles
 
 
+def test_the_number_of_a_negative_bar_does_not_touch_its_label(read_page):
+    bars = Bars("b", "bits", ["binary"], {"": [-0.000398]}, ranges={"": [(-0.000902, 0.000106)]})
+    page = read_page(render("t", "", [Section("s", [bars])], None))
+    ends = {text: float(each["x"]) for each, text in page.named("text") if each.get("text-anchor") == "end"}
+    assert ends["-0.000398"] - 6.5 * len("-0.000398") > ends["binary"]
+
+
 @pytest.mark.parametrize(
     "chart",
     [
