@@ -8,12 +8,15 @@ from marlin_cli.bench.estimates import Estimate
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.pairs import PairQuality, PairScore
 from marlin_cli.bench.report import (
+    PERCENTILES,
     Measurement,
     Table,
     csv_of,
     machine_table,
     markdown_of,
     measurement_of_spread,
+    measurements_of_percentiles,
+    percentiles,
     range_of,
     to_json,
     to_jsonl,
@@ -89,6 +92,7 @@ def _of_speed(model: str, speed: AnsweringSpeed) -> Iterator[Measurement]:
     for measure in ("encoder_bytes_per_second", "time_to_first_byte_seconds", "decode_bytes_per_second"):
         if (spread := getattr(speed, measure)) is not None:
             yield measurement_of_spread(model, measure, part, spread)
+    yield from measurements_of_percentiles(model, "byte_latency_seconds", part, speed.byte_latency_seconds)
     for measure in ("decoded_bytes", "memory_bytes", "working_memory_bytes"):
         yield Measurement(model, measure, part, getattr(speed, measure))
 
@@ -136,6 +140,7 @@ def _speed(names: Sequence[str], speeds: Sequence[AnsweringSpeed], settings: Thr
         ["encoder, bytes/s", *(range_of(speed.encoder_bytes_per_second) for speed in speeds)],
         ["decode, bytes/s", *(range_of(speed.decode_bytes_per_second) for speed in speeds)],
         ["time to first byte, ms", *(range_of(speed.time_to_first_byte_seconds, 1000) for speed in speeds)],
+        [f"a byte, ms: {PERCENTILES}", *(percentiles(speed.byte_latency_seconds) for speed in speeds)],
         ["keys and values of inputs, bytes", *(f"{speed.memory_bytes:,}" for speed in speeds)],
         ["working memory, bytes", *(f"{speed.working_memory_bytes:,}" for speed in speeds)],
     ]

@@ -7,7 +7,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.bench.answering_report import AnsweringModelReport, AnsweringReport, PairSettings
-from marlin_cli.bench.answering_speed import BATCH_SIZES, AnsweringSpeed, check_inputs_fit, measure_answering
+from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.pairs import PairQuality, check_pairs_fit, measure_pairs
 from marlin_cli.bench.run import labels_of
@@ -107,6 +107,6 @@ def _reference(request: AnsweringRequest, settings: PairSettings, models: Sequen
 
 
 def _time(models: Sequence[ByT5Model], settings: ThroughputSettings) -> list[list[AnsweringSpeed]]:
-    total = settings.bytes_of_run * (settings.repeats + 1) * len(models) * sum(BATCH_SIZES)
+    total = settings.bytes_of_run * (settings.repeats + 1) * len(models) * sum(batch_sizes_of(settings))
     with console.byte_progress("timing", total) as progress:
         return measure_answering(models, settings, on_bytes=progress.advance)

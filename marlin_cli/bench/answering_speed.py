@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from marlin_cli.bench.estimates import Spread, spread_of
+from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.throughput import GREEDY, ThroughputSettings, sample_prompt
 from marlin_cli.byt5_model import ByT5Model
-from marlin_cli.engine.encoder_decoder import AnswerState
-from marlin_cli.engine.sampling import sample
+from marlin_cli.engine.encoder_decoder import AnswerState, encode
+from marlin_cli.engine.sampling import draw
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import ids_of_bytes
 
@@ -37,6 +37,7 @@ class AnsweringSpeed:
     decoded_bytes: int  # timed, in all repeats together
     memory_bytes: int  # keys and values of the inputs
     working_memory_bytes: int  # the most that MLX held during a run beyond what it held before
+    byte_latency_seconds: Percentiles | None = None  # the wait for a byte of every answer, after the first ones
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,16 @@ class _Run:
     decode: float
     memory_bytes: int
     working_memory_bytes: int
+    steps: list[float]
 
 
 def measure_answering(
     models: Sequence[ByT5Model],
     settings: ThroughputSettings,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
     clock: Callable[[], float] = time.perf_counter,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> list[list[AnsweringSpeed]]:
-    """Time the models on the same inputs of `prompt_bytes` each: for each model, a result for each batch size.
+    """Time the models on the same inputs of `prompt_bytes` each: for each model, a result for each of `batch_sizes_of`.
 
     Args:
         clock: seconds, from any start.
@@ -69,7 +70,7 @@ def measure_answering(
     """
     check_inputs_fit(models, settings)
     results: list[list[AnsweringSpeed]] = [[] for _ in models]
-    for size in batch_sizes:
+    for size in batch_sizes_of(settings):
         inputs = [ids_of_bytes(sample_prompt(settings.prompt_bytes, settings.seed + number)) for number in range(size)]
         runs: list[list[_Run]] = [[] for _ in models]
         for repeat in range(-1, settings.repeats):
@@ -81,6 +82,11 @@ def measure_answering(
         for model, own, result in zip(models, runs, results, strict=True):
             result.append(_summary(own, settings, size, answers=bool(model.config.decoder_layers)))
     return results
+
+
+def batch_sizes_of(settings: ThroughputSettings) -> tuple[int, ...]:
+    """How many inputs are answered together, one measurement after another."""
+    return settings.sweep_batches or BATCH_SIZES
 
 
 def check_inputs_fit(models: Sequence[ByT5Model], settings: ThroughputSettings) -> None:
@@ -98,21 +104,22 @@ def _timed(model: ByT5Model, inputs: Sequence[Sequence[int]], decode_bytes: int,
     mx.reset_peak_memory()
     sources = [[*each, model.config.end_id] for each in inputs]
     start = clock()
-    mx.eval(model.network.encode(mx.array(sources)))
+    mx.eval(encode(model.network, mx.array(sources)))
     encoded = clock()
     if not model.config.decoder_layers:
-        return _Run(encoded - start, 0.0, 0.0, 0, mx.get_peak_memory() - held)
+        return _Run(encoded - start, 0.0, 0.0, 0, mx.get_peak_memory() - held, [])
     again = clock()
     state = AnswerState(model.network, sources, memory_bits=model.kv_bits)
-    ids = sample(state.logits, GREEDY, None)
-    ids.tolist()  # waits for the device and brings the numbers over, as every consumer of bytes must
-    first = clock()
+    ids, _ = draw(state.logits, None, GREEDY, None)
+    first = before = clock()
+    steps = []
     for _ in range(decode_bytes):
-        state.push(ids)
-        ids = sample(state.logits, GREEDY, None)
-        ids.tolist()
-    end = clock()
-    return _Run(encoded - start, first - again, end - first, state.memory_bytes, mx.get_peak_memory() - held)
+        state.push(mx.array(ids, dtype=mx.int32))
+        ids, _ = draw(state.logits, None, GREEDY, None)
+        now = clock()
+        steps.append(now - before)
+        before = now
+    return _Run(encoded - start, first - again, before - first, state.memory_bytes, mx.get_peak_memory() - held, steps)
 
 
 def _summary(runs: Sequence[_Run], settings: ThroughputSettings, size: int, *, answers: bool) -> AnsweringSpeed:
@@ -125,4 +132,5 @@ def _summary(runs: Sequence[_Run], settings: ThroughputSettings, size: int, *, a
         decoded_bytes=written * len(runs) if answers else 0,
         memory_bytes=max(run.memory_bytes for run in runs),
         working_memory_bytes=max(run.working_memory_bytes for run in runs),
+        byte_latency_seconds=percentiles_of([seconds for run in runs for seconds in run.steps]) if answers else None,
     )

@@ -27,6 +27,16 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Percentiles:
+    """Where single waits lie: so many in a hundred are no longer than this; and the longest."""
+
+    percentile_50: float
+    percentile_90: float
+    percentile_99: float
+    maximum: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """A value and its standard error, which is None where a single observation does not tell."""
 
@@ -38,6 +48,12 @@ def spread_of(samples: Sequence[float]) -> Spread:
     """The spread of one or more samples."""
     first, median, third = np.percentile(np.array(samples, dtype=np.float64), [25, 50, 75])
     return Spread(float(median), min(samples), max(samples), float(third - first), tuple(samples))
+
+
+def percentiles_of(samples: Sequence[float]) -> Percentiles:
+    """The percentiles of one or more samples, by linear interpolation between them."""
+    found = np.percentile(np.array(samples, dtype=np.float64), [50, 90, 99, 100])
+    return Percentiles(*map(float, found))
 
 
 def ratio(totals: Floats, sizes: Floats) -> Estimate:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from marlin_cli.bench.estimates import Estimate, Spread
+from marlin_cli.bench.estimates import Estimate, Percentiles, Spread
 from marlin_cli.bench.held_out import Windowing
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.quality import Comparison, Quality, Score
 from marlin_cli.bench.sizes import PARTS
-from marlin_cli.bench.throughput import Throughput, ThroughputSettings
+from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
 
 FORMAT_VERSION = 1  # of the JSON document
@@ -164,9 +164,26 @@ def measurement_of_spread(model: str, measure: str, part: str, spread: Spread) -
     )  # fmt: skip
 
 
+def measurements_of_percentiles(model: str, measure: str, part: str, found: Percentiles | None) -> Iterator[Measurement]:
+    """A row for each percentile, after the part's name; nothing where nothing was measured."""
+    for name, value in {} if found is None else dataclasses.asdict(found).items():
+        yield Measurement(model, measure, f"{part}, {name}" if part else name, value)
+
+
+SPEEDS = "prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds"
+
+
 def _of_throughput(model: str, result: Throughput) -> Iterator[Measurement]:
-    for measure in ("prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds"):
+    for measure in SPEEDS:
         yield measurement_of_spread(model, measure, "", getattr(result, measure))
+    for measure in ("byte_latency_seconds", "patch_latency_seconds"):
+        yield from measurements_of_percentiles(model, measure, "", getattr(result, measure))
+    if result.joules_per_byte is not None:
+        yield Measurement(model, "joules_per_byte", "", result.joules_per_byte)
+    for point in result.sweep:
+        for measure in SPEEDS:
+            part = f"context {point.context_bytes}, batch {point.batch}"
+            yield measurement_of_spread(model, measure, part, getattr(point, measure))
     yield Measurement(model, "decoded_bytes", "", result.decoded_bytes)
     for level, size in result.cache_bytes.items():
         yield Measurement(model, "cache_bytes", level, size)
@@ -209,6 +226,8 @@ def to_tables(report: Report) -> list[Table]:
     tables = [machine_table(report.machine, report.peak_resident_bytes)]
     if report.throughput_settings is not None:
         tables.append(_speed(report, report.throughput_settings))
+        if report.throughput_settings.sweep:
+            tables.append(_sweep(report, report.throughput_settings))
     tables.append(
         weights_table(
             [model.model for model in report.models],
@@ -247,11 +266,44 @@ def _speed(report: Report, settings: ThroughputSettings) -> Table:
         ["prefill, bytes/s", *(range_of(result.prefill_bytes_per_second) for result in results)],
         ["decode, bytes/s", *(range_of(result.decode_bytes_per_second) for result in results)],
         ["time to first byte, ms", *(range_of(result.time_to_first_byte_seconds, 1000) for result in results)],
+        [f"a byte, ms: {PERCENTILES}", *(percentiles(result.byte_latency_seconds) for result in results)],
+        [f"a patch, ms: {PERCENTILES}", *(percentiles(result.patch_latency_seconds) for result in results)],
         ["global cache, bytes", *(f"{result.cache_bytes['global']:,}" for result in results)],
         ["local cache, bytes", *(f"{result.cache_bytes['local']:,}" for result in results)],
         ["working memory, bytes", *(f"{result.working_memory_bytes:,}" for result in results)],
     ]
+    if any(result.joules_per_byte is not None for result in results):
+        rows.append(["decoding, J/byte of the processor packages", *(_joules(result.joules_per_byte) for result in results)])
     return Table(title, ["", *(model.model for model in report.models)], rows)
+
+
+PERCENTILES = "50 %, 90 %, 99 %, longest"
+
+
+def percentiles(found: Percentiles | None) -> str:
+    """Milliseconds, as `PERCENTILES` lists them."""
+    if found is None:
+        return "-"
+    return ", ".join(f"{1000 * value:.4g}" for value in dataclasses.astuple(found))
+
+
+def _joules(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _sweep(report: Report, settings: ThroughputSettings) -> Table:
+    results = [model.throughput for model in report.models if model.throughput is not None]
+    rows = [
+        [f"{points[0].context_bytes:,}", str(points[0].batch), *(cell for point in points for cell in _point(point))]
+        for points in zip(*(result.sweep for result in results), strict=True)
+    ]
+    columns = [f"{model.model}: {what}" for model in report.models for what in ("prefill", "decode")]
+    title = f"Speed by context, bytes/s of all streams, 1 + {settings.decode_bytes:,} bytes, median of {settings.repeats}"
+    return Table(f"{title} (smallest .. largest)", ["context", "batch", *columns], rows)
+
+
+def _point(point: SweepPoint) -> tuple[str, str]:
+    return range_of(point.prefill_bytes_per_second), range_of(point.decode_bytes_per_second)
 
 
 def weights_table(names: Sequence[str], stored: Sequence[Mapping[str, int]], loaded: Sequence[Mapping[str, int]]) -> Table:

@@ -132,7 +132,7 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
 
 
 def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> list[Throughput]:
-    total = settings.bytes_of_run * (settings.repeats + 1) * len(models)
+    total = (settings.bytes_of_run + settings.bytes_of_sweep) * (settings.repeats + 1) * len(models)
     with console.byte_progress("timing", total) as progress:
         speeds = measure_throughput(models, settings, on_bytes=progress.advance)
     widest = max(speed.decode_bytes_per_second.relative_range for speed in speeds)

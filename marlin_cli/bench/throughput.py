@@ -1,4 +1,5 @@
-"""How fast models read a prompt and decode bytes, and the memory it takes. One stream, the likeliest byte each time.
+"""How fast models read a prompt and decode bytes, and the memory it takes. The likeliest byte each time; one stream, and
+in a sweep as many as asked for, after prompts of several lengths.
 
 What is timed is what `marlin generate` does, by the clock on the wall:
 
@@ -6,11 +7,15 @@ What is timed is what `marlin generate` does, by the clock on the wall:
 - time to first byte: from the same start until that byte is a number in Python.
 - decode: the bytes after the first one. Each is predicted, chosen and a number in Python before the next begins; the
   steps of the global model, one a patch, are among them.
+- latency: of that, the wait for each whole patch; and of each byte, which is an equal share of the call that gave it,
+  for where a kernel decodes all that is left of a patch its bytes come together.
+- energy: of the processor packages while bytes were decoded, where the system counts it; other programs' is in it.
 
 Not timed: reading the checkpoint, and one warm-up run a model, in which kernels are compiled and memory is first used.
 Repeats of several models alternate (A B A B), so that a slow spell of the machine falls on all of them.
 """
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +24,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.api import MegaByteModel
-from marlin_cli.bench.estimates import Spread, spread_of
+from marlin_cli.bench.energy import EnergyCounter
+from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.held_out import files_by_domain
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import Noise, Sampling, sample
@@ -43,12 +49,16 @@ class ThroughputSettings:
     decode_bytes: int = 128  # after the first byte, which the prefill gives
     repeats: int = 5  # timed runs; a warm-up goes before them
     seed: int = 0  # which bytes of the shipped sample are the prompt
+    sweep_contexts: tuple[int, ...] = ()  # bytes of the prompts of a sweep, which has every batch after every context
+    sweep_batches: tuple[int, ...] = ()  # streams that are decoded together
 
     def __post_init__(self) -> None:
         for option, value in (
             ("--prompt-bytes", self.prompt_bytes),
             ("--decode-bytes", self.decode_bytes),
             ("--repeats", self.repeats),
+            *(("--context", context) for context in self.sweep_contexts),
+            *(("--batch", batch) for batch in self.sweep_batches),
         ):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, found {value}")
@@ -57,6 +67,29 @@ class ThroughputSettings:
     def bytes_of_run(self) -> int:
         """Bytes that pass through the model in one run."""
         return self.prompt_bytes + 1 + self.decode_bytes
+
+    @property
+    def bytes_of_sweep(self) -> int:
+        """Bytes that pass through the model in one run at every point of the sweep."""
+        return sum(batch * (context + 1 + self.decode_bytes) for context, batch in self.sweep)
+
+    @property
+    def sweep(self) -> list[tuple[int, int]]:
+        """Contexts and batch sizes of the sweep, empty if none was asked for."""
+        if not self.sweep_contexts and not self.sweep_batches:
+            return []
+        return list(itertools.product(self.sweep_contexts or (self.prompt_bytes,), self.sweep_batches or (1,)))
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """Speeds of one model after one context with one number of streams; bytes of all streams together."""
+
+    context_bytes: int
+    batch: int
+    prefill_bytes_per_second: Spread
+    decode_bytes_per_second: Spread
+    time_to_first_byte_seconds: Spread
 
 
 @dataclass(frozen=True)
@@ -69,6 +102,10 @@ class Throughput:
     decoded_bytes: int  # timed, in all repeats together
     cache_bytes: dict[str, int]  # by level, the most that was in use after any byte
     working_memory_bytes: int  # the most that MLX held during a run beyond what it held before: caches, activations
+    byte_latency_seconds: Percentiles | None = None
+    patch_latency_seconds: Percentiles | None = None  # None: no whole patch was decoded
+    joules_per_byte: float | None = None  # decoding; None where the system does not tell
+    sweep: tuple[SweepPoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +117,8 @@ class _Run:
     decode: float
     decoded_bytes: int
     working_memory_bytes: int
+    steps: list[tuple[float, int]]  # seconds of each call that gave bytes, and how many
+    joules: float | None
 
 
 def measure_throughput(
@@ -87,18 +126,21 @@ def measure_throughput(
     settings: ThroughputSettings,
     clock: Callable[[], float] = time.perf_counter,
     on_bytes: Callable[[int], None] = lambda count: None,
+    energy: EnergyCounter | None = None,
 ) -> list[Throughput]:
     """Time the models on the same prompt, one result each.
 
     Args:
         clock: seconds, from any start.
         on_bytes: told after each run how many bytes passed through a model.
+        energy: that of this machine unless given.
 
     Raises:
         UsageError: the bytes of a run do not fit a model's context, or cache bits do not fit its heads.
         CorpusError: the shipped sample is missing or shorter than the prompt.
     """
     check_run_fits(models, settings)
+    energy = energy or EnergyCounter()
     prompt = sample_prompt(settings.prompt_bytes, settings.seed)
     caches = []
     for model in models:
@@ -107,9 +149,44 @@ def measure_throughput(
     runs: list[list[_Run]] = [[] for _ in models]
     for _ in range(settings.repeats):
         for model, own in zip(models, runs, strict=True):
-            own.append(_timed(model, prompt, settings.decode_bytes, clock))
+            own.append(_timed(model, [prompt], settings.decode_bytes, clock, energy))
             on_bytes(settings.bytes_of_run)
-    return [_summary(own, settings, cache) for own, cache in zip(runs, caches, strict=True)]
+    sweeps = _swept(models, settings, clock, on_bytes, energy)
+    return [
+        _summary(own, settings, model.config.patch_size, cache, sweep)
+        for model, own, cache, sweep in zip(models, runs, caches, sweeps, strict=True)
+    ]
+
+
+def _swept(
+    models: Sequence[MegaByteModel],
+    settings: ThroughputSettings,
+    clock: Callable[[], float],
+    on_bytes: Callable[[int], None],
+    energy: EnergyCounter,
+) -> list[tuple[SweepPoint, ...]]:
+    """The sweep of each model; models alternate at each point, after a run that does not count."""
+    found: list[list[SweepPoint]] = [[] for _ in models]
+    for context, batch in settings.sweep:
+        prompts = [sample_prompt(context, settings.seed + number) for number in range(batch)]
+        runs: list[list[_Run]] = [[] for _ in models]
+        for repeat in range(-1, settings.repeats):
+            for model, own in zip(models, runs, strict=True):
+                run = _timed(model, prompts, settings.decode_bytes, clock, energy)
+                if repeat >= 0:
+                    own.append(run)
+                on_bytes(batch * (context + 1 + settings.decode_bytes))
+        for own, points in zip(runs, found, strict=True):
+            points.append(
+                SweepPoint(
+                    context,
+                    batch,
+                    spread_of([batch * context / run.prefill for run in own]),
+                    spread_of([run.decoded_bytes / run.decode for run in own]),
+                    spread_of([run.first_byte for run in own]),
+                )
+            )
+    return [tuple(points) for points in found]
 
 
 def check_run_fits(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> None:
@@ -119,6 +196,12 @@ def check_run_fits(models: Sequence[MegaByteModel], settings: ThroughputSettings
             raise UsageError(
                 f"--prompt-bytes {settings.prompt_bytes}, a first byte and --decode-bytes {settings.decode_bytes} do"
                 f" not fit a context of {model.config.max_bytes} bytes; ask for fewer"
+            )
+        longest = max(settings.sweep_contexts, default=0) + 1 + settings.decode_bytes
+        if settings.sweep_contexts and longest > model.config.max_bytes:
+            raise UsageError(
+                f"--context {max(settings.sweep_contexts)}, a first byte and --decode-bytes {settings.decode_bytes} do not"
+                f" fit a context of {model.config.max_bytes} bytes; ask for fewer"
             )
 
 
@@ -146,22 +229,35 @@ def sample_prompt(size: int, seed: int) -> bytes:
     return prompt
 
 
-def _timed(model: MegaByteModel, prompt: bytes, decode_bytes: int, clock: Callable[[], float]) -> _Run:
+def _timed(
+    model: MegaByteModel, prompts: Sequence[bytes], decode_bytes: int, clock: Callable[[], float], energy: EnergyCounter
+) -> _Run:
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     start = clock()
-    state = Lockstep(model.network, [prompt], model.cache_bits)
+    state = Lockstep(model.network, prompts, model.cache_bits)
     mx.eval(state.logits)
     read = clock()
     ids = sample(state.logits, GREEDY, None)
     ids.tolist()  # waits for the device and brings the number over, as every consumer of bytes must
     first = clock()
+    counted = energy.read()
     state.push(ids)
-    decoded = 0
+    steps: list[tuple[float, int]] = []
+    before = first
     for count in _decoded(model, state, decode_bytes):
-        decoded += count
-    end = clock()
-    return _Run(read - start, first - start, end - first, decoded, mx.get_peak_memory() - held)
+        now = clock()
+        steps.append((now - before, count))
+        before = now
+    return _Run(
+        prefill=read - start,
+        first_byte=first - start,
+        decode=before - first,
+        decoded_bytes=len(prompts) * decode_bytes,
+        working_memory_bytes=mx.get_peak_memory() - held,
+        steps=steps,
+        joules=energy.joules(counted, energy.read()),
+    )
 
 
 def _warm_up(model: MegaByteModel, prompt: bytes, decode_bytes: int) -> dict[str, int]:
@@ -175,7 +271,7 @@ def _warm_up(model: MegaByteModel, prompt: bytes, decode_bytes: int) -> dict[str
 
 
 def _decoded(model: MegaByteModel, state: Lockstep, count: int) -> Iterator[int]:
-    """Decode `count` bytes, as generation does; after each step how many came."""
+    """Decode `count` bytes of each stream, as generation does; after each step how many came."""
     noise = Noise(GREEDY.seed, model.config.vocab_size)
     while count > 0:
         ids = state.advance(GREEDY, noise, count)
@@ -184,12 +280,40 @@ def _decoded(model: MegaByteModel, state: Lockstep, count: int) -> Iterator[int]
         yield ids.shape[1]
 
 
-def _summary(runs: Sequence[_Run], settings: ThroughputSettings, cache_bytes: dict[str, int]) -> Throughput:
+def _patch_seconds(run: _Run, settings: ThroughputSettings, patch_size: int) -> list[float]:
+    """How long each whole patch took, of those that a run decoded."""
+    position, waited, whole, found = settings.prompt_bytes + 1, 0.0, False, []
+    for seconds, count in run.steps:
+        if position % patch_size == 0:
+            waited, whole = 0.0, True
+        waited += seconds
+        position += count
+        if position % patch_size == 0 and whole:
+            found.append(waited)
+    return found
+
+
+def _summary(
+    runs: Sequence[_Run],
+    settings: ThroughputSettings,
+    patch_size: int,
+    cache_bytes: dict[str, int],
+    sweep: tuple[SweepPoint, ...],
+) -> Throughput:
+    patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)]
+    joules = [run.joules for run in runs if run.joules is not None]
+    decoded = sum(run.decoded_bytes for run in runs)
     return Throughput(
         prefill_bytes_per_second=spread_of([settings.prompt_bytes / run.prefill for run in runs]),
         decode_bytes_per_second=spread_of([run.decoded_bytes / run.decode for run in runs]),
         time_to_first_byte_seconds=spread_of([run.first_byte for run in runs]),
-        decoded_bytes=sum(run.decoded_bytes for run in runs),
+        decoded_bytes=decoded,
         cache_bytes=cache_bytes,
         working_memory_bytes=max(run.working_memory_bytes for run in runs),
+        byte_latency_seconds=percentiles_of(
+            [seconds / count for run in runs for seconds, count in run.steps for _ in range(count)]
+        ),
+        patch_latency_seconds=percentiles_of(patches) if patches else None,
+        joules_per_byte=sum(joules) / decoded if len(joules) == len(runs) else None,
+        sweep=sweep,
     )

@@ -98,7 +98,11 @@ def bench(
         bool, typer.Option("--plan", help="Time nothing: attention, cache and bytes read a byte generated, from the shape.")
     ] = False,
     context: Annotated[
-        str | None, typer.Option(help="With --plan: contexts, for example 1k,8k,32k. Default the longest.")
+        str | None,
+        typer.Option(help="Prompts of so many bytes too, for example 1k,8k,32k. With --plan: contexts; default the longest."),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Streams decoded together, for example 1,2,8, after each --context. ByT5: default 1,8.")
     ] = None,
     bits: Annotated[int | None, typer.Option(help="With --plan: bits of the weights, 4, 8, 16 or 32; else as stored.")] = None,
     bandwidth: Annotated[
@@ -112,7 +116,7 @@ def bench(
     import json
 
     from marlin_cli.backend import require_mlx
-    from marlin_cli.commands.options import parse_cache_bits, parse_size
+    from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes
     from marlin_cli.errors import UsageError
     from marlin_cli.files import check_output_file
     from marlin_cli.ranks import is_follower
@@ -136,9 +140,12 @@ def bench(
 
         cache = parse_cache_bits(kv_bits, k_bits, v_bits)
         return show_plan(models or [DEFAULT_MODEL], context, bits, cache, bandwidth, device)
-    for option, value in (("--context", context), ("--bits", bits), ("--bandwidth", bandwidth)):
-        if value is not None:
+    for option, number in (("--bits", bits), ("--bandwidth", bandwidth)):
+        if number is not None:
             raise UsageError(f"{option} needs --plan")
+    for option, swept in (("--context", context), ("--batch", batch)):
+        if swept is not None and no_throughput:
+            raise UsageError(f"{option} is of speed; leave --no-throughput out")
     if against is not None:
         if no_throughput:
             raise UsageError("--against compares speeds; leave --no-throughput out")
@@ -160,7 +167,13 @@ def bench(
         if quality is None and value is not None:
             raise UsageError(f"{option} needs --quality")
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
-    timing = ThroughputSettings(parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes"), repeats)
+    timing = ThroughputSettings(
+        parse_size(prompt_bytes, "--prompt-bytes"),
+        parse_size(decode_bytes, "--decode-bytes"),
+        repeats,
+        sweep_contexts=parse_sizes(context, "--context"),
+        sweep_batches=parse_sizes(batch, "--batch"),
+    )
     names = tuple(models or [DEFAULT_MODEL])
     if answering_bench.are_byt5(names):
         given = {
@@ -170,6 +183,7 @@ def bench(
             "--k-bits": k_bits,
             "--v-bits": v_bits,
             "--against": against,
+            "--context": context,
         }
         report: Report | AnsweringReport = answering_bench.measured(
             names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,

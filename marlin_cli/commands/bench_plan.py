@@ -22,7 +22,7 @@ def show_plan(
     from marlin_cli.bench.sizes import bytes_by_part, elements_by_part
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
-    from marlin_cli.commands.options import parse_size
+    from marlin_cli.commands.options import parse_sizes
     from marlin_cli.config import from_mapping
     from marlin_cli.errors import UsageError
     from marlin_cli.models.megabyte import MegaByteConfig
@@ -46,7 +46,7 @@ def show_plan(
                 raise UsageError(f"--bits: {name} is packed already; leave it out, or name the model it was made from")
             elements = elements_by_part(checkpoint.weights)
             sizes = {part: count * stored_bits(bits) / 8 for part, count in elements.items()}
-        lengths = [parse_size(text, "--context") for text in contexts.split(",")] if contexts else [config.max_bytes]
+        lengths = parse_sizes(contexts, "--context") or (config.max_bytes,)
         plans.append((name, [costs_of(config, sizes, length, cache_bits or 16) for length in lengths]))
     if gigabytes_per_second is None:
         choose_device(device)

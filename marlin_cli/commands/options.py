@@ -33,6 +33,11 @@ def parse_size(text: str, option: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def parse_sizes(text: str | None, option: str) -> tuple[int, ...]:
+    """Sizes with commas between them, see `parse_size`; none of None."""
+    return () if text is None else tuple(parse_size(part, option) for part in text.split(","))
+
+
 def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None) -> int | tuple[int, int] | None:
     """Bits of keys and values from --kv-bits, or --k-bits and --v-bits over it; None leaves it to the checkpoint."""
     if k_bits is None and v_bits is None:

@@ -111,21 +111,23 @@ def test_what_is_refused(model):
 
 def test_speeds_by_a_clock_that_ticks_once_a_reading(model):
     ticks = iter(range(1000))
-    settings = ThroughputSettings(prompt_bytes=10, decode_bytes=4, repeats=2)
+    settings = ThroughputSettings(prompt_bytes=10, decode_bytes=4, repeats=2, sweep_batches=(1, 3))
     counted = []
-    found = measure_answering([model], settings, (1, 3), lambda: float(next(ticks)), counted.append)
+    found = measure_answering([model], settings, lambda: float(next(ticks)), counted.append)
     assert [speed.batch_size for speed in found[0]] == [1, 3]
     for speed, size in zip(found[0], (1, 3), strict=True):
         assert speed.encoder_bytes_per_second.samples == (10.0 * size,) * 2
-        assert speed.decode_bytes_per_second.samples == (4.0 * size,) * 2
+        assert speed.decode_bytes_per_second.samples == (1.0 * size,) * 2  # a tick a byte
+        assert speed.byte_latency_seconds.percentile_50 == speed.byte_latency_seconds.maximum == 1
         assert speed.time_to_first_byte_seconds.median == 1 and speed.decoded_bytes == 8 * size
         assert speed.memory_bytes == size * 2 * 2 * 11 * 64 * 4  # keys and values of two layers, the end among the rows
     assert sum(counted) == 3 * (1 + 3) * settings.bytes_of_run
 
 
 def test_speed_of_an_encoder_alone():
-    settings = ThroughputSettings(prompt_bytes=10, decode_bytes=4, repeats=1)
-    (speed,) = measure_answering([random_model(decoder_layers=0)], settings, (2,))[0]
+    settings = ThroughputSettings(prompt_bytes=10, decode_bytes=4, repeats=1, sweep_batches=(2,))
+    (speed,) = measure_answering([random_model(decoder_layers=0)], settings)[0]
+    assert speed.byte_latency_seconds is None
     assert speed.decode_bytes_per_second is None and speed.encoder_bytes_per_second.median > 0
     with pytest.raises(UsageError, match="--prompt-bytes 10"):
         measure_answering([random_model(max_bytes=9)], settings)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from marlin_cli.bench.estimates import Estimate, spread_of
+from marlin_cli.bench.estimates import Estimate, Percentiles, spread_of
 from marlin_cli.bench.held_out import Windowing
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.quality import Comparison, Quality, Score
@@ -22,7 +22,7 @@ from marlin_cli.bench.report import (
     to_markdown,
     to_tables,
 )
-from marlin_cli.bench.throughput import Throughput, ThroughputSettings
+from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
 
 BESIDE = Comparison(Estimate(0.0125, 0.002), Estimate(0.03, 0.001), 0.01, 0.4, 1.5, Estimate(0.975, 0.004))
@@ -32,6 +32,8 @@ WHOLE = Score(4196, 3, 10540.0, Estimate(10540 / 4196, None), BESIDE)
 SPEED = Throughput(
     spread_of([1000.0, 1200.0, 1100.0]), spread_of([90.0, 95.5, 80.0]), spread_of([0.5, 0.25, 0.75]), 384,
     {"global": 4096, "local": 512}, 123456,
+    Percentiles(0.001, 0.002, 0.003, 0.004), None, 0.125,
+    (SweepPoint(1024, 8, spread_of([5.0]), spread_of([6.0, 8.0]), spread_of([0.5])),),
 )  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def one_model(name):
 def report():
     return Report(
         machine=Machine("cpu", "asked for", "a processor", "Linux", 2, "3.12", "0.32", "0.1"),
-        throughput_settings=ThroughputSettings(512, 128, 3),
+        throughput_settings=ThroughputSettings(512, 128, 3, sweep_contexts=(1024,), sweep_batches=(8,)),
         quality_settings=QualitySettings("held | out", Windowing(2048), reference="full"),
         peak_resident_bytes=99_000,
         models=(one_model("first"), one_model("second \u00e9")),
@@ -108,7 +110,7 @@ def test_markdown_escapes_what_would_end_a_cell(report):
 
 
 def test_tables_show_every_model(report):
-    machine, speed, weights, *quality = to_tables(report)
+    machine, speed, _, weights, *quality = to_tables(report)
     assert machine.columns == ["device", "cpu (asked for)"]
     assert speed.columns == weights.columns == ["", "first", "second \u00e9"]
     rows = {name: cells for name, *cells in speed.rows}
@@ -146,3 +148,19 @@ def test_a_number_that_is_none_does_not_break_a_rendering(report, name):
     text = RENDERINGS[name](report)
     assert "None" not in text
     assert "NaN" not in text
+
+
+def test_latencies_energy_and_the_sweep_are_rows(report):
+    found = {(row.model, row.measure, row.part): row.value for row in measurements(report)}
+    assert found["first", "byte_latency_seconds", "percentile_99"] == 0.003
+    assert ("first", "patch_latency_seconds", "maximum") not in found
+    assert found["first", "joules_per_byte", ""] == 0.125
+    assert found["first", "decode_bytes_per_second", "context 1024, batch 8"] == 7.0
+    tables = to_tables(report)
+    speed = {row[0]: row[1:] for row in next(table for table in tables if table.title.startswith("Speed: ")).rows}
+    assert speed["a byte, ms: 50 %, 90 %, 99 %, longest"] == ["1, 2, 3, 4"] * 2
+    assert speed["a patch, ms: 50 %, 90 %, 99 %, longest"] == ["-"] * 2
+    assert speed["decoding, J/byte of the processor packages"] == ["0.125"] * 2
+    [sweep] = [table for table in tables if table.title.startswith("Speed by context")]
+    assert sweep.columns[2:4] == ["first: prefill", "first: decode"]
+    assert sweep.rows == [["1,024", "8", *["5 (5 .. 5)", "7 (6 .. 8)"] * 2]]

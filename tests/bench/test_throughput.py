@@ -8,9 +8,12 @@ import pytest
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench import throughput
+from marlin_cli.bench.energy import EnergyCounter
+from marlin_cli.bench.estimates import percentiles_of
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput, sample_prompt
 from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
@@ -42,25 +45,119 @@ def pushed(monkeypatch):
     return pushes
 
 
-def ticks(seconds):
-    """A clock that a run reads four times: the time passes between, as listed."""
-    now = itertools.accumulate(itertools.chain([0.0], itertools.cycle([*seconds, 0.0])))
-    return lambda: next(now)
+class Clock:
+    """Time that passes in the model alone: so many seconds a prompt, a choice of the first byte, and a decoded byte."""
+
+    def __init__(self, monkeypatch, prompt, choice, byte):
+        self.now = 0.0
+        clock = self
+
+        class Timed(Lockstep):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                clock.now += prompt()
+
+            def advance(self, *arguments):
+                ids = super().advance(*arguments)
+                clock.now += ids.shape[1] * byte()
+                return ids
+
+        def choose(*arguments):
+            clock.now += choice()
+            return sample(*arguments)
+
+        monkeypatch.setattr(throughput, "Lockstep", Timed)
+        monkeypatch.setattr(throughput, "sample", choose)
+
+    def __call__(self):
+        return self.now
 
 
-def test_speeds_come_from_the_time_between_the_marks(model):
-    [result] = measure_throughput([model], SETTINGS, ticks([4.0, 1.0, 3.0]))
+def in_turn(*values):
+    """A value for each run, the warm-up first."""
+    return itertools.chain(values).__next__
+
+
+def test_speeds_come_from_the_time_between_the_marks(model, monkeypatch):
+    clock = Clock(monkeypatch, lambda: 4.0, lambda: 1.0, lambda: 0.5)
+    [result] = measure_throughput([model], SETTINGS, clock)
     assert result.prefill_bytes_per_second.samples == (5.0, 5.0, 5.0)  # 20 bytes in 4 s
     assert result.time_to_first_byte_seconds.samples == (5.0, 5.0, 5.0)  # prefill and the choice
-    assert result.decode_bytes_per_second.samples == (3.0, 3.0, 3.0)  # 9 bytes in 3 s
+    assert result.decode_bytes_per_second.samples == (2.0, 2.0, 2.0)  # 9 bytes in 4.5 s
 
 
-def test_medians_are_over_the_repeats(model):
-    clock = ticks([1.0, 1.0, 3.0, 0.0, 2.0, 1.0, 9.0, 0.0, 4.0, 1.0, 1.0])
+def test_medians_are_over_the_repeats(model, monkeypatch):
+    clock = Clock(monkeypatch, in_turn(100.0, 1.0, 2.0, 4.0), lambda: 1.0, lambda: 0.5)
     [result] = measure_throughput([model], SETTINGS, clock)
     assert result.prefill_bytes_per_second.samples == (20.0, 10.0, 5.0)
     assert result.prefill_bytes_per_second.median == 10.0
-    assert (result.decode_bytes_per_second.minimum, result.decode_bytes_per_second.maximum) == (1.0, 9.0)
+    assert (result.prefill_bytes_per_second.minimum, result.prefill_bytes_per_second.maximum) == (5.0, 20.0)
+
+
+def test_latencies_of_bytes_and_of_whole_patches(model, monkeypatch):
+    # 21 bytes are there when decoding begins: 3 more end a patch of 4 that is not whole, then one is, then 2 bytes.
+    waits = itertools.count(1)
+    clock = Clock(monkeypatch, lambda: 1.0, lambda: 1.0, lambda: float(next(waits)))
+    [result] = measure_throughput([model], ThroughputSettings(20, 9, 1), clock)
+    total = 9 / result.decode_bytes_per_second.median
+    assert result.patch_latency_seconds.percentile_50 == result.patch_latency_seconds.maximum
+    assert 0 < result.patch_latency_seconds.maximum < total
+    assert result.byte_latency_seconds.maximum < result.patch_latency_seconds.maximum
+    assert result.byte_latency_seconds.percentile_50 <= result.byte_latency_seconds.percentile_90
+    [short] = measure_throughput([model], ThroughputSettings(20, 3, 1), clock)
+    assert short.patch_latency_seconds is None
+
+
+def test_percentiles():
+    found = percentiles_of([float(value) for value in range(101)])
+    assert (found.percentile_50, found.percentile_90, found.percentile_99, found.maximum) == (50, 90, 99, 100)
+
+
+def test_a_sweep_has_every_batch_after_every_context(model, random_network, small_sizes, monkeypatch):
+    other = MegaByteModel(random_network(MegaByteConfig(**small_sizes), seed=1), model.device)
+    clock = Clock(monkeypatch, lambda: 2.0, lambda: 0.0, lambda: 0.25)
+    counts = []
+    settings = ThroughputSettings(8, 4, 2, sweep_contexts=(4, 12), sweep_batches=(1, 3))
+    results = measure_throughput([model, other], settings, clock, counts.append)
+    for result in results:
+        assert [(point.context_bytes, point.batch) for point in result.sweep] == [(4, 1), (4, 3), (12, 1), (12, 3)]
+        assert [point.prefill_bytes_per_second.median for point in result.sweep] == [2, 6, 6, 18]
+        assert [point.decode_bytes_per_second.median for point in result.sweep] == [4, 12, 4, 12]
+    assert sum(counts) == 2 * 3 * (settings.bytes_of_run + settings.bytes_of_sweep)
+    assert settings.bytes_of_sweep == 4 * (4 + 5) + 4 * (12 + 5)
+
+
+def test_batches_alone_are_swept_after_the_prompt():
+    assert ThroughputSettings(8, 4, sweep_batches=(2, 4)).sweep == [(8, 2), (8, 4)]
+    assert ThroughputSettings(8, 4).sweep == []
+
+
+def test_contexts_of_a_sweep_must_fit(model):
+    settings = ThroughputSettings(8, 4, 1, sweep_contexts=(8, model.config.max_bytes))
+    with pytest.raises(UsageError, match=f"--context {model.config.max_bytes}, a first byte and --decode-bytes 4 do not"):
+        measure_throughput([model], settings)
+    with pytest.raises(UsageError, match="--batch must be at least 1, found 0"):
+        ThroughputSettings(sweep_batches=(1, 0))
+
+
+def test_energy_is_that_of_the_decoded_bytes(model, monkeypatch, tmp_path):
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "max_energy_range_uj").write_text("1000000000")
+    (zone / "energy_uj").write_text("999000000")
+
+    class Using(Lockstep):
+        def advance(self, *arguments):
+            ids = super().advance(*arguments)
+            used = int((zone / "energy_uj").read_text()) + 500_000 * ids.shape[1]
+            (zone / "energy_uj").write_text(str(used % 1_000_000_000))
+            return ids
+
+    monkeypatch.setattr(throughput, "Lockstep", Using)
+    [result] = measure_throughput([model], SETTINGS, energy=EnergyCounter(tmp_path))
+    assert result.joules_per_byte == pytest.approx(0.5)
+    [result] = measure_throughput([model], SETTINGS, energy=EnergyCounter(tmp_path / "nothing"))
+    assert result.joules_per_byte is None
 
 
 def test_the_bytes_timed_are_those_that_generation_gives(model, pushed):

@@ -232,10 +232,18 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
     assert rows["4"] == pytest.approx(rows["32"] * 4.5 / 32, rel=0.01)
 
 
+def test_contexts_and_batches_are_swept(models):
+    result = document(models[0], *QUICK, "--context", "8,16", "--batch", "1,2")
+    points = result["models"][0]["throughput"]["sweep"]
+    assert [(point["context_bytes"], point["batch"]) for point in points] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    assert "Speed by context" in run(models[0], *QUICK, "--batch", "2").stdout
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--context", "1k"], "--context needs --plan"),
+        (["--context", "1k", "--no-throughput"], "--context is of speed"),
+        (["--batch", "1,x"], "--batch: 'x' is not a size"),
         (["--plan", "--context", "1G"], "the model's context is"),
         (["--plan", "--bandwidth", "0"], "--bandwidth must be more than 0"),
         (["--plan", "--k-bits", "4"], "one width for keys and values"),
