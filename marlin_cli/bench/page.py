@@ -133,7 +133,10 @@ def _of_table(name: str, tables: Sequence[Mapping[str, Any]], models: Sequence[s
     keys = list(dict.fromkeys(key for table in tables for key in table))
     inside = [value for table in tables for value in table.values() if value is not None]
     if inside and all(map(_is_number, inside)):
-        if name.endswith(UNITS):
+        if any(key.startswith("percentile") for key in keys):  # no parts of a whole
+            waits = {model: [table.get(key) for key in keys] for model, table in zip(models, tables, strict=True)}
+            yield Bars(words(name), unit_of(name), [words(key) for key in keys], waits)
+        elif name.endswith(UNITS):
             parts = {key: [table.get(key) for table in tables] for key in keys}
             yield Bars(words(name), unit_of(name), models, parts, stacked=True)
     elif len(keys) > 1 and _alike(inside):

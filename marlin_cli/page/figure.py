@@ -117,7 +117,7 @@ def _bars(axis: Any, chart: Bars) -> None:
     axis.spines["bottom"].set_visible(False)
     axis.set_yticks(list(rows), [shortened(label) for label in chart.labels])
     axis.invert_yaxis()
-    axis.margins(x=0.14)
+    axis.margins(x=0.24)  # room for the numbers, short of what names the bars
     axis.set_xlabel(chart.unit)
 
 
@@ -137,11 +137,21 @@ def _plot(axis: Any, chart: Plot) -> None:
                 axis.plot([point.x] * 2, [point.low, point.high], color=colour, linewidth=1)
     if chart.log_x:
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
     if chart.log_y:
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
     axis.set_xlabel(chart.x_title)
     axis.set_ylabel(chart.y_title)
     axis.grid(True, linewidth=0.4)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Powers of ten as numbers: matplotlib writes them as formulas, which are text here."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, place: number(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _histogram(axis: Any, chart: Histogram) -> None:
@@ -149,5 +159,6 @@ def _histogram(axis: Any, chart: Histogram) -> None:
         axis.stairs(counts, chart.edges, color=LIGHT[index % len(LIGHT)], label=name or None)
     if chart.log_x:
         axis.set_xscale("log")
+        _plain_ticks(axis.xaxis)
     axis.set_xlabel(chart.x_title)
     axis.set_ylabel("count")

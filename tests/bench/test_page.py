@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from marlin_cli.bench.page import charts_in, sections_of
+from marlin_cli.bench.page import charts_in, charts_of, sections_of
 from marlin_cli.errors import UsageError
-from marlin_cli.page import Bars, Plot, render
+from marlin_cli.page import Bars, Plot, Point, render
 from marlin_cli.page.figure import write_figure
 
 
@@ -65,6 +65,13 @@ def test_quality_stands_against_bits_per_weight_with_the_paired_error():
     points = {name: point for name, [point] in chart.series.items()}
     assert (points["plain"].x, points["packed"].x) == (16, 4)
     assert (points["packed"].y, points["packed"].low, points["packed"].high) == (8.0, 7.99, 8.01)
+
+
+def test_percentiles_stand_side_by_side():
+    waits = {"percentile_50": 0.1, "percentile_99": 0.3, "maximum": 0.9}
+    [chart] = charts_of("byte_latency_seconds", [waits, waits], ["plain", "packed"])
+    assert not chart.stacked and chart.labels == ["Percentile 50", "Percentile 99", "Maximum"]
+    assert chart.series == {"plain": [0.1, 0.3, 0.9], "packed": [0.1, 0.3, 0.9]}
 
 
 def test_spreads_are_bars_with_ranges_and_sums_are_stacked():
@@ -138,3 +145,11 @@ def test_pictures_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'marlin-cli\[plot\]'"):
         write_figure(tmp_path / "a.svg", charts, "t")
+
+
+def test_ticks_of_logarithmic_axes_are_numbers(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    curve = Plot("p", "context", "bytes/s", {"": [Point(1000, 1), Point(100_000, 2)]}, log_x=True, log_y=True)
+    write_figure(tmp_path / "p.svg", [curve], "t")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert "mathdefault" not in drawn and "<!-- 10k -->" in drawn
