@@ -12,6 +12,7 @@ from marlin_cli.bench.estimates import Estimate, Percentiles, Spread
 from marlin_cli.bench.held_out import Windowing
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.quality import Comparison, Quality, Score
+from marlin_cli.bench.roofline import Roofline
 from marlin_cli.bench.sizes import PARTS
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
@@ -180,6 +181,12 @@ def _of_throughput(model: str, result: Throughput) -> Iterator[Measurement]:
         yield from measurements_of_percentiles(model, measure, "", getattr(result, measure))
     if result.joules_per_byte is not None:
         yield Measurement(model, "joules_per_byte", "", result.joules_per_byte)
+    if (found := result.roofline) is not None:
+        yield Measurement(model, "copy_bytes_per_second", "", found.copy_bytes_per_second)
+        for measure in ("matvec_bytes_per_second", "read_bytes", "seconds_by_part"):
+            for part, value in getattr(found, measure).items():
+                yield Measurement(model, measure, part, value)
+        yield Measurement(model, "roofline_share", "", found.share)
     for point in result.sweep:
         for measure in SPEEDS:
             part = f"context {point.context_bytes}, batch {point.batch}"
@@ -226,6 +233,7 @@ def to_tables(report: Report) -> list[Table]:
     tables = [machine_table(report.machine, report.peak_resident_bytes)]
     if report.throughput_settings is not None:
         tables.append(_speed(report, report.throughput_settings))
+        tables += [_roofline(model.model, found) for model in report.models if (found := _roofline_in(model)) is not None]
         if report.throughput_settings.sweep:
             tables.append(_sweep(report, report.throughput_settings))
     tables.append(
@@ -289,6 +297,23 @@ def percentiles(found: Percentiles | None) -> str:
 
 def _joules(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
+
+
+def _roofline_in(model: ModelReport) -> Roofline | None:
+    return None if model.throughput is None else model.throughput.roofline
+
+
+def _roofline(name: str, found: Roofline) -> Table:
+    rates = ", ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in found.matvec_bytes_per_second.items())
+    title = (
+        f"Roofline of {name}, of a byte generated: {found.share:.0%} of the time is what reading takes"
+        f"\n(GB/s: copies {found.copy_bytes_per_second / 1e9:.1f}; weights in products: {rates})"
+    )
+    rows = [
+        [part, f"{found.read_bytes[part]:,.0f}" if part in found.read_bytes else "", f"{1e6 * seconds:,.1f}"]
+        for part, seconds in found.seconds_by_part.items()
+    ]
+    return Table(title, ["", "bytes read", "us"], rows)
 
 
 def _sweep(report: Report, settings: ThroughputSettings) -> Table:

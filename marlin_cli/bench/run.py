@@ -18,6 +18,7 @@ from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
+from marlin_cli.bench.roofline import bandwidth_for, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
@@ -47,12 +48,15 @@ class Request:
     device: str = "auto"
     kv_bits: int | tuple[int, int] | None = None  # of keys and values, or of each
     activation_bits: int = 16
+    roofline: bool = False  # measure this machine's bandwidth too, and what decoding makes of it
     resume: bool = False  # go on with the quality run of these models, bytes and settings that was interrupted
     reference_cache_bytes: int = DEFAULT_LIMIT_BYTES  # for log-probabilities of the reference, kept between runs; 0 for none
 
     def __post_init__(self) -> None:
         if not self.models:
             raise UsageError("name a model to measure")
+        if self.roofline and self.throughput is None:
+            raise UsageError("--roofline is of speed; leave --no-throughput out")
         if self.throughput is None and self.quality is None:
             raise UsageError("--no-throughput leaves nothing to measure; give --quality too")
 
@@ -85,7 +89,7 @@ def _run(request: Request, ranks: Ranks) -> Report:
     if request.throughput is not None:
         check_run_fits(models, request.throughput)
     scoring = None if request.quality is None else _prepared(request, request.quality, models)
-    speeds = None if request.throughput is None else _time(models, request.throughput)
+    speeds = None if request.throughput is None else _time(models, request.throughput, request.roofline)
     scores = None if scoring is None else _score(scoring, request, models[0].device.name, ranks)
     reports = [
         ModelReport(
@@ -131,14 +135,22 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
     return _Scoring(networks, windows, reference)
 
 
-def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> list[Throughput]:
+def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings, roofline: bool) -> list[Throughput]:
     total = (settings.bytes_of_run + settings.bytes_of_sweep) * (settings.repeats + 1) * len(models)
     with console.byte_progress("timing", total) as progress:
         speeds = measure_throughput(models, settings, on_bytes=progress.advance)
     widest = max(speed.decode_bytes_per_second.relative_range for speed in speeds)
     if widest > NOISY:
         console.note(f"the machine was noisy: the middle half of the decode speeds spans {widest:.0%} of their median")
-    return speeds
+    if not roofline:
+        return speeds
+    middle = settings.prompt_bytes + 1 + settings.decode_bytes // 2
+    return [
+        dataclasses.replace(
+            speed, roofline=roofline_of(model, middle, 1 / speed.decode_bytes_per_second.median, bandwidth_for(model))
+        )
+        for model, speed in zip(models, speeds, strict=True)
+    ]
 
 
 def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> list[Quality]:

@@ -23,6 +23,15 @@ def bytes_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
     return _by_part((path, array.nbytes) for path, array in weights.items())
 
 
+def bytes_in_float32(weights: Mapping[str, mx.array]) -> dict[str, int]:
+    """As `bytes_by_part`, of weights as a CPU computes with them: what is 16 bits wide and not packed takes 32."""
+    packed = {path.removesuffix(".scales") for path in weights if path.endswith(".scales")}
+    return _by_part(
+        (path, array.nbytes * (2 if array.dtype.size == 2 and path.rpartition(".")[0] not in packed else 1))
+        for path, array in weights.items()
+    )
+
+
 def elements_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
     """As `bytes_by_part`, the numbers in the arrays: the weights of a checkpoint that is not packed."""
     return _by_part((path, array.size) for path, array in weights.items())

@@ -27,6 +27,7 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.held_out import files_by_domain
+from marlin_cli.bench.roofline import Roofline
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.errors import CorpusError, UsageError
@@ -106,6 +107,7 @@ class Throughput:
     patch_latency_seconds: Percentiles | None = None  # None: no whole patch was decoded
     joules_per_byte: float | None = None  # decoding; None where the system does not tell
     sweep: tuple[SweepPoint, ...] = ()
+    roofline: Roofline | None = None  # where it was asked for
 
 
 @dataclass(frozen=True)

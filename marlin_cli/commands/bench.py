@@ -32,6 +32,9 @@ def bench(
     prompt_bytes: Annotated[str, typer.Option(help="Bytes of the prompt, for example 512 or 4k.")] = "512",
     decode_bytes: Annotated[str, typer.Option(help="Bytes decoded after the first one.")] = "128",
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs a model, after one that is not.")] = 5,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Measure memory bandwidth too, and the share of it that decoding reaches.")
+    ] = False,
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
     quality: Annotated[
         str | None,
@@ -184,6 +187,7 @@ def bench(
             "--v-bits": v_bits,
             "--against": against,
             "--context": context,
+            "--roofline": roofline or None,
         }
         report: Report | AnsweringReport = answering_bench.measured(
             names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,
@@ -198,6 +202,7 @@ def bench(
                 device=device,
                 kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
                 activation_bits=activation_bits,
+                roofline=roofline,
                 resume=resume,
                 reference_cache_bytes=parse_size(reference_cache, "--reference-cache"),
             )

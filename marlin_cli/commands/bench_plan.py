@@ -19,7 +19,7 @@ def show_plan(
     from marlin_cli import console
     from marlin_cli.bench.arithmetic import costs_of, stored_bits
     from marlin_cli.bench.bandwidth import measure_bandwidth
-    from marlin_cli.bench.sizes import bytes_by_part, elements_by_part
+    from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32, elements_by_part
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import parse_sizes
@@ -40,14 +40,17 @@ def show_plan(
         if checkpoint.config.get("model_type") != "megabyte":
             raise UsageError(f"--plan: {name} is no MegaByte; its arithmetic is known for that alone")
         config = from_mapping(MegaByteConfig, checkpoint.config, name)
-        sizes: dict[str, float] = dict(bytes_by_part(checkpoint.weights))
+        # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
+        here = gigabytes_per_second is None and choose_device(device).name == "cpu"
+        floats = 32 if here else 16
+        sizes: dict[str, float] = dict((bytes_in_float32 if here else bytes_by_part)(checkpoint.weights))
         if bits is not None:
             if checkpoint.quantization is not None:
                 raise UsageError(f"--bits: {name} is packed already; leave it out, or name the model it was made from")
             elements = elements_by_part(checkpoint.weights)
             sizes = {part: count * stored_bits(bits) / 8 for part, count in elements.items()}
         lengths = parse_sizes(contexts, "--context") or (config.max_bytes,)
-        plans.append((name, [costs_of(config, sizes, length, cache_bits or 16) for length in lengths]))
+        plans.append((name, [costs_of(config, sizes, length, cache_bits or floats, floats) for length in lengths]))
     if gigabytes_per_second is None:
         choose_device(device)
         measured = measure_bandwidth()

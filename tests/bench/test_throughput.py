@@ -10,7 +10,7 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.bench import throughput
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.bench.estimates import percentiles_of
-from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput, sample_prompt
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.sampling import sample
@@ -256,3 +256,14 @@ def test_weights_by_part_are_all_weights(each_network):
 def test_what_is_looked_up_counts_as_embeddings():
     paths = ["byte_embedding.weight", "local_positions.weight", "global_start", "middle.0.start", "global.layers.0.w"]
     assert bytes_by_part({path: mx.zeros(3) for path in paths}) == {"global": 12, "embeddings": 48}
+
+
+def test_a_cpu_widens_floats_and_not_what_is_packed():
+    weights = {
+        "local.layers.0.q_proj.weight": mx.zeros((4, 8), mx.uint32),
+        "local.layers.0.q_proj.scales": mx.zeros((4, 2), mx.bfloat16),
+        "local.layers.0.q_proj.biases": mx.zeros((4, 2), mx.bfloat16),
+        "output.weight": mx.zeros((2, 3), mx.bfloat16),
+        "global.layers.0.q_proj.weight": mx.zeros((2, 3), mx.float32),
+    }
+    assert bytes_in_float32(weights) == {"global": 24, "local": 128 + 32, "head": 24}

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench import quality
+from marlin_cli.bench.bandwidth import Bandwidth
 from marlin_cli.commands.bench import bench
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
@@ -232,6 +233,15 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
     assert rows["4"] == pytest.approx(rows["32"] * 4.5 / 32, rel=0.01)
 
 
+def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
+    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e9, 1e9))
+    result = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]["roofline"]
+    assert result["copy_bytes_per_second"] == 2e9 and result["matvec_bytes_per_second"] == {"dense": 1e9}
+    assert 0 < result["share"] < 1 and set(result["read_bytes"]) >= {"global", "local", "global cache"}
+    text = run(models[0], *QUICK, "--roofline").stdout
+    assert "Roofline of" in text and "everything else" in text
+
+
 def test_contexts_and_batches_are_swept(models):
     result = document(models[0], *QUICK, "--context", "8,16", "--batch", "1,2")
     points = result["models"][0]["throughput"]["sweep"]
@@ -242,6 +252,7 @@ def test_contexts_and_batches_are_swept(models):
 @pytest.mark.parametrize(
     "arguments, words",
     [
+        (["--roofline", "--no-throughput", "--quality", "x"], "--roofline is of speed"),
         (["--context", "1k", "--no-throughput"], "--context is of speed"),
         (["--batch", "1,x"], "--batch: 'x' is not a size"),
         (["--plan", "--context", "1G"], "the model's context is"),

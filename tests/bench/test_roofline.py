@@ -1,0 +1,59 @@
+"""What a byte must read, counted by hand for a small model."""
+
+import pytest
+from mlx.utils import tree_flatten
+
+from marlin_cli.api import MegaByteModel
+from marlin_cli.bench.bandwidth import Bandwidth
+from marlin_cli.bench.roofline import REST, bandwidth_for, roofline_of
+from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops.device import choose_device
+
+BANDWIDTH = Bandwidth(10.0, 1000.0, {"nvfp4": 100.0})
+
+
+@pytest.fixture
+def model(random_network, small_sizes):
+    return MegaByteModel(random_network(MegaByteConfig(**small_sizes)), choose_device("cpu"))
+
+
+def test_reading_by_part_at_the_bandwidth_of_its_format(model):
+    config = model.config
+    plain, packed = (roofline_of(each, 16, 100.0, BANDWIDTH) for each in (model, model.quantize(global_bits=4, local_bits=4)))
+    sizes = bytes_by_part(dict(tree_flatten(model.network.parameters())))
+    assert plain.read_bytes["global"] == sizes["global"] / config.patch_size
+    assert plain.read_bytes["local"] == sizes["local"]
+    assert plain.seconds_by_part["local"] == pytest.approx(sizes["local"] / 1000)
+    # 4 patches of keys and values in float32, read once a patch; a local sequence half on average.
+    assert plain.read_bytes["global cache"] == 2 * 4 * config.global_layers * 4 * config.global_dim / config.patch_size
+    assert packed.read_bytes["global cache"] == plain.read_bytes["global cache"]
+    assert packed.read_bytes["local"] < 0.4 * plain.read_bytes["local"]
+    assert packed.seconds_by_part["local"] > plain.seconds_by_part["local"]  # at a tenth of the bandwidth
+    for found in (plain, packed):
+        assert sum(found.seconds_by_part.values()) == pytest.approx(100.0)
+        assert found.share == pytest.approx(1 - found.seconds_by_part[REST] / 100)
+
+
+def test_packed_caches_are_smaller(random_network, small_sizes):
+    network = random_network(MegaByteConfig(**{**small_sizes, "global_heads": 1}))
+    caches = []
+    for bits in (CacheBits(16, 16), CacheBits(4, 16), CacheBits(4, 4)):
+        model = MegaByteModel(network, choose_device("cpu"), cache_bits=bits)
+        caches.append(roofline_of(model, 16, 1.0, BANDWIDTH).read_bytes["global cache"])
+    whole, half, none = caches
+    assert none == pytest.approx(whole * 4.5 / 32) and half == pytest.approx((whole + none) / 2)
+
+
+def test_faster_than_reading_leaves_nothing_else(model):
+    found = roofline_of(model, 16, 1e-9, BANDWIDTH)
+    assert found.seconds_by_part[REST] == 0 and found.share > 1
+
+
+def test_the_formats_of_the_model_are_measured(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: asked.append((*given, named)))
+    bandwidth_for(model)
+    bandwidth_for(model.quantize(global_bits=4, local_bits=4))
+    assert asked == [([], {"activation_bits": 16}), (["nvfp4"], {"activation_bits": 16})]
