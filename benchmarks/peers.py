@@ -27,6 +27,8 @@ from typing import Any
 from measured import read_rows
 from published import machine, markers_of, write_between_markers
 
+from marlin_cli.ops.cpu_build import WAITING
+
 FOLDER = Path(__file__).parent
 PACKAGES = "mlx", "mlx-lm", "torch", "MEGABYTE-pytorch", "transformers", "ctranslate2"
 MARKERS = markers_of("peers")
@@ -83,7 +85,8 @@ def pinned(threads: str | None) -> Iterator[None]:
 def run(name: str, settings: dict[str, Any], seconds: float) -> Outcome:
     """A part's rows; those measured before it failed are kept too."""
     part = PARTS[name]
-    environment = dict(os.environ)
+    # A peer's package may bring the OpenMP that is loaded first, for both: it waits as marlin's own is told to.
+    environment = WAITING | dict(os.environ)
     if part.threads is not None:
         environment |= {"MARLIN_THREADS": str(part.threads), "OMP_NUM_THREADS": str(part.threads)}
     start = time.perf_counter()

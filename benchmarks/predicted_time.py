@@ -9,17 +9,17 @@ out, and that a small part stays in the processor's caches; so it is a bound for
 """
 
 import argparse
-import statistics
 
 import mlx.core as mx
-import numpy as np
-from megabyte_roofline import PROMPT_BYTES, marlin_decode
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.roofline import bandwidth_for, roofline_of
+from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.ops.device import choose_device
+
+PROMPT_BYTES = 512
 
 SIZES = {
     "20M": {"global_dim": 512, "global_layers": 6, "global_heads": 8, "local_dim": 256, "local_layers": 3, "local_heads": 4},
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     device = choose_device("cpu")
-    prompt = np.random.default_rng(0).integers(97, 123, PROMPT_BYTES, dtype=np.uint8).tobytes()
+    settings = ThroughputSettings(PROMPT_BYTES, arguments.bytes, arguments.rounds)
     print(f"kernels: {kernels()[1]}; times in us a byte; predicted over measured")
     for size in arguments.sizes.split(","):
         mx.random.seed(0)
@@ -43,8 +43,9 @@ def main() -> None:
         mx.eval(network.parameters())
         plain = MegaByteModel(network, device)
         for label, model in (("float32", plain), ("4/8 bits", plain.quantize(global_bits=4, local_bits=8))):
-            times = [marlin_decode(model, prompt, arguments.bytes)[0] for _ in range(arguments.rounds + 1)][1:]
-            measured = statistics.median(times)
+            [speed] = measure_throughput([model], settings)
+            times = [1 / rate for rate in speed.decode_bytes_per_second.samples]
+            measured = 1 / speed.decode_bytes_per_second.median
             context = PROMPT_BYTES + arguments.bytes // 2
             found = roofline_of(model, context, measured, bandwidth_for(model))
             parts = ", ".join(f"{part} {1e6 * seconds:.0f}" for part, seconds in found.seconds_by_part.items())
