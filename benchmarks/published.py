@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+import mlx.core as mx
+
 Markers = tuple[str, str]
 
 
@@ -25,8 +27,9 @@ def write_between_markers(file: Path, text: str, markers: Markers) -> None:
 
 
 def machine() -> str:
-    """Processor, cores and system."""
-    return f"{_processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
+    """Processor, cores and system, and the GPU if that is what multiplies."""
+    gpu = "" if mx.default_device().type == mx.DeviceType.cpu else f"{mx.device_info().get('device_name', 'a GPU')}; "
+    return f"{gpu}{_processor()}, {os.cpu_count()} logical CPUs, {platform.system()}"
 
 
 def _processor() -> str:

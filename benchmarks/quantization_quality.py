@@ -2,7 +2,7 @@
 
     python benchmarks/quantization_quality.py --heldout FOLDER --results quality.jsonl [--markdown README.md]
         [--only alike,mixed,auto,outliers] [--formats nvfp4,mxfp4,int4,mxfp8] [--methods rtn,gptq,sequential+distill]
-        [--model megabyte-demo] [--corpus CORPUS ..] [--table-only]
+        [--model megabyte-demo] [--device cpu] [--corpus CORPUS ..] [--table-only]
 
 FOLDER (or MARLIN_HELDOUT) holds a folder a domain; windows are spread evenly over all its bytes, as many a domain, and errors
 are of paired windows. Statistics are measured on other bytes and kept beside RESULTS, and so are the formats that `auto` chose.
@@ -105,11 +105,21 @@ class Options:
     """What the rows have in common."""
 
     model: str
+    device: str
     corpora: Sequence[str]
     results: Path
     budget: float
     sequential_bytes: int
     distill_steps: int
+
+
+def network_of(options: Options) -> MegaByte:
+    """The model of the rows in float32, on their device."""
+    network = load(options.model, device=options.device).network
+    if not isinstance(network, MegaByte):
+        raise SystemExit(f"{options.model} is no MegaByte; name one with --model")
+    network.set_dtype(mx.float32)
+    return network
 
 
 def key_of(options: Options, part: Part, name: str, method: str) -> Key:
@@ -130,9 +140,7 @@ class Packing:
 
     def __init__(self, options: Options, name: str) -> None:
         self.options, self.name, self.part = options, name, PARTS[name]
-        network = load(options.model, device="cpu").network
-        if not isinstance(network, MegaByte):
-            raise SystemExit(f"{options.model} is no MegaByte; name one with --model")
+        network = network_of(options)
         self.network = with_outliers(network) if self.part.has_outliers else network
         self._statistics: Statistics | None = None
 
@@ -191,7 +199,7 @@ def measure(options: Options, name: str, losses: PairedLosses, formats: Sequence
     """The rows of a part that the results lack, and a line for each that was asked for."""
     part, packing = PARTS[name], Packing(options, name)
     base = base_of(options, part)
-    bits = losses.measure(base, lambda: load(options.model, device="cpu").network)
+    bits = losses.measure(base, lambda: network_of(options))
     print(f"{name}: {len(bits)} windows of {WINDOW_BYTES} bytes, {bits.mean():.5f} bits per byte in 16 bits", flush=True)
     for format in [format for format in part.formats if format in formats]:
         for method in filter(methods, part.methods):
@@ -247,6 +255,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, default=os.environ.get("MARLIN_HELDOUT"))
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--model", default="megabyte-demo")
+    parser.add_argument("--device", default="cpu", help="auto, metal, cuda or cpu; the numbers are float32's on each")
     parser.add_argument("--only", default=",".join(PARTS), help="parts of the table, with commas")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--methods", help="with commas; default: each part's")
@@ -266,7 +275,7 @@ def main() -> None:
         if unknown := [name for name in given if name not in allowed]:
             parser.error(f"unknown {unknown[0]!r}; known: {', '.join(sorted(allowed))}")
     options = Options(
-        arguments.model, arguments.corpus or ["default"], arguments.results, arguments.target_bpw,
+        arguments.model, arguments.device, arguments.corpus or ["default"], arguments.results, arguments.target_bpw,
         arguments.sequential_bytes, arguments.distill_steps,
     )  # fmt: skip
     counts = sorted({part.windows for part in PARTS.values()})

@@ -93,7 +93,7 @@ def test_a_misspelt_name_is_said(tmp_path, heldout, monkeypatch, capsys):
 def test_formats_are_packed_as_the_part_says(tmp_path, monkeypatch, random_network, local):
     network = random_network(SMALL)
     monkeypatch.setattr(quality, "load", lambda model, device: type("Model", (), {"network": network}))
-    options = quality.Options("tiny", ["default"], tmp_path / "results.jsonl", 5.0, 1 << 10, 1)
+    options = quality.Options("tiny", "cpu", ["default"], tmp_path / "results.jsonl", 5.0, 1 << 10, 1)
     name = "alike" if local is None else "mixed"
     packed = []
     original = quality.quantize_network
