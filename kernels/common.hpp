@@ -1,4 +1,4 @@
-// What the CPU kernels share: a vector of sixteen floats, rows spread over threads, and the caller's side of a primitive.
+// What the CPU kernels share: rows spread over threads, and the caller's side of a primitive.
 #pragma once
 
 #include <algorithm>
@@ -11,83 +11,15 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/mlx.h"
 #include "mlx/primitives.h"
+#include "vectors.hpp"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#define MARLIN_AVX512 1
-#elif defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
-#include <immintrin.h>
-#define MARLIN_AVX2 1
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
-#define MARLIN_NEON 1
-#endif
-
 namespace marlin {
 
 namespace mx = mlx::core;
-
-// Sixteen floats. The compiler lowers its arithmetic to whatever registers the machine has.
-typedef float Vector __attribute__((vector_size(64)));
-constexpr int LANES = 16;
-
-inline Vector load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof(value));
-  return value;
-}
-
-inline Vector splat(float value) { return value - Vector{}; }  // + would turn -0 into 0, and costs an addition
-
-inline float sum(Vector value) {
-#if MARLIN_AVX512
-  return _mm512_reduce_add_ps(__m512(value));
-#endif
-  float total = 0.0f;
-  for (int lane = 0; lane < LANES; lane++) total += value[lane];
-  return total;
-}
-
-// The first `count` of sixteen floats; the others are `fill`.
-inline Vector load_some(const float* from, int64_t count, float fill = 0.0f) {
-  if (count >= LANES) return load(from);
-#if MARLIN_AVX512
-  return Vector(_mm512_mask_loadu_ps(__m512(splat(fill)), __mmask16((1u << count) - 1), from));
-#endif
-  Vector value = splat(fill);
-  std::memcpy(&value, from, count * sizeof(float));
-  return value;
-}
-
-inline void store(Vector value, float* to) { std::memcpy(to, &value, sizeof(value)); }
-
-inline void store_some(Vector value, float* to, int64_t count) {
-  if (count >= LANES) return store(value, to);  // of a size that is known: anything else is a call
-#if MARLIN_AVX512
-  return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(value));
-#endif
-  std::memcpy(to, &value, count * sizeof(float));
-}
-
-// e^x for x up to 88, to two units in the last place: 2^n times a polynomial on half an octave (Cephes, expf).
-inline Vector exponential(Vector x) {
-  typedef int32_t Integers __attribute__((vector_size(64)));
-  x = x < -87.0f ? splat(-87.0f) : x > 88.0f ? splat(88.0f) : x;
-  const Vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
-  const Vector whole = shifted - 12582912.0f;
-  const Vector rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Vector y = splat(1.9875691500e-4f);
-  for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = y * rest + next;
-  y = y * rest * rest + rest + 1.0f;
-  const Integers power = (__builtin_convertvector(whole, Integers) + 127) << 23;
-  Vector scale;
-  std::memcpy(&scale, &power, sizeof(scale));
-  return y * scale;
-}
 
 // Threads that kernels may use; set once from Python.
 int threads();

@@ -29,11 +29,11 @@ Strided tile_of(const PageView& page, int64_t batch, int64_t head, int64_t head_
 // COUNT keys against one query: as many sums at once hide the latency of one.
 template <int COUNT>
 inline void some_scores(const float* query, const float* keys, int64_t stride, float* scores, int64_t head_dim) {
-  Vector sums[COUNT] = {};
+  Sums sums[COUNT] = {};
   for (int64_t d = 0; d < head_dim; d += LANES) {
     const Vector part = load_some(query + d, head_dim - d);
 #pragma GCC unroll 4
-    for (int n = 0; n < COUNT; n++) sums[n] += part * load_some(keys + n * stride + d, head_dim - d);
+    for (int n = 0; n < COUNT; n++) add_products(sums[n], part, load_some(keys + n * stride + d, head_dim - d));
   }
   for (int n = 0; n < COUNT; n++) scores[n] = sum(sums[n]);
 }
@@ -108,11 +108,9 @@ struct Head {
         for (int64_t n = 0; n < some; n++)
           if (other + n < low || other + n >= high) values[n] = NOTHING;
       store_some(values, scores + j, some);
-      highest = values > highest ? values : highest;
+      highest = chosen(values > highest, values, highest);
     }
-    float most = highest[0];
-    for (int lane = 1; lane < LANES; lane++) most = std::max(most, highest[lane]);
-    return most;
+    return largest(highest);
   }
 
   void rows(int64_t first_row, int64_t count) const {
@@ -151,7 +149,7 @@ struct Head {
           for (int64_t n = 0; n < some; n += LANES) {
             const Vector weights = exponential(load_some(row + n, some - n, NOTHING) - highest);
             // What is masked counts for nothing, where e^-87 would count.
-            const Vector real = load_some(row + n, some - n, NOTHING) == NOTHING ? splat(0.0f) : weights;
+            const Vector real = chosen(load_some(row + n, some - n, NOTHING) == NOTHING, splat(0.0f), weights);
             store_some(real, row + n, some - n);
             added += real;
           }

@@ -21,11 +21,11 @@ int thread_count = 1;
 template <int ROWS, int TOGETHER>
 inline void block(const float* x, const float* weight, float* out, int64_t columns, int64_t depth) {
   const int64_t whole = depth / LANES * LANES;
-  Vector sums[ROWS][TOGETHER] = {};
+  Sums sums[ROWS][TOGETHER] = {};
   for (int64_t k = 0; k < whole; k += LANES) {
     for (int n = 0; n < TOGETHER; n++) {
       const Vector values = load(weight + n * depth + k);
-      for (int m = 0; m < ROWS; m++) sums[m][n] += values * load(x + m * depth + k);
+      for (int m = 0; m < ROWS; m++) add_products(sums[m][n], values, load(x + m * depth + k));
     }
   }
   for (int m = 0; m < ROWS; m++) {
@@ -39,7 +39,11 @@ inline void block(const float* x, const float* weight, float* out, int64_t colum
 
 template <int ROWS>
 void few_rows(const float* x, const float* weight, float* out, int64_t columns, int64_t depth, int64_t first, int64_t last) {
+#if MARLIN_AVX512
   constexpr int TOGETHER = ROWS > 4 ? 3 : 4;  // as many sums as there are registers
+#else
+  constexpr int TOGETHER = ROWS > 2 ? 2 : 4;
+#endif
   int64_t n = first;
   for (; n + TOGETHER <= last; n += TOGETHER) block<ROWS, TOGETHER>(x, weight + n * depth, out + n, columns, depth);
   for (; n < last; n++) block<ROWS, 1>(x, weight + n * depth, out + n, columns, depth);

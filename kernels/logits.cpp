@@ -40,14 +40,13 @@ float cost_of(const float* logits, int64_t vocab, int32_t id) {
   Vector most = splat(NOTHING), total{};
   for (int64_t k = 0; k < vocab; k += LANES) {
     const Vector some = load_some(logits + k, vocab - k, NOTHING);
-    most = some > most ? some : most;
+    most = chosen(some > most, some, most);
   }
-  float highest = most[0];
-  for (int lane = 1; lane < LANES; lane++) highest = std::max(highest, most[lane]);
+  const float highest = largest(most);
   for (int64_t k = 0; k < vocab; k += LANES) {
     const Vector some = load_some(logits + k, vocab - k, NOTHING);
     // e^-87, which stands for less, would count where many are impossible.
-    total += some == NOTHING ? splat(0.0f) : exponential(some - highest);
+    total += chosen(some == NOTHING, splat(0.0f), exponential(some - highest));
   }
   return std::log(sum(total)) + highest - logits[id];
 }

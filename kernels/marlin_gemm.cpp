@@ -24,19 +24,12 @@ struct Block {
 constexpr float UNSIGNED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 #if MARLIN_AVX2
-inline Vector from_halves(__m256 lower, __m256 upper) {
-  Vector value;
-  std::memcpy(&value, &lower, sizeof(lower));
-  std::memcpy(reinterpret_cast<char*>(&value) + sizeof(lower), &upper, sizeof(upper));
-  return value;
-}
-
-// Sixteen signed bytes, each half of it as floats.
+// Sixteen signed bytes as floats.
 inline Vector from_bytes(__m128i bytes, float factor) {
   const __m256 scale = _mm256_set1_ps(factor);
   const __m256 lower = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
   const __m256 upper = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
-  return from_halves(_mm256_mul_ps(lower, scale), _mm256_mul_ps(upper, scale));
+  return {_mm256_mul_ps(lower, scale), _mm256_mul_ps(upper, scale)};
 }
 #elif MARLIN_NEON
 inline Vector from_bytes(int8x16_t bytes, float factor) {
@@ -94,7 +87,7 @@ inline Vector decode_e4m3(const uint8_t* from) {
   const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
   const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
   const __m256i halves = _mm256_or_si256(sign, rest);
-  return from_halves(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 #else
   Vector value;
   for (int lane = 0; lane < LANES; lane++) value[lane] = e4m3(from[lane]) * 0x1p-8f;
@@ -105,6 +98,11 @@ inline Vector decode_e4m3(const uint8_t* from) {
 inline Vector decode_bytes(const uint8_t* from) {
 #if MARLIN_AVX512
   return Vector(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))));
+#elif MARLIN_AVX2
+  const auto eight = [](const uint8_t* bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+  };
+  return {eight(from), eight(from + 8)};
 #else
   Vector value;
   for (int lane = 0; lane < LANES; lane++) value[lane] = from[lane];
@@ -117,9 +115,8 @@ inline Vector two_scales(float first, float second) {
 #if MARLIN_AVX512
   return Vector(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)));
 #else
-  Vector value;
-  for (int lane = 0; lane < LANES; lane++) value[lane] = lane < LANES / 2 ? first : second;
-  return value;
+  using Half = decltype(Vector::low);
+  return {splat_as<Half>(first), splat_as<Half>(second)};
 #endif
 }
 
@@ -217,12 +214,12 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
   const float* x = laid.values.data() + m0 * padded;
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
-  Vector sums[CHAINS][TOGETHER][ROWS] = {};
+  Sums sums[CHAINS][TOGETHER][ROWS] = {};
   const auto add = [&](const Block* blocks, int64_t k, int64_t chain) __attribute__((always_inline)) {
     for (int m = 0; m < ROWS; m++) {
       const Vector even = load(x + m * padded + k), odd = load(x + m * padded + k + LANES);
-      for (int n = 0; n < TOGETHER; n++) sums[chain][n][m] += blocks[n].even * even;
-      for (int n = 0; n < TOGETHER; n++) sums[chain][n][m] += blocks[n].odd * odd;
+      for (int n = 0; n < TOGETHER; n++) add_products(sums[chain][n][m], blocks[n].even, even);
+      for (int n = 0; n < TOGETHER; n++) add_products(sums[chain][n][m], blocks[n].odd, odd);
     }
   };
   const auto decode = [&](Block* blocks, int64_t index) __attribute__((always_inline)) {
@@ -252,7 +249,7 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
   }
   for (int n = 0; n < TOGETHER; n++) {
     for (int m = 0; m < ROWS; m++) {
-      Vector all = sums[0][n][m];
+      Sums all = sums[0][n][m];
       for (int64_t chain = 1; chain < CHAINS; chain++) all += sums[chain][n][m];
       float total = sum(all);
       if (Format::affine)
@@ -286,18 +283,8 @@ void up_to_eight(const Matrix& w, const Laid& laid, float* out, int64_t first, i
 
 // Even and odd weights in the order of the row.
 inline Block interleaved(const Block& block) {
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-  return {__builtin_shufflevector(block.even, block.odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-          __builtin_shufflevector(block.even, block.odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
-#endif
-#endif
   Block ordered;
-  float* to = reinterpret_cast<float*>(&ordered);
-  for (int lane = 0; lane < LANES; lane++) {
-    to[2 * lane] = block.even[lane];
-    to[2 * lane + 1] = block.odd[lane];
-  }
+  interleave(block.even, block.odd, ordered.even, ordered.odd);
   return ordered;
 }
 
@@ -313,10 +300,12 @@ void unpack_row(const Matrix& w, int64_t n, float* to) {
     const Vector bias = splat(Format::affine ? row.biases[k / w.group_size] : 0.0f);
     const Block ordered = Format::nibbles ? interleaved({block.even + bias, block.odd + bias}) : Block{block.even + bias, block.odd + bias};
     if (count == BLOCK) {
-      std::memcpy(to + k, &ordered, sizeof(ordered));
+      store(ordered.even, to + k);
+      store(ordered.odd, to + k + LANES);
       continue;
     }
-    std::memcpy(buffer, &ordered, sizeof(ordered));
+    store(ordered.even, buffer);
+    store(ordered.odd, buffer + LANES);
     std::memcpy(to + k, buffer, count * sizeof(float));
   }
 }

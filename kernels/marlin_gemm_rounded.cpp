@@ -20,26 +20,19 @@ namespace marlin {
 
 namespace {
 
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(64)));
-
 constexpr int64_t BLOCK = 32;  // values of x under one scale
 constexpr int64_t LINE = 64;   // bytes of a vector
 
-inline Bytes load_bytes(const uint8_t* from) {
-  Bytes value;
-  std::memcpy(&value, from, sizeof(value));
-  return value;
-}
+inline Bytes load_bytes(const uint8_t* from) { return load_as<Bytes>(from); }
 
 // The first `count` of 64 bytes; the others are zero.
 inline Bytes load_bytes(const uint8_t* from, int64_t count) {
 #if MARLIN_AVX512
   return Bytes(_mm512_maskz_loadu_epi8(count >= LINE ? ~0ull : (1ull << count) - 1, from));
 #else
-  Bytes value{};
-  std::memcpy(&value, from, std::min(count, LINE));
-  return value;
+  uint8_t bytes[LINE] = {};
+  std::memcpy(bytes, from, std::min(count, LINE));
+  return load_bytes(bytes);
 #endif
 }
 
@@ -47,52 +40,45 @@ inline Bytes load_bytes(const uint8_t* from, int64_t count) {
 inline Bytes four_of(const int8_t* from) {
   int32_t four;
   std::memcpy(&four, from, sizeof(four));
-  return Bytes(Integers{} + four);
+  return bits_as<Bytes>(Integers{} + four);
 }
-
-inline Vector to_floats(Integers values) { return __builtin_convertvector(values, Vector); }
 
 // sums[i] + the products of bytes 4i .. 4i+3. Bytes of weights are unsigned with VNNI, and signed without; SMALL ones are below
 // 32 and both. Bytes of x are signed, and never -128.
-template <bool SMALL>
-inline __attribute__((always_inline)) Integers dot(Integers sums, Bytes weights, Bytes x) {
+template <bool SMALL, class Numbers, class Codes>
+inline __attribute__((always_inline)) Numbers dot(const Numbers& sums, const Codes& weights, const Codes& x) {
+  if constexpr (IS_PAIR<Numbers>) {
+    return {dot<SMALL>(sums.low, weights.low, x.low), dot<SMALL>(sums.high, weights.high, x.high)};
+  } else {
 #if MARLIN_VNNI
-  return Integers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(weights), __m512i(x)));
-#elif MARLIN_AVX512 || MARLIN_AVX2
-  __m256i w[2], values[2], totals[2];
-  std::memcpy(w, &weights, sizeof(w));
-  std::memcpy(values, &x, sizeof(values));
-  for (int half = 0; half < 2; half++) {
+    return Numbers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(weights), __m512i(x)));
+#elif MARLIN_AVX512
     // Two products fit 16 bits: 2 * 128 * 127 at most. An unsigned and a signed factor: the sign moves over to x.
-    const __m256i pairs = SMALL ? _mm256_maddubs_epi16(w[half], values[half])
-                                : _mm256_maddubs_epi16(_mm256_abs_epi8(w[half]), _mm256_sign_epi8(values[half], w[half]));
-    totals[half] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-  }
-  Integers products;
-  std::memcpy(&products, totals, sizeof(products));
-  return sums + products;
+    const __mmask64 negative = _mm512_movepi8_mask(__m512i(weights));
+    const __m512i signed_x = SMALL ? __m512i(x) : _mm512_mask_sub_epi8(__m512i(x), negative, _mm512_setzero_si512(), __m512i(x));
+    const __m512i pairs = _mm512_maddubs_epi16(SMALL ? __m512i(weights) : _mm512_abs_epi8(__m512i(weights)), signed_x);
+    return sums + Numbers(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif MARLIN_AVX2
+    // As above.
+    const __m256i pairs = SMALL ? _mm256_maddubs_epi16(__m256i(weights), __m256i(x))
+                                : _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(weights)), _mm256_sign_epi8(__m256i(x), __m256i(weights)));
+    return sums + Numbers(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #elif MARLIN_NEON
-  int8x16_t w[4], values[4];
-  int32x4_t totals[4];
-  std::memcpy(w, &weights, sizeof(w));
-  std::memcpy(values, &x, sizeof(values));
-  std::memcpy(totals, &sums, sizeof(totals));
-  for (int part = 0; part < 4; part++) {
+    const int8x16_t w = int8x16_t(weights), values = int8x16_t(x);
 #if defined(__ARM_FEATURE_DOTPROD)
-    totals[part] = vdotq_s32(totals[part], w[part], values[part]);
+    return Numbers(vdotq_s32(int32x4_t(sums), w, values));
 #else
-    const int32x4_t lower = vpaddlq_s16(vmull_s8(vget_low_s8(w[part]), vget_low_s8(values[part])));
-    const int32x4_t upper = vpaddlq_s16(vmull_s8(vget_high_s8(w[part]), vget_high_s8(values[part])));
-    totals[part] = vaddq_s32(totals[part], vpaddq_s32(lower, upper));
+    const int32x4_t lower = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(values)));
+    const int32x4_t upper = vpaddlq_s16(vmull_s8(vget_high_s8(w), vget_high_s8(values)));
+    return Numbers(vaddq_s32(int32x4_t(sums), vpaddq_s32(lower, upper)));
+#endif
+#else
+    Numbers totals = sums;
+    for (size_t lane = 0; lane < sizeof(sums) / sizeof(int32_t); lane++)
+      for (size_t part = 0; part < 4; part++) totals[lane] += int8_t(weights[4 * lane + part]) * int8_t(x[4 * lane + part]);
+    return totals;
 #endif
   }
-  std::memcpy(&sums, totals, sizeof(sums));
-  return sums;
-#else
-  for (int lane = 0; lane < LANES; lane++)
-    for (int part = 0; part < 4; part++) sums[lane] += int8_t(weights[4 * lane + part]) * int8_t(x[4 * lane + part]);
-  return sums;
-#endif
 }
 
 // Codes of sixteen columns or lanes, two bytes each, the code in the upper one: E4M3 as half floats, times 2^-8.
@@ -180,10 +166,7 @@ struct Mxfp4 : FourBits {
 
   // 2^(code - 127); code 0, a subnormal, counts as nothing.
   static Vector power(Integers codes) {
-    const Integers bits = codes << 23;
-    Vector scales;
-    std::memcpy(&scales, &bits, sizeof(scales));
-    return scales;
+    return bits_as<Vector>(codes << 23);
   }
 };
 
@@ -239,47 +222,44 @@ struct Whole {
   Bytes first, second;
 };
 
+// TABLE[code] for every nibble of a byte that is below 16; VBMI's looks at the lower four bits of any.
+template <class Codes>
+inline __attribute__((always_inline)) Codes looked_up(const uint8_t* table, const Codes& nibbles) {
+  if constexpr (IS_PAIR<Codes>) {
+    return {looked_up(table, nibbles.low), looked_up(table, nibbles.high)};
+  } else {
+#if MARLIN_AVX512
+    const __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+#if defined(__AVX512VBMI__)
+    // Six bits of an index are read; the table repeats, so that the upper two may be anything and nothing is masked.
+    return Codes(_mm512_permutexvar_epi8(__m512i(nibbles), wide));
+#else
+    return Codes(_mm512_shuffle_epi8(wide, __m512i(nibbles)));
+#endif
+#elif MARLIN_AVX2
+    const __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return Codes(_mm256_shuffle_epi8(wide, __m256i(nibbles)));
+#elif MARLIN_NEON
+    return Codes(vqtbl1q_u8(vld1q_u8(table), uint8x16_t(nibbles)));
+#else
+    Codes found;
+    for (size_t place = 0; place < sizeof(found); place++) found[place] = table[nibbles[place]];
+    return found;
+#endif
+  }
+}
+
 template <class Format>
-inline __attribute__((always_inline)) Whole unpack(Bytes packed) {
+inline __attribute__((always_inline)) Whole unpack(const Bytes& packed) {
   if constexpr (!Format::nibbles) {
     return {packed ^ Format::FLIP, packed};
   } else if constexpr (Format::affine) {
     return {packed & 15, packed >> 4};
   } else {
-#if MARLIN_AVX512
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
-#if defined(__AVX512VBMI__)
-    // Six bits of an index are read; the table repeats, so that the upper two may be anything and nothing is masked.
-    return {Bytes(_mm512_permutexvar_epi8(__m512i(packed), table)),
-            Bytes(_mm512_permutexvar_epi8(_mm512_srli_epi16(__m512i(packed), 4), table))};
+#if MARLIN_AVX512 && defined(__AVX512VBMI__)
+    return {looked_up(Format::TABLE, packed), looked_up(Format::TABLE, Bytes(_mm512_srli_epi16(__m512i(packed), 4)))};
 #else
-    return {Bytes(_mm512_shuffle_epi8(table, __m512i(packed & 15))), Bytes(_mm512_shuffle_epi8(table, __m512i(packed >> 4)))};
-#endif
-#elif MARLIN_AVX2
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
-    const Bytes nibbles[2] = {packed & 15, packed >> 4};
-    __m256i codes[4];
-    std::memcpy(codes, nibbles, sizeof(codes));
-    for (auto& some : codes) some = _mm256_shuffle_epi8(table, some);
-    Whole whole;
-    std::memcpy(&whole, codes, sizeof(whole));
-    return whole;
-#elif MARLIN_NEON
-    const uint8x16_t table = vld1q_u8(Format::TABLE);
-    const Bytes nibbles[2] = {packed & 15, packed >> 4};
-    uint8x16_t codes[8];
-    std::memcpy(codes, nibbles, sizeof(codes));
-    for (auto& some : codes) some = vqtbl1q_u8(table, some);
-    Whole whole;
-    std::memcpy(&whole, codes, sizeof(whole));
-    return whole;
-#else
-    Whole whole;
-    for (int64_t place = 0; place < LINE; place++) {
-      whole.first[place] = Format::TABLE[packed[place] & 15];
-      whole.second[place] = Format::TABLE[packed[place] >> 4];
-    }
-    return whole;
+    return {looked_up(Format::TABLE, packed & 15), looked_up(Format::TABLE, packed >> 4)};
 #endif
   }
 }
@@ -289,11 +269,6 @@ inline void even_then_odd(int8_t* bytes) {
   typedef int8_t Codes __attribute__((vector_size(32)));
   Codes codes, ordered;
   std::memcpy(&codes, bytes, sizeof(codes));
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define MARLIN_SHUFFLES 1
-#endif
-#endif
 #if MARLIN_SHUFFLES
   ordered = __builtin_shufflevector(codes, codes, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 16, 18, 20, 22, 17, 19, 21,
                                     23, 24, 26, 28, 30, 25, 27, 29, 31);
@@ -305,50 +280,32 @@ inline void even_then_odd(int8_t* bytes) {
 
 // Sixteen dwords of sixteen vectors, transposed: four perfect shuffles.
 inline __attribute__((always_inline)) void transpose(Integers* rows) {
-#if MARLIN_SHUFFLES
   for (int round = 0; round < 4; round++) {
     Integers mixed[LANES];
-    for (int row = 0; row < LANES / 2; row++) {
-      const Integers &a = rows[row], &b = rows[row + LANES / 2];
-      mixed[2 * row] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      mixed[2 * row + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    }
+    for (int row = 0; row < LANES / 2; row++) interleave(rows[row], rows[row + LANES / 2], mixed[2 * row], mixed[2 * row + 1]);
     std::copy_n(mixed, LANES, rows);
   }
-#else
-  for (int row = 0; row < LANES; row++)
-    for (int column = 0; column < row; column++) {
-      const int32_t value = rows[row][column];
-      rows[row][column] = rows[column][row];
-      rows[column][row] = value;
-    }
-#endif
 }
 
 // The nearest whole numbers, of ties the even ones.
-inline Integers nearest(Vector values) {
+template <class Numbers, class Floats>
+inline Numbers nearest(const Floats& values) {
+  if constexpr (IS_PAIR<Floats>) {
+    using Half = decltype(Numbers::low);
+    return {nearest<Half>(values.low), nearest<Half>(values.high)};
+  } else {
 #if MARLIN_AVX512
-  return Integers(_mm512_cvtps_epi32(__m512(values)));
+    return Numbers(_mm512_cvtps_epi32(__m512(values)));
 #elif MARLIN_AVX2
-  __m256 halves[2];
-  std::memcpy(halves, &values, sizeof(halves));
-  const __m256i rounded[2] = {_mm256_cvtps_epi32(halves[0]), _mm256_cvtps_epi32(halves[1])};
-  Integers whole;
-  std::memcpy(&whole, rounded, sizeof(whole));
-  return whole;
+    return Numbers(_mm256_cvtps_epi32(__m256(values)));
 #elif MARLIN_NEON
-  float32x4_t quarters[4];
-  int32x4_t rounded[4];
-  std::memcpy(quarters, &values, sizeof(quarters));
-  for (int part = 0; part < 4; part++) rounded[part] = vcvtnq_s32_f32(quarters[part]);
-  Integers whole;
-  std::memcpy(&whole, rounded, sizeof(whole));
-  return whole;
+    return Numbers(vcvtnq_s32_f32(float32x4_t(values)));
 #else
-  Integers whole;
-  for (int lane = 0; lane < LANES; lane++) whole[lane] = int32_t(std::lrint(values[lane]));
-  return whole;
+    Numbers whole;
+    for (size_t lane = 0; lane < sizeof(whole) / sizeof(int32_t); lane++) whole[lane] = int32_t(std::lrint(values[lane]));
+    return whole;
 #endif
+  }
 }
 
 // Rows of x as whole numbers. Memory stays with the thread for its next product.
@@ -361,31 +318,26 @@ struct Rounded {
 
 // One block: codes of x[0 .. count), the scale, and the sums of both halves where `sums` is given.
 inline void round_block(const float* x, int64_t count, int8_t* codes, float* scale, int32_t* sums) {
-  typedef int8_t Sixteen __attribute__((vector_size(16)));
   constexpr float TINY = 0x1p-120f;  // below, a scale's inverse would overflow: zeros
   const Vector parts[2] = {load_some(x, count), count > LANES ? load_some(x + LANES, count - LANES) : Vector{}};
   // As whole numbers magnitudes are in the same order, with infinities and NaN above all: they become the scale.
-  Integers magnitudes[2];
-  for (int part = 0; part < 2; part++) {
-    std::memcpy(&magnitudes[part], &parts[part], sizeof(Integers));
-    magnitudes[part] &= 0x7fffffff;
-  }
-  const Integers larger = magnitudes[0] > magnitudes[1] ? magnitudes[0] : magnitudes[1];
+  const Integers magnitudes[2] = {bits_as<Integers>(parts[0]) & 0x7fffffff, bits_as<Integers>(parts[1]) & 0x7fffffff};
+  const Integers larger = chosen(magnitudes[0] > magnitudes[1], magnitudes[0], magnitudes[1]);
 #if MARLIN_AVX512
   const int32_t bits = _mm512_reduce_max_epi32(__m512i(larger));
 #else
-  int32_t bits = 0;
-  for (int lane = 0; lane < LANES; lane++) bits = std::max(bits, larger[lane]);
+  const int32_t bits = marlin::largest(larger);
 #endif
   float largest;
   std::memcpy(&largest, &bits, sizeof(largest));
   const float inverse = largest >= TINY ? 127.0f / largest : 0.0f;
   *scale = largest >= TINY || largest != largest ? largest / 127.0f : 0.0f;
   for (int part = 0; part < 2; part++) {
-    const Integers whole = nearest(parts[part] * inverse);
-    const Sixteen narrow = __builtin_convertvector(whole, Sixteen);
-    std::memcpy(codes + LANES * part, &narrow, sizeof(narrow));
-    if (sums) sums[part] = int32_t(sum(to_floats(whole)));
+    const Integers whole = nearest<Integers>(parts[part] * inverse);
+    int32_t lanes[LANES];
+    store_as(whole, lanes);
+    for (int lane = 0; lane < LANES; lane++) codes[LANES * part + lane] = int8_t(lanes[lane]);
+    if (sums) sums[part] = int32_t(sum(converted<Vector>(whole)));
   }
 }
 
@@ -431,6 +383,21 @@ struct Meeting {
   Vector scale;
 };
 
+// The even lanes of two vectors, and the odd ones.
+inline void apart(const Integers& first, const Integers& second, Integers& even, Integers& odd) {
+#if MARLIN_AVX512 && MARLIN_SHUFFLES
+  even = __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  odd = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  int32_t lanes[2 * LANES], evens[LANES], odds[LANES];
+  store_as(first, lanes);
+  store_as(second, lanes + LANES);
+  for (int lane = 0; lane < LANES; lane++) evens[lane] = lanes[2 * lane], odds[lane] = lanes[2 * lane + 1];
+  even = load_as<Integers>(evens);
+  odd = load_as<Integers>(odds);
+#endif
+}
+
 template <class Format>
 void lay_out(const Rounded& rounded, int64_t rows, int64_t lines, std::vector<Meeting>& meetings) {
   constexpr int64_t CODES = Format::nibbles ? 2 * LINE : LINE, LANES_OF_BLOCK = LANES * BLOCK / CODES;
@@ -442,19 +409,14 @@ void lay_out(const Rounded& rounded, int64_t rows, int64_t lines, std::vector<Me
       Meeting& meeting = meetings[m * lines + line];
       const int64_t left = rounded.blocks * BLOCK - line * CODES;
       Integers dwords[2];
-      dwords[0] = Integers(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES), left));
+      dwords[0] = bits_as<Integers>(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES), left));
       if constexpr (Format::nibbles) {
-        dwords[1] = left > LINE ? Integers(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES + LINE), left - LINE)) : Integers{};
-#if MARLIN_SHUFFLES
-        const Integers even = __builtin_shufflevector(dwords[0], dwords[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const Integers odd = __builtin_shufflevector(dwords[0], dwords[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#else
+        dwords[1] = left > LINE ? bits_as<Integers>(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES + LINE), left - LINE)) : Integers{};
         Integers even, odd;
-        for (int lane = 0; lane < LANES; lane++) even[lane] = dwords[lane / 8][2 * (lane % 8)], odd[lane] = dwords[lane / 8][2 * (lane % 8) + 1];
-#endif
-        meeting.first = Bytes(even), meeting.second = Bytes(odd);
+        apart(dwords[0], dwords[1], even, odd);
+        meeting.first = bits_as<Bytes>(even), meeting.second = bits_as<Bytes>(odd);
       } else {
-        meeting.first = Bytes(dwords[0]);
+        meeting.first = bits_as<Bytes>(dwords[0]);
       }
       if constexpr (Format::OFFSET != 0) {
         const Bytes ones = Bytes{} + uint8_t(1);
@@ -477,7 +439,7 @@ inline void together(const Format& format, const Matrix& w, const Meeting* meeti
   const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE, groups = w.depth / w.group_size;
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
-  Vector sums[TOGETHER][ROWS] = {};
+  Sums sums[TOGETHER][ROWS] = {};
   const int64_t ahead = w.bytes_ahead(TOGETHER);
   const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
     Whole weights[TOGETHER];
@@ -494,7 +456,7 @@ inline void together(const Format& format, const Matrix& w, const Meeting* meeti
         Integers total = Format::OFFSET ? meeting.start : Integers{};
         total = dot<Format::nibbles>(total, weights[n].first, meeting.first);
         if constexpr (Format::nibbles) total = dot<true>(total, weights[n].second, meeting.second);
-        sums[n][m] += to_floats(total) * (scales[n] * meeting.scale);
+        add_products(sums[n][m], converted<Vector>(total), scales[n] * meeting.scale);
       }
     }
   };
@@ -504,7 +466,7 @@ inline void together(const Format& format, const Matrix& w, const Meeting* meeti
     for (int m = 0; m < ROWS; m++) {
       if constexpr (Format::affine)
         for (int64_t g = 0; g < groups; g += LANES)
-          sums[n][m] += load_some(rows[n].biases + g, groups - g) * load_some(group_sums + m * groups + g, groups - g);
+          add_products(sums[n][m], load_some(rows[n].biases + g, groups - g), load_some(group_sums + m * groups + g, groups - g));
       out[m * w.columns + n0 + n] = sum(sums[n][m]);
     }
   }
@@ -512,7 +474,11 @@ inline void together(const Format& format, const Matrix& w, const Meeting* meeti
 
 template <class Format, int ROWS>
 void few_rows(const Matrix& w, const float* x, float* out) {
+  #if MARLIN_AVX512
   constexpr int TOGETHER = ROWS == 1 ? 4 : 2;
+#else
+  constexpr int TOGETHER = 2;  // as many unpacked weights as sixteen registers have room for
+#endif
   thread_local Rounded kept_rounded;
   thread_local std::vector<Meeting> kept_meetings;
   Rounded& rounded = kept_rounded;
@@ -531,9 +497,13 @@ void few_rows(const Matrix& w, const float* x, float* out) {
 // ---- more rows: lanes are columns
 
 constexpr int64_t CHUNK = 256;  // of the depth, unpacked at a time: 8 KB for a tile; two threads of a core share the first cache
-constexpr int WIDE = 2;         // vectors of columns in a tile
-constexpr int64_t TILE = WIDE * LANES;
+#if MARLIN_AVX512
+constexpr int WIDE = 2;          // vectors of columns in a tile
 constexpr int ROWS_AT_ONCE = 6;  // of x: twelve sums of floats and twelve of whole numbers fit 32 registers
+#else
+constexpr int WIDE = 1, ROWS_AT_ONCE = 4;  // whole numbers in eight registers of 16; the floats' sums wait in the first cache
+#endif
+constexpr int64_t TILE = WIDE * LANES;
 
 // A chunk of a tile's columns: four weights of each column a vector, and the scales and biases of its groups.
 template <class Format>
@@ -554,10 +524,10 @@ void unpack_panel(const Matrix& w, int64_t column, int64_t k, int64_t count, Pan
       Integers dwords[LANES];
       const int64_t start = first_byte + line * LINE, left = w.row_bytes - start;
       for (int r = 0; r < LANES; r++)
-        dwords[r] = Integers(left >= LINE ? load_bytes(rows[r].weight + start) : load_bytes(rows[r].weight + start, left));
+        dwords[r] = bits_as<Integers>(left >= LINE ? load_bytes(rows[r].weight + start) : load_bytes(rows[r].weight + start, left));
       transpose(dwords);
       for (int j = 0; j < LANES; j++) {
-        const Whole whole = unpack<Format>(Bytes(dwords[j]));
+        const Whole whole = unpack<Format>(bits_as<Bytes>(dwords[j]));
         if constexpr (Format::nibbles) {
           panel.weights[2 * (line * LANES + j)][c] = whole.first;
           panel.weights[2 * (line * LANES + j) + 1][c] = whole.second;
@@ -627,7 +597,7 @@ void rows_of_tile(const Panel<Format>& panel, const Rows& x, float* out, int64_t
       }
       for (int m = 0; m < ROWS; m++) {
         const Vector scale = splat(x.scales[m * x.blocks + block]);
-        for (int c = 0; c < WIDE; c++) sums[m][c] += to_floats(totals[m][c]) * (panel.scales[unit][c] * scale);
+        for (int c = 0; c < WIDE; c++) sums[m][c] += converted<Vector>(totals[m][c]) * (panel.scales[unit][c] * scale);
       }
     }
   }
@@ -680,8 +650,10 @@ void many_rows(const Matrix& w, const float* x, float* out, int64_t rows) {
             case 1: run(std::integral_constant<int, 1>{}); break;
             case 2: run(std::integral_constant<int, 2>{}); break;
             case 3: run(std::integral_constant<int, 3>{}); break;
+#if MARLIN_AVX512
             case 4: run(std::integral_constant<int, 4>{}); break;
             case 5: run(std::integral_constant<int, 5>{}); break;
+#endif
             default: run(std::integral_constant<int, ROWS_AT_ONCE>{});
           }
         }

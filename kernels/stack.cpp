@@ -19,16 +19,16 @@ constexpr int64_t FLOATS_KEPT = 1 << 24;   // of a thread's scratch, for the nex
 
 // erf within 1.5e-7 (Abramowitz and Stegun, 7.1.26).
 inline Vector error_function(Vector x) {
-  const Vector magnitude = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * magnitude);
+  const Vector magnitude = chosen(x < 0.0f, -x, x), t = 1.0f / (1.0f + 0.3275911f * magnitude);
   Vector y = splat(1.061405429f);
   for (float next : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = y * t + next;
   y = 1.0f - y * t * exponential(-magnitude * magnitude);
-  return x < 0.0f ? -y : y;
+  return chosen(x < 0.0f, -y, y);
 }
 
 inline Vector activate(Activation kind, Vector x) {
   switch (kind) {
-    case Activation::relu: return x > 0.0f ? x : splat(0.0f);
+    case Activation::relu: return chosen(x > 0.0f, x, splat(0.0f));
     case Activation::gelu: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
     case Activation::gelu_tanh: return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));  // (1 + tanh u) / 2 = 1 / (1 + e^-2u)
     default: return x / (1.0f + exponential(-x));
