@@ -66,13 +66,13 @@ class KeptLosses:
         return found.value, float(found.standard_error or 0)
 
     def cell(self, key: Key, base: Key, own: Key, marks: dict[str, str]) -> str:
-        """What `key` loses in a table's cell, its share of what `own` loses, and the mark of its machine."""
+        """What `key` loses in a table's cell, its share of what `own` loses beyond two standard errors, its machine's mark."""
         if key not in self.bits:
             return ""
         loss, error = self.difference(key, base)
         text = f"{loss:.4f} ± {error:.4f}"
-        whole = self.difference(own, base)[0] if own in self.bits else 0.0
-        if key != own and whole > 0:
+        whole, doubt = self.difference(own, base) if own in self.bits else (0.0, 0.0)
+        if key != own and whole > 2 * doubt:
             text += f" ({loss / whole:.0%})"
         return text + marks[self.machines[key]]
 

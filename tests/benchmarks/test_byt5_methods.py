@@ -17,6 +17,8 @@ def test_losses_are_over_target_bytes_and_shares_are_of_rtn_with_all_layers_alik
         ((*SETTING, "alike", "nvfp4", "rtn"), [1.4, 2.8, 4.2]),
         ((*SETTING, "alike", "nvfp4", "gptq"), [1.1, 2.2, 3.3]),
         ((*SETTING, "encoder", "nvfp4", "rtn"), [1.2, 2.4, 3.6]),
+        ((*SETTING, "alike", "mxfp4", "rtn"), [1.6, 1.8, 3.2]),  # within two standard errors of none: no share of it is said
+        ((*SETTING, "alike", "mxfp4", "gptq"), [1.1, 2.2, 3.3]),
         (("byt5-demo", 40, 0, 3, "alike", "int4", "rtn"), [9.0, 9.0, 9.0]),
     ]
     results.write_text("".join(json.dumps({"key": key, "bits": bits, "machine": "here"}) + "\n" for key, bits in rows))
@@ -25,7 +27,7 @@ def test_losses_are_over_target_bytes_and_shares_are_of_rtn_with_all_layers_alik
     text = methods.table(losses, SETTING)
     assert "3 held-out segments of 12 bytes, 0.50000 bits per target byte" in text
     assert [line for line in text.splitlines() if line.startswith("| ")][1:] == [
-        "| all layers alike | rtn (MLX's own) | 0.2000 ± 0.0000 |  |  |  |",
-        "| all layers alike | gptq | 0.0500 ± 0.0000 (25%) |  |  |  |",
+        "| all layers alike | rtn (MLX's own) | 0.2000 ± 0.0000 | 0.0500 ± 0.0661 |  |  |",
+        "| all layers alike | gptq | 0.0500 ± 0.0000 (25%) | 0.0500 ± 0.0000 |  |  |",
         "| encoder as named, decoder and cross mxfp8 | rtn (MLX's own) | 0.1000 ± 0.0000 (50%) |  |  |  |",
     ]
