@@ -4,14 +4,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from published import machine
 
+from marlin_cli.bench.estimates import ratio
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.models.megabyte import MegaByte
 
 WINDOW_BYTES = 2048
+
+Key = tuple[object, ...]
 
 
 def spread_windows(folder: Path, count: int) -> dict[str, list[np.ndarray]]:
@@ -28,43 +32,76 @@ def spread_windows(folder: Path, count: int) -> dict[str, list[np.ndarray]]:
     return chosen
 
 
-class PairedLosses:
-    """Mean bits of each window by model; what `results` (a file of JSON lines) has already is not measured again."""
+class KeptLosses:
+    """Bits of the same held-out pieces by model; what `results` (a file of JSON lines) has already is not measured again."""
 
-    def __init__(self, results: Path, windows: dict[str, list[np.ndarray]]) -> None:
-        self.windows, self.results = windows, results
-        self.domains = np.array([domain for domain in windows for _ in windows[domain]])
+    def __init__(self, results: Path, sizes: np.ndarray, score: Callable[[Any], np.ndarray]) -> None:
+        """`score` gives the bits of each piece [pieces], whose bytes are `sizes`."""
+        self.results, self.sizes, self.score = results, sizes, score
         lines = results.read_text().splitlines() if results.exists() else []
         rows = [json.loads(line) for line in lines]
         self.bits = {tuple(row["key"]): np.array(row["bits"]) for row in rows}
         self.machines = {tuple(row["key"]): row.get("machine", "") for row in rows}
 
-    def measure(self, key: tuple[object, ...], make: Callable[[], MegaByte]) -> np.ndarray:
-        """Mean bits per byte of each window [windows], domain after domain."""
+    def measure(self, key: Key, make: Callable[[], Any]) -> np.ndarray:
+        """What `score` says of the model that `make` makes."""
         if key not in self.bits:
             start = time.perf_counter()
-            network = make()
+            model = make()
             made = time.perf_counter() - start
-            bits = [float(bits_of(network, window, WINDOW_BYTES).mean()) for part in self.windows.values() for window in part]
+            bits = self.score(model).tolist()
             with self.results.open("a") as file:
                 row = {"key": key, "bits": bits, "seconds_to_make": round(made, 1), "machine": machine()}
                 file.write(json.dumps(row) + "\n")
             self.bits[key], self.machines[key] = np.array(bits), machine()
         return self.bits[key]
 
-    def bits_per_byte(self, key: tuple[object, ...], domain: str | None = None) -> float:
+    def bits_per_byte(self, key: Key) -> float:
+        """All bits over all bytes."""
+        return float(self.bits[key].sum() / self.sizes.sum())
+
+    def difference(self, key: Key, other: Key) -> tuple[float, float]:
+        """Bits per byte that `key` takes more than `other`, and the standard error over pieces."""
+        found = ratio(self.bits[key] - self.bits[other], self.sizes)
+        return found.value, float(found.standard_error or 0)
+
+    def cell(self, key: Key, base: Key, own: Key, marks: dict[str, str]) -> str:
+        """What `key` loses in a table's cell, its share of what `own` loses beyond two standard errors, its machine's mark."""
+        if key not in self.bits:
+            return ""
+        loss, error = self.difference(key, base)
+        text = f"{loss:.4f} ± {error:.4f}"
+        whole, doubt = self.difference(own, base) if own in self.bits else (0.0, 0.0)
+        if key != own and whole > 2 * doubt:
+            text += f" ({loss / whole:.0%})"
+        return text + marks[self.machines[key]]
+
+
+class PairedLosses(KeptLosses):
+    """Mean bits of each window by MegaByte, in all and by domain."""
+
+    def __init__(self, results: Path, windows: dict[str, list[np.ndarray]]) -> None:
+        self.windows = windows
+        self.domains = np.array([domain for domain in windows for _ in windows[domain]])
+        super().__init__(results, np.ones(len(self.domains)), self._bits_of)
+
+    def bits_per_byte(self, key: Key, domain: str | None = None) -> float:
         """Mean bits per byte over the windows of a domain, or over all."""
         return float(self.bits[key][self._among(domain)].mean())
 
-    def difference(self, key: tuple[object, ...], other: tuple[object, ...], domain: str | None = None) -> tuple[float, float]:
+    def difference(self, key: Key, other: Key, domain: str | None = None) -> tuple[float, float]:
         """Mean of (key - other) over the windows of a domain, or over all, and its standard error."""
         lost = (self.bits[key] - self.bits[other])[self._among(domain)]
         return float(lost.mean()), float(lost.std(ddof=1) / len(lost) ** 0.5)
 
-    def line(self, key: tuple[object, ...], base: tuple[object, ...]) -> str:
+    def line(self, key: Key, base: Key) -> str:
         """What `key` loses against `base`, in all and by domain."""
         by_domain = [f"{name} {_signed(self.difference(key, base, name))}" for name in self.windows]
         return f"{' '.join(map(str, key)):40} {_signed(self.difference(key, base))}  ({', '.join(by_domain)})"
+
+    def _bits_of(self, network: MegaByte) -> np.ndarray:
+        every = [window for part in self.windows.values() for window in part]
+        return np.array([float(bits_of(network, window, WINDOW_BYTES).mean()) for window in every])
 
     def _among(self, domain: str | None) -> np.ndarray:
         return np.full(len(self.domains), True) if domain is None else self.domains == domain

@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 from calibrated import calibration_batches, corpus_of, statistics_of
 from outlier_model import with_outliers
-from paired_losses import WINDOW_BYTES, PairedLosses, spread_windows
+from paired_losses import WINDOW_BYTES, Key, PairedLosses, spread_windows
 from published import markers_of, write_between_markers
 
 from marlin_cli import load
@@ -96,8 +96,6 @@ PARTS = {
         has_outliers=True,
     ),
 }
-
-Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -237,17 +235,11 @@ def table(options: Options, losses: dict[int, PairedLosses]) -> str:
 
 def _cell(losses: dict[int, PairedLosses], key: Key, marks: dict[str, str]) -> str:
     """What a row loses, and its share of what MLX's own loses with all layers in that format."""
-    if not key or key not in losses[int(str(key[2]))].bits:
+    if not key:
         return ""
     model, kind, count, name = key[:4]
-    found, base = losses[int(str(count))], (model, count, BASE)
     own = (model, "outliers" if kind == "outliers" else "plain", count, name, name, "rtn")
-    loss, error = found.difference(key, base)
-    text = f"{loss:.4f} ± {error:.4f}"
-    whole = found.difference(own, base)[0] if own in found.bits else 0.0
-    if key != own and whole > 0:
-        text += f" ({loss / whole:.0%})"
-    return text + marks[found.machines[key]]
+    return losses[int(str(count))].cell(key, (model, count, BASE), own, marks)
 
 
 def main() -> None:
