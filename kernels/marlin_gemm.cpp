@@ -5,9 +5,12 @@
 // of sums differs.
 #include "marlin_gemm.hpp"
 
+#include "amx.hpp"
 #include "common.hpp"
 #include "decode.hpp"
 #include "linear.hpp"
+#include "marlin_gemm_amx.hpp"
+#include "marlin_gemm_lines.hpp"
 #include "marlin_gemm_rounded.hpp"
 
 namespace marlin {
@@ -347,8 +350,17 @@ Matrix matrix_of(const mx::array& weight, const mx::array& scales, const mx::arr
   return w;
 }
 
+bool takes_tiles(Kind kind, int64_t rows, int activation_bits) {
+  // Up to so many rows vectors are faster: columns are laid out for tiles once for all rows (LOG.md has the times).
+  const bool one_piece = kind != Kind::int4 && kind != Kind::int8, fours = kind == Kind::nvfp4 || kind == Kind::mxfp4;
+  const int64_t few = activation_bits == 8 && has_whole_weights(kind) ? (one_piece ? 8 : 48) : fours ? 4 : 8;
+  return rows > few && amx::usable();
+}
+
 void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits) {
+  if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, w, x, out, rows, has_whole_weights(kind) ? activation_bits : 16);
   if (activation_bits == 8 && has_whole_weights(kind)) return multiply_rounded(kind, w, x, out, rows);
+  if (multiply_lines(kind, w, x, out, rows)) return;
   switch (kind) {
     case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows);
     case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows);

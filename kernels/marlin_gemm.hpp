@@ -47,6 +47,9 @@ Matrix matrix_of(const mlx::core::array& weight, const mlx::core::array& scales,
 // weights are whole numbers (all but mxfp8).
 void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits);
 
+// Whether a product of so many rows runs in tiles of bfloat16. Then 8 activation bits are a bfloat16's, not blocks of whole numbers.
+bool takes_tiles(Kind kind, int64_t rows, int activation_bits);
+
 // Rows first .. last of W as floats, one after another.
 void unpack(Kind kind, const Matrix& w, int64_t first, int64_t last, float* to);
 

@@ -10,7 +10,8 @@
 #include <type_traits>
 
 #include "common.hpp"
-#include "decode.hpp"
+#include "packed_columns.hpp"
+#include "packed_lines.hpp"
 
 #if MARLIN_AVX512 && defined(__AVX512VNNI__)
 #define MARLIN_VNNI 1
@@ -21,21 +22,6 @@ namespace marlin {
 namespace {
 
 constexpr int64_t BLOCK = 32;  // values of x under one scale
-constexpr int64_t LINE = 64;   // bytes of a vector
-
-inline Bytes load_bytes(const uint8_t* from) { return load_as<Bytes>(from); }
-
-// The first `count` of 64 bytes; the others are zero.
-inline Bytes load_bytes(const uint8_t* from, int64_t count) {
-#if MARLIN_AVX512
-  return Bytes(_mm512_maskz_loadu_epi8(count >= LINE ? ~0ull : (1ull << count) - 1, from));
-#else
-  uint8_t bytes[LINE] = {};
-  std::memcpy(bytes, from, std::min(count, LINE));
-  return load_bytes(bytes);
-#endif
-}
-
 // A dword of x for every lane.
 inline Bytes four_of(const int8_t* from) {
   int32_t four;
@@ -81,14 +67,6 @@ inline __attribute__((always_inline)) Numbers dot(const Numbers& sums, const Cod
   }
 }
 
-// Codes of sixteen columns or lanes, two bytes each, the code in the upper one: E4M3 as half floats, times 2^-8.
-#if MARLIN_AVX512
-inline Vector from_e4m3(__m256i upper) {
-  // The shift leaves a copy of the sign where a half has one exponent bit more.
-  return Vector(_mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16(int16_t(0xbf80)))));
-}
-#endif
-
 // How each format's bytes become whole numbers. The number that a code stands for is its byte less OFFSET, under the scale of
 // its group times FACTOR. UNIT: weights whose whole sums are scaled together.
 struct FourBits {
@@ -97,105 +75,29 @@ struct FourBits {
   static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 };
 
-struct Nvfp4 : FourBits {
+struct Nvfp4 : FourBits, E4m3Scales {
   static constexpr int64_t UNIT = 16;
-#if MARLIN_AVX512
-  static constexpr float FACTOR = 128.0f;
-#else
-  static constexpr float FACTOR = 0.5f;
-#endif
+  static constexpr float FACTOR = 0.5f / E4M3_FACTOR;
   explicit Nvfp4(const Matrix&) {}
 
-  // The scales of 128 weights, two lanes each.
-  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
-    alignas(8) uint8_t codes[8] = {};
-    const uint8_t* from = row.codes + 8 * line;
-    if (groups < 8) from = static_cast<const uint8_t*>(std::memcpy(codes, from, groups));
-#if MARLIN_AVX512
-    int64_t eight;
-    std::memcpy(&eight, from, sizeof(eight));
-    const __m256i places = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
-                                            -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
-    return from_e4m3(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), places));
-#else
-    Vector scales;
-    for (int lane = 0; lane < LANES; lane++) scales[lane] = e4m3_table[from[lane / 2]];
-    return scales;
-#endif
-  }
-
   // Sixteen columns' scales of the group whose codes are the bytes number `part` of dwords.
-  static Vector of_columns(Integers codes, int part) {
-#if MARLIN_AVX512
-    return from_e4m3(_mm256_slli_epi16(_mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(codes), 8 * part)), 8));
-#else
-    Vector scales;
-    for (int lane = 0; lane < LANES; lane++) scales[lane] = e4m3_table[uint8_t(codes[lane] >> (8 * part))];
-    return scales;
-#endif
-  }
+  static Vector of_columns(Integers codes, int part) { return e4m3_of(codes, part); }
 };
 
-struct Mxfp4 : FourBits {
+struct Mxfp4 : FourBits, E8m0Scales {
   static constexpr int64_t UNIT = 32;
   static constexpr float FACTOR = 0.5f;
   explicit Mxfp4(const Matrix&) {}
 
-  // The scales of 128 weights, four lanes each.
-  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
-    int32_t four = 0;
-    if (groups >= 4) {
-      std::memcpy(&four, row.codes + 4 * line, sizeof(four));
-    } else {
-      std::memcpy(&four, row.codes + 4 * line, groups);
-    }
-#if MARLIN_AVX512
-    // Each code to the top of its lanes, then below the sign.
-    constexpr int P0 = 0x00808080, P1 = 0x01808080, P2 = 0x02808080, P3 = 0x03808080;
-    const __m512i places = _mm512_setr_epi32(P0, P0, P0, P0, P1, P1, P1, P1, P2, P2, P2, P2, P3, P3, P3, P3);
-    const __m512i codes = _mm512_shuffle_epi8(_mm512_set1_epi32(four), places);
-    return Vector(_mm512_castsi512_ps(_mm512_srli_epi32(codes, 1)));
-#else
-    Integers codes;
-    for (int lane = 0; lane < LANES; lane++) codes[lane] = (four >> (lane / 4 * 8)) & 255;
-    return power(codes);
-#endif
-  }
-
-  static Vector of_columns(Integers codes, int part) { return power((codes >> (8 * part)) & 255); }
-
-  // 2^(code - 127); code 0, a subnormal, counts as nothing.
-  static Vector power(Integers codes) {
-    return bits_as<Vector>(codes << 23);
-  }
+  static Vector of_columns(Integers codes, int part) { return e8m0_of(codes, part); }
 };
 
-// Scales and biases are floats; what the biases add comes from the sums of x over each group.
-struct Affine {
+// What the biases add comes from the sums of x over each group.
+struct Affine : FloatScales {
   static constexpr bool affine = true;
   static constexpr int64_t UNIT = 32;
   static constexpr float FACTOR = 1.0f;
-
-  Affine(const Matrix& w, int64_t weights_of_line) : group_size(w.group_size), weights(weights_of_line) {
-    for (int lane = 0; lane < LANES; lane++) spread[lane] = lane * weights / LANES / group_size;
-    most = std::max<int64_t>(1, weights / group_size);
-  }
-
-  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
-    const float* from = row.scales + line * weights / group_size;
-    const int64_t count = std::min(most, groups);
-#if MARLIN_AVX512
-    const __m512 some = _mm512_castps128_ps512(_mm_maskz_loadu_ps(__mmask8((1 << count) - 1), from));
-    return Vector(_mm512_permutexvar_ps(__m512i(spread), some));
-#else
-    Vector scales{};
-    for (int lane = 0; lane < LANES; lane++) scales[lane] = spread[lane] < count ? from[spread[lane]] : 0.0f;
-    return scales;
-#endif
-  }
-
-  Integers spread;
-  int64_t group_size, weights, most;
+  using FloatScales::FloatScales;
 };
 
 struct Int4 : Affine {
@@ -276,15 +178,6 @@ inline void even_then_odd(int8_t* bytes) {
   for (int k = 0; k < 32; k++) ordered[k] = codes[k / 8 * 8 + k % 4 * 2 + k % 8 / 4];
 #endif
   std::memcpy(bytes, &ordered, sizeof(ordered));
-}
-
-// Sixteen dwords of sixteen vectors, transposed: four perfect shuffles.
-inline __attribute__((always_inline)) void transpose(Integers* rows) {
-  for (int round = 0; round < 4; round++) {
-    Integers mixed[LANES];
-    for (int row = 0; row < LANES / 2; row++) interleave(rows[row], rows[row + LANES / 2], mixed[2 * row], mixed[2 * row + 1]);
-    std::copy_n(mixed, LANES, rows);
-  }
 }
 
 // The nearest whole numbers, of ties the even ones.
@@ -518,14 +411,10 @@ void unpack_panel(const Matrix& w, int64_t column, int64_t k, int64_t count, Pan
   constexpr int64_t WEIGHTS = Format::nibbles ? 2 * LINE : LINE;
   const int64_t first_byte = Format::nibbles ? k / 2 : k;
   for (int c = 0; c < WIDE; c++) {
-    Packed rows[LANES];
-    for (int r = 0; r < LANES; r++) rows[r] = w.row(std::min(column + c * LANES + r, w.columns - 1));
+    const Columns columns(w, column + c * LANES);
     for (int64_t line = 0; line * WEIGHTS < count; line++) {
       Integers dwords[LANES];
-      const int64_t start = first_byte + line * LINE, left = w.row_bytes - start;
-      for (int r = 0; r < LANES; r++)
-        dwords[r] = bits_as<Integers>(left >= LINE ? load_bytes(rows[r].weight + start) : load_bytes(rows[r].weight + start, left));
-      transpose(dwords);
+      columns.line(first_byte + line * LINE, dwords);
       for (int j = 0; j < LANES; j++) {
         const Whole whole = unpack<Format>(bits_as<Bytes>(dwords[j]));
         if constexpr (Format::nibbles) {
@@ -540,24 +429,16 @@ void unpack_panel(const Matrix& w, int64_t column, int64_t k, int64_t count, Pan
     if constexpr (Format::affine) {
       const int64_t group = k / w.group_size, units_of_group = w.group_size / Format::UNIT;
       for (int64_t g = 0; g * units_of_group < units; g++) {
-        Vector scale, bias;
-        for (int r = 0; r < LANES; r++) scale[r] = rows[r].scales[group + g], bias[r] = rows[r].biases[group + g];
+        Vector scale;
+        columns.floats(group + g, scale, panel.biases[g][c]);
         for (int64_t unit = 0; unit < units_of_group; unit++) panel.scales[g * units_of_group + unit][c] = scale;
-        panel.biases[g][c] = bias;
       }
     } else {
-      const int64_t first = k / Format::UNIT, there = w.depth / Format::UNIT - first;
+      const int64_t first = k / Format::UNIT, there = columns.groups() - first;
       for (int64_t unit = 0; unit < units; unit += 4) {
-        Integers codes{};
-        const int64_t some = std::min<int64_t>(4, there - unit);
-        for (int r = 0; r < LANES; r++) {
-          int32_t four = 0;
-          if (some == 4) std::memcpy(&four, rows[r].codes + first + unit, 4);
-          else if (some > 0) std::memcpy(&four, rows[r].codes + first + unit, some);
-          codes[r] = four;
-        }
+        const Integers codes = columns.four_codes(first + unit);
         for (int part = 0; part < 4 && unit + part < units; part++)
-          panel.scales[unit + part][c] = part < some ? Format::of_columns(codes, part) : Vector{};
+          panel.scales[unit + part][c] = unit + part < there ? Format::of_columns(codes, part) : Vector{};
       }
     }
   }

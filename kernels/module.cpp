@@ -39,6 +39,7 @@ NB_MODULE(marlin_cpu, m) {
   m.def("linear", &marlin::linear, "x"_a, "weight"_a);
   m.def("marlin_gemm", &marlin::marlin_gemm, "x"_a, "weight"_a, "scales"_a, "biases"_a.none(), "kind"_a, "group_size"_a,
         "activation_bits"_a = 16);
+  m.def("takes_tiles", &marlin::takes_tiles, "kind"_a, "rows"_a, "activation_bits"_a);
   m.def(
       "flash_attention",
       [](const array& queries, const std::vector<Page>& keys, const std::vector<Page>& values, float scale, bool causal,

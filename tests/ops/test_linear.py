@@ -79,6 +79,33 @@ def packed_arguments(packed):
     ), {"group_size": packed.group_size, "bits": packed.format.bits, "mode": packed.format.mode}
 
 
+PACKED = [
+    (2, 7, 1472), (4, 9, 448), (16, 96, 1472), (17, 33, 320), (33, 31, 96), (300, 100, 2240), (513, 3, 64), (530, 37, 4160),
+]  # fmt: skip
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize(("rows", "columns", "depth"), PACKED)
+def test_packed_in_lines_and_tiles(format, rows, columns, depth):
+    """Part of a line, of a tile, of a panel, of the depth and of the rows that are taken together; rows of very different size."""
+    x = random(rows, depth) * mx.array(np.geomspace(1e-8, 1e8, rows, dtype=np.float32))[:, None]
+    packed = encode(random(columns, depth, seed=1), format)
+    arrays, settings = packed_arguments(packed)
+    assert close(packed_linear(x, *arrays, **settings), x, decode(packed) / (packed.global_scale or 1.0))
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("rows", [1, 4, 9, 40])
+@pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
+def test_packed_keeps_what_is_not_finite_to_its_row(format, rows, poison):
+    packed = encode(random(5, 64, seed=1), format)
+    arrays, settings = packed_arguments(packed)
+    values = np.array(random(rows, 64))
+    values[-1, 50] = poison
+    found = np.array(packed_linear(mx.array(values), *arrays, **settings))
+    assert not np.isfinite(found[-1]).any() and np.isfinite(found[:-1]).all()
+
+
 @pytest.mark.parametrize("twin", TWINS)
 @EACH_FORMAT
 @EACH_SHAPE
@@ -242,9 +269,11 @@ def test_settings_that_make_no_sense_are_refused(variable):
 
 @pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
 @pytest.mark.slow
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("march", ["icelake-server", "x86-64-v3", "x86-64"])
 def test_the_paths_for_other_processors(march, tmp_path):
-    """AVX2, and plain C++: built apart, through the tables of this file and of its neighbour."""
+    """AVX-512 without tiles, AVX2, and plain C++: built apart, through the tables of this file and of its neighbour."""
+    if march == "icelake-server" and "avx512_vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
+        pytest.skip("no AVX-512 with VNNI on this processor")
     environment = {**os.environ, "MARLIN_MARCH": march, "MARLIN_CACHE": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
     command += [str(Path(__file__).with_name("test_rounded_activations.py")), "-k"]

@@ -1,0 +1,146 @@
+// marlin_gemm of nibbles for up to four rows of x, with vectors of 512 bits: out[M, N] = x[M, K] @ W[N, K]^T in float32.
+//
+// A line of 64 bytes is 128 weights, eight a dword. Lanes are dwords: a permutation looks up the low nibble of each, so that a shift
+// is all there is between two of the eight, and the 128 products add up before their scales, which lanes share, multiply them once.
+#include "marlin_gemm_lines.hpp"
+
+#include "common.hpp"
+#include "packed_lines.hpp"
+
+namespace marlin {
+
+#if MARLIN_AVX512
+namespace {
+
+constexpr int64_t NIBBLES = 8, WEIGHTS = LANES * NIBBLES;  // of a lane, and of a line
+
+struct Nvfp4 : E4m3Scales {
+  static constexpr bool affine = false;
+  explicit Nvfp4(const Matrix&) {}
+  static float value(int code) { return E2M1[code] / E4M3_FACTOR; }
+};
+
+struct Mxfp4 : E8m0Scales {
+  static constexpr bool affine = false;
+  explicit Mxfp4(const Matrix&) {}
+  static float value(int code) { return E2M1[code]; }
+};
+
+// Without the biases, which meet the sums of x over each group.
+struct Int4 : FloatScales {
+  static constexpr bool affine = true;
+  explicit Int4(const Matrix& w) : FloatScales(w, WEIGHTS) {}
+  static float value(int code) { return float(code); }
+};
+
+// Rows of x in the order of lanes: [rows, lines, nibbles, lanes], and the sums of its groups, [rows, groups].
+struct Laid {
+  std::vector<float> values, sums;
+};
+
+void lay_out(const float* x, int64_t rows, const Matrix& w, bool affine, Laid& laid) {
+  const int64_t lines = (w.depth + WEIGHTS - 1) / WEIGHTS, groups = w.depth / w.group_size;
+  laid.values.resize(std::max<size_t>(laid.values.size(), rows * lines * WEIGHTS));
+  float* to = laid.values.data();
+  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(NIBBLES));
+  for (int64_t m = 0; m < rows; m++) {
+    for (int64_t line = 0; line < lines; line++) {
+      for (int64_t nibble = 0; nibble < NIBBLES; nibble++, to += LANES) {
+        const int64_t start = line * WEIGHTS + nibble, there = (w.depth - start + NIBBLES - 1) / NIBBLES;
+        const __mmask16 mask = there >= LANES ? 0xffff : __mmask16((1 << std::max<int64_t>(there, 0)) - 1);
+        _mm512_storeu_ps(to, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, x + m * w.depth + start, 4));
+      }
+    }
+  }
+  if (!affine) return;
+  laid.sums.assign(rows * groups, 0.0f);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t k = 0; k < w.depth; k++) laid.sums[m * groups + k / w.group_size] += x[m * w.depth + k];
+}
+
+// TOGETHER rows of weights against ROWS rows of x: loads of x are shared, and there are chains of sums to spare.
+template <class Format, int ROWS, int TOGETHER>
+inline void together(const Format& format, const Matrix& w, const Laid& laid, float* out, int64_t n0) {
+  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE, groups = w.depth / w.group_size;
+  const int64_t ahead = w.bytes_ahead(TOGETHER);
+  alignas(64) float table[LANES];
+  for (int code = 0; code < LANES; code++) table[code] = Format::value(code);
+  const __m512 values = _mm512_load_ps(table);
+  Packed rows[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
+  Vector sums[TOGETHER][ROWS] = {};
+  const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
+    __m512i dwords[TOGETHER];
+    Vector parts[TOGETHER][ROWS] = {};
+    for (int n = 0; n < TOGETHER; n++) {
+      const uint8_t* from = rows[n].weight + line * LINE;
+      __builtin_prefetch(from + ahead);
+      dwords[n] = __m512i(all ? load_bytes(from) : load_bytes(from, w.row_bytes - line * LINE));
+    }
+#pragma GCC unroll 8
+    for (int nibble = 0; nibble < NIBBLES; nibble++) {
+      Vector weights[TOGETHER];
+      for (int n = 0; n < TOGETHER; n++) weights[n] = Vector(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords[n], 4 * nibble), values));
+      for (int m = 0; m < ROWS; m++) {
+        const Vector own = load(laid.values.data() + ((m * lines + line) * NIBBLES + nibble) * LANES);
+        for (int n = 0; n < TOGETHER; n++) parts[n][m] += weights[n] * own;
+      }
+    }
+    for (int n = 0; n < TOGETHER; n++) {
+      const Vector scales = format.of_lanes(rows[n], line, all ? LANES : groups - line * WEIGHTS / w.group_size);
+      for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * scales;
+    }
+  };
+  for (int64_t line = 0; line < whole; line++) step(line, true);
+  if (whole < lines) step(whole, false);
+  for (int n = 0; n < TOGETHER; n++) {
+    for (int m = 0; m < ROWS; m++) {
+      if constexpr (Format::affine)
+        for (int64_t g = 0; g < groups; g += LANES)
+          sums[n][m] += load_some(rows[n].biases + g, groups - g) * load_some(laid.sums.data() + m * groups + g, groups - g);
+      out[m * w.columns + n0 + n] = sum(sums[n][m]);
+    }
+  }
+}
+
+template <class Format, int ROWS>
+void multiply(const Matrix& w, const float* x, float* out) {
+  constexpr int TOGETHER = ROWS == 1 ? 4 : 2;
+  thread_local Laid kept;
+  Laid& laid = kept;
+  lay_out(x, ROWS, w, Format::affine, laid);
+  const Format format(w);
+  over_threads(w.columns, ROWS * w.depth, [&](int64_t first, int64_t last) {
+    int64_t n = first;
+    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, w, laid, out, n);
+    for (; n < last; n++) together<Format, ROWS, 1>(format, w, laid, out, n);
+  });
+}
+
+template <class Format>
+void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+  switch (rows) {
+    case 1: return multiply<Format, 1>(w, x, out);
+    case 2: return multiply<Format, 2>(w, x, out);
+    case 3: return multiply<Format, 3>(w, x, out);
+    default: return multiply<Format, 4>(w, x, out);
+  }
+}
+
+}  // namespace
+
+bool multiply_lines(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows) {
+  constexpr int64_t MOST_ROWS = 4;
+  if (rows > MOST_ROWS) return false;
+  switch (kind) {
+    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows), true;
+    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows), true;
+    case Kind::int4: return multiply<Int4>(w, x, out, rows), true;
+    default: return false;
+  }
+}
+#else
+bool multiply_lines(Kind, const Matrix&, const float*, float*, int64_t) { return false; }
+#endif
+
+}  // namespace marlin

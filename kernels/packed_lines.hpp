@@ -1,0 +1,77 @@
+// A line of 64 bytes of a packed row, whose lanes lie along the depth: the scales of its weights, by lanes.
+#pragma once
+#include "packed_columns.hpp"
+
+namespace marlin {
+
+// Each of_lanes(row, line, groups) reads line number `line` of a row, of which `groups` groups are there; lanes of others mean nothing.
+
+// Times E4M3_FACTOR.
+struct E4m3Scales {
+  // The scales of 128 weights, two lanes each.
+  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
+    alignas(8) uint8_t codes[8] = {};
+    const uint8_t* from = row.codes + 8 * line;
+    if (groups < 8) from = static_cast<const uint8_t*>(std::memcpy(codes, from, groups));
+#if MARLIN_AVX512
+    int64_t eight;
+    std::memcpy(&eight, from, sizeof(eight));
+    const __m256i places = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
+                                            -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
+    return from_e4m3(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), places));
+#else
+    Vector scales;
+    for (int lane = 0; lane < LANES; lane++) scales[lane] = e4m3_table[from[lane / 2]];
+    return scales;
+#endif
+  }
+};
+
+struct E8m0Scales {
+  // The scales of 128 weights, four lanes each.
+  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
+    int32_t four = 0;
+    if (groups >= 4) {
+      std::memcpy(&four, row.codes + 4 * line, sizeof(four));
+    } else {
+      std::memcpy(&four, row.codes + 4 * line, groups);
+    }
+#if MARLIN_AVX512
+    // Each code to the top of its lanes, then below the sign.
+    constexpr int P0 = 0x00808080, P1 = 0x01808080, P2 = 0x02808080, P3 = 0x03808080;
+    const __m512i places = _mm512_setr_epi32(P0, P0, P0, P0, P1, P1, P1, P1, P2, P2, P2, P2, P3, P3, P3, P3);
+    const __m512i codes = _mm512_shuffle_epi8(_mm512_set1_epi32(four), places);
+    return Vector(_mm512_castsi512_ps(_mm512_srli_epi32(codes, 1)));
+#else
+    Integers codes;
+    for (int lane = 0; lane < LANES; lane++) codes[lane] = (four >> (lane / 4 * 8)) & 255;
+    return powers_of_two(codes);
+#endif
+  }
+};
+
+// Of groups of any size.
+struct FloatScales {
+  FloatScales(const Matrix& w, int64_t weights_of_line) : group_size(w.group_size), weights(weights_of_line) {
+    for (int lane = 0; lane < LANES; lane++) spread[lane] = lane * weights / LANES / group_size;
+    most = std::max<int64_t>(1, weights / group_size);
+  }
+
+  Vector of_lanes(const Packed& row, int64_t line, int64_t groups) const {
+    const float* from = row.scales + line * weights / group_size;
+    const int64_t count = std::min(most, groups);
+#if MARLIN_AVX512
+    const __m512 some = _mm512_castps128_ps512(_mm_maskz_loadu_ps(__mmask8((1 << count) - 1), from));
+    return Vector(_mm512_permutexvar_ps(__m512i(spread), some));
+#else
+    Vector scales{};
+    for (int lane = 0; lane < LANES; lane++) scales[lane] = spread[lane] < count ? from[spread[lane]] : 0.0f;
+    return scales;
+#endif
+  }
+
+  Integers spread;
+  int64_t group_size, weights, most;
+};
+
+}  // namespace marlin
