@@ -4,6 +4,7 @@
 // floating-point formats have few bits and are one piece, so three pieces of x give a float32 product. One piece of x is 8 bits.
 #pragma once
 #include "common.hpp"
+#include "targets.hpp"
 
 #if MARLIN_AVX512 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define MARLIN_AMX 1
@@ -76,8 +77,8 @@ inline void store_sums(float* to, int64_t stride) {
   }
 }
 
-// sums += x [steps, pieces, ROW_TILES tiles] @ W [steps, pieces, 2 tiles]
-template <int ROW_TILES, int PIECES_OF_X, int PIECES_OF_W>
+// sums += x [steps, pieces, TILES_LAID tiles, of which ROW_TILES count] @ W [steps, pieces, 2 tiles]
+template <int ROW_TILES, int TILES_LAID, int PIECES_OF_X, int PIECES_OF_W>
 inline void accumulate(const uint8_t* x, const uint8_t* w, int64_t steps) {
   for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 3
@@ -87,7 +88,7 @@ inline void accumulate(const uint8_t* x, const uint8_t* w, int64_t steps) {
 #pragma GCC unroll 3
       for (int other = 0; other < PIECES_OF_X; other++) {
         if (!counts<PIECES_OF_X, PIECES_OF_W>(other, piece)) continue;
-        const uint8_t* rows = x + other * ROW_TILES * TILE_BYTES;
+        const uint8_t* rows = x + other * TILES_LAID * TILE_BYTES;
         _tile_loadd(4, rows, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -98,7 +99,7 @@ inline void accumulate(const uint8_t* x, const uint8_t* w, int64_t steps) {
         }
       }
     }
-    x += PIECES_OF_X * ROW_TILES * TILE_BYTES;
+    x += PIECES_OF_X * TILES_LAID * TILE_BYTES;
   }
 }
 
@@ -128,9 +129,15 @@ inline void split_rows(__m512 first, __m512 second, uint8_t* to, int64_t piece_s
   }
 }
 
-// Sixteen columns' values of two neighbours of the depth, as dwords of pieces.
-template <int PIECES>
+// Sixteen columns' values of two neighbours of the depth, as dwords of pieces. Values of more bits than the pieces have are rounded to
+// the nearest, halves away from zero.
+template <int PIECES, bool ROUNDED>
 inline __attribute__((always_inline)) void split_pairs(Vector first, Vector second, uint8_t* to) {
+  static_assert(PIECES == 1 || !ROUNDED);
+  if constexpr (ROUNDED) {
+    first = bits_as<Vector>(bits_as<Integers>(first) + 0x8000);
+    second = bits_as<Vector>(bits_as<Integers>(second) + 0x8000);
+  }
   for (int piece = 0; piece < PIECES; piece++, to += 2 * TILE_BYTES) {
     const __m512i lower = _mm512_srli_epi32(__m512i(first), 16);
     _mm512_store_si512(to, _mm512_mask_mov_epi16(lower, 0xaaaaaaaa, __m512i(second)));
@@ -178,9 +185,9 @@ class Lines {
   std::vector<uint8_t> held_;
 };
 
-// Up to `ROWS_OF_A_PASS` rows. unpack(column, step, steps, panel) lays out two halves of sixteen columns.
+// Up to `ROWS_OF_A_PASS` rows, from row `row` of out on. unpack(w, column, step, steps, panel) lays out two halves of sixteen columns.
 template <int PIECES_OF_X, int PIECES_OF_W, int ROW_TILES, class Unpack>
-void pass(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t depth, float* out, int64_t out_stride, const Unpack& unpack) {
+void pass(const float* x, int64_t row, int64_t rows, int64_t depth, Targets targets, const Unpack& unpack) {
   constexpr int64_t HIGH = ROW_TILES * SIDE, MOST_STEPS = PIECES_OF_X == 1 ? 64 : 32, FEW_STEPS = 8;
   const int64_t blocks = (rows + HIGH - 1) / HIGH, steps = (depth + STEP - 1) / STEP, step_bytes = PIECES_OF_X * ROW_TILES * TILE_BYTES;
   // Parts of the depth, whole lines of packed weights each: the rows of one stay in the second cache while all columns pass.
@@ -188,10 +195,11 @@ void pass(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t
   const int64_t parts = (steps + MOST_STEPS - 1) / MOST_STEPS, part_steps = ((steps + parts - 1) / parts + STEPS_OF_LINE - 1) / STEPS_OF_LINE * STEPS_OF_LINE;
   thread_local Lines kept;
   uint8_t* tiles = kept.of(blocks * steps * step_bytes);
-  lay_out<PIECES_OF_X, ROW_TILES>(x, stride, rows, depth, tiles);
-  over_threads((columns + WIDTH - 1) / WIDTH, WIDTH * rows * depth, [&](int64_t first, int64_t last) {
-    const int64_t tile_rows = std::min(rows, SIDE);
-    const Configuration configuration(tile_rows);
+  lay_out<PIECES_OF_X, ROW_TILES>(x + row * depth, depth, rows, depth, tiles);
+  over_columns(targets, WIDTH, rows * depth, [&](const Target& target, int64_t first, int64_t last) {
+    const Configuration configuration(std::min(rows, SIDE));
+    const int64_t columns = target.w.columns, out_stride = columns;
+    float* out = target.out + row * out_stride;
     thread_local Lines kept_panel;
     uint8_t* panel = kept_panel.of(part_steps * PIECES_OF_W * 2 * TILE_BYTES);
     alignas(64) float edge[HIGH * WIDTH];
@@ -224,17 +232,18 @@ void pass(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t
         clear_sums<ROW_TILES>();
         for (int64_t step = 0; step < steps; step += FEW_STEPS) {
           const int64_t some = std::min(FEW_STEPS, steps - step);
-          unpack(tile * WIDTH, step, some, panel);
-          accumulate<ROW_TILES, PIECES_OF_X, PIECES_OF_W>(tiles + step * step_bytes, panel, some);
+          unpack(target.w, tile * WIDTH, step, some, panel);
+          accumulate<ROW_TILES, ROW_TILES, PIECES_OF_X, PIECES_OF_W>(tiles + step * step_bytes, panel, some);
         }
         store(0, tile);
+        finish(target, row, rows, tile * WIDTH, std::min(WIDTH, columns - tile * WIDTH));
       }
       return;
     }
     for (int64_t step = 0; step < steps; step += part_steps) {
       const int64_t some = std::min(part_steps, steps - step);
       for (int64_t tile = first; tile < last; tile++) {
-        unpack(tile * WIDTH, step, some, panel);
+        unpack(target.w, tile * WIDTH, step, some, panel);
         for (int64_t block = 0; block < blocks; block++) {
           ask_for(block, tile);
           if (step) {
@@ -242,24 +251,29 @@ void pass(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t
           } else {
             clear_sums<ROW_TILES>();
           }
-          accumulate<ROW_TILES, PIECES_OF_X, PIECES_OF_W>(tiles + (block * steps + step) * step_bytes, panel, some);
+          const uint8_t* own = tiles + (block * steps + step) * step_bytes;
+          if (rows - block * HIGH <= SIDE) {  // half of the last block, as 256 bytes and their end leave it
+            accumulate<1, ROW_TILES, PIECES_OF_X, PIECES_OF_W>(own, panel, some);
+          } else {
+            accumulate<ROW_TILES, ROW_TILES, PIECES_OF_X, PIECES_OF_W>(own, panel, some);
+          }
           store(block, tile);
+          if (step + some == steps)
+            finish(target, row + block * HIGH, std::min(HIGH, rows - block * HIGH), tile * WIDTH, std::min(WIDTH, columns - tile * WIDTH));
         }
       }
     }
   });
 }
 
-// out[rows, columns] = x[rows, depth] @ W^T, over threads.
+// All targets, over threads.
 template <int PIECES_OF_X, int PIECES_OF_W, class Unpack>
-void product(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t depth, float* out, int64_t out_stride, const Unpack& unpack) {
+void product(const float* x, int64_t rows, int64_t depth, Targets targets, const Unpack& unpack) {
   constexpr int64_t ROWS_OF_A_PASS = 512;
   const int64_t passes = (rows + ROWS_OF_A_PASS - 1) / ROWS_OF_A_PASS, at_once = ((rows + passes - 1) / passes + WIDTH - 1) / WIDTH * WIDTH;
-  for (int64_t m = 0; m < rows; m += at_once) {
-    const int64_t some = std::min(at_once, rows - m);
-    const auto run = [&](auto row_tiles) {
-      pass<PIECES_OF_X, PIECES_OF_W, decltype(row_tiles)::value>(x + m * stride, stride, some, columns, depth, out + m * out_stride, out_stride, unpack);
-    };
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t some = std::min(at_once, rows - row);
+    const auto run = [&](auto row_tiles) { pass<PIECES_OF_X, PIECES_OF_W, decltype(row_tiles)::value>(x, row, some, depth, targets, unpack); };
     if (some <= SIDE) {
       run(std::integral_constant<int, 1>{});
     } else {

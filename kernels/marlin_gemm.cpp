@@ -12,6 +12,7 @@
 #include "marlin_gemm_amx.hpp"
 #include "marlin_gemm_lines.hpp"
 #include "marlin_gemm_rounded.hpp"
+#include "targets.hpp"
 
 namespace marlin {
 
@@ -314,24 +315,30 @@ void unpack_row(const Matrix& w, int64_t n, float* to) {
 }
 
 template <class Format>
-void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+void multiply(Targets targets, const float* x, int64_t rows) {
   constexpr int64_t FEW = 32, TOGETHER = 8, BUFFER_WEIGHTS = 1 << 20;
+  const Matrix& any = targets[0].w;
   if (rows <= FEW) {
-    const Laid laid = lay_out(x, rows, w.depth, Format::nibbles, Format::affine ? w.group_size : 0);
-    over_threads(w.columns, rows * w.depth, [&](int64_t first, int64_t last) {
+    const Laid laid = lay_out(x, rows, any.depth, Format::nibbles, Format::affine ? any.group_size : 0);
+    over_columns(targets, 1, rows * any.depth, [&](const Target& target, int64_t first, int64_t last) {
       for (int64_t m = 0; m < rows; m += TOGETHER)
-        up_to_eight<Format>(w, laid, out, first, last, m, std::min(TOGETHER, rows - m));
+        up_to_eight<Format>(target.w, laid, target.out, first, last, m, std::min(TOGETHER, rows - m));
+      finish(target, 0, rows, first, last - first);
     });
     return;
   }
-  const int64_t at_once = std::max<int64_t>(1, std::min(w.columns, BUFFER_WEIGHTS / w.depth));
-  std::vector<float> buffer(at_once * w.depth);
-  for (int64_t n = 0; n < w.columns; n += at_once) {
-    const int64_t count = std::min(at_once, w.columns - n);
-    over_threads(count, w.depth, [&](int64_t first, int64_t last) {
-      for (int64_t each = first; each < last; each++) unpack_row<Format>(w, n + each, buffer.data() + each * w.depth);
-    });
-    product({x, w.depth}, {buffer.data(), w.depth}, out + n, w.columns, rows, count, w.depth);
+  const int64_t at_once = std::max<int64_t>(1, BUFFER_WEIGHTS / any.depth);
+  std::vector<float> buffer(at_once * any.depth);
+  for (const Target& target : targets) {
+    const Matrix& w = target.w;
+    for (int64_t n = 0; n < w.columns; n += at_once) {
+      const int64_t count = std::min(at_once, w.columns - n);
+      over_threads(count, w.depth, [&](int64_t first, int64_t last) {
+        for (int64_t each = first; each < last; each++) unpack_row<Format>(w, n + each, buffer.data() + each * w.depth);
+      });
+      product({x, w.depth}, {buffer.data(), w.depth}, target.out + n, w.columns, rows, count, w.depth);
+    }
+    over_threads(rows, w.columns, [&](int64_t first, int64_t last) { finish(target, first, last - first, 0, w.columns); });
   }
 }
 
@@ -357,16 +364,16 @@ bool takes_tiles(Kind kind, int64_t rows, int activation_bits) {
   return rows > few && amx::usable();
 }
 
-void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits) {
-  if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, w, x, out, rows, has_whole_weights(kind) ? activation_bits : 16);
-  if (activation_bits == 8 && has_whole_weights(kind)) return multiply_rounded(kind, w, x, out, rows);
-  if (multiply_lines(kind, w, x, out, rows)) return;
+void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits) {
+  if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, targets, x, rows, has_whole_weights(kind) ? activation_bits : 16);
+  if (activation_bits == 8 && has_whole_weights(kind)) return multiply_rounded(kind, targets, x, rows);
+  if (multiply_lines(kind, targets, x, rows)) return;
   switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows);
-    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows);
-    case Kind::mxfp8: return multiply<Mxfp8>(w, x, out, rows);
-    case Kind::int4: return multiply<Int4>(w, x, out, rows);
-    case Kind::int8: return multiply<Int8>(w, x, out, rows);
+    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows);
+    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows);
+    case Kind::mxfp8: return multiply<Mxfp8>(targets, x, rows);
+    case Kind::int4: return multiply<Int4>(targets, x, rows);
+    case Kind::int8: return multiply<Int8>(targets, x, rows);
   }
 }
 
@@ -396,7 +403,8 @@ class Gemm : public CpuPrimitive {
     const Matrix w = matrix_of(inputs[1], inputs[2], inputs.size() > 3 ? &inputs[3] : nullptr, kind_, group_size_);
     const int64_t rows = inputs[0].size() / w.depth;
     return [kind = kind_, w, x = inputs[0].data<float>(), result = out.data<float>(), rows, bits = activation_bits_] {
-      multiply_packed(kind, w, x, result, rows, bits);
+      const Target target{w, result};
+      multiply_packed(kind, {&target, 1}, x, rows, bits);
     };
   }
 

@@ -1,6 +1,7 @@
 // The packed product, for the bindings: formats, and where the parts of a packed matrix lie.
 #pragma once
 #include <optional>
+#include <span>
 
 #include "mlx/mlx.h"
 
@@ -43,9 +44,18 @@ struct Matrix {
 Matrix matrix_of(const mlx::core::array& weight, const mlx::core::array& scales, const mlx::core::array* biases, Kind kind,
                  int group_size);
 
-// out[rows, columns] = x[rows, depth] @ W[columns, depth]^T. With 8 activation bits x is rounded first, where the format's
+// One of several products with the same x: out[rows, columns] = factor * x[rows, depth] @ W[columns, depth]^T + bias.
+struct Target {
+  Matrix w;
+  float* out;
+  float factor = 1.0f;
+  const float* bias = nullptr;
+};
+using Targets = std::span<const Target>;
+
+// All targets, whose matrices have one kind, depth and group size. With 8 activation bits x is rounded first, where the format's
 // weights are whole numbers (all but mxfp8).
-void multiply_packed(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits);
+void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits);
 
 // Whether a product of so many rows runs in tiles of bfloat16. Then 8 activation bits are a bfloat16's, not blocks of whole numbers.
 bool takes_tiles(Kind kind, int64_t rows, int activation_bits);

@@ -1,7 +1,7 @@
 // marlin_gemm in tiles of bfloat16, for more than a few rows on processors that have them. See amx.hpp.
 //
-// E2M1 and E4M3 under their scales have at most six significant bits and are one piece. Affine weights are floats: three pieces,
-// or two where x has 8 bits.
+// E2M1 and E4M3 under their scales have at most six significant bits and are one piece. Affine weights are floats: three pieces, or
+// where x has 8 bits the nearest bfloat16, which moves them by a fifth of what packing did.
 #include "marlin_gemm_amx.hpp"
 
 #include <array>
@@ -107,9 +107,9 @@ struct Affine {
 };
 
 template <class Format, int PIECES_OF_X, int PIECES_OF_W>
-void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+void multiply(Targets targets, const float* x, int64_t rows) {
   constexpr int64_t STEPS_OF_LINE = Format::WEIGHTS / STEP;
-  amx::product<PIECES_OF_X, PIECES_OF_W>(x, w.depth, rows, w.columns, w.depth, out, w.columns, [&](int64_t column, int64_t step, int64_t steps, uint8_t* panel) {
+  amx::product<PIECES_OF_X, PIECES_OF_W>(x, rows, targets[0].w.depth, targets, [](const Matrix& w, int64_t column, int64_t step, int64_t steps, uint8_t* panel) {
     for (int64_t half = 0; half < 2; half++) {
       const Columns columns(w, column + half * amx::SIDE);
       for (int64_t from = 0; from < steps; from += STEPS_OF_LINE) {
@@ -118,7 +118,7 @@ void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
         columns.line(line * LINE, dwords);
         uint8_t* to = panel + amx::place_of<PIECES_OF_W>(half, from * amx::SIDE);
         Format::pairs(columns, line, dwords, [&](int pair, Vector first, Vector second) __attribute__((always_inline)) {
-          amx::split_pairs<PIECES_OF_W>(first, second, to + amx::place_of<PIECES_OF_W>(0, pair));
+          amx::split_pairs<PIECES_OF_W, PIECES_OF_W == 1 && !Format::exact>(first, second, to + amx::place_of<PIECES_OF_W>(0, pair));
         });
       }
     }
@@ -126,23 +126,22 @@ void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
 }
 
 template <class Format>
-void multiply(const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits) {
-  constexpr bool EXACT = Format::exact;
-  if (activation_bits == 8) return multiply<Format, 1, EXACT ? 1 : 2>(w, x, out, rows);
-  return multiply<Format, 3, EXACT ? 1 : 3>(w, x, out, rows);
+void multiply(Targets targets, const float* x, int64_t rows, int activation_bits) {
+  if (activation_bits == 8) return multiply<Format, 1, 1>(targets, x, rows);
+  return multiply<Format, 3, Format::exact ? 1 : 3>(targets, x, rows);
 }
 
 }  // namespace
 #endif
 
-void multiply_amx(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows, int activation_bits) {
+void multiply_amx(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits) {
 #if MARLIN_AMX
   switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows, activation_bits);
-    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows, activation_bits);
-    case Kind::mxfp8: return multiply<Mxfp8>(w, x, out, rows, activation_bits);
-    case Kind::int4: return multiply<Affine<4>>(w, x, out, rows, activation_bits);
-    case Kind::int8: return multiply<Affine<8>>(w, x, out, rows, activation_bits);
+    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows, activation_bits);
+    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows, activation_bits);
+    case Kind::mxfp8: return multiply<Mxfp8>(targets, x, rows, activation_bits);
+    case Kind::int4: return multiply<Affine<4>>(targets, x, rows, activation_bits);
+    case Kind::int8: return multiply<Affine<8>>(targets, x, rows, activation_bits);
   }
 #endif
 }

@@ -6,6 +6,7 @@
 
 #include "common.hpp"
 #include "packed_lines.hpp"
+#include "targets.hpp"
 
 namespace marlin {
 
@@ -104,43 +105,45 @@ inline void together(const Format& format, const Matrix& w, const Laid& laid, fl
 }
 
 template <class Format, int ROWS>
-void multiply(const Matrix& w, const float* x, float* out) {
+void multiply(Targets targets, const float* x) {
+  const Matrix& any = targets[0].w;
   constexpr int TOGETHER = ROWS == 1 ? 4 : 2;
   thread_local Laid kept;
   Laid& laid = kept;
-  lay_out(x, ROWS, w, Format::affine, laid);
-  const Format format(w);
-  over_threads(w.columns, ROWS * w.depth, [&](int64_t first, int64_t last) {
+  lay_out(x, ROWS, any, Format::affine, laid);
+  const Format format(any);
+  over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
     int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, w, laid, out, n);
-    for (; n < last; n++) together<Format, ROWS, 1>(format, w, laid, out, n);
+    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, target.w, laid, target.out, n);
+    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, laid, target.out, n);
+    finish(target, 0, ROWS, first, last - first);
   });
 }
 
 template <class Format>
-void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+void multiply(Targets targets, const float* x, int64_t rows) {
   switch (rows) {
-    case 1: return multiply<Format, 1>(w, x, out);
-    case 2: return multiply<Format, 2>(w, x, out);
-    case 3: return multiply<Format, 3>(w, x, out);
-    default: return multiply<Format, 4>(w, x, out);
+    case 1: return multiply<Format, 1>(targets, x);
+    case 2: return multiply<Format, 2>(targets, x);
+    case 3: return multiply<Format, 3>(targets, x);
+    default: return multiply<Format, 4>(targets, x);
   }
 }
 
 }  // namespace
 
-bool multiply_lines(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows) {
+bool multiply_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
   constexpr int64_t MOST_ROWS = 4;
   if (rows > MOST_ROWS) return false;
   switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows), true;
-    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows), true;
-    case Kind::int4: return multiply<Int4>(w, x, out, rows), true;
+    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows), true;
+    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows), true;
+    case Kind::int4: return multiply<Int4>(targets, x, rows), true;
     default: return false;
   }
 }
 #else
-bool multiply_lines(Kind, const Matrix&, const float*, float*, int64_t) { return false; }
+bool multiply_lines(Kind, Targets, const float*, int64_t) { return false; }
 #endif
 
 }  // namespace marlin

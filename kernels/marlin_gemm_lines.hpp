@@ -4,7 +4,7 @@
 
 namespace marlin {
 
-// out[rows, columns] = x[rows, depth] @ W^T, and true; false where this machine, this format or so many rows are for other kernels.
-bool multiply_lines(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows);
+// All targets, and true; false where this machine, this format or so many rows are for other kernels.
+bool multiply_lines(Kind kind, Targets targets, const float* x, int64_t rows);
 
 }  // namespace marlin

@@ -12,6 +12,7 @@
 #include "common.hpp"
 #include "packed_columns.hpp"
 #include "packed_lines.hpp"
+#include "targets.hpp"
 
 #if MARLIN_AVX512 && defined(__AVX512VNNI__)
 #define MARLIN_VNNI 1
@@ -366,8 +367,8 @@ inline void together(const Format& format, const Matrix& w, const Meeting* meeti
 }
 
 template <class Format, int ROWS>
-void few_rows(const Matrix& w, const float* x, float* out) {
-  #if MARLIN_AVX512
+void few_rows(Targets targets, const float* x) {
+#if MARLIN_AVX512
   constexpr int TOGETHER = ROWS == 1 ? 4 : 2;
 #else
   constexpr int TOGETHER = 2;  // as many unpacked weights as sixteen registers have room for
@@ -376,14 +377,17 @@ void few_rows(const Matrix& w, const float* x, float* out) {
   thread_local std::vector<Meeting> kept_meetings;
   Rounded& rounded = kept_rounded;
   std::vector<Meeting>& meetings = kept_meetings;
-  round_rows<Format>(x, ROWS, w.depth, Format::affine, rounded);
-  lay_out<Format>(rounded, ROWS, (w.row_bytes + LINE - 1) / LINE, meetings);
-  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, ROWS, w) : std::vector<float>{};
-  const Format format(w);
-  over_threads(w.columns, ROWS * w.depth, [&](int64_t first, int64_t last) {
+  const Matrix& any = targets[0].w;
+  round_rows<Format>(x, ROWS, any.depth, Format::affine, rounded);
+  lay_out<Format>(rounded, ROWS, (any.row_bytes + LINE - 1) / LINE, meetings);
+  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, ROWS, any) : std::vector<float>{};
+  const Format format(any);
+  over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
     int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, w, meetings.data(), group_sums.data(), out, n);
-    for (; n < last; n++) together<Format, ROWS, 1>(format, w, meetings.data(), group_sums.data(), out, n);
+    for (; n + TOGETHER <= last; n += TOGETHER)
+      together<Format, ROWS, TOGETHER>(format, target.w, meetings.data(), group_sums.data(), target.out, n);
+    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, meetings.data(), group_sums.data(), target.out, n);
+    finish(target, 0, ROWS, first, last - first);
   });
 }
 
@@ -495,12 +499,13 @@ void rows_of_tile(const Panel<Format>& panel, const Rows& x, float* out, int64_t
 }
 
 template <class Format>
-void many_rows(const Matrix& w, const float* x, float* out, int64_t rows) {
+void many_rows(Targets targets, const float* x, int64_t rows) {
+  const Matrix& any = targets[0].w;
   thread_local Rounded kept_rounded;
   Rounded& rounded = kept_rounded;
-  round_rows<Format>(x, rows, w.depth, Format::affine || Format::OFFSET != 0, rounded);
-  const int64_t groups = w.depth / w.group_size, blocks = rounded.blocks;
-  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, rows, w) : std::vector<float>{};
+  round_rows<Format>(x, rows, any.depth, Format::affine || Format::OFFSET != 0, rounded);
+  const int64_t groups = any.depth / any.group_size, blocks = rounded.blocks;
+  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, rows, any) : std::vector<float>{};
   for (int64_t block = 0; block < rows * blocks; block++) rounded.scales[block] *= Format::FACTOR;
   if constexpr (Format::OFFSET != 0) {
     for (int64_t block = 0; block < rows * blocks; block++) {
@@ -510,7 +515,9 @@ void many_rows(const Matrix& w, const float* x, float* out, int64_t rows) {
     }
   }
   const int64_t parts = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-  over_threads((w.columns + TILE - 1) / TILE, TILE * rows * w.depth, [&](int64_t first, int64_t last) {
+  over_columns(targets, TILE, rows * any.depth, [&](const Target& target, int64_t first, int64_t last) {
+    const Matrix& w = target.w;
+    float* out = target.out;
     Panel<Format> panel;
     for (int64_t tile = first; tile < last; tile++) {
       const int64_t column = tile * TILE, columns = std::min(TILE, w.columns - column);
@@ -539,28 +546,29 @@ void many_rows(const Matrix& w, const float* x, float* out, int64_t rows) {
           }
         }
       }
+      finish(target, 0, rows, column, columns);
     }
   });
 }
 
 template <class Format>
-void multiply(const Matrix& w, const float* x, float* out, int64_t rows) {
+void multiply(Targets targets, const float* x, int64_t rows) {
   switch (rows) {
-    case 1: return few_rows<Format, 1>(w, x, out);
-    case 2: return few_rows<Format, 2>(w, x, out);
-    case 3: return few_rows<Format, 3>(w, x, out);
-    default: return many_rows<Format>(w, x, out, rows);
+    case 1: return few_rows<Format, 1>(targets, x);
+    case 2: return few_rows<Format, 2>(targets, x);
+    case 3: return few_rows<Format, 3>(targets, x);
+    default: return many_rows<Format>(targets, x, rows);
   }
 }
 
 }  // namespace
 
-void multiply_rounded(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows) {
+void multiply_rounded(Kind kind, Targets targets, const float* x, int64_t rows) {
   switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(w, x, out, rows);
-    case Kind::mxfp4: return multiply<Mxfp4>(w, x, out, rows);
-    case Kind::int4: return multiply<Int4>(w, x, out, rows);
-    case Kind::int8: return multiply<Int8>(w, x, out, rows);
+    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows);
+    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows);
+    case Kind::int4: return multiply<Int4>(targets, x, rows);
+    case Kind::int8: return multiply<Int8>(targets, x, rows);
     default: throw std::invalid_argument("this format's weights are no whole numbers");
   }
 }

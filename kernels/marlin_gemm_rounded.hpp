@@ -7,8 +7,8 @@ namespace marlin {
 // Whether the weights of a format are whole numbers under a scale, as the products of this file need them. E4M3 is not.
 inline bool has_whole_weights(Kind kind) { return kind != Kind::mxfp8; }
 
-// out[rows, columns] = rounded(x)[rows, depth] @ W[columns, depth]^T, where `rounded` takes each 32 values of a row to
-// multiples of a 127th of the largest of them. The sums of a block are exact.
-void multiply_rounded(Kind kind, const Matrix& w, const float* x, float* out, int64_t rows);
+// All targets with rounded(x), where `rounded` takes each 32 values of a row to multiples of a 127th of the largest of them. The sums
+// of a block are exact.
+void multiply_rounded(Kind kind, Targets targets, const float* x, int64_t rows);
 
 }  // namespace marlin

@@ -71,7 +71,10 @@ void hadamard_heads(float* x, int64_t heads, int64_t head_dim) {
 }
 
 void add(float* to, const float* from, int64_t count) {
-  for (int64_t k = 0; k < count; k++) to[k] += from[k];
+  constexpr int64_t AT_ONCE = 1024, WORK_OF_A_SUM = 4;
+  over_threads((count + AT_ONCE - 1) / AT_ONCE, AT_ONCE * WORK_OF_A_SUM, [&](int64_t first, int64_t last) {
+    for (int64_t k = first * AT_ONCE; k < std::min(count, last * AT_ONCE); k++) to[k] += from[k];
+  });
 }
 
 // The pages from sequence `first` on.
@@ -124,14 +127,29 @@ Product::Product(const mx::array& weight, const std::optional<mx::array>& scales
 
 void Product::operator()(const float* x, float* out, int64_t rows) const {
   if (kind_) {
-    multiply_packed(*kind_, matrix_, x, out, rows, activation_bits_);
-  } else {
-    multiply_dense(x, dense_, out, rows, columns_, depth_);
+    const Target own = target(out);
+    return multiply_packed(*kind_, {&own, 1}, x, rows, activation_bits_);
   }
+  multiply_dense(x, dense_, out, rows, columns_, depth_);
   if (factor_ != 1.0f)
     for (int64_t k = 0; k < rows * columns_; k++) out[k] *= factor_;
   if (bias_)
     for (int64_t m = 0; m < rows; m++) add(out + m * columns_, bias_, columns_);
+}
+
+void Product::together(std::initializer_list<std::pair<const Product*, float*>> products, const float* x, int64_t rows) {
+  const Product& any = *products.begin()->first;
+  std::vector<Target> targets;
+  for (const auto& [product, out] : products) {
+    const bool alike = product->kind_ == any.kind_ && product->matrix_.group_size == any.matrix_.group_size &&
+                       product->activation_bits_ == any.activation_bits_;
+    if (any.kind_ && alike) {
+      targets.push_back(product->target(out));
+    } else {
+      (*product)(x, out, rows);
+    }
+  }
+  if (!targets.empty()) multiply_packed(*any.kind_, targets, x, rows, any.activation_bits_);
 }
 
 Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array>& bias, float eps) : kind_(kind), eps_(eps) {
@@ -143,21 +161,26 @@ Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array
 }
 
 void Norm::operator()(const float* x, float* out, int64_t rows) const {
-  for (int64_t m = 0; m < rows; m++, x += width_, out += width_) {
-    Vector totals{}, squares{};
-    for (int64_t k = 0; k < width_; k += LANES) totals += load_some(x + k, width_ - k);
-    const float mean = kind_ == NormKind::rmsnorm ? 0.0f : sum(totals) / width_;
-    for (int64_t k = 0; k < width_; k += LANES) {
-      const Vector off = load_some(x + k, width_ - k, mean) - mean;
-      squares += off * off;
-    }
-    const float factor = 1.0f / std::sqrt(sum(squares) / width_ + eps_), centre = kind_ == NormKind::layernorm ? mean : 0.0f;
-    for (int64_t k = 0; k < width_; k += LANES) {
-      const int64_t left = width_ - k;
-      Vector y = (load_some(x + k, left) - centre) * factor * load_some(weight_ + k, left);
-      if (bias_) y += load_some(bias_ + k, left);
-      store_some(y, out + k, left);
-    }
+  constexpr int64_t WORK_OF_A_VALUE = 4;
+  over_threads(rows, width_ * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; m++) row(x + m * width_, out + m * width_);
+  });
+}
+
+void Norm::row(const float* x, float* out) const {
+  Vector totals{}, squares{};
+  for (int64_t k = 0; k < width_; k += LANES) totals += load_some(x + k, width_ - k);
+  const float mean = kind_ == NormKind::rmsnorm ? 0.0f : sum(totals) / width_;
+  for (int64_t k = 0; k < width_; k += LANES) {
+    const Vector off = load_some(x + k, width_ - k, mean) - mean;
+    squares += off * off;
+  }
+  const float factor = 1.0f / std::sqrt(sum(squares) / width_ + eps_), centre = kind_ == NormKind::layernorm ? mean : 0.0f;
+  for (int64_t k = 0; k < width_; k += LANES) {
+    const int64_t left = width_ - k;
+    Vector y = (load_some(x + k, left) - centre) * factor * load_some(weight_ + k, left);
+    if (bias_) y += load_some(bias_ + k, left);
+    store_some(y, out + k, left);
   }
 }
 
@@ -325,9 +348,8 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
     const float* from = delay(number, 0);
     over_rows([&](int64_t m, int64_t some) {
       layer.attention_norm(from + m * dim_, normed, some);
-      layer.q_proj(normed, queries + m * query_width, some);
-      layer.k_proj(normed, keys + m * kv_width, some);
-      layer.v_proj(normed, values + m * kv_width, some);
+      Product::together({{&layer.q_proj, queries + m * query_width}, {&layer.k_proj, keys + m * kv_width}, {&layer.v_proj, values + m * kv_width}},
+                        normed, some);
     });
     if (layer.q_norm) (*layer.q_norm)(queries, queries, n * shape_.heads);
     if (layer.k_norm) (*layer.k_norm)(keys, keys, n * shape_.kv_heads);
@@ -381,8 +403,11 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
     from = delay(number, 1);
     over_rows([&](int64_t m, int64_t some) {
       layer.ffn_norm(from + m * dim_, normed, some);
-      layer.up_proj(normed, up, some);
-      if (layer.gate_proj) (*layer.gate_proj)(normed, gate, some);
+      if (layer.gate_proj) {
+        Product::together({{&layer.up_proj, up}, {&*layer.gate_proj, gate}}, normed, some);
+      } else {
+        layer.up_proj(normed, up, some);
+      }
       constexpr int64_t WORK_OF_AN_ACTIVATION = 16;
       over_threads(some, WORK_OF_AN_ACTIVATION * ffn_dim_, [&](int64_t start, int64_t end) {
         for (int64_t k = start * ffn_dim_; k < end * ffn_dim_; k += LANES) {

@@ -19,6 +19,8 @@ class Product {
   Product(const mlx::core::array& weight, const std::optional<mlx::core::array>& scales, const std::optional<mlx::core::array>& biases,
           std::optional<Kind> kind, int group_size, const std::optional<mlx::core::array>& bias, float factor, int activation_bits);
   void operator()(const float* x, float* out, int64_t rows) const;
+  // Several products of one x, in one go where their weights are packed alike.
+  static void together(std::initializer_list<std::pair<const Product*, float*>> products, const float* x, int64_t rows);
   int64_t columns() const { return columns_; }
   int64_t depth() const { return depth_; }
 
@@ -30,6 +32,8 @@ class Product {
   float factor_;
   int activation_bits_;
   int64_t columns_, depth_;
+
+  Target target(float* out) const { return {matrix_, out, factor_, bias_}; }
 };
 
 enum class NormKind { rmsnorm, layernorm, variance };
@@ -41,6 +45,8 @@ class Norm {
   void operator()(const float* x, float* out, int64_t rows) const;
 
  private:
+  void row(const float* x, float* out) const;
+
   NormKind kind_;
   std::vector<mlx::core::array> held_;
   const float *weight_, *bias_;

@@ -64,7 +64,8 @@ std::vector<float> multiply_packed(const Call& call) {
   const marlin::Matrix w = matrix(call, kind);
   const int64_t rows = call.integers[4];
   std::vector<float> out(rows * w.columns);
-  marlin::multiply_packed(kind, w, call.buffer<float>(call.buffers.size() - 1), out.data(), rows, call.integers[5]);
+  const marlin::Target target{w, out.data()};
+  marlin::multiply_packed(kind, {&target, 1}, call.buffer<float>(call.buffers.size() - 1), rows, call.integers[5]);
   return out;
 }
 

@@ -1,0 +1,37 @@
+// Several products that share their x, as one: their columns are spread over threads together.
+#pragma once
+#include "common.hpp"
+#include "marlin_gemm.hpp"
+
+namespace marlin {
+
+// Factor and bias of some rows and columns whose sums are there.
+inline void finish(const Target& target, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  if (target.factor == 1.0f && !target.bias) return;
+  for (int64_t m = row; m < row + rows; m++) {
+    float* out = target.out + m * target.w.columns + column;
+    for (int64_t n = 0; n < columns; n += LANES) {
+      Vector value = load_some(out + n, columns - n) * target.factor;
+      if (target.bias) value += load_some(target.bias + column + n, columns - n);
+      store_some(value, out + n, columns - n);
+    }
+  }
+}
+
+// body(target, first, last) for tiles first .. last of `width` columns of a target.
+template <class Body>
+void over_columns(Targets targets, int64_t width, int64_t work_per_column, const Body& body) {
+  const auto tiles_of = [&](const Target& target) { return (target.w.columns + width - 1) / width; };
+  int64_t total = 0;
+  for (const Target& target : targets) total += tiles_of(target);
+  over_threads(total, width * work_per_column, [&](int64_t first, int64_t last) {
+    int64_t start = 0;
+    for (const Target& target : targets) {
+      const int64_t count = tiles_of(target), own_first = std::max<int64_t>(first - start, 0), own_last = std::min(last - start, count);
+      if (own_first < own_last) body(target, own_first, own_last);
+      start += count;
+    }
+  });
+}
+
+}  // namespace marlin
