@@ -110,10 +110,12 @@ def test_packed_hazards(twin, format, rows):
     assert not np.array(twin.packed_linear(mx.array(values), *arrays, **settings)).any()
     values[:, :4] = [127, 0.5, 1.5, -2.5]
     expected = np.zeros((rows, 64))
-    expected[:, :4] = values[:, :4] if in_tiles(twin, format, rows) else [127, 0, 2, -2]
+    tiles = in_tiles(twin, format, rows)
+    expected[:, :4] = values[:, :4] if tiles else [127, 0, 2, -2]
     found = twin.packed_linear(mx.array(values), *arrays, **settings)
     weight = np.array(decode(packed) / (packed.global_scale or 1.0), dtype=np.float64)
-    np.testing.assert_allclose(np.array(found), expected @ weight.T, rtol=1e-4, atol=1e-4)
+    rtol = 2.0**-7 if tiles and packed.biases is not None else 1e-4  # bfloat16 weights, of which some cancel
+    np.testing.assert_allclose(np.array(found), expected @ weight.T, rtol=rtol, atol=1e-4)
     for poison in (np.nan, np.inf):
         values[-1, 50] = poison
         found = np.array(twin.packed_linear(mx.array(values), *arrays, **settings))
