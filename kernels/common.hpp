@@ -36,7 +36,7 @@ inline bool in_parallel() {
 // Calls body(first, last) on contiguous parts of 0 .. count, one part a thread, when the work is worth waking threads.
 template <class Body>
 void over_threads(int64_t count, int64_t work_per_item, const Body& body) {
-  constexpr int64_t WORK_WORTH_A_THREAD = 1 << 18;  // multiplications: 20 to 40 microseconds, of which waking a thread takes 5
+  constexpr int64_t WORK_WORTH_A_THREAD = 1 << 16;  // multiplications: 5 to 10 microseconds, of which a thread that waits awake takes one
   int64_t parts = std::min<int64_t>({threads(), count, 1 + count * work_per_item / WORK_WORTH_A_THREAD});
   if (parts <= 1 || in_parallel()) return body(int64_t(0), count);
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
