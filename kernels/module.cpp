@@ -9,6 +9,7 @@
 #include "linear.hpp"
 #include "local_patch_decode.hpp"
 #include "logits.hpp"
+#include "probes.hpp"
 #include "sequence_costs.hpp"
 
 namespace nb = nanobind;
@@ -107,6 +108,13 @@ NB_MODULE(marlin_cpu, m) {
       .def("__init__", [](marlin::Drawing* self, float temperature, int top_k, float top_p, float min_p) {
              new (self) marlin::Drawing{temperature, top_k, top_p, min_p};
            }, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a);
+  nb::class_<marlin::ProductProbe>(m, "ProductProbe")
+      .def(nb::init<std::vector<marlin::Product>>(), "products"_a)
+      .def("seconds", &marlin::ProductProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<marlin::AttentionProbe>(m, "AttentionProbe")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>(), "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "rows"_a, "window"_a, "key_bits"_a, "value_bits"_a)
+      .def("seconds", &marlin::AttentionProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
   m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawing"_a, "noise"_a.none());
   m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a,
         nb::call_guard<nb::gil_scoped_release>());

@@ -257,7 +257,8 @@ def unit_of(name: str) -> str:
         "bytes_per_second": "bytes/s", "seconds": "s", "_ms": "ms", "bits_per_byte": "bits per byte", "_bits": "bits",
         "bytes": "bytes", "share": "share", "difference": "bits per byte", "agreement": "share",
     }  # fmt: skip
-    return next((unit for end, unit in ends.items() if name.endswith(end)), "")
+    measure = name.removesuffix("_by_part")
+    return next((unit for end, unit in ends.items() if measure.endswith(end)), "")
 
 
 def _is_number(value: Any) -> bool:

@@ -18,7 +18,7 @@ from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
-from marlin_cli.bench.roofline import bandwidth_for, roofline_of
+from marlin_cli.bench.roofline import bandwidth_for, predicted_for, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
@@ -145,12 +145,13 @@ def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings, rooflin
     if not roofline:
         return speeds
     middle = settings.prompt_bytes + 1 + settings.decode_bytes // 2
-    return [
-        dataclasses.replace(
-            speed, roofline=roofline_of(model, middle, 1 / speed.decode_bytes_per_second.median, bandwidth_for(model))
-        )
-        for model, speed in zip(models, speeds, strict=True)
-    ]
+    found = []
+    for model, speed in zip(models, speeds, strict=True):
+        measured = 1 / speed.decode_bytes_per_second.median
+        predicted = predicted_for(model, middle)
+        reached = roofline_of(model, middle, measured, speed.decode_seconds_by_part, bandwidth_for(model), predicted)
+        found.append(dataclasses.replace(speed, roofline=reached))
+    return found
 
 
 def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> list[Quality]:

@@ -18,7 +18,7 @@ Repeats of several models alternate (A B A B), so that a slow spell of the machi
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -26,16 +26,15 @@ import mlx.core as mx
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
+from marlin_cli.bench.greedy import GREEDY, decoded, with_overhead
 from marlin_cli.bench.held_out import files_by_domain
 from marlin_cli.bench.roofline import Roofline
 from marlin_cli.engine.decoding import Lockstep
-from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
 
 SAMPLE = "calibration/sample"  # the shipped bytes that prompts are taken from
-
-GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ class Throughput:
     joules_per_byte: float | None = None  # decoding; None where the system does not tell
     sweep: tuple[SweepPoint, ...] = ()
     roofline: Roofline | None = None  # where it was asked for
+    decode_seconds_by_part: dict[str, float] | None = None  # of a byte, in the middle repeat; None: nothing tells parts apart
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class _Run:
     working_memory_bytes: int
     steps: list[tuple[float, int]]  # seconds of each call that gave bytes, and how many
     joules: float | None
+    part_seconds: dict[str, float] | None  # of decoding, which they add up to
 
 
 def measure_throughput(
@@ -243,11 +244,11 @@ def _timed(
     ids = sample(state.logits, GREEDY, None)
     ids.tolist()  # waits for the device and brings the number over, as every consumer of bytes must
     first = clock()
-    counted = energy.read()
+    counted, parts = energy.read(), state.part_seconds
     state.push(ids)
     steps: list[tuple[float, int]] = []
     before = first
-    for count in _decoded(model, state, decode_bytes):
+    for count in decoded(state, decode_bytes):
         now = clock()
         steps.append((now - before, count))
         before = now
@@ -259,6 +260,7 @@ def _timed(
         working_memory_bytes=mx.get_peak_memory() - held,
         steps=steps,
         joules=energy.joules(counted, energy.read()),
+        part_seconds=with_overhead(parts, state.part_seconds, before - first),
     )
 
 
@@ -267,19 +269,9 @@ def _warm_up(model: MegaByteModel, prompt: bytes, decode_bytes: int) -> dict[str
     state = Lockstep(model.network, [prompt], model.cache_bits)
     mx.eval(state.logits)
     most = state.cache_bytes
-    for _ in _decoded(model, state, decode_bytes + 1):
+    for _ in decoded(state, decode_bytes + 1):
         most = {level: max(most[level], size) for level, size in state.cache_bytes.items()}
     return most
-
-
-def _decoded(model: MegaByteModel, state: Lockstep, count: int) -> Iterator[int]:
-    """Decode `count` bytes of each stream, as generation does; after each step how many came."""
-    noise = Noise(GREEDY.seed, model.config.vocab_size)
-    while count > 0:
-        ids = state.advance(GREEDY, noise, count)
-        ids.tolist()
-        count -= ids.shape[1]
-        yield ids.shape[1]
 
 
 def _patch_seconds(run: _Run, settings: ThroughputSettings, patch_size: int) -> list[float]:
@@ -295,6 +287,14 @@ def _patch_seconds(run: _Run, settings: ThroughputSettings, patch_size: int) -> 
     return found
 
 
+def _parts_of_a_byte(runs: Sequence[_Run]) -> dict[str, float] | None:
+    """Seconds of a byte by part, in the repeat whose decoding is in the middle, so that they add up."""
+    middle = sorted(runs, key=lambda run: run.decode)[len(runs) // 2]
+    if middle.part_seconds is None:
+        return None
+    return {part: seconds / middle.decoded_bytes for part, seconds in middle.part_seconds.items()}
+
+
 def _summary(
     runs: Sequence[_Run],
     settings: ThroughputSettings,
@@ -304,18 +304,19 @@ def _summary(
 ) -> Throughput:
     patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)]
     joules = [run.joules for run in runs if run.joules is not None]
-    decoded = sum(run.decoded_bytes for run in runs)
+    total = sum(run.decoded_bytes for run in runs)
     return Throughput(
         prefill_bytes_per_second=spread_of([settings.prompt_bytes / run.prefill for run in runs]),
         decode_bytes_per_second=spread_of([run.decoded_bytes / run.decode for run in runs]),
         time_to_first_byte_seconds=spread_of([run.first_byte for run in runs]),
-        decoded_bytes=decoded,
+        decoded_bytes=total,
         cache_bytes=cache_bytes,
         working_memory_bytes=max(run.working_memory_bytes for run in runs),
         byte_latency_seconds=percentiles_of(
             [seconds / count for run in runs for seconds, count in run.steps for _ in range(count)]
         ),
         patch_latency_seconds=percentiles_of(patches) if patches else None,
-        joules_per_byte=sum(joules) / decoded if len(joules) == len(runs) else None,
+        decode_seconds_by_part=_parts_of_a_byte(runs),
+        joules_per_byte=sum(joules) / total if len(joules) == len(runs) else None,
         sweep=sweep,
     )

@@ -104,7 +104,7 @@ class Lockstep:
 
     @property
     def part_seconds(self) -> dict[str, float] | None:
-        """Seconds of the kernels since the state was made, see `FusedStages.part_seconds`; None where nothing tells parts apart."""
+        """Seconds of the kernels so far, see `FusedStages.part_seconds`; None where nothing tells parts apart."""
         return None if self._fused is None else self._fused.part_seconds
 
     @property

@@ -36,7 +36,8 @@ def model(name, bits, speed):
                 for context in (128, 1024, 8192)
                 for batch in (1, 4)
             ],
-            "roofline": {"seconds_by_part": {"global": 3.0, "local": 1.0}, "copy_bytes_per_second": 1e10},
+            "decode_seconds_by_part": {"global": 3.0, "local": 1.0},
+            "roofline": {"predicted_seconds_by_part": {"global": 2.0, "local": 1.5}, "copy_bytes_per_second": 1e10},
         },
         "quality": {
             "domains": {"code": score(2.5), "binary": score(5.0)},
@@ -78,8 +79,12 @@ def test_spreads_are_bars_with_ranges_and_sums_are_stacked():
     speed = titled(DOCUMENT, "Decode bytes per second")
     assert isinstance(speed, Bars) and speed.labels == ["plain", "packed"] and speed.unit == "bytes/s"
     assert (speed.series[""], speed.ranges[""]) == ([100, 300], [(90, 120), (270, 360)])
-    parts = titled(DOCUMENT, "Seconds by part")
-    assert parts.stacked and parts.series == {"global": [3, 3], "local": [1, 1]}
+    for title, series in (
+        ("Decode seconds by part", {"global": [3, 3], "local": [1, 1]}),
+        ("Predicted seconds by part", {"global": [2, 2], "local": [1.5, 1.5]}),
+    ):
+        parts = titled(DOCUMENT, title)
+        assert parts.stacked and parts.series == series and parts.unit == "s"
 
 
 def test_lists_are_curves_over_the_number_that_differs():

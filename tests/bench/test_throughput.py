@@ -16,6 +16,7 @@ from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 
 SETTINGS = ThroughputSettings(prompt_bytes=20, decode_bytes=9, repeats=3)
@@ -106,6 +107,38 @@ def test_latencies_of_bytes_and_of_whole_patches(model, monkeypatch):
     assert result.byte_latency_seconds.percentile_50 <= result.byte_latency_seconds.percentile_90
     [short] = measure_throughput([model], ThroughputSettings(20, 3, 1), clock)
     assert short.patch_latency_seconds is None
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_parts_of_decoding_add_up_to_the_repeat_in_the_middle(model):
+    [result] = measure_throughput([model], SETTINGS)
+    parts = result.decode_seconds_by_part
+    assert list(parts) == ["global", "global cache", "local", "local cache", "head", "sampling", "overhead"]
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(1 / result.decode_bytes_per_second.median, rel=1e-9)
+
+
+def test_parts_are_of_the_repeat_whose_time_is_in_the_middle(model, monkeypatch):
+    reading = itertools.count()  # each look at the parts finds a second more in the first and two in the second
+
+    class Told(Lockstep):
+        @property
+        def part_seconds(self):
+            seen = float(next(reading))
+            return {"global": seen, "local": 2 * seen}
+
+    monkeypatch.setattr(throughput, "Lockstep", Told)
+    clock = Clock(monkeypatch, lambda: 1.0, lambda: 1.0, in_turn(*[1.0] * 10, *[9.0] * 9, *[5.0] * 9, *[7.0] * 9))
+    monkeypatch.setattr(throughput.Lockstep, "part_seconds", Told.part_seconds)
+    [result] = measure_throughput([model], SETTINGS, clock)
+    assert result.decode_seconds_by_part["global"] == 1 / 9 and result.decode_seconds_by_part["local"] == 2 / 9
+    assert sum(result.decode_seconds_by_part.values()) == pytest.approx(1 / result.decode_bytes_per_second.median)
+
+
+def test_parts_that_nothing_tells_apart_are_unknown(model, monkeypatch):
+    monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+    [result] = measure_throughput([model], SETTINGS)
+    assert result.decode_seconds_by_part is None
 
 
 def test_percentiles():

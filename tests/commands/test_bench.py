@@ -16,6 +16,7 @@ from marlin_cli.bench.bandwidth import Bandwidth
 from marlin_cli.commands.bench import bench
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 
 QUICK = ["--prompt-bytes", "20", "--decode-bytes", "5", "--repeats", "2", "--device", "cpu"]
@@ -235,11 +236,26 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
 
 def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
     monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e9, 1e9))
-    result = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]["roofline"]
+    speed = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]
+    result = speed["roofline"]
     assert result["copy_bytes_per_second"] == 2e9 and result["matvec_bytes_per_second"] == {"dense": 1e9}
     assert 0 < result["share"] < 1 and set(result["read_bytes"]) >= {"global", "local", "global cache"}
+    if cpu.kernels()[0] is not None:
+        assert list(result["predicted_seconds_by_part"]) == list(speed["decode_seconds_by_part"])
+        assert set(result["bandwidth_reached"]) == set(result["read_bytes"])
     text = run(models[0], *QUICK, "--roofline").stdout
-    assert "Roofline of" in text and "everything else" in text
+    assert "Roofline of" in text and "overhead" in text
+    rows = list(csv.DictReader(io.StringIO(run(models[0], *QUICK, "--roofline", "--format", "csv").stdout)))
+    measures = {row["measure"] for row in rows if row["part"] == "local"}
+    assert measures >= {"decode_seconds_by_part", "predicted_seconds_by_part", "read_seconds_by_part", "bandwidth_reached"}
+
+
+def test_parts_that_are_not_told_apart_are_unknown(models, monkeypatch):
+    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e9, 1e9))
+    for module in ("marlin_cli.engine.decoding", "marlin_cli.bench.prediction"):
+        monkeypatch.setattr(f"{module}.fuse", lambda network: None)
+    lines = run(models[0], *QUICK, "--roofline").stdout.splitlines()
+    assert [line.split()[-2:] for line in lines if line.startswith("local cache ")][-1] == ["unknown", "unknown"]
 
 
 def test_contexts_and_batches_are_swept(models):
