@@ -62,6 +62,11 @@ def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
                 _draw(axis, chart)
             for axis in axes[len(column) :, 0]:
                 axis.set_axis_off()
+        # The solver of layouts differs in the last digits from call to call, and names in the file are made of them.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for axis in figure.axes:
+            axis.set_position([round(value, 4) for value in axis.get_position().bounds])
         with writing(path) as temporary:
             dated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(temporary, metadata=dated)
