@@ -43,7 +43,9 @@ class Change:
 
 
 def paired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
-    """Geometric mean of new / old over repeats that were taken in turn, and Student's 95 % interval of it.
+    """Median of new / old over repeats that were taken in turn, and a 95 % interval of it (of fewer than six: from end to end).
+
+    The interval is that of the sign test: it asks nothing of the noise, of which a busy machine's has long tails.
 
     Raises:
         UsageError: different numbers of repeats.
@@ -51,8 +53,8 @@ def paired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
     if len(old) != len(new):
         raise UsageError(f"paired ratios need as many repeats of both: found {len(old)} and {len(new)}")
     logs = np.log(np.array(new, dtype=np.float64) / np.array(old, dtype=np.float64))
-    error = float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    return _around(float(logs.mean()), error * _student(len(logs) - 1))
+    ordered, outside = np.sort(logs), _outside(len(logs))
+    return Ratio(*(math.exp(value) for value in (float(np.median(logs)), ordered[outside], ordered[-1 - outside])))
 
 
 def unpaired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
@@ -190,7 +192,9 @@ def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:
         for measure in SPEEDS if name != baseline else ():
             ratio = paired_ratio(speeds[baseline][measure]["samples"], speed[measure]["samples"])
             rows.append([name, measure, f"{ratio.value:.4f}", f"{ratio.low:.4f} .. {ratio.high:.4f}"])
-    return Table(f"Paired with {baseline}", ["model", "measure", "ratio", "95 % interval"], rows)
+    count = len(speeds[baseline][SPEEDS[0]]["samples"])
+    title = f"Paired with {baseline}: median ratio of {count} runs in turn"
+    return Table(title, ["model", "measure", "ratio", "95 % interval"], rows)
 
 
 def _verdict(ratio: Ratio, floor: float, more_is_better: bool) -> str:
@@ -208,6 +212,18 @@ def _error_of_median(samples: Sequence[float]) -> float:
     """Standard error of the logarithm of a median: 1.2533 sigma / sqrt(n), sigma from the interquartile range."""
     first, third = np.percentile(np.log(np.array(samples, dtype=np.float64)), [25, 75])
     return 1.2533 * float(third - first) / 1.349 / math.sqrt(len(samples))
+
+
+def _outside(count: int) -> int:
+    """How many of `count` observations lie below a 95 % interval of their median, and above it.
+
+    Each is below the median with a chance of a half: the interval misses it where at most so many lie on one of its sides.
+    """
+    below, cases = 0, 1  # of 2 ** count
+    while 40 * (cases + math.comb(count, below + 1)) <= 2**count:
+        below += 1
+        cases += math.comb(count, below)
+    return below
 
 
 def _student(degrees: int) -> float:

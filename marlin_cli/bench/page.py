@@ -18,7 +18,7 @@ from marlin_cli.page.axes import number
 UNITS = ("_bytes", "_seconds", "_ms", "_share", "_by_part")
 
 # Whole numbers that curves are drawn over, before others that differ.
-AXES = ("context_bytes", "prompt_bytes", "batch", "batch_size", "streams", "position")
+AXES = ("context_bytes", "prompt_bytes", "decode_bytes", "batch", "batch_size", "streams", "position")
 
 # Keys of a spread that say nothing more in a table.
 DETAIL = ("samples",)

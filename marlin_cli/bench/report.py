@@ -194,7 +194,7 @@ def _of_throughput(model: str, result: Throughput) -> Iterator[Measurement]:
         yield Measurement(model, "roofline_share", "", found.share)
     for point in result.sweep:
         for measure in SPEEDS:
-            part = f"context {point.context_bytes}, batch {point.batch}"
+            part = f"context {point.context_bytes}, decoded {point.decode_bytes}, batch {point.batch}"
             yield measurement_of_spread(model, measure, part, getattr(point, measure))
     yield Measurement(model, "decoded_bytes", "", result.decoded_bytes)
     for level, size in result.cache_bytes.items():
@@ -267,13 +267,14 @@ def machine_table(machine: Machine, peak_resident_bytes: int) -> Table:
         ["system", f"{machine.system}, {machine.logical_cpus} logical CPUs"],
         ["versions", f"marlin {machine.marlin_version}, MLX {machine.mlx_version}, Python {machine.python_version}"],
         ["peak resident bytes", f"{peak_resident_bytes:,}"],
+        ["energy", machine.energy],
     ]
     return Table("Machine", columns, rows)
 
 
 def _speed(report: Report, settings: ThroughputSettings) -> Table:
     title = (
-        f"Speed: {settings.prompt_bytes:,} + 1 + {settings.decode_bytes:,} bytes, median of {settings.repeats}"
+        f"Speed: {settings.prompt_bytes:,} + 1 + {settings.decode_bytes:,} bytes, median of {_repeats(report)}"
         " (smallest .. largest)"
     )
     results = [model.throughput for model in report.models if model.throughput is not None]
@@ -290,6 +291,11 @@ def _speed(report: Report, settings: ThroughputSettings) -> Table:
     if any(result.joules_per_byte is not None for result in results):
         rows.append(["decoding, J/byte of the processor packages", *(_joules(result.joules_per_byte) for result in results)])
     return Table(title, ["", *(model.model for model in report.models)], rows)
+
+
+def _repeats(report: Report) -> int:
+    """How often each model was timed."""
+    return max(len(model.throughput.decode_bytes_per_second.samples) for model in report.models if model.throughput)
 
 
 PERCENTILES = "50 %, 90 %, 99 %, longest"
@@ -339,12 +345,17 @@ def _microseconds(seconds: float) -> str:
 def _sweep(report: Report, settings: ThroughputSettings) -> Table:
     results = [model.throughput for model in report.models if model.throughput is not None]
     rows = [
-        [f"{points[0].context_bytes:,}", str(points[0].batch), *(cell for point in points for cell in _point(point))]
+        [
+            f"{points[0].context_bytes:,}",
+            f"{points[0].decode_bytes:,}",
+            str(points[0].batch),
+            *(cell for point in points for cell in _point(point)),
+        ]
         for points in zip(*(result.sweep for result in results), strict=True)
     ]
     columns = [f"{model.model}: {what}" for model in report.models for what in ("prefill", "decode")]
-    title = f"Speed by context, bytes/s of all streams, 1 + {settings.decode_bytes:,} bytes, median of {settings.repeats}"
-    return Table(f"{title} (smallest .. largest)", ["context", "batch", *columns], rows)
+    title = f"Speed by context, bytes/s of all streams, median of {settings.repeats} or more (smallest .. largest)"
+    return Table(title, ["context", "decoded", "batch", *columns], rows)
 
 
 def _point(point: SweepPoint) -> tuple[str, str]:

@@ -66,7 +66,8 @@ def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for axis in figure.axes:
-            axis.set_position([round(value, 4) for value in axis.get_position().bounds])
+            left, bottom, width, height = (round(value, 4) for value in axis.get_position().bounds)
+            axis.set_position((left, bottom, width, height))
         with writing(path) as temporary:
             dated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(temporary, metadata=dated)

@@ -136,11 +136,36 @@ def test_pairs_cancel_what_slows_both():
         paired_ratio([1.0], [1.0, 2.0])
 
 
-def test_the_interval_of_pairs_is_that_of_student():
-    ratio = paired_ratio([1.0] * 4, list(np.exp([0.1, 0.2, 0.3, 0.4])))
-    assert np.log([ratio.value, ratio.high]) == pytest.approx(
-        [0.25, 0.25 + 3.1824 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2], rel=1e-2
-    )
+# Of 2^n cases, those with at most b below: two tails of at most 2.5 % each (tables of the sign test).
+@pytest.mark.parametrize(
+    "count, outside", [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (15, 3), (20, 5), (50, 17), (100, 39)]
+)
+def test_the_interval_of_pairs_is_that_of_the_sign_test(count, outside):
+    logs = np.arange(count) / 100
+    ratio = paired_ratio([1.0] * count, list(np.exp(np.random.default_rng(0).permutation(logs))))
+    assert np.log([ratio.low, ratio.value, ratio.high]) == pytest.approx([logs[outside], np.median(logs), logs[-1 - outside]])
+
+
+def busy(random, count):
+    """Speeds of two equal models in turn on a busy machine: slow spells fall on both, and single runs take times as long."""
+    spells = np.repeat((random.random(count // 5 + 1) < 0.3) * random.exponential(0.7, count // 5 + 1), 5)[:count]
+    for _ in range(2):
+        spikes = (random.random(count) < 0.2) * random.exponential(1.0, count)
+        yield 100 / np.exp(0.03 * random.standard_normal(count) + spells + spikes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pairs_tell_a_tenth_from_nothing_on_a_busy_machine(seed):
+    old, new = busy(np.random.default_rng(seed), 110)
+    same, slower = paired_ratio(list(old), list(new)), paired_ratio(list(old), list(0.9 * new))
+    assert same.value == pytest.approx(1.0, abs=0.05)
+    assert slower.value == pytest.approx(0.9, abs=0.05) and slower.high < 1
+
+
+def test_intervals_of_pairs_miss_seldom():
+    random = np.random.default_rng(1)
+    found = [paired_ratio(*map(list, busy(random, 40))) for _ in range(400)]
+    assert 0.93 < np.mean([ratio.low <= 1 <= ratio.high for ratio in found]) < 0.99
 
 
 @pytest.mark.parametrize("degrees, point", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (8, 2.306), (30, 2.042)])
