@@ -23,19 +23,21 @@ import mlx.nn as nn
 from marlin_cli.bench.bandwidth import again
 from marlin_cli.bench.greedy import OVERHEAD, decoded, with_overhead
 from marlin_cli.engine.decoding import CacheBits, Lockstep
-from marlin_cli.engine.fused import fuse, kernel_product
+from marlin_cli.engine.fused import kernel_product
 from marlin_cli.models import linear_layers, part_of
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.quantization.encoders import Packed, mlx_encode
-from marlin_cli.quantization.formats import FORMATS, format_of
+from marlin_cli.quantization.formats import FORMATS, default_format, format_of
 from marlin_cli.quantization.layers import packed_layer
 
 # Random weights of one stage at most; of a larger stage the first layers stand for all.
 LIMIT_BYTES = 1 << 30
 
 NARROW = 16  # the widths of the miniature
+
+ROUNDS, PATCHES_OF_A_ROUND = 5, 8
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,33 @@ class LayerShape:
         """Bytes of the weights, scales among them."""
         bits = 32 if self.format is None else FORMATS[self.format].bits_per_weight(self.group_size)
         return int(self.columns * self.depth * bits / 8)
+
+
+def predicted_seconds(
+    config: MegaByteConfig, shapes: Sequence[LayerShape], contexts: Sequence[int], cache_bits: CacheBits
+) -> list[dict[str, float]] | None:
+    """Seconds of a byte by part at each context, by operations that are timed now; None where `can_predict` says no."""
+    if not can_predict():
+        return None
+    probe = DecodingProbe(config, shapes, contexts, cache_bits)
+    for _ in range(ROUNDS):
+        probe.run(min(PATCHES_OF_A_ROUND, config.max_bytes // config.patch_size))
+    return [probe.seconds_by_part(context) for context in contexts]
+
+
+def at_bits(shapes: Sequence[LayerShape], bits: int) -> list[LayerShape]:
+    """The shapes with weights of so many bits: 4 or 8 in the default format, 16 and 32 as a CPU computes; the head stays."""
+    if bits > 8:
+        return [dataclasses.replace(shape, format=None) for shape in shapes]
+    format = default_format(bits)
+    packed = []
+    for shape in shapes:
+        group_size = format.group_size_for(shape.depth)
+        if group_size is None or part_of(shape.path) == "head":
+            packed.append(shape)
+        else:
+            packed.append(dataclasses.replace(shape, format=format.name, group_size=group_size))
+    return packed
 
 
 def layer_shapes(network: nn.Module) -> list[LayerShape]:
@@ -237,6 +266,6 @@ def miniature_of(config: MegaByteConfig) -> MegaByteConfig:
     )
 
 
-def can_predict(network: nn.Module) -> bool:
-    """Do the CPU kernels decode this network, so that its operations can be timed apart?"""
-    return isinstance(network, MegaByte) and fuse(network) is not None
+def can_predict() -> bool:
+    """Do the CPU kernels decode on this device, so that operations can be timed apart?"""
+    return mx.default_device() == mx.Device(mx.cpu) and kernels()[0] is not None

@@ -10,13 +10,10 @@ from mlx.utils import tree_flatten
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.arithmetic import costs_of
 from marlin_cli.bench.bandwidth import Bandwidth, measure_bandwidth
-from marlin_cli.bench.prediction import DecodingProbe, can_predict, layer_shapes
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.models import linear_layers
 from marlin_cli.ops import QuantizedLinear
 from marlin_cli.quantization.formats import format_of
-
-PREDICTION_ROUNDS, PATCHES_OF_A_ROUND = 5, 8
 
 
 @dataclass(frozen=True)
@@ -62,16 +59,6 @@ def reading_of(model: MegaByteModel, context_bytes: int, bandwidth: Bandwidth) -
     return read, seconds
 
 
-def predicted_for(model: MegaByteModel, context_bytes: int) -> dict[str, float] | None:
-    """Seconds of a byte by part as operations timed now predict them; None where the CPU kernels do not decode the model."""
-    if not can_predict(model.network):
-        return None
-    probe = DecodingProbe(model.config, layer_shapes(model.network), [context_bytes], model.cache_bits)
-    for _ in range(PREDICTION_ROUNDS):
-        probe.run(min(PATCHES_OF_A_ROUND, model.config.max_bytes // model.config.patch_size))
-    return probe.seconds_by_part(context_bytes)
-
-
 def roofline_of(
     model: MegaByteModel,
     context_bytes: int,
@@ -86,7 +73,7 @@ def roofline_of(
         context_bytes: about where the measured bytes were decoded.
         seconds_per_byte: measured, of all parts.
         measured: the same by part.
-        predicted: see `predicted_for`.
+        predicted: see `prediction.predicted_seconds`.
     """
     read, seconds = reading_of(model, context_bytes, bandwidth)
     return Roofline(

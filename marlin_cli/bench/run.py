@@ -15,10 +15,11 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.held_out import Window, cut, files_by_domain
 from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
-from marlin_cli.bench.roofline import bandwidth_for, predicted_for, roofline_of
+from marlin_cli.bench.roofline import bandwidth_for, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
@@ -148,8 +149,9 @@ def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings, rooflin
     found = []
     for model, speed in zip(models, speeds, strict=True):
         measured = 1 / speed.decode_bytes_per_second.median
-        predicted = predicted_for(model, middle)
-        reached = roofline_of(model, middle, measured, speed.decode_seconds_by_part, bandwidth_for(model), predicted)
+        predicted = predicted_seconds(model.config, layer_shapes(model.network), [middle], model.cache_bits)
+        expected = None if predicted is None else predicted[0]
+        reached = roofline_of(model, middle, measured, speed.decode_seconds_by_part, bandwidth_for(model), expected)
         found.append(dataclasses.replace(speed, roofline=reached))
     return found
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # Ratios of two models settle within a few percent in this time, even where others use the machine (LOG.md, 2026-11-28).
-SECONDS_OF_A_PAIR = 10.0
+SECONDS_OF_A_PAIR = 15.0
 
 
 class Format(str, Enum):
@@ -42,7 +42,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs a model at least, after one that is not.")] = 5,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="Repeat until each model was timed so long. Default 0; with --against 10."),
+        typer.Option(min=0, help="Repeat until each model was timed so long. Default 0; with --against 15."),
     ] = None,
     roofline: Annotated[
         bool, typer.Option("--roofline", help="Measure memory bandwidth too, and the share of it that decoding reaches.")

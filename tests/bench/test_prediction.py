@@ -5,7 +5,15 @@ import pytest
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench import prediction
 from marlin_cli.bench.greedy import decoded
-from marlin_cli.bench.prediction import DecodingProbe, LayerShape, can_predict, layer_shapes, miniature_of
+from marlin_cli.bench.prediction import (
+    DecodingProbe,
+    LayerShape,
+    at_bits,
+    can_predict,
+    layer_shapes,
+    miniature_of,
+    predicted_seconds,
+)
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import CacheBits, Lockstep
@@ -148,11 +156,20 @@ def test_a_miniature_decodes_to_the_end_of_the_context(each_network):
     assert sum(probe.seconds_by_part(8).values()) > 0
 
 
-def test_only_what_the_kernels_decode_is_predicted(random_network, small_sizes, monkeypatch):
+def test_nothing_is_predicted_without_kernels(random_network, small_sizes, monkeypatch):
     network = random_network(MegaByteConfig(**small_sizes))
-    assert can_predict(network)
-    monkeypatch.setattr(prediction, "fuse", lambda network: None)
-    assert not can_predict(network)
+    arguments = network.config, layer_shapes(network), [8, 16], CacheBits()
+    assert can_predict() and len(predicted_seconds(*arguments)) == 2
+    monkeypatch.setattr(prediction, "kernels", lambda: (None, "none"))
+    assert not can_predict() and predicted_seconds(*arguments) is None
+
+
+def test_shapes_at_other_bits():
+    shapes = [LayerShape("local", 8, 64), LayerShape("global", 8, 24), LayerShape("output", 8, 64)]
+    four, eight, floats = (at_bits(shapes, bits) for bits in (4, 8, 16))
+    assert [shape.format for shape in four] == ["nvfp4", None, None]
+    assert [shape.format for shape in eight] == ["mxfp8", None, None]
+    assert floats == shapes and four[0].group_size == 16
 
 
 def test_parts_of_decoding_lie_within_the_whole(each_network):

@@ -5,7 +5,8 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.bandwidth import Bandwidth
-from marlin_cli.bench.roofline import bandwidth_for, predicted_for, roofline_of
+from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
+from marlin_cli.bench.roofline import bandwidth_for, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
 from marlin_cli.engine.decoding import CacheBits
@@ -61,13 +62,8 @@ def test_the_bandwidth_that_each_part_reaches(model):
 @pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
 def test_predictions_have_the_parts_that_are_measured(model):
     [speed] = measure_throughput([model], ThroughputSettings(20, 9, 1))
-    predicted = predicted_for(model, 24)
+    [predicted] = predicted_seconds(model.config, layer_shapes(model.network), [24], model.cache_bits)
     assert list(predicted) == list(speed.decode_seconds_by_part)
-
-
-def test_what_the_kernels_do_not_decode_is_not_predicted(model, monkeypatch):
-    monkeypatch.setattr("marlin_cli.bench.prediction.fuse", lambda network: None)
-    assert predicted_for(model, 24) is None
 
 
 def test_the_formats_of_the_model_are_measured(model, monkeypatch):

@@ -234,6 +234,18 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
     assert rows["4"] == pytest.approx(rows["32"] * 4.5 / 32, rel=0.01)
 
 
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_a_plan_predicts_from_operations_of_this_machine(models, monkeypatch):
+    monkeypatch.setattr("marlin_cli.bench.bandwidth.measure_bandwidth", lambda: Bandwidth(2e12, 1e12))
+    monkeypatch.setattr("marlin_cli.bench.throughput.Lockstep", lambda *given: pytest.fail("the model was run"))
+    text = run(models[0], "--plan", "--context", "16,32", "--bits", "4", "--device", "cpu").stdout
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in text.splitlines() if "predicted, us" in line}
+    parts = [float(number.replace(",", "")) for name, (number, _) in rows.items() if not name.endswith("all")]
+    assert len(parts) == 7 and sum(parts) == pytest.approx(float(rows["predicted, us: all"][0].replace(",", "")), rel=0.02)
+    given = run(models[0], "--plan", "--context", "16", "--bandwidth", "400").stdout
+    assert "predicted, us" not in given  # another machine's
+
+
 def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
     monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
     speed = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]
@@ -252,8 +264,8 @@ def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
 
 def test_parts_that_are_not_told_apart_are_unknown(models, monkeypatch):
     monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
-    for module in ("marlin_cli.engine.decoding", "marlin_cli.bench.prediction"):
-        monkeypatch.setattr(f"{module}.fuse", lambda network: None)
+    monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+    monkeypatch.setattr("marlin_cli.bench.prediction.kernels", lambda: (None, "none"))
     lines = run(models[0], *QUICK, "--roofline").stdout.splitlines()
     assert [line.split()[-2:] for line in lines if line.startswith("local cache ")][-1] == ["unknown", "unknown"]
 
@@ -368,7 +380,7 @@ def test_pairs_are_timed_for_a_while_unless_told(models, monkeypatch):
     monkeypatch.setattr("marlin_cli.bench.run.measure_throughput", told)
     for arguments in ([], ["--against", models[0]], ["--against", models[0], "--seconds", "0.5"]):
         assert "not timed" in str(invoke(models[1], *QUICK, *arguments).exception)
-    assert asked == [0.0, 10.0, 0.5]
+    assert asked == [0.0, 15.0, 0.5]
 
 
 @pytest.mark.parametrize("limit, noisy", [(-1.0, True), (float("inf"), False)])
