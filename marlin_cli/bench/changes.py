@@ -196,10 +196,13 @@ def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:
     for name, speed in speeds.items():
         for measure in SPEEDS if name != baseline else ():
             ratio = paired_ratio(speeds[baseline][measure]["samples"], speed[measure]["samples"])
-            rows.append([name, measure, f"{ratio.value:.4f}", f"{ratio.low:.4f} .. {ratio.high:.4f}"])
+            verdict = _verdict(ratio, SPEED_FLOOR, "_per_second" in measure)
+            rows.append([name, measure, f"{ratio.value:.4f}", f"{ratio.low:.4f} .. {ratio.high:.4f}", verdict])
     count = len(speeds[baseline][SPEEDS[0]]["samples"])
-    title = f"Paired with {baseline}: median ratio of {count} runs in turn"
-    return Table(title, ["model", "measure", "ratio", "95 % interval"], rows)
+    title = (
+        f"Paired with {baseline}: median ratio of {count} runs in turn; a change is beyond {SPEED_FLOOR:.0%} and the interval"
+    )
+    return Table(title, ["model", "measure", "ratio", "95 % interval", "verdict"], rows)
 
 
 def _verdict(ratio: Ratio, floor: float, more_is_better: bool) -> str:

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.bench.bandwidth import again
-from marlin_cli.bench.greedy import OVERHEAD, decoded, with_overhead
+from marlin_cli.bench.greedy import PARTS, decoded, with_overhead
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import kernel_product
 from marlin_cli.models import linear_layers, part_of
@@ -168,9 +168,8 @@ class DecodingProbe:
 
     def observed(self, context_bytes: int) -> list[dict[str, float]]:
         """Seconds of a byte at one of the contexts, in the parts that bench measures, by observation."""
-        order = ("global", "global cache", "middle", "local", "local cache", "head", "sampling", OVERHEAD)
         each = [{**parts, "global cache": attention[context_bytes]} for parts, attention in self._observed]
-        return [{part: parts[part] for part in order if part in parts} for parts in each]
+        return [{part: parts[part] for part in PARTS if part in parts} for parts in each]
 
     def seconds_by_part(self, context_bytes: int) -> dict[str, float]:
         """The prediction at one of the contexts: the observation in the middle."""

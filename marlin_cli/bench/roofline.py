@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.arithmetic import costs_of
 from marlin_cli.bench.bandwidth import Bandwidth, measure_bandwidth
+from marlin_cli.bench.greedy import PARTS
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.models import linear_layers
 from marlin_cli.ops import QuantizedLinear
@@ -56,7 +57,8 @@ def reading_of(model: MegaByteModel, context_bytes: int, bandwidth: Bandwidth) -
             size = (both[0][part] + both[1][part]) / 2
             read[part] = read.get(part, 0.0) + size
             seconds[part] = seconds.get(part, 0.0) + size / bandwidth.of(format)
-    return read, seconds
+    order = [part for part in PARTS if part in read]
+    return {part: read[part] for part in order}, {part: seconds[part] for part in order}
 
 
 def roofline_of(

@@ -18,6 +18,8 @@ CHART_WIDTH, PLOT_HEIGHT, BAR_HEIGHT = 6.0, 3.4, 0.24
 COLUMNS = 2
 DOTS_PER_INCH = 144
 
+NAMES_INSIDE = 4  # of curves, at most
+
 
 def check_figure_path(path: Path) -> None:
     """Raise now what `write_figure` would raise before it draws.
@@ -90,8 +92,9 @@ def _draw(axis: Any, chart: Chart) -> None:
     else:
         _histogram(axis, chart)
     if axis.get_legend_handles_labels()[1]:
-        # Bars fill their axes: what names them stands beside.
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if isinstance(chart, Bars) else {}
+        # Bars fill their axes, and so do many names: they stand beside.
+        fills = isinstance(chart, Bars) or (isinstance(chart, Plot) and len(chart.series) > NAMES_INSIDE)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if fills else {}
         axis.legend(frameon=False, fontsize=8, **beside)
 
 

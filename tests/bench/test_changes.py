@@ -187,6 +187,13 @@ def test_a_table_of_pairs_leaves_the_baseline_out():
     assert len(table.rows) == 3
 
 
+@pytest.mark.parametrize("speed, verdict", [(0.9, "worse"), (1.0, "within noise"), (1.01, "within noise"), (1.1, "better")])
+def test_pairs_flag_a_tenth_and_not_a_hundredth(speed, verdict):
+    both = document()
+    both["models"] += document(speed=speed, name="n", seed=1)["models"]
+    assert {row[-1] for row in table_of_pairs(both, "m").rows} == {verdict}
+
+
 def test_the_last_line_of_a_file_is_read(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_text(json.dumps(document(name="old")) + "\n" + json.dumps(document(name="new")) + "\n")

@@ -152,6 +152,20 @@ def test_pictures_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch):
         write_figure(tmp_path / "a.svg", charts, "t")
 
 
+def test_many_names_stand_beside_their_curves(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    for count in (4, 5):
+        curves = {f"a rather long name, {number}": [Point(1, number), Point(2, number)] for number in range(count)}
+        write_figure(tmp_path / f"{count}.svg", [Plot("p", "x", "y", curves)], "t")
+    few, many = ((tmp_path / f"{count}.svg").read_text() for count in (4, 5))
+
+    def right_end(drawn):
+        """Of the axes."""
+        return float(drawn.split('<g id="patch_2">')[1].split("L ")[1].split()[0])
+
+    assert right_end(many) < 0.8 * right_end(few)
+
+
 def test_ticks_of_logarithmic_axes_are_numbers(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra `plot`")
     curve = Plot("p", "context", "bytes/s", {"": [Point(1000, 1), Point(100_000, 2)]}, log_x=True, log_y=True)

@@ -64,6 +64,8 @@ def test_predictions_have_the_parts_that_are_measured(model):
     [speed] = measure_throughput([model], ThroughputSettings(20, 9, 1))
     [predicted] = predicted_seconds(model.config, layer_shapes(model.network), [24], model.cache_bits)
     assert list(predicted) == list(speed.decode_seconds_by_part)
+    read = roofline_of(model, 24, 1.0, None, BANDWIDTH).read_seconds_by_part
+    assert [*read, "sampling", "overhead"] == list(predicted)  # in one order, so that a part has one colour on a page
 
 
 def test_the_formats_of_the_model_are_measured(model, monkeypatch):
