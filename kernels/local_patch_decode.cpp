@@ -7,10 +7,13 @@ namespace marlin {
 
 mx::array local_patch_decode(const Stack& stack, const mx::array& table, const Product& head, const mx::array& lead,
                              const mx::array& additions, const mx::array& given, const mx::array& noise, int steps,
-                             const Drawing& drawing) {
+                             const Drawing& drawing, PartSeconds* seconds) {
+  const Stopwatch whole(seconds, &PartSeconds::whole);
+  Stopwatch waiting(seconds, &PartSeconds::inputs);
   std::vector<mx::array> inputs;
   for (const auto& each : {table, lead, additions, given, noise}) inputs.push_back(mx::contiguous(each, false, mx::Device::cpu));
   mx::eval(inputs);
+  waiting.stop();
   const int64_t streams = lead.shape(0), dim = stack.dim(), vocab = head.columns(), known = given.shape(1), tokens = additions.shape(1);
   const float *embeddings = inputs[0].data<float>(), *added = inputs[2].data<float>(), *random = inputs[4].data<float>();
   const int32_t* fed = inputs[3].data<int32_t>();
@@ -18,11 +21,14 @@ mx::array local_patch_decode(const Stack& stack, const mx::array& table, const P
   std::vector<float> rows(inputs[1].data<float>(), inputs[1].data<float>() + streams * dim), logits(streams * vocab);
   std::vector<int32_t> ids(streams), drawn(streams * steps);
   for (int64_t token = 0; token < known + steps; token++) {
-    stack(rows.data(), streams, 1, &cache);
+    stack(rows.data(), streams, 1, &cache, nullptr, nullptr, seconds);
     if (token < known) {
       for (int64_t b = 0; b < streams; b++) ids[b] = fed[b * known + token];
     } else {
+      Stopwatch heading(seconds, &PartSeconds::head);
       head(rows.data(), logits.data(), streams);
+      heading.stop();
+      const Stopwatch choosing(seconds, &PartSeconds::drawing);
       for (int64_t b = 0; b < streams; b++) {
         ids[b] = draw(logits.data() + b * vocab, vocab, drawing, random + (token - known) * vocab);
         drawn[b * steps + token - known] = ids[b];

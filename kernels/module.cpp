@@ -9,6 +9,7 @@
 #include "linear.hpp"
 #include "local_patch_decode.hpp"
 #include "logits.hpp"
+#include "probes.hpp"
 #include "sequence_costs.hpp"
 
 namespace nb = nanobind;
@@ -87,11 +88,18 @@ NB_MODULE(marlin_cpu, m) {
       .def_prop_ro("bytes_in_use", &marlin::StackCache::bytes_in_use)
       .def_prop_ro("bytes_allocated", &marlin::StackCache::bytes_allocated)
       .def("keep", &marlin::StackCache::keep, "streams"_a);
+  nb::class_<marlin::PartSeconds>(m, "PartSeconds")
+      .def(nb::init<>())
+      .def_ro("whole", &marlin::PartSeconds::whole)
+      .def_ro("inputs", &marlin::PartSeconds::inputs)
+      .def_ro("attention", &marlin::PartSeconds::attention)
+      .def_ro("head", &marlin::PartSeconds::head)
+      .def_ro("drawing", &marlin::PartSeconds::drawing);
   nb::class_<marlin::Stack>(m, "Stack")
       .def(nb::init<std::vector<marlin::Layer>, std::optional<marlin::Norm>, const marlin::StackShape&, const std::optional<array>&>(),
            "layers"_a, "norm"_a.none(), "shape"_a, "relative_bias"_a.none() = nb::none())
       .def("__call__", &marlin::Stack::forward, "x"_a, "cache"_a.none(), "lengths"_a = std::vector<int>{},
-           nb::call_guard<nb::gil_scoped_release>())
+           "seconds"_a.none() = nb::none(), nb::call_guard<nb::gil_scoped_release>())
       .def("remember", &marlin::Stack::remember, "states"_a, "lengths"_a, "bits"_a, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<marlin::StackMemory>(m, "StackMemory")
       .def_prop_ro("bytes_in_use", &marlin::StackMemory::bytes_in_use)
@@ -101,11 +109,18 @@ NB_MODULE(marlin_cpu, m) {
       .def("__init__", [](marlin::Drawing* self, float temperature, int top_k, float top_p, float min_p) {
              new (self) marlin::Drawing{temperature, top_k, top_p, min_p};
            }, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a);
+  nb::class_<marlin::ProductProbe>(m, "ProductProbe")
+      .def(nb::init<std::vector<marlin::Product>>(), "products"_a)
+      .def("seconds", &marlin::ProductProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<marlin::AttentionProbe>(m, "AttentionProbe")
+      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>(), "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "rows"_a, "window"_a, "key_bits"_a, "value_bits"_a)
+      .def("seconds", &marlin::AttentionProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
   m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawing"_a, "noise"_a.none());
   m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("sequence_costs", &marlin::sequence_costs, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a, "expected"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("local_patch_decode", &marlin::local_patch_decode, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a,
-        "noise"_a, "steps"_a, "drawing"_a, nb::call_guard<nb::gil_scoped_release>());
+        "noise"_a, "steps"_a, "drawing"_a, "seconds"_a.none() = nb::none(), nb::call_guard<nb::gil_scoped_release>());
 }

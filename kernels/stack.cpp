@@ -362,6 +362,7 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
       hadamard_heads(queries, n * shape_.heads, shape_.head_dim);
       hadamard_heads(keys, n * shape_.kv_heads, shape_.head_dim);
     }
+    Stopwatch attending(context.seconds, &PartSeconds::attention);
     AttentionTask task = task_of(count, seen + rows);
     task.first = seen;
     task.causal = shape_.causal;
@@ -383,6 +384,7 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
       };
       attend(task, view(keys), view(values));
     }
+    attending.stop();
     add_attended(layer.o_proj);
     if (layer.cross && context.memory) {
       const StackMemory& memory = *context.memory;
@@ -423,7 +425,8 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
   if (norm_) (*norm_)(x, x, n);
 }
 
-void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory, const int32_t* lengths) const {
+void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory, const int32_t* lengths,
+                       PartSeconds* seconds) const {
   if (cache) {
     for (size_t number = 0; number < layers_.size(); number++) {
       cache->keys_[number].reserve(rows);
@@ -431,10 +434,11 @@ void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache,
       if (shape_.token_shift) cache->delayed_[number].resize(2 * batch * (dim_ / 2), 0.0f);
     }
   }
-  const Context context{cache, memory, lengths, memory ? batch / memory->batch_ : 1};
+  const int64_t readers = memory ? batch / memory->batch_ : 1;
   // Those that read the same stay together.
-  const int64_t at_once = std::max<int64_t>(1, ROWS_AT_ONCE / rows / context.readers) * context.readers;
+  const int64_t at_once = std::max<int64_t>(1, ROWS_AT_ONCE / rows / readers) * readers;
   const int64_t chunks = (batch + at_once - 1) / at_once;
+  const Context context{cache, memory, lengths, readers, chunks > 1 ? nullptr : seconds};
   const auto chunk = [&](int64_t number) {
     const int64_t first = number * at_once;
     sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, context);
@@ -452,11 +456,14 @@ void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache,
   }
 }
 
-mx::array Stack::forward(const mx::array& x, StackCache* cache, const std::vector<int>& lengths) const {
+mx::array Stack::forward(const mx::array& x, StackCache* cache, const std::vector<int>& lengths, PartSeconds* seconds) const {
+  const Stopwatch whole(seconds, &PartSeconds::whole);
+  Stopwatch waiting(seconds, &PartSeconds::inputs);
   const auto input = in_memory(x);
+  waiting.stop();
   std::vector<float> rows(input.data<float>(), input.data<float>() + input.size());
   const std::vector<int32_t> real(lengths.begin(), lengths.end());
-  (*this)(rows.data(), x.shape(0), x.shape(1), cache, nullptr, real.empty() ? nullptr : real.data());
+  (*this)(rows.data(), x.shape(0), x.shape(1), cache, nullptr, real.empty() ? nullptr : real.data(), seconds);
   return mx::array(rows.data(), x.shape(), mx::float32);
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "flash_attention.hpp"
+#include "part_seconds.hpp"
 
 namespace marlin {
 
@@ -134,9 +135,10 @@ class Stack {
 
   // x [batch, rows, dim] becomes the hidden rows. With a cache, the rows follow those that it has seen. The sequences that
   // read the same one of a memory stand together, equally many for each. `lengths` [batch] are real rows, all if null.
+  // `seconds` learns what attention takes; sequences that are spread over threads have no clock in common and tell nothing.
   void operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory = nullptr,
-                  const int32_t* lengths = nullptr) const;
-  mlx::core::array forward(const mlx::core::array& x, StackCache* cache, const std::vector<int>& lengths) const;
+                  const int32_t* lengths = nullptr, PartSeconds* seconds = nullptr) const;
+  mlx::core::array forward(const mlx::core::array& x, StackCache* cache, const std::vector<int>& lengths, PartSeconds* seconds) const;
 
  private:
   // Beside the rows: what they follow, and what they read.
@@ -145,6 +147,7 @@ class Stack {
     const StackMemory* memory;
     const int32_t* lengths;
     int64_t readers;  // sequences for each one of the memory
+    PartSeconds* seconds;
   };
   void sequences(float* x, int64_t first, int64_t count, int64_t rows, const Context& context) const;
   void rotate(float* x, int64_t heads, int64_t position) const;

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
-from marlin_cli.bench.throughput import GREEDY, ThroughputSettings, sample_prompt
+from marlin_cli.bench.greedy import GREEDY
+from marlin_cli.bench.throughput import ThroughputSettings, sample_prompt
 from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.engine.encoder_decoder import AnswerState, encode
 from marlin_cli.engine.sampling import draw

@@ -57,7 +57,7 @@ def measure_bandwidth(
         arrays = mlx_encode(layer.weight[: side // 4, : side // 4], FORMATS[name], FORMATS[name].group_sizes[0])
         one = packed_layer(arrays, None)
         bytes_of_one = sum(array.nbytes for array in one.parameters().values())
-        layers = [one, *(packed_layer(_again(arrays), None) for _ in range(max(1, size // 4 // bytes_of_one)))]
+        layers = [one, *(packed_layer(again(arrays), None) for _ in range(max(1, size // 4 // bytes_of_one)))]
         mx.eval([each.parameters() for each in layers])
         for each in layers:
             each.activation_bits = activation_bits
@@ -66,7 +66,7 @@ def measure_bandwidth(
     return Bandwidth(2 * size / copy, size / matvec, packed)
 
 
-def _again(packed: Packed) -> Packed:
+def again(packed: Packed) -> Packed:
     """The same packed weights elsewhere in memory."""
     biases = None if packed.biases is None else packed.biases + 0
     return dataclasses.replace(packed, weight=packed.weight + 0, scales=packed.scales + 0, biases=biases)

@@ -16,6 +16,8 @@ from marlin_cli.errors import UsageError
 
 # Two runs of the same thing on the same machine differ by this much: what lies within is never called a change.
 SPEED_FLOOR = 0.05
+# Repeats in turn of which medians are compared, where there are many.
+POOLED = 4
 # Scores of the same bytes differ by rounding alone.
 QUALITY_FLOOR = 0.002
 
@@ -43,16 +45,21 @@ class Change:
 
 
 def paired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
-    """Geometric mean of new / old over repeats that were taken in turn, and Student's 95 % interval of it.
+    """Median of new / old over repeats that were taken in turn, and a 95 % interval of it (of fewer than six, all of them).
+
+    Many repeats are taken four by four, and medians of those make a ratio: what others do hits or misses single short ones.
+    The interval is that of the sign test: it asks nothing of the noise, of which a busy machine's has long tails.
 
     Raises:
         UsageError: different numbers of repeats.
     """
     if len(old) != len(new):
         raise UsageError(f"paired ratios need as many repeats of both: found {len(old)} and {len(new)}")
-    logs = np.log(np.array(new, dtype=np.float64) / np.array(old, dtype=np.float64))
-    error = float(logs.std(ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    return _around(float(logs.mean()), error * _student(len(logs) - 1))
+    groups = len(old) // POOLED if len(old) >= 6 * POOLED else len(old)
+    middles = [[float(np.median(group)) for group in np.array_split(np.array(each, np.float64), groups)] for each in (old, new)]
+    logs = np.log(middles[1]) - np.log(middles[0])
+    ordered, outside = np.sort(logs), _outside(len(logs))
+    return Ratio(*(math.exp(value) for value in (float(np.median(logs)), ordered[outside], ordered[-1 - outside])))
 
 
 def unpaired_ratio(old: Sequence[float], new: Sequence[float]) -> Ratio:
@@ -189,8 +196,13 @@ def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:
     for name, speed in speeds.items():
         for measure in SPEEDS if name != baseline else ():
             ratio = paired_ratio(speeds[baseline][measure]["samples"], speed[measure]["samples"])
-            rows.append([name, measure, f"{ratio.value:.4f}", f"{ratio.low:.4f} .. {ratio.high:.4f}"])
-    return Table(f"Paired with {baseline}", ["model", "measure", "ratio", "95 % interval"], rows)
+            verdict = _verdict(ratio, SPEED_FLOOR, "_per_second" in measure)
+            rows.append([name, measure, f"{ratio.value:.4f}", f"{ratio.low:.4f} .. {ratio.high:.4f}", verdict])
+    count = len(speeds[baseline][SPEEDS[0]]["samples"])
+    title = (
+        f"Paired with {baseline}: median ratio of {count} runs in turn; a change is beyond {SPEED_FLOOR:.0%} and the interval"
+    )
+    return Table(title, ["model", "measure", "ratio", "95 % interval", "verdict"], rows)
 
 
 def _verdict(ratio: Ratio, floor: float, more_is_better: bool) -> str:
@@ -208,6 +220,18 @@ def _error_of_median(samples: Sequence[float]) -> float:
     """Standard error of the logarithm of a median: 1.2533 sigma / sqrt(n), sigma from the interquartile range."""
     first, third = np.percentile(np.log(np.array(samples, dtype=np.float64)), [25, 75])
     return 1.2533 * float(third - first) / 1.349 / math.sqrt(len(samples))
+
+
+def _outside(count: int) -> int:
+    """How many of `count` observations lie below a 95 % interval of their median, and above it.
+
+    Each is below the median with a chance of a half: the interval misses it where at most so many lie on one of its sides.
+    """
+    below, cases = 0, 1  # of 2 ** count
+    while 40 * (cases + math.comb(count, below + 1)) <= 2**count:
+        below += 1
+        cases += math.comb(count, below)
+    return below
 
 
 def _student(degrees: int) -> float:

@@ -14,8 +14,18 @@ class EnergyCounter:
 
     def __init__(self, root: Path = POWERCAP) -> None:
         # intel-rapl:0 is a package, intel-rapl:0:1 a part of it that the package's counter includes.
+        self._root = root
         packages = sorted(zone for zone in root.glob("intel-rapl:*") if zone.name.count(":") == 1)
         self._zones = [(zone / "energy_uj", _number(zone / "max_energy_range_uj")) for zone in packages]
+
+    @property
+    def reason(self) -> str:
+        """Whether energy is counted here, and why it is not."""
+        if self.read() is not None:
+            return "counted by the processor packages"
+        if not self._zones:
+            return f"unknown: {self._root} has no counters of processor packages"
+        return f"unknown: {self._zones[0][0]} cannot be read by this user"
 
     def read(self) -> list[int] | None:
         """Microjoules of each package, from any start; None where one cannot be read."""

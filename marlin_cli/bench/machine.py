@@ -10,6 +10,7 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from marlin_cli import __version__
+from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.ops.device import Device
 
 
@@ -25,6 +26,7 @@ class Machine:
     python_version: str
     mlx_version: str
     marlin_version: str
+    energy: str = "unknown"  # whether joules can be counted, and if not, why
 
 
 def describe_machine(device: Device) -> Machine:
@@ -38,6 +40,7 @@ def describe_machine(device: Device) -> Machine:
         python_version=platform.python_version(),
         mlx_version=version("mlx"),
         marlin_version=__version__,
+        energy=EnergyCounter().reason,
     )
 
 

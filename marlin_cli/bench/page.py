@@ -18,7 +18,7 @@ from marlin_cli.page.axes import number
 UNITS = ("_bytes", "_seconds", "_ms", "_share", "_by_part")
 
 # Whole numbers that curves are drawn over, before others that differ.
-AXES = ("context_bytes", "prompt_bytes", "batch", "batch_size", "streams", "position")
+AXES = ("context_bytes", "prompt_bytes", "decode_bytes", "batch", "batch_size", "streams", "position")
 
 # Keys of a spread that say nothing more in a table.
 DETAIL = ("samples",)
@@ -257,7 +257,8 @@ def unit_of(name: str) -> str:
         "bytes_per_second": "bytes/s", "seconds": "s", "_ms": "ms", "bits_per_byte": "bits per byte", "_bits": "bits",
         "bytes": "bytes", "share": "share", "difference": "bits per byte", "agreement": "share",
     }  # fmt: skip
-    return next((unit for end, unit in ends.items() if name.endswith(end)), "")
+    measure = name.removesuffix("_by_part")
+    return next((unit for end, unit in ends.items() if measure.endswith(end)), "")
 
 
 def _is_number(value: Any) -> bool:

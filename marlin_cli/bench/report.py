@@ -171,6 +171,9 @@ def measurements_of_percentiles(model: str, measure: str, part: str, found: Perc
         yield Measurement(model, measure, f"{part}, {name}" if part else name, value)
 
 
+ROOFLINE_BY_PART = (
+    "matvec_bytes_per_second", "read_bytes", "read_seconds_by_part", "predicted_seconds_by_part", "bandwidth_reached",
+)  # fmt: skip
 SPEEDS = "prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds"
 
 
@@ -181,15 +184,17 @@ def _of_throughput(model: str, result: Throughput) -> Iterator[Measurement]:
         yield from measurements_of_percentiles(model, measure, "", getattr(result, measure))
     if result.joules_per_byte is not None:
         yield Measurement(model, "joules_per_byte", "", result.joules_per_byte)
+    for part, seconds in (result.decode_seconds_by_part or {}).items():
+        yield Measurement(model, "decode_seconds_by_part", part, seconds)
     if (found := result.roofline) is not None:
         yield Measurement(model, "copy_bytes_per_second", "", found.copy_bytes_per_second)
-        for measure in ("matvec_bytes_per_second", "read_bytes", "seconds_by_part"):
-            for part, value in getattr(found, measure).items():
+        for measure in ROOFLINE_BY_PART:
+            for part, value in (getattr(found, measure) or {}).items():
                 yield Measurement(model, measure, part, value)
         yield Measurement(model, "roofline_share", "", found.share)
     for point in result.sweep:
         for measure in SPEEDS:
-            part = f"context {point.context_bytes}, batch {point.batch}"
+            part = f"context {point.context_bytes}, decoded {point.decode_bytes}, batch {point.batch}"
             yield measurement_of_spread(model, measure, part, getattr(point, measure))
     yield Measurement(model, "decoded_bytes", "", result.decoded_bytes)
     for level, size in result.cache_bytes.items():
@@ -233,7 +238,9 @@ def to_tables(report: Report) -> list[Table]:
     tables = [machine_table(report.machine, report.peak_resident_bytes)]
     if report.throughput_settings is not None:
         tables.append(_speed(report, report.throughput_settings))
-        tables += [_roofline(model.model, found) for model in report.models if (found := _roofline_in(model)) is not None]
+        for model in report.models:
+            if model.throughput is not None and model.throughput.roofline is not None:
+                tables.append(_roofline(model.model, model.throughput, model.throughput.roofline))
         if report.throughput_settings.sweep:
             tables.append(_sweep(report, report.throughput_settings))
     tables.append(
@@ -260,13 +267,14 @@ def machine_table(machine: Machine, peak_resident_bytes: int) -> Table:
         ["system", f"{machine.system}, {machine.logical_cpus} logical CPUs"],
         ["versions", f"marlin {machine.marlin_version}, MLX {machine.mlx_version}, Python {machine.python_version}"],
         ["peak resident bytes", f"{peak_resident_bytes:,}"],
+        ["energy", machine.energy],
     ]
     return Table("Machine", columns, rows)
 
 
 def _speed(report: Report, settings: ThroughputSettings) -> Table:
     title = (
-        f"Speed: {settings.prompt_bytes:,} + 1 + {settings.decode_bytes:,} bytes, median of {settings.repeats}"
+        f"Speed: {settings.prompt_bytes:,} + 1 + {settings.decode_bytes:,} bytes, median of {_repeats(report)}"
         " (smallest .. largest)"
     )
     results = [model.throughput for model in report.models if model.throughput is not None]
@@ -285,6 +293,11 @@ def _speed(report: Report, settings: ThroughputSettings) -> Table:
     return Table(title, ["", *(model.model for model in report.models)], rows)
 
 
+def _repeats(report: Report) -> int:
+    """How often each model was timed."""
+    return max(len(model.throughput.decode_bytes_per_second.samples) for model in report.models if model.throughput)
+
+
 PERCENTILES = "50 %, 90 %, 99 %, longest"
 
 
@@ -299,32 +312,50 @@ def _joules(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _roofline_in(model: ModelReport) -> Roofline | None:
-    return None if model.throughput is None else model.throughput.roofline
-
-
-def _roofline(name: str, found: Roofline) -> Table:
+def _roofline(name: str, speed: Throughput, found: Roofline) -> Table:
     rates = ", ".join(f"{kind} {rate / 1e9:.1f}" for kind, rate in found.matvec_bytes_per_second.items())
     title = (
-        f"Roofline of {name}, of a byte generated: {found.share:.0%} of the time is what reading takes"
+        f"Roofline of {name}, of a byte generated: {found.share:.0%} of its time is what reading takes"
         f"\n(GB/s: copies {found.copy_bytes_per_second / 1e9:.1f}; weights in products: {rates})"
     )
+    title += "\nmore than 100 %: weights that stay in the processor's caches"
+    read, reached = found.read_bytes, found.bandwidth_reached or {}
+    reading, predicted, measured = found.read_seconds_by_part, found.predicted_seconds_by_part, speed.decode_seconds_by_part
     rows = [
-        [part, f"{found.read_bytes[part]:,.0f}" if part in found.read_bytes else "", f"{1e6 * seconds:,.1f}"]
-        for part, seconds in found.seconds_by_part.items()
+        [
+            part,
+            f"{read[part]:,.0f}" if part in read else "",
+            _microseconds(reading[part]) if part in reading else "",
+            *("unknown" if times is None else _microseconds(times[part]) for times in (predicted, measured)),
+            f"{reached[part]:.0%}" if part in reached else "",
+        ]
+        for part in (measured or predicted or reading)
     ]
-    return Table(title, ["", "bytes read", "us"], rows)
+    whole = sum(measured.values()) if measured else 1 / speed.decode_bytes_per_second.median
+    expected = "unknown" if predicted is None else _microseconds(sum(predicted.values()))
+    sums = [_microseconds(sum(reading.values())), expected, _microseconds(whole)]
+    rows.append(["all", f"{sum(read.values()):,.0f}", *sums, f"{found.share:.0%}"])
+    return Table(title, ["", "bytes read", "reading, us", "predicted, us", "measured, us", "share of bandwidth"], rows)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:,.1f}"
 
 
 def _sweep(report: Report, settings: ThroughputSettings) -> Table:
     results = [model.throughput for model in report.models if model.throughput is not None]
     rows = [
-        [f"{points[0].context_bytes:,}", str(points[0].batch), *(cell for point in points for cell in _point(point))]
+        [
+            f"{points[0].context_bytes:,}",
+            f"{points[0].decode_bytes:,}",
+            str(points[0].batch),
+            *(cell for point in points for cell in _point(point)),
+        ]
         for points in zip(*(result.sweep for result in results), strict=True)
     ]
     columns = [f"{model.model}: {what}" for model in report.models for what in ("prefill", "decode")]
-    title = f"Speed by context, bytes/s of all streams, 1 + {settings.decode_bytes:,} bytes, median of {settings.repeats}"
-    return Table(f"{title} (smallest .. largest)", ["context", "batch", *columns], rows)
+    title = f"Speed by context, bytes/s of all streams, median of {settings.repeats} or more (smallest .. largest)"
+    return Table(title, ["context", "decoded", "batch", *columns], rows)
 
 
 def _point(point: SweepPoint) -> tuple[str, str]:

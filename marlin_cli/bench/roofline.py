@@ -1,5 +1,7 @@
-"""How near decoding comes to the time that reading its weights and caches takes at this machine's measured bandwidths."""
+"""How near decoding comes to the time that reading its weights and caches takes at this machine's measured bandwidths, and what
+each part was predicted to take."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -8,23 +10,24 @@ from mlx.utils import tree_flatten
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.arithmetic import costs_of
 from marlin_cli.bench.bandwidth import Bandwidth, measure_bandwidth
+from marlin_cli.bench.greedy import PARTS
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.models import linear_layers
 from marlin_cli.ops import QuantizedLinear
 from marlin_cli.quantization.formats import format_of
 
-REST = "everything else"
-
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of one byte generated: what must be read, what that takes, and what it took."""
+    """Of one byte generated: what must be read, what that takes, what it was predicted to take, and what it took."""
 
     copy_bytes_per_second: float
     matvec_bytes_per_second: dict[str, float]  # dense, and each packed format of the model, scales among its bytes
     read_bytes: dict[str, float]  # by part of the model and level of the cache; global weights once a patch
-    seconds_by_part: dict[str, float]  # of reading; what else was measured (activations, sampling, waiting) is the rest
+    read_seconds_by_part: dict[str, float]  # at those bandwidths
+    predicted_seconds_by_part: dict[str, float] | None  # see `prediction`; None where kernels' operations cannot be timed apart
     share: float  # of the measured time, what reading alone would take
+    bandwidth_reached: dict[str, float] | None  # that share of each part's own time; None where parts are not told apart
 
 
 def bandwidth_for(model: MegaByteModel) -> Bandwidth:
@@ -54,24 +57,35 @@ def reading_of(model: MegaByteModel, context_bytes: int, bandwidth: Bandwidth) -
             size = (both[0][part] + both[1][part]) / 2
             read[part] = read.get(part, 0.0) + size
             seconds[part] = seconds.get(part, 0.0) + size / bandwidth.of(format)
-    return read, seconds
+    order = [part for part in PARTS if part in read]
+    return {part: read[part] for part in order}, {part: seconds[part] for part in order}
 
 
-def roofline_of(model: MegaByteModel, context_bytes: int, seconds_per_byte: float, bandwidth: Bandwidth) -> Roofline:
+def roofline_of(
+    model: MegaByteModel,
+    context_bytes: int,
+    seconds_per_byte: float,
+    measured: Mapping[str, float] | None,
+    bandwidth: Bandwidth,
+    predicted: dict[str, float] | None = None,
+) -> Roofline:
     """See `Roofline`.
 
     Args:
         context_bytes: about where the measured bytes were decoded.
-        seconds_per_byte: measured.
+        seconds_per_byte: measured, of all parts.
+        measured: the same by part.
+        predicted: see `prediction.predicted_seconds`.
     """
     read, seconds = reading_of(model, context_bytes, bandwidth)
-    reading = sum(seconds.values())
     return Roofline(
-        bandwidth.copy,
-        {"dense": bandwidth.matvec, **bandwidth.packed},
-        read,
-        {**seconds, REST: max(0.0, seconds_per_byte - reading)},
-        reading / seconds_per_byte,
+        copy_bytes_per_second=bandwidth.copy,
+        matvec_bytes_per_second={"dense": bandwidth.matvec, **bandwidth.packed},
+        read_bytes=read,
+        read_seconds_by_part=seconds,
+        predicted_seconds_by_part=predicted,
+        share=sum(seconds.values()) / seconds_per_byte,
+        bandwidth_reached=None if measured is None else {part: seconds[part] / measured[part] for part in seconds},
     )
 
 

@@ -15,6 +15,7 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.held_out import Window, cut, files_by_domain
 from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
 from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
@@ -145,12 +146,14 @@ def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings, rooflin
     if not roofline:
         return speeds
     middle = settings.prompt_bytes + 1 + settings.decode_bytes // 2
-    return [
-        dataclasses.replace(
-            speed, roofline=roofline_of(model, middle, 1 / speed.decode_bytes_per_second.median, bandwidth_for(model))
-        )
-        for model, speed in zip(models, speeds, strict=True)
-    ]
+    found = []
+    for model, speed in zip(models, speeds, strict=True):
+        measured = 1 / speed.decode_bytes_per_second.median
+        predicted = predicted_seconds(model.config, layer_shapes(model.network), [middle], model.cache_bits)
+        expected = None if predicted is None else predicted[0]
+        reached = roofline_of(model, middle, measured, speed.decode_seconds_by_part, bandwidth_for(model), expected)
+        found.append(dataclasses.replace(speed, roofline=reached))
+    return found
 
 
 def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> list[Quality]:

@@ -12,13 +12,14 @@ What is timed is what `marlin generate` does, by the clock on the wall:
 - energy: of the processor packages while bytes were decoded, where the system counts it; other programs' is in it.
 
 Not timed: reading the checkpoint, and one warm-up run a model, in which kernels are compiled and memory is first used.
-Repeats of several models alternate (A B A B), so that a slow spell of the machine falls on all of them.
+Repeats of several models alternate, to and fro (A B B A), so that a slow spell of the machine falls on all of them, and what
+becomes slower all the time too. Short runs are repeated until they have taken `seconds`, for single ones tell little.
 """
 
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -26,16 +27,15 @@ import mlx.core as mx
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
+from marlin_cli.bench.greedy import GREEDY, decoded, with_overhead
 from marlin_cli.bench.held_out import files_by_domain
 from marlin_cli.bench.roofline import Roofline
 from marlin_cli.engine.decoding import Lockstep
-from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
 
 SAMPLE = "calibration/sample"  # the shipped bytes that prompts are taken from
-
-GREEDY = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,12 @@ class ThroughputSettings:
 
     prompt_bytes: int = 512
     decode_bytes: int = 128  # after the first byte, which the prefill gives
-    repeats: int = 5  # timed runs; a warm-up goes before them
+    repeats: int = 5  # timed runs at least; a warm-up goes before them
+    seconds: float = 0.0  # that each model is timed at least: more repeats where those are short
     seed: int = 0  # which bytes of the shipped sample are the prompt
-    sweep_contexts: tuple[int, ...] = ()  # bytes of the prompts of a sweep, which has every batch after every context
+    # A sweep has every batch after every context, and for each of its lengths of decoding.
+    sweep_contexts: tuple[int, ...] = ()  # bytes of the prompts
+    sweep_decodes: tuple[int, ...] = ()  # bytes decoded after the first one
     sweep_batches: tuple[int, ...] = ()  # streams that are decoded together
 
     def __post_init__(self) -> None:
@@ -59,10 +62,13 @@ class ThroughputSettings:
             ("--decode-bytes", self.decode_bytes),
             ("--repeats", self.repeats),
             *(("--context", context) for context in self.sweep_contexts),
+            *(("--decode-bytes", count) for count in self.sweep_decodes),
             *(("--batch", batch) for batch in self.sweep_batches),
         ):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, found {value}")
+        if not self.seconds >= 0:
+            raise UsageError(f"--seconds must be 0 or more, found {self.seconds}")
 
     @property
     def bytes_of_run(self) -> int:
@@ -72,14 +78,20 @@ class ThroughputSettings:
     @property
     def bytes_of_sweep(self) -> int:
         """Bytes that pass through the model in one run at every point of the sweep."""
-        return sum(batch * (context + 1 + self.decode_bytes) for context, batch in self.sweep)
+        return sum(batch * (context + 1 + count) for context, count, batch in self.sweep)
 
     @property
-    def sweep(self) -> list[tuple[int, int]]:
-        """Contexts and batch sizes of the sweep, empty if none was asked for."""
-        if not self.sweep_contexts and not self.sweep_batches:
+    def sweep(self) -> list[tuple[int, int, int]]:
+        """Contexts, lengths of decoding and batch sizes of the sweep, empty if none was asked for."""
+        if not self.sweep_contexts and not self.sweep_decodes and not self.sweep_batches:
             return []
-        return list(itertools.product(self.sweep_contexts or (self.prompt_bytes,), self.sweep_batches or (1,)))
+        return list(
+            itertools.product(
+                self.sweep_contexts or (self.prompt_bytes,),
+                self.sweep_decodes or (self.decode_bytes,),
+                self.sweep_batches or (1,),
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,7 @@ class SweepPoint:
     """Speeds of one model after one context with one number of streams; bytes of all streams together."""
 
     context_bytes: int
+    decode_bytes: int  # of each stream, after the first one
     batch: int
     prefill_bytes_per_second: Spread
     decode_bytes_per_second: Spread
@@ -108,6 +121,7 @@ class Throughput:
     joules_per_byte: float | None = None  # decoding; None where the system does not tell
     sweep: tuple[SweepPoint, ...] = ()
     roofline: Roofline | None = None  # where it was asked for
+    decode_seconds_by_part: dict[str, float] | None = None  # of a byte, in the middle repeat; None: nothing tells parts apart
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,12 @@ class _Run:
     working_memory_bytes: int
     steps: list[tuple[float, int]]  # seconds of each call that gave bytes, and how many
     joules: float | None
+    part_seconds: dict[str, float] | None  # of decoding, which they add up to
+
+    @property
+    def seconds(self) -> float:
+        """Of all that was timed."""
+        return self.first_byte + self.decode
 
 
 def measure_throughput(
@@ -148,16 +168,31 @@ def measure_throughput(
     for model in models:
         caches.append(_warm_up(model, prompt, settings.decode_bytes))
         on_bytes(settings.bytes_of_run)
-    runs: list[list[_Run]] = [[] for _ in models]
-    for _ in range(settings.repeats):
-        for model, own in zip(models, runs, strict=True):
-            own.append(_timed(model, [prompt], settings.decode_bytes, clock, energy))
-            on_bytes(settings.bytes_of_run)
+    runs = _in_turn(models, [prompt], settings.decode_bytes, settings, clock, on_bytes, energy)
     sweeps = _swept(models, settings, clock, on_bytes, energy)
     return [
         _summary(own, settings, model.config.patch_size, cache, sweep)
         for model, own, cache, sweep in zip(models, runs, caches, sweeps, strict=True)
     ]
+
+
+def _in_turn(
+    models: Sequence[MegaByteModel],
+    prompts: Sequence[bytes],
+    decode_bytes: int,
+    settings: ThroughputSettings,
+    clock: Callable[[], float],
+    on_bytes: Callable[[int], None],
+    energy: EnergyCounter,
+) -> list[list[_Run]]:
+    """As many runs of each model, to and fro."""
+    runs: list[list[_Run]] = [[] for _ in models]
+    pairs = list(zip(models, runs, strict=True))
+    while len(runs[-1]) < settings.repeats or any(sum(run.seconds for run in own) < settings.seconds for own in runs):
+        for model, own in pairs if len(runs[-1]) % 2 == 0 else reversed(pairs):
+            own.append(_timed(model, prompts, decode_bytes, clock, energy))
+            on_bytes(sum(map(len, prompts)) + len(prompts) * (1 + decode_bytes))
+    return runs
 
 
 def _swept(
@@ -169,19 +204,17 @@ def _swept(
 ) -> list[tuple[SweepPoint, ...]]:
     """The sweep of each model; models alternate at each point, after a run that does not count."""
     found: list[list[SweepPoint]] = [[] for _ in models]
-    for context, batch in settings.sweep:
+    for context, decode_bytes, batch in settings.sweep:
         prompts = [sample_prompt(context, settings.seed + number) for number in range(batch)]
-        runs: list[list[_Run]] = [[] for _ in models]
-        for repeat in range(-1, settings.repeats):
-            for model, own in zip(models, runs, strict=True):
-                run = _timed(model, prompts, settings.decode_bytes, clock, energy)
-                if repeat >= 0:
-                    own.append(run)
-                on_bytes(batch * (context + 1 + settings.decode_bytes))
+        for model in models:
+            _timed(model, prompts, decode_bytes, clock, energy)
+            on_bytes(batch * (context + 1 + decode_bytes))
+        runs = _in_turn(models, prompts, decode_bytes, settings, clock, on_bytes, energy)
         for own, points in zip(runs, found, strict=True):
             points.append(
                 SweepPoint(
                     context,
+                    decode_bytes,
                     batch,
                     spread_of([batch * context / run.prefill for run in own]),
                     spread_of([run.decoded_bytes / run.decode for run in own]),
@@ -199,11 +232,11 @@ def check_run_fits(models: Sequence[MegaByteModel], settings: ThroughputSettings
                 f"--prompt-bytes {settings.prompt_bytes}, a first byte and --decode-bytes {settings.decode_bytes} do"
                 f" not fit a context of {model.config.max_bytes} bytes; ask for fewer"
             )
-        longest = max(settings.sweep_contexts, default=0) + 1 + settings.decode_bytes
-        if settings.sweep_contexts and longest > model.config.max_bytes:
+        context, count, _ = max(settings.sweep, key=lambda point: point[0] + point[1], default=(0, 0, 0))
+        if context + 1 + count > model.config.max_bytes:
             raise UsageError(
-                f"--context {max(settings.sweep_contexts)}, a first byte and --decode-bytes {settings.decode_bytes} do not"
-                f" fit a context of {model.config.max_bytes} bytes; ask for fewer"
+                f"--context {context}, a first byte and --decode-bytes {count} do not fit a context of"
+                f" {model.config.max_bytes} bytes; ask for fewer"
             )
 
 
@@ -243,11 +276,11 @@ def _timed(
     ids = sample(state.logits, GREEDY, None)
     ids.tolist()  # waits for the device and brings the number over, as every consumer of bytes must
     first = clock()
-    counted = energy.read()
+    counted, parts = energy.read(), state.part_seconds
     state.push(ids)
     steps: list[tuple[float, int]] = []
     before = first
-    for count in _decoded(model, state, decode_bytes):
+    for count in decoded(state, decode_bytes):
         now = clock()
         steps.append((now - before, count))
         before = now
@@ -259,6 +292,7 @@ def _timed(
         working_memory_bytes=mx.get_peak_memory() - held,
         steps=steps,
         joules=energy.joules(counted, energy.read()),
+        part_seconds=with_overhead(parts, state.part_seconds, before - first),
     )
 
 
@@ -267,19 +301,9 @@ def _warm_up(model: MegaByteModel, prompt: bytes, decode_bytes: int) -> dict[str
     state = Lockstep(model.network, [prompt], model.cache_bits)
     mx.eval(state.logits)
     most = state.cache_bytes
-    for _ in _decoded(model, state, decode_bytes + 1):
+    for _ in decoded(state, decode_bytes + 1):
         most = {level: max(most[level], size) for level, size in state.cache_bytes.items()}
     return most
-
-
-def _decoded(model: MegaByteModel, state: Lockstep, count: int) -> Iterator[int]:
-    """Decode `count` bytes of each stream, as generation does; after each step how many came."""
-    noise = Noise(GREEDY.seed, model.config.vocab_size)
-    while count > 0:
-        ids = state.advance(GREEDY, noise, count)
-        ids.tolist()
-        count -= ids.shape[1]
-        yield ids.shape[1]
 
 
 def _patch_seconds(run: _Run, settings: ThroughputSettings, patch_size: int) -> list[float]:
@@ -295,6 +319,14 @@ def _patch_seconds(run: _Run, settings: ThroughputSettings, patch_size: int) -> 
     return found
 
 
+def _parts_of_a_byte(runs: Sequence[_Run]) -> dict[str, float] | None:
+    """Seconds of a byte by part, in the repeat whose decoding is in the middle, so that they add up."""
+    middle = sorted(runs, key=lambda run: run.decode)[len(runs) // 2]
+    if middle.part_seconds is None:
+        return None
+    return {part: seconds / middle.decoded_bytes for part, seconds in middle.part_seconds.items()}
+
+
 def _summary(
     runs: Sequence[_Run],
     settings: ThroughputSettings,
@@ -304,18 +336,19 @@ def _summary(
 ) -> Throughput:
     patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)]
     joules = [run.joules for run in runs if run.joules is not None]
-    decoded = sum(run.decoded_bytes for run in runs)
+    total = sum(run.decoded_bytes for run in runs)
     return Throughput(
         prefill_bytes_per_second=spread_of([settings.prompt_bytes / run.prefill for run in runs]),
         decode_bytes_per_second=spread_of([run.decoded_bytes / run.decode for run in runs]),
         time_to_first_byte_seconds=spread_of([run.first_byte for run in runs]),
-        decoded_bytes=decoded,
+        decoded_bytes=total,
         cache_bytes=cache_bytes,
         working_memory_bytes=max(run.working_memory_bytes for run in runs),
         byte_latency_seconds=percentiles_of(
             [seconds / count for run in runs for seconds, count in run.steps for _ in range(count)]
         ),
         patch_latency_seconds=percentiles_of(patches) if patches else None,
-        joules_per_byte=sum(joules) / decoded if len(joules) == len(runs) else None,
+        decode_seconds_by_part=_parts_of_a_byte(runs),
+        joules_per_byte=sum(joules) / total if len(joules) == len(runs) else None,
         sweep=sweep,
     )

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from marlin_cli.bench.report import Table
 
 
+# Ratios of two models settle within a few percent in this time, even where others use the machine (LOG.md, 2026-11-28).
+SECONDS_OF_A_PAIR = 15.0
+
+
 class Format(str, Enum):
     """How the result is written."""
 
@@ -29,9 +33,17 @@ def bench(
         list[str] | None,
         typer.Argument(metavar="MODEL", help="Paths, shipped names or hub repositories; the demo if none."),
     ] = None,
-    prompt_bytes: Annotated[str, typer.Option(help="Bytes of the prompt, for example 512 or 4k.")] = "512",
-    decode_bytes: Annotated[str, typer.Option(help="Bytes decoded after the first one.")] = "128",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs a model, after one that is not.")] = 5,
+    prompt_bytes: Annotated[
+        str, typer.Option(help="Bytes of the prompt, for example 512 or 4k; 512,2k: both, as --context has them.")
+    ] = "512",
+    decode_bytes: Annotated[
+        str, typer.Option(help="Bytes decoded after the first one; 64,256: both, after each --context.")
+    ] = "128",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs a model at least, after one that is not.")] = 5,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="Repeat until each model was timed so long. Default 0; with --against 15."),
+    ] = None,
     roofline: Annotated[
         bool, typer.Option("--roofline", help="Measure memory bandwidth too, and the share of it that decoding reaches.")
     ] = False,
@@ -170,11 +182,16 @@ def bench(
         if quality is None and value is not None:
             raise UsageError(f"{option} needs --quality")
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
+    prompts, decodes = parse_sizes(prompt_bytes, "--prompt-bytes"), parse_sizes(decode_bytes, "--decode-bytes")
+    if context is not None and len(prompts) > 1:
+        raise UsageError("--prompt-bytes and --context sweep the same; give one of them several lengths")
     timing = ThroughputSettings(
-        parse_size(prompt_bytes, "--prompt-bytes"),
-        parse_size(decode_bytes, "--decode-bytes"),
+        prompts[0],
+        decodes[0],
         repeats,
-        sweep_contexts=parse_sizes(context, "--context"),
+        seconds if seconds is not None else 0.0 if against is None else SECONDS_OF_A_PAIR,
+        sweep_contexts=prompts if len(prompts) > 1 else parse_sizes(context, "--context"),
+        sweep_decodes=decodes if len(decodes) > 1 else (),
         sweep_batches=parse_sizes(batch, "--batch"),
     )
     names = tuple(models or [DEFAULT_MODEL])
@@ -188,6 +205,9 @@ def bench(
             "--against": against,
             "--context": context,
             "--roofline": roofline or None,
+            "--seconds": seconds,
+            "several --prompt-bytes": timing.sweep_contexts or None,
+            "several --decode-bytes": timing.sweep_decodes or None,
         }
         report: Report | AnsweringReport = answering_bench.measured(
             names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,

@@ -1,4 +1,6 @@
-"""`marlin bench --plan`: what models cost by their shape, at contexts and bit widths, and the time that memory alone takes."""
+"""`marlin bench --plan`: what models cost by their shape, at contexts and bit widths; the time that reading memory takes,
+and the one that this machine's operations predict.
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +13,7 @@ def show_plan(
     gigabytes_per_second: float | None,
     device: str,
 ) -> None:
-    """Print a table a model; the bandwidth is measured unless it is given.
+    """Print a table a model. The bandwidth is measured unless it is given, and then operations are too, where that can be done.
 
     Raises:
         MarlinError: a model that cannot be read or is no MegaByte, or options that do not fit it.
@@ -19,12 +21,15 @@ def show_plan(
     from marlin_cli import console
     from marlin_cli.bench.arithmetic import costs_of, stored_bits
     from marlin_cli.bench.bandwidth import measure_bandwidth
+    from marlin_cli.bench.prediction import at_bits, layer_shapes, predicted_seconds
     from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32, elements_by_part
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import parse_sizes
     from marlin_cli.config import from_mapping
+    from marlin_cli.engine.decoding import CacheBits
     from marlin_cli.errors import UsageError
+    from marlin_cli.models import build
     from marlin_cli.models.megabyte import MegaByteConfig
     from marlin_cli.ops.device import choose_device
 
@@ -41,7 +46,7 @@ def show_plan(
             raise UsageError(f"--plan: {name} is no MegaByte; its arithmetic is known for that alone")
         config = from_mapping(MegaByteConfig, checkpoint.config, name)
         # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
-        here = gigabytes_per_second is None and choose_device(device).name == "cpu"
+        here = gigabytes_per_second is None and (chosen := choose_device(device)).name == "cpu"
         floats = 32 if here else 16
         sizes: dict[str, float] = dict((bytes_in_float32 if here else bytes_by_part)(checkpoint.weights))
         if bits is not None:
@@ -50,7 +55,14 @@ def show_plan(
             elements = elements_by_part(checkpoint.weights)
             sizes = {part: count * stored_bits(bits) / 8 for part, count in elements.items()}
         lengths = parse_sizes(contexts, "--context") or (config.max_bytes,)
-        plans.append((name, [costs_of(config, sizes, length, cache_bits or floats, floats) for length in lengths]))
+        costs = [costs_of(config, sizes, length, cache_bits or floats, floats) for length in lengths]
+        predicted = None
+        if here:
+            network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=name, dtype=chosen.dtype)
+            shapes = layer_shapes(network) if bits is None else at_bits(layer_shapes(network), bits)
+            kept = CacheBits(cache_bits or 16, cache_bits or 16)
+            predicted = predicted_seconds(config, shapes, lengths, kept)
+        plans.append((name, costs, predicted))
     if gigabytes_per_second is None:
         choose_device(device)
         measured = measure_bandwidth()
@@ -58,7 +70,7 @@ def show_plan(
         console.note(f"measured: copies {measured.copy / 1e9:.1f} GB/s, matrix times vector {rate / 1e9:.1f} GB/s")
     else:
         rate = gigabytes_per_second * 1e9
-    for name, costs in plans:
+    for name, costs, predicted in plans:
         rows = [
             ["attention, pairs", *(f"{each.attention_pairs:,}" for each in costs)],
             ["of a flat byte model", *(f"{each.flat_attention_pairs:,}" for each in costs)],
@@ -70,7 +82,10 @@ def show_plan(
             ["of a flat byte model, 16 bits", *(f"{each.flat_cache_bytes:,.0f}" for each in costs)],
             *([f"read a byte: {part}", *(f"{each.read_bytes[part]:,.0f}" for each in costs)] for part in costs[0].read_bytes),
             ["read a byte: all", *(f"{each.read_bytes_total:,.0f}" for each in costs)],
-            ["time a byte, us", *(f"{1e6 * each.seconds_per_byte(rate):,.3g}" for each in costs)],
+            ["reading a byte takes, us", *(f"{1e6 * each.seconds_per_byte(rate):,.3g}" for each in costs)],
         ]
+        if predicted is not None:
+            rows += [[f"predicted, us: {part}", *(f"{1e6 * each[part]:,.3g}" for each in predicted)] for part in predicted[0]]
+            rows.append(["predicted, us: all", *(f"{1e6 * sum(each.values()):,.3g}" for each in predicted)])
         title = f"Plan of {name} at {rate / 1e9:.1f} GB/s"
         console.table(title, ["", *(f"{each.context_bytes:,} bytes" for each in costs)], rows, to_stdout=True)

@@ -103,6 +103,11 @@ class Lockstep:
         return {"global": by_stage[0], "local": sum(by_stage[1:]) or self._sequence_cache_bytes}
 
     @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """Seconds of the kernels so far, see `FusedStages.part_seconds`; None where nothing tells parts apart."""
+        return None if self._fused is None else self._fused.part_seconds
+
+    @property
     def logits(self) -> mx.array:
         """Logits [streams, vocab] of the next id of each stream."""
         if self._logits is None:

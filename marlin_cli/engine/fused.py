@@ -27,6 +27,25 @@ class FusedStages:
         ]
         self._head = kernel_product(module, network.output)
         self._table = network.stages[-1].byte_embedding.weight
+        self._seconds = [module.PartSeconds() for _ in network.stages]
+
+    @property
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds spent in the caches and sequences made here so far, by part of the model and level of the cache.
+
+        What runs once a patch on both sides of the global stage is computed when the next call asks for it, and counts there.
+        """
+        first, *middle, last = self._seconds
+        found = {
+            "global": first.whole - first.attention + sum(each.inputs for each in (*middle, last)),
+            "global cache": first.attention,
+            "middle": sum(each.whole - each.inputs - each.attention for each in middle),
+            "local": last.whole - last.inputs - last.attention - last.head - last.drawing,
+            "local cache": sum(each.attention for each in (*middle, last)),
+            "head": last.head,
+            "sampling": last.drawing,
+        }
+        return {part: seconds for part, seconds in found.items() if middle or part != "middle"}
 
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
@@ -41,6 +60,7 @@ class FusedStages:
         return FusedCache(
             self._stacks[number],
             self._module.StackCache(stage.layers, streams, kv_heads, stage.width_of_head, *bits, rows, list(padding)),
+            self._seconds[number],
         )
 
     def decode_sequence(
@@ -61,8 +81,9 @@ class FusedStages:
         if noise is None:
             noise = mx.zeros((0,))
         return self._module.local_patch_decode(
-            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), noise, steps, drawing
-        )
+            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), noise, steps, drawing,
+            self._seconds[-1],
+        )  # fmt: skip
 
     def costs(self, ids: mx.array) -> mx.array:
         """What each of ids [batch, total] costs, in nats, as `MegaByte.__call__` predicts it: [batch, total] float32."""
@@ -90,12 +111,12 @@ class FusedStages:
 class FusedCache:
     """What one stage remembers, in the kernels' own pages; takes rows through the stage's layers."""
 
-    def __init__(self, stack: Any, cache: Any) -> None:
-        self._stack, self._cache = stack, cache
+    def __init__(self, stack: Any, cache: Any, seconds: Any) -> None:
+        self._stack, self._cache, self._seconds = stack, cache, seconds
 
     def run(self, rows: mx.array) -> mx.array:
         """Hidden rows of `rows` [streams, n, dim], which follow those seen before."""
-        return self._stack(rows, self._cache)
+        return self._stack(rows, self._cache, seconds=self._seconds)
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,8 @@ CHART_WIDTH, PLOT_HEIGHT, BAR_HEIGHT = 6.0, 3.4, 0.24
 COLUMNS = 2
 DOTS_PER_INCH = 144
 
+NAMES_INSIDE = 4  # of curves, at most
+
 
 def check_figure_path(path: Path) -> None:
     """Raise now what `write_figure` would raise before it draws.
@@ -62,6 +64,12 @@ def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
                 _draw(axis, chart)
             for axis in axes[len(column) :, 0]:
                 axis.set_axis_off()
+        # The solver of layouts differs in the last digits from call to call, and names in the file are made of them.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for axis in figure.axes:
+            left, bottom, width, height = (round(value, 4) for value in axis.get_position().bounds)
+            axis.set_position((left, bottom, width, height))
         with writing(path) as temporary:
             dated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(temporary, metadata=dated)
@@ -84,8 +92,9 @@ def _draw(axis: Any, chart: Chart) -> None:
     else:
         _histogram(axis, chart)
     if axis.get_legend_handles_labels()[1]:
-        # Bars fill their axes: what names them stands beside.
-        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if isinstance(chart, Bars) else {}
+        # Bars fill their axes, and so do many names: they stand beside.
+        fills = isinstance(chart, Bars) or (isinstance(chart, Plot) and len(chart.series) > NAMES_INSIDE)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if fills else {}
         axis.legend(frameon=False, fontsize=8, **beside)
 
 

@@ -136,11 +136,42 @@ def test_pairs_cancel_what_slows_both():
         paired_ratio([1.0], [1.0, 2.0])
 
 
-def test_the_interval_of_pairs_is_that_of_student():
-    ratio = paired_ratio([1.0] * 4, list(np.exp([0.1, 0.2, 0.3, 0.4])))
-    assert np.log([ratio.value, ratio.high]) == pytest.approx(
-        [0.25, 0.25 + 3.1824 * np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2], rel=1e-2
-    )
+# Of 2^n cases, those with at most b below: two tails of at most 2.5 % each (tables of the sign test).
+@pytest.mark.parametrize("count, outside", [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (12, 2), (15, 3), (20, 5)])
+def test_the_interval_of_pairs_is_that_of_the_sign_test(count, outside):
+    logs = np.arange(count) / 100
+    ratio = paired_ratio([1.0] * count, list(np.exp(np.random.default_rng(0).permutation(logs))))
+    assert np.log([ratio.low, ratio.value, ratio.high]) == pytest.approx([logs[outside], np.median(logs), logs[-1 - outside]])
+
+
+def test_many_pairs_are_taken_four_by_four():
+    old = [100.0, 100.0, 100.0, 1.0] * 10  # one in four is disturbed, and not the same ones
+    new = [1.0, 110.0, 110.0, 110.0] * 10
+    ratio = paired_ratio(old, new)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((1.1, 1.1, 1.1))
+    assert paired_ratio(old[:8], new[:8]).high == pytest.approx(110)  # too few to be pooled
+
+
+def busy(random, count):
+    """Speeds of two equal models in turn on a busy machine: slow spells fall on both, and single runs take times as long."""
+    spells = np.repeat((random.random(count // 5 + 1) < 0.3) * random.exponential(0.7, count // 5 + 1), 5)[:count]
+    for _ in range(2):
+        spikes = (random.random(count) < 0.2) * random.exponential(1.0, count)
+        yield 100 / np.exp(0.03 * random.standard_normal(count) + spells + spikes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pairs_tell_a_tenth_from_nothing_on_a_busy_machine(seed):
+    old, new = busy(np.random.default_rng(seed), 110)
+    same, slower = paired_ratio(list(old), list(new)), paired_ratio(list(old), list(0.9 * new))
+    assert same.value == pytest.approx(1.0, abs=0.05)
+    assert slower.value == pytest.approx(0.9, abs=0.05) and slower.high < 1
+
+
+def test_intervals_of_pairs_miss_seldom():
+    random = np.random.default_rng(1)
+    found = [paired_ratio(*map(list, busy(random, 40))) for _ in range(400)]
+    assert 0.93 < np.mean([ratio.low <= 1 <= ratio.high for ratio in found]) < 0.99
 
 
 @pytest.mark.parametrize("degrees, point", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (8, 2.306), (30, 2.042)])
@@ -154,6 +185,13 @@ def test_a_table_of_pairs_leaves_the_baseline_out():
     table = table_of_pairs(both, "m")
     assert [row[:3] for row in table.rows][1] == ["n", "decode_bytes_per_second", "2.0000"]
     assert len(table.rows) == 3
+
+
+@pytest.mark.parametrize("speed, verdict", [(0.9, "worse"), (1.0, "within noise"), (1.01, "within noise"), (1.1, "better")])
+def test_pairs_flag_a_tenth_and_not_a_hundredth(speed, verdict):
+    both = document()
+    both["models"] += document(speed=speed, name="n", seed=1)["models"]
+    assert {row[-1] for row in table_of_pairs(both, "m").rows} == {verdict}
 
 
 def test_the_last_line_of_a_file_is_read(tmp_path):

@@ -38,6 +38,7 @@ def test_a_counter_that_turns_over(zone, tmp_path):
 
 def test_no_counters_and_no_permission_tell_nothing(zone, tmp_path):
     assert EnergyCounter(tmp_path).read() is None
+    assert EnergyCounter(tmp_path).reason == f"unknown: {tmp_path} has no counters of processor packages"
     zone("intel-rapl:0", 5)
     zone("intel-rapl:1", 5)
     counter = EnergyCounter(tmp_path)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -36,7 +37,8 @@ def model(name, bits, speed):
                 for context in (128, 1024, 8192)
                 for batch in (1, 4)
             ],
-            "roofline": {"seconds_by_part": {"global": 3.0, "local": 1.0}, "copy_bytes_per_second": 1e10},
+            "decode_seconds_by_part": {"global": 3.0, "local": 1.0},
+            "roofline": {"predicted_seconds_by_part": {"global": 2.0, "local": 1.5}, "copy_bytes_per_second": 1e10},
         },
         "quality": {
             "domains": {"code": score(2.5), "binary": score(5.0)},
@@ -78,8 +80,12 @@ def test_spreads_are_bars_with_ranges_and_sums_are_stacked():
     speed = titled(DOCUMENT, "Decode bytes per second")
     assert isinstance(speed, Bars) and speed.labels == ["plain", "packed"] and speed.unit == "bytes/s"
     assert (speed.series[""], speed.ranges[""]) == ([100, 300], [(90, 120), (270, 360)])
-    parts = titled(DOCUMENT, "Seconds by part")
-    assert parts.stacked and parts.series == {"global": [3, 3], "local": [1, 1]}
+    for title, series in (
+        ("Decode seconds by part", {"global": [3, 3], "local": [1, 1]}),
+        ("Predicted seconds by part", {"global": [2, 2], "local": [1.5, 1.5]}),
+    ):
+        parts = titled(DOCUMENT, title)
+        assert parts.stacked and parts.series == series and parts.unit == "s"
 
 
 def test_lists_are_curves_over_the_number_that_differs():
@@ -145,6 +151,20 @@ def test_pictures_that_cannot_be_drawn_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'marlin-cli\[plot\]'"):
         write_figure(tmp_path / "a.svg", charts, "t")
+
+
+def test_many_names_stand_beside_their_curves(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    for count in (4, 5):
+        curves = {f"a rather long name, {number}": [Point(1, number), Point(2, number)] for number in range(count)}
+        write_figure(tmp_path / f"{count}.svg", [Plot("p", "x", "y", curves)], "t")
+    few, many = ((tmp_path / f"{count}.svg").read_text() for count in (4, 5))
+
+    def width(drawn):
+        """Of the axes, to which curves are clipped."""
+        return float(re.search(r'<rect x="[\d.]+" y="[\d.]+" width="([\d.]+)"', drawn)[1])
+
+    assert width(many) < 0.8 * width(few)
 
 
 def test_ticks_of_logarithmic_axes_are_numbers(tmp_path):

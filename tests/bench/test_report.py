@@ -33,7 +33,7 @@ SPEED = Throughput(
     spread_of([1000.0, 1200.0, 1100.0]), spread_of([90.0, 95.5, 80.0]), spread_of([0.5, 0.25, 0.75]), 384,
     {"global": 4096, "local": 512}, 123456,
     Percentiles(0.001, 0.002, 0.003, 0.004), None, 0.125,
-    (SweepPoint(1024, 8, spread_of([5.0]), spread_of([6.0, 8.0]), spread_of([0.5])),),
+    (SweepPoint(1024, 128, 8, spread_of([5.0]), spread_of([6.0, 8.0]), spread_of([0.5])),),
 )  # fmt: skip
 
 
@@ -155,12 +155,12 @@ def test_latencies_energy_and_the_sweep_are_rows(report):
     assert found["first", "byte_latency_seconds", "percentile_99"] == 0.003
     assert ("first", "patch_latency_seconds", "maximum") not in found
     assert found["first", "joules_per_byte", ""] == 0.125
-    assert found["first", "decode_bytes_per_second", "context 1024, batch 8"] == 7.0
+    assert found["first", "decode_bytes_per_second", "context 1024, decoded 128, batch 8"] == 7.0
     tables = to_tables(report)
     speed = {row[0]: row[1:] for row in next(table for table in tables if table.title.startswith("Speed: ")).rows}
     assert speed["a byte, ms: 50 %, 90 %, 99 %, longest"] == ["1, 2, 3, 4"] * 2
     assert speed["a patch, ms: 50 %, 90 %, 99 %, longest"] == ["-"] * 2
     assert speed["decoding, J/byte of the processor packages"] == ["0.125"] * 2
     [sweep] = [table for table in tables if table.title.startswith("Speed by context")]
-    assert sweep.columns[2:4] == ["first: prefill", "first: decode"]
-    assert sweep.rows == [["1,024", "8", *["5 (5 .. 5)", "7 (6 .. 8)"] * 2]]
+    assert sweep.columns[:5] == ["context", "decoded", "batch", "first: prefill", "first: decode"]
+    assert sweep.rows == [["1,024", "128", "8", *["5 (5 .. 5)", "7 (6 .. 8)"] * 2]]

@@ -5,10 +5,13 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.bandwidth import Bandwidth
-from marlin_cli.bench.roofline import REST, bandwidth_for, roofline_of
+from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
+from marlin_cli.bench.roofline import bandwidth_for, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 
 BANDWIDTH = Bandwidth(10.0, 1000.0, {"nvfp4": 100.0})
@@ -21,19 +24,21 @@ def model(random_network, small_sizes):
 
 def test_reading_by_part_at_the_bandwidth_of_its_format(model):
     config = model.config
-    plain, packed = (roofline_of(each, 16, 1000.0, BANDWIDTH) for each in (model, model.quantize(global_bits=4, local_bits=4)))
+    plain, packed = (
+        roofline_of(each, 16, 1000.0, None, BANDWIDTH) for each in (model, model.quantize(global_bits=4, local_bits=4))
+    )
     sizes = bytes_by_part(dict(tree_flatten(model.network.parameters())))
     assert plain.read_bytes["global"] == sizes["global"] / config.patch_size
     assert plain.read_bytes["local"] == sizes["local"]
-    assert plain.seconds_by_part["local"] == pytest.approx(sizes["local"] / 1000)
+    assert plain.read_seconds_by_part["local"] == pytest.approx(sizes["local"] / 1000)
     # 4 patches of keys and values in float32, read once a patch; a local sequence half on average.
     assert plain.read_bytes["global cache"] == 2 * 4 * config.global_layers * 4 * config.global_dim / config.patch_size
     assert packed.read_bytes["global cache"] == plain.read_bytes["global cache"]
     assert packed.read_bytes["local"] < 0.4 * plain.read_bytes["local"]
-    assert packed.seconds_by_part["local"] > plain.seconds_by_part["local"]  # at a tenth of the bandwidth
+    assert packed.read_seconds_by_part["local"] > plain.read_seconds_by_part["local"]  # at a tenth of the bandwidth
     for found in (plain, packed):
-        assert sum(found.seconds_by_part.values()) == pytest.approx(1000.0)
-        assert found.share == pytest.approx(1 - found.seconds_by_part[REST] / 1000)
+        assert found.share == pytest.approx(sum(found.read_seconds_by_part.values()) / 1000)
+        assert found.bandwidth_reached is None and found.predicted_seconds_by_part is None
 
 
 def test_packed_caches_are_smaller(random_network, small_sizes):
@@ -41,14 +46,26 @@ def test_packed_caches_are_smaller(random_network, small_sizes):
     caches = []
     for bits in (CacheBits(16, 16), CacheBits(4, 16), CacheBits(4, 4)):
         model = MegaByteModel(network, choose_device("cpu"), cache_bits=bits)
-        caches.append(roofline_of(model, 16, 1.0, BANDWIDTH).read_bytes["global cache"])
+        caches.append(roofline_of(model, 16, 1.0, None, BANDWIDTH).read_bytes["global cache"])
     whole, half, none = caches
     assert none == pytest.approx(whole * 4.5 / 32) and half == pytest.approx((whole + none) / 2)
 
 
-def test_faster_than_reading_leaves_nothing_else(model):
-    found = roofline_of(model, 16, 1e-9, BANDWIDTH)
-    assert found.seconds_by_part[REST] == 0 and found.share > 1
+def test_the_bandwidth_that_each_part_reaches(model):
+    reading = roofline_of(model, 16, 1.0, None, BANDWIDTH).read_seconds_by_part
+    measured = {**{part: 2 * seconds for part, seconds in reading.items()}, "local": reading["local"] / 4, "overhead": 1.0}
+    found = roofline_of(model, 16, sum(measured.values()), measured, BANDWIDTH)
+    assert found.bandwidth_reached == pytest.approx({**dict.fromkeys(reading, 0.5), "local": 4.0})
+    assert found.share == pytest.approx(sum(reading.values()) / sum(measured.values()))
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_predictions_have_the_parts_that_are_measured(model):
+    [speed] = measure_throughput([model], ThroughputSettings(20, 9, 1))
+    [predicted] = predicted_seconds(model.config, layer_shapes(model.network), [24], model.cache_bits)
+    assert list(predicted) == list(speed.decode_seconds_by_part)
+    read = roofline_of(model, 24, 1.0, None, BANDWIDTH).read_seconds_by_part
+    assert [*read, "sampling", "overhead"] == list(predicted)  # in one order, so that a part has one colour on a page
 
 
 def test_the_formats_of_the_model_are_measured(model, monkeypatch):

@@ -16,6 +16,7 @@ from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 
 SETTINGS = ThroughputSettings(prompt_bytes=20, decode_bytes=9, repeats=3)
@@ -108,6 +109,38 @@ def test_latencies_of_bytes_and_of_whole_patches(model, monkeypatch):
     assert short.patch_latency_seconds is None
 
 
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_parts_of_decoding_add_up_to_the_repeat_in_the_middle(model):
+    [result] = measure_throughput([model], SETTINGS)
+    parts = result.decode_seconds_by_part
+    assert list(parts) == ["global", "global cache", "local", "local cache", "head", "sampling", "overhead"]
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(1 / result.decode_bytes_per_second.median, rel=1e-9)
+
+
+def test_parts_are_of_the_repeat_whose_time_is_in_the_middle(model, monkeypatch):
+    reading = itertools.count()  # each look at the parts finds a second more in the first and two in the second
+
+    class Told(Lockstep):
+        @property
+        def part_seconds(self):
+            seen = float(next(reading))
+            return {"global": seen, "local": 2 * seen}
+
+    monkeypatch.setattr(throughput, "Lockstep", Told)
+    clock = Clock(monkeypatch, lambda: 1.0, lambda: 1.0, in_turn(*[1.0] * 10, *[9.0] * 9, *[5.0] * 9, *[7.0] * 9))
+    monkeypatch.setattr(throughput.Lockstep, "part_seconds", Told.part_seconds)
+    [result] = measure_throughput([model], SETTINGS, clock)
+    assert result.decode_seconds_by_part["global"] == 1 / 9 and result.decode_seconds_by_part["local"] == 2 / 9
+    assert sum(result.decode_seconds_by_part.values()) == pytest.approx(1 / result.decode_bytes_per_second.median)
+
+
+def test_parts_that_nothing_tells_apart_are_unknown(model, monkeypatch):
+    monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+    [result] = measure_throughput([model], SETTINGS)
+    assert result.decode_seconds_by_part is None
+
+
 def test_percentiles():
     found = percentiles_of([float(value) for value in range(101)])
     assert (found.percentile_50, found.percentile_90, found.percentile_99, found.maximum) == (50, 90, 99, 100)
@@ -120,22 +153,48 @@ def test_a_sweep_has_every_batch_after_every_context(model, random_network, smal
     settings = ThroughputSettings(8, 4, 2, sweep_contexts=(4, 12), sweep_batches=(1, 3))
     results = measure_throughput([model, other], settings, clock, counts.append)
     for result in results:
-        assert [(point.context_bytes, point.batch) for point in result.sweep] == [(4, 1), (4, 3), (12, 1), (12, 3)]
+        points = [(point.context_bytes, point.decode_bytes, point.batch) for point in result.sweep]
+        assert points == [(4, 4, 1), (4, 4, 3), (12, 4, 1), (12, 4, 3)]
         assert [point.prefill_bytes_per_second.median for point in result.sweep] == [2, 6, 6, 18]
         assert [point.decode_bytes_per_second.median for point in result.sweep] == [4, 12, 4, 12]
     assert sum(counts) == 2 * 3 * (settings.bytes_of_run + settings.bytes_of_sweep)
     assert settings.bytes_of_sweep == 4 * (4 + 5) + 4 * (12 + 5)
 
 
+def test_lengths_of_decoding_are_swept_after_every_context(model, monkeypatch):
+    clock = Clock(monkeypatch, lambda: 2.0, lambda: 0.0, lambda: 0.25)
+    settings = ThroughputSettings(8, 4, 1, sweep_contexts=(4, 8), sweep_decodes=(2, 6))
+    [result] = measure_throughput([model], settings, clock)
+    assert [(point.context_bytes, point.decode_bytes) for point in result.sweep] == [(4, 2), (4, 6), (8, 2), (8, 6)]
+    assert [point.decode_bytes_per_second.median for point in result.sweep] == [4, 4, 4, 4]
+    assert settings.bytes_of_sweep == 7 + 11 + 11 + 15
+
+
 def test_batches_alone_are_swept_after_the_prompt():
-    assert ThroughputSettings(8, 4, sweep_batches=(2, 4)).sweep == [(8, 2), (8, 4)]
+    assert ThroughputSettings(8, 4, sweep_batches=(2, 4)).sweep == [(8, 4, 2), (8, 4, 4)]
+    assert ThroughputSettings(8, 4, sweep_decodes=(2, 3)).sweep == [(8, 2, 1), (8, 3, 1)]
     assert ThroughputSettings(8, 4).sweep == []
+
+
+def test_short_runs_are_repeated_until_they_have_taken_long(model, random_network, small_sizes, monkeypatch):
+    other = MegaByteModel(random_network(MegaByteConfig(**small_sizes), seed=1), model.device)
+    clock = Clock(monkeypatch, lambda: 1.0, lambda: 0.5, lambda: 0.5)  # 6 seconds a run
+    for seconds, repeats in ((0.0, 2), (12.0, 2), (12.5, 3), (30.0, 5)):
+        results = measure_throughput([model, other], ThroughputSettings(20, 9, 2, seconds), clock)
+        assert [len(result.decode_bytes_per_second.samples) for result in results] == [repeats] * 2
+    with pytest.raises(UsageError, match="--seconds must be 0 or more, found -1"):
+        ThroughputSettings(seconds=-1)
 
 
 def test_contexts_of_a_sweep_must_fit(model):
     settings = ThroughputSettings(8, 4, 1, sweep_contexts=(8, model.config.max_bytes))
     with pytest.raises(UsageError, match=f"--context {model.config.max_bytes}, a first byte and --decode-bytes 4 do not"):
         measure_throughput([model], settings)
+    settings = ThroughputSettings(8, 4, 1, sweep_decodes=(4, model.config.max_bytes - 8))
+    with pytest.raises(UsageError, match=f"--context 8, a first byte and --decode-bytes {model.config.max_bytes - 8} do not"):
+        measure_throughput([model], settings)
+    with pytest.raises(UsageError, match="--decode-bytes must be at least 1, found 0"):
+        ThroughputSettings(sweep_decodes=(1, 0))
     with pytest.raises(UsageError, match="--batch must be at least 1, found 0"):
         ThroughputSettings(sweep_batches=(1, 0))
 
@@ -168,13 +227,13 @@ def test_the_bytes_timed_are_those_that_generation_gives(model, pushed):
     assert runs == [generated] * 4  # a warm-up and three repeats
 
 
-def test_repeats_of_several_models_alternate(model, random_network, small_sizes, pushed):
+def test_repeats_of_several_models_go_to_and_fro(model, random_network, small_sizes, pushed):
     other = MegaByteModel(random_network(MegaByteConfig(**small_sizes), seed=1), model.device)
     counts = []
     results = measure_throughput([model, other], SETTINGS, on_bytes=counts.append)
-    assert [network for network, _ in itertools.groupby(pushed, key=lambda push: push[0])] == [
-        id(model.network), id(other.network),
-    ] * 4  # fmt: skip
+    one, two = id(model.network), id(other.network)
+    runs = [pushed[start][0] for start in range(0, len(pushed), 10)]
+    assert runs == [one, two, one, two, two, one, one, two]  # warm-ups, then A B B A A B
     assert len(results) == 2
     assert counts == [30] * 8
 

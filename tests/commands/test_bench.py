@@ -16,6 +16,7 @@ from marlin_cli.bench.bandwidth import Bandwidth
 from marlin_cli.commands.bench import bench
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 
 QUICK = ["--prompt-bytes", "20", "--decode-bytes", "5", "--repeats", "2", "--device", "cpu"]
@@ -233,13 +234,40 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
     assert rows["4"] == pytest.approx(rows["32"] * 4.5 / 32, rel=0.01)
 
 
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_a_plan_predicts_from_operations_of_this_machine(models, monkeypatch):
+    monkeypatch.setattr("marlin_cli.bench.bandwidth.measure_bandwidth", lambda: Bandwidth(2e12, 1e12))
+    monkeypatch.setattr("marlin_cli.bench.throughput.Lockstep", lambda *given: pytest.fail("the model was run"))
+    text = run(models[0], "--plan", "--context", "16,32", "--bits", "4", "--device", "cpu").stdout
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in text.splitlines() if "predicted, us" in line}
+    parts = [float(number.replace(",", "")) for name, (number, _) in rows.items() if not name.endswith("all")]
+    assert len(parts) == 7 and sum(parts) == pytest.approx(float(rows["predicted, us: all"][0].replace(",", "")), rel=0.02)
+    given = run(models[0], "--plan", "--context", "16", "--bandwidth", "400").stdout
+    assert "predicted, us" not in given  # another machine's
+
+
 def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
-    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e9, 1e9))
-    result = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]["roofline"]
-    assert result["copy_bytes_per_second"] == 2e9 and result["matvec_bytes_per_second"] == {"dense": 1e9}
+    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
+    speed = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]
+    result = speed["roofline"]
+    assert result["copy_bytes_per_second"] == 2e12 and result["matvec_bytes_per_second"] == {"dense": 1e12}
     assert 0 < result["share"] < 1 and set(result["read_bytes"]) >= {"global", "local", "global cache"}
+    if cpu.kernels()[0] is not None:
+        assert list(result["predicted_seconds_by_part"]) == list(speed["decode_seconds_by_part"])
+        assert set(result["bandwidth_reached"]) == set(result["read_bytes"])
     text = run(models[0], *QUICK, "--roofline").stdout
-    assert "Roofline of" in text and "everything else" in text
+    assert "Roofline of" in text and "overhead" in text
+    rows = list(csv.DictReader(io.StringIO(run(models[0], *QUICK, "--roofline", "--format", "csv").stdout)))
+    measures = {row["measure"] for row in rows if row["part"] == "local"}
+    assert measures >= {"decode_seconds_by_part", "predicted_seconds_by_part", "read_seconds_by_part", "bandwidth_reached"}
+
+
+def test_parts_that_are_not_told_apart_are_unknown(models, monkeypatch):
+    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
+    monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+    monkeypatch.setattr("marlin_cli.bench.prediction.kernels", lambda: (None, "none"))
+    lines = run(models[0], *QUICK, "--roofline").stdout.splitlines()
+    assert [line.split()[-2:] for line in lines if line.startswith("local cache ")][-1] == ["unknown", "unknown"]
 
 
 def test_contexts_and_batches_are_swept(models):
@@ -249,12 +277,31 @@ def test_contexts_and_batches_are_swept(models):
     assert "Speed by context" in run(models[0], *QUICK, "--batch", "2").stdout
 
 
+def test_prompts_and_lengths_of_decoding_are_swept(models):
+    arguments = [models[0], "--device", "cpu", "--repeats", "1", "--prompt-bytes", "8,16", "--decode-bytes", "3,5"]
+    result = document(*arguments)
+    [speed] = [model["throughput"] for model in result["models"]]
+    assert (result["throughput_settings"]["prompt_bytes"], speed["decoded_bytes"]) == (8, 3)
+    points = [(point["context_bytes"], point["decode_bytes"], point["batch"]) for point in speed["sweep"]]
+    assert points == [(8, 3, 1), (8, 5, 1), (16, 3, 1), (16, 5, 1)]
+    rows = csv.DictReader(io.StringIO(run(*arguments, "--format", "csv").stdout))
+    assert "context 16, decoded 5, batch 1" in {row["part"] for row in rows}
+
+
+def test_energy_says_why_it_is_unknown(models):
+    machine = document(models[0], *QUICK)["machine"]
+    assert machine["energy"].startswith(("counted by", "unknown: "))
+    assert machine["energy"] in " ".join(run(models[0], *QUICK).stdout.split())
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--roofline", "--no-throughput", "--quality", "x"], "--roofline is of speed"),
         (["--context", "1k", "--no-throughput"], "--context is of speed"),
         (["--batch", "1,x"], "--batch: 'x' is not a size"),
+        (["--prompt-bytes", "8,16", "--context", "8"], "--prompt-bytes and --context sweep the same"),
+        (["--decode-bytes", "4,0"], "--decode-bytes must be at least 1, found 0"),
         (["--plan", "--context", "1G"], "the model's context is"),
         (["--plan", "--bandwidth", "0"], "--bandwidth must be more than 0"),
         (["--plan", "--k-bits", "4"], "one width for keys and values"),
@@ -319,8 +366,21 @@ def test_fingerprints_tell_models_apart(models, tmp_path):
 
 
 def test_against_gives_paired_ratios(models):
-    text = run(models[1], *QUICK, "--against", models[0]).stdout
-    assert "Paired with" in text and "95 % interval" in text
+    text = run(models[1], *QUICK, "--against", models[0], "--seconds", "0").stdout
+    assert "median ratio of 2 runs in turn" in text and "95 % interval" in text
+
+
+def test_pairs_are_timed_for_a_while_unless_told(models, monkeypatch):
+    asked = []
+
+    def told(models, settings, **named):
+        asked.append(settings.seconds)
+        raise UsageError("not timed")
+
+    monkeypatch.setattr("marlin_cli.bench.run.measure_throughput", told)
+    for arguments in ([], ["--against", models[0]], ["--against", models[0], "--seconds", "0.5"]):
+        assert "not timed" in str(invoke(models[1], *QUICK, *arguments).exception)
+    assert asked == [0.0, 15.0, 0.5]
 
 
 @pytest.mark.parametrize("limit, noisy", [(-1.0, True), (float("inf"), False)])
