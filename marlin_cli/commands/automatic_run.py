@@ -10,7 +10,7 @@ from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.corpus import open_corpus
-from marlin_cli.engine.scoring import log2_probabilities
+from marlin_cli.engine.scoring import log2_predictions
 from marlin_cli.errors import UsageError
 from marlin_cli.files import writing
 from marlin_cli.models import build
@@ -70,7 +70,7 @@ def automatic_settings(
     total = sum(array.size for path, array in checkpoint.weights.items() if array.ndim == 2)
     with console.byte_progress("measuring", total) as progress:
         choices = measure_choices(
-            network, [np.stack(windows)], pack, log2_probabilities, on_choice=lambda choice: progress.advance(choice.weights)
+            network, [np.stack(windows)], pack, log2_predictions, on_choice=lambda choice: progress.advance(choice.weights)
         )
     chosen = choose(choices, target_bits_per_weight)
     mixed = with_choices(settings, chosen)

@@ -2,7 +2,6 @@
 
 import itertools
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -68,12 +67,7 @@ def test_a_budget_that_nothing_meets_is_refused_before_anything_is_measured(rand
 def test_measured_choices_make_a_recipe_that_runs_again(random_network, tmp_path):
     network = random_network(CONFIG)
     windows = [np.random.default_rng(0).integers(0, 256, (4, 48), dtype=np.uint8)]
-
-    def predict(network, ids):
-        logits = network(ids)
-        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / np.log(2)
-
-    choices = measure_choices(network, windows, lambda weight, plan: mse(weight, plan.format, plan.group_size), predict)
+    choices = measure_choices(network, windows, lambda weight, plan: mse(weight, plan.format, plan.group_size))
     assert ("local.layers.0.attention.q_proj", "local.layers.0.attention.k_proj", "local.layers.0.attention.v_proj") in [
         choice.paths for choice in choices
     ]
