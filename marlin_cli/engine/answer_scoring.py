@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.cache import check_cache_bits
-from marlin_cli.engine.encoder_decoder import PackedMemory, padded
+from marlin_cli.engine.encoder_decoder import PackedMemory
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory
-from marlin_cli.models.byt5_ids import ids_of_bytes
+from marlin_cli.models.byt5_ids import ids_of_bytes, padded
 
 
 def bits_of_answers(

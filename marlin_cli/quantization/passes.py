@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.models import Network
+from marlin_cli.quantization.byt5_passes import byt5_bytes, byt5_logits, byt5_pieces, byt5_start
 from marlin_cli.quantization.megabyte_passes import megabyte_bytes, megabyte_logits, megabyte_pieces, megabyte_start
 from marlin_cli.quantization.pieces import Piece, State
 
@@ -35,6 +36,7 @@ class Passes:
 # model_type -> its passes.
 PASSES = {
     "megabyte": Passes(megabyte_start, megabyte_pieces, megabyte_logits, megabyte_bytes),
+    "byt5": Passes(byt5_start, byt5_pieces, byt5_logits, byt5_bytes),
 }
 
 

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError, UsageError
 from marlin_cli.models import Network, linear_layers, set_modules
+from marlin_cli.models.byt5 import ByT5
 from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, pack_weight, packed_layer, planned, report_of
@@ -103,13 +104,15 @@ def quantize_sequentially(
         run.pack_piece(piece)
     embeddings = [path for path, module in network.named_modules() if isinstance(module, nn.Embedding)]
     plans = list(run.plans.values())
-    marlin = {
+    marlin: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "method": f"{method}, sequential on {sum(size for _, size in sizes):,} bytes",
         "formats": settings.formats_of({plan.part for plan in plans}),
         "kv_bits": settings.kv_bits,
         "statistics": None,
     }
+    if method in NEED_SEQUENTIAL and isinstance(network, ByT5):
+        marlin["rotated_states"] = True  # of the encoder: `encode` would give others than the original
     if domain_weights is not None:
         marlin["domain_weights"] = dict(domain_weights)
     reports = [run.reports.get(plan.path) or planned(plan) for plan in plans]
