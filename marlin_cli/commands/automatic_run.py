@@ -9,15 +9,15 @@ from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.commands.calibration_bytes import CalibrationBytes, batches_up_to
-from marlin_cli.engine import scoring
+from marlin_cli.engine import answer_scoring, scoring
 from marlin_cli.files import writing
 from marlin_cli.models import build
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import check_method
 from marlin_cli.quantization.automatic import (
+    Predict,
     check_target,
     choose,
-    log2_predictions,
     measure_choices,
     recipe_text,
     with_choices,
@@ -67,8 +67,8 @@ def automatic_settings(
             hessian = statistics.hessian(plan.path, domain_weights)
         return METHODS[tried](weight, plan.format, plan.group_size, importance, hessian)
 
-    # Where the kernels run, they take a MegaByte through a stage in one call.
-    predict = scoring.log2_predictions if isinstance(network, MegaByte) else log2_predictions
+    # Where the kernels run, they take rows through a stage or an encoder in one call.
+    predict: Predict = scoring.log2_predictions if isinstance(network, MegaByte) else answer_scoring.log2_predictions
     total = sum(array.size for path, array in checkpoint.weights.items() if array.ndim == 2)
     with console.byte_progress("measuring", total) as progress:
         choices = measure_choices(network, batches, pack, predict, on_choice=lambda choice: progress.advance(choice.weights))

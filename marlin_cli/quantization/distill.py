@@ -40,7 +40,7 @@ class DistillSettings:
     scale_rate: float = 1e-3  # in parts of the scale, a step
     free_rate: float = 1e-3  # of what stays in 16 bits, in parts of the array's root mean square, a step
     steps: int = 100
-    parts: tuple[str, ...] | None = ("local", "head")  # see `models.part_of`; None tunes all
+    parts: tuple[str, ...] | None = ("local", "head", "decoder", "cross")  # see `models.part_of`; None tunes all
 
 
 class _TunedLinear(nn.Module):

@@ -49,7 +49,7 @@ def test_less_is_lost_than_layer_by_layer(changes, tmp_path):
     on_calibration, on_others = (
         {name: byt5_cases.divergence(network, other, seed) for name, other in lost.items()} for seed in (SEED, 99)
     )
-    assert on_calibration["sequential"] < 0.9 * on_calibration["gptq"] < on_calibration["rtn"]
+    assert on_calibration["sequential"] < 0.5 * on_calibration["gptq"] < 0.5 * on_calibration["rtn"]
     assert on_others["sequential"] < 0.7 * on_others["rtn"]
 
 
@@ -73,8 +73,7 @@ def test_the_decoder_makes_up_for_the_packed_encoder():
     encoder = {path: array for path, array in arrays(whole).items() if path.startswith("encoder.")}
     other = quantize_network(network, FORMAT, method="rtn").network  # its packed layers take the arrays of both
     other.load_weights(list({**arrays(blind), **encoder}.items()), strict=False)
-    mixed = {path: array for path, array in arrays(other).items()}
-    assert mixed.keys() == arrays(whole).keys()
+    assert arrays(other).keys() == arrays(whole).keys()
     assert byt5_cases.divergence(network, whole, SEED) < 0.97 * byt5_cases.divergence(network, other, SEED)
 
 
