@@ -45,8 +45,8 @@ EIGHT_BITS = "mxfp8"
 MARKS = "", "¹", "²", "³"
 DISTILLED = tuple(f"{name}{DISTILL}" for name in ("rtn", "sequential", "hadamard"))
 METHODS = "rtn", "mse", "awq", "gptq", "awq+gptq", "sequential", "hadamard", *DISTILLED
-# All bytes of the demo's pairs.
-CALIBRATION_BYTES = 1 << 20
+# More than the demo's pairs have; and bytes that a choice of formats is measured on.
+CALIBRATION_BYTES, CHOICE_BYTES = 1 << 20, 8 << 10
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Packing:
         file = self._beside(f"auto-{budget:g}.yaml")
         if not file.exists():
             network = self.model.network
-            every = batches_up_to(network, CalibrationBytes("calibration", pairs=(DEMO,)), CALIBRATION_BYTES)
+            every = batches_up_to(network, CalibrationBytes("calibration", pairs=(DEMO,)), CHOICE_BYTES)
             batches = [batch for _, batch in every]
             choices = measure_choices(
                 network, batches, lambda weight, plan: mse(weight, plan.format, plan.group_size), log2_predictions
             )
             chosen = choose(choices, budget)
             mixed = with_choices(settings, chosen)
-            file.write_text(recipe_text(mixed, choices, chosen, f"{budget:g} bits a weight: mse, the pairs of {DEMO}"))
+            file.write_text(recipe_text(mixed, choices, chosen, f"{budget:g} bits a weight: mse, {CHOICE_BYTES} bytes"))
         return QuantizationSettings(**yaml.safe_load(file.read_text(encoding="utf-8")))
 
     def statistics(self) -> Statistics:

@@ -16,7 +16,8 @@ from marlin_cli.quantization.methods.rtn import rtn
 Method = Callable[[mx.array, Format, int, mx.array | None, npt.NDArray[np.float64] | None], Packed]
 
 # awq and awq+gptq rescale channels first (`quantization.scaled`), over all layers that share an input, and then are mse
-# and gptq. gptq+hadamard rotates the network first (`methods.hadamard`), and then is gptq.
+# and gptq; gptq alone does so with channels that stand out (`methods.outliers`). gptq+hadamard rotates the network
+# first (`methods.hadamard`), and then is gptq.
 METHODS: dict[str, Method] = {
     "rtn": rtn,
     "mse": mse,
