@@ -15,7 +15,14 @@ from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, pack_layer, packed_of
-from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS, RESCALING
+from marlin_cli.quantization.methods import (
+    METHODS,
+    NEED_HESSIANS,
+    NEED_SEQUENTIAL,
+    NEED_STATISTICS,
+    RESCALING,
+    WITHOUT_OUTLIERS,
+)
 from marlin_cli.quantization.plan import (
     LayerPlan,
     QuantizationSettings,
@@ -122,7 +129,7 @@ def prepared(
     if method in RESCALING:
         assert statistics is not None
         network, factors = rescaled(network, plans, statistics, domain_weights)
-    elif method == "gptq":
+    elif method in WITHOUT_OUTLIERS:
         assert statistics is not None
         network, factors = without_outliers(network, plans, lambda path: statistics.mean_square(path, domain_weights))
     return network, plans, factors

@@ -23,11 +23,12 @@ from marlin_cli.models.byt5 import ByT5
 from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, pack_weight, packed_layer, planned, report_of
-from marlin_cli.quantization.methods import NEED_SEQUENTIAL
+from marlin_cli.quantization.methods import NEED_SEQUENTIAL, WITHOUT_OUTLIERS
 from marlin_cli.quantization.methods.hadamard import rotated
 from marlin_cli.quantization.passes import passes_of
 from marlin_cli.quantization.pieces import Piece, State
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, quantization_table
+from marlin_cli.quantization.scaled import without_outliers
 from marlin_cli.statistics.collect import shared_inputs
 
 Matrix = npt.NDArray[np.float64]
@@ -97,6 +98,10 @@ def quantize_sequentially(
     weights = _weights(sizes, domain_weights)
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")
+    if method in WITHOUT_OUTLIERS:
+        squares = _input_squares(network, [batch for _, batch in batches], weights)
+        inputs = shared_inputs(network)
+        network, _ = without_outliers(network, plan_network(network, settings), lambda path: squares[inputs[path]])
     if method in NEED_SEQUENTIAL:
         network = rotated(network)
     run = _Run(network, plan_network(network, settings), method, batches, weights, on_layer)
@@ -132,6 +137,34 @@ def _weights(sizes: Sequence[tuple[str, int]], domain_weights: Mapping[str, floa
     weights = [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in sizes]
     # Scaled so that a domain alone gives, to the last bit, what its bytes give without weights.
     return [weight / (max(weights) or 1.0) for weight in weights]
+
+
+def _input_squares(network: Network, batches: Sequence[Any], weights: Sequence[float]) -> dict[str, npt.NDArray[np.float32]]:
+    """The mean square of each input channel [channels] of the network as it is, by the path in whose name it is measured."""
+    network = _in_float32(network)
+    passes = passes_of(network)
+    used = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight > 0]
+    states = [passes.start(network, batch) for batch, _ in used]
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    rows = dict.fromkeys(shared_inputs(network).values(), 0.0)
+    for piece in passes.pieces(network):
+        observers = {source: _Observed(linear_layers(network)[source]) for source in piece.sources}
+        set_modules(network, list(observers.items()))
+        for index, (_, weight) in enumerate(used):
+            before, states[index] = states[index], piece.run(network, states[index])
+            mx.eval(states[index])
+            for source, observer in observers.items():
+                seen = _real_rows(observer.seen[0], before)
+                sums[source] = sums.get(source, 0) + weight * np.square(seen).sum(axis=0, dtype=np.float64)
+                rows[source] += weight * len(seen)
+        set_modules(network, [(source, observer.layer) for source, observer in observers.items()])
+    return {source: (total / rows[source]).astype(np.float32) for source, total in sums.items()}
+
+
+def _real_rows(array: mx.array, state: State) -> npt.NDArray[np.float32]:
+    """Rows [rows, channels] of an array [.., channels] that came about from a state, without filler."""
+    rows = np.array(_flat(array))
+    return rows[np.array(state["real"]).reshape(-1)] if "real" in state else rows
 
 
 class _Run:
@@ -220,10 +253,7 @@ class _Run:
                         at = [stream + _flat(watching[path].seen[1]) for stream, watching in zip(at, observers, strict=True)]
                     arrays.append(at[0] - at[1])
                 mx.eval(arrays)
-                rows = [np.array(array) for array in arrays]
-                if "real" in states[0]:
-                    real = np.array(states[0]["real"]).reshape(-1)
-                    rows = [array[real] for array in rows]
+                rows = [_real_rows(array, states[0]) for array in arrays]
                 total += weight * len(rows[1])
                 square += weight * (rows[1].T @ rows[1])
                 drift += weight * ((rows[0] - rows[1]).T @ rows[1])

@@ -1,7 +1,9 @@
 """gptq on channels that stand out: they are brought in line exactly and without a search, and nothing else is touched."""
 
+import functools
 from pathlib import Path
 
+import byt5_cases
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,14 +12,17 @@ from outlier_model import with_outliers
 
 from marlin_cli import load
 from marlin_cli.corpus import open_corpus, open_pairs
+from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.quantization.apply import plan_network, prepared, quantize_network
 from marlin_cli.quantization.methods import outliers
 from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.methods.outliers import outlier_factors
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import is_gated, without_outliers
-from marlin_cli.statistics.collect import hessian_channels
-from marlin_cli.statistics.data import Statistics
+from marlin_cli.quantization.sequential import _input_squares, quantize_sequentially
+from marlin_cli.statistics.collect import hessian_channels, shared_inputs
+from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.data import Run, Statistics, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.run import calibrate
 
@@ -98,7 +103,7 @@ def test_outliers_are_found_and_brought_in_line(name, tmp_path):
         np.testing.assert_allclose(np.array(copy(ids)), np.array(scaled(ids)), rtol=1e-3, atol=1e-3)
 
 
-def test_gptq_recovers_what_rtn_loses(random_network, tmp_path, monkeypatch):
+def test_gptq_recovers_what_rtn_loses(tmp_path, monkeypatch):
     """On the widest layers of the demo, in nvfp4: at least 80 % of rtn's loss, of which without this half stayed."""
     scaled = with_outliers(network_of("megabyte-demo"))
     block = r"global\.layers\.[01]\."
@@ -118,7 +123,6 @@ def test_gptq_recovers_what_rtn_loses(random_network, tmp_path, monkeypatch):
     found = {method: lost(method) for method in ("rtn", "gptq")}
     monkeypatch.setattr(outliers, "STANDS_OUT", np.inf)
     alone = lost("gptq")
-    print(found, alone)
     assert found["gptq"] < 0.2 * found["rtn"] and found["gptq"] < 0.5 * alone
 
 
@@ -129,3 +133,32 @@ def test_only_gptq_does_it(tmp_path):
     for method in ("rtn", "mse"):
         same, _, factors = prepared(scaled, settings, statistics, method=method, domain_weights=None)
         assert same is scaled and not factors
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptq+hadamard"])
+def test_packing_layer_after_layer_does_it_too(method, random_network, monkeypatch):
+    sizes = {
+        f"{stage}_{name}": size for stage in ("global", "local") for name, size in (("dim", 64), ("layers", 1), ("heads", 2))
+    }
+    scaled = with_outliers(random_network(MegaByteConfig(patch_size=4, max_bytes=96, **sizes)))
+    batches = [("code", np.random.default_rng(seed).integers(0, 64, (8, 48), dtype=np.uint8)) for seed in range(3)]
+    ids = mx.array(np.random.default_rng(9).integers(0, 64, (4, 48)).astype(np.int32))
+
+    def error() -> float:
+        packed = quantize_sequentially(scaled, QuantizationSettings("nvfp4", "nvfp4"), batches, method=method).network
+        return float(mx.square(packed(ids) - scaled(ids)).mean().item())
+
+    found = error()
+    monkeypatch.setattr(outliers, "STANDS_OUT", np.inf)
+    assert found < 0.5 * error()
+
+
+def test_inputs_are_measured_as_calibrate_measures_them(tmp_path):
+    network = byt5_cases.random_byt5(downsample_factor=4)
+    batches = byt5_cases.batches(1, network)
+    totals = functools.reduce(pool, (measure_pair(network, "pairs", e.source, e.target) for e in byt5_cases.examples(1)))
+    statistics = Statistics("m", shared_inputs(network), (Run("c", 1, 0, None),), totals)
+    found = _input_squares(network, [batch for _, batch in batches], [1.0] * len(batches))
+    assert found.keys() == set(hessian_channels(network))
+    for path, square in found.items():
+        np.testing.assert_allclose(square, statistics.mean_square(path), rtol=2e-3, err_msg=path)
