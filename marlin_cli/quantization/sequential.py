@@ -98,17 +98,17 @@ def quantize_sequentially(
     weights = _weights(sizes, domain_weights)
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")
+    plans = plan_network(network, settings)
     if method in WITHOUT_OUTLIERS:
         squares = _input_squares(network, [batch for _, batch in batches], weights)
         inputs = shared_inputs(network)
-        network, _ = without_outliers(network, plan_network(network, settings), lambda path: squares[inputs[path]])
+        network, _ = without_outliers(network, plans, lambda path: squares[inputs[path]])
     if method in NEED_SEQUENTIAL:
         network = rotated(network)
-    run = _Run(network, plan_network(network, settings), method, batches, weights, on_layer)
+    run = _Run(network, plans, method, batches, weights, on_layer)
     for piece in passes.pieces(network):
         run.pack_piece(piece)
     embeddings = [path for path, module in network.named_modules() if isinstance(module, nn.Embedding)]
-    plans = list(run.plans.values())
     marlin: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "method": f"{method}, sequential on {sum(size for _, size in sizes):,} bytes",

@@ -7,7 +7,7 @@ import pytest
 
 from marlin_cli.corpus import Example
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import linear_layers, part_of
+from marlin_cli.models import ARCHITECTURES, linear_layers, part_of
 from marlin_cli.quantization.pair_batches import BATCH_IDS, batch_of, pair_batches, pair_batches_by_domain
 from marlin_cli.quantization.passes import PASSES, passes_of
 from marlin_cli.statistics.collect import shared_inputs
@@ -83,6 +83,4 @@ def test_batches_hold_every_pair_once_and_no_more_ids_than_they_may():
 
 
 def test_every_architecture_has_its_passes():
-    from marlin_cli.models import ARCHITECTURES
-
     assert PASSES.keys() == ARCHITECTURES.keys()
