@@ -32,7 +32,7 @@ from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes
 from marlin_cli.quantization.apply import dequantize_network, quantize_network
 from marlin_cli.quantization.automatic import choose, measure_choices, recipe_text, with_choices
-from marlin_cli.quantization.distill import DistillSettings, distill
+from marlin_cli.quantization.distill import distill, settings_for
 from marlin_cli.quantization.methods.mse import mse
 from marlin_cli.quantization.pair_batches import pair_batches
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -104,7 +104,7 @@ class Packing:
         assert isinstance(network, ByT5)
         if method.endswith(DISTILL):
             batches = endless_batches(original, CalibrationBytes("distill", pairs=(DEMO,)))
-            network = distill(original, network, batches, DistillSettings(steps=self.options.distill_steps))
+            network = distill(original, network, batches, settings_for(original, self.options.distill_steps))
         return ByT5Model(dequantize_network(network, self.model.device.dtype), self.model.device)
 
     def settings(self, part: Part, name: str) -> QuantizationSettings:

@@ -38,7 +38,7 @@ from marlin_cli.quantization.apply import (
     plan_network,
     quantize_network,
 )
-from marlin_cli.quantization.distill import DistillSettings, distill
+from marlin_cli.quantization.distill import distill, settings_for
 from marlin_cli.quantization.layers import LayerReport, planned
 from marlin_cli.quantization.methods import METHODS, RESCALING
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -195,7 +195,7 @@ def _distilled(model: str, options: ImportOptions, result: Quantized, batches: I
             seen.append(divergence)
             progress.advance(batch_bytes(original))
 
-        tuned = distill(original, result.network, batches, DistillSettings(steps=steps), on_step=stepped)
+        tuned = distill(original, result.network, batches, settings_for(original, steps), on_step=stepped)
     console.note(f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits per byte ({len(seen)} steps)")
     tuning = f"distilled, {len(seen)} steps of {batch_size_text(original)}"
     marlin = {**result.marlin, "method": f"{result.marlin['method']}; {tuning}"}

@@ -12,7 +12,7 @@ from marlin_cli.models import linear_layers
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.apply import quantize_network
-from marlin_cli.quantization.distill import DistillSettings, differentiable_linear, distill
+from marlin_cli.quantization.distill import DistillSettings, differentiable_linear, distill, settings_for
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import packed_of
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -123,3 +123,9 @@ def test_the_gradient_of_a_product():
     expected = mx.grad(lambda a, b: ((a @ b.T) * toll).sum(), argnums=(0, 1))(x, weight)
     for one, two in zip(found, expected, strict=True):
         assert mx.allclose(one, two, rtol=1e-4, atol=1e-5).item()
+
+
+def test_steps_are_shorter_for_a_byt5(random_network):
+    plain, short = settings_for(random_network(CONFIG), 7), settings_for(byt5_cases.random_byt5(), 7)
+    assert plain == DistillSettings(steps=7) and short.steps == 7
+    assert short.level_rate < plain.level_rate and short.free_rate < plain.free_rate
