@@ -60,7 +60,7 @@ def quantize(
         typer.Option(help="ByT5: pairs instead, as calibrate's --pairs. Without them the corpora lose spans, as there."),
     ] = None,
     distill_steps: Annotated[
-        int, typer.Option(min=0, help="Then tune the local part, or ByT5's decoder, by so many steps of 8 KiB; slow.")
+        int, typer.Option(min=0, help="Then tune the local part, or all of a ByT5, by so many steps of 8 KiB; slow.")
     ] = 0,
     distill_corpus: Annotated[
         list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")

@@ -85,13 +85,17 @@ def test_a_byt5_answers_more_nearly_as_it_did(name):
     network = byt5_cases.random_byt5()
     formats = QuantizationSettings(encoder_format=name, decoder_format=name, cross_format=name, wo_format=name)
     packed = quantize_network(network, formats).network
-    batches = [batch for seed in range(STEPS) for _, batch in byt5_cases.batches(seed, network, 16)]
+    batches = [batch for seed in range(12) for _, batch in byt5_cases.batches(seed, network, 16)]
     seen = []
     tuned = distill(
-        network, packed, batches, DistillSettings(0.03, 1e-3, steps=STEPS), on_step=lambda step, value: seen.append(value)
+        network,
+        packed,
+        batches,
+        DistillSettings(0.003, 1e-4, 1e-4, steps=20, parts=None),
+        on_step=lambda step, value: seen.append(value),
     )
-    assert len(seen) == STEPS
-    assert byt5_cases.divergence(network, tuned, 99) < 0.85 * byt5_cases.divergence(network, packed, 99)
+    assert len(seen) == 20
+    assert byt5_cases.divergence(network, tuned, 99) < 0.75 * byt5_cases.divergence(network, packed, 99)
     one, two = (linear_layers(each) for each in (packed, tuned))
     assert all(packed_of(one[path]).nbytes == packed_of(two[path]).nbytes for path in one if path != "output")
 
@@ -105,7 +109,7 @@ def test_filler_is_not_tuned_on():
     longer = dataclasses.replace(batch, target=mx.concatenate([batch.target, filler], axis=1))
     seen = []
     for each in (batch, longer):
-        distill(network, packed, [each], DistillSettings(steps=1), on_step=lambda step, value: seen.append(value))
+        distill(network, packed, [each], settings_for(network, 1), on_step=lambda step, value: seen.append(value))
     assert seen[0] == pytest.approx(seen[1], rel=1e-3) and seen[0] > 0
 
 
@@ -129,3 +133,4 @@ def test_steps_are_shorter_for_a_byt5(random_network):
     plain, short = settings_for(random_network(CONFIG), 7), settings_for(byt5_cases.random_byt5(), 7)
     assert plain == DistillSettings(steps=7) and short.steps == 7
     assert short.level_rate < plain.level_rate and short.free_rate < plain.free_rate
+    assert short.parts is None  # most of what packing costs is lost in the encoder
