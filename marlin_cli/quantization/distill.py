@@ -54,8 +54,8 @@ def settings_for(network: Network, steps: int) -> DistillSettings:
     plain = DistillSettings(steps=steps)
     if not isinstance(network, ByT5):
         return plain
-    rates = (BYT5_SHARE * rate for rate in (plain.level_rate, plain.scale_rate, plain.free_rate))
-    return DistillSettings(*rates, steps=steps, parts=None)
+    level_rate, scale_rate, free_rate = (BYT5_SHARE * rate for rate in (plain.level_rate, plain.scale_rate, plain.free_rate))
+    return DistillSettings(level_rate, scale_rate, free_rate, steps, parts=None)
 
 
 class _TunedLinear(nn.Module):
