@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +33,38 @@ def spread_windows(folder: Path, count: int) -> dict[str, list[np.ndarray]]:
 
 
 class KeptLosses:
-    """Bits of the same held-out pieces by model; what `results` (a file of JSON lines) has already is not measured again."""
+    """Bits of the same held-out pieces by model; what `results` (a file of JSON lines) has already is not measured again.
 
-    def __init__(self, results: Path, sizes: np.ndarray, score: Callable[[Any], np.ndarray]) -> None:
-        """`score` gives the bits of each piece [pieces], whose bytes are `sizes`."""
+    `divergences` is the KL divergence from the original's predictions, for scores that tell it.
+    """
+
+    def __init__(self, results: Path, sizes: np.ndarray, score: Callable[[Any], Mapping[str, np.ndarray]]) -> None:
+        """`score` gives `bits` of each piece [pieces], whose bytes are `sizes`, and perhaps its `divergence` in bits."""
         self.results, self.sizes, self.score = results, sizes, score
-        lines = results.read_text().splitlines() if results.exists() else []
-        rows = [json.loads(line) for line in lines]
-        self.bits = {tuple(row["key"]): np.array(row["bits"]) for row in rows}
-        self.machines = {tuple(row["key"]): row.get("machine", "") for row in rows}
+        self.bits: dict[Key, np.ndarray] = {}
+        self.divergences: dict[Key, np.ndarray] = {}
+        self.machines: dict[Key, str] = {}
+        for line in results.read_text().splitlines() if results.exists() else []:
+            self._take(json.loads(line))
 
     def measure(self, key: Key, make: Callable[[], Any]) -> np.ndarray:
-        """What `score` says of the model that `make` makes."""
+        """The bits by the model that `make` makes."""
         if key not in self.bits:
             start = time.perf_counter()
             model = make()
             made = time.perf_counter() - start
-            bits = self.score(model).tolist()
+            scores = {name: values.tolist() for name, values in self.score(model).items()}
+            row = {"key": key, **scores, "seconds_to_make": round(made, 1), "machine": machine()}
             with self.results.open("a") as file:
-                row = {"key": key, "bits": bits, "seconds_to_make": round(made, 1), "machine": machine()}
                 file.write(json.dumps(row) + "\n")
-            self.bits[key], self.machines[key] = np.array(bits), machine()
+            self._take(row)
         return self.bits[key]
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        key = tuple(row["key"])
+        self.bits[key], self.machines[key] = np.array(row["bits"]), row.get("machine", "")
+        if "divergence" in row:
+            self.divergences[key] = np.array(row["divergence"])
 
     def bits_per_byte(self, key: Key) -> float:
         """All bits over all bytes."""
@@ -74,6 +84,21 @@ class KeptLosses:
         whole, doubt = self.difference(own, base) if own in self.bits else (0.0, 0.0)
         if key != own and whole > 2 * doubt:
             text += f" ({loss / whole:.0%})"
+        return text + marks[self.machines[key]]
+
+    def divergence(self, key: Key) -> tuple[float, float]:
+        """KL divergence in bits per byte, and its standard error over pieces."""
+        found = ratio(self.divergences[key], self.sizes)
+        return found.value, float(found.standard_error or 0)
+
+    def divergence_cell(self, key: Key, own: Key, marks: dict[str, str]) -> str:
+        """The divergence of `key` in a table's cell, its share of that of `own`, its machine's mark."""
+        if key not in self.divergences:
+            return ""
+        value, error = self.divergence(key)
+        text = f"{value:.5f} ± {error:.5f}"
+        if key != own and own in self.divergences:
+            text += f" ({value / self.divergence(own)[0]:.0%})"
         return text + marks[self.machines[key]]
 
 
@@ -99,9 +124,9 @@ class PairedLosses(KeptLosses):
         by_domain = [f"{name} {_signed(self.difference(key, base, name))}" for name in self.windows]
         return f"{' '.join(map(str, key)):40} {_signed(self.difference(key, base))}  ({', '.join(by_domain)})"
 
-    def _bits_of(self, network: MegaByte) -> np.ndarray:
+    def _bits_of(self, network: MegaByte) -> dict[str, np.ndarray]:
         every = [window for part in self.windows.values() for window in part]
-        return np.array([float(bits_of(network, window, WINDOW_BYTES).mean()) for window in every])
+        return {"bits": np.array([float(bits_of(network, window, WINDOW_BYTES).mean()) for window in every])}
 
     def _among(self, domain: str | None) -> np.ndarray:
         return np.full(len(self.domains), True) if domain is None else self.domains == domain

@@ -28,7 +28,7 @@ from published import markers_of, write_between_markers
 
 from marlin_cli import load
 from marlin_cli.corpus import open_corpus
-from marlin_cli.engine.scoring import log2_probabilities
+from marlin_cli.engine.scoring import log2_predictions
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization import windows
 from marlin_cli.quantization.apply import dequantize_network, plan_network, quantize_network
@@ -161,7 +161,7 @@ class Packing:
             corpus = open_corpus(self.options.corpora, sequence_bytes=windows.WINDOW_BYTES, seed=0, max_bytes=CHOICE_BYTES)
             some = np.stack([window for _, window in windows.whole_windows(corpus, windows.WINDOW_BYTES)])
             choices = measure_choices(
-                self.network, [some], lambda weight, plan: mse(weight, plan.format, plan.group_size), log2_probabilities
+                self.network, [some], lambda weight, plan: mse(weight, plan.format, plan.group_size), log2_predictions
             )
             chosen = choose(choices, budget)
             mixed = with_choices(QuantizationSettings(name, name), chosen)

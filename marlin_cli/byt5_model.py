@@ -206,8 +206,10 @@ class ByT5Model:
         """The encoder's states [len(data), d_model] of an input; that of the end, which it reads too, is left out.
 
         Raises:
-            UsageError: an input longer than `max_bytes`.
+            UsageError: an input longer than `max_bytes`; or states that gptq+hadamard rotated, which mean nothing outside.
         """
+        if (self.marlin or {}).get("rotated_states"):
+            raise UsageError("gptq+hadamard has rotated this model's encoder states; encode with one packed by another method")
         return encode(self.network, mx.array([self._source(data)]))[0, : len(data)]
 
     def quantize(

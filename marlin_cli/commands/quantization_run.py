@@ -1,8 +1,9 @@
 """What `marlin quantize` does once its options are read: settings, one library call, one table."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,20 @@ from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.export import export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.commands.calibration_bytes import (
+    CalibrationBytes,
+    batch_bytes,
+    batch_size_text,
+    batches_up_to,
+    endless_batches,
+)
 from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
-from marlin_cli.corpus import open_corpus
 from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.files import scratch_folder
 from marlin_cli.models import Network, build, config_as_mapping
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.byt5 import ByT5
 from marlin_cli.quantization.apply import (
     Quantized,
     check_method,
@@ -31,13 +38,13 @@ from marlin_cli.quantization.apply import (
     plan_network,
     quantize_network,
 )
-from marlin_cli.quantization.distill import DistillSettings, distill
+from marlin_cli.quantization.distill import distill, settings_for
 from marlin_cli.quantization.layers import LayerReport, planned
 from marlin_cli.quantization.methods import METHODS, RESCALING
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
 from marlin_cli.quantization.stream import quantize_checkpoint
-from marlin_cli.quantization.windows import WINDOWS_PER_BATCH, Batch, batches_by_domain, batches_of, window_bytes_of
+from marlin_cli.quantization.windows import WINDOWS_PER_BATCH
 from marlin_cli.statistics import Statistics, load_statistics
 
 
@@ -46,9 +53,9 @@ class ByteSteps:
     """What of `marlin quantize` runs calibration bytes through the model."""
 
     sequential_bytes: int = 0  # 0: layers are packed from statistics, each by itself
-    sequential_corpora: Sequence[str] = ("default",)
+    sequential: CalibrationBytes = CalibrationBytes("calibration")
     distill_steps: int = 0
-    distill_corpora: Sequence[str] = ("default",)
+    distill: CalibrationBytes = CalibrationBytes("distill")
 
 
 def pack(
@@ -140,12 +147,15 @@ class _Packing:
     def _write_whole(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
         """As `write`, by the methods that run bytes through the model, which is in memory."""
         network = _network(self.model, self.options)
+        if self.steps.sequential_bytes:
+            self.steps.sequential.check(network, self.model)
+        tuning = _tuning_batches(network, self.model, self.steps) if self.steps.distill_steps else None
         weights = sum(plan.rows * plan.columns for plan in plan_network(network, self.settings) if plan.format)
         with console.byte_progress("packing", weights * 2) as progress:
             result = self._quantized(network, lambda report: progress.advance(report.bytes_before))
         reports = result.layers
-        if self.steps.distill_steps:
-            result = _distilled(self.model, self.options, result, self.steps)
+        if tuning is not None:
+            result = _distilled(self.model, self.options, result, tuning, self.steps.distill_steps)
         parameters = dict(tree_flatten(result.network.parameters()))
         write_model(
             target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
@@ -157,59 +167,50 @@ class _Packing:
         how: dict[str, Any] = {"method": self.method, "domain_weights": self.domain_weights, "on_layer": on_layer}
         if not self.steps.sequential_bytes:
             return quantize_network(network, self.settings, self.statistics, **how)
-        megabyte = _megabyte(network, "--sequential", self.model)
-        return quantize_sequentially(megabyte, self.settings, _batches(megabyte, self.steps), **how)
+        batches = batches_up_to(network, self.steps.sequential, self.steps.sequential_bytes)
+        return quantize_sequentially(network, self.settings, batches, **how)
 
 
-def _batches(network: MegaByte, steps: ByteSteps) -> list[Batch]:
-    """The calibration bytes of sequential packing."""
-    window = window_bytes_of(network)
-    corpus = open_corpus(steps.sequential_corpora, sequence_bytes=window, seed=0, max_bytes=steps.sequential_bytes)
-    batches = batches_by_domain(corpus, window)
-    if not batches:
-        raise UsageError(f"--calibration-corpus: no window of {window} bytes in {', '.join(steps.sequential_corpora)}")
-    return batches
+def _tuning_batches(network: Network, model: str, steps: ByteSteps) -> Iterator[Any]:
+    """The batches of distillation, the first of which is there: what cannot be tuned is refused before it is packed."""
+    steps.distill.check(network, model)
+    if isinstance(network, ByT5) and not network.config.decoder_layers:
+        raise UsageError(f"--distill-steps: {model} is an encoder alone, which predicts nothing that could be matched")
+    batches = endless_batches(network, steps.distill)
+    first = next(batches, None)
+    if first is None:
+        needed = f"fewer than {WINDOWS_PER_BATCH} windows of {batch_bytes(network) // WINDOWS_PER_BATCH} bytes"
+        raise UsageError(f"--distill-corpus: {needed} in {steps.distill.names}")
+    return itertools.chain([first], batches)
 
 
-def _megabyte(network: Network, option: str, model: str) -> MegaByte:
-    if not isinstance(network, MegaByte):
-        raise UsageError(f"{option}: {model} holds a {network.config.model_type}; name a MegaByte")
-    return network
-
-
-def _distilled(model: str, options: ImportOptions, result: Quantized, steps: ByteSteps) -> Quantized:
-    """The packed network, tuned on the corpora; its tables say so. Sizes stay; the report is of before."""
+def _distilled(model: str, options: ImportOptions, result: Quantized, batches: Iterator[Any], steps: int) -> Quantized:
+    """The packed network, tuned on batches; its tables say so. Sizes stay; the report is of before."""
     checkpoint = read_checkpoint(locate_model(model), options)
     original = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
-    teacher, packed = (_megabyte(network, "--distill-steps", model) for network in (original, result.network))
-    window = window_bytes_of(teacher)
-    corpus = open_corpus(steps.distill_corpora, sequence_bytes=window, seed=0, max_bytes=None)
     seen: list[float] = []
-    with console.byte_progress("distilling", steps.distill_steps * WINDOWS_PER_BATCH * window) as progress:
+    with console.byte_progress("distilling", steps * batch_bytes(original)) as progress:
 
         def stepped(step: int, divergence: float) -> None:
             seen.append(divergence)
-            progress.advance(WINDOWS_PER_BATCH * window)
+            progress.advance(batch_bytes(original))
 
-        batches = batches_of(corpus, window)
-        tuned = distill(teacher, packed, batches, DistillSettings(steps=steps.distill_steps), on_step=stepped)
-    if not seen:
-        raise UsageError(
-            f"--distill-corpus: fewer than {WINDOWS_PER_BATCH} windows of {window} bytes in {', '.join(steps.distill_corpora)}"
-        )
+        tuned = distill(original, result.network, batches, settings_for(original, steps), on_step=stepped)
     console.note(f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits per byte ({len(seen)} steps)")
-    tuning = f"distilled, {len(seen)} steps of {WINDOWS_PER_BATCH} x {window} bytes"
+    tuning = f"distilled, {len(seen)} steps of {batch_size_text(original)}"
     marlin = {**result.marlin, "method": f"{result.marlin['method']}; {tuning}"}
     return dataclasses.replace(result, network=tuned, marlin=marlin)
 
 
 def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite: bool, json_output: bool) -> None:
     """Write `model` with plain 16-bit weights into the folder `target`."""
-    network = _network(model, options)
+    checkpoint = read_checkpoint(locate_model(model), options)
+    network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
     plain = dequantize_network(network)
     if target is not None:
         parameters = dict(tree_flatten(plain.parameters()))
-        write_model(target, config_as_mapping(plain.config), parameters, None, None, overwrite=overwrite)
+        rotated = {name: value for name, value in (checkpoint.marlin or {}).items() if name == "rotated_states"}
+        write_model(target, config_as_mapping(plain.config), parameters, None, rotated or None, overwrite=overwrite)
     before, after = _bytes(network), _bytes(plain)
     if json_output:
         output = None if target is None else str(target)

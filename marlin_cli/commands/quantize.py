@@ -41,12 +41,12 @@ def quantize(
     ] = None,
     sequential: Annotated[
         bool,
-        typer.Option("--sequential", help="MegaByte: pack layer after layer on calibration bytes, instead of --stats; slow."),
+        typer.Option("--sequential", help="Pack layer after layer on calibration bytes, instead of --stats; slow."),
     ] = False,
     sequential_bytes: Annotated[str, typer.Option(help="How many bytes for --sequential.", metavar="SIZE")] = "512k",
     target_bpw: Annotated[
         float | None,
-        typer.Option(help="MegaByte: choose each layer's format by measuring; at most so many bits a weight on average."),
+        typer.Option(help="Choose each layer's format by measuring; at most so many bits a weight on average."),
     ] = None,
     save_recipe: Annotated[
         str | None, typer.Option(help="Where --target-bpw writes what it chose. Default: OUTPUT.recipe.yaml.")
@@ -55,11 +55,18 @@ def quantize(
         list[str] | None,
         typer.Option(help="Bytes for --sequential and --target-bpw, as calibrate's --corpus. Default: `default`."),
     ] = None,
+    calibration_pairs: Annotated[
+        list[str] | None,
+        typer.Option(help="ByT5: pairs instead, as calibrate's --pairs. Without them the corpora lose spans, as there."),
+    ] = None,
     distill_steps: Annotated[
-        int, typer.Option(min=0, help="MegaByte: then tune the local part by so many steps of 8 KiB; slow.")
+        int, typer.Option(min=0, help="Then tune the local part, or all of a ByT5, by so many steps of 8 KiB; slow.")
     ] = 0,
     distill_corpus: Annotated[
         list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")
+    ] = None,
+    distill_pairs: Annotated[
+        list[str] | None, typer.Option(help="ByT5: pairs to tune on instead, again and again in other orders.")
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Shipped recipe or YAML file; options go before it.")] = None,
     override: Annotated[
@@ -91,6 +98,7 @@ def quantize(
 
     require_mlx()
     from marlin_cli.commands import quantization_run as run
+    from marlin_cli.commands.calibration_bytes import CalibrationBytes
     from marlin_cli.commands.options import parse_import_options, parse_size
     from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, settings_of
     from marlin_cli.quantization.plan import format_from_bits
@@ -119,6 +127,7 @@ def quantize(
     if balance_keys:
         settings = dataclasses.replace(settings, balance_keys=True)
     shares = domain_weights_of(domain_weight or [])
+    calibration = CalibrationBytes("calibration", tuple(calibration_corpus or ()), tuple(calibration_pairs or ()))
     if target_bpw is not None:
         from marlin_cli.commands.automatic_run import automatic_settings
 
@@ -127,14 +136,14 @@ def quantize(
         chosen = Path(save_recipe or f"{output}.recipe.yaml")
         check_output_file(chosen)
         settings = automatic_settings(
-            model, options, settings, target_bpw, calibration_corpus or ["default"], chosen,
+            model, options, settings, target_bpw, calibration, chosen,
             statistics_file=stats, method="mse" if sequential else method, domain_weights=shares if stats else None,
         )  # fmt: skip
     steps = run.ByteSteps(
         parse_size(sequential_bytes, "--sequential-bytes") if sequential else 0,
-        calibration_corpus or ["default"],
+        calibration,
         distill_steps,
-        distill_corpus or ["default"],
+        CalibrationBytes("distill", tuple(distill_corpus or ()), tuple(distill_pairs or ())),
     )
     run.pack(
         model, options, target, settings, stats, method, shares,

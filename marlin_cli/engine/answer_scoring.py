@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.cache import check_cache_bits
-from marlin_cli.engine.encoder_decoder import PackedMemory, padded
+from marlin_cli.engine.encoder_decoder import PackedMemory, encode
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory
-from marlin_cli.models.byt5_ids import ids_of_bytes
+from marlin_cli.models.byt5_ids import ids_of_bytes, padded
+from marlin_cli.quantization.pair_batches import PairBatch
 
 
 def bits_of_answers(
@@ -43,3 +44,20 @@ def bits_of_answers(
     real = np.arange(wanted.shape[1]) <= np.array([[len(target)] for target in targets])
     bits: npt.NDArray[np.float64] = np.where(real, np.array(costs).astype(np.float64), 0.0).sum(axis=1) / math.log(2)
     return bits
+
+
+def log2_predictions(network: ByT5, batch: PairBatch) -> mx.array:
+    """Base-2 logarithms of the probabilities of every id, at every byte of the answers and at their ends.
+
+    Returns:
+        [predictions, vocab] float32, pair after pair.
+
+    Raises:
+        UsageError: the network has no decoder.
+    """
+    if not network.config.decoder_layers:
+        raise UsageError("the model is an encoder alone and predicts nothing; ask it to encode")
+    memory = network.memory(encode(network, batch.source, batch.lengths), batch.lengths)
+    hidden = network.decode(batch.target, memory)
+    logits = network.head(hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.places)])
+    return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from marlin_cli.engine.cache import Rows, check_cache_bits
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
+from marlin_cli.models.byt5_ids import padded
 from marlin_cli.ops import paged_attention
 from marlin_cli.ops.reference import pack_rows
 
@@ -159,12 +159,3 @@ def encode(network: ByT5, ids: mx.array, lengths: mx.array | None = None) -> mx.
     """See `ByT5.encode`: in one call where the kernels run."""
     fused = fuse_byt5(network)
     return network.encode(ids, lengths) if fused is None else fused.encode(ids, lengths)
-
-
-def padded(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[mx.array, mx.array | None]:
-    """Ids of unequal lengths as one array [n, longest] and their lengths [n]; None where all are equal."""
-    lengths = [len(source) for source in sources]
-    ids = np.full((len(sources), max(lengths)), pad_id, dtype=np.int32)
-    for row, source in enumerate(sources):
-        ids[row, : len(source)] = source
-    return mx.array(ids), mx.array(lengths) if len(set(lengths)) > 1 else None

@@ -31,6 +31,11 @@ def log2_probabilities(network: MegaByte, windows: mx.array) -> mx.array:
     return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
 
 
+def log2_predictions(network: MegaByte, windows: npt.NDArray[np.uint8]) -> mx.array:
+    """`log2_probabilities` of bytes [n, length] as they come from a corpus."""
+    return log2_probabilities(network, mx.array(windows.astype(np.int32)))
+
+
 def costs(network: MegaByte, windows: mx.array) -> mx.array:
     """Bits that each byte of windows [n, length] costs: [n, length] float32. Kernels keep no distribution of it."""
     fused = fuse(network)

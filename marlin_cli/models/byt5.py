@@ -308,15 +308,22 @@ class DownsamplingEncoder(nn.Module):
         bias = self.local_bias()
         for layer in self.local_layers:
             x = layer(x, bias, lengths, self.window)
-        pooled = before = self._pooled(x, lengths)
-        pooled_lengths = None if lengths is None else -(-lengths // self.factor)
+        pooled = before = self.pooled(x, lengths)
+        pooled_lengths = None if lengths is None else self.pooled_lengths(lengths)
         bias = self.relative_bias()
         for layer in self.layers:
             pooled = layer(pooled, bias, pooled_lengths)
-        added = mx.repeat(pooled - before, self.factor, axis=1)[:, : x.shape[1]]
-        return self.norm(x + added)
+        return self.norm(self.joined(x, before, pooled))
 
-    def _pooled(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+    def pooled_lengths(self, lengths: mx.array) -> mx.array:
+        """How many pooled rows there are of so many real ones: [n]."""
+        return -(-lengths // self.factor)
+
+    def joined(self, x: mx.array, before: mx.array, pooled: mx.array) -> mx.array:
+        """Rows x [n, rows, d_model], each with what the upper layers made of its pooled row `before` more than it was."""
+        return x + mx.repeat(pooled - before, self.factor, axis=1)[:, : x.shape[1]]
+
+    def pooled(self, x: mx.array, lengths: mx.array | None) -> mx.array:
         """Rows x [n, rows, d_model] pooled without their filler: [n, ceil(rows / factor), d_model]."""
         if lengths is None:
             return strided_pool(x, self.factor, self.pooling)

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 
+import mlx.core as mx
+import numpy as np
+
 FIRST_BYTE = 3  # pad, end and unknown come before
 FIRST_SPECIAL = FIRST_BYTE + 256
 
@@ -38,3 +41,12 @@ def bytes_with_sentinels(ids: Sequence[int]) -> bytes:
         for value in ids
         if value >= FIRST_BYTE
     )
+
+
+def padded(sources: Sequence[Sequence[int]], pad_id: int) -> tuple[mx.array, mx.array | None]:
+    """Ids of unequal lengths as one array [n, longest] and their lengths [n]; None where all are equal."""
+    lengths = [len(source) for source in sources]
+    ids = np.full((len(sources), max(lengths)), pad_id, dtype=np.int32)
+    for row, source in enumerate(sources):
+        ids[row, : len(source)] = source
+    return mx.array(ids), mx.array(lengths) if len(set(lengths)) > 1 else None

@@ -15,14 +15,21 @@ from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, pack_layer, packed_of
-from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, NEED_SEQUENTIAL, NEED_STATISTICS, RESCALING
+from marlin_cli.quantization.methods import (
+    METHODS,
+    NEED_HESSIANS,
+    NEED_SEQUENTIAL,
+    NEED_STATISTICS,
+    RESCALING,
+    WITHOUT_OUTLIERS,
+)
 from marlin_cli.quantization.plan import (
     LayerPlan,
     QuantizationSettings,
     plan_layers,
     quantization_table,
 )
-from marlin_cli.quantization.scaled import Factors, rescaled
+from marlin_cli.quantization.scaled import Factors, rescaled, without_outliers
 from marlin_cli.statistics import Statistics
 
 FORMAT_VERSION = 1
@@ -104,9 +111,10 @@ def prepared(
     method: str,
     domain_weights: Mapping[str, float] | None,
 ) -> tuple[Network, list[LayerPlan], Factors]:
-    """The network as its layers are packed, the decisions, and by path the factors of columns that awq has rescaled.
+    """The network as its layers are packed, the decisions, and by path the factors of columns that were rescaled.
 
-    Keys are balanced here, which no factor tells of: it scales rows, and every input stays as it was measured.
+    awq rescales all channels, gptq those that stand out. Keys are balanced here, which no factor tells of: it scales
+    rows, and every input stays as it was measured.
 
     Raises:
         ConfigError, UsageError, QuantizationError, StatisticsError: see `quantize_network`.
@@ -117,10 +125,13 @@ def prepared(
         if statistics is None:
             raise UsageError("--balance-keys needs statistics; make them with marlin calibrate, give --stats")
         network = with_balanced_keys(network, statistics)
-    if method not in RESCALING:
-        return network, plans, {}
-    assert statistics is not None
-    network, factors = rescaled(network, plans, statistics, domain_weights)
+    factors: Factors = {}
+    if method in RESCALING:
+        assert statistics is not None
+        network, factors = rescaled(network, plans, statistics, domain_weights)
+    elif method in WITHOUT_OUTLIERS:
+        assert statistics is not None
+        network, factors = without_outliers(network, plans, lambda path: statistics.mean_square(path, domain_weights))
     return network, plans, factors
 
 

@@ -9,18 +9,19 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import linear_layers
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, linear_layers
 from marlin_cli.ops import Linear
 from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode
 from marlin_cli.quantization.formats import FORMATS
+from marlin_cli.quantization.passes import passes_of
 from marlin_cli.quantization.plan import KEEP, LayerPlan, QuantizationSettings, plan_layers
 from marlin_cli.statistics.collect import shared_inputs
 
@@ -30,7 +31,14 @@ CANDIDATES = ("nvfp4", "mxfp8")
 # The budget is divided into so many steps, and sizes are rounded up to them.
 BUDGET_STEPS = 4096
 
-Predict = Callable[[MegaByte, mx.array], mx.array]
+# (network, batch) -> base-2 logarithms of the probabilities [.., vocab] of every id, at each place that is predicted.
+Predict = Callable[[Any, Any], mx.array]
+
+
+def log2_predictions(network: Network, batch: Any) -> mx.array:
+    """Base-2 logarithms of the probabilities [predictions, vocab] of a batch, see `passes`."""
+    logits = passes_of(network).logits(network, batch)
+    return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Choice:
 
     Attributes:
         bits: format -> bits of all their weights.
-        divergence: format -> KL divergence in bits per byte when they alone are packed.
+        divergence: format -> KL divergence in bits a prediction (of a byte, or of an answer's end) when they alone are
+            packed.
     """
 
     paths: tuple[str, ...]
@@ -49,10 +58,10 @@ class Choice:
 
 
 def measure_choices(
-    network: MegaByte,
-    windows: Sequence[npt.NDArray[np.uint8]],
+    network: Network,
+    batches: Sequence[Any],
     pack: Callable[[mx.array, LayerPlan], Packed],
-    predict: Predict,
+    predict: Predict = log2_predictions,
     formats: Sequence[str] = CANDIDATES,
     *,
     on_choice: Callable[[Choice], None] = lambda choice: None,
@@ -60,13 +69,11 @@ def measure_choices(
     """What each format costs the layers of a network that is in float32.
 
     Args:
-        windows: calibration bytes [n, length]; each is scored once a group of layers and format.
+        batches: calibration bytes as `predict` takes them; each is scored once a group of layers and format.
         pack: the method.
-        predict: base-2 logarithms of the probabilities [n, length, vocab] of ids [n, length].
     """
     layers = linear_layers(network)
-    ids = [mx.array(each.astype(np.int32)) for each in windows]
-    wanted = [np.array(predict(network, each)) for each in ids]
+    wanted = [np.array(predict(network, each)) for each in batches]
     choices = []
     for choice in _unmeasured(network, formats):
         divergence = dict(choice.divergence)
@@ -74,13 +81,13 @@ def measure_choices(
             shapes = {path: _shape(layers[path]) for path in choice.paths}
             plans = plan_layers(shapes, QuantizationSettings(overrides={".": name}))
             swapped = [(plan.path, _unpacked(layers[plan.path], pack(layers[plan.path]["weight"], plan))) for plan in plans]
-            divergence[name] = _divergence(copy_with(network, swapped), ids, wanted, predict)
+            divergence[name] = _divergence(copy_with(network, swapped), batches, wanted, predict)
         choices.append(dataclasses.replace(choice, divergence=divergence))
         on_choice(choices[-1])
     return choices
 
 
-def check_target(network: MegaByte, target_bits_per_weight: float, formats: Sequence[str] = CANDIDATES) -> None:
+def check_target(network: Network, target_bits_per_weight: float, formats: Sequence[str] = CANDIDATES) -> None:
     """Refuses what `choose` would, before anything is measured.
 
     Raises:
@@ -140,7 +147,7 @@ def recipe_text(settings: QuantizationSettings, choices: Sequence[Choice], chose
     return "\n".join(lines) + "\n" + yaml.safe_dump(fields, sort_keys=False, width=200)
 
 
-def _unmeasured(network: MegaByte, formats: Sequence[str]) -> list[Choice]:
+def _unmeasured(network: Network, formats: Sequence[str]) -> list[Choice]:
     """Every choice that a network has, with the sizes of its formats; only staying as it is has a known cost."""
     layers = linear_layers(network)
     groups: dict[str, list[str]] = {}
@@ -185,14 +192,12 @@ def _shape(layer: Linear) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _divergence(
-    network: MegaByte, ids: Sequence[mx.array], wanted: Sequence[npt.NDArray[np.float32]], predict: Predict
-) -> float:
+def _divergence(network: Network, batches: Sequence[Any], wanted: Sequence[npt.NDArray[np.float32]], predict: Predict) -> float:
     total, count = 0.0, 0
-    for each, expected in zip(ids, wanted, strict=True):
+    for each, expected in zip(batches, wanted, strict=True):
         found = np.array(predict(network, each))
         total += float((np.exp2(expected) * (expected - found)).sum(dtype=np.float64))
-        count += each.size
+        count += expected.size // expected.shape[-1]
     return total / count
 
 

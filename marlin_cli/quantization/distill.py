@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,14 +20,17 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import linear_layers, part_of, set_modules
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, linear_layers, part_of, set_modules
+from marlin_cli.models.byt5 import ByT5
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode, round_e2m1, scalar
 from marlin_cli.quantization.grids import grid_of
 from marlin_cli.quantization.layers import packed_layer, packed_of
+from marlin_cli.quantization.passes import passes_of
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class DistillSettings:
     free_rate: float = 1e-3  # of what stays in 16 bits, in parts of the array's root mean square, a step
     steps: int = 100
     parts: tuple[str, ...] | None = ("local", "head")  # see `models.part_of`; None tunes all
+
+
+# How much shorter the steps of a ByT5 are: packed, its divergence is a thirtieth of a MegaByte's, and Adam's steps, which
+# are as long at any gradient, took it further off than packing had (LOG).
+BYT5_SHARE = 0.05
+
+
+def settings_for(network: Network, steps: int) -> DistillSettings:
+    """So many steps as a network's architecture takes them: of a ByT5 all is tuned, as most is lost in its encoder."""
+    plain = DistillSettings(steps=steps)
+    if not isinstance(network, ByT5):
+        return plain
+    level_rate, scale_rate, free_rate = (BYT5_SHARE * rate for rate in (plain.level_rate, plain.scale_rate, plain.free_rate))
+    return DistillSettings(level_rate, scale_rate, free_rate, steps, parts=None)
 
 
 class _TunedLinear(nn.Module):
@@ -134,13 +151,13 @@ class _PlainLinear(nn.Module):
 
 
 def distill(
-    network: MegaByte,
-    packed: MegaByte,
-    batches: Iterable[npt.NDArray[np.uint8]],
+    network: AnyNetwork,
+    packed: AnyNetwork,
+    batches: Iterable[Any],
     settings: DistillSettings | None = None,
     *,
     on_step: Callable[[int, float], None] = lambda step, divergence: None,
-) -> MegaByte:
+) -> AnyNetwork:
     """A copy of `packed` whose codes and scales are tuned to predict as `network` does.
 
     Memory: some twelve times the packed layers' weights in float32, and the activations of one batch.
@@ -148,13 +165,14 @@ def distill(
     Args:
         network: the original, in float32.
         packed: its packed copy.
-        batches: windows of calibration bytes [n, length]; one a step, as many as `settings.steps` are taken.
-        on_step: called with the number of the step and its KL divergence in bits per byte.
+        batches: calibration bytes, see `passes`; one a step, as many as `settings.steps` are taken.
+        on_step: called with the number of the step and its KL divergence in bits a prediction.
 
     Raises:
         QuantizationError: no layer is packed, or the divergence is not finite.
     """
     settings = settings or DistillSettings()
+    logits = passes_of(network).logits
     original = linear_layers(network)
     tuned = {
         path: _TunedLinear(original[path]["weight"], packed_of(module), module.get("bias"))
@@ -180,13 +198,12 @@ def distill(
         for name, rate in (("levels", settings.level_rate), ("scales", settings.scale_rate), ("free", settings.free_rate))
     }
 
-    def divergence(parameters: dict[str, dict[str, mx.array]], ids: mx.array, wanted: mx.array) -> mx.array:
+    def divergence(parameters: dict[str, dict[str, mx.array]], batch: Any, wanted: mx.array) -> mx.array:
         for path, layer in tuned.items():
             layer.update({name: arrays[path] for name, arrays in parameters.items() if path in arrays and name in layer})
         # Adam's steps are all of a size: relative to each array's own, so that one rate fits all.
         student.update(tree_unflatten([(path, array * sizes[path]) for path, array in parameters["free"].items()]))
-        found = student(ids)
-        found = found - mx.logsumexp(found, axis=-1, keepdims=True)
+        found = _log_probabilities(logits(student, batch))
         return (mx.exp(wanted) * (wanted - found)).sum(axis=-1).mean()
 
     step = mx.value_and_grad(divergence)
@@ -195,12 +212,10 @@ def distill(
     }
     parameters["free"] = {path: array / sizes[path] for path, array in free.items()}
     rates = {"levels": "levels", "gain": "scales", "shift": "scales", "free": "free"}
-    for number, windows in zip(range(settings.steps), batches, strict=False):
-        ids = mx.array(windows.astype(np.int32))
-        wanted = network(ids)
-        wanted = wanted - mx.logsumexp(wanted, axis=-1, keepdims=True)
+    for number, batch in zip(range(settings.steps), batches, strict=False):
+        wanted = _log_probabilities(logits(network, batch))
         mx.eval(wanted)
-        loss, gradients = step(parameters, ids, wanted)
+        loss, gradients = step(parameters, batch, wanted)
         for rate, optimizer in adam.items():
             names = [name for name in parameters if rates[name] == rate]
             chosen = {name: parameters[name] for name in names}
@@ -219,6 +234,10 @@ def distill(
     changed = [(path, (array * sizes[path]).astype(stored[path].dtype)) for path, array in parameters["free"].items()]
     result.load_weights(changed, strict=False)
     return result
+
+
+def _log_probabilities(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _is_tuned(path: str, settings: DistillSettings) -> bool:

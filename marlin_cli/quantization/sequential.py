@@ -1,4 +1,4 @@
-"""Packs a MegaByte layer after layer on calibration bytes: each layer sees what the packed layers before it leave.
+"""Packs a network layer after layer on calibration bytes: each layer sees what the packed layers before it leave.
 
 Statistics of the 16-bit network say what a layer's input was; after packing it is something else. Here two networks run
 side by side, the original and the packed one as far as it is packed, and a layer's weight is first fitted by least
@@ -9,6 +9,7 @@ fitted to what is missing in the stream too.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,21 +18,20 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError, UsageError
-from marlin_cli.models import linear_layers, set_modules
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, linear_layers, set_modules
+from marlin_cli.models.byt5 import ByT5
 from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, pack_weight, packed_layer, planned, report_of
-from marlin_cli.quantization.methods import NEED_SEQUENTIAL
+from marlin_cli.quantization.methods import NEED_SEQUENTIAL, WITHOUT_OUTLIERS
 from marlin_cli.quantization.methods.hadamard import rotated
+from marlin_cli.quantization.passes import passes_of
+from marlin_cli.quantization.pieces import Piece, State
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, quantization_table
-from marlin_cli.quantization.windows import Batch
+from marlin_cli.quantization.scaled import without_outliers
 from marlin_cli.statistics.collect import shared_inputs
 
 Matrix = npt.NDArray[np.float64]
-
-# Layers whose output is added to the stream that their block began with, or that attention left.
-RESIDUAL = ("o_proj", "down_proj")
 
 # Of the mean diagonal of x^T x, in the fit: it keeps the weight near the original where inputs say little.
 FIT_DAMPING = 0.01
@@ -69,9 +69,9 @@ class _Observed(nn.Module):
 
 
 def quantize_sequentially(
-    network: MegaByte,
+    network: Network,
     settings: QuantizationSettings,
-    batches: Sequence[Batch],
+    batches: Sequence[tuple[str, Any]],
     *,
     method: str = "gptq",
     domain_weights: Mapping[str, float] | None = None,
@@ -79,10 +79,10 @@ def quantize_sequentially(
 ) -> Quantized:
     """A copy of `network` with its layers packed by `settings`, in the order that bytes pass them.
 
-    Memory: the rows of one stage in both networks, 8 x width bytes a row; for the local stage a row is a byte.
+    Memory: the rows of one stage in both networks, 8 x width bytes a row; for a local stage and a ByT5 a row is a byte.
 
     Args:
-        batches: calibration bytes.
+        batches: (domain, calibration bytes as the architecture reads them, see `passes`).
         method: a name in `METHODS` other than awq; gptq+hadamard packs the rotated network.
         domain_weights: share of each domain in the sums; the rows seen of each if None. One that is left out counts
             nothing.
@@ -93,118 +93,125 @@ def quantize_sequentially(
     """
     if settings.balance_keys:
         raise UsageError("--balance-keys takes the keys' ranges from --stats, which --sequential goes without")
-    weights = _weights(batches, domain_weights)
+    passes = passes_of(network)
+    sizes = [(domain, passes.size_bytes(batch)) for domain, batch in batches]
+    weights = _weights(sizes, domain_weights)
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")
+    plans = plan_network(network, settings)
+    if method in WITHOUT_OUTLIERS:
+        squares = _input_squares(network, [batch for _, batch in batches], weights)
+        inputs = shared_inputs(network)
+        network, _ = without_outliers(network, plans, lambda path: squares[inputs[path]])
     if method in NEED_SEQUENTIAL:
         network = rotated(network)
-    run = _Run(network, plan_network(network, settings), method, batches, weights, on_layer)
-    for number in range(len(run.student.stages)):
-        run.pack_stage(number)
+    run = _Run(network, plans, method, batches, weights, on_layer)
+    for piece in passes.pieces(network):
+        run.pack_piece(piece)
     embeddings = [path for path, module in network.named_modules() if isinstance(module, nn.Embedding)]
-    plans = list(run.plans.values())
-    marlin = {
+    marlin: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "method": f"{method}, sequential on {sum(windows.size for _, windows in batches):,} bytes",
+        "method": f"{method}, sequential on {sum(size for _, size in sizes):,} bytes",
         "formats": settings.formats_of({plan.part for plan in plans}),
         "kv_bits": settings.kv_bits,
         "statistics": None,
     }
+    if method in NEED_SEQUENTIAL and isinstance(network, ByT5):
+        marlin["rotated_states"] = True  # of the encoder: `encode` would give others than the original
     if domain_weights is not None:
         marlin["domain_weights"] = dict(domain_weights)
     reports = [run.reports.get(plan.path) or planned(plan) for plan in plans]
     return Quantized(copy_with(network, run.packed), quantization_table(plans, sorted(embeddings)), marlin, reports)
 
 
-def _weights(batches: Sequence[Batch], domain_weights: Mapping[str, float] | None) -> list[float]:
-    """The weight of a row of each batch."""
+def _weights(sizes: Sequence[tuple[str, int]], domain_weights: Mapping[str, float] | None) -> list[float]:
+    """The weight of a row of each batch, from the batches' domains and bytes."""
     if domain_weights is None:
-        return [1.0] * len(batches)
+        return [1.0] * len(sizes)
     total: dict[str, int] = {}
-    for domain, windows in batches:
-        total[domain] = total.get(domain, 0) + windows.size
+    for domain, size in sizes:
+        total[domain] = total.get(domain, 0) + size
     unknown = sorted(set(domain_weights) - set(total))
     if unknown:
         raise QuantizationError(f"no domain {unknown[0]!r} in the calibration bytes; there are {', '.join(sorted(total))}")
-    weights = [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in batches]
+    weights = [domain_weights.get(domain, 0.0) / total[domain] for domain, _ in sizes]
     # Scaled so that a domain alone gives, to the last bit, what its bytes give without weights.
     return [weight / (max(weights) or 1.0) for weight in weights]
 
 
+def _input_squares(network: Network, batches: Sequence[Any], weights: Sequence[float]) -> dict[str, npt.NDArray[np.float32]]:
+    """The mean square of each input channel [channels] of the network as it is, by the path in whose name it is measured."""
+    network = _in_float32(network)
+    passes = passes_of(network)
+    used = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight > 0]
+    states = [passes.start(network, batch) for batch, _ in used]
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    rows = dict.fromkeys(shared_inputs(network).values(), 0.0)
+    for piece in passes.pieces(network):
+        observers = {source: _Observed(linear_layers(network)[source]) for source in piece.sources}
+        set_modules(network, list(observers.items()))
+        for index, (_, weight) in enumerate(used):
+            before, states[index] = states[index], piece.run(network, states[index])
+            mx.eval(states[index])
+            for source, observer in observers.items():
+                seen = _real_rows(observer.seen[0], before)
+                sums[source] = sums.get(source, 0) + weight * np.square(seen).sum(axis=0, dtype=np.float64)
+                rows[source] += weight * len(seen)
+        set_modules(network, [(source, observer.layer) for source, observer in observers.items()])
+    return {source: (total / rows[source]).astype(np.float32) for source, total in sums.items()}
+
+
+def _real_rows(array: mx.array, state: State) -> npt.NDArray[np.float32]:
+    """Rows [rows, channels] of an array [.., channels] that came about from a state, without filler."""
+    rows = np.array(_flat(array))
+    return rows[np.array(state["real"]).reshape(-1)] if "real" in state else rows
+
+
 class _Run:
-    """Both networks, and what has been packed so far."""
+    """Both networks, how far each batch has come in them, and what has been packed so far."""
 
     def __init__(
         self,
-        network: MegaByte,
+        network: Network,
         plans: Sequence[LayerPlan],
         method: str,
-        batches: Sequence[Batch],
+        batches: Sequence[tuple[str, Any]],
         weights: Sequence[float],
         on_layer: Callable[[LayerReport], None] | None,
     ) -> None:
         self.plans, self.method, self.on_layer = {plan.path: plan for plan in plans}, method, on_layer
         self.original = linear_layers(network)
         self.teacher, self.student = _in_float32(network), _in_float32(network)
-        used = [(windows, weight) for (_, windows), weight in zip(batches, weights, strict=True) if weight > 0]
-        self.ids = [mx.array(windows.astype(np.int32)) for windows, _ in used]
+        start = passes_of(network).start
+        used = [(batch, weight) for (_, batch), weight in zip(batches, weights, strict=True) if weight > 0]
+        # Of each batch in the teacher and in the student.
+        self.states: list[tuple[State, State]] = [(start(self.teacher, each), start(self.student, each)) for each, _ in used]
         self.weights = [weight for _, weight in used]
-        # Hidden rows of the stages that are done: [batch][stage], of the teacher and of the student.
-        self.hidden: list[tuple[list[mx.array], list[mx.array]]] = [([], []) for _ in used]
         self.reports: dict[str, LayerReport] = {}
         self.packed: list[tuple[str, nn.Module]] = []
         self.groups: dict[str, list[str]] = {}
         for path, source in shared_inputs(network).items():
             self.groups.setdefault(source, []).append(path)
 
-    def pack_stage(self, number: int) -> None:
-        """Pack what leads to stage `number`, then its blocks, and keep its hidden rows."""
-        before, this = self.student.stages[max(number - 1, 0)], self.student.stages[number]
-        names = {id(module): path for path, module in self.student.named_modules()}
-        for layer in (before.to_next if number else None, this.patch_projection):
-            if layer is not None:
-                self._pack(names[id(layer)], lambda: self._leading_rows(number))
-        rows = list(self._leading_rows(number))
-        mx.eval(rows)
-        stacks = self.teacher.stages[number].stack, this.stack
-        for block, module in enumerate(this.stack.layers):
+    def pack_piece(self, piece: Piece) -> None:
+        """Pack the layers of a piece, then take every batch through it."""
+        for source in piece.sources:
+            self._pack(source, piece)
+        for index, states in enumerate(self._through(piece)):
+            mx.eval(states)
+            self.states[index] = states
 
-            def outputs(block: int = block) -> Iterator[tuple[mx.array, mx.array]]:
-                for pair in rows:
-                    yield stacks[0].layers[block](pair[0]), stacks[1].layers[block](pair[1])
+    def _through(self, piece: Piece) -> Iterator[tuple[State, State]]:
+        """What each batch becomes behind a piece, in the teacher and in the student; nothing is evaluated."""
+        for teacher, student in self.states:
+            yield piece.run(self.teacher, teacher), piece.run(self.student, student)
 
-            prefix = names[id(module)]
-            for source in [source for source in self.groups if source.startswith(f"{prefix}.")]:
-                self._pack(source, outputs, rows)
-            for index, pair in enumerate(outputs()):
-                mx.eval(pair)
-                rows[index] = pair
-        for kept, pair in zip(self.hidden, rows, strict=True):
-            for hidden, stack, output in zip(kept, stacks, pair, strict=True):
-                hidden.append(stack.norm(output) if "norm" in stack else output)
-            mx.eval(kept)
-
-    def _leading_rows(self, number: int) -> Iterator[tuple[mx.array, mx.array]]:
-        """The rows that enter stage `number` in the teacher and in the student, a batch at a time."""
-        for ids, kept in zip(self.ids, self.hidden, strict=True):
-            yield _rows_at(self.teacher, ids, number, kept[0]), _rows_at(self.student, ids, number, kept[1])
-
-    def _pack(
-        self,
-        source: str,
-        outputs: Callable[[], Iterator[tuple[mx.array, mx.array]]],
-        streams: Sequence[tuple[mx.array, mx.array]] | None = None,
-    ) -> None:
-        """Pack the layers that see the input of `source`.
-
-        Args:
-            outputs: runs both networks through the layer, a batch at a time; only what the sums need is evaluated.
-            streams: what entered the block, where the layer is in one.
-        """
+    def _pack(self, source: str, piece: Piece) -> None:
+        """Pack the layers of a piece that see the input of `source`."""
         members = [path for path in self.groups[source] if self.plans[path].format is not None]
         if not members:
             return
-        sums = self._sums(source, outputs, streams)
+        sums = self._sums(source, piece)
         hessian = sums.square / sums.weight
         importance = mx.array(np.diag(hessian).astype(np.float32))
         damped = sums.square + FIT_DAMPING * np.diag(sums.square).mean() * np.eye(len(hessian))
@@ -225,40 +232,28 @@ class _Run:
             if self.on_layer is not None:
                 self.on_layer(report)
 
-    def _sums(
-        self,
-        source: str,
-        outputs: Callable[[], Iterator[tuple[mx.array, mx.array]]],
-        streams: Sequence[tuple[mx.array, mx.array]] | None,
-    ) -> _Sums:
-        parent, _, name = source.rpartition(".")
-        residual = name in RESIDUAL and streams is not None
-        watched = [source]
-        if residual and name == "down_proj":  # the stream it adds to is the block's input and what attention added
-            watched.append(f"{parent.rpartition('.')[0]}.attention.o_proj")
+    def _sums(self, source: str, piece: Piece) -> _Sums:
+        # What a layer of the residual stream adds to: the rows of its block, and what the layers before it have added.
+        added = piece.adds[: piece.adds.index(source)] if source in piece.adds else ()
         networks = self.teacher, self.student
-        observers = [{path: _Observed(linear_layers(network)[path]) for path in watched} for network in networks]
+        observers = [{path: _Observed(linear_layers(network)[path]) for path in (source, *added)} for network in networks]
         channels = self.plans[source].columns
         square, drift = np.zeros((channels, channels)), np.zeros((channels, channels))
-        missing = np.zeros((self.plans[source].rows, channels)) if residual else None
+        missing = np.zeros((self.plans[source].rows, channels)) if source in piece.adds else None
         total = 0.0
         try:
             for network, watching in zip(networks, observers, strict=True):
                 set_modules(network, list(watching.items()))
-            for index, _ in enumerate(outputs()):
-                weight = self.weights[index]
-                seen = [watching[source].seen[0] for watching in observers]
-                arrays = [_flat(array) for array in seen]
+            for index, _ in enumerate(self._through(piece)):
+                weight, states = self.weights[index], self.states[index]
+                arrays = [_flat(watching[source].seen[0]) for watching in observers]
                 if missing is not None:
-                    assert streams is not None
-                    at = [_flat(array) for array in streams[index]]
-                    if len(watched) > 1:
-                        at = [
-                            stream + _flat(watching[watched[1]].seen[1]) for stream, watching in zip(at, observers, strict=True)
-                        ]
+                    at = [_flat(state["rows"]) for state in states]
+                    for path in added:
+                        at = [stream + _flat(watching[path].seen[1]) for stream, watching in zip(at, observers, strict=True)]
                     arrays.append(at[0] - at[1])
                 mx.eval(arrays)
-                rows = [np.array(array) for array in arrays]
+                rows = [_real_rows(array, states[0]) for array in arrays]
                 total += weight * len(rows[1])
                 square += weight * (rows[1].T @ rows[1])
                 drift += weight * ((rows[0] - rows[1]).T @ rows[1])
@@ -270,26 +265,13 @@ class _Run:
         return _Sums(total, square, drift, missing)
 
 
-def _rows_at(network: MegaByte, ids: mx.array, number: int, hidden: Sequence[mx.array]) -> mx.array:
-    """The rows that enter stage `number`, from the hidden rows of the stages before it."""
-    found: list[mx.array] = []
-
-    def run(stage: int, rows: mx.array) -> mx.array:
-        if stage == number:
-            found.append(rows)
-        return hidden[stage] if stage < number else rows
-
-    network(ids, run)
-    return found[0]
-
-
 def _flat(array: mx.array) -> mx.array:
     return array.reshape(-1, array.shape[-1])
 
 
-def _in_float32(network: MegaByte) -> MegaByte:
+def _in_float32(network: Network) -> Network:
     """A copy whose linear layers are its own, with everything in float32."""
-    copy = MegaByte(network.config)
+    copy: Network = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
     copy.load_weights([(path, array.astype(mx.float32)) for path, array in tree_flatten(network.parameters())])
     copy.eval()
     return copy

@@ -40,7 +40,7 @@ def quantize_checkpoint(
     """Write to `target` what `quantize_network` would make of a checkpoint.
 
     Memory: a shard of the output and some copies of the largest layer in float32. awq, whose factors come from several
-    layers together, holds the model too.
+    layers together, holds the model too, and gptq what reads inputs that stand out.
 
     Args:
         checkpoint: read with `check_values` off. Its weights are used up: the mapping is empty afterwards.

@@ -2,12 +2,13 @@
 
 import itertools
 
-import mlx.core as mx
+import byt5_cases
 import numpy as np
 import pytest
 
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.automatic import Choice, check_target, choose, measure_choices, recipe_text, with_choices
 from marlin_cli.quantization.methods.mse import mse
 from marlin_cli.quantization.plan import QuantizationSettings, load_recipe
@@ -16,6 +17,9 @@ CONFIG = MegaByteConfig(
     patch_size=4, max_bytes=96, global_layers=1, global_dim=32, global_heads=2, global_ffn_dim=64,
     local_layers=1, local_dim=32, local_heads=2, local_ffn_dim=64,
 )  # fmt: skip
+
+
+BYT5_PARTS = "encoder_format", "decoder_format", "cross_format", "wo_format"
 
 
 def random_choices(seed: int, count: int = 6) -> list[Choice]:
@@ -65,15 +69,36 @@ def test_a_budget_that_nothing_meets_is_refused_before_anything_is_measured(rand
         check_target(network, 4.4)
 
 
+def test_a_byt5_is_measured_on_its_answers_and_packed_again_from_the_recipe(tmp_path):
+    network = byt5_cases.random_byt5()
+    batches = [batch for _, batch in byt5_cases.batches(1, network)]
+    choices = measure_choices(network, batches, lambda weight, plan: mse(weight, plan.format, plan.group_size))
+    reading = [choice.paths for choice in choices if "decoder.layers.1.cross.k_proj" in choice.paths]
+    assert len(reading) == 1 and "decoder.layers.0.cross.v_proj" in reading[0]  # they see one input: the encoder's states
+    # Each cost is that of packing these layers alone, over all places that are real.
+    first = choices[0]
+    alone = QuantizationSettings(**dict.fromkeys(BYT5_PARTS, "16bit"), overrides=dict.fromkeys(first.paths, "nvfp4"))
+    expected = byt5_cases.divergence(network, quantize_network(network, alone).network, 1) / np.log(2)
+    assert first.divergence["nvfp4"] == pytest.approx(expected, rel=1e-3)
+    for choice in choices:
+        assert choice.divergence["nvfp4"] > choice.divergence["mxfp8"] > choice.divergence["16bit"] == 0
+    chosen = choose(choices, 6.0)
+    assert {"nvfp4", "mxfp8"} <= set(chosen.values()) and cost(choices, chosen)[1] <= 6.0
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_text(with_choices(QuantizationSettings(), chosen), choices, chosen, "made by a test"))
+    again = quantize_network(network, load_recipe(str(file)))
+    assert sum(layer.bytes_after for layer in again.layers if layer.plan.path != "output") * 8 <= 6.0 * sum(
+        choice.weights for choice in choices
+    )
+    assert {layer.plan.path: layer.plan.format.name for layer in again.layers if layer.plan.format} == {
+        path: name for path, name in chosen.items() if name != "16bit"
+    }
+
+
 def test_measured_choices_make_a_recipe_that_runs_again(random_network, tmp_path):
     network = random_network(CONFIG)
     windows = [np.random.default_rng(0).integers(0, 256, (4, 48), dtype=np.uint8)]
-
-    def predict(network, ids):
-        logits = network(ids)
-        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / np.log(2)
-
-    choices = measure_choices(network, windows, lambda weight, plan: mse(weight, plan.format, plan.group_size), predict)
+    choices = measure_choices(network, windows, lambda weight, plan: mse(weight, plan.format, plan.group_size))
     assert ("local.layers.0.attention.q_proj", "local.layers.0.attention.k_proj", "local.layers.0.attention.v_proj") in [
         choice.paths for choice in choices
     ]

@@ -1,5 +1,8 @@
 """Distillation: a packed copy ends nearer to the original on bytes it was not tuned on, in the same format and size."""
 
+import dataclasses
+
+import byt5_cases
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from marlin_cli.models import linear_layers
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.apply import quantize_network
-from marlin_cli.quantization.distill import DistillSettings, differentiable_linear, distill
+from marlin_cli.quantization.distill import DistillSettings, differentiable_linear, distill, settings_for
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import packed_of
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -77,6 +80,39 @@ def test_no_steps_change_nothing(name, random_network):
             assert mx.array_equal(decode(one), decode(two)).item(), path  # a zero may lose its sign
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4"])
+def test_a_byt5_answers_more_nearly_as_it_did(name):
+    network = byt5_cases.random_byt5()
+    formats = QuantizationSettings(encoder_format=name, decoder_format=name, cross_format=name, wo_format=name)
+    packed = quantize_network(network, formats).network
+    batches = [batch for seed in range(12) for _, batch in byt5_cases.batches(seed, network, 16)]
+    seen = []
+    tuned = distill(
+        network,
+        packed,
+        batches,
+        DistillSettings(0.003, 1e-4, 1e-4, steps=20, parts=None),
+        on_step=lambda step, value: seen.append(value),
+    )
+    assert len(seen) == 20
+    assert byt5_cases.divergence(network, tuned, 99) < 0.75 * byt5_cases.divergence(network, packed, 99)
+    one, two = (linear_layers(each) for each in (packed, tuned))
+    assert all(packed_of(one[path]).nbytes == packed_of(two[path]).nbytes for path in one if path != "output")
+
+
+def test_filler_is_not_tuned_on():
+    """The divergence of a padded batch is that of its pairs, whatever the rows behind an answer's end predict."""
+    network = byt5_cases.random_byt5()
+    packed = quantize_network(network, QuantizationSettings()).network
+    (_, batch), *_ = byt5_cases.batches(1, network)
+    filler = mx.full((batch.target.shape[0], 30), 77, dtype=batch.target.dtype)
+    longer = dataclasses.replace(batch, target=mx.concatenate([batch.target, filler], axis=1))
+    seen = []
+    for each in (batch, longer):
+        distill(network, packed, [each], settings_for(network, 1), on_step=lambda step, value: seen.append(value))
+    assert seen[0] == pytest.approx(seen[1], rel=1e-3) and seen[0] > 0
+
+
 def test_a_model_that_is_not_packed(random_network):
     network = random_network(CONFIG)
     with pytest.raises(QuantizationError, match="nothing to tune"):
@@ -91,3 +127,10 @@ def test_the_gradient_of_a_product():
     expected = mx.grad(lambda a, b: ((a @ b.T) * toll).sum(), argnums=(0, 1))(x, weight)
     for one, two in zip(found, expected, strict=True):
         assert mx.allclose(one, two, rtol=1e-4, atol=1e-5).item()
+
+
+def test_steps_are_shorter_for_a_byt5(random_network):
+    plain, short = settings_for(random_network(CONFIG), 7), settings_for(byt5_cases.random_byt5(), 7)
+    assert plain == DistillSettings(steps=7) and short.steps == 7
+    assert short.level_rate < plain.level_rate and short.free_rate < plain.free_rate
+    assert short.parts is None  # most of what packing costs is lost in the encoder

@@ -1,5 +1,6 @@
 """The rotated network computes the same, and its channels are even where one stood out."""
 
+import byt5_cases
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,6 +36,35 @@ def test_it_computes_the_same(name, random_network):
     before = dict(tree_flatten(network.parameters()))
     changed = [path for path, array in tree_flatten(other.parameters()) if not mx.allclose(array, before[path]).item()]
     assert "local.layers.0.ffn.down_proj.weight" in changed and "byte_embedding.weight" not in changed
+
+
+BYT5_KINDS = {name: changes for name, changes in byt5_cases.KINDS.items() if name in ("gated", "pooling")}
+
+
+@pytest.mark.parametrize("changes", [*BYT5_KINDS.values(), {"head_dim": 16}], ids=[*BYT5_KINDS, "narrow heads"])
+def test_a_byt5_answers_the_same(changes):
+    network = byt5_cases.random_byt5(**changes)
+    other = rotated(network)
+    source, target = mx.array([[*range(40, 90), 1]]), mx.array([[0, *range(60, 90)]])
+    np.testing.assert_allclose(np.array(other(source, target)), np.array(network(source, target)), rtol=1e-3, atol=2e-3)
+    before = dict(tree_flatten(network.parameters()))
+    changed = {path for path, array in tree_flatten(other.parameters()) if not mx.allclose(array, before[path]).item()}
+    kept = {path for path in before if path.endswith("relative_bias.weight") or "local_bias" in path}
+    assert changed == before.keys() - kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_layers": 0}, "an encoder alone cannot be rotated"),
+        ({"tied_head": True}, "a tied head cannot be rotated"),
+        ({"downsample_factor": 2, "pooling": "max"}, "pools by the maximum"),
+        ({"d_model": 48}, "d_model 48 is not divisible by 32"),
+    ],
+)
+def test_a_byt5_that_cannot_be_rotated(changes, message):
+    with pytest.raises(QuantizationError, match=message):
+        rotated(byt5_cases.random_byt5(**changes))
 
 
 def test_the_matrix_is_orthogonal_and_symmetric():

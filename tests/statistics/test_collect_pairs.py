@@ -2,15 +2,14 @@
 
 import json
 
+import byt5_cases
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map
 
 from marlin_cli.corpus import CorruptedCorpus, Pair, PairCorpus, open_corpus
 from marlin_cli.errors import StatisticsError
 from marlin_cli.models import linear_layers
-from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.ops import Linear
 from marlin_cli.statistics import load_statistics, merge
 from marlin_cli.statistics.collect import hessian_channels, shared_inputs
@@ -19,7 +18,6 @@ from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.run import calibrate, unfinished_path
 from marlin_cli.statistics.show import summarise, tables
 
-SHAPE = {"d_model": 32, "ffn_dim": 64, "heads": 2, "head_dim": 16, "encoder_layers": 2, "decoder_layers": 2}
 KINDS = {
     "gated": {}, "relu, tied": {"gated_ffn": False, "activation": "relu", "tied_head": True},
     "pooling": {"downsample_factor": 4}, "encoder alone": {"decoder_layers": 0},
@@ -29,13 +27,7 @@ PAIRS = [("pairs", Pair(bytes([65 + n]) * (n + 3), b"answer %d" % n)) for n in r
 
 
 def random_byt5(**changes):
-    network = ByT5(ByT5Config(**{**SHAPE, **changes}))
-    mx.random.seed(0)
-    network.update(
-        tree_map(lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5), network.parameters())
-    )
-    network.eval()
-    return network
+    return byt5_cases.random_byt5(**{"head_dim": 16, **changes})
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from marlin_cli.quantization.methods.rtn import rtn
 Method = Callable[[mx.array, Format, int, mx.array | None, npt.NDArray[np.float64] | None], Packed]
 
 # awq and awq+gptq rescale channels first (`quantization.scaled`), over all layers that share an input, and then are mse
-# and gptq. gptq+hadamard rotates the network first (`methods.hadamard`), and then is gptq.
+# and gptq; gptq alone does so with channels that stand out (`methods.outliers`), with --sequential too. gptq+hadamard
+# rotates the network after that (`methods.hadamard`), and then is gptq.
 METHODS: dict[str, Method] = {
     "rtn": rtn,
     "mse": mse,
@@ -27,6 +28,9 @@ METHODS: dict[str, Method] = {
 }
 RESCALING = ("awq", "awq+gptq")
 
+# Methods that first bring channels in line which stand out.
+WITHOUT_OUTLIERS = ("gptq", "gptq+hadamard")
+
 # Methods that cannot run without x^T x.
 NEED_HESSIANS = ("gptq", "awq+gptq")
 NEED_STATISTICS = ("awq", "gptq", "awq+gptq")
@@ -34,4 +38,4 @@ NEED_STATISTICS = ("awq", "gptq", "awq+gptq")
 # Methods that change what layers see, so that no statistics of the network are of use.
 NEED_SEQUENTIAL = ("gptq+hadamard",)
 
-__all__ = ["METHODS", "NEED_HESSIANS", "NEED_SEQUENTIAL", "NEED_STATISTICS", "RESCALING", "Method"]
+__all__ = ["METHODS", "NEED_HESSIANS", "NEED_SEQUENTIAL", "NEED_STATISTICS", "RESCALING", "WITHOUT_OUTLIERS", "Method"]

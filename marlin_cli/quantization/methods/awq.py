@@ -105,9 +105,8 @@ def awq_factors(
         output_error: (index of the layer, its scaled weight, the factors of its columns) -> squared error of the output.
         repeats: see `Fold`.
     """
-    inputs = _size(mean_square, repeats)
-    weight_square = np.stack([np.array(mx.square(weight.astype(mx.float32)).mean(axis=0)) for weight in weights]).mean(axis=0)
-    columns = _size(weight_square, repeats)
+    inputs = channel_size(mean_square, repeats)
+    columns = channel_size(column_square(weights), repeats)
     best, least = np.ones_like(inputs), np.inf
     for of_inputs, of_weights in EXPONENTS:
         factors = inputs**of_inputs / columns**of_weights
@@ -122,7 +121,14 @@ def awq_factors(
     return best
 
 
-def _size(mean_square: npt.NDArray[np.float32], repeats: int) -> npt.NDArray[np.float32]:
+def column_square(weights: Sequence[mx.array]) -> npt.NDArray[np.float32]:
+    """The mean square of each column [columns] over the rows of all these layers."""
+    squares = [np.array(mx.square(weight.astype(mx.float32)).mean(axis=0)) for weight in weights]
+    mean: npt.NDArray[np.float32] = np.stack(squares).mean(axis=0)
+    return mean
+
+
+def channel_size(mean_square: npt.NDArray[np.float32], repeats: int) -> npt.NDArray[np.float32]:
     """Root mean square of each channel [channels], never 0, from those of columns [channels * repeats]."""
     by_channel = mean_square.reshape(repeats, -1).mean(axis=0)
     return np.sqrt(np.maximum(by_channel, max(1e-8 * float(by_channel.mean()), 1e-30)))

@@ -1,0 +1,73 @@
+"""Inputs with their answers as padded batches, for the steps that run calibration bytes through a ByT5."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.corpus import Example
+from marlin_cli.models.byt5 import ByT5Config
+from marlin_cli.models.byt5_ids import ids_of_bytes, padded
+
+# Ids of inputs and answers in a batch, filler among them; a single longer pair is a batch too.
+BATCH_IDS = 8192
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Pairs that run side by side, teacher-forced.
+
+    Attributes:
+        source: [pairs, total] ids of the inputs and their ends.
+        lengths: [pairs] real ids of each input; None where all are.
+        target: [pairs, rows] ids that the decoder reads, the start first.
+        rows: [pairs] real rows of the decoder for each pair, which predict the answer's bytes and its end.
+        size_bytes: of the corpus that went into them.
+    """
+
+    source: mx.array
+    lengths: mx.array | None
+    target: mx.array
+    rows: npt.NDArray[np.int64]
+    size_bytes: int
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """Where the real rows of the decoder stand among all [pairs x rows], pair after pair."""
+        return np.flatnonzero(np.arange(self.target.shape[1]) < self.rows[:, None])
+
+
+def batch_of(examples: Sequence[Example], config: ByT5Config) -> PairBatch:
+    """All of these examples, of which there is at least one, as one batch."""
+    source, lengths = padded([[*ids_of_bytes(each.source), config.end_id] for each in examples], config.pad_id)
+    target, _ = padded([[config.start_id, *ids_of_bytes(each.target)] for each in examples], config.pad_id)
+    rows = np.array([len(each.target) + 1 for each in examples])
+    return PairBatch(source, lengths, target, rows, sum(each.size_bytes for each in examples))
+
+
+def pair_batches(examples: Iterable[Example], config: ByT5Config) -> Iterator[PairBatch]:
+    """The examples in their order, as many in a batch as `BATCH_IDS` hold."""
+    found: list[Example] = []
+    for example in examples:
+        together = [*found, example]
+        longest = max(len(each.source) + 1 for each in together) + max(len(each.target) + 1 for each in together)
+        if found and len(together) * longest > BATCH_IDS:
+            yield batch_of(found, config)
+            together = [example]
+        found = together
+    if found:
+        yield batch_of(found, config)
+
+
+def pair_batches_by_domain(examples: Iterable[Example], config: ByT5Config) -> list[tuple[str, PairBatch]]:
+    """All examples, those of a domain together, the longest first so that little is filler; domain after domain."""
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.domain, []).append(example)
+    return [
+        (domain, batch)
+        for domain, each in sorted(found.items())
+        for batch in pair_batches(sorted(each, key=lambda one: -len(one.source) - len(one.target)), config)
+    ]
