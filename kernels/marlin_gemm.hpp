@@ -26,14 +26,17 @@ struct Matrix {
   const float* biases;
   int64_t columns, depth, row_bytes, group_size;
 
-  Packed row(int64_t n) const {
-    const int64_t groups = depth / group_size;
+  int64_t groups() const { return depth / group_size; }
+
+  Packed row(int64_t n) const { return row(n, groups()); }
+  // For loops over short rows, where a division for each would show.
+  Packed row(int64_t n, int64_t groups) const {
     return {weight + n * row_bytes, codes ? codes + n * groups : nullptr, scales ? scales + n * groups : nullptr,
             biases ? biases + n * groups : nullptr, group_size};
   }
 
   // How far ahead of its place a loop over `together` rows at a time should prefetch: whole turns, a page at least. A
-  // processor's own prefetching loses each of these streams where its row ends.
+  // processor's own prefetching loses each of these streams where its row ends. Ask once, for it divides.
   int64_t bytes_ahead(int64_t together) const {
     const int64_t turn = together * row_bytes;
     return (4095 / turn + 1) * turn;

@@ -4,6 +4,8 @@
 // is all there is between two of the eight, and the 128 products add up before their scales, which lanes share, multiply them once.
 #include "marlin_gemm_lines.hpp"
 
+#include <array>
+
 #include "common.hpp"
 #include "packed_lines.hpp"
 #include "targets.hpp"
@@ -15,23 +17,29 @@ namespace {
 
 constexpr int64_t NIBBLES = 8, WEIGHTS = LANES * NIBBLES;  // of a lane, and of a line
 
+constexpr std::array<float, LANES> values_of(auto value) {
+  std::array<float, LANES> values{};
+  for (int code = 0; code < LANES; code++) values[code] = value(code);
+  return values;
+}
+
 struct Nvfp4 : E4m3Scales {
   static constexpr bool affine = false;
   explicit Nvfp4(const Matrix&) {}
-  static float value(int code) { return E2M1[code] / E4M3_FACTOR; }
+  alignas(64) static constexpr auto values = values_of([](int code) { return E2M1[code] / E4M3_FACTOR; });
 };
 
 struct Mxfp4 : E8m0Scales {
   static constexpr bool affine = false;
   explicit Mxfp4(const Matrix&) {}
-  static float value(int code) { return E2M1[code]; }
+  alignas(64) static constexpr auto values = values_of([](int code) { return E2M1[code]; });
 };
 
 // Without the biases, which meet the sums of x over each group.
 struct Int4 : FloatScales {
   static constexpr bool affine = true;
   explicit Int4(const Matrix& w) : FloatScales(w, WEIGHTS) {}
-  static float value(int code) { return float(code); }
+  alignas(64) static constexpr auto values = values_of([](int code) { return float(code); });
 };
 
 // Rows of x in the order of lanes: [rows, lines, nibbles, lanes], and the sums of its groups, [rows, groups].
@@ -59,29 +67,36 @@ void lay_out(const float* x, int64_t rows, const Matrix& w, bool affine, Laid& l
     for (int64_t k = 0; k < w.depth; k++) laid.sums[m * groups + k / w.group_size] += x[m * w.depth + k];
 }
 
+// The sums of four vectors' lanes.
+inline __m128 sums_of_four(Vector a, Vector b, Vector c, Vector d) {
+  const auto halves = [](Vector v) { return _mm256_add_ps(_mm512_castps512_ps256(__m512(v)), _mm512_extractf32x8_ps(__m512(v), 1)); };
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)), _mm256_hadd_ps(halves(c), halves(d)));
+  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+}
+
 // TOGETHER rows of weights against ROWS rows of x: loads of x are shared, and there are chains of sums to spare.
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Format& format, const Matrix& w, const Laid& laid, float* out, int64_t n0) {
-  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE, groups = w.depth / w.group_size;
-  const int64_t ahead = w.bytes_ahead(TOGETHER);
-  alignas(64) float table[LANES];
-  for (int code = 0; code < LANES; code++) table[code] = Format::value(code);
-  const __m512 values = _mm512_load_ps(table);
+inline void together(const Format& format, const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE;
+  const __m512 values = _mm512_load_ps(Format::values.data());
   Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
   Vector sums[TOGETHER][ROWS] = {};
   const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
-    __m512i dwords[TOGETHER];
+    __m512i dwords[TOGETHER][NIBBLES / 2];
     Vector parts[TOGETHER][ROWS] = {};
     for (int n = 0; n < TOGETHER; n++) {
       const uint8_t* from = rows[n].weight + line * LINE;
       __builtin_prefetch(from + ahead);
-      dwords[n] = __m512i(all ? load_bytes(from) : load_bytes(from, w.row_bytes - line * LINE));
+      if (!all) dwords[n][0] = __m512i(load_bytes(from, w.row_bytes - line * LINE));
+#pragma GCC unroll 4
+      for (int byte = 0; byte < NIBBLES / 2; byte++) dwords[n][byte] = all ? __m512i(load_bytes(from + byte)) : _mm512_srli_epi32(dwords[n][0], 8 * byte);
     }
 #pragma GCC unroll 8
     for (int nibble = 0; nibble < NIBBLES; nibble++) {
       Vector weights[TOGETHER];
-      for (int n = 0; n < TOGETHER; n++) weights[n] = Vector(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords[n], 4 * nibble), values));
+      for (int n = 0; n < TOGETHER; n++)
+        weights[n] = Vector(_mm512_permutexvar_ps(_mm512_srli_epi32(dwords[n][nibble / 2], nibble % 2 * 4), values));
       for (int m = 0; m < ROWS; m++) {
         const Vector own = load(laid.values.data() + ((m * lines + line) * NIBBLES + nibble) * LANES);
         for (int n = 0; n < TOGETHER; n++) parts[n][m] += weights[n] * own;
@@ -92,14 +107,22 @@ inline void together(const Format& format, const Matrix& w, const Laid& laid, fl
       for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * scales;
     }
   };
-  for (int64_t line = 0; line < whole; line++) step(line, true);
-  if (whole < lines) step(whole, false);
+  const int64_t inside = std::min(whole, lines - 1);  // the last reads nothing behind it
+  for (int64_t line = 0; line < inside; line++) step(line, true);
+  for (int64_t line = inside; line < lines; line++) step(line, false);
   for (int n = 0; n < TOGETHER; n++) {
     for (int m = 0; m < ROWS; m++) {
       if constexpr (Format::affine)
         for (int64_t g = 0; g < groups; g += LANES)
           sums[n][m] += load_some(rows[n].biases + g, groups - g) * load_some(laid.sums.data() + m * groups + g, groups - g);
-      out[m * w.columns + n0 + n] = sum(sums[n][m]);
+    }
+  }
+  for (int m = 0; m < ROWS; m++) {
+    float* to = out + m * w.columns + n0;
+    if constexpr (TOGETHER == 4) {
+      _mm_storeu_ps(to, sums_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
+    } else {
+      for (int n = 0; n < TOGETHER; n++) to[n] = sum(sums[n][m]);
     }
   }
 }
@@ -112,10 +135,11 @@ void multiply(Targets targets, const float* x) {
   Laid& laid = kept;
   lay_out(x, ROWS, any, Format::affine, laid);
   const Format format(any);
+  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
     int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, target.w, laid, target.out, n);
-    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, laid, target.out, n);
+    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, target.w, laid, target.out, n, groups, ahead);
+    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, laid, target.out, n, groups, ahead);
     finish(target, 0, ROWS, first, last - first);
   });
 }

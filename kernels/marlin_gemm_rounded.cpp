@@ -328,13 +328,13 @@ void lay_out(const Rounded& rounded, int64_t rows, int64_t lines, std::vector<Me
 }
 
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Format& format, const Matrix& w, const Meeting* meetings, const float* group_sums, float* out, int64_t n0) {
+inline void together(const Format& format, const Matrix& w, const Meeting* meetings, const float* group_sums, float* out, int64_t n0,
+                     int64_t groups, int64_t ahead) {
   constexpr int64_t WEIGHTS = Format::nibbles ? 2 * LINE : LINE;
-  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE, groups = w.depth / w.group_size;
+  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE;
   Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
   Sums sums[TOGETHER][ROWS] = {};
-  const int64_t ahead = w.bytes_ahead(TOGETHER);
   const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
     Whole weights[TOGETHER];
     Vector scales[TOGETHER];
@@ -382,11 +382,12 @@ void few_rows(Targets targets, const float* x) {
   lay_out<Format>(rounded, ROWS, (any.row_bytes + LINE - 1) / LINE, meetings);
   const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, ROWS, any) : std::vector<float>{};
   const Format format(any);
+  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
     int64_t n = first;
     for (; n + TOGETHER <= last; n += TOGETHER)
-      together<Format, ROWS, TOGETHER>(format, target.w, meetings.data(), group_sums.data(), target.out, n);
-    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, meetings.data(), group_sums.data(), target.out, n);
+      together<Format, ROWS, TOGETHER>(format, target.w, meetings.data(), group_sums.data(), target.out, n, groups, ahead);
+    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, meetings.data(), group_sums.data(), target.out, n, groups, ahead);
     finish(target, 0, ROWS, first, last - first);
   });
 }

@@ -191,9 +191,3 @@ def test_a_page_of_a_bench(folder, inside, pairs, tmp_path):
     page = tmp_path / "page.html"
     inside("bench", folder, "--no-throughput", "--quality", pairs, "--report", page)
     assert "character error rate" in page.read_text(encoding="utf-8").lower()
-
-
-def test_ways_of_packing_that_know_megabyte_alone(folder, inside, tmp_path):
-    for option in (("--sequential",), ("--distill-steps", 1)):
-        code, out, err = inside("quantize", folder, "-o", tmp_path / "out", *option)
-        assert code in (1, 2) and out == "" and option[0] in err and not (tmp_path / "out").exists()

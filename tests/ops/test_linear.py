@@ -87,7 +87,7 @@ PACKED = [
 @EACH_FORMAT
 @pytest.mark.parametrize(("rows", "columns", "depth"), PACKED)
 def test_packed_in_lines_and_tiles(format, rows, columns, depth):
-    """Part of a line, of a tile, of a panel, of the depth and of the rows that are taken together; rows of very different size."""
+    """Part of a line, of a tile, of a panel, of the depth and of the rows taken together; rows of very different size."""
     x = random(rows, depth) * mx.array(np.geomspace(1e-8, 1e8, rows, dtype=np.float32))[:, None]
     packed = encode(random(columns, depth, seed=1), format)
     arrays, settings = packed_arguments(packed)
