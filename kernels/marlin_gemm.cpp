@@ -360,7 +360,7 @@ Matrix matrix_of(const mx::array& weight, const mx::array& scales, const mx::arr
 bool takes_tiles(Kind kind, int64_t rows, int activation_bits) {
   // Up to so many rows vectors are faster: columns are laid out for tiles once for all rows (LOG.md has the times).
   const bool one_piece = kind != Kind::int4 && kind != Kind::int8, fours = kind == Kind::nvfp4 || kind == Kind::mxfp4;
-  const int64_t few = activation_bits == 8 && has_whole_weights(kind) ? (one_piece ? 8 : 48) : fours ? 4 : 8;
+  const int64_t few = activation_bits == 8 && has_whole_weights(kind) ? (one_piece ? 8 : 32) : fours ? 4 : 8;
   return rows > few && amx::usable();
 }
 
