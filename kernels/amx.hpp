@@ -3,6 +3,8 @@
 // A float32 is three bfloat16 exactly, eight bits each: as many `pieces` of x and of W are multiplied as the product needs. Weights of
 // floating-point formats have few bits and are one piece, so three pieces of x give a float32 product. One piece of x is 8 bits.
 #pragma once
+#include <array>
+
 #include "common.hpp"
 #include "targets.hpp"
 
