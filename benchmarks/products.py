@@ -2,9 +2,11 @@
 
     python benchmarks/products.py [--sizes 1024,2048,4096] [--repeats 9] [--only packed|dense]
 
-Rounds interleave the two sides; medians. Outputs are compared in the same run. Packed bandwidth counts the bytes of the packed
-weights and scales; the share is of a copy of 256 MB measured here. torch (extra `peers`) runs with the same threads; MLX's CPU
-backend multiplies packed weights with one thread, whatever it is given: MARLIN_THREADS=1 is the comparison of kernels.
+Rounds interleave the two sides; medians. A packed product is timed after one of its own that does not count, as in decoding,
+where threads have not slept since the product before. Outputs are compared in the same run. Packed bandwidth counts the bytes
+of the packed weights and scales; the share is of a copy of 256 MB measured here. torch (extra `peers`) runs with the same
+threads; MLX's CPU backend multiplies packed weights with one thread, whatever it is given: MARLIN_THREADS=1 is the comparison
+of kernels.
 """
 
 import argparse
@@ -35,9 +37,15 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
-def medians(calls, repeats: int) -> list[float]:
-    """Median seconds of each call, run in turn, after one round that does not count."""
-    rounds = [[seconds(call) for call in calls] for _ in range(repeats + 1)][1:]
+def medians(calls, repeats: int, before=None) -> list[float]:
+    """Median seconds of each call, run in turn, after one round that does not count; `before` each its own call, not timed."""
+
+    def timed(call, first) -> float:
+        if first is not None:
+            first()
+        return seconds(call)
+
+    rounds = [list(map(timed, calls, before or [None] * len(calls))) for _ in range(repeats + 1)][1:]
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
@@ -88,8 +96,9 @@ def main() -> None:
                     return mx.quantized_matmul(x, p.weight, s, b, **settings)
 
                 links = LINKS if rows == 1 else 2
-                calls = [lambda x=x, f=f, links=links: mx.eval(chain(f, x, links)) for f in (ours, theirs, rounded)]
-                fast, slow, faster = (took / links for took in medians(calls, arguments.repeats))
+                sides = (ours, theirs, rounded)
+                one, calls = ([lambda x=x, f=f, n=n: mx.eval(chain(f, x, n)) for f in sides] for n in (1, links))
+                fast, slow, faster = (took / links for took in medians(calls, arguments.repeats, one))
                 exact = x @ (decode(packed) / (packed.global_scale or 1.0)).T
                 error, rounding = ((mx.abs(f(x) - exact).max() / mx.abs(exact).max()).item() for f in (ours, rounded))
                 read = (packed.weight.nbytes + packed.scales.nbytes) / fast

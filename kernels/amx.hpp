@@ -1,7 +1,8 @@
 // Products in tiles of bfloat16 (Intel's AMX): out[M, N] = x[M, K] @ W[N, K]^T with sums in float32.
 //
-// A float32 is three bfloat16 exactly, eight bits each: as many `pieces` of x and of W are multiplied as the product needs. Weights of
-// floating-point formats have few bits and are one piece, so three pieces of x give a float32 product. One piece of x is 8 bits.
+// A float32 is three bfloat16 exactly, eight bits each (but for subnormals, which tiles take as zero): as many `pieces` of x and of W
+// are multiplied as the product needs. Weights of floating-point formats have few bits and are one piece, so three pieces of x give a
+// float32 product. One piece of x is 8 bits.
 #pragma once
 #include <array>
 
@@ -24,12 +25,16 @@ namespace marlin::amx {
 
 constexpr int64_t SIDE = 16, STEP = 32, TILE_BYTES = 1024;  // a tile: sixteen rows of x, or columns of W, by 32 of the depth
 constexpr int64_t WIDTH = 2 * SIDE;                         // columns of a panel
+constexpr int64_t ROWS_OF_A_PASS = 512;                     // for which a panel is laid out once
 
-// Pieces of x and of W whose product counts: the others are below the last bit of a float32.
+// Pieces of x and of W whose product counts: the others are about the last bit of a float32, and below.
 template <int PIECES_OF_X, int PIECES_OF_W>
 constexpr bool counts(int x, int w) {
   return x + w < std::max(PIECES_OF_X, PIECES_OF_W);
 }
+
+// GCC does not know what the loads of tiles read: it has to be in memory by now.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
 
 // The tiles of a thread, while this lives: rows of x in those of sums and of x, all else whole.
 class Configuration {
@@ -42,6 +47,7 @@ class Configuration {
     } tiles;
     static_assert(sizeof(tiles) == 64);
     for (int tile = 0; tile < 8; tile++) tiles.row_bytes[tile] = 64, tiles.rows[tile] = tile < 6 ? rows_of_x : SIDE;
+    asm volatile("" ::"r"(&tiles) : "memory");  // all of it, of which GCC thinks that a pointer's size is read
     _tile_loadconfig(&tiles);
   }
   ~Configuration() { _tile_release(); }
@@ -61,6 +67,7 @@ inline void clear_sums() {
 
 template <int ROW_TILES>
 inline void load_sums(const float* from, int64_t stride) {
+  settle_memory();
   _tile_loadd(0, from, stride * 4);
   _tile_loadd(1, from + SIDE, stride * 4);
   if constexpr (ROW_TILES > 1) {
@@ -82,6 +89,7 @@ inline void store_sums(float* to, int64_t stride) {
 // sums += x [steps, pieces, TILES_LAID tiles, of which ROW_TILES count] @ W [steps, pieces, 2 tiles]
 template <int ROW_TILES, int TILES_LAID, int PIECES_OF_X, int PIECES_OF_W>
 inline void accumulate(const uint8_t* x, const uint8_t* w, int64_t steps) {
+  settle_memory();
   for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 3
     for (int piece = 0; piece < PIECES_OF_W; piece++, w += 2 * TILE_BYTES) {
@@ -103,6 +111,7 @@ inline void accumulate(const uint8_t* x, const uint8_t* w, int64_t steps) {
     }
     x += PIECES_OF_X * TILES_LAID * TILE_BYTES;
   }
+  settle_memory();  // what comes next may overwrite what was read
 }
 
 constexpr int32_t UPPER = int32_t(0xffff0000);
@@ -121,7 +130,7 @@ inline void split_rows(__m512 first, __m512 second, uint8_t* to, int64_t piece_s
       for (int k = 0; k < 32; k++) odd[k] = int16_t(2 * k + 1);
       return odd;
     }();
-    // What is left of an infinity is nothing.
+    // What is left of an infinity is nothing; zero pieces of affine weights make NaN of it.
     const __mmask16 finite[2] = {_knot_mask16(_mm512_fpclass_ps_mask(first, 0x99)), _knot_mask16(_mm512_fpclass_ps_mask(second, 0x99))};
     for (int piece = 0; piece < PIECES; piece++, to += piece_stride) {
       _mm512_storeu_si512(to, _mm512_permutex2var_epi16(_mm512_castps_si512(first), _mm512_load_si512(places.data()), _mm512_castps_si512(second)));
@@ -176,7 +185,7 @@ void lay_out(const float* x, int64_t stride, int64_t rows, int64_t depth, uint8_
 }
 
 // Memory that starts where a line of the caches does.
-class Lines {
+class AlignedBytes {
  public:
   uint8_t* of(int64_t bytes) {
     if (int64_t(held_.size()) < bytes + 63) held_.resize(bytes + 63);
@@ -192,17 +201,18 @@ template <int PIECES_OF_X, int PIECES_OF_W, int ROW_TILES, class Unpack>
 void pass(const float* x, int64_t row, int64_t rows, int64_t depth, Targets targets, const Unpack& unpack) {
   constexpr int64_t HIGH = ROW_TILES * SIDE, MOST_STEPS = PIECES_OF_X == 1 ? 64 : 32, FEW_STEPS = 8;
   const int64_t blocks = (rows + HIGH - 1) / HIGH, steps = (depth + STEP - 1) / STEP, step_bytes = PIECES_OF_X * ROW_TILES * TILE_BYTES;
-  // Parts of the depth, whole lines of packed weights each: the rows of one stay in the second cache while all columns pass.
+  // Parts of the depth, whole lines of packed weights each: most rows of one stay in the second cache while all columns pass.
   constexpr int64_t STEPS_OF_LINE = 4;
-  const int64_t parts = (steps + MOST_STEPS - 1) / MOST_STEPS, part_steps = ((steps + parts - 1) / parts + STEPS_OF_LINE - 1) / STEPS_OF_LINE * STEPS_OF_LINE;
-  thread_local Lines kept;
+  const int64_t parts = (steps + MOST_STEPS - 1) / MOST_STEPS;
+  const int64_t part_steps = ((steps + parts - 1) / parts + STEPS_OF_LINE - 1) / STEPS_OF_LINE * STEPS_OF_LINE;
+  thread_local AlignedBytes kept;
   uint8_t* tiles = kept.of(blocks * steps * step_bytes);
   lay_out<PIECES_OF_X, ROW_TILES>(x + row * depth, depth, rows, depth, tiles);
   over_columns(targets, WIDTH, rows * depth, [&](const Target& target, int64_t first, int64_t last) {
     const Configuration configuration(std::min(rows, SIDE));
     const int64_t columns = target.w.columns, out_stride = columns;
     float* out = target.out + row * out_stride;
-    thread_local Lines kept_panel;
+    thread_local AlignedBytes kept_panel;
     uint8_t* panel = kept_panel.of(part_steps * PIECES_OF_W * 2 * TILE_BYTES);
     alignas(64) float edge[HIGH * WIDTH];
     // Sums of a block of rows and a panel: from out, and to it.
@@ -270,9 +280,9 @@ void pass(const float* x, int64_t row, int64_t rows, int64_t depth, Targets targ
 
 // All targets, over threads.
 template <int PIECES_OF_X, int PIECES_OF_W, class Unpack>
-void product(const float* x, int64_t rows, int64_t depth, Targets targets, const Unpack& unpack) {
-  constexpr int64_t ROWS_OF_A_PASS = 512;
-  const int64_t passes = (rows + ROWS_OF_A_PASS - 1) / ROWS_OF_A_PASS, at_once = ((rows + passes - 1) / passes + WIDTH - 1) / WIDTH * WIDTH;
+void multiply(const float* x, int64_t rows, int64_t depth, Targets targets, const Unpack& unpack) {
+  const int64_t passes = (rows + ROWS_OF_A_PASS - 1) / ROWS_OF_A_PASS, HIGH = 2 * SIDE;
+  const int64_t at_once = ((rows + passes - 1) / passes + HIGH - 1) / HIGH * HIGH;
   for (int64_t row = 0; row < rows; row += at_once) {
     const int64_t some = std::min(at_once, rows - row);
     const auto run = [&](auto row_tiles) { pass<PIECES_OF_X, PIECES_OF_W, decltype(row_tiles)::value>(x, row, some, depth, targets, unpack); };

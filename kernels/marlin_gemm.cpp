@@ -1,8 +1,8 @@
 // marlin_gemm_fp4 (and fp8, int4, int8): out[M, N] = x[M, K] @ W[N, K]^T for W in MLX's packed bytes, x in float32.
 //
-// Few rows: each packed row is decoded in registers, once for up to eight rows of x, and never written out. Many rows:
-// blocks of packed rows are decoded into a buffer and multiplied by OpenBLAS. Weights are exact in both; only the order
-// of sums differs.
+// Chooses the way of multiplying, and holds two. Up to 32 rows: each packed row is decoded in registers, once for up to eight rows of x,
+// and never written out. More: blocks of packed rows are decoded into a buffer and multiplied as dense ones. Weights are exact in both;
+// only the order of sums differs.
 #include "marlin_gemm.hpp"
 
 #include "amx.hpp"
@@ -359,12 +359,14 @@ Matrix matrix_of(const mx::array& weight, const mx::array& scales, const mx::arr
 
 bool takes_tiles(Kind kind, int64_t rows, int activation_bits) {
   // Up to so many rows vectors are faster: columns are laid out for tiles once for all rows (LOG.md has the times).
-  const bool one_piece = kind != Kind::int4 && kind != Kind::int8, fours = kind == Kind::nvfp4 || kind == Kind::mxfp4;
-  const int64_t few = activation_bits == 8 && has_whole_weights(kind) ? (one_piece ? 8 : 32) : fours ? 4 : 8;
-  return rows > few && amx::usable();
+  const bool affine = kind == Kind::int4 || kind == Kind::int8, four_bit_floats = kind == Kind::nvfp4 || kind == Kind::mxfp4;
+  const bool rounded = activation_bits == 8 && has_whole_weights(kind);
+  const int64_t few_rows = rounded ? (affine ? 32 : 8) : four_bit_floats ? 4 : 8;
+  return rows > few_rows && amx::usable();
 }
 
 void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits) {
+  if (rows == 0) return;
   if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, targets, x, rows, has_whole_weights(kind) ? activation_bits : 16);
   if (activation_bits == 8 && has_whole_weights(kind)) return multiply_rounded(kind, targets, x, rows);
   if (multiply_lines(kind, targets, x, rows)) return;

@@ -4,8 +4,6 @@
 // where x has 8 bits the nearest bfloat16, which moves them by a fifth of what packing did.
 #include "marlin_gemm_amx.hpp"
 
-#include <array>
-
 #include "amx.hpp"
 #include "packed_columns.hpp"
 
@@ -109,7 +107,7 @@ struct Affine {
 template <class Format, int PIECES_OF_X, int PIECES_OF_W>
 void multiply(Targets targets, const float* x, int64_t rows) {
   constexpr int64_t STEPS_OF_LINE = Format::WEIGHTS / STEP;
-  amx::product<PIECES_OF_X, PIECES_OF_W>(x, rows, targets[0].w.depth, targets, [](const Matrix& w, int64_t column, int64_t step, int64_t steps, uint8_t* panel) {
+  const auto lay_out = [](const Matrix& w, int64_t column, int64_t step, int64_t steps, uint8_t* panel) {
     for (int64_t half = 0; half < 2; half++) {
       const Columns columns(w, column + half * amx::SIDE);
       for (int64_t from = 0; from < steps; from += STEPS_OF_LINE) {
@@ -122,7 +120,8 @@ void multiply(Targets targets, const float* x, int64_t rows) {
         });
       }
     }
-  });
+  };
+  amx::multiply<PIECES_OF_X, PIECES_OF_W>(x, rows, targets[0].w.depth, targets, lay_out);
 }
 
 template <class Format>

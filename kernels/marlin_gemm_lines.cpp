@@ -90,7 +90,8 @@ inline void together(const Format& format, const Matrix& w, const Laid& laid, fl
       __builtin_prefetch(from + ahead);
       if (!all) dwords[n][0] = __m512i(load_bytes(from, w.row_bytes - line * LINE));
 #pragma GCC unroll 4
-      for (int byte = 0; byte < NIBBLES / 2; byte++) dwords[n][byte] = all ? __m512i(load_bytes(from + byte)) : _mm512_srli_epi32(dwords[n][0], 8 * byte);
+      for (int byte = 0; byte < NIBBLES / 2; byte++)
+        dwords[n][byte] = all ? __m512i(load_bytes(from + byte)) : _mm512_srli_epi32(dwords[n][0], 8 * byte);
     }
 #pragma GCC unroll 8
     for (int nibble = 0; nibble < NIBBLES; nibble++) {

@@ -23,6 +23,7 @@ namespace marlin {
 namespace {
 
 constexpr int64_t BLOCK = 32;  // values of x under one scale
+
 // A dword of x for every lane.
 inline Bytes four_of(const int8_t* from) {
   int32_t four;

@@ -56,6 +56,7 @@ NB_MODULE(marlin_cpu, m) {
                     const std::optional<array>&, float, int>(),
            "weight"_a, "scales"_a.none(), "biases"_a.none(), "kind"_a.none(), "group_size"_a, "bias"_a.none(), "factor"_a,
            "activation_bits"_a = 16);
+  m.def("products_of", &marlin::products_of, "products"_a, "x"_a);
   nb::enum_<marlin::NormKind>(m, "NormKind")
       .value("rmsnorm", marlin::NormKind::rmsnorm)
       .value("layernorm", marlin::NormKind::layernorm)

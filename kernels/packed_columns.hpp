@@ -65,7 +65,7 @@ class Columns {
  public:
   Columns(const Matrix& w, int64_t column)
       : first_(w.row(std::min(column, w.columns - 1))), last_(std::clamp<int64_t>(w.columns - 1 - column, 0, LANES - 1)), row_bytes_(w.row_bytes),
-        groups_(w.depth / w.group_size) {
+        groups_(w.groups()) {
     for (int r = 0; r < LANES; r++) places_[r] = int32_t(std::min<int64_t>(r, last_) * groups_);
   }
 
@@ -76,7 +76,7 @@ class Columns {
   __attribute__((always_inline)) void line(int64_t start, Integers* dwords) const {
     const int64_t left = row_bytes_ - start;
     const auto from = [&](int r) { return first_.weight + start + std::min<int64_t>(r, last_) * row_bytes_; };
-    // Sixteen rows at once are more than the processor foresees.
+    // Sixteen rows at once are more than the processor foresees: those of the next panel, or the one after.
     for (int r = 0; r < LANES; r++) __builtin_prefetch(from(r) + 2 * LANES * row_bytes_, 0, 2);
     if (left >= LINE) {
       for (int r = 0; r < LANES; r++) dwords[r] = bits_as<Integers>(load_bytes(from(r)));

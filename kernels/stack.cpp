@@ -137,8 +137,8 @@ void Product::operator()(const float* x, float* out, int64_t rows) const {
     for (int64_t m = 0; m < rows; m++) add(out + m * columns_, bias_, columns_);
 }
 
-void Product::together(std::initializer_list<std::pair<const Product*, float*>> products, const float* x, int64_t rows) {
-  const Product& any = *products.begin()->first;
+void Product::together(const std::vector<std::pair<const Product*, float*>>& products, const float* x, int64_t rows) {
+  const Product& any = *products.at(0).first;
   std::vector<Target> targets;
   for (const auto& [product, out] : products) {
     const bool alike = product->kind_ == any.kind_ && product->matrix_.group_size == any.matrix_.group_size &&
@@ -150,6 +150,18 @@ void Product::together(std::initializer_list<std::pair<const Product*, float*>> 
     }
   }
   if (!targets.empty()) multiply_packed(*any.kind_, targets, x, rows, any.activation_bits_);
+}
+
+std::vector<mx::array> products_of(const std::vector<const Product*>& products, const mx::array& x) {
+  const auto input = in_memory(x);
+  const int64_t rows = x.shape(0);
+  std::vector<std::vector<float>> sums;
+  std::vector<std::pair<const Product*, float*>> pairs;
+  for (const Product* product : products) pairs.emplace_back(product, sums.emplace_back(rows * product->columns()).data());
+  Product::together(pairs, input.data<float>(), rows);
+  std::vector<mx::array> found;
+  for (size_t n = 0; n < products.size(); n++) found.emplace_back(sums[n].data(), mx::Shape{int(rows), int(products[n]->columns())}, mx::float32);
+  return found;
 }
 
 Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array>& bias, float eps) : kind_(kind), eps_(eps) {

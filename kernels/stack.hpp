@@ -21,7 +21,7 @@ class Product {
           std::optional<Kind> kind, int group_size, const std::optional<mlx::core::array>& bias, float factor, int activation_bits);
   void operator()(const float* x, float* out, int64_t rows) const;
   // Several products of one x, in one go where their weights are packed alike.
-  static void together(std::initializer_list<std::pair<const Product*, float*>> products, const float* x, int64_t rows);
+  static void together(const std::vector<std::pair<const Product*, float*>>& products, const float* x, int64_t rows);
   int64_t columns() const { return columns_; }
   int64_t depth() const { return depth_; }
 
@@ -36,6 +36,9 @@ class Product {
 
   Target target(float* out) const { return {matrix_, out, factor_, bias_}; }
 };
+
+// x [rows, K] @ W^T * factor + bias of several products at once: an array [rows, N] for each.
+std::vector<mlx::core::array> products_of(const std::vector<const Product*>& products, const mlx::core::array& x);
 
 enum class NormKind { rmsnorm, layernorm, variance };
 

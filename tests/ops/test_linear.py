@@ -80,7 +80,8 @@ def packed_arguments(packed):
 
 
 PACKED = [
-    (2, 7, 1472), (4, 9, 448), (16, 96, 1472), (17, 33, 320), (33, 31, 96), (300, 100, 2240), (513, 3, 64), (530, 37, 4160),
+    (2, 7, 1472), (4, 9, 448), (5, 17, 96), (16, 96, 1472), (17, 33, 320), (32, 48, 192), (33, 31, 96), (257, 49, 1088),
+    (300, 100, 2240), (512, 32, 64), (513, 3, 64), (530, 37, 4160),
 ]  # fmt: skip
 
 
@@ -92,6 +93,36 @@ def test_packed_in_lines_and_tiles(format, rows, columns, depth):
     packed = encode(random(columns, depth, seed=1), format)
     arrays, settings = packed_arguments(packed)
     assert close(packed_linear(x, *arrays, **settings), x, decode(packed) / (packed.global_scale or 1.0))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("depth", [128, 384, 896])
+def test_packed_in_groups_of_every_size(name, group_size, depth):
+    packed = encode(random(35, depth, seed=1), FORMATS[name], group_size=group_size)
+    assert packed.group_size == group_size
+    arrays, settings = packed_arguments(packed)
+    for rows in (1, 3, 4, 5, 9, 40):
+        x = random(rows, depth, seed=rows)
+        assert close(packed_linear(x, *arrays, **settings), x, decode(packed))
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@EACH_FORMAT
+@pytest.mark.parametrize(("rows", "depth"), [(1, 1472), (4, 1472), (9, 1472), (40, 1472), (40, 4160), (300, 4160)])
+def test_products_of_one_x_run_as_one(format, rows, depth, activation_bits):
+    """A few columns, a panel and a part, panels; factor and bias once, whatever the parts: the same bits as one by one."""
+    module = cpu.kernels()[0]
+    x, products = random(rows, depth), []
+    for columns, factor in ((5, 0.5), (33, 1.0), (64, -3.0)):
+        (weight, scales, biases), _ = packed_arguments(packed := encode(random(columns, depth, seed=columns), format))
+        kind, bias = getattr(module.Kind, format.name), random(columns, seed=7)
+        product = module.Product(weight, scales, biases, kind, packed.group_size, bias, factor, activation_bits)
+        plain = module.marlin_gemm(x, weight, scales, biases, kind, packed.group_size, activation_bits)
+        products.append((product, plain * factor + bias))
+    for (_, expected), found in zip(products, module.products_of([each for each, _ in products], x), strict=True):
+        assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5 * mx.abs(expected).max().item()).item()
 
 
 @EACH_FORMAT
