@@ -4,9 +4,9 @@
 
 The shape is that of google/byt5-small (300 M parameters). Each program reads the inputs and writes `--steps` ids, greedily and
 without stopping. Timed are the encoder, and everything; what is left is spread over the steps. marlin runs in float32, and
-with packed weights, whose activations are float32 or rounded to 8 bits as CTranslate2 rounds its own. The ids of float32
-runs must be those of transformers. Rounds alternate, after a short answer by each that does not count; medians; the same
-threads for all (MARLIN_THREADS).
+with packed weights, whose activations are float32 or rounded to 8 bits as CTranslate2 rounds its own; `wo` keeps 8 bits where
+not all layers are named. The ids of float32 runs must be those of transformers. Rounds alternate, after a short answer by each
+that does not count; medians; the same threads for all (MARLIN_THREADS).
 """
 
 import argparse
@@ -145,6 +145,7 @@ def main() -> None:
             "marlin mxfp8": lambda: marlin_run(packed(plain, "mxfp8", "mxfp8")),
             "marlin nvfp4": lambda: marlin_run(packed(plain, "nvfp4", "mxfp8")),
             "marlin nvfp4 with 8-bit activations": lambda: marlin_run(packed(plain, "nvfp4", "int8", 8)),
+            "marlin nvfp4 in all layers, 8-bit activations": lambda: marlin_run(packed(plain, "nvfp4", "nvfp4", 8)),
             "marlin int8 with 8-bit activations": lambda: marlin_run(packed(plain, "int8", "int8", 8)),
         }
         runs = {label: make() for label, make in makers.items() if label not in skipped}
