@@ -1,8 +1,8 @@
 """What each method loses on the demo ByT5 in each format, in two Markdown tables: KL divergence, and bits per target byte.
 
     python benchmarks/byt5_methods.py HELDOUT --results byt5.jsonl [--train CORPUS/train/multilingual] [--per-language 12]
-        [--only alike,wo,encoder,auto] [--formats nvfp4,mxfp4,int4,mxfp8] [--methods rtn,gptq] [--distill-steps 100]
-        [--markdown README.md] [--table-only]
+        [--only alike,wo,encoder,auto] [--formats nvfp4,mxfp4,int4,mxfp8] [--methods rtn,gptq] [--distill-steps 400]
+        [--device cpu] [--markdown README.md] [--table-only]
 
 Segments are those of `byt5_quality`, and so are the pairs that methods measure and tune on; errors are over segments. The
 divergence is that of the packed model's predictions from the 16-bit model's, at every byte of the wanted answer and at its end,
@@ -81,6 +81,7 @@ class Options:
     results: Path
     budget: float
     distill_steps: int
+    device: str = "cpu"
 
 
 class Packing:
@@ -88,7 +89,7 @@ class Packing:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.model = ByT5Model.from_pretrained(DEMO, device="cpu")
+        self.model = ByT5Model.from_pretrained(DEMO, device=options.device, dtype=mx.float32)
         self._statistics: Statistics | None = None
 
     def unpacked(self, part: Part, name: str, method: str) -> ByT5Model:
@@ -105,7 +106,7 @@ class Packing:
         if method.endswith(DISTILL):
             batches = endless_batches(original, CalibrationBytes("distill", pairs=(DEMO,)))
             network = distill(original, network, batches, settings_for(original, self.options.distill_steps))
-        return ByT5Model(dequantize_network(network, self.model.device.dtype), self.model.device)
+        return ByT5Model(dequantize_network(network, mx.float32), self.model.device)
 
     def settings(self, part: Part, name: str) -> QuantizationSettings:
         """Formats of the layers."""
@@ -223,15 +224,16 @@ def main() -> None:
     parser.add_argument("--train", type=Path)
     parser.add_argument("--per-language", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="auto, metal, cuda or cpu; the numbers are float32's on each")
     parser.add_argument("--only", type=_names(PARTS), default=list(PARTS), help="parts of the table, with commas")
     parser.add_argument("--formats", type=_names(FORMATS), default=list(FORMATS))
     parser.add_argument("--methods", type=_names(METHODS), default=list(METHODS))
     parser.add_argument("--target-bpw", type=float, default=5.0, help="bits a weight of `auto`")
-    parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--distill-steps", type=int, default=400)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--table-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    options = Options(arguments.results, arguments.target_bpw, arguments.distill_steps)
+    options = Options(arguments.results, arguments.target_bpw, arguments.distill_steps, arguments.device)
     pairs = held_out_pairs(arguments.heldout, arguments.train, arguments.per_language, arguments.seed)
     scoring = Scoring(pairs)
     losses = KeptLosses(options.results, np.array([float(len(pair.target)) for pair in pairs]), scoring.score)

@@ -4,6 +4,7 @@ import json
 
 import byt5_cases
 import byt5_methods as methods
+import mlx.core as mx
 import numpy as np
 import pytest
 from paired_losses import KeptLosses
@@ -52,6 +53,13 @@ def test_losses_are_over_target_bytes_and_shares_are_of_rtn_with_all_layers_alik
         "| all layers alike | gptq | 0.0500 ± 0.0000 (25%) | 0.0500 ± 0.0000 |  |  |",
         "| all layers alike | gptq, sequential, 7 steps of distillation | 0.0500 ± 0.0000 (25%) |  |  |  |",
     ]
+
+
+def test_the_demo_is_float32_on_the_device_that_was_asked_for(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(methods.ByT5Model, "from_pretrained", lambda path, **options: asked.update(options))
+    methods.Packing(methods.Options(tmp_path / "results.jsonl", 5.0, 1, device="cuda"))
+    assert asked == {"device": "cuda", "dtype": mx.float32}
 
 
 def test_each_pair_is_scored_as_if_alone_and_in_its_place():
