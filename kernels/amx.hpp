@@ -164,7 +164,7 @@ constexpr int64_t place_of(int64_t half, int64_t pair) {
 
 // Rows of x as tiles: [blocks, steps, pieces, ROW_TILES, 16 rows, 32 values]; zeros behind the last row and the last value.
 template <int PIECES, int ROW_TILES>
-void lay_out(const float* x, int64_t stride, int64_t rows, int64_t depth, uint8_t* to) {
+void lay_out(const float* x, int64_t rows, int64_t depth, uint8_t* to) {
   constexpr int64_t HIGH = ROW_TILES * SIDE;
   const int64_t blocks = (rows + HIGH - 1) / HIGH, steps = (depth + STEP - 1) / STEP;
   constexpr int64_t WORK_OF_A_VALUE = 2;
@@ -174,11 +174,11 @@ void lay_out(const float* x, int64_t stride, int64_t rows, int64_t depth, uint8_
       uint8_t* tiles = to + item * PIECES * ROW_TILES * TILE_BYTES;
       for (int64_t m = 0; m < HIGH; m++) {
         const bool there = row + m < rows;
-        const float* from = x + (there ? row + m : 0) * stride + k;
+        const float* from = x + (there ? row + m : 0) * depth + k;
         const int64_t left = there ? depth - k : 0;
-        const auto mask = [](int64_t count) { return __mmask16(count >= LANES ? 0xffff : count > 0 ? (1 << count) - 1 : 0); };
-        split_rows<PIECES>(_mm512_maskz_loadu_ps(mask(left), from), _mm512_maskz_loadu_ps(mask(left - LANES), from + LANES),
-                           tiles + m * 64, ROW_TILES * TILE_BYTES);
+        const Vector front = left > 0 ? load_some(from, left) : Vector{};
+        const Vector back = left > LANES ? load_some(from + LANES, left - LANES) : Vector{};
+        split_rows<PIECES>(__m512(front), __m512(back), tiles + m * 64, ROW_TILES * TILE_BYTES);
       }
     }
   });
@@ -207,7 +207,7 @@ void pass(const float* x, int64_t row, int64_t rows, int64_t depth, Targets targ
   const int64_t part_steps = ((steps + parts - 1) / parts + STEPS_OF_LINE - 1) / STEPS_OF_LINE * STEPS_OF_LINE;
   thread_local AlignedBytes kept;
   uint8_t* tiles = kept.of(blocks * steps * step_bytes);
-  lay_out<PIECES_OF_X, ROW_TILES>(x + row * depth, depth, rows, depth, tiles);
+  lay_out<PIECES_OF_X, ROW_TILES>(x + row * depth, rows, depth, tiles);
   over_columns(targets, WIDTH, rows * depth, [&](const Target& target, int64_t first, int64_t last) {
     const Configuration configuration(std::min(rows, SIDE));
     const int64_t columns = target.w.columns, out_stride = columns;

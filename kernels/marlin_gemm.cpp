@@ -174,8 +174,9 @@ struct Laid {
   std::vector<float> values, sums;
 };
 
-Laid lay_out(const float* x, int64_t rows, int64_t depth, bool nibbles, int64_t group_size) {
+Laid lay_out(const float* x, int64_t rows, const Matrix& w, bool nibbles, bool affine) {
   Laid laid;
+  const int64_t depth = w.depth;
   const int64_t padded = (depth + BLOCK - 1) / BLOCK * BLOCK;
   laid.values.assign(rows * padded, 0.0f);
   for (int64_t m = 0; m < rows; m++) {
@@ -184,11 +185,7 @@ Laid lay_out(const float* x, int64_t rows, int64_t depth, bool nibbles, int64_t 
       laid.values[m * padded + (nibbles ? block + inside / 2 + (inside & 1) * LANES : k)] = x[m * depth + k];
     }
   }
-  if (group_size) {
-    laid.sums.assign(rows * (depth / group_size), 0.0f);
-    for (int64_t m = 0; m < rows; m++)
-      for (int64_t k = 0; k < depth; k++) laid.sums[m * (depth / group_size) + k / group_size] += x[m * depth + k];
-  }
+  if (affine) sum_groups(x, rows, w, laid.sums);
   return laid;
 }
 
@@ -214,7 +211,7 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
   constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1, BLOCK_BYTES = Format::nibbles ? BLOCK / 2 : BLOCK;
   const int64_t ahead = w.bytes_ahead(TOGETHER);
   const int64_t whole = w.depth / BLOCK, padded = (w.depth + BLOCK - 1) / BLOCK * BLOCK;
-  const int64_t groups = w.depth / w.group_size;
+  const int64_t groups = w.groups();
   const float* x = laid.values.data() + m0 * padded;
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
@@ -319,7 +316,7 @@ void multiply(Targets targets, const float* x, int64_t rows) {
   constexpr int64_t FEW = 32, TOGETHER = 8, BUFFER_WEIGHTS = 1 << 20;
   const Matrix& any = targets[0].w;
   if (rows <= FEW) {
-    const Laid laid = lay_out(x, rows, any.depth, Format::nibbles, Format::affine ? any.group_size : 0);
+    const Laid laid = lay_out(x, rows, any, Format::nibbles, Format::affine);
     over_columns(targets, 1, rows * any.depth, [&](const Target& target, int64_t first, int64_t last) {
       for (int64_t m = 0; m < rows; m += TOGETHER)
         up_to_eight<Format>(target.w, laid, target.out, first, last, m, std::min(TOGETHER, rows - m));
@@ -357,18 +354,25 @@ Matrix matrix_of(const mx::array& weight, const mx::array& scales, const mx::arr
   return w;
 }
 
+namespace {
+
+// Whether x becomes numbers of 8 bits for a product.
+bool rounds(Kind kind, int activation_bits) { return activation_bits == 8 && has_whole_weights(kind); }
+
+}  // namespace
+
 bool takes_tiles(Kind kind, int64_t rows, int activation_bits) {
   // Up to so many rows vectors are faster: columns are laid out for tiles once for all rows (LOG.md has the times).
   const bool affine = kind == Kind::int4 || kind == Kind::int8, four_bit_floats = kind == Kind::nvfp4 || kind == Kind::mxfp4;
-  const bool rounded = activation_bits == 8 && has_whole_weights(kind);
-  const int64_t few_rows = rounded ? (affine ? 32 : 8) : four_bit_floats ? 4 : 8;
+  const int64_t few_rows = rounds(kind, activation_bits) ? (affine ? 32 : 8) : four_bit_floats ? 4 : 8;
   return rows > few_rows && amx::usable();
 }
 
 void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits) {
   if (rows == 0) return;
-  if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, targets, x, rows, has_whole_weights(kind) ? activation_bits : 16);
-  if (activation_bits == 8 && has_whole_weights(kind)) return multiply_rounded(kind, targets, x, rows);
+  const bool rounded = rounds(kind, activation_bits);
+  if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, targets, x, rows, rounded);
+  if (rounded) return multiply_rounded(kind, targets, x, rows);
   if (multiply_lines(kind, targets, x, rows)) return;
   switch (kind) {
     case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows);

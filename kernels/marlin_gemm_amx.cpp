@@ -125,22 +125,22 @@ void multiply(Targets targets, const float* x, int64_t rows) {
 }
 
 template <class Format>
-void multiply(Targets targets, const float* x, int64_t rows, int activation_bits) {
-  if (activation_bits == 8) return multiply<Format, 1, 1>(targets, x, rows);
+void multiply(Targets targets, const float* x, int64_t rows, bool rounded) {
+  if (rounded) return multiply<Format, 1, 1>(targets, x, rows);
   return multiply<Format, 3, Format::exact ? 1 : 3>(targets, x, rows);
 }
 
 }  // namespace
 #endif
 
-void multiply_amx(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits) {
+void multiply_amx(Kind kind, Targets targets, const float* x, int64_t rows, bool rounded) {
 #if MARLIN_AMX
   switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows, activation_bits);
-    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows, activation_bits);
-    case Kind::mxfp8: return multiply<Mxfp8>(targets, x, rows, activation_bits);
-    case Kind::int4: return multiply<Affine<4>>(targets, x, rows, activation_bits);
-    case Kind::int8: return multiply<Affine<8>>(targets, x, rows, activation_bits);
+    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows, rounded);
+    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows, rounded);
+    case Kind::mxfp8: return multiply<Mxfp8>(targets, x, rows, rounded);
+    case Kind::int4: return multiply<Affine<4>>(targets, x, rows, rounded);
+    case Kind::int8: return multiply<Affine<8>>(targets, x, rows, rounded);
   }
 #endif
 }

@@ -4,7 +4,7 @@
 
 namespace marlin {
 
-// All targets, where `amx::usable()`; with 8 activation bits x becomes bfloat16.
-void multiply_amx(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits);
+// All targets, where `amx::usable()`; `rounded`: x becomes bfloat16.
+void multiply_amx(Kind kind, Targets targets, const float* x, int64_t rows, bool rounded);
 
 }  // namespace marlin

@@ -48,7 +48,7 @@ struct Laid {
 };
 
 void lay_out(const float* x, int64_t rows, const Matrix& w, bool affine, Laid& laid) {
-  const int64_t lines = (w.depth + WEIGHTS - 1) / WEIGHTS, groups = w.depth / w.group_size;
+  const int64_t lines = (w.depth + WEIGHTS - 1) / WEIGHTS;
   laid.values.resize(std::max<size_t>(laid.values.size(), rows * lines * WEIGHTS));
   float* to = laid.values.data();
   const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(NIBBLES));
@@ -61,10 +61,7 @@ void lay_out(const float* x, int64_t rows, const Matrix& w, bool affine, Laid& l
       }
     }
   }
-  if (!affine) return;
-  laid.sums.assign(rows * groups, 0.0f);
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t k = 0; k < w.depth; k++) laid.sums[m * groups + k / w.group_size] += x[m * w.depth + k];
+  if (affine) sum_groups(x, rows, w, laid.sums);
 }
 
 // The sums of four vectors' lanes.

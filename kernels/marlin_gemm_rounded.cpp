@@ -258,7 +258,7 @@ void round_rows(const float* x, int64_t rows, int64_t depth, bool with_sums, Rou
 
 // The sum of x over each group of an affine format, [rows, groups].
 std::vector<float> sums_of_groups(const Rounded& rounded, int64_t rows, const Matrix& w) {
-  const int64_t groups = w.depth / w.group_size, blocks_of_group = w.group_size / BLOCK;
+  const int64_t groups = w.groups(), blocks_of_group = w.group_size / BLOCK;
   std::vector<float> sums(rows * groups);
   for (int64_t m = 0; m < rows; m++)
     for (int64_t g = 0; g < groups; g++) {
@@ -506,7 +506,7 @@ void many_rows(Targets targets, const float* x, int64_t rows) {
   thread_local Rounded kept_rounded;
   Rounded& rounded = kept_rounded;
   round_rows<Format>(x, rows, any.depth, Format::affine || Format::OFFSET != 0, rounded);
-  const int64_t groups = any.depth / any.group_size, blocks = rounded.blocks;
+  const int64_t groups = any.groups(), blocks = rounded.blocks;
   const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, rows, any) : std::vector<float>{};
   for (int64_t block = 0; block < rows * blocks; block++) rounded.scales[block] *= Format::FACTOR;
   if constexpr (Format::OFFSET != 0) {

@@ -18,6 +18,14 @@ inline void finish(const Target& target, int64_t row, int64_t rows, int64_t colu
   }
 }
 
+// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet.
+inline void sum_groups(const float* x, int64_t rows, const Matrix& w, std::vector<float>& sums) {
+  const int64_t groups = w.groups();
+  sums.assign(rows * groups, 0.0f);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t k = 0; k < w.depth; k++) sums[m * groups + k / w.group_size] += x[m * w.depth + k];
+}
+
 // body(target, first, last) for tiles first .. last of `width` columns of a target.
 template <class Body>
 void over_columns(Targets targets, int64_t width, int64_t work_per_column, const Body& body) {
