@@ -18,11 +18,11 @@ import numpy as np
 from measured import Row, add_rows_option, report
 
 from marlin_cli.ops.cpu import kernels, thread_count
-from marlin_cli.quantization.encoders import decode, encode
+from marlin_cli.quantization.encoders import decode, mlx_encode
 from marlin_cli.quantization.formats import FORMATS
 
 # Products in one evaluation, each of the one before: an evaluation costs a hand-over between threads, whichever product runs.
-LINKS = 16
+LINKS = 64
 
 
 def chain(product, x, links: int):
@@ -79,7 +79,7 @@ def main() -> None:
             mx.eval(x, weight)
             found, found_rounded = [], []
             for name, format in FORMATS.items():
-                packed = encode(weight, format)
+                packed = mlx_encode(weight, format, format.group_size_for(size))  # no global scale, that grows along a chain
                 scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
                 biases = None if packed.biases is None else packed.biases.astype(mx.float32)
                 mx.eval(packed.weight, scales)
@@ -99,7 +99,7 @@ def main() -> None:
                 sides = (ours, theirs, rounded)
                 one, calls = ([lambda x=x, f=f, n=n: mx.eval(chain(f, x, n)) for f in sides] for n in (1, links))
                 fast, slow, faster = (took / links for took in medians(calls, arguments.repeats, one))
-                exact = x @ (decode(packed) / (packed.global_scale or 1.0)).T
+                exact = x @ decode(packed).T
                 error, rounding = ((mx.abs(f(x) - exact).max() / mx.abs(exact).max()).item() for f in (ours, rounded))
                 read = (packed.weight.nbytes + packed.scales.nbytes) / fast
                 print(

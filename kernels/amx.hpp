@@ -184,18 +184,6 @@ void lay_out(const float* x, int64_t rows, int64_t depth, uint8_t* to) {
   });
 }
 
-// Memory that starts where a line of the caches does.
-class AlignedBytes {
- public:
-  uint8_t* of(int64_t bytes) {
-    if (int64_t(held_.size()) < bytes + 63) held_.resize(bytes + 63);
-    return held_.data() + (64 - reinterpret_cast<uintptr_t>(held_.data()) % 64) % 64;
-  }
-
- private:
-  std::vector<uint8_t> held_;
-};
-
 // Up to `ROWS_OF_A_PASS` rows, from row `row` of out on. unpack(w, column, step, steps, panel) lays out two halves of sixteen columns.
 template <int PIECES_OF_X, int PIECES_OF_W, int ROW_TILES, class Unpack>
 void pass(const float* x, int64_t row, int64_t rows, int64_t depth, Targets targets, const Unpack& unpack) {

@@ -43,6 +43,18 @@ void over_threads(int64_t count, int64_t work_per_item, const Body& body) {
   for (int64_t part = 0; part < parts; part++) body(count * part / parts, count * (part + 1) / parts);
 }
 
+// Memory that starts where a line of the caches does.
+class AlignedBytes {
+ public:
+  uint8_t* of(int64_t bytes) {
+    if (int64_t(held_.size()) < bytes + 63) held_.resize(bytes + 63);
+    return held_.data() + (64 - reinterpret_cast<uintptr_t>(held_.data()) % 64) % 64;
+  }
+
+ private:
+  std::vector<uint8_t> held_;
+};
+
 // A CPU primitive of one output. `task` gets the inputs and the output with its memory in place, and returns the work.
 // MLX runs the work later, on its own thread, when this object may be gone: it must hold values and pointers to data.
 class CpuPrimitive : public mx::Primitive {
@@ -65,5 +77,13 @@ class CpuPrimitive : public mx::Primitive {
  protected:
   virtual std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const = 0;
 };
+
+// What a primitive reads: `from` with its rows one after another. What is so already, in memory or from a primitive of these, goes in
+// as it is: every other array costs MLX a node of its graph, about a microsecond.
+inline mx::array contiguous(const mx::array& from, mx::Stream stream) {
+  const bool there = from.is_available() && from.flags().row_contiguous;
+  const bool ours = !there && from.has_primitive() && dynamic_cast<const CpuPrimitive*>(&from.primitive());
+  return there || ours ? from : mx::contiguous(from, false, stream);
+}
 
 }  // namespace marlin

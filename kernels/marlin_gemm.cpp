@@ -10,6 +10,7 @@
 #include "decode.hpp"
 #include "linear.hpp"
 #include "marlin_gemm_amx.hpp"
+#include "marlin_gemm_fixed.hpp"
 #include "marlin_gemm_lines.hpp"
 #include "marlin_gemm_rounded.hpp"
 #include "targets.hpp"
@@ -373,6 +374,7 @@ void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, i
   const bool rounded = rounds(kind, activation_bits);
   if (takes_tiles(kind, rows, activation_bits)) return multiply_amx(kind, targets, x, rows, rounded);
   if (rounded) return multiply_rounded(kind, targets, x, rows);
+  if (multiply_fixed(kind, targets, x, rows)) return;
   if (multiply_lines(kind, targets, x, rows)) return;
   switch (kind) {
     case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows);
@@ -428,8 +430,8 @@ mx::array marlin_gemm(const mx::array& x, const mx::array& weight, const mx::arr
   shape.back() = weight.shape(0);
   auto stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs;
-  for (const auto& input : {x, weight, scales}) inputs.push_back(mx::contiguous(input, false, stream));
-  if (biases) inputs.push_back(mx::contiguous(*biases, false, stream));
+  for (const auto& input : {x, weight, scales}) inputs.push_back(contiguous(input, stream));
+  if (biases) inputs.push_back(contiguous(*biases, stream));
   return mx::array(shape, mx::float32, std::make_shared<Gemm>(stream, kind, group_size, activation_bits), std::move(inputs));
 }
 

@@ -33,11 +33,12 @@ inline __attribute__((always_inline)) void transpose(Integers* rows) {
 }
 
 #if MARLIN_AVX512
-// Sixteen E4M3 codes in the upper bytes of words, each times 2^-8: as half floats they need a shift, which leaves a copy of the
-// sign where a half has one exponent bit more.
-inline Vector from_e4m3(__m256i upper) {
-  return Vector(_mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16(int16_t(0xbf80)))));
-}
+// Sixteen E4M3 codes where half floats have exponent and mantissa, each times 2^-8: what is left is a copy of the sign, where a half
+// has one exponent bit more.
+inline Vector from_halves(__m256i words) { return Vector(_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(int16_t(0xbf80))))); }
+
+// Sixteen E4M3 codes in the upper bytes of words, each times 2^-8.
+inline Vector from_e4m3(__m256i upper) { return from_halves(_mm256_srai_epi16(upper, 1)); }
 #endif
 
 // The numbers of sixteen E4M3 codes, byte number `part` of dwords, times this power of two.

@@ -18,12 +18,15 @@ inline void finish(const Target& target, int64_t row, int64_t rows, int64_t colu
   }
 }
 
-// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet.
+// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet. Groups are whole vectors.
 inline void sum_groups(const float* x, int64_t rows, const Matrix& w, std::vector<float>& sums) {
   const int64_t groups = w.groups();
-  sums.assign(rows * groups, 0.0f);
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t k = 0; k < w.depth; k++) sums[m * groups + k / w.group_size] += x[m * w.depth + k];
+  sums.resize(rows * groups);
+  for (int64_t group = 0; group < rows * groups; group++) {
+    Vector total{};
+    for (int64_t k = 0; k < w.group_size; k += LANES) total += load(x + group * w.group_size + k);
+    sums[group] = sum(total);
+  }
 }
 
 // body(target, first, last) for tiles first .. last of `width` columns of a target.

@@ -27,7 +27,7 @@ COMPILERS = {
 DOT_PRODUCTS = "-march=armv8.2-a+dotprod"
 PATHS = {"neon": [], "neon, dot products": [DOT_PRODUCTS], "portable": ["-U__ARM_NEON"]}
 # Beside marlin_gemm.cpp, which the driver includes.
-PRODUCTS = ["marlin_gemm_amx.cpp", "marlin_gemm_lines.cpp", "marlin_gemm_rounded.cpp"]
+PRODUCTS = ["marlin_gemm_amx.cpp", "marlin_gemm_fixed.cpp", "marlin_gemm_lines.cpp", "marlin_gemm_rounded.cpp"]
 OTHER_KERNELS = ["flash_attention.cpp", "linear.cpp", "marlin_gemm.cpp"]
 
 

@@ -80,7 +80,7 @@ def packed_arguments(packed):
 
 
 PACKED = [
-    (2, 7, 1472), (4, 9, 448), (5, 17, 96), (16, 96, 1472), (17, 33, 320), (32, 48, 192), (33, 31, 96), (257, 49, 1088),
+    (1, 35, 1472), (1, 5, 96), (1, 10, 4160), (2, 7, 1472), (4, 9, 448), (5, 17, 96), (16, 96, 1472), (17, 33, 320), (32, 48, 192), (33, 31, 96), (257, 49, 1088),
     (300, 100, 2240), (512, 32, 64), (513, 3, 64), (530, 37, 4160),
 ]  # fmt: skip
 
@@ -93,6 +93,31 @@ def test_packed_in_lines_and_tiles(format, rows, columns, depth):
     packed = encode(random(columns, depth, seed=1), format)
     arrays, settings = packed_arguments(packed)
     assert close(packed_linear(x, *arrays, **settings), x, decode(packed) / (packed.global_scale or 1.0))
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e20, 1e30])
+def test_one_row_of_any_size(format, size):
+    packed = encode(random(9, 448, seed=1), format)
+    arrays, settings = packed_arguments(packed)
+    expected = packed_linear(random(1, 448), *arrays, **settings)
+    found = packed_linear(random(1, 448) * size, *arrays, **settings)
+    assert mx.allclose(found, expected * size, rtol=1e-5, atol=1e-4 * size).item()
+
+
+@EACH_FORMAT
+def test_one_row_keeps_the_bits_beside_an_outlier(format):
+    """Weights are zero where x is large, so that sums show what a scale shared with the outlier leaves of the others."""
+    x, weight = np.array(random(1, 1024)), np.array(random(40, 1024, seed=1))
+    x[:, 5::64] *= 1000
+    weight[:, 5::64] = 0
+    packed = encode(mx.array(weight), format)
+    arrays, settings = packed_arguments(packed)
+    unpacked = np.array(decode(packed) / (packed.global_scale or 1.0))
+    if packed.biases is not None:  # whose zeros are not zero
+        x[:, 5::64] = 0
+    assert (unpacked[:, 5::64][:, x[0, 5::64] != 0] == 0).all()
+    assert close(packed_linear(mx.array(x), *arrays, **settings), x, unpacked)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8"])

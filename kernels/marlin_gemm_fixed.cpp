@@ -1,0 +1,259 @@
+// marlin_gemm of one row of x in fixed point (VNNI): out[N] = x[K] @ W[N, K]^T in float32.
+//
+// A group of x becomes whole numbers of 29 bits under a power of two, where a sum in float32 keeps 24, and these four signed digits of
+// a byte. Codes stand for small whole numbers (all but mxfp8's), so that digits and weights add up exactly, sixty-four products an
+// instruction. A product of floats costs each sixteen weights a lookup and a multiplication; this costs a third less.
+#include "marlin_gemm_fixed.hpp"
+
+#include <array>
+#include <bit>
+
+#include "common.hpp"
+#include "packed_lines.hpp"
+#include "targets.hpp"
+
+namespace marlin {
+
+#if MARLIN_AVX512 && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+namespace {
+
+constexpr int64_t DIGITS = 4;
+
+// Each format: HALVES, what a packed byte holds; weights are their codes, or TABLE's numbers less OFFSET, times FACTOR and the scale of
+// their GROUP. scales(row, group, count): sixteen groups', of which `count` are there. Biases meet the sums of x over each group.
+struct Float4 {
+  static constexpr int64_t HALVES = 2;
+  static constexpr bool affine = false;
+  static constexpr int32_t OFFSET = 12;
+  alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+  static __m128i codes(const Packed& row, int64_t group, int64_t count) {
+    return _mm_maskz_loadu_epi8(__mmask16(count >= LANES ? 0xffff : (1 << count) - 1), row.codes + group);
+  }
+};
+
+struct Nvfp4 : Float4 {
+  static constexpr int64_t GROUP = 16;
+  static constexpr float FACTOR = 0.5f / E4M3_FACTOR;
+  static Vector scales(const Packed& row, int64_t group, int64_t count) {
+    return from_halves(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes(row, group, count)), 7));
+  }
+};
+
+struct Mxfp4 : Float4 {
+  static constexpr int64_t GROUP = 32;
+  static constexpr float FACTOR = 0.5f;
+  static Vector scales(const Packed& row, int64_t group, int64_t count) {
+    return powers_of_two(Integers(_mm512_cvtepu8_epi32(codes(row, group, count))));
+  }
+};
+
+template <int BITS, int64_t GROUP_SIZE>
+struct Affine {
+  static constexpr int64_t HALVES = 8 / BITS, GROUP = GROUP_SIZE;
+  static constexpr bool affine = true;
+  static constexpr int32_t OFFSET = 0;
+  static constexpr float FACTOR = 1.0f;
+  alignas(16) static constexpr uint8_t TABLE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static Vector scales(const Packed& row, int64_t group, int64_t count) { return load_some(row.scales + group, count); }
+};
+
+template <class Format>
+constexpr int64_t WEIGHTS = LINE * Format::HALVES;  // of a line
+
+// x by lines: digits [lines, 4, halves, 64 bytes]; what OFFSET adds to the sums of lanes, in the upper two and the lower two digits,
+// [lines, 2, lanes]; what 2^16 is worth, by groups; and the sums of groups.
+struct Laid {
+  AlignedBytes digits, offsets;
+  std::vector<float> units, sums;
+};
+
+// Whole numbers of two lanes of nibbles, changed so that the sum of each is a multiple of 64: what is over leaves its eight values in
+// equal shares, four at most of 2^27. OFFSET times it, which has then no lowest digit, goes where the others add up, [2, lanes].
+template <int32_t OFFSET>
+inline __m512i with_offsets(__m512i whole, int32_t* to) {
+  static_assert(OFFSET % 4 == 0);
+  __m512i sums = _mm512_add_epi32(whole, _mm512_shuffle_i64x2(whole, whole, 0xb1));
+  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_BADC));
+  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_CDAB));
+  const auto constant = [](int32_t value) { return _mm512_set1_epi32(value); };
+  const __m512i over = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(sums, constant(32)), constant(63)), constant(32));
+  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i offsets = _mm512_mullo_epi32(_mm512_srai_epi32(_mm512_sub_epi32(sums, over), 6), constant(-OFFSET / 4));
+  constexpr __mmask16 FIRSTS = 0x0101;
+  const auto store = [&](__m512i digits, int32_t* there) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(there), _mm512_castsi512_si128(_mm512_maskz_compress_epi32(FIRSTS, digits)));
+  };
+  store(_mm512_srai_epi32(offsets, 16), to);
+  store(_mm512_and_si512(offsets, constant(0xffff)), to + LANES);
+  return _mm512_sub_epi32(whole, _mm512_srai_epi32(_mm512_add_epi32(over, steps), 3));
+}
+
+// False where a value is not finite.
+template <class Format>
+bool lay_out(const float* x, const Matrix& w, Laid& laid) {
+  constexpr int64_t VECTORS = Format::GROUP / LANES, OF_A_LINE = WEIGHTS<Format> / LANES, HALVES = Format::HALVES;
+  const int64_t groups = w.groups(), lines = (w.depth + WEIGHTS<Format> - 1) / WEIGHTS<Format>;
+  uint8_t* digits = laid.digits.of(lines * DIGITS * HALVES * LINE);
+  auto* offsets = reinterpret_cast<int32_t*>(laid.offsets.of(lines * 2 * LINE));
+  laid.units.resize(groups);
+  // The bytes of sixteen numbers by digit, half of a packed byte and place: eight quads of four bytes, or of eight, of which each goes to
+  // a row of 64 bytes of its own, or two to one.
+  alignas(64) static constexpr auto order = [] {
+    std::array<uint8_t, 64> from{};
+    for (int n = 0; n < 64; n++) from[n] = uint8_t(n % (16 / HALVES) * 4 * HALVES + n / (16 / HALVES) % HALVES * 4 + n / 16);
+    return from;
+  }();
+  const __m512i eighths = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = HALVES == 2 ? _mm512_slli_epi64(eighths, 6)
+                                     : _mm512_add_epi64(_mm512_slli_epi64(_mm512_srli_epi64(eighths, 1), 6),
+                                                        _mm512_slli_epi64(_mm512_and_si512(eighths, _mm512_set1_epi64(1)), 3));
+  const __m512i carries = _mm512_set1_epi32(0x808080);
+  const auto lay = [&](int64_t vector, __m512i whole) {
+    const int64_t line = vector / OF_A_LINE, inside = vector % OF_A_LINE;
+    if constexpr (Format::OFFSET != 0) whole = with_offsets<Format::OFFSET>(whole, offsets + line * 2 * LANES + inside * 2);
+    // Signed digits: what a byte lacks to its sign goes to the next.
+    const __m512i signed_bytes = _mm512_xor_si512(_mm512_add_epi32(whole, carries), carries);
+    const __m512i ordered = _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), signed_bytes);
+    _mm512_i64scatter_epi64(digits + line * DIGITS * HALVES * LINE + inside * (16 / HALVES), places, ordered, 1);
+  };
+  for (int64_t group = 0; group < groups; group++) {
+    const float* from = x + group * Format::GROUP;
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t v = 0; v < VECTORS; v++)
+      most = _mm512_max_epi32(most, _mm512_and_si512(__m512i(load(from + v * LANES)), _mm512_set1_epi32(0x7fffffff)));
+    // The largest is at least 2^27 and below 2^28, so that the sum of eight is below 2^31.
+    const int32_t exponent = std::max(_mm512_reduce_max_epi32(most) >> 23, 29);
+    if (exponent == 255) return false;
+    laid.units[group] = std::bit_cast<float>((exponent - 11) << 23) * Format::FACTOR;
+    const Vector factor = splat(std::bit_cast<float>((281 - exponent) << 23));
+    for (int64_t v = 0; v < VECTORS; v++) lay(group * VECTORS + v, _mm512_cvtps_epi32(__m512(load(from + v * LANES) * factor)));
+  }
+  for (int64_t vector = groups * VECTORS; vector < lines * OF_A_LINE; vector++) lay(vector, _mm512_setzero_si512());
+  if (Format::affine) sum_groups(x, 1, w, laid.sums);
+  return true;
+}
+
+// TOGETHER columns from n0 on.
+template <class Format, int TOGETHER>
+void together(const Matrix& w, Laid& laid, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+  constexpr int64_t HALVES = Format::HALVES, LINES = LANES * Format::GROUP / WEIGHTS<Format>;  // that sixteen scales serve
+  const int64_t lines = (w.row_bytes + LINE - 1) / LINE;
+  alignas(64) static constexpr auto spread = [] {  // of sixteen scales over the lanes of each line
+    std::array<int32_t, LINES * LANES> from{};
+    for (int64_t n = 0; n < LINES * LANES; n++) from[n] = int32_t(n * WEIGHTS<Format> / LANES / Format::GROUP);
+    return from;
+  }();
+  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
+  const uint8_t* x = laid.digits.of(0);
+  const uint8_t* x_offsets = laid.offsets.of(0);
+  Packed rows[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  Vector sums[TOGETHER] = {};
+  const auto each = [](auto body) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int n = 0; n < TOGETHER; n++) body(n);
+  };
+  // As many lines as sixteen scales serve, stage by stage: what waits for what is as far apart as the registers allow.
+  const auto step = [&](int64_t first, auto all) __attribute__((always_inline)) {
+    const int64_t group = first * WEIGHTS<Format> / Format::GROUP, count = all ? LANES : groups - group;
+    const Vector units = load_some(laid.units.data() + group, count);
+    Vector scales[TOGETHER];
+    each([&](int n) { scales[n] = Format::scales(rows[n], group, count) * units; });
+    for (int64_t line = first; line < (all ? first + LINES : lines); line++) {
+      const uint8_t *digits = x + line * DIGITS * HALVES * LINE, *offsets = x_offsets + line * 2 * LINE;
+      __m512i weights[HALVES][TOGETHER], upper[TOGETHER], lower[TOGETHER];
+      each([&](int n) __attribute__((always_inline)) {
+        const uint8_t* from = rows[n].weight + line * LINE;
+        __builtin_prefetch(from + ahead);
+        __m512i bytes = all ? __m512i(load_bytes(from)) : __m512i(load_bytes(from, w.row_bytes - line * LINE));
+        asm("" : "+v"(bytes));  // read once: GCC would twice, and packed rows lie across the lines of the cache
+        if constexpr (HALVES == 2) {
+          // The table repeats: of an index the lower four bits count.
+          weights[0][n] = _mm512_permutexvar_epi8(bytes, table);
+          weights[1][n] = _mm512_permutexvar_epi8(_mm512_srli_epi32(bytes, 4), table);
+        } else {
+          weights[0][n] = bytes;
+        }
+        upper[n] = Format::OFFSET ? _mm512_load_si512(offsets) : _mm512_setzero_si512();
+        lower[n] = Format::OFFSET ? _mm512_load_si512(offsets + LINE) : _mm512_setzero_si512();
+      });
+      const auto add_products = [&](__m512i* totals, int digit) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int half = 0; half < HALVES; half++) {
+          const __m512i own = _mm512_load_si512(digits + (digit * HALVES + half) * LINE);
+          each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_dpbusd_epi32(totals[n], weights[half][n], own); });
+        }
+      };
+      const auto up_a_digit = [&](__m512i* totals) __attribute__((always_inline)) {
+        each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_slli_epi32(totals[n], 8); });
+      };
+      add_products(upper, 3);
+      add_products(lower, 1);
+      up_a_digit(upper);
+      up_a_digit(lower);
+      add_products(upper, 2);
+      add_products(lower, 0);
+      const __m512i own = _mm512_load_si512(spread.data() + (line - first) * LANES);
+      each([&](int n) __attribute__((always_inline)) {
+        const Vector both = Vector(_mm512_cvtepi32_ps(upper[n])) + Vector(_mm512_cvtepi32_ps(lower[n])) * 0x1p-16f;
+        sums[n] += both * Vector(_mm512_permutexvar_ps(own, __m512(scales[n])));
+      });
+    }
+  };
+  const int64_t inside = w.row_bytes / LINE / LINES * LINES;
+  for (int64_t first = 0; first < inside; first += LINES) step(first, std::true_type{});
+  if (inside < lines) step(inside, std::false_type{});
+  if constexpr (Format::affine) {
+    for (int64_t g = 0; g < groups; g += LANES) {
+      const Vector own = load_some(laid.sums.data() + g, groups - g);
+      each([&](int n) { sums[n] += load_some(rows[n].biases + g, groups - g) * own; });
+    }
+  }
+  each([&](int n) { out[n0 + n] = sum(sums[n]); });
+}
+
+template <class Format>
+bool multiply(Targets targets, const float* x) {
+  constexpr int TOGETHER = 4;
+  const Matrix& any = targets[0].w;
+  thread_local Laid kept;
+  Laid& laid = kept;
+  if (!lay_out<Format>(x, any, laid)) return false;
+  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
+  over_columns(targets, 1, any.depth, [&](const Target& target, int64_t first, int64_t last) {
+    int64_t n = first;
+    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, TOGETHER>(target.w, laid, target.out, n, groups, ahead);
+    for (; n < last; n++) together<Format, 1>(target.w, laid, target.out, n, groups, ahead);
+    finish(target, 0, 1, first, last - first);
+  });
+  return true;
+}
+
+template <int BITS>
+bool multiply_affine(Targets targets, const float* x) {
+  switch (targets[0].w.group_size) {
+    case 32: return multiply<Affine<BITS, 32>>(targets, x);
+    case 64: return multiply<Affine<BITS, 64>>(targets, x);
+    case 128: return multiply<Affine<BITS, 128>>(targets, x);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows) {
+  if (rows > 1) return false;
+  switch (kind) {
+    case Kind::nvfp4: return multiply<Nvfp4>(targets, x);
+    case Kind::mxfp4: return multiply<Mxfp4>(targets, x);
+    case Kind::int4: return multiply_affine<4>(targets, x);
+    case Kind::int8: return multiply_affine<8>(targets, x);
+    default: return false;
+  }
+}
+#else
+bool multiply_fixed(Kind, Targets, const float*, int64_t) { return false; }
+#endif
+
+}  // namespace marlin
