@@ -1,7 +1,8 @@
-// marlin_gemm of nibbles for up to four rows of x, with vectors of 512 bits: out[M, N] = x[M, K] @ W[N, K]^T in float32.
+// marlin_gemm for up to four rows of x, with vectors of 512 bits: out[M, N] = x[M, K] @ W[N, K]^T in float32. Products add up before
+// their scales multiply them once.
 //
-// A line of 64 bytes is 128 weights, eight a dword. Lanes are dwords: a permutation looks up the low nibble of each, so that a shift
-// is all there is between two of the eight, and the 128 products add up before their scales, which lanes share, multiply them once.
+// Nibbles: a line of 64 bytes is 128 weights, eight a dword. Lanes are dwords: a permutation looks up the low nibble of each, so that a
+// shift is all there is between two of the eight. Bytes: lanes are sixteen neighbours.
 #include "marlin_gemm_lines.hpp"
 
 #include <array>
@@ -152,6 +153,74 @@ void multiply(Targets targets, const float* x, int64_t rows) {
   }
 }
 
+// TOGETHER rows of E4M3 against ROWS rows of x. Codes become half floats a group ahead, by way of memory: from there a conversion takes
+// sixteen as they are, which out of a register cost a shuffle more.
+template <int ROWS, int TOGETHER>
+inline void bytes_together(const Matrix& w, const float* x, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+  constexpr int64_t GROUP = 32;
+  Packed rows[TOGETHER];
+  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  alignas(64) uint16_t halves[2][TOGETHER][GROUP];
+  alignas(64) float scales[TOGETHER][LANES];
+  Vector sums[TOGETHER][ROWS] = {};
+  const auto unpack = [&](int64_t group) __attribute__((always_inline)) {
+    for (int n = 0; n < TOGETHER; n++) {
+      const uint8_t* from = rows[n].weight + group * GROUP;
+      __builtin_prefetch(from + ahead);
+      const __m512i words = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 7);
+      _mm512_store_si512(halves[group % 2][n], _mm512_and_si512(words, _mm512_set1_epi16(int16_t(0xbf80))));
+    }
+  };
+  unpack(0);
+  for (int64_t group = 0; group < groups; group++) {
+    if (group % LANES == 0) {
+      for (int n = 0; n < TOGETHER; n++) {
+        const int64_t some = std::min<int64_t>(LANES, groups - group);
+        const __m128i codes = _mm_maskz_loadu_epi8(__mmask16((1 << some) - 1), rows[n].codes + group);
+        store(powers_of_two(Integers(_mm512_cvtepu8_epi32(codes))) * (1 / E4M3_FACTOR), scales[n]);
+      }
+    }
+    if (group + 1 < groups) unpack(group + 1);
+    Vector parts[TOGETHER][ROWS] = {};
+#pragma GCC unroll 2
+    for (int64_t half = 0; half < GROUP; half += LANES) {
+      Vector weights[TOGETHER];
+      for (int n = 0; n < TOGETHER; n++)
+        weights[n] = Vector(_mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves[group % 2][n] + half))));
+      for (int m = 0; m < ROWS; m++) {
+        const Vector own = load(x + m * w.depth + group * GROUP + half);
+        for (int n = 0; n < TOGETHER; n++) parts[n][m] += weights[n] * own;
+      }
+    }
+    for (int n = 0; n < TOGETHER; n++)
+      for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * splat(scales[n][group % LANES]);
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int n = 0; n < TOGETHER; n++) out[m * w.columns + n0 + n] = sum(sums[n][m]);
+}
+
+template <int ROWS>
+void multiply_bytes(Targets targets, const float* x) {
+  const Matrix& any = targets[0].w;
+  constexpr int TOGETHER = ROWS <= 2 ? 4 : 2;
+  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
+  over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
+    int64_t n = first;
+    for (; n + TOGETHER <= last; n += TOGETHER) bytes_together<ROWS, TOGETHER>(target.w, x, target.out, n, groups, ahead);
+    for (; n < last; n++) bytes_together<ROWS, 1>(target.w, x, target.out, n, groups, ahead);
+    finish(target, 0, ROWS, first, last - first);
+  });
+}
+
+void multiply_bytes(Targets targets, const float* x, int64_t rows) {
+  switch (rows) {
+    case 1: return multiply_bytes<1>(targets, x);
+    case 2: return multiply_bytes<2>(targets, x);
+    case 3: return multiply_bytes<3>(targets, x);
+    default: return multiply_bytes<4>(targets, x);
+  }
+}
+
 }  // namespace
 
 bool multiply_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
@@ -161,6 +230,7 @@ bool multiply_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
     case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows), true;
     case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows), true;
     case Kind::int4: return multiply<Int4>(targets, x, rows), true;
+    case Kind::mxfp8: return multiply_bytes(targets, x, rows), true;
     default: return false;
   }
 }
