@@ -46,12 +46,16 @@ void over_threads(int64_t count, int64_t work_per_item, const Body& body) {
 // Memory that starts where a line of the caches does.
 class AlignedBytes {
  public:
+  // At least so many, whatever was in them.
   uint8_t* of(int64_t bytes) {
     if (int64_t(held_.size()) < bytes + 63) held_.resize(bytes + 63);
-    return held_.data() + (64 - reinterpret_cast<uintptr_t>(held_.data()) % 64) % 64;
+    return held_.data() + to_a_line();
   }
+  const uint8_t* data() const { return held_.data() + to_a_line(); }
 
  private:
+  int64_t to_a_line() const { return (64 - reinterpret_cast<uintptr_t>(held_.data()) % 64) % 64; }
+
   std::vector<uint8_t> held_;
 };
 

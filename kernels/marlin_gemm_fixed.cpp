@@ -26,26 +26,18 @@ struct Float4 {
   static constexpr bool affine = false;
   static constexpr int32_t OFFSET = 12;
   alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
-  static __m128i codes(const Packed& row, int64_t group, int64_t count) {
-    return _mm_maskz_loadu_epi8(__mmask16(count >= LANES ? 0xffff : (1 << count) - 1), row.codes + group);
-  }
 };
 
 struct Nvfp4 : Float4 {
   static constexpr int64_t GROUP = 16;
   static constexpr float FACTOR = 0.5f / E4M3_FACTOR;
-  static Vector scales(const Packed& row, int64_t group, int64_t count) {
-    return from_halves(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes(row, group, count)), 7));
-  }
+  static Vector scales(const Packed& row, int64_t group, int64_t count) { return e4m3_of_groups(row, group, count); }
 };
 
 struct Mxfp4 : Float4 {
   static constexpr int64_t GROUP = 32;
   static constexpr float FACTOR = 0.5f;
-  static Vector scales(const Packed& row, int64_t group, int64_t count) {
-    return powers_of_two(Integers(_mm512_cvtepu8_epi32(codes(row, group, count))));
-  }
+  static Vector scales(const Packed& row, int64_t group, int64_t count) { return e8m0_of_groups(row, group, count); }
 };
 
 template <int BITS, int64_t GROUP_SIZE>
@@ -136,7 +128,7 @@ bool lay_out(const float* x, const Matrix& w, Laid& laid) {
 
 // TOGETHER columns from n0 on.
 template <class Format, int TOGETHER>
-void together(const Matrix& w, Laid& laid, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t groups, int64_t ahead) {
   constexpr int64_t HALVES = Format::HALVES, LINES = LANES * Format::GROUP / WEIGHTS<Format>;  // that sixteen scales serve
   const int64_t lines = (w.row_bytes + LINE - 1) / LINE;
   alignas(64) static constexpr auto spread = [] {  // of sixteen scales over the lanes of each line
@@ -145,8 +137,6 @@ void together(const Matrix& w, Laid& laid, float* out, int64_t n0, int64_t group
     return from;
   }();
   const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
-  const uint8_t* x = laid.digits.of(0);
-  const uint8_t* x_offsets = laid.offsets.of(0);
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
   Vector sums[TOGETHER] = {};
@@ -161,7 +151,8 @@ void together(const Matrix& w, Laid& laid, float* out, int64_t n0, int64_t group
     Vector scales[TOGETHER];
     each([&](int n) { scales[n] = Format::scales(rows[n], group, count) * units; });
     for (int64_t line = first; line < (all ? first + LINES : lines); line++) {
-      const uint8_t *digits = x + line * DIGITS * HALVES * LINE, *offsets = x_offsets + line * 2 * LINE;
+      const uint8_t* digits = laid.digits.data() + line * DIGITS * HALVES * LINE;
+      const uint8_t* offsets = laid.offsets.data() + line * 2 * LINE;
       __m512i weights[HALVES][TOGETHER], upper[TOGETHER], lower[TOGETHER];
       each([&](int n) __attribute__((always_inline)) {
         const uint8_t* from = rows[n].weight + line * LINE;

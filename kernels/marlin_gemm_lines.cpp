@@ -173,13 +173,8 @@ inline void bytes_together(const Matrix& w, const float* x, float* out, int64_t 
   };
   unpack(0);
   for (int64_t group = 0; group < groups; group++) {
-    if (group % LANES == 0) {
-      for (int n = 0; n < TOGETHER; n++) {
-        const int64_t some = std::min<int64_t>(LANES, groups - group);
-        const __m128i codes = _mm_maskz_loadu_epi8(__mmask16((1 << some) - 1), rows[n].codes + group);
-        store(powers_of_two(Integers(_mm512_cvtepu8_epi32(codes))) * (1 / E4M3_FACTOR), scales[n]);
-      }
-    }
+    if (group % LANES == 0)
+      for (int n = 0; n < TOGETHER; n++) store(e8m0_of_groups(rows[n], group, groups - group) * (1 / E4M3_FACTOR), scales[n]);
     if (group + 1 < groups) unpack(group + 1);
     Vector parts[TOGETHER][ROWS] = {};
 #pragma GCC unroll 2
