@@ -21,8 +21,8 @@ from marlin_cli.ops.cpu import kernels, thread_count
 from marlin_cli.quantization.encoders import decode, mlx_encode
 from marlin_cli.quantization.formats import FORMATS
 
-# Products in one evaluation, each of the one before, as in a pass through twelve layers: an evaluation costs a hand-over between
-# threads, whichever product runs.
+# Products in one evaluation, each of the one before, as in a pass through twelve layers: an evaluation costs a hand-over
+# between threads, whichever product runs.
 LINKS = 64
 
 
