@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints.pickle_reader import TensorReference
 from marlin_cli.checkpoints.torch_file import TorchFile
-from marlin_cli.errors import CheckpointError
+from marlin_cli.config import describe
+from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import read_json, read_safetensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -68,6 +69,30 @@ class Foreign:
         if tensor.ndim != dimensions or tensor.size == 0:
             raise CheckpointError(f"{self.path}: {name!r} has shape {list(tensor.shape)}, not {dimensions} dimensions")
         return tensor.shape
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: it holds something else, or is no JSON.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected an object, found {describe(document)}")
+    return document
+
+
+def take_table(document: dict[str, Any], key: str, path: Path) -> dict[str, Any] | None:
+    """The table `key` of an object that was read from `path`, which is taken out of it.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    value = document.pop(key, None)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{path}: {key!r} should be a table, found {describe(value)}")
+    return value
 
 
 def weights_file(path: Path) -> Path:

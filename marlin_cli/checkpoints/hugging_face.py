@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.checkpoints import nvfp4
-from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, shards_of_index
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, read_object, shards_of_index, take_table
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import read_json
@@ -86,7 +86,8 @@ def read(path: Path) -> Checkpoint:
             if name in tensors:
                 raise CheckpointError(f"{file}: {name!r} stands in another shard too")
             tensors[name] = tensor
-    packing = nvfp4.packing_of(_table(folder / CONFIG), folder)
+    document = read_object(folder / CONFIG)
+    packing, marlin = nvfp4.packing_of(document, folder), take_table(document, "marlin", folder / CONFIG)
     if packing is not None:
         tensors = nvfp4.under_mlx_names(tensors, packing, path)
     foreign = Foreign(path, tensors)
@@ -101,7 +102,7 @@ def read(path: Path) -> Checkpoint:
         _take_stack(weights, taken, "decoder", config["decoder_layers"], gated=config["gated_ffn"])
         config["tied_head"] = not _take_head(weights, taken, path, may_be_tied=config["scaled_head"])
     taken.finish()
-    return Checkpoint(path, "hugging_face", config, weights, None if packing is None else dict(nvfp4.TABLE))
+    return Checkpoint(path, "hugging_face", config, weights, None if packing is None else dict(nvfp4.TABLE), marlin)
 
 
 def files(path: Path) -> list[Path]:
@@ -173,8 +174,8 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def _config(folder: Path) -> dict[str, Any]:
     """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
     where = folder / CONFIG
-    document = _table(where)
-    generation = _table(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
+    document = read_object(where)
+    generation = read_object(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     config: dict[str, Any] = {"model_type": "byt5"}
     for theirs, (ours, default) in FIELDS.items():
         config[ours] = _number(where, theirs, document.get(theirs), default)
@@ -194,13 +195,6 @@ def _config(folder: Path) -> dict[str, Any]:
     for theirs, (ours, default_id) in IDS.items():
         config[ours] = _id(where, theirs, generation.get(theirs), document.get(theirs), default_id)
     return config
-
-
-def _table(path: Path) -> dict[str, Any]:
-    document = read_json(path)
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: expected an object, found {describe(document)}")
-    return document
 
 
 def _id(where: Path, name: str, first: Any, second: Any, default: int) -> Any:

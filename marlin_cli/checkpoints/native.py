@@ -1,15 +1,13 @@
 """Marlin's own layout: a folder with config.json and model.safetensors, or shards with an index."""
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints import nvfp4
-from marlin_cli.checkpoints.foreign import Checkpoint, shards_of_index
-from marlin_cli.config import describe
+from marlin_cli.checkpoints.foreign import Checkpoint, read_object, shards_of_index, take_table
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.files import read_json, read_safetensors
+from marlin_cli.files import read_safetensors
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -37,19 +35,17 @@ def read(path: Path) -> Checkpoint:
         ConfigError: config.json is not a JSON object.
     """
     folder = path if path.is_dir() else path.parent
-    document = read_json(folder / CONFIG)
-    if not isinstance(document, dict):
-        raise ConfigError(f"{folder / CONFIG}: expected an object, found {describe(document)}")
+    document = read_object(folder / CONFIG)
     packing = None if "quantization" in document else nvfp4.packing_of(document, folder)
     if packing is not None:
         document = {key: value for key, value in document.items() if key != "quantization_config"}
     known = {str(key): value for key, value in document.items() if key not in IGNORED_KEYS}
     config = {RENAMED_KEYS.get(key, key): value for key, value in known.items()}
-    quantization = _table(config, "quantization", folder)
+    quantization = take_table(config, "quantization", folder / CONFIG)
     # mlx-lm writes the same table under transformers' name; another table is another tool's packing.
-    if _table(config, "quantization_config", folder) not in (None, quantization):
+    if take_table(config, "quantization_config", folder / CONFIG) not in (None, quantization):
         raise ConfigError(f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing")
-    marlin = _table(config, "marlin", folder)
+    marlin = take_table(config, "marlin", folder / CONFIG)
     weights: dict[str, mx.array] = {}
     for file in [path] if path.is_file() else weight_files(folder):
         arrays, _ = read_safetensors(file)
@@ -80,10 +76,3 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder}: holds neither {SINGLE} nor {INDEX}; name another layout's file itself")
         return [folder / SINGLE]
     return shards_of_index(index)
-
-
-def _table(config: dict[str, Any], key: str, folder: Path) -> dict[str, Any] | None:
-    value = config.pop(key, None)
-    if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{folder / CONFIG}: {key!r} should be a table, found {describe(value)}")
-    return value

@@ -88,7 +88,10 @@ def test_a_recipe_of_auto_gives_the_same_files(quantize, tmp_path):
 def test_rotated_states_are_not_given_out(quantize, tmp_path):
     assert quantize("model", "-o", tmp_path / "packed", *WAYS["gptq+hadamard"])[0] == 0
     assert quantize(tmp_path / "packed", "--dequantize", "-o", tmp_path / "plain")[0] == 0
-    for name in ("packed", "plain"):
+    export = ["--wo-bits", 4, "--export", "compressed-tensors"]
+    code, _, err = quantize("model", "-o", tmp_path / "exported", *WAYS["gptq+hadamard"], *export)
+    assert code == 0, err
+    for name in ("packed", "plain", "exported"):
         with pytest.raises(UsageError, match=r"gptq\+hadamard has rotated"):
             load(tmp_path / name, device="cpu").encode(b"abc")
         assert len(load(tmp_path / name, device="cpu").generate(b"abc", max_length=3)) <= 3
