@@ -80,7 +80,9 @@ def main() -> None:
             mx.eval(x, weight)
             found, found_rounded = [], []
             for name, format in FORMATS.items():
-                packed = mlx_encode(weight, format, format.group_size_for(size))  # no global scale, that grows along a chain
+                packed = mlx_encode(
+                    weight, format, format.group_size_for(size)
+                )  # without a global scale: products leave it out, and x would grow
                 scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
                 biases = None if packed.biases is None else packed.biases.astype(mx.float32)
                 mx.eval(packed.weight, scales)

@@ -43,10 +43,12 @@ void over_threads(int64_t count, int64_t work_per_item, const Body& body) {
   for (int64_t part = 0; part < parts; part++) body(count * part / parts, count * (part + 1) / parts);
 }
 
-// Memory that starts where a line of the caches does.
+// Memory that starts where a line of the caches does. Growing loses what was in it.
 class AlignedBytes {
  public:
-  // At least so many, whatever was in them.
+  AlignedBytes() = default;
+  AlignedBytes(const AlignedBytes&) = delete;  // a copy would start elsewhere
+
   uint8_t* of(int64_t bytes) {
     if (int64_t(held_.size()) < bytes + 63) held_.resize(bytes + 63);
     return held_.data() + to_a_line();
@@ -82,12 +84,15 @@ class CpuPrimitive : public mx::Primitive {
   virtual std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const = 0;
 };
 
+// Whether an array is in memory, its rows one after another.
+inline bool lies_contiguous(const mx::array& array) { return array.is_available() && array.flags().row_contiguous; }
+
 // What a primitive reads: `from` with its rows one after another. What is so already, in memory or from a primitive of these, goes in
 // as it is: every other array costs MLX a node of its graph, about a microsecond.
-inline mx::array contiguous(const mx::array& from, mx::Stream stream) {
-  const bool there = from.is_available() && from.flags().row_contiguous;
+inline mx::array contiguous_input(const mx::array& from) {
+  const bool there = lies_contiguous(from);
   const bool ours = !there && from.has_primitive() && dynamic_cast<const CpuPrimitive*>(&from.primitive());
-  return there || ours ? from : mx::contiguous(from, false, stream);
+  return there || ours ? from : mx::contiguous(from, false, mx::Device::cpu);
 }
 
 }  // namespace marlin

@@ -259,20 +259,20 @@ mx::array flash_attention(const mx::array& queries, const std::vector<PageArrays
                           float scale, bool causal, int window, const std::optional<mx::array>& left_padding,
                           const std::optional<mx::array>& lengths, const std::optional<mx::array>& relative_bias) {
   auto stream = mx::default_stream(mx::Device::cpu);
-  std::vector<mx::array> inputs{contiguous(queries, stream)};
+  std::vector<mx::array> inputs{contiguous_input(queries)};
   const auto add = [&](const std::vector<PageArrays>& pages) {
     std::vector<int> bits;
     for (const auto& page : pages) {
       bits.push_back(page.bits);
-      inputs.push_back(contiguous(page.data, stream));
-      if (page.scales) inputs.push_back(contiguous(*page.scales, stream));
+      inputs.push_back(contiguous_input(page.data));
+      if (page.scales) inputs.push_back(contiguous_input(*page.scales));
     }
     return bits;
   };
   auto key_bits = add(keys), value_bits = add(values);
   for (const auto& counts : {left_padding, lengths})
-    if (counts) inputs.push_back(contiguous(mx::astype(*counts, mx::int32, stream), stream));
-  if (relative_bias) inputs.push_back(contiguous(*relative_bias, stream));
+    if (counts) inputs.push_back(contiguous_input(mx::astype(*counts, mx::int32, stream)));
+  if (relative_bias) inputs.push_back(contiguous_input(*relative_bias));
   FlashAttention::Shape shape{std::move(key_bits), std::move(value_bits), scale, causal, window,
                               left_padding.has_value(), lengths.has_value(), relative_bias.has_value()};
   return mx::array(queries.shape(), mx::float32, std::make_shared<FlashAttention>(stream, std::move(shape)), std::move(inputs));

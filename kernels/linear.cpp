@@ -129,7 +129,7 @@ mx::array linear(const mx::array& x, const mx::array& weight) {
   auto shape = x.shape();
   shape.back() = weight.shape(0);
   auto stream = mx::default_stream(mx::Device::cpu);
-  std::vector<mx::array> inputs{contiguous(x, stream), contiguous(weight, stream)};
+  std::vector<mx::array> inputs{contiguous_input(x), contiguous_input(weight)};
   return mx::array(shape, mx::float32, std::make_shared<Linear>(stream), std::move(inputs));
 }
 

@@ -11,7 +11,7 @@ mx::array local_patch_decode(const Stack& stack, const mx::array& table, const P
   const Stopwatch whole(seconds, &PartSeconds::whole);
   Stopwatch waiting(seconds, &PartSeconds::inputs);
   std::vector<mx::array> inputs;
-  for (const auto& each : {table, lead, additions, given, noise}) inputs.push_back(mx::contiguous(each, false, mx::Device::cpu));
+  for (const auto& each : {table, lead, additions, given, noise}) inputs.push_back(contiguous_input(each));
   mx::eval(inputs);
   waiting.stop();
   const int64_t streams = lead.shape(0), dim = stack.dim(), vocab = head.columns(), known = given.shape(1), tokens = additions.shape(1);

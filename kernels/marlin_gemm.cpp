@@ -430,8 +430,8 @@ mx::array marlin_gemm(const mx::array& x, const mx::array& weight, const mx::arr
   shape.back() = weight.shape(0);
   auto stream = mx::default_stream(mx::Device::cpu);
   std::vector<mx::array> inputs;
-  for (const auto& input : {x, weight, scales}) inputs.push_back(contiguous(input, stream));
-  if (biases) inputs.push_back(contiguous(*biases, stream));
+  for (const auto& input : {x, weight, scales}) inputs.push_back(contiguous_input(input));
+  if (biases) inputs.push_back(contiguous_input(*biases));
   return mx::array(shape, mx::float32, std::make_shared<Gemm>(stream, kind, group_size, activation_bits), std::move(inputs));
 }
 

@@ -1,8 +1,8 @@
-// marlin_gemm of one row of x in fixed point (VNNI): out[N] = x[K] @ W[N, K]^T in float32.
+// marlin_gemm of one row of x in fixed point (VNNI and VBMI): out[N] = x[K] @ W[N, K]^T in float32.
 //
-// A group of x becomes whole numbers of 29 bits under a power of two, where a sum in float32 keeps 24, and these four signed digits of
-// a byte. Codes stand for small whole numbers (all but mxfp8's), so that digits and weights add up exactly, sixty-four products an
-// instruction. A product of floats costs each sixteen weights a lookup and a multiplication; this costs a third less.
+// A group of x becomes whole numbers of 28 bits and a sign under a power of two, where a sum in float32 keeps 24 bits, and these four
+// signed digits of a byte. Codes stand for small whole numbers (all but mxfp8's), so that digits and weights add up exactly, sixty-four
+// products an instruction. A product of floats costs each sixteen weights a lookup and a multiplication; this costs a third less.
 #include "marlin_gemm_fixed.hpp"
 
 #include <array>
@@ -24,8 +24,8 @@ constexpr int64_t DIGITS = 4;
 struct Float4 {
   static constexpr int64_t HALVES = 2;
   static constexpr bool affine = false;
-  static constexpr int32_t OFFSET = 12;
-  alignas(16) static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  static constexpr int32_t OFFSET = 64;
+  alignas(16) static constexpr uint8_t TABLE[16] = {64, 65, 66, 67, 68, 70, 72, 76, 64, 63, 62, 61, 60, 58, 56, 52};
 };
 
 struct Nvfp4 : Float4 {
@@ -60,28 +60,33 @@ struct Laid {
   std::vector<float> units, sums;
 };
 
-// Whole numbers of two lanes of nibbles, changed so that the sum of each is a multiple of 64: what is over leaves its eight values in
-// equal shares, four at most of 2^27. OFFSET times it, which has then no lowest digit, goes where the others add up, [2, lanes].
+// Whole numbers of two lanes of nibbles, and what OFFSET adds to the sums of their products: -OFFSET times their own sum. That has to
+// be a multiple of 256, for accumulators start from it in the digits above the lowest, [2, lanes]. So sums are made multiples of four:
+// one or two of the eight numbers move by one.
 template <int32_t OFFSET>
 inline __m512i with_offsets(__m512i whole, int32_t* to) {
-  static_assert(OFFSET % 4 == 0);
+  static_assert(OFFSET == 64);
   __m512i sums = _mm512_add_epi32(whole, _mm512_shuffle_i64x2(whole, whole, 0xb1));
   sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_BADC));
   sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_CDAB));
   const auto constant = [](int32_t value) { return _mm512_set1_epi32(value); };
-  const __m512i over = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(sums, constant(32)), constant(63)), constant(32));
-  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512i offsets = _mm512_mullo_epi32(_mm512_srai_epi32(_mm512_sub_epi32(sums, over), 6), constant(-OFFSET / 4));
+  const __m512i over = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(sums, constant(2)), constant(3)), constant(2));
+  const __m512i offsets = _mm512_srai_epi32(_mm512_sub_epi32(over, sums), 2);  // 256ths
   constexpr __mmask16 FIRSTS = 0x0101;
   const auto store = [&](__m512i digits, int32_t* there) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(there), _mm512_castsi512_si128(_mm512_maskz_compress_epi32(FIRSTS, digits)));
   };
   store(_mm512_srai_epi32(offsets, 16), to);
   store(_mm512_and_si512(offsets, constant(0xffff)), to + LANES);
+  // Shares of `over` by quads: (over + 0) / 8, .. (over + 7) / 8, rounded down, add up to it.
+  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
   return _mm512_sub_epi32(whole, _mm512_srai_epi32(_mm512_add_epi32(over, steps), 3));
 }
 
-// False where a value is not finite.
+// Largest values of a group between 2^-96 and 2^64, which leave room for scales on either side.
+constexpr int32_t LEAST_EXPONENT = 127 - 96, MOST_EXPONENT = 127 + 63;
+
+// False where a group has another size, infinite or not a number.
 template <class Format>
 bool lay_out(const float* x, const Matrix& w, Laid& laid) {
   constexpr int64_t VECTORS = Format::GROUP / LANES, OF_A_LINE = WEIGHTS<Format> / LANES, HALVES = Format::HALVES;
@@ -96,12 +101,12 @@ bool lay_out(const float* x, const Matrix& w, Laid& laid) {
     for (int n = 0; n < 64; n++) from[n] = uint8_t(n % (16 / HALVES) * 4 * HALVES + n / (16 / HALVES) % HALVES * 4 + n / 16);
     return from;
   }();
-  const __m512i eighths = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i places = HALVES == 2 ? _mm512_slli_epi64(eighths, 6)
-                                     : _mm512_add_epi64(_mm512_slli_epi64(_mm512_srli_epi64(eighths, 1), 6),
-                                                        _mm512_slli_epi64(_mm512_and_si512(eighths, _mm512_set1_epi64(1)), 3));
+  const __m512i quads = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = HALVES == 2 ? _mm512_slli_epi64(quads, 6)
+                                     : _mm512_add_epi64(_mm512_slli_epi64(_mm512_srli_epi64(quads, 1), 6),
+                                                        _mm512_slli_epi64(_mm512_and_si512(quads, _mm512_set1_epi64(1)), 3));
   const __m512i carries = _mm512_set1_epi32(0x808080);
-  const auto lay = [&](int64_t vector, __m512i whole) {
+  const auto put = [&](int64_t vector, __m512i whole) {
     const int64_t line = vector / OF_A_LINE, inside = vector % OF_A_LINE;
     if constexpr (Format::OFFSET != 0) whole = with_offsets<Format::OFFSET>(whole, offsets + line * 2 * LANES + inside * 2);
     // Signed digits: what a byte lacks to its sign goes to the next.
@@ -115,13 +120,13 @@ bool lay_out(const float* x, const Matrix& w, Laid& laid) {
     for (int64_t v = 0; v < VECTORS; v++)
       most = _mm512_max_epi32(most, _mm512_and_si512(__m512i(load(from + v * LANES)), _mm512_set1_epi32(0x7fffffff)));
     // The largest is at least 2^27 and below 2^28, so that the sum of eight is below 2^31.
-    const int32_t exponent = std::max(_mm512_reduce_max_epi32(most) >> 23, 29);
-    if (exponent == 255) return false;
+    const int32_t largest = _mm512_reduce_max_epi32(most), exponent = largest == 0 ? LEAST_EXPONENT : largest >> 23;
+    if (exponent < LEAST_EXPONENT || exponent > MOST_EXPONENT) return false;
     laid.units[group] = std::bit_cast<float>((exponent - 11) << 23) * Format::FACTOR;
     const Vector factor = splat(std::bit_cast<float>((281 - exponent) << 23));
-    for (int64_t v = 0; v < VECTORS; v++) lay(group * VECTORS + v, _mm512_cvtps_epi32(__m512(load(from + v * LANES) * factor)));
+    for (int64_t v = 0; v < VECTORS; v++) put(group * VECTORS + v, _mm512_cvtps_epi32(__m512(load(from + v * LANES) * factor)));
   }
-  for (int64_t vector = groups * VECTORS; vector < lines * OF_A_LINE; vector++) lay(vector, _mm512_setzero_si512());
+  for (int64_t vector = groups * VECTORS; vector < lines * OF_A_LINE; vector++) put(vector, _mm512_setzero_si512());
   if (Format::affine) sum_groups(x, 1, w, laid.sums);
   return true;
 }
@@ -172,8 +177,8 @@ void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t
       const auto add_products = [&](__m512i* totals, int digit) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int half = 0; half < HALVES; half++) {
-          const __m512i own = _mm512_load_si512(digits + (digit * HALVES + half) * LINE);
-          each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_dpbusd_epi32(totals[n], weights[half][n], own); });
+          const __m512i values = _mm512_load_si512(digits + (digit * HALVES + half) * LINE);
+          each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_dpbusd_epi32(totals[n], weights[half][n], values); });
         }
       };
       const auto up_a_digit = [&](__m512i* totals) __attribute__((always_inline)) {
@@ -185,10 +190,10 @@ void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t
       up_a_digit(lower);
       add_products(upper, 2);
       add_products(lower, 0);
-      const __m512i own = _mm512_load_si512(spread.data() + (line - first) * LANES);
+      const __m512i lanes = _mm512_load_si512(spread.data() + (line - first) * LANES);
       each([&](int n) __attribute__((always_inline)) {
         const Vector both = Vector(_mm512_cvtepi32_ps(upper[n])) + Vector(_mm512_cvtepi32_ps(lower[n])) * 0x1p-16f;
-        sums[n] += both * Vector(_mm512_permutexvar_ps(own, __m512(scales[n])));
+        sums[n] += both * Vector(_mm512_permutexvar_ps(lanes, __m512(scales[n])));
       });
     }
   };
@@ -197,8 +202,8 @@ void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t
   if (inside < lines) step(inside, std::false_type{});
   if constexpr (Format::affine) {
     for (int64_t g = 0; g < groups; g += LANES) {
-      const Vector own = load_some(laid.sums.data() + g, groups - g);
-      each([&](int n) { sums[n] += load_some(rows[n].biases + g, groups - g) * own; });
+      const Vector of_x = load_some(laid.sums.data() + g, groups - g);
+      each([&](int n) { sums[n] += load_some(rows[n].biases + g, groups - g) * of_x; });
     }
   }
   each([&](int n) { out[n0 + n] = sum(sums[n]); });
@@ -213,9 +218,7 @@ bool multiply(Targets targets, const float* x) {
   if (!lay_out<Format>(x, any, laid)) return false;
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, TOGETHER>(target.w, laid, target.out, n, groups, ahead);
-    for (; n < last; n++) together<Format, 1>(target.w, laid, target.out, n, groups, ahead);
+    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<Format, some>(target.w, laid, target.out, n, groups, ahead); });
     finish(target, 0, 1, first, last - first);
   });
   return true;

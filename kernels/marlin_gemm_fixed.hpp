@@ -4,7 +4,7 @@
 
 namespace marlin {
 
-// All targets, and true; false where this machine, this format, so many rows or values that are not finite are for other kernels.
+// All targets, and true; false where this machine, this format, so many rows or values of unusual size are for other kernels.
 bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows);
 
 }  // namespace marlin

@@ -136,21 +136,11 @@ void multiply(Targets targets, const float* x) {
   const Format format(any);
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(format, target.w, laid, target.out, n, groups, ahead);
-    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, laid, target.out, n, groups, ahead);
+    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) {
+      together<Format, ROWS, some>(format, target.w, laid, target.out, n, groups, ahead);
+    });
     finish(target, 0, ROWS, first, last - first);
   });
-}
-
-template <class Format>
-void multiply(Targets targets, const float* x, int64_t rows) {
-  switch (rows) {
-    case 1: return multiply<Format, 1>(targets, x);
-    case 2: return multiply<Format, 2>(targets, x);
-    case 3: return multiply<Format, 3>(targets, x);
-    default: return multiply<Format, 4>(targets, x);
-  }
 }
 
 // TOGETHER rows of E4M3 against ROWS rows of x. Codes become half floats a group ahead, by way of memory: from there a conversion takes
@@ -200,19 +190,19 @@ void multiply_bytes(Targets targets, const float* x) {
   constexpr int TOGETHER = ROWS <= 2 ? 4 : 2;
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER) bytes_together<ROWS, TOGETHER>(target.w, x, target.out, n, groups, ahead);
-    for (; n < last; n++) bytes_together<ROWS, 1>(target.w, x, target.out, n, groups, ahead);
+    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { bytes_together<ROWS, some>(target.w, x, target.out, n, groups, ahead); });
     finish(target, 0, ROWS, first, last - first);
   });
 }
 
-void multiply_bytes(Targets targets, const float* x, int64_t rows) {
+// body(ROWS), an integral_constant, for one to four rows.
+template <class Body>
+void for_rows(int64_t rows, const Body& body) {
   switch (rows) {
-    case 1: return multiply_bytes<1>(targets, x);
-    case 2: return multiply_bytes<2>(targets, x);
-    case 3: return multiply_bytes<3>(targets, x);
-    default: return multiply_bytes<4>(targets, x);
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    default: return body(std::integral_constant<int, 4>{});
   }
 }
 
@@ -221,13 +211,16 @@ void multiply_bytes(Targets targets, const float* x, int64_t rows) {
 bool multiply_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
   constexpr int64_t MOST_ROWS = 4;
   if (rows > MOST_ROWS) return false;
-  switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows), true;
-    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows), true;
-    case Kind::int4: return multiply<Int4>(targets, x, rows), true;
-    case Kind::mxfp8: return multiply_bytes(targets, x, rows), true;
-    default: return false;
-  }
+  if (kind == Kind::int8) return false;
+  for_rows(rows, [&](auto some) {
+    switch (kind) {
+      case Kind::nvfp4: return multiply<Nvfp4, some>(targets, x);
+      case Kind::mxfp4: return multiply<Mxfp4, some>(targets, x);
+      case Kind::int4: return multiply<Int4, some>(targets, x);
+      default: return multiply_bytes<some>(targets, x);
+    }
+  });
+  return true;
 }
 #else
 bool multiply_lines(Kind, Targets, const float*, int64_t) { return false; }

@@ -1,4 +1,4 @@
-// Packed products of a few rows, a line of each column at a time.
+// Packed products of a few rows, in vectors of 512 bits.
 #pragma once
 #include "marlin_gemm.hpp"
 

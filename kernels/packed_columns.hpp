@@ -33,8 +33,8 @@ inline __attribute__((always_inline)) void transpose(Integers* rows) {
 }
 
 #if MARLIN_AVX512
-// Sixteen E4M3 codes where half floats have exponent and mantissa, each times 2^-8: what is left is a copy of the sign, where a half
-// has one exponent bit more.
+// Sixteen E4M3 codes, sign-extended to words and moved seven bits up, where half floats have exponent and mantissa: each times 2^-8. A half
+// has one exponent bit more, where a copy of the sign is in the way.
 inline Vector from_halves(__m256i words) { return Vector(_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(int16_t(0xbf80))))); }
 
 // Sixteen E4M3 codes in the upper bytes of words, each times 2^-8.

@@ -5,7 +5,7 @@
 namespace marlin {
 
 #if MARLIN_AVX512
-// Scales of sixteen groups of a row, of which `count` are there; E4M3's times E4M3_FACTOR.
+// Scales of sixteen groups of a row, of which `count` are there and the others mean nothing; E4M3's times E4M3_FACTOR.
 inline __m128i codes_of_groups(const Packed& row, int64_t group, int64_t count) {
   return _mm_maskz_loadu_epi8(__mmask16(count >= LANES ? 0xffff : (1 << count) - 1), row.codes + group);
 }
@@ -13,7 +13,9 @@ inline Vector e4m3_of_groups(const Packed& row, int64_t group, int64_t count) {
   return from_halves(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes_of_groups(row, group, count)), 7));
 }
 inline Vector e8m0_of_groups(const Packed& row, int64_t group, int64_t count) {
-  return powers_of_two(Integers(_mm512_cvtepu8_epi32(codes_of_groups(row, group, count))));
+  constexpr int32_t LEAST = 1 << 22;  // 2^-127, which code 0 stands for
+  const __m512i exponents = _mm512_slli_epi32(_mm512_cvtepu8_epi32(codes_of_groups(row, group, count)), 23);
+  return Vector(_mm512_castsi512_ps(_mm512_max_epi32(exponents, _mm512_set1_epi32(LEAST))));
 }
 #endif
 

@@ -16,7 +16,7 @@ constexpr int64_t ROWS_AT_ONCE = 256, LOGITS_AT_ONCE = 1 << 16;
 mx::array sequence_costs(const Stack& stack, const mx::array& table, const Product& head, const mx::array& lead, const mx::array& additions,
                          const mx::array& given, const mx::array& expected) {
   std::vector<mx::array> inputs;
-  for (const auto& each : {table, lead, additions, given, expected}) inputs.push_back(mx::contiguous(each, false, mx::Device::cpu));
+  for (const auto& each : {table, lead, additions, given, expected}) inputs.push_back(contiguous_input(each));
   mx::eval(inputs);
   const float *embeddings = inputs[0].data<float>(), *leads = inputs[1].data<float>(), *added = inputs[2].data<float>();
   const int32_t *ids = inputs[3].data<int32_t>(), *wanted = inputs[4].data<int32_t>();

@@ -101,7 +101,7 @@ int64_t bytes_of(const std::vector<KeyValuePages>& keys, const std::vector<KeyVa
 }  // namespace
 
 mx::array in_memory(const mx::array& from) {
-  if (from.is_available() && from.flags().row_contiguous) return from;
+  if (lies_contiguous(from)) return from;
   auto copy = mx::contiguous(from, false, mx::Device::cpu);
   copy.eval();
   return copy;

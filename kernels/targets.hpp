@@ -18,7 +18,8 @@ inline void finish(const Target& target, int64_t row, int64_t rows, int64_t colu
   }
 }
 
-// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet. Groups are whole vectors.
+// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet. Groups of
+// all formats are whole vectors.
 inline void sum_groups(const float* x, int64_t rows, const Matrix& w, std::vector<float>& sums) {
   const int64_t groups = w.groups();
   sums.resize(rows * groups);
@@ -43,6 +44,14 @@ void over_columns(Targets targets, int64_t width, int64_t work_per_column, const
       start += count;
     }
   });
+}
+
+// body(together, n) for columns n .. n + together - 1, TOGETHER at a time and then one, `together` an integral_constant.
+template <int TOGETHER, class Body>
+void by_columns(int64_t first, int64_t last, const Body& body) {
+  int64_t n = first;
+  for (; n + TOGETHER <= last; n += TOGETHER) body(std::integral_constant<int, TOGETHER>{}, n);
+  for (; n < last; n++) body(std::integral_constant<int, 1>{}, n);
 }
 
 }  // namespace marlin
