@@ -2,11 +2,11 @@
 
     python benchmarks/products.py [--sizes 1024,2048,4096] [--repeats 9] [--only packed|dense]
 
-Rounds interleave the two sides; medians. A packed product is timed after one of its own that does not count, as in decoding,
-where threads have not slept since the product before. Outputs are compared in the same run. Packed bandwidth counts the bytes
-of the packed weights and scales; the share is of a copy of 256 MB measured here. torch (extra `peers`) runs with the same
-threads; MLX's CPU backend multiplies packed weights with one thread, whatever it is given: MARLIN_THREADS=1 is the comparison
-of kernels.
+Rounds interleave the two sides; medians. A product is timed after one of its own that does not count, as in decoding, where
+threads have not slept since the product before, and one row passes through a chain of products. Outputs are compared in the
+same run. Packed bandwidth counts the bytes of the packed weights and scales; the share is of a copy of 256 MB measured here.
+torch (extra `peers`) runs with the same threads; MLX's CPU backend multiplies packed weights with one thread, whatever it is
+given: MARLIN_THREADS=1 is the comparison of kernels.
 """
 
 import argparse
@@ -136,14 +136,19 @@ def main() -> None:
     for size in sizes:
         found = []
         for rows in counts:
-            x, weight = mx.random.normal((rows, size)), mx.random.normal((size, size))
+            x, weight = mx.random.normal((rows, size)), mx.random.normal((size, size)) * size**-0.5
             mx.eval(x, weight)
             theirs_x, theirs_weight = torch.from_numpy(np.array(x)), torch.from_numpy(np.array(weight))
-            calls = [
-                lambda x=x, w=weight: mx.eval(module.linear(x, w)),
-                lambda x=theirs_x, w=theirs_weight: torch.nn.functional.linear(x, w),
-            ]
-            fast, peer = medians(calls, arguments.repeats)
+            links = LINKS if rows == 1 else 1
+
+            def ours(count, x=x, w=weight):
+                return mx.eval(chain(lambda x: module.linear(x, w), x, count))
+
+            def theirs(count, x=theirs_x, w=theirs_weight):
+                return chain(lambda x: torch.nn.functional.linear(x, w), x, count)
+
+            one, calls = ([lambda f=f, n=n: f(n) for f in (ours, theirs)] for n in (1, links))
+            fast, peer = (took / links for took in medians(calls, arguments.repeats, one))
             expected = torch.nn.functional.linear(theirs_x, theirs_weight).numpy()
             error = np.abs(np.array(module.linear(x, weight)) - expected).max() / np.abs(expected).max()
             print(
