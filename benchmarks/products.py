@@ -80,9 +80,8 @@ def main() -> None:
             mx.eval(x, weight)
             found, found_rounded = [], []
             for name, format in FORMATS.items():
-                packed = mlx_encode(
-                    weight, format, format.group_size_for(size)
-                )  # without a global scale: products leave it out, and x would grow
+                # Without a global scale: products leave it out, and x would grow.
+                packed = mlx_encode(weight, format, format.group_size_for(size))
                 scales = packed.scales if packed.biases is None else packed.scales.astype(mx.float32)
                 biases = None if packed.biases is None else packed.biases.astype(mx.float32)
                 mx.eval(packed.weight, scales)

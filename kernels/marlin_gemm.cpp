@@ -263,10 +263,7 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
 
 template <class Format, int ROWS>
 void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0) {
-  constexpr int TOGETHER = 2;
-  int64_t n = first;
-  for (; n + TOGETHER <= last; n += TOGETHER) together<Format, ROWS, TOGETHER>(w, laid, out, n, m0);
-  for (; n < last; n++) together<Format, ROWS, 1>(w, laid, out, n, m0);
+  by_columns<2>(first, last, [&](auto some, int64_t n) { together<Format, ROWS, some>(w, laid, out, n, m0); });
 }
 
 template <class Format>

@@ -385,10 +385,9 @@ void few_rows(Targets targets, const float* x) {
   const Format format(any);
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    int64_t n = first;
-    for (; n + TOGETHER <= last; n += TOGETHER)
-      together<Format, ROWS, TOGETHER>(format, target.w, meetings.data(), group_sums.data(), target.out, n, groups, ahead);
-    for (; n < last; n++) together<Format, ROWS, 1>(format, target.w, meetings.data(), group_sums.data(), target.out, n, groups, ahead);
+    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) {
+      together<Format, ROWS, some>(format, target.w, meetings.data(), group_sums.data(), target.out, n, groups, ahead);
+    });
     finish(target, 0, ROWS, first, last - first);
   });
 }

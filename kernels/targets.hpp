@@ -18,8 +18,8 @@ inline void finish(const Target& target, int64_t row, int64_t rows, int64_t colu
   }
 }
 
-// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet. Groups of
-// all formats are whole vectors.
+// The sum of x over each group of a matrix, [rows, groups]: what biases of affine formats meet. Groups of all formats
+// are whole vectors.
 inline void sum_groups(const float* x, int64_t rows, const Matrix& w, std::vector<float>& sums) {
   const int64_t groups = w.groups();
   sums.resize(rows * groups);

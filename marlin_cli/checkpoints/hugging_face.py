@@ -79,14 +79,14 @@ def read(path: Path) -> Checkpoint:
         ConfigError: a configuration that is not of T5 over bytes.
     """
     folder = path if path.is_dir() else path.parent
-    config = _config(folder)
+    document = read_object(folder / CONFIG)
+    config = _config(folder, document)
     tensors: dict[str, mx.array] = {}
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
             if name in tensors:
                 raise CheckpointError(f"{file}: {name!r} stands in another shard too")
             tensors[name] = tensor
-    document = read_object(folder / CONFIG)
     packing, marlin = nvfp4.packing_of(document, folder), take_table(document, "marlin", folder / CONFIG)
     if packing is not None:
         tensors = nvfp4.under_mlx_names(tensors, packing, path)
@@ -171,10 +171,9 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
     where = folder / CONFIG
-    document = read_object(where)
     generation = read_object(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     config: dict[str, Any] = {"model_type": "byt5"}
     for theirs, (ours, default) in FIELDS.items():
