@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +17,8 @@ from marlin_cli.commands.bench import bench
 from marlin_cli.commands.calibrate import calibrate
 from marlin_cli.commands.generate import generate
 from marlin_cli.commands.quantize import quantize
-from marlin_cli.errors import MarlinError
+from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
+from marlin_cli.text import one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,10 +69,12 @@ def _program(
 
 
 def main() -> NoReturn:
-    """Run the program: 0 done, 1 an error with a one-line reason, 2 wrong usage, 130 interrupted."""
+    """Run the program: 0 done, 1 an error with a one-line reason, 2 wrong usage, 130 or 143 interrupted."""
     from typer.main import get_command
 
     _open_closed_streams()
+    _listen_to_signals()
+    _show_warnings()
     code = 0
     try:
         result = get_command(app)(standalone_mode=False)
@@ -81,10 +85,15 @@ def main() -> NoReturn:
     except (_ReaderGone, BrokenPipeError):
         _forget_output()
     except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        _forget_output()
-        code = _fail(f"cannot write the output: {error.strerror}", 1)
+        if error.errno in NO_ROOM and error.filename is None:
+            _forget_output()
+            code = _fail(f"cannot write the output: {error.strerror}", 1)
+        else:
+            code = _fail(one_line(error if error.filename is None else f"{error.filename}: {error.strerror}"), 1)
+    except MemoryError:
+        code = _fail("out of memory; take a smaller model, shorter inputs or fewer at a time", 1)
+    except Terminated as ending:
+        code = ending.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
     except Exception as error:
@@ -93,6 +102,32 @@ def main() -> NoReturn:
             raise
         code = _fail(error.format_message(), 2)
     sys.exit(code)
+
+
+def _listen_to_signals() -> None:
+    """Let the signals that ask a process to end be exceptions, so that nothing half done is left. Once: it is ending then."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(number, end)
+
+
+def _show_warnings() -> None:
+    """Our own warnings are a line each; those of libraries are for developers, who ask for them by -W."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        from marlin_cli.console import note
+
+        note(f"marlin: {one_line(message)}")
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", AssumptionWarning)
+        warnings.showwarning = show
 
 
 def _open_closed_streams() -> None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from marlin_cli.errors import ConfigError
+from marlin_cli.text import MOST_QUOTED, quoted
 
 T = TypeVar("T")
 
@@ -27,7 +29,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(str(key), fields)}")
+            raise ConfigError(f"{where}: unknown key {quoted(key)}{did_you_mean(str(key), fields)}")
     values = {key: _checked(value, hints[key], f"{where}: key {key!r}") for key, value in mapping.items()}
     missing = [
         name
@@ -57,7 +59,8 @@ def check_same(found: T, wanted: T, where: str) -> None:
 def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, or the list of them when none is near."""
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1)
+    # Comparing takes the product of the lengths; a word that is no name at all is like none of them.
+    near = difflib.get_close_matches(word, names, n=1) if len(word) <= MOST_QUOTED else []
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(sorted(names))}"
@@ -65,8 +68,7 @@ def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 
 def describe(value: Any) -> str:
     """A short description of a value for an error message."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+    return f"{type(value).__name__} {quoted(value)}"
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -75,7 +77,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is typing.Literal:
         choices = typing.get_args(hint)
-        if value not in choices or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ConfigError(f"{where}: {describe(value)} is not one of {', '.join(map(str, choices))}")
         return value
     if origin in (typing.Union, types.UnionType):
@@ -96,8 +98,14 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return {str(key): _checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ConfigError(f"{where}: expected a finite number, found {describe(value)}")
+        return number
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{where}: expected {hint.__name__}, found {describe(value)}")
     return value

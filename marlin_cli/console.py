@@ -16,13 +16,14 @@ from rich.progress import (
 from rich.table import Table
 
 from marlin_cli.ranks import is_follower
+from marlin_cli.text import printable
 
 
 def note(message: str) -> None:
     """One line of information on stderr; rank 0 alone says it."""
     if is_follower():
         return
-    _stderr().print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
+    _stderr().print(printable(message), style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def note_to_terminal(message: str) -> None:
@@ -33,18 +34,18 @@ def note_to_terminal(message: str) -> None:
 
 def failure(message: str) -> None:
     """One line on stderr that says what went wrong."""
-    _stderr().print(f"marlin: {message}", highlight=False, markup=False, soft_wrap=True)
+    _stderr().print(f"marlin: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
     """A table; the first column is text, the others are right-aligned numbers. Rank 0 alone prints it."""
     if is_follower():
         return
-    grid = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    grid = Table(title=printable(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
+        grid.add_column(printable(column), justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(printable, row))
     # A pipe has no width: give it one in which no column is cut.
     console = Console(stderr=not to_stdout, emoji=False)
     if not console.is_terminal:

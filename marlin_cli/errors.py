@@ -45,5 +45,17 @@ class OutputError(MarlinError):
     """A result can not be written where it was asked for."""
 
 
+class Terminated(KeyboardInterrupt):
+    """A signal other than Ctrl-C's that asks the process to end. What saves its work on Ctrl-C saves it here too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+class AssumptionWarning(UserWarning):
+    """What a file does not say, and what was assumed in its place. No error: the caller may know that it is right."""
+
+
 class DistributedError(MarlinError):
     """The processes that share a job cannot find each other, disagree, or one of them ended."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import OutputError
-from marlin_cli.files import writing
+from marlin_cli.writing import writing
 
 DEFAULT_LIMIT_BYTES = 2 << 30
 

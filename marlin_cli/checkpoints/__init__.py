@@ -8,8 +8,9 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import gguf_t5, hugging_face, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
+from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import read_json, sha256_of_file
+from marlin_cli.files import sha256_of_file
 
 __all__ = ["Checkpoint", "ImportOptions", "architecture_of", "check_weight", "fingerprint", "read_checkpoint"]
 

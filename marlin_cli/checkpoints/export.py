@@ -11,7 +11,8 @@ import numpy as np
 from marlin_cli import __version__
 from marlin_cli.checkpoints import hugging_face, native, nvfp4
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import write_safetensors, writing_folder
+from marlin_cli.tensor_files import write_safetensors
+from marlin_cli.writing import writing_folder
 
 EXPORTS = (nvfp4.COMPRESSED_TENSORS,)
 

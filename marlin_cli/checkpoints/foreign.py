@@ -9,8 +9,9 @@ import mlx.core as mx
 from marlin_cli.checkpoints.pickle_reader import TensorReference
 from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.config import describe
+from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.files import read_json, read_safetensors
+from marlin_cli.tensor_files import read_safetensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 

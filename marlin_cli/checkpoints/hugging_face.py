@@ -9,8 +9,8 @@ import mlx.core as mx
 from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, read_object, shards_of_index, take_table
 from marlin_cli.config import describe
+from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.files import read_json
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import one_line, shipped
+from marlin_cli.files import shipped
+from marlin_cli.text import one_line
 
 # What a model repository may hold that is worth fetching.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.pt", "*.bin"]

@@ -7,7 +7,7 @@ import mlx.core as mx
 from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, read_object, shards_of_index, take_table
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.files import read_safetensors
+from marlin_cli.tensor_files import read_safetensors
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

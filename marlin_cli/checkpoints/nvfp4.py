@@ -15,8 +15,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import read_json
 
 GROUP_SIZE = 16
 

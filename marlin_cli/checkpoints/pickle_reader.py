@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import Any
 
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import one_line
+from marlin_cli.text import one_line
 
 # The widest whole number that anything in a checkpoint needs; longer ones only make work.
 MAX_INTEGER_BITS = 128

@@ -15,7 +15,7 @@ import numpy as np
 
 from marlin_cli.checkpoints.pickle_reader import StorageReference, TensorReference, read_pickle
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import one_line
+from marlin_cli.text import one_line
 
 MAX_PICKLE_BYTES = 16 << 20  # names and shapes alone, some 250 bytes a tensor
 MAX_DIMENSIONS = 8

@@ -8,7 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.files import save_arrays, writing_folder
+from marlin_cli.tensor_files import save_arrays
+from marlin_cli.writing import writing_folder
 
 # A shard is held in memory until it is full.
 SHARD_BYTES = 1_000_000_000

@@ -10,7 +10,6 @@ from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.commands.calibration_bytes import CalibrationBytes, batches_up_to
 from marlin_cli.engine import answer_scoring, scoring
-from marlin_cli.files import writing
 from marlin_cli.models import build
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quantization.apply import check_method
@@ -27,6 +26,7 @@ from marlin_cli.quantization.methods import METHODS
 from marlin_cli.quantization.passes import passes_of
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings
 from marlin_cli.statistics import load_statistics
+from marlin_cli.writing import writing
 
 # Bytes that every choice is scored on, in windows.
 MEASURED_BYTES = 32 << 10

@@ -133,8 +133,8 @@ def bench(
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes
     from marlin_cli.errors import UsageError
-    from marlin_cli.files import check_output_file
     from marlin_cli.ranks import is_follower
+    from marlin_cli.writing import check_output_file
 
     require_mlx()
     from marlin_cli import console
@@ -246,7 +246,7 @@ def bench(
 def _compare(old: str, new: str, given: Format | None, target: Path | None) -> None:
     from marlin_cli import console
     from marlin_cli.bench.changes import changes, read_result, rendered_changes, table_of_changes
-    from marlin_cli.files import check_output_file
+    from marlin_cli.writing import check_output_file
 
     form = _format_of(given, target)
     if target is not None:
@@ -261,7 +261,7 @@ def _compare(old: str, new: str, given: Format | None, target: Path | None) -> N
 def _deliver(form: Format, target: Path | None, tables: "Sequence[Table]", render: Callable[[], str]) -> None:
     """Tables to stdout, or the rendering in another form to stdout or a file."""
     from marlin_cli import console
-    from marlin_cli.files import writing
+    from marlin_cli.writing import writing
 
     if form is Format.table:
         for table in tables:

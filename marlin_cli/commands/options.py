@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from marlin_cli.errors import ConfigError, UsageError
+from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
     from marlin_cli.checkpoints import ImportOptions
@@ -81,20 +82,16 @@ def parse_import_options(texts: Sequence[str] | None) -> "ImportOptions":
     Raises:
         UsageError: an unknown name, or a value of the wrong kind.
     """
-    import yaml
-
     from marlin_cli.checkpoints import ImportOptions
     from marlin_cli.config import from_mapping
+    from marlin_cli.documents import parse_yaml
 
     values = {}
     for text in texts or []:
         name, separator, value = text.partition("=")
         if not separator:
             raise UsageError(f"--import {text!r} is not NAME=VALUE, for example heads=8")
-        try:
-            values[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"--import {text!r}: the value cannot be read") from None
+        values[name] = parse_yaml(value, f"--import {quoted(text)}", UsageError)
     try:
         return from_mapping(ImportOptions, values, "--import")
     except ConfigError as error:

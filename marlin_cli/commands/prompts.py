@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex
 from marlin_cli.config import describe
+from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
 
 
@@ -55,10 +55,7 @@ def read_prompts(file: str) -> list[Prompt]:
 
 
 def _from_line(line: bytes, where: str) -> Prompt:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: not JSON: {error}") from None
+    document = parse_json(line, where, UsageError)
     if isinstance(document, str):
         return Prompt(_utf8(document, where))
     if not isinstance(document, dict):

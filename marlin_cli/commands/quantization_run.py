@@ -27,7 +27,6 @@ from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, UsageError
-from marlin_cli.files import scratch_folder
 from marlin_cli.models import Network, build, config_as_mapping
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.quantization.apply import (
@@ -46,6 +45,7 @@ from marlin_cli.quantization.sequential import quantize_sequentially
 from marlin_cli.quantization.stream import quantize_checkpoint
 from marlin_cli.quantization.windows import WINDOWS_PER_BATCH
 from marlin_cli.statistics import Statistics, load_statistics
+from marlin_cli.writing import scratch_folder
 
 
 @dataclass(frozen=True)

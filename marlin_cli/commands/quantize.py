@@ -94,7 +94,7 @@ def quantize(
 
     from marlin_cli.backend import require_mlx
     from marlin_cli.errors import UsageError
-    from marlin_cli.files import check_output_file, check_output_folder
+    from marlin_cli.writing import check_output_file, check_output_folder
 
     require_mlx()
     from marlin_cli.commands import quantization_run as run

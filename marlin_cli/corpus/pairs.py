@@ -2,14 +2,14 @@
 
 import base64
 import binascii
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from marlin_cli.documents import parse_json
 from marlin_cli.errors import CorpusError
-from marlin_cli.files import one_line, shipped
+from marlin_cli.files import shipped
 
 # Names of the two sides of an object, in order of preference; each may end in _base64 or _hex where it is no text.
 SIDES = (("source", "target"), ("input", "output"))
@@ -80,10 +80,7 @@ def _of_columns(line: bytes, where: str) -> Pair:
 
 
 def _of_object(line: bytes, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise CorpusError(f"{where}: is not JSON: {one_line(error)}") from None
+    row = parse_json(line, where, CorpusError)
     if not isinstance(row, dict):
         raise CorpusError(f"{where}: is not a JSON object")
     for source, target in SIDES:

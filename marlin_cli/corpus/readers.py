@@ -12,7 +12,7 @@ from typing import IO, Any
 from marlin_cli.corpus.sources import TABLE_SUFFIXES, Source
 from marlin_cli.corpus.tables import rows_of_hub, rows_of_jsonl, rows_of_parquet
 from marlin_cli.errors import CorpusError
-from marlin_cli.files import one_line
+from marlin_cli.text import one_line
 
 # A shorter rest of a file or a row is left out: a few patches without context would count like a window.
 SHORTEST_WINDOW_BYTES = 64

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlin_cli.config import from_mapping
+from marlin_cli.documents import read_yaml
 from marlin_cli.errors import ConfigError, CorpusError
 from marlin_cli.files import sha256_of_file, shipped
 
@@ -72,16 +73,10 @@ def load_recipe(name: str | Path) -> Recipe:
         CorpusError: there is none, or it is not YAML.
         ConfigError: a key or a value that a recipe does not have.
     """
-    import yaml
-
     path = find_recipe(name)
     if path is None:
         raise CorpusError(f"{name}: no such recipe; name a .yaml file or a shipped recipe, such as default")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CorpusError(f"{path}: cannot read as YAML: {' '.join(str(error).split())}") from None
-    return from_mapping(Recipe, document, str(path))
+    return from_mapping(Recipe, read_yaml(path, CorpusError), str(path))
 
 
 def check_sums(sums: Path, used: Iterable[Path]) -> None:

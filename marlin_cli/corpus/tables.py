@@ -4,13 +4,13 @@ Local tables are read here and not by `datasets`, whose JSON reader turns string
 refuses lone surrogates, and whose Parquet reader holds whole row groups.
 """
 
-import json
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from marlin_cli.documents import parse_json
 from marlin_cli.errors import CorpusError
-from marlin_cli.files import one_line
+from marlin_cli.text import one_line
 
 # Columns that are taken for a table's bytes, in order of preference.
 COLUMNS = ("bytes", "content", "text")
@@ -29,10 +29,7 @@ def rows_of_jsonl(path: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{path}: line {number} is not JSON: {one_line(error)}") from None
+        row = parse_json(line, f"{path}: line {number}", CorpusError)
         if not isinstance(row, dict):
             raise CorpusError(f"{path}: line {number} is not a JSON object")
         if column is None:

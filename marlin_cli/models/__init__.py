@@ -9,8 +9,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean, from_mapping
+from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.files import read_json, shipped
+from marlin_cli.files import shipped
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer

@@ -20,7 +20,9 @@ from types import ModuleType
 import mlx.core as mx
 
 from marlin_cli import console
-from marlin_cli.files import one_line, shipped, user_cache, writing
+from marlin_cli.files import shipped, user_cache
+from marlin_cli.text import one_line
+from marlin_cli.writing import writing
 
 MODULE = "marlin_cpu"
 COMPILERS = ("c++", "g++", "clang++")

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from marlin_cli.files import writing
 from marlin_cli.page.blocks import Bars, Block, Chart, Grid, Histogram, Plot, Point, Section, Text
 from marlin_cli.page.document import render
+from marlin_cli.writing import writing
 
 __all__ = [
     "Bars", "Block", "Chart", "Grid", "Histogram", "Plot", "Point", "Section", "Text",
@@ -16,7 +16,7 @@ def write_page(path: Path, page: str) -> None:
     """Write a rendered page, atomically.
 
     Raises:
-        OutputError: see `files.writing`.
+        OutputError: see `writing.writing`.
     """
     with writing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

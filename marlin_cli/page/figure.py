@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cli.errors import UsageError
-from marlin_cli.files import writing
 from marlin_cli.page.axes import number
 from marlin_cli.page.blocks import Bars, Chart, Histogram, Plot
 from marlin_cli.page.document import LIGHT
 from marlin_cli.page.svg import shortened
+from marlin_cli.writing import writing
 
 SUFFIXES = (".svg", ".png", ".pdf")
 

@@ -1,5 +1,6 @@
 """Which layer gets which format: settings and layer shapes in, one decision a layer out. Packs nothing."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cli.config import did_you_mean, from_mapping
+from marlin_cli.documents import read_yaml
 from marlin_cli.errors import ConfigError, QuantizationError
 from marlin_cli.files import shipped
 from marlin_cli.models import part_of
@@ -115,18 +117,12 @@ def load_recipe(name: str) -> QuantizationSettings:
     Raises:
         ConfigError: no such recipe, not YAML, or unknown keys.
     """
-    import yaml
-
     folder = shipped("configs/recipes")
-    path = Path(name) if Path(name).is_file() else folder / f"{name}.yaml"
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise ConfigError(f"{name}: no such recipe{did_you_mean(name, known)}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot read as YAML: {' '.join(str(error).split())}") from None
-    return from_mapping(QuantizationSettings, document, str(path))
+    known = {file.stem: file for file in folder.glob("*.yaml")}
+    path = known.get(name, Path(name))
+    if not os.path.lexists(path):
+        raise ConfigError(f"{name}: no such recipe{did_you_mean(name, known)}")
+    return from_mapping(QuantizationSettings, read_yaml(path), str(path))
 
 
 def plan_layers(

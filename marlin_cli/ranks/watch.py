@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Any
 
+from marlin_cli.errors import Terminated
+
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0  # without a beat a rank counts as gone
 
@@ -96,11 +98,11 @@ class Watch:
         for connection in self._connections.values():
             connection.close()
 
-    def stop(self, *_: object) -> None:
+    def stop(self, number: int, _: object) -> None:
         """Interrupt the main thread, where this runs: once, since it will be saving what it has."""
         before, self._stopping = self._stopping, True
         if not before and not self.leaving:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if self.lost is not None else Terminated(number)
 
     def _send(self, **message: Any) -> None:
         for connection in self._connections.values():

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Window
 from marlin_cli.errors import OutputError, StatisticsError
-from marlin_cli.files import check_output_parent
 from marlin_cli.models import Network
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.statistics.collect import measure, shared_inputs
@@ -16,6 +15,7 @@ from marlin_cli.statistics.collect_pairs import measure_pair
 from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
+from marlin_cli.writing import check_output_parent
 
 # What has been measured is saved when either is passed; a window more may be lost.
 SAVE_EVERY_SECONDS = 10.0

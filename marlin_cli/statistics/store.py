@@ -12,10 +12,13 @@ import numpy.typing as npt
 
 from marlin_cli import __version__
 from marlin_cli.config import from_mapping
+from marlin_cli.documents import parse_json
 from marlin_cli.errors import CheckpointError, ConfigError, StatisticsError
-from marlin_cli.files import safetensors_header, write_safetensors, writing
 from marlin_cli.statistics.data import KINDS, Moments, Run, Statistics, Totals
 from marlin_cli.statistics.hessians import HessianMapping
+from marlin_cli.tensor_files import safetensors_header, write_safetensors
+from marlin_cli.text import quoted
+from marlin_cli.writing import writing
 
 FORMAT_VERSION = 1
 
@@ -149,8 +152,6 @@ def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | Non
 def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
     from safetensors import safe_open
 
-    if not path.exists():
-        raise StatisticsError(f"{path}: no such file")
     try:
         _, metadata = safetensors_header(path)
     except CheckpointError as error:
@@ -179,14 +180,11 @@ def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
 def _header(path: Path, metadata: Mapping[str, str]) -> _Header:
     if METADATA_KEY not in metadata:
         raise StatisticsError(f"{path}: a safetensors file, but not statistics of marlin calibrate")
-    try:
-        document = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
-        raise StatisticsError(f"{path}: its metadata is not JSON: {error}") from None
+    document = parse_json(metadata[METADATA_KEY], f"{path}: its metadata", StatisticsError)
     version = document.get("version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise StatisticsError(
-            f"{path}: statistics of format version {version!r}, this marlin reads {FORMAT_VERSION}; calibrate again"
+            f"{path}: statistics of format version {quoted(version)}, this marlin reads {FORMAT_VERSION}; calibrate again"
         )
     try:
         header = from_mapping(_Header, document, str(path))

@@ -172,10 +172,10 @@ def test_the_packed_layer_that_these_tests_damage_is_good(tmp_path):
 
 
 CONFIGS = {
-    "no JSON": ("{,}", "not valid JSON"),
-    "empty": ("", "not valid JSON"),
-    "nested without end": ("[" * 100_000, "not valid JSON"),
-    "not UTF-8": (b"\xff\xfe{}", "not valid JSON"),
+    "no JSON": ("{,}", "is not JSON"),
+    "empty": ("", "is not JSON"),
+    "nested without end": ("[" * 100_000, "is not JSON"),
+    "not UTF-8": (b"\xff\xfe{}", "is not UTF-8"),
     "a list": ("[1]", "expected an object, found list [1]"),
     "unknown key": ({"global_dims": 16}, "unknown key 'global_dims'; did you mean 'global_dim'?"),
     "text for a number": ({"patch_size": "4"}, "expected int, found str '4'"),
@@ -207,7 +207,7 @@ def test_bad_configurations(case, tmp_path):
 
 
 INDICES = {
-    "no JSON": ("{", "not valid JSON"),
+    "no JSON": ("{", "is not JSON"),
     "a list": ([1], "has no table weight_map"),
     "no map": ({"metadata": {}}, "has no table weight_map"),
     "an empty map": ({"weight_map": {}}, "has no table weight_map"),
@@ -265,8 +265,8 @@ PLACES = {
     "an empty folder": (make_empty_folder, "found none"),
     "two weights files": (make_two_weights_files, "found a.pt, b.pt; name the file"),
     "config.json alone": (make_config_alone, "holds neither model.safetensors nor"),
-    "a folder named model.safetensors": (make_folders_for_files, "is a folder, expected a safetensors file"),
-    "a folder named config.json": (make_folder_for_config, "cannot read: Is a directory"),
+    "a folder named model.safetensors": (make_folders_for_files, "is a folder, expected a file"),
+    "a folder named config.json": (make_folder_for_config, "is a folder, expected a file"),
 }
 
 

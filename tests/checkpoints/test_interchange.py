@@ -17,13 +17,13 @@ from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.cli import app
 from marlin_cli.errors import CheckpointError, UsageError
-from marlin_cli.files import safetensors_header, write_safetensors
 from marlin_cli.models import build, linear_layers, set_modules
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import packed_of
+from marlin_cli.tensor_files import safetensors_header, write_safetensors
 
 DATA = bytes(range(64))
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float64)

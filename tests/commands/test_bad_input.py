@@ -186,7 +186,7 @@ CASES = {
     "another device": (["generate", "-p", "x", "--device", "tpu"], 2, "--device 'tpu' is not one of"),
     "odd cache bits": (["generate", "-p", "x", "--kv-bits", "5"], 2, "--kv-bits must be 4, 8 or 16"),
     "a prompt beyond the context": (["generate", "--prompt-file", "long"], 2, "the prompt has 40000 bytes"),
-    "prompts that are not JSON": (["generate", "--prompts", "long"], 2, "long: line 1: not JSON"),
+    "prompts that are not JSON": (["generate", "--prompts", "long"], 2, "long: line 1: is not JSON"),
     "no prompts": (["generate", "--prompts", "empty"], 2, "empty: no prompts"),
     "an import option for marlin's own layout": (["generate", "-p", "x", "--import", "heads=4"], 1, "heads"),
     "an unknown import option": (["generate", "-p", "x", "--import", "head=4"], 2, "did you mean 'heads'?"),

@@ -184,8 +184,8 @@ def test_text_of_json_lines_is_its_utf_8(rows, expected):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b'{"text": "x"}\n{{{', "line 2 is not JSON"),
-        (b"[" * 100_000, "line 1 is not JSON"),
+        (b'{"text": "x"}\n{{{', "line 2: is not JSON"),
+        (b"[" * 100_000, "line 1: is not JSON"),
         (b"3\n", "line 1 is not a JSON object"),
         (b'{"text": "x"}\n{"text": 5}', "line 2: 'text' is int, expected text"),
         (b'{"a": "x", "b": "y"}', "which column holds the bytes\\? Found a, b"),
@@ -357,7 +357,7 @@ def test_stdin_among_other_sources_loses_nothing(monkeypatch):
     ("text", "error", "message"),
     [
         ("sources: [{domain: My Code, path: x}]", ConfigError, "'My Code' is not a name of a-z"),
-        ("sources: [{domain: code, path: x, weight: .inf}]", ConfigError, "above 0 and finite"),
+        ("sources: [{domain: code, path: x, weight: .inf}]", ConfigError, "expected a finite number"),
         ("sources: [{domain: code, path: 'hf:'}]", CorpusError, "is not hf:name"),
         ("max_bytes: 0\nsources: [{domain: code, path: x}]", ConfigError, "max_bytes must be at least 1"),
         ("checksums: SUMS\nsources: [{domain: code, path: x}]", CorpusError, "x: is not listed in SUMS"),

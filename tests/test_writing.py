@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from marlin_cli.errors import OutputError
-from marlin_cli.files import check_output_file, writing, writing_folder
+from marlin_cli.writing import check_output_file, writing, writing_folder
 
 # Starts a folder, says so, and waits for its stdin to end.
 WRITER = """
 import sys
 from pathlib import Path
-from marlin_cli.files import writing_folder
+from marlin_cli.writing import writing_folder
 with writing_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_bytes(b"x")
     print("started", flush=True)
@@ -62,7 +62,7 @@ def test_an_error_leaves_nothing(tmp_path):
 FILE_WRITER = """
 import sys
 from pathlib import Path
-from marlin_cli.files import writing
+from marlin_cli.writing import writing
 with writing(Path(sys.argv[1])) as file:
     file.write_bytes(b"half")
     print("started", flush=True)
@@ -117,9 +117,95 @@ def test_a_link_is_followed(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
+@pytest.fixture(params=[True, False], ids=["swapped in one step", "renamed twice"])
+def renaming(request, monkeypatch):
+    """With and without the system's calls that POSIX does not have."""
+    if not request.param:
+        monkeypatch.setattr("marlin_cli.writing._renamed", lambda *_: False)
+
+
+def model(path, weights=b"old"):
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(weights)
+
+
+def names_below(path):
+    return sorted(each.relative_to(path).as_posix() for each in path.rglob("*"))
+
+
+def test_a_model_takes_the_place_of_another(renaming, tmp_path):
+    model(tmp_path / "model")
+    with writing_folder(tmp_path / "model", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert names_below(tmp_path) == ["model", "model/config.json"]
+    assert (tmp_path / "model/config.json").read_text() == "new"
+
+
+def test_a_linked_model_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    model(tmp_path / "elsewhere/model")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere/model")
+    with writing_folder(tmp_path / "link", overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert names_below(tmp_path / "elsewhere") == ["model", "model/config.json"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", ".git/", "weights/", "model.pt", "config.json~", "link.safetensors@"])
+def test_what_is_no_model_is_not_replaced(foreign, tmp_path):
+    model(tmp_path / "model")
+    path = tmp_path / "model" / foreign.rstrip("/@")
+    if foreign.endswith("/"):
+        path.mkdir()
+    elif foreign.endswith("@"):
+        path.symlink_to(tmp_path / "model/model.safetensors")
+    else:
+        path.touch()
+    before = names_below(tmp_path)
+    with (
+        pytest.raises(OutputError, match=f"model: --overwrite replaces a model folder, and '{path.name}' there"),
+        writing_folder(tmp_path / "model", overwrite=True),
+    ):
+        raise AssertionError("begun all the same")
+    assert names_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["model", "model/"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_of_two_runs_the_second_does_not_replace_the_first(renaming, kind, path, tmp_path):
+    with pytest.raises(OutputError, match="another run wrote it|already exists"):
+        with writing_folder(tmp_path / path) as folder:
+            (folder / "config.json").write_text("late")
+            if kind == "folder":
+                model(tmp_path / "model")
+            else:
+                (tmp_path / "model").write_text("first")
+    assert names_below(tmp_path) == (
+        ["model", "model/config.json", "model/model.safetensors"] if kind == "folder" else ["model"]
+    )
+    assert (tmp_path / "model/config.json" if kind == "folder" else tmp_path / "model").read_text() != "late"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_of_two_runs_that_end_at_once_one_fails(renaming, kind, tmp_path, monkeypatch):
+    """The other's folder comes between the last look and the renaming."""
+    flush, theirs = Path.chmod, tmp_path / "model"
+
+    def chmod(path, mode):
+        flush(path, mode)
+        monkeypatch.setattr("marlin_cli.writing.check_output_folder", lambda *_, **__: None)
+        monkeypatch.setattr(Path, "exists", lambda path: False)
+        model(theirs) if kind == "folder" else theirs.write_text("first")
+
+    with pytest.raises(OutputError, match="another run wrote it"), writing_folder(theirs) as folder:
+        (folder / "config.json").write_text("late")
+        monkeypatch.setattr(Path, "chmod", chmod)
+    assert len(os.listdir(tmp_path)) == 1
+
+
 def test_what_could_not_be_replaced_stays(tmp_path, monkeypatch):
-    with writing_folder(tmp_path / "model") as folder:
-        (folder / "old").touch()
+    model(tmp_path / "model")
     rename = Path.rename
 
     def refused(self, target):
@@ -128,6 +214,7 @@ def test_what_could_not_be_replaced_stays(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr("marlin_cli.writing._renamed", lambda *_: False)
     with pytest.raises(OutputError, match="model: cannot write"), writing_folder(tmp_path / "model", overwrite=True):
         pass
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]
+    assert names_below(tmp_path) == ["model", "model/config.json", "model/model.safetensors"]

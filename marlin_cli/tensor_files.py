@@ -1,0 +1,92 @@
+"""Safetensors files: read with every number of their header checked, written tensor by tensor."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from marlin_cli.errors import CheckpointError
+from marlin_cli.files import check_regular
+from marlin_cli.text import one_line
+
+# Bytes of a number, by the type's name in safetensors: those that are written here.
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U32": 4, "U8": 1}
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Tensors (name -> dtype, shape) and metadata of a safetensors file, checked by the `safetensors` library.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, or its header is damaged or hostile.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_regular(path, CheckpointError)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118 (a method of the library, not a mapping)
+                view = file.get_slice(name)
+                tensors[name] = {"dtype": view.get_dtype(), "shape": list(view.get_shape())}
+            return tensors, dict(file.metadata() or {})
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: damaged safetensors file: {one_line(error)}; fetch it again") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arrays of a safetensors file (`mlx.core.array`, read when first used) and its metadata.
+
+    Raises:
+        CheckpointError: see `safetensors_header`; or a dtype that MLX does not have.
+    """
+    import mlx.core as mx
+
+    _, metadata = safetensors_header(path)
+    try:
+        arrays: Any = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot load: {one_line(error)}") from None
+    return dict(arrays), metadata
+
+
+def save_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write MLX arrays as safetensors to a temporary path inside `writing` or `writing_folder`.
+
+    Raises:
+        OSError: they could not be written; `writing` names the file.
+    """
+    import mlx.core as mx
+
+    try:
+        mx.save_safetensors(str(path), dict(arrays), dict(metadata))
+    except RuntimeError as error:
+        raise OSError(f"{one_line(error)} (is the disk full?)") from None
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]],
+    contents: Iterable[memoryview | bytes],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file tensor by tensor, of any of the format's types: the library's own writers want all at once.
+
+    Args:
+        shapes: name -> the format's name of the type (F32, F8_E4M3, ..) and the shape.
+        contents: the bytes of each, in that order, contiguous and little-endian.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        end = offset + DTYPE_BYTES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in contents:
+            file.write(data)
