@@ -198,7 +198,7 @@ def _config(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: feed_forward_proj {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     config["activation"], config["gated_ffn"] = ACTIVATIONS[activation]
-    return {**config, **ids_of_folder(folder, document)}
+    return {**config, **ids_of_folder(folder, document, config["vocab_size"])}
 
 
 def _number(where: Path, name: str, value: Any, default: Any) -> Any:

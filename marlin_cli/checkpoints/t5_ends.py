@@ -15,6 +15,7 @@ from marlin_cli.checkpoints.foreign import read_object
 from marlin_cli.config import describe
 from marlin_cli.errors import AssumptionWarning, ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
+from marlin_cli.text import quoted
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 
@@ -25,33 +26,35 @@ END_OF_INPUTS = 1  # </s> in ByT5Tokenizer
 IDS: Mapping[str, tuple[str, int]] = {"decoder_start_token_id": ("start_id", 0), "pad_token_id": ("pad_id", 0)}
 
 
-def ids_of_folder(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+def ids_of_folder(folder: Path, document: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """marlin's fields for the special ids of a folder whose config.json holds `document`.
 
     An assumed end of inputs that is none of answers is said as an `AssumptionWarning`.
 
     Raises:
-        ConfigError: an id that is no whole number, or a tokenizer_config.json that says no end.
+        ConfigError: an id that is no whole number or not below `vocab_size`, or a tokenizer_config.json of other types.
     """
     where = folder / CONFIG
     beside = folder / GENERATION_CONFIG
     generation = read_object(beside) if beside.is_file() else None
     ids: dict[str, Any] = {}
     for theirs, (ours, default) in IDS.items():
-        first, second = (generation or {}).get(theirs), document.get(theirs)
-        ids[ours] = (
-            _id(theirs, first, beside) if first is not None else default if second is None else _id(theirs, second, where)
-        )
+        value, source = (generation or {}).get(theirs), beside
+        if value is None:
+            value, source = document.get(theirs), where
+        ids[ours] = default if value is None else _id(theirs, value, source, vocab_size)
     if generation is None:
-        ends = _ids(END, document.get(END, END_OF_INPUTS), where)
+        ends = _ids(document.get(END, END_OF_INPUTS), where, vocab_size)
     else:
-        ends = _ids(END, generation.get(END), beside)
+        ends = _ids(generation.get(END), beside, vocab_size)
     tokenizer = folder / TOKENIZER_CONFIG
-    ids["end_id"] = _end_of_inputs(read_object(tokenizer), tokenizer) if tokenizer.is_file() else END_OF_INPUTS
+    ids["end_id"] = END_OF_INPUTS
+    if tokenizer.is_file():
+        ids["end_id"] = _id("the id of eos_token", _end_of_inputs(read_object(tokenizer), tokenizer), tokenizer, vocab_size)
     if not tokenizer.is_file() and ends and END_OF_INPUTS not in ends:
         warnings.warn(
-            f"{folder}: holds no {TOKENIZER_CONFIG}; its inputs are ended with the id {END_OF_INPUTS} as ByT5's are, its answers"
-            f" end with {', '.join(map(str, ends[:4]))}",
+            f"{folder}: holds no {TOKENIZER_CONFIG}; inputs are ended with the id {END_OF_INPUTS}, as ByT5's are, though"
+            f" answers end with {', '.join(map(quoted, ends[:4]))}",
             AssumptionWarning,
             stacklevel=2,
         )
@@ -88,13 +91,15 @@ def _end_of_inputs(document: Mapping[str, Any], where: Path) -> int:
     return END_OF_INPUTS if sentinel is None else FIRST_SPECIAL + int(sentinel[1])
 
 
-def _ids(name: str, value: Any, where: Path) -> tuple[int, ...]:
-    """One id or a list of them, each once; none for None."""
+def _ids(value: Any, where: Path, vocab_size: int) -> tuple[int, ...]:
+    """`eos_token_id`: one id or a list of them, each once; none for None."""
     values = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(_id(name, each, where) for each in values))
+    return tuple(dict.fromkeys(_id(END, each, where, vocab_size) for each in values))
 
 
-def _id(name: str, value: Any, where: Path) -> int:
+def _id(name: str, value: Any, where: Path, vocab_size: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{where}: {name} should be a whole number, found {describe(value)}")
+    if not 0 <= value < vocab_size:
+        raise ConfigError(f"{where}: {name} should be below vocab_size ({vocab_size:,}), found {quoted(value)}")
     return value

@@ -1,4 +1,4 @@
-"""One tiny random T5, written in every combination of what decides its head. Needs numpy alone, to run under any transformers."""
+"""One tiny random T5 in every combination of what decides its head. Needs numpy alone, to run beside any transformers."""
 
 import itertools
 import json

@@ -82,7 +82,8 @@ def test_a_head_that_transformers_4_leaves_out_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tie", "said"), [("t5", False, "with tie_word_embeddings false"), ("mt5", None, "without")]
+    ("model_type", "tie", "said"),
+    [("t5", False, "with tie_word_embeddings false"), ("mt5", None, "without tie_word_embeddings")],
 )
 def test_a_missing_head_is_refused_for_what_config_json_says(model_type, tie, said, tmp_path):
     folder = write(tmp_path, PLAIN._replace(model_type=model_type, tie_word_embeddings=tie), "4.30.0")
