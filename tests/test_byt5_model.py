@@ -153,14 +153,16 @@ def test_what_is_refused(model, tmp_path):
 # Several ends
 
 
-def test_any_of_the_ends_ends_an_answer(model):
+def test_any_of_the_ends_ends_an_answer():
     """Greedily, drawn and in a batch: an answer is that of the model without its ends, cut where the first of them comes."""
     for sampling in (Sampling(), Sampling(0.9, seed=4)):
         free = [found.ids for (found,) in random_model(answer_end_ids=()).answers(INPUTS, AnswerLimits(12), sampling)]
         assert all(len(ids) == 12 for ids in free)
-        ends = {free[0][3], free[1][5], free[2][11]}
+        ends = {max(ids, key=ids.index) for ids in free[2:]}  # what comes last for the first time
         expected = [next((ids[:n] for n, value in enumerate(ids) if value in ends), ids) for ids in free]
-        assert len({len(ids) for ids in expected}) > 1
+        assert any(len(ids) < 12 for ids in expected) and (
+            sampling.temperature == 0 or any(0 < len(ids) < 12 for ids in expected)
+        )
         ended = random_model(answer_end_ids=tuple(sorted(ends)))
         for answers, ids in zip(ended.answers(INPUTS, AnswerLimits(12), sampling), expected, strict=True):
             assert answers[0].ids == ids

@@ -120,7 +120,8 @@ def _is_scaled(path: Path, table: mx.array, head: mx.array | None, *, gated: boo
 def _distance(head: mx.array, table: mx.array) -> float:
     """How far off the table a head is, as a share of the table's length."""
     first, second = head.astype(mx.float32), table.astype(mx.float32)
-    return float((mx.linalg.norm(first - second) / mx.maximum(mx.linalg.norm(second), 1e-30)).item())
+    distance = mx.linalg.norm(first - second) / mx.maximum(mx.linalg.norm(second), 1e-30)
+    return float(np.array(distance))
 
 
 def _config(file: GGUFFile) -> dict[str, Any]:
