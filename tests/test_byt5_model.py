@@ -160,9 +160,8 @@ def test_any_of_the_ends_ends_an_answer():
         assert all(len(ids) == 12 for ids in free)
         ends = {max(ids, key=ids.index) for ids in free[2:]}  # what comes last for the first time
         expected = [next((ids[:n] for n, value in enumerate(ids) if value in ends), ids) for ids in free]
-        assert any(len(ids) < 12 for ids in expected) and (
-            sampling.temperature == 0 or any(0 < len(ids) < 12 for ids in expected)
-        )
+        # Greedily this model writes one id for ever.
+        assert any((sampling.temperature == 0 or ids) and len(ids) < 12 for ids in expected)
         ended = random_model(answer_end_ids=tuple(sorted(ends)))
         for answers, ids in zip(ended.answers(INPUTS, AnswerLimits(12), sampling), expected, strict=True):
             assert answers[0].ids == ids

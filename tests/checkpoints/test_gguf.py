@@ -166,7 +166,7 @@ OTHERS = {
     "fewer layers": ({"t5.block_count": 1, "t5.decoder_block_count": 1}, "no place for the tensor 'enc.blk.1."),
     "no heads": ({"t5.attention.head_count": 0}, "head_count must be at least 1"),
     "grouped heads": ({"t5.attention.head_count_kv": 1}, "head_count_kv is 1; in T5 it is 2"),
-    "another width": ({"t5.embedding_length": 16}, "asks for"),
+    "another width": ({"t5.embedding_length": 16}, "the configuration asks for"),
     "bytes elsewhere": ({"tokenizer.ggml.byte_offset": 0}, "byte_offset is 0"),
     "pieces of words": ({"tokenizer.ggml.tokens": [*TOKENS[:68], b"\xe2\x96\x81the", *TOKENS[69:]]}, "the id 68 stands for"),
     "few tokens": ({"tokenizer.ggml.tokens": TOKENS[:60]}, "tokenizer.ggml.tokens has 60 tokens"),
@@ -184,7 +184,7 @@ def test_what_is_not_t5_over_bytes(case, tmp_path):
 TENSORS = {
     "missing": ("enc.blk.1.ffn_norm.weight", None, "'enc.blk.1.ffn_norm.weight' is missing"),
     "left over": ("enc.blk.1.attn_rel_b.weight", np.ones((32, 2), np.float32), "no place for the tensor"),
-    "misshapen": ("enc.blk.1.ffn_norm.weight", np.ones(9, np.float32), "asks for"),
+    "misshapen": ("enc.blk.1.ffn_norm.weight", np.ones(9, np.float32), "the configuration asks for"),
     "not finite": ("enc.blk.1.ffn_norm.weight", np.full(8, np.nan, np.float32), "NaN or infinity"),
     "words": ("token_embd.weight", np.ones((32128, 8), np.float32), "pieces of words"),
     "flat embeddings": ("token_embd.weight", np.ones(8, np.float32), "not 2 dimensions"),

@@ -105,7 +105,7 @@ def test_what_is_not_t5_over_bytes_is_refused(folder):
         ({"d_ff": 10**4000}, "ffn_dim is <a whole number of [0-9,]+ bits>, more than"),
         ({"num_layers": 3}, "encoder.block.2.* is missing"),
         ({"num_layers": 1}, "no place for the tensor 'encoder.block.1"),
-        ({"d_ff": 16}, "config.json asks for"),
+        ({"d_ff": 16}, "the configuration asks for"),
     ):
         shutil.copy(DATA / "gated" / "config.json", folder / "config.json")
         edit(folder, **changes)
