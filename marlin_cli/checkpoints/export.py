@@ -14,6 +14,7 @@ from marlin_cli.checkpoints.t5_ends import TOKENIZER_CONFIG, tokenizer_config
 from marlin_cli.checkpoints.t5_head import HEAD
 from marlin_cli.errors import CheckpointError
 from marlin_cli.tensor_files import write_safetensors
+from marlin_cli.text import quoted
 from marlin_cli.writing import writing_folder
 
 EXPORTS = (nvfp4.COMPRESSED_TENSORS,)
@@ -58,7 +59,7 @@ def export_compressed_tensors(packed: Path, target: Path, *, overwrite: bool = F
 def _renamed(path: str, names: Mapping[str, str]) -> str:
     base, _, last = path.rpartition(".")
     if f"{base}.weight" not in names:
-        raise CheckpointError(f"{path!r} has no name in transformers' T5; it cannot be exported")
+        raise CheckpointError(f"{quoted(path)} has no name in transformers' T5; it cannot be exported")
     return f"{names[f'{base}.weight'].removesuffix('.weight')}.{last}"
 
 

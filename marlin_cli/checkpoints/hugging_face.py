@@ -43,6 +43,9 @@ FIELDS: Mapping[str, tuple[str, Any]] = {
     "relative_attention_max_distance": ("relative_distance", 128),
 }
 
+# What a file of mt5 that leaves them out has otherwise.
+MT5_DEFAULTS: Mapping[str, Any] = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
+
 # transformers' names of activations -> (marlin's, does the feed-forward have a gate?).
 ACTIVATIONS: Mapping[str, tuple[str, bool]] = {
     "relu": ("relu", False),
@@ -79,7 +82,7 @@ def read(path: Path) -> Checkpoint:
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{file}: {name!r} stands in another shard too")
+                raise CheckpointError(f"{file}: {quoted(name)} stands in another shard too")
             tensors[name] = tensor
     packing, marlin = nvfp4.packing_of(document, folder), take_table(document, "marlin", folder / CONFIG)
     if packing is not None:
@@ -184,8 +187,9 @@ def _config(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
     where = folder / CONFIG
     config: dict[str, Any] = {"model_type": "byt5"}
+    mt5 = document.get("model_type") == "mt5"
     for theirs, (ours, default) in FIELDS.items():
-        config[ours] = _number(where, theirs, document.get(theirs), default)
+        config[ours] = _number(where, theirs, document.get(theirs), MT5_DEFAULTS.get(theirs, default) if mt5 else default)
     if config["vocab_size"] > MOST_IDS:
         raise ConfigError(
             f"{where}: vocab_size is {quoted(config['vocab_size'])}, more than {MOST_IDS:,}: pieces of words, as it seems;"
@@ -194,7 +198,7 @@ def _config(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     config["decoder_layers"] = _number(
         where, "num_decoder_layers", document.get("num_decoder_layers"), config["encoder_layers"]
     )
-    activation = document.get("feed_forward_proj") or "relu"
+    activation = document.get("feed_forward_proj") or ("gated-gelu" if mt5 else "relu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: feed_forward_proj {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     config["activation"], config["gated_ffn"] = ACTIVATIONS[activation]

@@ -103,6 +103,15 @@ def test_versions_as_they_are_written(version, tmp_path):
     assert bool(caught) == (version in ("four", "", 4, None))
 
 
+@pytest.mark.parametrize("model_type, gated", [("t5", False), ("mt5", True)])
+def test_what_is_left_out_is_by_the_model_type(model_type, gated, tmp_path):
+    folder = write(tmp_path, PLAIN._replace(model_type=model_type, gated=gated), "5.24.0")
+    document = json.loads((folder / "config.json").read_text())
+    del document["feed_forward_proj"]
+    (folder / "config.json").write_text(json.dumps(document))
+    assert np.abs(logits(folder) - golden("5.24.0")[PLAIN._replace(model_type=model_type, gated=gated).key]).max() < TOLERANCE
+
+
 @pytest.mark.parametrize("flag", ["tie_word_embeddings", "scale_decoder_outputs"])
 @pytest.mark.parametrize("value", [None, "false", 0, [True], {}])
 def test_a_flag_is_true_or_false(flag, value, tmp_path):
