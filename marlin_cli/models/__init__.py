@@ -74,7 +74,7 @@ def build(
     for path, array in arrays.items():
         if array.shape != expected[path].shape:
             raise CheckpointError(
-                f"{where}: {path!r} has shape {list(array.shape)}, config.json asks for {list(expected[path].shape)}"
+                f"{where}: {path!r} has shape {list(array.shape)}, the configuration asks for {list(expected[path].shape)}"
             )
     network.load_weights(list(arrays.items()))
     network.eval()

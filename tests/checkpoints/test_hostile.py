@@ -183,7 +183,7 @@ CONFIGS = {
     "zero heads": ({"global_heads": 0}, "global_heads must be at least 1"),
     "heads that do not divide": ({"global_heads": 3}, "3 heads do not divide a width of 16"),
     "another architecture": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-    "another width": ({"local_dim": 16}, "config.json asks for"),
+    "another width": ({"local_dim": 16}, "the configuration asks for"),
     "quantization is a number": ({"quantization": 4}, "'quantization' should be a table, found int 4"),
     "another tool's packing": ({"quantization_config": {"quant_method": "gptq"}}, "packed by gptq; marlin reads"),
     "another tool's format": (
@@ -574,7 +574,7 @@ MODEL_CONFIGS = {
     "tokens of words": ({"tokenizer": "gpt2"}, "trained on tokens of 'gpt2'"),
     "a nested value": ({"nonlinear": [["ReLU"]]}, "has a list as 'nonlinear'"),
     "an id that is none": ({"BOS": 256}, "bos_byte must be an id below vocab_size"),
-    "more ids than embeddings": ({"vocab_size": 300}, "config.json asks for|has shape"),
+    "more ids than embeddings": ({"vocab_size": 300}, "the configuration asks for|has shape"),
 }
 
 
