@@ -15,7 +15,6 @@ DOMAINS = ("multilingual", "code", "binary")
 UNNAMED_DOMAIN = "other"  # of a path that is given no name: nothing is guessed from its bytes
 STDIN = "-"
 HUB_PREFIX = "hf:"
-TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Source:
 
     @property
     def keeps_compressed(self) -> bool:
-        """Binary data is taken as it lies; elsewhere .gz and .zst are read through."""
+        """Binary data is taken as it lies; elsewhere .gz, .zst, .bz2 and .xz are read through."""
         return self.domain == "binary"
 
 

@@ -1,10 +1,12 @@
 """Corpora that go wrong quietly: odd names, cut files, odd columns, places to resume, memory. What works is elsewhere."""
 
+import bz2
 import datetime
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from marlin_cli.corpus import Source, Window, load_recipe, open_corpus, parse_so
 from marlin_cli.errors import ConfigError, CorpusError, MarlinError
 from marlin_cli.files import shipped
 
+PACKINGS = [(".gz", gzip.compress), (".zst", zstandard.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
 LINE = "a line of text that is longer than the shortest window, which has sixty-four bytes"
 
 
@@ -137,12 +140,12 @@ def test_what_may_not_be_read_is_refused_before_anything_is_read():
 def test_a_file_that_goes_away_is_named():
     corpus = open_corpus([write("going", noise(200))])
     Path("going").unlink()
-    with pytest.raises(CorpusError, match="going: cannot read: No such file"):
+    with pytest.raises(CorpusError, match="going: no such file"):
         list(corpus)
 
 
 @pytest.mark.parametrize("left", [10, 3000, -1], ids=["header", "half", "all but a byte"])
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize(("suffix", "pack"), PACKINGS)
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_a_truncated_compressed_file_is_never_taken_for_a_whole_one(kind, suffix, pack, left):
     rows = "\n".join(json.dumps({"text": noise(300, seed).hex()}) for seed in range(20)).encode()
@@ -152,7 +155,7 @@ def test_a_truncated_compressed_file_is_never_taken_for_a_whole_one(kind, suffix
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize(("suffix", "pack"), PACKINGS)
 def test_compressed_files_of_several_parts_are_read_to_the_end(suffix, pack):
     name = write(f"parts.txt{suffix}", pack(b"a" * 1000) + pack(b"b" * 1000))
     assert b"".join(contents(name)) == b"a" * 1000 + b"b" * 1000
@@ -161,6 +164,7 @@ def test_compressed_files_of_several_parts_are_read_to_the_end(suffix, pack):
 DATES = [f"2020-01-{day:02d}T00:00:00Z" * 4 for day in range(1, 9)]
 
 
+@pytest.mark.filterwarnings("ignore:.*rows without are left out")
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -188,8 +192,8 @@ def test_text_of_json_lines_is_its_utf_8(rows, expected):
         (b"[" * 100_000, "line 1: is not JSON"),
         (b"3\n", "line 1 is not a JSON object"),
         (b'{"text": "x"}\n{"text": 5}', "line 2: 'text' is int, expected text"),
-        (b'{"a": "x", "b": "y"}', "which column holds the bytes\\? Found a, b"),
-        (b'{"a": 1}', "no column holds text or bytes; found a"),
+        (b'{"a": "x", "b": "y"}', "which column holds the bytes\\? Found 'a', 'b'; name it text"),
+        (b'{"a": 1}', "no column holds text or bytes; found 'a'"),
         (b"{}", "found no columns"),
     ],
 )
@@ -198,12 +202,15 @@ def test_json_lines_without_text_are_refused_by_line(lines, message):
         contents(write("rows.jsonl", lines))
 
 
+@pytest.mark.filterwarnings("ignore:.*rows without are left out")
 @pytest.mark.parametrize(
     "column",
     [
         pyarrow.array([LINE, None]),
         pyarrow.array([LINE, None], pyarrow.large_string()),
+        pyarrow.array([LINE, None], pyarrow.string_view()),
         pyarrow.array([LINE.encode(), None], pyarrow.large_binary()),
+        pyarrow.array([LINE.encode(), None], pyarrow.binary_view()),
         pyarrow.array([LINE.encode()], pyarrow.binary(len(LINE))),
         pyarrow.array([LINE, None, LINE]).dictionary_encode(),
     ],
