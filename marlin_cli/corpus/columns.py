@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from marlin_cli.errors import AssumptionWarning, CorpusError
-from marlin_cli.text import quoted
+from marlin_cli.text import MOST_QUOTED, one_line, quoted
 
 # Columns that are taken for a table's bytes wherever they come, in order of preference.
 COLUMNS = ("bytes", "content", "text")
@@ -38,7 +38,7 @@ def held_by_row(row: Mapping[str, Any]) -> dict[str, Held]:
 
 def held_by_schema(schema: Any) -> dict[str, Held]:
     """What an Arrow schema says that its columns hold."""
-    return {field.name: Held(_kind_of_type(field.type), quoted(str(field.type))) for field in schema}
+    return {field.name: Held(_kind_of_type(field.type), one_line(field.type)[:MOST_QUOTED]) for field in schema}
 
 
 def find_only_column(rows: Iterable[tuple[str, Mapping[str, Held]]]) -> str | None:

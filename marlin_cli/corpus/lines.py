@@ -1,5 +1,6 @@
 """The lines of a file one by one, in bounded memory: every line has a largest size, and a whole file may have one."""
 
+import codecs
 from collections.abc import Iterator
 from typing import IO
 
@@ -25,5 +26,5 @@ def lines_of(
             raise error(f"{name}: line {number} is longer than {MOST_LINE_BYTES:,} bytes; cut what it holds into several")
         if most_bytes is not None and total > most_bytes:
             raise error(f"{name}: is larger than {most_bytes:,} bytes; cut it into several files")
-        if line.strip():
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             yield f"{name}: line {number}", line.removesuffix(b"\n")

@@ -3,11 +3,12 @@
 import contextlib
 import io
 import sys
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from marlin_cli.corpus.columns import Held, TextColumns, find_only_column
+from marlin_cli.corpus.columns import COLUMNS, Held, TextColumns, find_only_column
 from marlin_cli.corpus.packed import packing_of, unpacked
 from marlin_cli.corpus.sources import Source
 from marlin_cli.corpus.tables import (
@@ -20,7 +21,7 @@ from marlin_cli.corpus.tables import (
     rows_of_lines,
     rows_of_parquet,
 )
-from marlin_cli.errors import CorpusError
+from marlin_cli.errors import AssumptionWarning, CorpusError
 from marlin_cli.files import check_regular
 
 # A shorter rest of a file or a row is left out: a few patches without context would count like a window.
@@ -45,6 +46,7 @@ def windows_of_source(source: Source, files: tuple[str, ...], sequence_bytes: in
         yield from _windows(documents, source.domain, sequence_bytes)
     if source.hub is not None:
         yield from _windows(map(io.BytesIO, rows_of_hub(source.hub)), source.domain, sequence_bytes)
+    _note_documents(files, source)
     columns: TextColumns | None = None
     for name in files:
         path = Path(name)
@@ -88,6 +90,20 @@ def _raw(path: Path, source: Source) -> Generator[IO[bytes], None, None]:
             with unpacked(path, stored) as file:
                 refuse_disguised(path, file)
                 yield file
+
+
+def _note_documents(files: Sequence[str], source: Source) -> None:
+    """Say that .json is no table, where a source has nothing else and begins as rows do."""
+    if not files or source.keeps_compressed or not all(name.lower().endswith(".json") for name in files):
+        return
+    with _naming(files[0]), _opened(Path(files[0])) as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n[")
+    if head.startswith(b"{") and any(b'"%s"' % name.encode() in head for name in (*COLUMNS, "messages", "conversations")):
+        warnings.warn(
+            f"{files[0]}: is read as raw bytes, as every .json is; if it holds rows, write them one a line into a .jsonl",
+            AssumptionWarning,
+            stacklevel=2,
+        )
 
 
 def _rows(path: Path, columns: TextColumns) -> Generator[IO[bytes], None, None]:

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.corpus.readers import SHORTEST_WINDOW_BYTES, is_raw, size_of_windows, windows_of_source
-from marlin_cli.corpus.recipes import Recipe, find_recipe, load_recipe
+from marlin_cli.corpus.recipes import MOST_BYTES, MOST_WINDOW_BYTES, Recipe, find_recipe, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
 from marlin_cli.errors import CorpusError
+from marlin_cli.text import quoted
 
 DEFAULT_SEQUENCE_BYTES = 16384
 
@@ -46,10 +47,11 @@ class Corpus:
     """
 
     def __init__(self, sources: Sequence[Source], *, sequence_bytes: int, seed: int, max_bytes: int | None) -> None:
-        """Raises `CorpusError` for sizes below 1, no sources, stdin twice, or files that are gone."""
-        for name, value in (("sequence_bytes", sequence_bytes), ("max_bytes", max_bytes)):
-            if value is not None and value < 1:
-                raise CorpusError(f"{name} of a corpus must be at least 1, found {value}")
+        """Raises `CorpusError` for sizes below 1 or beyond all bounds, no sources, stdin twice, or files that are gone."""
+        sizes = (("sequence_bytes", sequence_bytes, MOST_WINDOW_BYTES), ("max_bytes", max_bytes, MOST_BYTES))
+        for name, value, most in sizes:
+            if value is not None and not 1 <= value <= most:
+                raise CorpusError(f"{name} of a corpus must be at least 1 and at most {most}, found {quoted(value)}")
         if not sources:
             raise CorpusError("no corpus is named")
         if sum(source.stdin for source in sources) > 1:
@@ -116,7 +118,10 @@ class Corpus:
             raise CorpusError("the saved place in the corpus is damaged; start again")
         if state["corpus"] != self.fingerprint():
             raise CorpusError("the saved place is of another corpus or other settings; name the same ones")
-        self._window_count, self._byte_count = state["windows"], state["bytes"]
+        counts = state["windows"], state["bytes"]
+        if not (all(type(each) is int and each >= 0 for each in counts) and _alike(state["stream"], self._stream.state_dict())):
+            raise CorpusError("the saved place in the corpus is damaged; start again")
+        self._window_count, self._byte_count = counts
         self._stream.load_state_dict(state["stream"])
         self._windows = self._read()
 
@@ -225,6 +230,17 @@ def _mixed(sources: Sequence[Source], sequence_bytes: int, seed: int) -> Any:
 
 def _numbered(**arguments: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(windows_of_source(**arguments))
+
+
+def _alike(saved: Any, fresh: Any) -> bool:
+    """Have two states of one stream the same parts? What has not begun is None."""
+    if isinstance(saved, dict) and isinstance(fresh, dict):
+        return saved.keys() == fresh.keys() and all(_alike(saved[key], fresh[key]) for key in fresh)
+    if isinstance(saved, list) and isinstance(fresh, list):
+        return len(saved) == len(fresh) and all(map(_alike, saved, fresh))
+    if isinstance(saved, int) and isinstance(fresh, int):
+        return saved >= 0
+    return type(saved) is type(fresh) or fresh is None
 
 
 def _size(file: Path) -> int:
