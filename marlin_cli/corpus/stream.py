@@ -65,10 +65,9 @@ class Corpus:
         self.sources = tuple(sources)
         self.sequence_bytes, self.seed, self.max_bytes = sequence_bytes, seed, max_bytes
         self._sizes = [[_size(file) for file in source.files] for source in sources]
-        self._window_count = 0
-        self._byte_count = 0
+        self._place = _Place()
         self._stream: Any = _mixed(self.sources, sequence_bytes, seed)
-        self._windows = self._read()
+        self._windows = _read(self._stream, self._place, sequence_bytes, max_bytes)
 
     @property
     def domains(self) -> list[str]:
@@ -102,8 +101,8 @@ class Corpus:
         self._check_resumable()
         return {
             "corpus": self.fingerprint(),
-            "windows": self._window_count,
-            "bytes": self._byte_count,
+            "windows": self._place.windows,
+            "bytes": self._place.bytes,
             "stream": self._stream.state_dict(),
         }
 
@@ -121,9 +120,9 @@ class Corpus:
         counts = state["windows"], state["bytes"]
         if not (all(type(each) is int and each >= 0 for each in counts) and _alike(state["stream"], self._stream.state_dict())):
             raise CorpusError("the saved place in the corpus is damaged; start again")
-        self._window_count, self._byte_count = counts
+        self._place = _Place(*counts)
         self._stream.load_state_dict(state["stream"])
-        self._windows = self._read()
+        self._windows = _read(self._stream, self._place, self.sequence_bytes, self.max_bytes)
 
     def fingerprint(self) -> str:
         """SHA-256 over what decides which windows come: domains, weights, names and sizes of files, and the settings.
@@ -143,26 +142,40 @@ class Corpus:
         text = json.dumps([facts, self.sequence_bytes, self.seed, self.max_bytes])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _read(self) -> Iterator[Window]:
-        stream = iter(self._stream)
-        while self.max_bytes is None or self._byte_count < self.max_bytes:
-            item = next(stream, None)
-            if item is None:
-                break
-            data = item["bytes"]
-            if self.max_bytes is not None:
-                data = data[: self.max_bytes - self._byte_count]
-            window = Window(item["domain"], np.frombuffer(data, dtype=np.uint8), self._window_count)
-            self._window_count += 1
-            self._byte_count += len(data)
-            yield window
-        if self._window_count == 0:
-            shortest = min(SHORTEST_WINDOW_BYTES, self.sequence_bytes)
-            raise CorpusError(f"the corpus holds no window of bytes: no file or row has {shortest} or more")
-
     def _check_resumable(self) -> None:
         if not self.resumable:
             raise CorpusError("stdin cannot be resumed; write it to a file first")
+
+
+@dataclass
+class _Place:
+    """How far a stream has come."""
+
+    windows: int = 0
+    bytes: int = 0
+
+
+def _read(stream: Any, place: _Place, sequence_bytes: int, max_bytes: int | None) -> Iterator[Window]:
+    """The windows from `place` on, which goes with them.
+
+    It holds no corpus that holds it: one that is left early closes its files at once. Else that were left to the garbage
+    collector, which may run in a thread of the library's that the closing waits for.
+    """
+    items = iter(stream)
+    while max_bytes is None or place.bytes < max_bytes:
+        item = next(items, None)
+        if item is None:
+            break
+        data = item["bytes"]
+        if max_bytes is not None:
+            data = data[: max_bytes - place.bytes]
+        window = Window(item["domain"], np.frombuffer(data, dtype=np.uint8), place.windows)
+        place.windows += 1
+        place.bytes += len(data)
+        yield window
+    if place.windows == 0:
+        shortest = min(SHORTEST_WINDOW_BYTES, sequence_bytes)
+        raise CorpusError(f"the corpus holds no window of bytes: no file or row has {shortest} or more")
 
 
 def open_corpus(

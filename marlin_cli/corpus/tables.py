@@ -13,6 +13,7 @@ from typing import IO, Any
 from marlin_cli.corpus.columns import Held, TextColumns, find_only_column, held_by_row, held_by_schema
 from marlin_cli.corpus.lines import lines_of
 from marlin_cli.corpus.packed import PACKED_SUFFIXES, packing_by_beginning
+from marlin_cli.corpus.pages import largest_page
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import CorpusError
 from marlin_cli.text import one_line, quoted
@@ -31,6 +32,7 @@ TABLE_BEGINNINGS = {b"PAR1\x15": "a Parquet table", b"PARE": "an encrypted Parqu
 
 PARQUET_BUFFER_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 16
+LARGE_PAGE_BYTES = 8 << 20  # rows of a column with such pages are taken one by one: each may be as large
 MOST_FOOTER_BYTES = 64 << 20
 
 
@@ -70,7 +72,7 @@ def held_by_parquet(path: Path) -> Iterator[tuple[str, dict[str, Held]]]:
 
 
 def rows_of_parquet(path: Path, columns: TextColumns) -> Iterator[bytes]:
-    """The bytes of each row that has some. Memory: the pages and rows of one batch, of one column.
+    """The bytes of each row that has some. Memory: a page and the rows of one batch, of one column.
 
     Raises:
         CorpusError: no parquet file, a damaged one, one that cannot be read, or a column of another type.
@@ -84,11 +86,21 @@ def rows_of_parquet(path: Path, columns: TextColumns) -> Iterator[bytes]:
             return
         if schema.names.count(name) > 1:
             raise CorpusError(f"{path}: has {schema.names.count(name)} columns {quoted(name)}; leave one")
-        batches = table.iter_batches(PARQUET_BATCH_ROWS, columns=[name], use_threads=False)
-        for number, value in enumerate((value for batch in batches for value in batch.column(0)), start=1):
+        for number, value in enumerate(_values(table, name, path), start=1):
             columns.count(f"{path}: row {number}", 1, int(not value.is_valid))
             if value.is_valid:
                 yield _bytes_of_scalar(value)
+
+
+def _values(table: Any, name: str, path: Path) -> Iterator[Any]:
+    """The Arrow scalars of a column that is no nested one, a row group at a time."""
+    place = next(number for number in range(len(table.schema)) if table.schema.column(number).path == name)
+    with path.open("rb") as file:
+        for group in range(table.num_row_groups):
+            largest = largest_page(file, table.metadata.row_group(group).column(place), path)
+            rows = PARQUET_BATCH_ROWS if largest <= LARGE_PAGE_BYTES else 1
+            for batch in table.iter_batches(rows, row_groups=[group], columns=[name], use_threads=False):
+                yield from batch.column(0)
 
 
 def rows_of_hub(hub: str) -> Iterator[bytes]:

@@ -164,7 +164,7 @@ def test_a_changed_sample_is_noticed(tmp_path):
         ("sources: [{domain: code, path: nowhere}]", "nowhere: no such file"),
         ("sources: [{domain: code, path: x, wait: 1}]", "did you mean 'weight'"),
         ("sources: [{domain: code, path: x, weight: 0}]", "must be above 0"),
-        ("checksums: SUMS\nsources: [{domain: code, path: x}]", "cannot read the checksums"),
+        ("checksums: SUMS\nsources: [{domain: code, path: x}]", "SUMS: no such file"),
         ("a: [", "cannot read as YAML"),
     ],
 )

@@ -118,6 +118,9 @@ def test_names_for_nothing_are_refused_in_one_line(text, message):
     [
         ({"max_bytes": 0}, "max_bytes of a corpus must be at least 1"),
         ({"sequence_bytes": 0}, "sequence_bytes of a corpus must be at least 1"),
+        ({"max_bytes": 1 << 63}, "max_bytes of a corpus must be at least 1 and at most 9223372036854775807"),
+        ({"max_bytes": 10**5000}, "max_bytes of a corpus must be .*, found <a whole number of 16,610 bits>"),
+        ({"sequence_bytes": 1 << 40}, "sequence_bytes of a corpus must be at least 1 and at most 1073741824"),
         ({"names": []}, "no corpus is named"),
         ({"names": ["-", "code=-"]}, "stdin can be read once"),
         ({"names": ["a=plain:10000", "b=plain"]}, "within 1000 times"),
@@ -316,6 +319,12 @@ def test_the_fingerprint_changes_with_what_decides_the_windows(change):
         (lambda state: {**state, "corpus": "0" * 64}, "of another corpus or other settings"),
         (lambda state: {}, "damaged"),
         (lambda state: [state], "damaged"),
+        (lambda state: {**state, "windows": "1"}, "damaged"),
+        (lambda state: {**state, "bytes": -1}, "damaged"),
+        (lambda state: {**state, "bytes": None}, "damaged"),
+        (lambda state: {**state, "stream": {}}, "damaged"),
+        (lambda state: {**state, "stream": {**state["stream"], "examples_iterable": None}}, "damaged"),
+        (lambda state: {**state, "stream": {**state["stream"], "epoch": "x"}}, "damaged"),
     ],
 )
 def test_a_place_in_another_corpus_is_refused(mixture, damage, message):
