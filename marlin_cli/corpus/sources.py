@@ -40,9 +40,10 @@ def parse_source(text: str) -> list[Source]:
     """The sources that `text` names: a recipe, `[name=]path[:weight]`, `[name=]hf:name[:weight]`, or `-` for stdin.
 
     A recipe is a .yaml file or the name of a shipped one, which wins over a file of that name (`./default` is the
-    file). A path is a file, a folder (every regular file below it; hidden ones left out, linked folders not entered)
-    or a pattern of files. An existing path wins over the readings of its = and : characters. The name is the domain;
-    without one it is `other`, except that a folder with subfolders multilingual, code or binary is a source for each.
+    file). A path is a file, a folder (every regular file below it; hidden ones left out, linked folders not entered) or
+    a pattern of files, in which ** enters no linked folders. An existing path wins over the readings of its = and :
+    characters. The name is the domain; without one it is `other`, except that a folder with subfolders multilingual,
+    code or binary is a source for each.
 
     Raises:
         CorpusError: nothing of that name, no bytes in it, or no permission to read it.

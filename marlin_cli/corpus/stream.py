@@ -41,9 +41,10 @@ class Corpus:
     on. A corpus is read once; a second loop goes on where the first one stopped. `state` after a window and `resume`
     of another object go on with the next window.
 
-    Peak memory, beside the libraries: three windows and a reader's buffers (below 1 MB; for tables the longest row, for
-    Parquet a few of its pages) for each source, and the names of all files. The size of a file does not matter: 1 MiB
-    and 6 GiB of raw bytes were read with the same peak.
+    Peak memory, beside the libraries: three windows and a reader's buffers (below 1 MB; for tables the longest row, of
+    JSON 16 MiB at most, for Parquet a page of 128 MiB at most and a few rows; an .xz may ask for 96 MiB) for each
+    source, and the names of all files. The size of a file does not matter: 1 MiB and 6 GiB of raw bytes were read with
+    the same peak.
     """
 
     def __init__(self, sources: Sequence[Source], *, sequence_bytes: int, seed: int, max_bytes: int | None) -> None:

@@ -53,7 +53,9 @@ def held_by_lines(path: Path, lines: IO[bytes]) -> Iterator[tuple[str, dict[str,
 
 
 def rows_of_lines(path: Path, lines: IO[bytes], columns: TextColumns) -> Iterator[bytes]:
-    """The text of each line that has some. Memory: the longest line.
+    """The text of each line that has some; of a key that comes twice in it, the last, as JSON's readers have it.
+
+    Memory: the longest line.
 
     Raises:
         CorpusError: a line that is no JSON object, is too long, or whose text is no text.

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -48,6 +49,20 @@ def refused(name: str, message: str) -> None:
 def test_empty_parts_and_many_parts_are_one_stream(suffix):
     pack = PACKINGS[suffix]
     assert content(write(f"x{suffix}", pack(b"") + pack(DATA) + pack(b"") + pack(DATA) + pack(b""))) == DATA * 2
+
+
+@pytest.mark.parametrize("suffix", PACKINGS)
+def test_what_unpacks_to_much_is_read_in_parts(suffix):
+    name = write(f"x{suffix}", PACKINGS[suffix](bytes(8 << 20)))
+    assert Path(name).stat().st_size < 16 << 10
+    windows = iter(open_corpus([name], sequence_bytes=1 << 16))
+    next(windows)  # and the libraries are loaded
+    tracemalloc.start()
+    try:
+        assert sum(len(window.bytes) for window in windows) == (8 << 20) - (1 << 16)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
