@@ -1,7 +1,8 @@
-"""The sizes that the pages of a Parquet column claim, read before any page is: a few bytes may stand for gigabytes.
+"""What a Parquet file claims of itself, read before Arrow reads it: is it encrypted, and how large are its pages?
 
-The headers of pages are Thrift's compact protocol; the layout of both is in the specification of Parquet
-(parquet.thrift, PageHeader). Nothing else of a page is read here.
+A few bytes may stand for a page of gigabytes, and Arrow ends the process over a column that is encrypted beneath a plain
+footer. Footers and headers of pages are Thrift's compact protocol; what their fields are is in the specification of
+Parquet (parquet.thrift, FileMetaData and PageHeader). No values are read here.
 """
 
 from pathlib import Path
@@ -16,7 +17,27 @@ MOST_PAGE_BYTES = 128 << 20
 _HEADER_BYTES = 1 << 10
 _MOST_HEADER_BYTES = 4 << 20
 
+# Fields of FileMetaData, of its RowGroup, and of that one's ColumnChunk.
+_ROW_GROUPS, _ALGORITHM, _COLUMNS, _CRYPTO = 4, 8, 1, 8
+
+_DEEPEST = 16
+
 _STOP, _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(13)
+
+
+def is_encrypted(footer: bytes, path: Path) -> bool:
+    """Does a plain footer say that it is signed, or that a column is encrypted?
+
+    Raises:
+        CorpusError: it is no footer.
+    """
+    try:
+        fields, _ = _struct(footer, 0, 0)
+    except IndexError:
+        raise CorpusError(f"{path}: damaged parquet file: its schema cannot be read") from None
+    groups = fields.get(_ROW_GROUPS)
+    columns = groups.get(_COLUMNS) if isinstance(groups, dict) else None
+    return _ALGORITHM in fields or (isinstance(columns, dict) and _CRYPTO in columns)
 
 
 def largest_page(file: IO[bytes], chunk: Any, path: Path) -> int:
@@ -67,11 +88,14 @@ def _page(file: IO[bytes], start: int, path: Path) -> tuple[int, int, int, int]:
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """Numbers and structures of a structure, by field, and where it ends; `IndexError` where the bytes do not suffice."""
+    """Numbers and structures of a structure, by field, and where it ends; `IndexError` where the bytes do not suffice.
+
+    A list of structures is given as one structure, with the fields that any of them has.
+    """
     fields: dict[int, Any] = {}
     number = 0
-    if depth > 8:
-        return {}, at
+    if depth > _DEEPEST:
+        raise IndexError
     while (head := data[at]) & 0x0F != _STOP:
         at += 1
         if head >> 4:
@@ -89,13 +113,40 @@ def _value(data: bytes, at: int, kind: int, depth: int) -> tuple[Any, int]:
         return _number(data, at)
     if kind == _STRUCT:
         return _struct(data, at, depth + 1)
+    if kind in (_LIST, _SET):
+        return _list(data, at, depth)
     if kind == _BINARY:
         length, at = _unsigned(data, at)
         at += length
-    else:  # a byte; headers have no others
+    elif kind not in (_BYTE, _DOUBLE):  # there are no maps
+        raise IndexError
+    else:
         at += 8 if kind == _DOUBLE else 1
     data[at - 1]  # noqa: B018 (is it there?)
     return None, at
+
+
+def _list(data: bytes, at: int, depth: int) -> tuple[Any, int]:
+    size, kind = data[at] >> 4, data[at] & 0x0F
+    at += 1
+    if size == 15:
+        size, at = _unsigned(data, at)
+    merged: dict[int, Any] = {}
+    for _ in range(size):
+        if kind in (_TRUE, _FALSE):
+            kind = _BYTE
+        value, at = _value(data, at, kind, depth)
+        if isinstance(value, dict):
+            _merge(merged, value)
+    return merged, at
+
+
+def _merge(into: dict[int, Any], other: dict[int, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
 
 
 def _number(data: bytes, at: int) -> tuple[int, int]:

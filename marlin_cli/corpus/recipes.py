@@ -20,6 +20,7 @@ DOMAIN_NAME = r"[a-z0-9_]+"
 MOST_BYTES = (1 << 63) - 1
 MOST_WINDOW_BYTES = 1 << 30
 
+MOST_NAME = 1024  # characters
 MOST_SUMS_BYTES = 64 << 20
 
 
@@ -50,6 +51,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("names no sources")
+        if self.checksums is not None and not (self.checksums.isprintable() and len(self.checksums) <= MOST_NAME):
+            raise ConfigError(f"checksums {quoted(self.checksums)} is no name of a file")
         for key, value, most in (("max_bytes", self.max_bytes, MOST_BYTES), ("seq_bytes", self.seq_bytes, MOST_WINDOW_BYTES)):
             if value is not None and not 1 <= value <= most:
                 raise ConfigError(f"{key} must be at least 1 and at most {most}, found {quoted(value)}")

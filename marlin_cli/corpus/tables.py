@@ -13,7 +13,7 @@ from typing import IO, Any
 from marlin_cli.corpus.columns import Held, TextColumns, find_only_column, held_by_row, held_by_schema
 from marlin_cli.corpus.lines import lines_of
 from marlin_cli.corpus.packed import PACKED_SUFFIXES, packing_by_beginning
-from marlin_cli.corpus.pages import largest_page
+from marlin_cli.corpus.pages import is_encrypted, largest_page
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import CorpusError
 from marlin_cli.text import one_line, quoted
@@ -33,7 +33,7 @@ TABLE_BEGINNINGS = {b"PAR1\x15": "a Parquet table", b"PARE": "an encrypted Parqu
 PARQUET_BUFFER_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 16
 LARGE_PAGE_BYTES = 8 << 20  # rows of a column with such pages are taken one by one: each may be as large
-MOST_FOOTER_BYTES = 64 << 20
+MOST_FOOTER_BYTES = 16 << 20
 
 
 def is_table(path: Path) -> bool:
@@ -212,6 +212,10 @@ def _check_parquet(path: Path, file: IO[bytes]) -> None:
     footer = int.from_bytes(tail[:4], "little")
     if footer > min(MOST_FOOTER_BYTES, size - 12):
         raise CorpusError(f"{path}: damaged parquet file: its end claims a schema of {footer:,} bytes")
+    file.seek(size - 8 - footer)
+    if is_encrypted(file.read(footer), path):
+        raise CorpusError(f"{path}: is encrypted; write it without encryption")
+    file.seek(0)
 
 
 def _bytes_of_scalar(value: Any) -> bytes:

@@ -1,5 +1,6 @@
 """Sizes that Parquet's page headers claim: the same as the footer's sum, for every writer's option, and bounded."""
 
+import base64
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,44 @@ def test_columns_with_large_pages_are_read_row_by_row(tmp_path, monkeypatch):
     path = write(tmp_path / "x.parquet", data_page_size=1 << 20)
     found = [window.bytes.tobytes().decode() for window in open_corpus([str(path)])]
     assert found == [text for text in TEXTS if text is not None]
+
+
+@pytest.mark.parametrize(
+    ("footer", "expected"),
+    [
+        (b"\x15\x02\x00", False),
+        (b"\x15\x02\x7c\x00\x00", True),  # encryption_algorithm
+        (b"\x15\x02\x39\x1c\x19\x2c\x26\x08\x00\x26\x08\x00\x00\x00", False),  # two columns with file_offset
+        (b"\x15\x02\x39\x1c\x19\x2c\x26\x08\x00\x26\x08\x6c\x00\x00\x00\x00", True),  # the second one's crypto_metadata
+        (b"\x15\x02\x39\x2c\x19\x1c\x26\x08\x6c\x00\x00\x00\x19\x1c\x26\x08\x00\x00\x00", True),  # the first group's
+    ],
+)
+def test_a_plain_footer_tells_what_is_encrypted(footer, expected, tmp_path):
+    assert pages.is_encrypted(footer, tmp_path) is expected
+
+
+@pytest.mark.parametrize("footer", [b"", b"\x15", b"\x15\x02\x3b\x00", b"\x1c" * 100, b"\x15\x02\x39\xfc\xff\xff\xff\xff\x0f"])
+def test_a_footer_that_is_none(footer, tmp_path):
+    with pytest.raises(CorpusError, match="x: damaged parquet file: its schema cannot be read"):
+        pages.is_encrypted(footer, tmp_path / "x")
+
+
+def test_an_encrypted_file_is_named(tmp_path):
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):
+        def __init__(self, _):
+            super().__init__()
+
+        def wrap_key(self, key, _):
+            return base64.b64encode(key)
+
+    settings = encryption.EncryptionConfiguration(footer_key="one", column_keys={"two": ["text"]})
+    factory = encryption.CryptoFactory(Keys)
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
+    table = pyarrow.table({"text": TEXTS})
+    path = tmp_path / "x.parquet"
+    with pyarrow.parquet.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    with pytest.raises(CorpusError, match="x.parquet: is encrypted; write it without encryption"):
+        list(open_corpus([str(path)]))
