@@ -29,7 +29,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {quoted(key)}{did_you_mean(str(key), fields)}")
+            raise ConfigError(f"{where}: unknown key {quoted(key)}{did_you_mean(_name(key), fields)}")
     values = {key: _checked(value, hints[key], f"{where}: key {key!r}") for key, value in mapping.items()}
     missing = [
         name
@@ -71,6 +71,11 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {quoted(value)}"
 
 
+def _name(key: Any) -> str:
+    """A key of YAML as text; Python refuses to write whole numbers of thousands of digits."""
+    return key if isinstance(key, str) else quoted(key)
+
+
 def _checked(value: Any, hint: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -95,7 +100,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a table, found {describe(value)}")
         item = typing.get_args(hint)[1]
-        return {str(key): _checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
+        return {_name(key): _checked(entry, item, f"{where}.{_name(key)}") for key, entry in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
