@@ -1,7 +1,9 @@
 """Frozen settings from mappings: an unknown key or a wrong type is an error that names the nearest known key."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -25,7 +27,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a table of keys and values, found {describe(mapping)}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
@@ -42,6 +44,12 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+# Tables stand in lists of thousands, and the types of one class are looked up from their text.
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def check_same(found: T, wanted: T, where: str) -> None:
@@ -84,8 +92,11 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         arms = typing.get_args(hint)
         if value is None and type(None) in arms:
             return None
-        arm = next(arm for arm in arms if arm is not type(None))
-        return _checked(value, arm, where)
+        first, *others = (arm for arm in arms if arm is not type(None))
+        for arm in others:
+            with contextlib.suppress(ConfigError):
+                return _checked(value, arm, where)
+        return _checked(value, first, where)  # which an error speaks of
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {describe(value)}")

@@ -17,17 +17,20 @@ import numpy.typing as npt
 
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
+from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear, attention, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 
 # Config
 
-# Sizes beyond these are damage or malice: a network of them would fill the memory before its weights are compared.
-LIMITS = {
-    "vocab_size": 1 << 12, "d_model": 1 << 17, "ffn_dim": 1 << 19, "heads": 1 << 12, "head_dim": 1 << 12,
-    "encoder_layers": 1 << 10, "decoder_layers": 1 << 10, "relative_buckets": 1 << 12, "relative_distance": 1 << 20,
-    "max_bytes": 1 << 30, "downsample_factor": 1 << 12, "local_window": 1 << 20,
+# A network is drafted before its weights are compared with it, so no number may be larger than any of a real model.
+LIMITS: Limits = {
+    "vocab_size": (1, 1 << 12), "d_model": (1, 1 << 17), "ffn_dim": (1, 1 << 19), "heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 12), "encoder_layers": (1, 1 << 10), "decoder_layers": (0, 1 << 10),
+    "relative_buckets": (1, 1 << 12), "relative_distance": (1, 1 << 16), "max_bytes": (1, 1 << 30),
+    "downsample_factor": (1, 1 << 12), "local_window": (1, 1 << 20), "local_layers": (0, 1 << 10),
+    "norm_eps": (0.0, 1.0),
 }  # fmt: skip
 
 
@@ -65,16 +68,9 @@ class ByT5Config:
     local_window: int = 128  # bytes that they see before and after each byte
 
     def __post_init__(self) -> None:
-        for name, most in LIMITS.items():
-            value, least = getattr(self, name), 0 if name == "decoder_layers" else 1
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, found {value}")
-            if value > most:
-                raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
+        check_limits(self, LIMITS)
         if self.vocab_size < FIRST_SPECIAL:
             raise ConfigError(f"vocab_size must hold 3 ids and every byte ({FIRST_SPECIAL} or more), found {self.vocab_size}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
         for name in ("start_id", "end_id", "pad_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ConfigError(f"{name} must be an id below vocab_size, found {getattr(self, name)}")
@@ -89,6 +85,11 @@ class ByT5Config:
             raise ConfigError(f"local_layers must be from 1 to encoder_layers - 1, found {self.local_layers}")
         if self.downsample_factor > 1 and self.encoder_layers < 2:
             raise ConfigError("downsample_factor needs two encoder layers: one over bytes, one over pooled rows")
+
+    @property
+    def blocks(self) -> int:
+        """Transformer blocks of encoder and decoder together."""
+        return self.encoder_layers + self.decoder_layers
 
     @property
     def layers_over_bytes(self) -> int:

@@ -120,7 +120,7 @@ NATIVE_WEIGHTS = {
     "whole numbers": ({"output.weight": OUTPUT.astype(mx.int32)}, "'output.weight' is int32, expected floating point"),
     "packed without a table": (
         {"output.weight": mx.zeros((256, 1), mx.uint32), "output.scales": mx.ones((256, 1))},
-        "the quantization table does not say how",
+        "the quantization table says nothing of it",
     ),
 }
 
