@@ -27,7 +27,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a table of keys and values, found {describe(mapping)}")
-    hints = _type_hints(cls)
+    hints = _type_hints(typing.cast(Any, cls))
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
