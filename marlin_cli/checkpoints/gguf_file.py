@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import CheckpointError
+from marlin_cli.text import quoted
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -75,7 +76,7 @@ class GGUFFile:
         for _ in range(keys):  # each takes bytes, of which there are so many
             key = self._text()
             if key in self.metadata:
-                raise self._damaged(f"the key {key!r} stands twice")
+                raise self._damaged(f"the key {quoted(key)} stands twice")
             self.metadata[key] = self._value(self._number("<I"))
         self._places = self._read_places(tensors)
         self.shapes = {name: place.shape for name, place in self._places.items()}
@@ -100,21 +101,23 @@ class GGUFFile:
             from gguf.quants import dequantize
         except ImportError:
             raise CheckpointError(
-                f"{self.path}: {name!r} is packed; to read it, install the extra: pip install 'marlin-cli[gguf]'"
+                f"{self.path}: {quoted(name)} is packed; to read it, install the extra: pip install 'marlin-cli[gguf]'"
             ) from None
         try:
             kind = GGMLQuantizationType(place.type)
         except ValueError:
-            raise self._damaged(f"{name!r} has the unknown type {place.type}") from None
+            raise self._damaged(f"{quoted(name)} has the unknown type {place.type}") from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
         columns = place.shape[-1]
         if columns % block:
-            raise self._damaged(f"{name!r} has {columns} columns, no multiple of the {block} of {kind.name}")
+            raise self._damaged(f"{quoted(name)} has {columns} columns, no multiple of the {block} of {kind.name}")
         packed = self._numbers(name, place.offset, count // block * block_bytes, "<u1")
         try:
             rows: npt.NDArray[np.float32] = dequantize(packed.reshape(-1, columns // block * block_bytes), kind)
         except NotImplementedError:
-            raise CheckpointError(f"{self.path}: {name!r} is {kind.name}, which cannot be unpacked; use another type") from None
+            raise CheckpointError(
+                f"{self.path}: {quoted(name)} is {kind.name}, which cannot be unpacked; use another type"
+            ) from None
         return rows.reshape(place.shape).astype(np.float32, copy=False)
 
     def _read_places(self, count: int) -> dict[str, _Place]:
@@ -123,16 +126,16 @@ class GGUFFile:
             name = self._text()
             dimensions = self._number("<I")
             if not 0 < dimensions <= MOST_DIMENSIONS:
-                raise self._damaged(f"{name!r} has {dimensions} dimensions")
+                raise self._damaged(f"{quoted(name)} has {dimensions} dimensions")
             shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
             if 0 in shape:
-                raise self._damaged(f"{name!r} is empty")
+                raise self._damaged(f"{quoted(name)} is empty")
             if name in places:
-                raise self._damaged(f"the tensor {name!r} stands twice")
+                raise self._damaged(f"the tensor {quoted(name)} stands twice")
             places[name] = _Place(shape, self._number("<I"), self._number("<Q"))
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-            raise self._damaged(f"general.alignment is {alignment!r}, not a power of two")
+            raise self._damaged(f"general.alignment is {quoted(alignment)}, not a power of two")
         start = -(-self._at // alignment) * alignment
         return {name: _Place(place.shape, place.type, start + place.offset) for name, place in places.items()}
 
@@ -174,7 +177,7 @@ class GGUFFile:
     def _numbers(self, name: str, offset: int, count: int, stored: str) -> npt.NDArray[Any]:
         needed = offset + count * np.dtype(stored).itemsize
         if needed > len(self._data):
-            raise self._damaged(f"{name!r} ends at byte {needed:,}, the file at {len(self._data):,}")
+            raise self._damaged(f"{quoted(name)} ends at byte {needed:,}, the file at {len(self._data):,}")
         return np.frombuffer(self._data, stored, count, offset)
 
     def _damaged(self, what: str) -> CheckpointError:

@@ -8,6 +8,7 @@ from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, read_object, shards_of_index, take_table
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.tensor_files import read_safetensors
+from marlin_cli.text import quoted
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -51,7 +52,7 @@ def read(path: Path) -> Checkpoint:
         arrays, _ = read_safetensors(file)
         twice = sorted(arrays.keys() & weights.keys())
         if twice:
-            raise CheckpointError(f"{file}: {twice[0]!r} stands in another shard too")
+            raise CheckpointError(f"{file}: {quoted(twice[0])} stands in another shard too")
         weights.update(arrays)
     if packing is not None:
         weights, quantization = nvfp4.under_mlx_names(weights, packing, path), dict(nvfp4.TABLE)

@@ -185,10 +185,10 @@ CONFIGS = {
     "another architecture": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     "another width": ({"local_dim": 16}, "config.json asks for"),
     "quantization is a number": ({"quantization": 4}, "'quantization' should be a table, found int 4"),
-    "another tool's packing": ({"quantization_config": {"quant_method": "gptq"}}, "packed by gptq; marlin reads"),
+    "another tool's packing": ({"quantization_config": {"quant_method": "gptq"}}, "packed by 'gptq'; marlin reads"),
     "another tool's format": (
         {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-        "packed by compressed-tensors as pack-quantized",
+        "packed by 'compressed-tensors' as 'pack-quantized'",
     ),
     "a table of no tool": ({"quantization_config": {"group_size": 16}}, "'quantization_config' differs"),
     "marlin's table is a list": ({"marlin": []}, "'marlin' should be a table"),
@@ -215,7 +215,7 @@ INDICES = {
     "a missing shard": ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "is missing; fetch it again"),
     "a shard above the folder": ({"weight_map": {"a": "../outside.safetensors"}}, "lies outside the folder"),
     "a shard anywhere": ({"weight_map": {"a": "/etc/passwd"}}, "lies outside the folder"),
-    "the folder above itself": ({"weight_map": {"a": ".."}}, "is missing; fetch it again"),
+    "the folder above itself": ({"weight_map": {"a": ".."}}, "is a folder, expected a file"),
     "a tensor in two shards": (
         {"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}},
         "in another shard too",
@@ -263,7 +263,7 @@ def make_folder_for_config(path: Path) -> None:
 PLACES = {
     "nothing there": (lambda path: None, "no such file"),
     "an empty folder": (make_empty_folder, "found none"),
-    "two weights files": (make_two_weights_files, "found a.pt, b.pt; name the file"),
+    "two weights files": (make_two_weights_files, "found 'a.pt', 'b.pt'; name the file"),
     "config.json alone": (make_config_alone, "holds neither model.safetensors nor"),
     "a folder named model.safetensors": (make_folders_for_files, "is a folder, expected a file"),
     "a folder named config.json": (make_folder_for_config, "is a folder, expected a file"),
