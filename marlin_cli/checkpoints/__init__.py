@@ -78,7 +78,7 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
     else:
         foreign, importer = _read_foreign(path, options)
         if options.heads == "auto":
-            raise CheckpointError(f"{path}: the import option heads is auto; choose a number first, see `api.choose_heads`")
+            raise CheckpointError(f"{path}: the import option heads is auto; choose a number first, see `engine.heads`")
         checkpoint = importer.read(foreign, options)
         _check_options(checkpoint, options)
         checkpoint = _with_assumptions(checkpoint, options)

@@ -215,10 +215,11 @@ def _without_counters(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     return {name: tensor for name, tensor in tensors.items() if tensor.ndim}
 
 
-def heads_of_width(width: int) -> list[int]:
-    """How many heads an attention so wide may have: every number that leaves them a width of some use."""
+def heads_of_width(width: int, *others: int) -> list[int]:
+    """How many heads an attention so wide may have: those of an even width of some use that divides `others` too."""
     least, most = WIDTHS_OF_HEADS
-    return [heads for heads in range(1, width + 1) if width % heads == 0 and least <= width // heads <= most]
+    fitting = [each for each in range(least, min(most, width) + 1, 2) if not any(whole % each for whole in (width, *others))]
+    return [width // each for each in reversed(fitting)]
 
 
 class Taken:

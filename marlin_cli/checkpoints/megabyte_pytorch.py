@@ -121,10 +121,11 @@ def possible_heads(foreign: Foreign) -> list[int]:
     Raises:
         CheckpointError: tensors that are missing or misshapen.
     """
-    inner = foreign.shape("transformers.0.layers.0.0.to_q.weight", 2)[0]
+    queries = [name for name in foreign.tensors if name.endswith(".layers.0.0.to_q.weight")]
+    inner, *others = (foreign.shape(name, 2)[0] for name in sorted(queries))
     if _frequencies(0) in foreign.tensors:
         return [max(inner // _head_dim(foreign, ImportOptions(), inner), 1)]
-    return heads_of_width(inner)
+    return heads_of_width(inner, *others)
 
 
 def _name(stage: int, stages: int, part: str) -> str:

@@ -143,8 +143,9 @@ def possible_heads(foreign: Foreign) -> list[int]:
     width = _width(foreign)
     if foreign.beside.get("model_config") is not None or QUERY_NORM in foreign.tensors:
         return [max(width // max(_said(foreign, ImportOptions()).d_key, 1), 1)]
-    local = foreign.shape("local_position_encoding", 2)[1]
-    return [heads for heads in heads_of_width(width) if local % (width // heads) == 0]
+    grouped = [f"{kind}_blocks.0.attention.KV_linear.weight" for kind in ("global", "local")]
+    keys = [foreign.shape(name, 2)[0] // 2 for name in grouped if name in foreign.tensors]
+    return heads_of_width(width, foreign.shape("local_position_encoding", 2)[1], *keys)
 
 
 def _assumed(
