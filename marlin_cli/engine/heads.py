@@ -39,8 +39,13 @@ def with_heads(path: Path, options: ImportOptions, sample: npt.NDArray[np.uint8]
     """
     if options.heads != "auto":
         return options
+    candidates = list(possible_heads(path, options))
+    if not candidates:
+        return options  # `read_checkpoint` refuses the option where the model says all, and shapes that do not fit
+    if len(candidates) == 1:
+        return dataclasses.replace(options, heads=candidates[0][0])
     by_heads: dict[int, npt.NDArray[np.float64]] = {}
-    for heads, checkpoint in possible_heads(path, options):
+    for heads, checkpoint in candidates:
         network = build(checkpoint.config, checkpoint.weights, where=str(path), dtype=mx.float32)
         assert isinstance(network, MegaByte)
         window = _window_bytes(network)
@@ -48,10 +53,6 @@ def with_heads(path: Path, options: ImportOptions, sample: npt.NDArray[np.uint8]
             sample = _shipped_sample(window)
         whole = sample[: len(sample) // window * window]
         by_heads[heads] = bits_of(network, whole, window).reshape(-1, window).mean(axis=1)
-    if not by_heads:
-        return options  # `read_checkpoint` refuses the option where the model says all, and shapes that do not fit
-    if len(by_heads) == 1:
-        return dataclasses.replace(options, heads=next(iter(by_heads)))
     best, said = _best(by_heads, path)
     warnings.warn(f"{path}: took heads={best}: {said}", AssumptionWarning, stacklevel=2)
     return dataclasses.replace(options, heads=best, heads_by_trial=True)

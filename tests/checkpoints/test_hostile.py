@@ -7,17 +7,16 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from foreign_states import state_of
 from mlx.utils import tree_flatten
 from refusals import refused
 from torch_writer import write_zip
 
 from marlin_cli.checkpoints import read_checkpoint
-from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 
-FOREIGN = Path(__file__).parents[1] / "data" / "foreign"
 TINY = MegaByteConfig(
     patch_size=4, max_bytes=64, global_layers=1, global_dim=16, global_heads=2, global_ffn_dim=16,
     local_layers=1, local_dim=8, local_heads=2, local_ffn_dim=16,
@@ -262,13 +261,6 @@ def test_files_that_are_not_there(case, tmp_path):
 
 
 # Foreign layouts
-
-
-def state_of(stem: str) -> tuple[dict[str, np.ndarray], dict[str, object]]:
-    """Tensors of a fixture by name, and what stands beside them."""
-    file = TorchFile(FOREIGN / f"{stem}.pt")
-    references = file.document.get("state_dict", file.document)
-    return {key: np.array(array) for key, array in file.arrays(references).items()}, file.document
 
 
 LUCID = "megabyte_pytorch-3-stages"
