@@ -10,6 +10,9 @@ from marlin_cli.errors import CheckpointError
 from marlin_cli.files import check_regular
 from marlin_cli.text import one_line
 
+# Some 100 bytes a tensor.
+MOST_HEADER_BYTES = 4 << 20
+
 # Bytes of a number, by the type's name in safetensors: those that are written here.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U32": 4, "U8": 1}
 
@@ -23,6 +26,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     from safetensors import SafetensorError, safe_open
 
     check_regular(path, CheckpointError)
+    _check_header_size(path)
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {}
@@ -34,6 +38,18 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged safetensors file: {one_line(error)}; fetch it again") from None
+
+
+def _check_header_size(path: Path) -> None:
+    """The library reads a header of up to 100 MB, which takes seconds and gigabytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+    size, there = int.from_bytes(start, "little"), path.stat().st_size - len(start)
+    if MOST_HEADER_BYTES < size <= there:
+        raise CheckpointError(f"{path}: its header has {size:,} bytes, more than the {MOST_HEADER_BYTES:,} of any model")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

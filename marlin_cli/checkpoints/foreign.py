@@ -1,5 +1,6 @@
 """What importers share: the result's type, the options, a folder's files, and tensors that are handed out by name."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def read_foreign(path: Path, markers: Sequence[str] = (), copy: Copy | None = No
         model = find_model(list(arrays), markers, copy, path)
         if model is None:
             return Foreign(path, {name: arrays[full] for name, full in without_prefixes(list(arrays)).items()})
-        _say_what_is_left(path, model, {name: array.ndim for name, array in arrays.items()})
+        _say_what_is_left(path, model, {name: array.size for name, array in arrays.items()})
         tensors = {name: arrays[full] for name, full in model.names.items()}
         return Foreign(path, _without_counters(tensors), {}, _assumed(model, copy))
     file = TorchFile(path)
@@ -185,15 +186,15 @@ def read_foreign(path: Path, markers: Sequence[str] = (), copy: Copy | None = No
         arrays = file.arrays(references)
         tensors = {name: arrays[full] for name, full in without_prefixes(list(arrays)).items()}
         return Foreign(path, tensors, dict(beside))
-    _say_what_is_left(path, model, {name: len(reference.shape) for name, (reference, _) in everything.items()})
+    _say_what_is_left(path, model, {name: math.prod(reference.shape) for name, (reference, _) in everything.items()})
     arrays = file.arrays({name: everything[full][0] for name, full in model.names.items()})
     marked = next(full for name, full in model.names.items() if name in markers)
     return Foreign(path, _without_counters(arrays), dict(everything[marked][1].beside), _assumed(model, copy))
 
 
-def _say_what_is_left(path: Path, model: Model, dimensions: Mapping[str, int]) -> None:
+def _say_what_is_left(path: Path, model: Model, sizes: Mapping[str, int]) -> None:
     """A line about tensors that are neither of the model nor of a copy of it, nor of an optimizer; counters are left unsaid."""
-    left = [name for name in model.outside if dimensions[name] and name.partition(".")[0] not in OPTIMIZERS]
+    left = [name for name in model.outside if sizes[name] > 1 and name.partition(".")[0] not in OPTIMIZERS]
     if left:
         warnings.warn(
             f"{path}: the model stands under {quoted(model.prefix)}; {len(left):,} other tensors are left out,"

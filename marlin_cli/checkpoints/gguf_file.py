@@ -4,6 +4,7 @@ The `gguf` package reads such files too, but follows a damaged count for ever; o
 taken, for which it is the reference in Python. Layout: the GGUF specification of ggml, versions 2 and 3.
 """
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import CheckpointError
+from marlin_cli.files import check_regular
 from marlin_cli.text import quoted
 
 MAGIC = b"GGUF"
@@ -35,6 +37,10 @@ PLAIN: Mapping[int, tuple[str, mx.Dtype]] = {
 
 MOST_DIMENSIONS = 4
 
+# What a header may hold: a vocabulary of 256,000 words with scores, types and merges, and a few thousand tensors.
+MOST_HEADER_BYTES = 64 << 20
+MOST_KEYS, MOST_TENSORS, MOST_ITEMS = 1 << 12, 1 << 15, 1 << 20
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -43,6 +49,11 @@ class _Place:
     shape: tuple[int, ...]
     type: int
     offset: int
+
+    @property
+    def elements(self) -> int:
+        """Numbers in it; a damaged one has more than any type of numpy holds."""
+        return math.prod(self.shape)
 
 
 class GGUFFile:
@@ -58,6 +69,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_regular(path, CheckpointError)
         try:
             with path.open("rb") as file:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -70,15 +82,22 @@ class GGUFFile:
             raise CheckpointError(f"{path}: is no GGUF file (it does not begin with GGUF)")
         version = self._number("<I")
         if version not in VERSIONS:
-            raise CheckpointError(f"{path}: GGUF of version {version}; marlin reads little-endian versions 2 and 3")
+            swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
+            found = f"big-endian GGUF of version {swapped}" if swapped in VERSIONS else f"GGUF of version {version}"
+            raise CheckpointError(f"{path}: {found}; marlin reads little-endian versions 2 and 3")
         tensors, keys = self._number("<Q"), self._number("<Q")
+        for what, count, most in (("keys", keys, MOST_KEYS), ("tensors", tensors, MOST_TENSORS)):
+            if count > most:
+                raise self._damaged(f"it claims {count:,} {what}, more than the {most:,} of any model")
         self.metadata: dict[str, Any] = {}
-        for _ in range(keys):  # each takes bytes, of which there are so many
+        self._items = 0  # of lists of metadata, all together
+        for _ in range(keys):
             key = self._text()
             if key in self.metadata:
                 raise self._damaged(f"the key {quoted(key)} stands twice")
             self.metadata[key] = self._value(self._number("<I"))
         self._places = self._read_places(tensors)
+        self._check_apart()
         self.shapes = {name: place.shape for name, place in self._places.items()}
 
     def array(self, name: str) -> mx.array:
@@ -88,7 +107,7 @@ class GGUFFile:
             CheckpointError: it ends beyond the file, or its type is unknown.
         """
         place = self._places[name]
-        count = int(np.prod(place.shape, dtype=object))
+        count = place.elements
         if place.type in PLAIN:
             stored, dtype = PLAIN[place.type]
             array = mx.array(self._numbers(name, place.offset, count, stored).reshape(place.shape))
@@ -137,7 +156,20 @@ class GGUFFile:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self._damaged(f"general.alignment is {quoted(alignment)}, not a power of two")
         start = -(-self._at // alignment) * alignment
+        for name, place in places.items():
+            if place.offset % alignment:
+                raise self._damaged(f"{quoted(name)} begins at {place.offset:,}, no multiple of its alignment, {alignment:,}")
         return {name: _Place(place.shape, place.type, start + place.offset) for name, place in places.items()}
+
+    def _check_apart(self) -> None:
+        """Tensors that share bytes make large arrays of a small file."""
+        end, before = 0, ""
+        for name, place in sorted(self._places.items(), key=lambda item: item[1].offset):
+            if place.offset < end:
+                raise self._damaged(f"the tensors {quoted(before)} and {quoted(name)} overlap")
+            # At least: packed types take no less than a byte for each of 8 weights.
+            least = place.elements * (np.dtype(PLAIN[place.type][0]).itemsize if place.type in PLAIN else 1 / 8)
+            end, before = place.offset + int(least), name
 
     def _value(self, kind: int) -> Any:
         if kind in SCALARS:
@@ -147,10 +179,13 @@ class GGUFFile:
         if kind != ARRAY:
             raise self._damaged(f"its metadata has the unknown type {kind}")
         inner, count = self._number("<I"), self._number("<Q")
+        self._items += count
+        if self._items > MOST_ITEMS:
+            raise self._damaged(f"its metadata claim lists of {self._items:,} items, more than the {MOST_ITEMS:,} of any model")
         if inner == STRING:
-            if count > (len(self._data) - self._at) // 8:  # the length alone takes so much
-                raise self._damaged(f"a list of {count:,} strings goes beyond its end")
             return [self._string() for _ in range(count)]
+        if inner == ARRAY:
+            raise CheckpointError(f"{self.path}: its metadata has lists of lists, which no known writer makes")
         if inner not in SCALARS:
             raise self._damaged(f"its metadata has lists of the unknown type {inner}")
         size = struct.calcsize(SCALARS[inner])
@@ -171,6 +206,8 @@ class GGUFFile:
     def _take(self, size: int) -> bytes:
         if size > len(self._data) - self._at:
             raise self._damaged(f"it ends after {len(self._data):,} bytes, in the middle of its header")
+        if self._at + size > MOST_HEADER_BYTES:
+            raise self._damaged(f"its header has more than {MOST_HEADER_BYTES:,} bytes")
         self._at += size
         return self._data[self._at - size : self._at]
 

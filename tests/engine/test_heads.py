@@ -45,7 +45,7 @@ def sample(path):
 
 
 def test_the_number_under_which_bytes_cost_least(path, sample):
-    with pytest.warns(AssumptionWarning, match=r"model.pt: took heads=4: sample bytes cost \d\.\d+ bits each, and \d\.\d+ more"):
+    with pytest.warns(AssumptionWarning, match=r"took heads=4: sample bytes cost \d\.\d+ bits each, and \d\.\d+ more"):
         options = with_heads(path, AUTO, sample)
     assert options.heads == TRUE_HEADS
     checkpoint = read_checkpoint(path, options)
@@ -60,7 +60,8 @@ def test_bytes_that_tell_nothing(path, sample, tmp_path):
         with_heads(path, AUTO, sample[:32])
     # An attention that adds nothing is the same with any number of heads.
     state = lucid_state(dims=(16, 8), inner=16)
-    state = {name: array * 0 if name.endswith(("to_out.weight", "to_logits.weight")) else array for name, array in state.items()}
+    for name in state:
+        state[name] *= not name.endswith(("to_out.weight", "to_logits.weight"))
     state["to_logits.bias"] = np.where(np.arange(256) == 7, 5, 0).astype("f4")
     with pytest.raises(CheckpointError, match=r"and 0\.000 more .* within noise"):
         with_heads(write_zip(tmp_path / "model.pt", state), AUTO, np.full(1024, 7, np.uint8))
