@@ -238,5 +238,7 @@ def load(
 ) -> MegaByteModel | ByT5Model:
     """Read any supported model; see `MegaByteModel.from_pretrained` and `ByT5Model.from_pretrained`."""
     if architecture_of(locate_model(str(path))) == "byt5":
+        if options not in (None, ImportOptions()):
+            raise UsageError(f"{path}: import options have no meaning for ByT5, the model says all")
         return ByT5Model.from_pretrained(path, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
     return MegaByteModel.from_pretrained(path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, options=options)

@@ -8,7 +8,10 @@ from typing import Any
 
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import check_regular
-from marlin_cli.text import one_line
+from marlin_cli.text import one_line, quoted
+
+# Types that the format has and MLX has not; float8 of other kinds than E4M3 and E8M0 among them.
+MLX_LACKS = ("F64", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 
 # Some 100 bytes a tensor.
 MOST_HEADER_BYTES = 4 << 20
@@ -60,7 +63,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     import mlx.core as mx
 
-    _, metadata = safetensors_header(path)
+    tensors, metadata = safetensors_header(path)
+    for name, entry in tensors.items():
+        if entry["dtype"] in MLX_LACKS:
+            raise CheckpointError(
+                f"{path}: {quoted(name)} is {entry['dtype']}, which MLX does not have; store it as F32 or BF16"
+            )
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:

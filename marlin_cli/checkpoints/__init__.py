@@ -13,7 +13,7 @@ from marlin_cli.checkpoints import gguf_t5, hugging_face, megabyte_pytorch, nati
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, read_foreign, weights_file
 from marlin_cli.documents import read_json
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
-from marlin_cli.files import sha256_of_file
+from marlin_cli.files import check_regular, sha256_of_file
 from marlin_cli.text import quoted
 
 __all__ = [
@@ -184,6 +184,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         for file in files:
+            check_regular(file, CheckpointError)
             digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
@@ -199,7 +200,7 @@ def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
         if option == "attention_scale" and found is None:
             found = config["global_head_dim"] ** -0.5
         if wanted is not None and wanted != found:
-            raise CheckpointError(f"{checkpoint.path}: {option} is {found} by the checkpoint, but {wanted} was given")
+            raise CheckpointError(f"{checkpoint.path}: {option} is {found} by the checkpoint, but {quoted(wanted)} was given")
 
 
 def check_weight(path: Path, name: str, array: mx.array) -> None:
@@ -225,4 +226,6 @@ def _check_kind(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
     packed = f"{name.rpartition('.')[0]}.scales" in checkpoint.weights
     if not packed and not mx.issubdtype(array.dtype, mx.floating):
         kind = str(array.dtype).removeprefix("mlx.core.")
+        if array.dtype == mx.uint8:
+            kind += " (as MLX reads float8 too)"
         raise CheckpointError(f"{checkpoint.path}: the weight {quoted(name)} is {kind}, expected floating point")

@@ -70,7 +70,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     inner = [foreign.shape(f"transformers.{stage}.layers.0.0.to_q.weight", 2)[0] for stage in range(stages)]
     head_dim = _head_dim(foreign, options, inner[0])
     if head_dim < 1 or any(width % head_dim for width in inner):
-        raise CheckpointError(f"{path}: heads {head_dim} wide do not divide an attention {inner[0]} wide; give heads")
+        raise CheckpointError(f"{path}: heads {quoted(head_dim)} wide do not divide an attention {inner[0]} wide; give heads")
     if rope:
         _check_frequencies(foreign, stages, head_dim)
     elif options.head_dim is None and options.heads is None:
@@ -197,5 +197,5 @@ def _head_dim(foreign: Foreign, options: ImportOptions, inner: int) -> int:
         return HEAD_DIM
     assert options.heads != "auto"  # `read_checkpoint` asks for a number
     if options.heads < 1 or inner % options.heads:
-        raise CheckpointError(f"{foreign.path}: {options.heads} heads do not divide an attention {inner} wide")
+        raise CheckpointError(f"{foreign.path}: {quoted(options.heads)} heads do not divide an attention {inner} wide")
     return inner // options.heads

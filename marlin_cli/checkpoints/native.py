@@ -48,7 +48,7 @@ def read(path: Path) -> Checkpoint:
         raise ConfigError(f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing")
     marlin = take_table(config, "marlin", folder / CONFIG)
     weights: dict[str, mx.array] = {}
-    for file in [path] if path.is_file() else weight_files(folder):
+    for file in weight_files(folder) if path.is_dir() else [path]:
         arrays, _ = read_safetensors(file)
         twice = sorted(arrays.keys() & weights.keys())
         if twice:
@@ -62,7 +62,7 @@ def read(path: Path) -> Checkpoint:
 def files(path: Path) -> list[Path]:
     """All files that a model consists of, config.json first."""
     folder = path if path.is_dir() else path.parent
-    return [folder / CONFIG, *([path] if path.is_file() else weight_files(folder))]
+    return [folder / CONFIG, *(weight_files(folder) if path.is_dir() else [path])]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -74,7 +74,9 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     widths = {"global": byte_dim * patch_size, "local": local_dim}
     head_dim = said.d_key
     if head_dim < 1 or any(width % head_dim for width in widths.values()):
-        raise CheckpointError(f"{path}: heads {head_dim} wide do not divide {widths['global']} and {local_dim}; give head_dim")
+        raise CheckpointError(
+            f"{path}: heads {quoted(head_dim)} wide do not divide {widths['global']} and {local_dim}; give head_dim"
+        )
     qk_norm = QUERY_NORM in foreign.tensors
     vocab_size = vocab_rows if said.vocab_size is None else said.vocab_size
     config: dict[str, Any] = {
@@ -201,7 +203,7 @@ def _revealed_head_dim(foreign: Foreign, options: ImportOptions) -> int | None:
     assert options.heads != "auto"  # `read_checkpoint` asks for a number
     width = _width(foreign)
     if options.heads < 1 or width % options.heads:
-        raise CheckpointError(f"{foreign.path}: {options.heads} heads do not divide a width of {width}")
+        raise CheckpointError(f"{foreign.path}: {quoted(options.heads)} heads do not divide a width of {width}")
     return width // options.heads
 
 

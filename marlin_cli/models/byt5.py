@@ -30,7 +30,7 @@ LIMITS: Limits = {
     "head_dim": (1, 1 << 12), "encoder_layers": (1, 1 << 10), "decoder_layers": (0, 1 << 10),
     "relative_buckets": (1, 1 << 12), "relative_distance": (1, 1 << 16), "max_bytes": (1, 1 << 30),
     "downsample_factor": (1, 1 << 12), "local_window": (1, 1 << 20), "local_layers": (0, 1 << 10),
-    "norm_eps": (0.0, 1.0),
+    "norm_eps": (1e-30, 1.0),
 }  # fmt: skip
 
 

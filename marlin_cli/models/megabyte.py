@@ -34,7 +34,7 @@ STAGE_LIMITS: Limits = {
 LIMITS: Limits = {
     "patch_size": (1, 1 << 16), "max_bytes": (1, 1 << 30), "vocab_size": (1, 1 << 20), "byte_dim": (1, 1 << 17),
     "attention_window": (1, 1 << 30), "bos_byte": (0, 1 << 20),
-    "norm_eps": (0.0, 1.0), "attention_scale": (1e-6, 1e3), "rope_theta": (1e-3, 1e12),
+    "norm_eps": (1e-30, 1.0), "attention_scale": (1e-6, 1e3), "rope_theta": (1e-3, 1e12),
     # Of the stages under their names here, so that an error names what config.json has.
     **{f"{part}_{name}": STAGE_LIMITS[name] for part in ("global", "local")
        for name in ("layers", "dim", "heads", "ffn_dim", "head_dim", "kv_heads")},

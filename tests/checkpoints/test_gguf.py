@@ -165,7 +165,7 @@ BROKEN = {
     "no text": (head(0, 1, string(b"\xff\xfe")), "not UTF-8"),
     "keys that the file has not": (head(0, 4000), "in the middle of its header"),
     "strings that the file has not": (head(0, 1, list_of(8, 1 << 20)), "in the middle of its header"),
-    "many lists": (head(0, 3, b"".join(list_of(0, 500_000, key) + bytes(500_000) for key in "abc")), "lists of 1,500,000 items"),
+    "many lists": (head(0, 3, b"".join(list_of(0, 500_000, key) + bytes(500_000) for key in "abc")), "of 1,500,000 items"),
     "a list of another unknown type": (head(0, 1, list_of(77, 1)), "lists of the unknown type 77"),
     "no dimensions": (head(1, 0, place("a", (), 0, 0) + bytes(99)), "'a' has 0 dimensions"),
     "an odd place": (head(1, 0, place("a", (8,), 0, 4) + bytes(99)), "'a' begins at 4, no multiple of its alignment, 32"),

@@ -1,6 +1,7 @@
 """Damaged and hostile checkpoints: each is refused in one line that names the file, and nothing in them runs."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from mlx.utils import tree_flatten
 from refusals import refused
 from torch_writer import write_zip
 
-from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.errors import CheckpointError
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 
@@ -70,7 +72,18 @@ SAFETENSORS = {
     "shape that overflows": (header({"a": floats(0, 16, 1 << 62, 1 << 62)}), "damaged safetensors"),
     "shape and offsets disagree": (header({"a": floats(0, 16, 5)}), "damaged safetensors"),
     "unknown dtype": (header({"a": floats(0, 16, 4, dtype="F33")}), "damaged safetensors"),
-    "a dtype that MLX lacks": (header({"a": floats(0, 16, 2, dtype="F64")}), "unsupported dtype F64"),
+    "a dtype that MLX lacks": (header({"a": floats(0, 16, 2, dtype="F64")}), "'a' is F64, which MLX does not have"),
+    "float8 of another kind": (header({"a": floats(0, 16, 16, dtype="F8_E5M2")}), "'a' is F8_E5M2, which MLX does not have"),
+    "float8 as it is": (
+        header({"a": floats(0, 16, 16, dtype="F8_E4M3")}),
+        "is uint8 (as MLX reads float8|of no known",
+    ),
+    "flags for weights": (header({"output.weight": floats(0, 16, 16, dtype="BOOL")}), "is bool, expected|of no known"),
+    "a header of many megabytes": (header(b" " * (5 << 20)), "its header has 5,242,880 bytes, more than the 4,194,304"),
+    "a long name with escapes": (
+        header({"\x1b[31m" + "n" * 9999: floats(0, 16, 4)}),
+        "there are 1 weights in all|of no known",
+    ),
     "the same tensor twice": (
         header(b'{"a":%s,"a":%s}' % ((json.dumps(floats(0, 16, 4)).encode(),) * 2)),
         "no place for|is missing|damaged",
@@ -135,6 +148,26 @@ PACKED = {
     "a group that is no whole number": ({**NVFP4, "group_size": 16.0}, {}, "in groups of 16.0, which is no format"),
     "another kind": ({**NVFP4, "mode": "nf4"}, {}, "'nf4' with 4 bits"),
     "a list for a kind": ({**NVFP4, "mode": ["nvfp4"]}, {}, "which is no format"),
+    "text for bits": ({**NVFP4, "bits": "4"}, {}, "'nvfp4' with '4' bits"),
+    "true for bits": ({**NVFP4, "bits": True}, {}, "'nvfp4' with True bits"),
+    "a negative group": ({**NVFP4, "group_size": -16}, {}, "in groups of -16"),
+    "a huge group": ({**NVFP4, "group_size": 10**400}, {}, "in groups of <a whole number of 1,329 bits>"),
+    "a huge kind": ({**NVFP4, "mode": "\x1b[31m" * 999}, {}, r"'\x1b[31m\x1b[31m"),
+    "a kind left out is affine": (
+        {"group_size": 16, "bits": 4},
+        {},
+        "'affine' with 4 bits in groups of 16, which is no format",
+    ),
+    "text for a layer": ({**NVFP4, Q: "nvfp4"}, {}, "the quantization table has str 'nvfp4' for it; expected group_size, bits"),
+    "a list for a layer": ({**NVFP4, Q: [16, 4]}, {}, "the quantization table has list [16, 4] for it"),
+    "a huge number for a layer": ({**NVFP4, Q: 10**400}, {}, "has int <a whole number of 1,329 bits> for it"),
+    "false for a layer that is packed": ({**NVFP4, Q: False}, {}, "the quantization table has bool False for it"),
+    "half an entry for a layer": ({**NVFP4, Q: {"bits": 4}}, {}, "the quantization table has dict {'bits': 4} for it"),
+    "thousands of entries": (
+        {**{f"x.{i}": NVFP4 for i in range(9999)}, "bits": 4},
+        {},
+        "is packed, but the quantization table has",
+    ),
 }
 
 
@@ -147,9 +180,10 @@ def test_packed_layers_that_do_not_fit(case, tmp_path):
     assert says in refused(tmp_path / "model")
 
 
-def test_the_packed_layer_that_these_tests_damage_is_good(tmp_path):
+@pytest.mark.parametrize("table", [NVFP4, {**NVFP4, Q: True}, {"group_size": 64, "bits": 8, Q: NVFP4}])
+def test_the_packed_layer_that_these_tests_damage_is_good(table, tmp_path):
     weights = {**WEIGHTS, f"{Q}.weight": CODES, f"{Q}.scales": SCALES, f"{Q}.global_scale": mx.array(2.0)}
-    write_model(tmp_path / "model", config_as_mapping(TINY), weights, NVFP4, None)
+    write_model(tmp_path / "model", config_as_mapping(TINY), weights, table, None)
     checkpoint = read_checkpoint(tmp_path / "model")
     build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where="x")
 
@@ -163,6 +197,31 @@ CONFIGS = {
     "unknown key": ({"global_dims": 16}, "unknown key 'global_dims'; did you mean 'global_dim'?"),
     "text for a number": ({"patch_size": "4"}, "expected int, found str '4'"),
     "true for a number": ({"patch_size": True}, "expected int, found bool True"),
+    "a scale that is not a number": ('{"attention_scale": NaN}', "expected a finite number, found float nan"),
+    "a scale without end": ('{"attention_scale": 1e999}', "expected a finite number, found float inf"),
+    "a scale of nothing": ({"attention_scale": 0}, "attention_scale must be at least"),
+    "layers without end": ({"global_layers": 10**12}, "global_layers is 1,000,000,000,000, more than the 1,024"),
+    "more layers than weights": ({"global_layers": 900}, "config.json asks for 901 layers, but there are 27 weights in all"),
+    "a patch without end": ({"patch_size": 10**9}, "patch_size is 1,000,000,000, more than the 65,536"),
+    "a window without end": ({"attention_window": 10**15}, "attention_window is 1,000,000,000,000,000, more than"),
+    "a number of thousands of digits": ('{"global_dim": 1' + "0" * 5000 + "}", "is not JSON: Exceeds the limit"),
+    "escapes in a key": ({"\x1b[31mdim": 1}, r"unknown key '\x1b[31mdim'"),
+    "escapes in a kind of model": ({"model_type": "\x1b[31m" + "x" * 999}, r"model_type '\x1b[31mx"),
+    "half of a character": ({"layout": "\ud800"}, r"found str '\ud800'|str '\ud800' is not one of"),
+    "another tool with escapes": (
+        {"quantization_config": {"quant_method": "\x1b]0;t\x07"}},
+        r"packed by '\x1b]0;t\x07'; marlin",
+    ),
+    "formats with escapes": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "\x1b[31m" * 99}},
+        r"packed by 'compressed-tensors' as '\x1b[31m",
+    ),
+    "a format that is a list": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": {"format": [["x"]]}}}},
+        r"""as "[['x']]"; marlin reads""",
+    ),
+    "a tool that is a list": ({"quantization_config": {"quant_method": [1]}}, "packed by [1]; marlin reads"),
+    "bits of the cache": ({"marlin": {"kv_bits": "8"}}, "marlin's kv_bits in config.json is '8', expected 4, 8 or 16"),
     "zero heads": ({"global_heads": 0}, "global_heads must be at least 1"),
     "heads that do not divide": ({"global_heads": 3}, "3 heads do not divide a width of 16"),
     "another architecture": ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
@@ -185,8 +244,12 @@ def test_bad_configurations(case, tmp_path):
     file = folder / "config.json"
     if isinstance(content, dict):
         content = json.dumps(json.loads(file.read_text()) | content)
+    elif isinstance(content, str) and content.startswith('{"'):
+        content = file.read_text().rstrip().removesuffix("}") + "," + content[1:]
     file.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert says in refused(folder)
+    message = refused(folder)
+    assert any(part in message for part in says.split("|")), message
+    assert len(message) < 700
 
 
 INDICES = {
@@ -199,6 +262,13 @@ INDICES = {
     "a shard above the folder": ({"weight_map": {"a": "../outside.safetensors"}}, "lies outside the folder"),
     "a shard anywhere": ({"weight_map": {"a": "/etc/passwd"}}, "lies outside the folder"),
     "the folder above itself": ({"weight_map": {"a": ".."}}, "is a folder, expected a file"),
+    "a zero byte": ({"weight_map": {"a": "x\x00.safetensors"}}, r"'x\x00.safetensors' is missing"),
+    "half of a character": ({"weight_map": {"a": "\ud800.safetensors"}}, r"'\ud800.safetensors' is missing"),
+    "a name of thousands of letters": ({"weight_map": {"a": "x" * 9999}}, f"'{'x' * 77}'... is missing"),
+    "escapes": ({"weight_map": {"a": "\x1b[31m/x"}}, r"'\x1b[31m/x' lies outside"),
+    "a pipe": ({"weight_map": {"a": "pipe"}}, "pipe: is a pipe, expected a file"),
+    "a device behind a link": ({"weight_map": {"a": "device"}}, "device: is a device, expected a file"),
+    "a link that goes round": ({"weight_map": {"a": "round"}}, "'round' is missing|Too many levels"),
     "a tensor in two shards": (
         {"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}},
         "in another shard too",
@@ -212,9 +282,13 @@ def test_bad_indices_of_shards(case, tmp_path):
     folder = write_native(tmp_path / "model")
     mx.save_safetensors(str(tmp_path / "outside.safetensors"), WEIGHTS)
     mx.save_safetensors(str(folder / "b.safetensors"), {"output.weight": OUTPUT})
+    os.mkfifo(folder / "pipe")
+    (folder / "device").symlink_to("/dev/zero")
+    (folder / "round").symlink_to("round")
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / "model.safetensors.index.json").write_text(text)
-    assert says in refused(folder)
+    message = refused(folder)
+    assert any(part in message for part in says.split("|")), message
 
 
 def make_empty_folder(path: Path) -> None:
@@ -237,6 +311,31 @@ def make_folders_for_files(path: Path) -> None:
     (path / "model.safetensors").mkdir()
 
 
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_pipe_for_weights(path: Path) -> None:
+    make_config_alone(path)
+    os.mkfifo(path / "model.safetensors")
+
+
+def make_pipe_for_config(path: Path) -> None:
+    write_native(path)
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")
+
+
+def make_pipes_alone(path: Path) -> None:
+    path.mkdir()
+    for name in ("a.pt", "b.safetensors"):
+        os.mkfifo(path / name)
+
+
+def make_gguf_folder(path: Path) -> None:
+    (path / "model.gguf").mkdir(parents=True)
+
+
 def make_folder_for_config(path: Path) -> None:
     write_native(path)
     (path / "config.json").unlink()
@@ -249,6 +348,11 @@ PLACES = {
     "two weights files": (make_two_weights_files, "found 'a.pt', 'b.pt'; name the file"),
     "config.json alone": (make_config_alone, "holds neither model.safetensors nor"),
     "a folder named model.safetensors": (make_folders_for_files, "is a folder, expected a file"),
+    "a pipe": (make_pipe, "is a pipe, expected a file"),
+    "a pipe named model.safetensors": (make_pipe_for_weights, "is a pipe, expected a file"),
+    "a pipe named config.json": (make_pipe_for_config, "is a pipe, expected a file"),
+    "pipes alone": (make_pipes_alone, "found none"),
+    "a folder named model.gguf": (make_gguf_folder, "is a folder, expected a file"),
     "a folder named config.json": (make_folder_for_config, "is a folder, expected a file"),
 }
 
@@ -258,6 +362,16 @@ def test_files_that_are_not_there(case, tmp_path):
     make, says = PLACES[case]
     make(tmp_path / "model")
     assert says in refused(tmp_path / "model")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf"])
+def test_pipes_by_their_names(suffix, tmp_path):
+    folder = write_native(tmp_path / "model")
+    for path in (folder / f"pipe{suffix}", tmp_path / f"pipe{suffix}"):
+        os.mkfifo(path)
+        assert "is a pipe, expected a file" in refused(path)
+        with pytest.raises(CheckpointError, match="is a pipe, expected a file"):
+            fingerprint(path)
 
 
 # Foreign layouts

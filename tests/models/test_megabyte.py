@@ -78,7 +78,7 @@ def test_a_configuration_survives_config_json(each_config):
         ({"global_kv_heads": 3, "global_heads": 4, "global_dim": 32}, "kv_heads do not divide"),
         ({"max_bytes": 97}, "not a multiple of patch_size"),
         ({"vocab_size": 255}, "vocab_size must hold every byte"),
-        ({"norm_eps": -1.0}, "norm_eps must be at least 0.0"),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 1e-30"),
         ({"norm_eps": float("nan")}, "'norm_eps': expected a finite number"),
         ({"rope_theta": 0.0}, "rope_theta must be at least 0.001"),
         ({"rope_theta": float("nan")}, "'rope_theta': expected a finite number"),
