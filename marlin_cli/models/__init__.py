@@ -63,7 +63,8 @@ def build(
     settings = from_mapping(config_class, config, where)
     # Each block has weights of its own; a network that has more blocks than the file has weights is never drafted.
     if settings.blocks > len(weights):
-        raise CheckpointError(f"{where}: config.json asks for {settings.blocks:,} layers, but there are {len(weights):,} weights in all")
+        found = f"but there are {len(weights):,} weights in all"
+        raise CheckpointError(f"{where}: config.json asks for {settings.blocks:,} layers, {found}")
     network: Network = network_class(settings)
     arrays = {
         path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array

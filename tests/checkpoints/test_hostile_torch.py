@@ -3,6 +3,7 @@
 import io
 import pickle
 import random
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -210,6 +211,100 @@ TORCH_FILES = {
     "legacy, cut in a pickle": (lambda p: p.write_bytes(write_legacy(p, STATE).read_bytes()[:200]), "damaged pickle"),
     "legacy, another version": (lambda p: write_legacy(p, STATE, version=9), "unknown version"),
 }
+
+
+class Stream:
+    """A file that cannot go back: a writer puts sizes behind the data."""
+
+    def __init__(self, file) -> None:
+        self.write, self.flush = file.write, file.flush
+
+
+@pytest.mark.parametrize("how", ["zip64", "streamed"])
+def test_zip_files_as_other_writers_make_them(how, tmp_path):
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(write_zip(tmp_path / "plain.pt", STATE)) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with path.open("wb") as target, zipfile.ZipFile(Stream(target) if how == "streamed" else target, "w") as archive:
+        for entry, data in entries.items():
+            with archive.open(entry, "w", force_zip64=how == "zip64") as file:
+                file.write(data)
+    file = TorchFile(path)
+    assert np.array_equal(np.array(file.arrays(file.document)["a"]), STATE["a"])
+
+
+def test_a_zip_file_whose_entries_share_bytes(tmp_path):
+    """The directory names one storage under another's place: a file of any size would be summed once for each."""
+    path = tmp_path / "model.pt"
+    write_zip(path, {"a": np.ones(64, "f4"), "b": np.ones(64, "f4")})
+    content = bytearray(path.read_bytes())
+    offsets = {}
+    at = 0
+    while (at := content.find(b"PK\x01\x02", at)) >= 0:
+        length = int.from_bytes(content[at + 28 : at + 30], "little")
+        offsets[bytes(content[at + 46 : at + 46 + length])] = at + 42
+        at += 46
+    first, second = offsets[b"archive/data/0"], offsets[b"archive/data/1"]
+    content[second : second + 4] = content[first : first + 4]
+    path.write_bytes(content)
+    assert "the entries 'archive/data/0' and 'archive/data/1' overlap" in refused(path)
+
+
+def test_a_directory_of_many_megabytes(tmp_path):
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.comment = b""
+        for index in range(100):
+            archive.writestr(f"{index}/" + "x" * 60_000, b"")
+    assert "its list of entries has more than 4,194,304 bytes" in refused(path)
+
+
+def test_names_of_entries_are_quoted_and_cut(tmp_path):
+    name = "archive/\x1b[31m" + "x" * 9999
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, b"aaaaaaaaaaaaaaaa")
+    message = refused(path)
+    assert r"the entry 'archive/\x1b[31mxxx" in message and len(message) < 400
+
+
+LARGE = {
+    "dicts without end": (b"}" * 400_001, "more than 400,000 instructions"),
+    "marks without end": (b"(" * 400_001, "more than 400,000 instructions"),
+    "a number of a million digits": (b"\x8b" + struct.pack("<i", 1 << 20) + b"\x7f" * (1 << 20), "a number of 8388607 bits"),
+    "shapes of a thousand numbers, again and again": (
+        b"(" + b"K\x01" * 1000 + b"tq\x00" + (name("torch", "Size").data + b"h\x00\x85R") * 9,
+        "a torch.Size of 1,000 dimensions",
+    ),
+    "a tensor of a thousand dimensions": (
+        b"(" + b"K\x01" * 1000 + b"tq\x00" + TENSOR + b"((" + text("storage") + name("torch", "FloatStorage").data
+        + text("0") + text("cpu") + b"K\x01tQK\x00h\x00h\x00tR",
+        "a tensor has 1,000 dimensions",
+    ),
+    "a storage of a thousand parts": (b"(" + text("storage") * 1000 + b"tQ", "refers to something other than a storage"),
+    "tuples in tuples": (b")" + b"\x85" * 100_000, "holds no dict but a tuple"),
+    "a dict that holds itself as the model": (b"}q\x00" + text("state_dict") + b"h\x00s", "holds no tensors"),
+    "two dicts that hold each other": (
+        b"}q\x00}q\x01" + text("model") + b"h\x00s" + b"h\x00" + text("state_dict") + b"h\x01s", "holds no tensors"
+    ),
+    "a text of a million letters as a key": (b"}" + text("\x1b" * (1 << 20)) + b"K\x01s", "holds no tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("case", LARGE)
+def test_pickles_that_grow(case, write, tmp_path):
+    opcodes, says = LARGE[case]
+    message = refused(write(tmp_path / "model.pt", Opcodes(opcodes)))
+    assert says in message and len(message) < 400
+
+
+def test_a_legacy_file_cut_anywhere(tmp_path):
+    content = write_legacy(tmp_path / "model.pt", {"a": np.ones(3, "f4"), "b": np.ones((2, 2), "f8")}).read_bytes()
+    path = tmp_path / "cut.pt"
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        assert re.search("damaged|cut short|starts with|an empty file|a bare pickle", refused(path))
 
 
 @pytest.mark.parametrize("case", TORCH_FILES)
