@@ -15,6 +15,9 @@ from marlin_cli.text import MOST_QUOTED, quoted
 
 T = TypeVar("T")
 
+# In the metadata of a dataclass's field: how many entries its list may have, which are not looked at where there are more.
+MOST_ENTRIES = "most entries"
+
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """Build the frozen dataclass `cls` from `mapping`; `where` (a file or an option) begins every error.
@@ -32,6 +35,10 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     for key in mapping:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {quoted(key)}{did_you_mean(str(key), fields)}")
+    for name, value in mapping.items():
+        most = fields[name].metadata.get(MOST_ENTRIES)
+        if most is not None and isinstance(value, (list, tuple)) and len(value) > most:
+            raise ConfigError(f"{where}: {name} has {len(value):,} entries, more than {most}")
     values = {key: _checked(value, hints[key], f"{where}: key {key!r}") for key, value in mapping.items()}
     missing = [
         name
@@ -93,10 +100,13 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if value is None and type(None) in arms:
             return None
         first, *others = (arm for arm in arms if arm is not type(None))
-        for arm in others:
+        if not others:
+            return _checked(value, first, where)
+        for arm in (first, *others):
             with contextlib.suppress(ConfigError):
                 return _checked(value, arm, where)
-        return _checked(value, first, where)  # which an error speaks of
+        kinds = (arm.__name__ if isinstance(arm, type) else " or ".join(typing.get_args(arm)) for arm in (first, *others))
+        raise ConfigError(f"{where}: expected {' or '.join(kinds)}, found {describe(value)}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {describe(value)}")

@@ -61,10 +61,11 @@ def build(
         raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
     config_class, network_class = ARCHITECTURES[name]
     settings = from_mapping(config_class, config, where)
-    # Each block has weights of its own; a network that has more blocks than the file has weights is never drafted.
-    if settings.blocks > len(weights):
-        found = f"but there are {len(weights):,} weights in all"
-        raise CheckpointError(f"{where}: config.json asks for {settings.blocks:,} layers, {found}")
+    # Each block begins with a norm. A network of blocks that the file has not is never drafted.
+    absent = [path for path in settings.blocks if f"{path}.attention_norm.weight" not in weights]
+    if absent:
+        found = f"the weight {quoted(f'{absent[0]}.attention_norm.weight')} is missing"
+        raise CheckpointError(f"{where}: {found}, with all of {len(absent):,} layers that config.json asks for")
     network: Network = network_class(settings)
     arrays = {
         path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array

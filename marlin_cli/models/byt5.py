@@ -27,9 +27,9 @@ from marlin_cli.ops.long_attention import cross_attention, relative_attention
 # A network is drafted before its weights are compared with it, so no number may be larger than any of a real model.
 LIMITS: Limits = {
     "vocab_size": (1, 1 << 12), "d_model": (1, 1 << 17), "ffn_dim": (1, 1 << 19), "heads": (1, 1 << 12),
-    "head_dim": (1, 1 << 12), "encoder_layers": (1, 1 << 10), "decoder_layers": (0, 1 << 10),
+    "head_dim": (1, 1 << 12), "encoder_layers": (1, 1 << 8), "decoder_layers": (0, 1 << 8),
     "relative_buckets": (1, 1 << 12), "relative_distance": (1, 1 << 16), "max_bytes": (1, 1 << 30),
-    "downsample_factor": (1, 1 << 12), "local_window": (1, 1 << 20), "local_layers": (0, 1 << 10),
+    "downsample_factor": (1, 1 << 12), "local_window": (1, 1 << 20), "local_layers": (0, 1 << 8),
     "norm_eps": (1e-30, 1.0),
 }  # fmt: skip
 
@@ -87,9 +87,12 @@ class ByT5Config:
             raise ConfigError("downsample_factor needs two encoder layers: one over bytes, one over pooled rows")
 
     @property
-    def blocks(self) -> int:
-        """Transformer blocks of encoder and decoder together."""
-        return self.encoder_layers + self.decoder_layers
+    def blocks(self) -> list[str]:
+        """The path of every transformer block."""
+        local = 0 if self.downsample_factor == 1 else self.layers_over_bytes
+        counts = {"encoder.local_layers": local, "encoder.layers": self.encoder_layers - local}
+        counts["decoder.layers"] = self.decoder_layers
+        return [f"{name}.{layer}" for name, count in counts.items() for layer in range(count)]
 
     @property
     def layers_over_bytes(self) -> int:

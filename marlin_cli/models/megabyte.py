@@ -10,12 +10,13 @@ Three layouts are run as their weights need them; each stage works on *rows*, a 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.config import MOST_ENTRIES
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear, attention, delay_one_row, patch_embed
@@ -28,7 +29,7 @@ Positions = Literal["learned", "rope", "learned+rope", "none"]
 
 # A network is drafted before its weights are compared with it, so no number may be larger than any of a real model.
 STAGE_LIMITS: Limits = {
-    "length": (1, 1 << 30), "layers": (1, 1 << 10), "dim": (1, 1 << 17), "heads": (1, 1 << 12), "ffn_dim": (1, 1 << 19),
+    "length": (1, 1 << 30), "layers": (1, 1 << 8), "dim": (1, 1 << 17), "heads": (1, 1 << 12), "ffn_dim": (1, 1 << 19),
     "head_dim": (1, 1 << 17), "kv_heads": (1, 1 << 12),
 }  # fmt: skip
 LIMITS: Limits = {
@@ -39,7 +40,6 @@ LIMITS: Limits = {
     **{f"{part}_{name}": STAGE_LIMITS[name] for part in ("global", "local")
        for name in ("layers", "dim", "heads", "ffn_dim", "head_dim", "kv_heads")},
 }  # fmt: skip
-MOST_MIDDLE_STAGES = 16  # each at least halves the patch, but for stages of length 1
 WIDEST_ROW = 1 << 24  # numbers in a patch's embeddings, or in what a stage gives the next
 
 
@@ -97,7 +97,8 @@ class MegaByteConfig:
     global_kv_heads: int | None = None
     global_positions: Positions = "rope"
 
-    middle: tuple[StageConfig, ...] = ()  # stages between global and local (megabyte_pytorch alone)
+    # Stages between global and local (megabyte_pytorch alone).
+    middle: tuple[StageConfig, ...] = field(default=(), metadata={MOST_ENTRIES: 16})
 
     local_layers: int = 4
     local_dim: int = 512
@@ -122,8 +123,6 @@ class MegaByteConfig:
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
-        if len(self.middle) > MOST_MIDDLE_STAGES:
-            raise ConfigError(f"middle has {len(self.middle):,} stages, more than {MOST_MIDDLE_STAGES}")
         if self.vocab_size < 256:
             raise ConfigError(f"vocab_size must hold every byte (256 or more), found {self.vocab_size}")
         if not 0 <= self.bos_byte < self.vocab_size:
@@ -176,9 +175,11 @@ class MegaByteConfig:
         return (first, *self.middle, last)
 
     @property
-    def blocks(self) -> int:
-        """Transformer blocks of all stages together."""
-        return sum(stage.layers for stage in self.stages)
+    def blocks(self) -> list[str]:
+        """The path of every transformer block."""
+        names = ["global", *(f"middle.{index}" for index in range(len(self.middle))), "local"]
+        stages = zip(names, self.stages, strict=True)
+        return [f"{name}.layers.{layer}" for name, stage in stages for layer in range(stage.layers)]
 
     def bytes_per_token(self, stage: int) -> int:
         """Bytes that one token of stage number `stage` stands for: the patch size for 0, one for the last."""

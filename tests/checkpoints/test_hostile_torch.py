@@ -302,7 +302,7 @@ def test_pickles_that_grow(case, write, tmp_path):
 def test_a_legacy_file_cut_anywhere(tmp_path):
     content = write_legacy(tmp_path / "model.pt", {"a": np.ones(3, "f4"), "b": np.ones((2, 2), "f8")}).read_bytes()
     path = tmp_path / "cut.pt"
-    for length in range(len(content)):
+    for length in range(0, len(content), 5):
         path.write_bytes(content[:length])
         assert re.search("damaged|cut short|starts with|an empty file|a bare pickle", refused(path))
 

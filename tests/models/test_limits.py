@@ -61,7 +61,7 @@ def test_a_scale_of_attention_that_cannot_be(value):
 
 def test_thousands_of_stages():
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match="middle has 5,000 stages, more than 16"):
+    with pytest.raises(ConfigError, match="x: middle has 5,000 entries, more than 16"):
         from_mapping(MegaByteConfig, {"layout": "megabyte_pytorch", "middle": [{**STAGE, "length": 1}] * 5000}, "x")
     assert time.perf_counter() - start < 1
 
@@ -73,8 +73,17 @@ def test_numbers_that_are_large_together():
         MegaByteConfig(patch_size=1 << 16, byte_dim=1, max_bytes=1 << 20, local_dim=1 << 17)
 
 
-def test_more_layers_than_the_file_has_weights_are_never_drafted(small_sizes, monkeypatch):
-    config = config_as_mapping(MegaByteConfig(**{**small_sizes, "global_layers": 1000}))
+def test_layers_that_the_file_has_not_are_never_drafted(small_sizes, monkeypatch):
+    config = config_as_mapping(MegaByteConfig(**{**small_sizes, "global_layers": 200}))
     monkeypatch.setattr(MegaByte, "__init__", lambda *_: pytest.fail("was drafted"))
-    with pytest.raises(CheckpointError, match=r"x: config.json asks for 1,00\d layers, but there are 1 weights in all"):
-        build(config, {"output.weight": mx.zeros(1)}, where="x")
+    with pytest.raises(CheckpointError, match=r"'global.layers.0.attention_norm.weight' is missing, with all of 20\d layers"):
+        build(config, {f"{index}": mx.zeros(1) for index in range(300)}, where="x")
+
+
+def test_the_blocks_of_a_configuration_are_those_of_its_network(each_config):
+    networks = [MegaByte(each_config)]
+    networks += [byt5_model.ByT5(byt5_model.ByT5Config(d_model=8, ffn_dim=8, heads=1, head_dim=8, downsample_factor=factor))
+                 for factor in (1, 2)]  # fmt: skip
+    for network in networks:
+        norms = [path for path, _ in network.named_modules() if path.endswith("attention_norm")]
+        assert sorted(norms) == sorted(f"{path}.attention_norm" for path in network.config.blocks)

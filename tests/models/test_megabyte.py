@@ -82,7 +82,7 @@ def test_a_configuration_survives_config_json(each_config):
         ({"norm_eps": float("nan")}, "'norm_eps': expected a finite number"),
         ({"rope_theta": 0.0}, "rope_theta must be at least 0.001"),
         ({"rope_theta": float("nan")}, "'rope_theta': expected a finite number"),
-        ({"global_layers": 10**9}, "more than the 1,024"),
+        ({"global_layers": 10**9}, "more than the 256"),
         ({"layout": "paper", "byte_dim": 5}, "no patch projection"),
         ({"start_tokens": False}, "needs start_tokens"),
         ({"global_head_dim": 15}, "even head_dim"),
