@@ -13,6 +13,12 @@ from marlin_cli.text import one_line, quoted
 # Types that the format has and MLX has not; float8 of other kinds than E4M3 and E8M0 among them.
 MLX_LACKS = ("F64", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
 
+# What the library says of a type that is newer than itself, or none.
+UNKNOWN_TYPE = "unknown variant"
+
+# Characters of what a library says of a file.
+MOST_SAID = 200
+
 # Some 100 bytes a tensor.
 MOST_HEADER_BYTES = 4 << 20
 
@@ -40,7 +46,10 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors file: {one_line(error)}; fetch it again") from None
+        said = one_line(error)[:MOST_SAID]  # names out of the file stand in it
+        if UNKNOWN_TYPE in said:
+            raise CheckpointError(f"{path}: a tensor is of a type that safetensors here does not know: {said}") from None
+        raise CheckpointError(f"{path}: damaged safetensors file: {said}; fetch it again") from None
 
 
 def _check_header_size(path: Path) -> None:
@@ -72,7 +81,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot load: {one_line(error)}") from None
+        raise CheckpointError(f"{path}: cannot load: {one_line(error)[:MOST_SAID]}") from None
     return dict(arrays), metadata
 
 

@@ -125,7 +125,9 @@ class GGUFFile:
         try:
             kind = GGMLQuantizationType(place.type)
         except ValueError:
-            raise self._damaged(f"{quoted(name)} has the unknown type {place.type}") from None
+            raise CheckpointError(
+                f"{self.path}: {quoted(name)} is of the type {place.type}, which the gguf package here does not know"
+            ) from None
         block, block_bytes = GGML_QUANT_SIZES[kind]
         columns = place.shape[-1]
         if columns % block:

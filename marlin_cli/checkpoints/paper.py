@@ -93,7 +93,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         "rope_interleaved": True,
         "start_tokens": "global_pad" in foreign.tensors,
         "bos_byte": FIRST_BYTE if said.BOS is None else said.BOS,
-        "attention_window": said.attention_window or None,
+        "attention_window": said.attention_window,
         # Its muTransfer multiplies queries by head_dim ** -0.5 before an attention that does so too.
         "attention_scale": 1.0 / head_dim if said.init == "muTransfer" and not qk_norm else None,
     }
@@ -191,7 +191,7 @@ def _said(foreign: Foreign, options: ImportOptions) -> ModelConfig:
                 raise CheckpointError(f"{path}: its model_config has a {type(value).__name__} as {quoted(name)}")
         values |= said
     if options.attention_window is not None:
-        values["attention_window"] = options.attention_window
+        values["attention_window"] = options.attention_window or None
     return from_mapping(ModelConfig, values, f"{path}: model_config")
 
 

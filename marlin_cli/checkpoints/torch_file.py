@@ -139,7 +139,7 @@ def _open_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, _Ex
         with zipfile.ZipFile(_Bounded(path, file)) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: damaged zip file: {one_line(error)}; fetch it again") from None
+        raise CheckpointError(f"{path}: damaged zip file: {one_line(error)[:120]}; fetch it again") from None
     extents: dict[str, _Extent] = {}
     for entry in entries:
         # torch stores entries as they are; a packed one is a bomb, or of another tool.
