@@ -81,8 +81,8 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
             raise CheckpointError(f"{path}: the import option heads is auto; choose a number first, see `engine.heads`")
         checkpoint = importer.read(foreign, options)
         _check_options(checkpoint, options)
-        checkpoint = _with_assumptions(checkpoint, options)
     _check_marlin(checkpoint)
+    checkpoint = _with_assumptions(checkpoint, options)
     for name, array in checkpoint.weights.items():
         _check_kind(checkpoint, name, array)
         if check_values:
@@ -123,16 +123,18 @@ def _with_assumptions(checkpoint: Checkpoint, options: ImportOptions) -> Checkpo
     """Say what was assumed, and keep it in marlin's table, which goes with every copy of the model."""
     assumed = dict(checkpoint.assumed)
     if assumed:
+        hint = "; if that is wrong, say it with --import NAME=VALUE" if checkpoint.layout in IMPORTERS else ""
         values = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(assumed.items()))
         warnings.warn(
-            f"{checkpoint.path}: nothing in it tells {', '.join(sorted(assumed))}; assumed {values};"
-            " if that is wrong, say it with --import NAME=VALUE",
+            f"{checkpoint.path}: nothing in it tells {', '.join(sorted(assumed))}; assumed {values}{hint}",
             AssumptionWarning,
             stacklevel=3,
         )
     if options.heads_by_trial and options.heads is not None:
         assumed["heads"] = options.heads
-    return dataclasses.replace(checkpoint, marlin={ASSUMED: assumed}, assumed=assumed) if assumed else checkpoint
+    if not assumed:
+        return checkpoint
+    return dataclasses.replace(checkpoint, marlin={**(checkpoint.marlin or {}), ASSUMED: assumed}, assumed=assumed)
 
 
 def _shown(value: Any) -> str:

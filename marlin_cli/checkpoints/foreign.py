@@ -38,7 +38,7 @@ class Checkpoint:
     weights: dict[str, mx.array]
     quantization: dict[str, Any] | None = None  # mlx-lm's table of config.json
     marlin: dict[str, Any] | None = None  # marlin's own table of config.json
-    assumed: Mapping[str, Any] = field(default_factory=dict)  # import options that neither file nor caller told
+    assumed: Mapping[str, Any] = field(default_factory=dict)  # what neither file nor caller told, by import option
 
 
 @dataclass(frozen=True)

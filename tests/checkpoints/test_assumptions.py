@@ -1,5 +1,6 @@
 """What a foreign file does not tell is said when it is assumed, and stands in every copy that is written of the model."""
 
+import dataclasses
 import json
 import warnings
 
@@ -11,7 +12,7 @@ from torch_writer import write_zip
 from typer.testing import CliRunner
 
 from marlin_cli import load
-from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, native, read_checkpoint
 from marlin_cli.cli import app
 from marlin_cli.commands import quantization_run
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
@@ -140,3 +141,12 @@ def test_bits_of_the_cache_that_cannot_be(bits, tmp_path):
     model.save(tmp_path / "model")
     with pytest.raises(ConfigError, match="marlin's kv_bits in config.json is .*, expected 4, 8 or 16"):
         read_checkpoint(tmp_path / "model")
+
+
+def test_layouts_with_a_configuration_may_assume_too(tmp_path, monkeypatch):
+    load(FOREIGN / f"{LUCID}.pt", device="cpu", options=ImportOptions(heads=3, max_bytes=64)).save(tmp_path / "model")
+    read = native.read
+    monkeypatch.setattr(native, "read", lambda path: dataclasses.replace(read(path), assumed={"head": "tied"}))
+    checkpoint, (message,) = said(tmp_path / "model")
+    assert message == f"{tmp_path / 'model'}: nothing in it tells head; assumed head=tied"
+    assert checkpoint.marlin == {"assumed": {"head": "tied"}}
