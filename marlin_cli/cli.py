@@ -126,7 +126,7 @@ def _show_warnings() -> None:
 
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", AssumptionWarning)
+        warnings.simplefilter("once", AssumptionWarning)  # a command may read a model several times
         warnings.showwarning = show
 
 

@@ -207,20 +207,39 @@ def head(tensors: int, keys: int, rest: bytes = b"") -> bytes:
     return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + rest
 
 
+def list_of(kind: int, count: int, key: str = "a") -> bytes:
+    return string(key) + struct.pack("<IIQ", 9, kind, count)
+
+
+def two(first: tuple, second: tuple) -> bytes:
+    return head(2, 0, place("a", *first) + place("b", *second) + bytes(999))
+
+
 BROKEN = {
     "nothing": (b"", "it is empty"),
     "another file": (b"PK\x03\x04" + bytes(40), "is no GGUF file"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version 50331648"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian GGUF of version 3; marlin reads little-endian"),
     "a future version": (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), "version 4"),
     "cut in the counts": (head(0, 0)[:20], "in the middle of its header"),
-    "keys without end": (head(0, 1 << 60), "in the middle of its header"),
-    "tensors without end": (head(1 << 60, 0), "in the middle of its header"),
-    "a list without end": (head(0, 1, string("a") + struct.pack("<IIQ", 9, 4, 1 << 60)), "in the middle of its header"),
-    "strings without end": (head(0, 1, string("a") + struct.pack("<IIQ", 9, 8, 1 << 60)), "strings goes beyond its end"),
-    "lists in lists": (head(0, 1, string("a") + struct.pack("<IIQ", 9, 9, 1)), "lists of the unknown type 9"),
+    "keys without end": (head(0, 1 << 60), "claims 1,152,921,504,606,846,976 keys"),
+    "tensors without end": (head(1 << 60, 0), "claims 1,152,921,504,606,846,976 tensors"),
+    "a list without end": (head(0, 1, list_of(4, 1 << 60)), "lists of 1,152,921,504,606,846,976 items"),
+    "strings without end": (head(0, 1, list_of(8, 1 << 60)), "lists of 1,152,921,504,606,846,976 items"),
+    "lists in lists": (head(0, 1, list_of(9, 1)), "has lists of lists, which no known writer makes"),
     "a string without end": (head(0, 1, struct.pack("<Q", 1 << 62)), "in the middle of its header"),
     "an unknown type": (head(0, 1, string("a") + struct.pack("<I", 13)), "the unknown type 13"),
     "no text": (head(0, 1, string(b"\xff\xfe")), "not UTF-8"),
+    "keys that the file has not": (head(0, 4000), "in the middle of its header"),
+    "strings that the file has not": (head(0, 1, list_of(8, 1 << 20)), "in the middle of its header"),
+    "many lists": (head(0, 3, b"".join(list_of(0, 500_000, key) + bytes(500_000) for key in "abc")), "of 1,500,000 items"),
+    "a list of another unknown type": (head(0, 1, list_of(77, 1)), "lists of the unknown type 77"),
+    "no dimensions": (head(1, 0, place("a", (), 0, 0) + bytes(99)), "'a' has 0 dimensions"),
+    "an odd place": (head(1, 0, place("a", (8,), 0, 4) + bytes(99)), "'a' begins at 4, no multiple of its alignment, 32"),
+    "one place for two": (two(((8,), 0, 0), ((8,), 0, 0)), "'a' and 'b' overlap"),
+    "a place within another": (two(((64,), 0, 0), ((8,), 1, 64)), "'a' and 'b' overlap"),
+    "packed within another": (two(((1 << 20,), 8, 0), ((8,), 1, 64)), "'a' and 'b' overlap"),
+    "escapes in a key": (head(0, 2, (string("a\x1b[31m") + struct.pack("<II", 4, 1)) * 2), r"'a\x1b[31m' stands twice"),
+    "a long name": (head(1, 0, place("n" * 9999, (0,), 0, 0)), f"'{'n' * 77}'... is empty"),
     "a key twice": (head(0, 2, (string("a") + struct.pack("<II", 4, 1)) * 2), "'a' stands twice"),
     "a tensor twice": (head(2, 0, place("a", (8,), 0, 0) * 2 + bytes(99)), "'a' stands twice"),
 }
