@@ -41,7 +41,7 @@ def export_compressed_tensors(packed: Path, target: Path, *, overwrite: bool = F
     with writing_folder(target, overwrite=overwrite) as temporary:
         shapes = {name: (dtype, tuple(array.shape)) for name, (dtype, array) in stored.items()}
         write_safetensors(temporary / native.SINGLE, shapes, _contents(stored), {"format": "pt"})
-        text = json.dumps(document, indent=2) + "\n"
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
         (temporary / native.CONFIG).write_text(text, encoding="utf-8")
 
 
