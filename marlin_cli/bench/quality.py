@@ -99,7 +99,7 @@ def measure_quality(
     done = {} if journal is None else journal.load()
     for number in range(ranks.rank, len(passes), ranks.size):
         domain, batch = passes[number]
-        if number not in done:
+        if number not in done or not _fits(done[number], networks, batch, reference):
             done[number] = _measured(networks, domain, batch, reference, kept_reference)
             if journal is not None:
                 journal.add(number, done[number])
@@ -182,6 +182,16 @@ def _measured(
         _finite(divergences := kl_divergence(expected, predicted), name, of_domain)
         results.append(_compared(_sums(groups, own), groups, predicted, expected, np.array(divergences), theirs))
     return results
+
+
+def _fits(found: Sequence[PassSums], networks: Mapping[str, MegaByte], batch: Sequence[Window], reference: object) -> bool:
+    """Are these the sums of such a pass?"""
+    groups = [FIRST_POSITION + network.config.patch_size for network in networks.values()]
+    alike = len(found) == len(groups) and all(
+        sums.bytes.shape == (len(batch), count) and bool(len(sums.kl)) == (reference is not None)
+        for sums, count in zip(found, groups, strict=True)
+    )
+    return alike and all(sums.bytes[:, ALL].tolist() == [window.scored for window in batch] for sums in found)
 
 
 def _read(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
