@@ -230,6 +230,19 @@ def test_two_ranks_of_which_one_is_killed_go_on_to_what_one_process_gives(start:
     assert sorted(path.name for path in folder.iterdir()) == ["corpus", "hosts.json", *(file.name for file in files)]
 
 
+def test_a_rank_that_is_asked_to_end_saves_its_share_and_so_does_the_other(start: Start, folder: Path) -> None:
+    first, second = start("slow")
+    for process in (first, second):
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(3)] == ["1\n", "2\n", "3\n"]
+    first.send_signal(signal.SIGTERM)
+    (_, _, errors), (code, _, _) = ended([first, second])
+    assert "Terminated" in errors
+    assert code == 1
+    partial = [f"out.rank-{rank}-of-2.safetensors.partial" for rank in (0, 1)]
+    assert sorted(path.name for path in folder.glob("*.partial")) == partial
+
+
 def test_an_error_of_one_rank_is_said_by_rank_0_alone(start: Start) -> None:
     first, second = ended(start("failing"))
     assert (first[0], first[2]) == (1, "marlin: rank 1 of 2 failed: no such thing\n")

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from marlin_cli.corpus.sources import TABLE_SUFFIXES, UNNAMED_DOMAIN, Source, parse_source
 from marlin_cli.errors import CorpusError, UsageError
+from marlin_cli.files import check_regular
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
@@ -102,6 +103,7 @@ def files_by_domain(name: str) -> dict[str, list[Path]]:
         if source.hub is not None or source.stdin:
             raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
         for file in source.files:
+            check_regular(file, CorpusError)
             _check_plain(file, source)
         domains.setdefault(source.domain, []).extend(source.files)
     return {domain: sorted(files) for domain, files in domains.items()}

@@ -133,19 +133,21 @@ def calibrate(
                 saved_at, unsaved_bytes = time.monotonic(), 0
                 saving_took = 0.0 if hessians is None else saved_at - started
             on_bytes(count)
+        if done is None:
+            raise _nothing(network, run)
+        save_statistics(output, done[0])
     except KeyboardInterrupt:
         if done is not None and corpus.resumable and (hessians is None or hessians.consistent):
             save_unfinished(unfinished, *done)
         raise
-    if done is None:
-        what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
-        raise NothingMeasured(
-            f"nothing to measure: the corpus has no {what}"
-            + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
-        )
-    save_statistics(output, done[0])
     unfinished.unlink(missing_ok=True)
     return done[0]
+
+
+def _nothing(network: Network, run: Run) -> NothingMeasured:
+    what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
+    shard = f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else ""
+    return NothingMeasured(f"nothing to measure: the corpus has no {what}{shard}")
 
 
 def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None:
