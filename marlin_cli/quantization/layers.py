@@ -148,11 +148,20 @@ def report_of(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.ND
     )
 
 
-def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
-    importance = mx.array(statistics.mean_square(plan.path, domain_weights))
-    if importance.shape != (plan.columns,):
+def check_columns(plan: LayerPlan, statistics: Statistics) -> None:
+    """See that the statistics are of inputs as wide as a layer's.
+
+    Raises:
+        QuantizationError: they are of other channels.
+        StatisticsError: they have no such layer.
+    """
+    channels = len(statistics.absolute_maximum(plan.path))
+    if channels != plan.columns:
         raise QuantizationError(
-            f"{plan.path!r} has {plan.columns} input channels, the statistics have {importance.shape[0]}; they belong"
-            " to another model"
+            f"{plan.path!r} has {plan.columns} input channels, the statistics have {channels}; they belong to another model"
         )
-    return importance
+
+
+def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
+    check_columns(plan, statistics)
+    return mx.array(statistics.mean_square(plan.path, domain_weights))

@@ -62,6 +62,8 @@ def test_a_signal_saves_the_place(
     assert "Traceback" not in errors
     assert "go on with --resume" in errors.replace("\n", " ")
     assert load_unfinished(unfinished_path(output))[0].total_bytes == 3 * 96
+    if number != signal.SIGTERM:
+        return  # all three leave the same
     resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "model", "out.safetensors"]
