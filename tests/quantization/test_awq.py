@@ -18,7 +18,7 @@ from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import rescaled
 from marlin_cli.statistics.collect import hessian_channels, measure, shared_inputs
-from marlin_cli.statistics.data import Run, Statistics
+from marlin_cli.statistics.data import Moments, Run, Statistics
 from marlin_cli.statistics.hessians import HessianAccumulator
 
 BYTES = np.random.default_rng(3).integers(0, 256, 96, dtype=np.uint8)
