@@ -10,6 +10,7 @@ import numpy.typing as npt
 from marlin_cli.corpus.readers import is_raw
 from marlin_cli.corpus.sources import UNNAMED_DOMAIN, Source, parse_source
 from marlin_cli.errors import CorpusError, UsageError
+from marlin_cli.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def files_by_domain(name: str) -> dict[str, list[Path]]:
         if source.hub is not None or source.stdin:
             raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
         for file in source.files:
+            check_regular(file, CorpusError)
             _check_plain(file, source)
         domains.setdefault(source.domain, []).extend(source.files)
     return {domain: sorted(files) for domain, files in domains.items()}

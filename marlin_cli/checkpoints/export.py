@@ -53,7 +53,7 @@ def export_compressed_tensors(packed: Path, target: Path, *, overwrite: bool = F
         write_safetensors(temporary / native.SINGLE, shapes, _contents(stored), {"format": "pt"})
         for name, content in ((native.CONFIG, document), (TOKENIZER_CONFIG, tokenizer)):
             if content is not None:
-                (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                (temporary / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _renamed(path: str, names: Mapping[str, str]) -> str:

@@ -185,4 +185,4 @@ def _report(statistics: Statistics, output: Path, *, json_output: bool) -> None:
 
 
 def _document(statistics: Statistics, file: Path) -> str:
-    return json.dumps({"file": str(file), **dataclasses.asdict(summarise(statistics))})
+    return json.dumps({"file": str(file), **dataclasses.asdict(summarise(statistics))}, allow_nan=False)

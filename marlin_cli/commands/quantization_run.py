@@ -104,7 +104,7 @@ def pack(
                 reports, kept = packing.write(scratch / target.name, overwrite=False)
                 export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
     if json_output:
-        print(json.dumps(document_of(model, target, settings, method, reports, kept)))
+        print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:
         show(model, target, reports, kept)
     if page is not None and target is not None:
@@ -215,7 +215,7 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
     before, after = _bytes(network), _bytes(plain)
     if json_output:
         output = None if target is None else str(target)
-        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}))
+        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}, allow_nan=False))
     else:
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 

@@ -1,5 +1,6 @@
 """Answers of ByT5: inputs as ids in, bytes out as they are decoded, for one input or many of unequal lengths."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.sampling import Noise, Sampling, draw, without
+from marlin_cli.engine.scoring import not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
@@ -63,6 +65,9 @@ def answer(
     Yields:
         After each step what is new: (input, id), or (input, answer) for one that has ended. An input has the same
         answer alone and in a batch.
+
+    Raises:
+        CheckpointError: predictions that are not finite.
     """
     sampling = sampling or Sampling()
     prefix = ids_of_bytes(limits.prefix)
@@ -85,6 +90,8 @@ def answer(
         news: list[tuple[int, int | Answer]] = []
         going = []
         for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):
+            if not math.isfinite(cost):
+                raise not_finite()
             scores[stream] -= cost
             own = written[stream]
             reason, cut = None, 0
@@ -121,6 +128,7 @@ def answer_with_beams(
 
     Raises:
         UsageError: stop sequences, which beams do not take.
+        CheckpointError: predictions that are not finite.
     """
     if limits.stop:
         raise UsageError("stop sequences do not go with beams; use the end id, or no beams")
@@ -139,6 +147,8 @@ def answer_with_beams(
             logits = without(logits, ends)
         step += 1
         table = np.array(logits).reshape(len(open_streams), beams.count, -1)
+        if np.isnan(table).any():
+            raise not_finite()
         rows, ids, places = [], [], []
         for place, stream in enumerate(open_streams):
             parents, values = searches[stream].step(table[place], frozenset(ends))
