@@ -16,7 +16,8 @@ from marlin_cli.models.architecture import Architecture, Capability, Network
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
-from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer
+from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
+from marlin_cli.text import quoted
 
 __all__ = [
     "ARCHITECTURES",
@@ -67,9 +68,16 @@ def build(
     """
     name = config.get("model_type", "megabyte")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ConfigError(f"{where}: model_type {name!r} is not supported{did_you_mean(str(name), ARCHITECTURES)}")
+        hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
+        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
     architecture = ARCHITECTURES[name]
-    network: Network = architecture.network(from_mapping(architecture.config, config, where))
+    settings = from_mapping(architecture.config, config, where)
+    # Each block begins with a norm. A network of blocks that the file has not is never drafted.
+    absent = [path for path in settings.blocks if f"{path}.attention_norm.weight" not in weights]
+    if absent:
+        found = f"the weight {quoted(f'{absent[0]}.attention_norm.weight')} is missing"
+        raise CheckpointError(f"{where}: {found}, with all of {len(absent):,} layers that config.json asks for")
+    network: Network = architecture.network(settings)
     arrays = {
         path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
         for path, array in weights.items()
@@ -79,13 +87,15 @@ def build(
     missing = sorted(expected.keys() - arrays.keys())
     unknown = sorted(arrays.keys() - expected.keys())
     if missing:
-        raise CheckpointError(f"{where}: the weight {missing[0]!r} is missing ({len(missing)} in all)")
+        raise CheckpointError(f"{where}: the weight {quoted(missing[0])} is missing ({len(missing)} in all)")
     if unknown:
-        raise CheckpointError(f"{where}: no place for the weight {unknown[0]!r} ({len(unknown)} in all); is it in config.json?")
+        raise CheckpointError(
+            f"{where}: no place for the weight {quoted(unknown[0])} ({len(unknown)} in all); is it in config.json?"
+        )
     for path, array in arrays.items():
         if array.shape != expected[path].shape:
             raise CheckpointError(
-                f"{where}: {path!r} has shape {list(array.shape)}, config.json asks for {list(expected[path].shape)}"
+                f"{where}: {path!r} has shape {list(array.shape)}, the configuration asks for {list(expected[path].shape)}"
             )
     network.load_weights(list(arrays.items()))
     network.eval()
@@ -139,5 +149,5 @@ def _swap_packed_layers(network: Network, arrays: Mapping[str, mx.array], table:
     for path, module in linear_layers(network).items():
         if f"{path}.scales" in arrays:
             own = {name: arrays[f"{path}.{name}"] for name in PACKED_ARRAYS if f"{path}.{name}" in arrays}
-            swapped.append((path, packed_layer(module, own, table.get(path, table), f"{where}: {path!r}")))
+            swapped.append((path, packed_layer(module, own, settings_of(path, table), f"{where}: {path!r}")))
     set_modules(network, swapped)
