@@ -1,7 +1,5 @@
 """Two results compared: which speeds and scores changed beyond the noise. From JSON documents of `bench`, old and new."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.report import Table, markdown_of
+from marlin_cli.bench.report import Table, csv_rows, markdown_of
 from marlin_cli.errors import UsageError
 
 # Two runs of the same thing on the same machine differ by this much: what lies within is never called a change.
@@ -179,14 +177,10 @@ def rendered_changes(found: Sequence[Change], form: str) -> str:
     if form == "md":
         return markdown_of([table_of_changes(found)])
     if form == "json":
-        return json.dumps({"changes": rows}, ensure_ascii=False, allow_nan=False)
+        return json.dumps({"changes": rows}, allow_nan=False)
     if form == "jsonl":
-        return "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["model", "measure", "value", "low", "high", "verdict"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
+        return "\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    return csv_rows(["model", "measure", "value", "low", "high", "verdict"], rows)
 
 
 def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:
