@@ -71,7 +71,7 @@ class Worker:
         work.mkdir(parents=True)
         try:
             case = KINDS[kind](Random(f"{kind} {seed} {number}"), work, self.materials)
-            outcome = self._outcome(case, work)
+            outcome = self.outcome(case, work)
             name, reason = verdict(case, outcome)
             if keep is not None:
                 (folder / "stdout").write_bytes(outcome.stdout)
@@ -82,7 +82,8 @@ class Worker:
             if keep is None:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _outcome(self, case: Case, work: Path) -> Outcome:
+    def outcome(self, case: Case, work: Path) -> Outcome:
+        """Run a command in the folder `work`."""
         streams = self._places["streams"]
         for name, data in {"in": case.stdin, "out": b"", "err": b""}.items():
             (streams / name).write_bytes(data)
@@ -125,13 +126,19 @@ def share(count: int) -> dict[str, int]:
     return {kind: each + (index < rest) for index, kind in enumerate(KINDS)}
 
 
-def run_all(made: Worker, seed: int, count: int, minutes: float | None = None) -> Iterator[Result]:
-    """The inputs of all kinds for a seed, kind by kind in turn; `minutes` ends early."""
+def run_all(
+    made: Worker, seed: int, count: int, minutes: float | None = None, part: tuple[int, int] = (0, 1)
+) -> Iterator[Result]:
+    """The inputs of all kinds for a seed, kind by kind in turn.
+
+    Args:
+        minutes: end early.
+        part: (index, count): every count-th of them, from index on.
+    """
     began = time.monotonic()
     wanted = share(count)
-    for number in range(max(wanted.values())):
-        for kind in KINDS:
-            if number < wanted[kind]:
-                yield made.run(kind, seed, number)
-            if minutes is not None and time.monotonic() - began > minutes * 60:
-                return
+    inputs = [(kind, number) for number in range(max(wanted.values())) for kind in KINDS if number < wanted[kind]]
+    for kind, number in inputs[part[0] :: part[1]]:
+        yield made.run(kind, seed, number)
+        if minutes is not None and time.monotonic() - began > minutes * 60:
+            return

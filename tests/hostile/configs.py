@@ -22,6 +22,7 @@ T5_KEYS = (
     "relative_attention_num_buckets", "relative_attention_max_distance", "eos_token_id", "pad_token_id", "decoder_start_token_id",
 )  # fmt: skip
 PACKED = ("group_size", "bits", "mode")
+NO_WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
 # A whole size of which any part of a model would be larger than memory.
 LARGE = (2**20, 2**24, 2**31, 2**40, 2**63, HUGE)
 
@@ -46,16 +47,18 @@ def byt5_config(rng: Random, folder: Path, materials: Path) -> Case:
     return use_of_model(rng, "model", byt5=True)
 
 
-def config_alone(rng: Random, folder: Path, materials: Path) -> Case:
-    """A config.json without weights, as `bench --plan` reads it: every size counts, none is checked against a weight."""
+def sizes(rng: Random, folder: Path, materials: Path) -> Case:
+    """Sizes beyond all memory, with the weights of another model, with none, or with a file that holds none."""
     document = _copy(folder, materials, rng.choice((*NATIVE, *BYT5)))
-    for weights in (folder / "model").glob("*.safetensors"):
-        weights.unlink()
-    for weights in (folder / "model").glob("*.bin"):
-        weights.unlink()
+    kind = rng.randrange(3)
+    for weights in (*(folder / "model").glob("*.safetensors"), *(folder / "model").glob("*.bin")):
+        if kind == 0:
+            weights.unlink()
+        elif kind == 1:
+            weights.write_bytes(NO_WEIGHTS)
     if rng.random() < 0.6:
-        sizes = [key for key in document if isinstance(document[key], int) and not isinstance(document[key], bool)]
-        for key in rng.sample(sizes, rng.choice((1, 1, 2, 3))):
+        numbers = [key for key in document if isinstance(document[key], int) and not isinstance(document[key], bool)]
+        for key in rng.sample(numbers, rng.choice((1, 1, 2, 3))):
             document[key] = rng.choice(LARGE)
     else:
         document = _mutated(rng, document, (*MEGABYTE_KEYS, *T5_KEYS))
@@ -86,8 +89,8 @@ def _mutated(rng: Random, document: dict[str, Any], keys: tuple[str, ...]) -> An
     if kind == 0:
         return {**document, rng.choice(keys): value(rng)}
     if kind == 1:
-        sizes = [key for key in document if isinstance(document[key], int) and not isinstance(document[key], bool)]
-        return {**document, rng.choice(sizes): rng.choice((*LARGE, 0, -1, 1, 3, 5, 2**16))} if sizes else value(rng)
+        numbers = [key for key in document if isinstance(document[key], int) and not isinstance(document[key], bool)]
+        return {**document, rng.choice(numbers): rng.choice((*LARGE, 0, -1, 1, 3, 5, 2**16))} if numbers else value(rng)
     if kind == 2:
         texts = [key for key in document if isinstance(document[key], (str, list))]
         return {**document, rng.choice(texts): rng.choice((ESCAPES, "", None, [], ["x" * 9_000], {}, "gelu", "none", 7))}

@@ -72,7 +72,7 @@ def verdict(case: Case, outcome: Outcome) -> tuple[str, str]:
         return "LINES", f"{len(lines)} lines: {strange[:160]!r}"
     if not _names(case, last):
         return "VAGUE", last[:160]
-    return "refused", ""
+    return "refused", last[:160]
 
 
 def _place(error: str) -> str:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 DATA = Path(__file__).parents[1] / "data"
 TEXT = b"the quick brown fox jumps over the lazy dog, and so on; " * 8
 PAIRS = b'{"source": "abc def", "target": "ABC", "language": "x"}\n{"source": "x", "target": "y z"}\n' * 4
 
 SMALL = {
-    "patch_size": 4, "max_bytes": 96,
+    "patch_size": 4, "max_bytes": 512,
     "global_layers": 1, "global_dim": 32, "global_heads": 2, "global_ffn_dim": 32,
     "local_layers": 1, "local_dim": 32, "local_heads": 2, "local_ffn_dim": 32,
 }  # fmt: skip
@@ -26,7 +28,9 @@ NATIVE = {
         "ffn_bias": True, "local_positions": "none", "middle": [MIDDLE],
     },
 }  # fmt: skip
+# Folders of Hugging Face's: one in safetensors with sizes that can be packed, one in a pickle as it is in tests/data.
 BYT5 = ("gated", "relu")
+WIDER = {"d_model": 32, "d_ff": 32, "d_kv": 16}
 PICKLES = ("megabyte_pytorch-2-stages.pt", "megabyte_pytorch-3-stages.pt", "paper.pt")
 
 
@@ -47,8 +51,7 @@ def prepare(folder: Path) -> Path:
         mx.random.seed(0)
         network.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.2, network.parameters()))
         write_model(folder / name, config_as_mapping(config), dict(tree_flatten(network.parameters())), None, None)
-    for name in BYT5:
-        shutil.copytree(DATA / "byt5" / name, folder / name)
+    _byt5(folder)
     for name in PICKLES:
         shutil.copy(DATA / "foreign" / name, folder / name)
     (folder / "text.txt").write_bytes(TEXT)
@@ -70,6 +73,20 @@ def _marlin(folder: Path, *argv: str) -> None:
     result = subprocess.run([sys.executable, "-m", "marlin_cli", *argv], cwd=folder, capture_output=True)
     if result.returncode:
         raise RuntimeError(f"marlin {' '.join(argv)}: {result.stderr.decode(errors='replace')}")
+
+
+def _byt5(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    for name in BYT5:
+        shutil.copytree(DATA / "byt5" / name, folder / name)
+    config_file, weights = folder / "gated" / "config.json", folder / "gated" / "model.safetensors"
+    config = json.loads(config_file.read_text())
+    sides = {config["d_model"]: 32, config["d_ff"]: 32, config["num_heads"] * config["d_kv"]: 32}
+    config_file.write_text(json.dumps({**config, **WIDER}))
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {key: [sides.get(side, side) for side in array.shape] for key, array in load_file(weights).items()}
+    save_file({key: (draw(shape) * 0.2).astype("f4") for key, shape in shapes.items()}, weights, {"format": "pt"})
 
 
 def _gguf(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Command lines: huge numbers, options twice, empty, in conflict, unknown, and with escape codes."""
 
+import itertools
 from pathlib import Path
 from random import Random
 
@@ -67,7 +68,7 @@ def options(rng: Random, folder: Path, materials: Path) -> Case:
             words = [word for word in WORDS if not _is_long_work(option, word)]
             argv += [option, rng.choice(words)] * rng.choice((1, 1, 1, 1, 2))
     written = [
-        word for option, word in zip(argv, argv[1:]) if option in ("--save", "-o", "--report", "--plot", "--save-recipe")
+        word for option, word in itertools.pairwise(argv) if option in ("--save", "-o", "--report", "--plot", "--save-recipe")
     ]
     outputs = (*OUTPUTS, *(word.partition("/")[0] for word in written))
     return Case([word for word in argv if "\0" not in word], outputs, raw=command == "generate", stdin=TEXT)

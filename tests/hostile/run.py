@@ -5,6 +5,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from .campaign import Result, run_all, worker
@@ -18,12 +20,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile.run", description=__doc__)
     parser.add_argument("--inputs", type=int, default=400, help="inputs a seed, shared out over the kinds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--workers", type=int, default=1, help="processes that run inputs side by side")
     parser.add_argument("--minutes", type=float, help="end early, each seed")
     parser.add_argument("--table", type=Path, help="write the table into this file too, as Markdown")
     parser.add_argument("--materials", type=Path, help="keep the good files here, and take them from there")
     parser.add_argument("--kind", choices=KINDS, help="with --number: one input")
     parser.add_argument("--number", type=int)
     parser.add_argument("--keep", type=Path, help="a new folder to leave that input in, with its stdout and stderr")
+    parser.add_argument("--verbose", action="store_true", help="tell of every input, the refusals too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="marlin-hostile-") as folder:
         materials = options.materials or Path(folder) / "materials"
@@ -39,14 +43,10 @@ def main() -> int:
 
 
 def _campaign(options: argparse.Namespace, materials: Path) -> int:
-    results: list[Result] = []
     began = time.monotonic()
-    for seed in options.seeds:
-        with worker(materials) as made:
-            for result in run_all(made, seed, options.inputs, options.minutes):
-                results.append(result)
-                if result.verdict in BAD:
-                    _tell(result)
+    parts = [(options, materials, (index, options.workers)) for index in range(options.workers)]
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        results = [result for part in pool.map(_part, *zip(*parts, strict=True)) for result in part]
     text = table(results)
     peak = max(result.peak_bytes for result in results)
     longest = max(result.seconds for result in results)
@@ -58,6 +58,18 @@ def _campaign(options: argparse.Namespace, materials: Path) -> int:
     if options.table is not None:
         options.table.write_text(text, encoding="utf-8")
     return any(result.verdict in BAD for result in results)
+
+
+def _part(options: argparse.Namespace, materials: Path, part: tuple[int, int]) -> list[Result]:
+    """The inputs of one worker, of all seeds."""
+    results: list[Result] = []
+    for seed in options.seeds:
+        with worker(materials) as made:
+            for result in run_all(made, seed, options.inputs, options.minutes, part):
+                results.append(result)
+                if result.verdict in BAD or options.verbose:
+                    _tell(result)
+    return results
 
 
 def table(results: list[Result]) -> str:
