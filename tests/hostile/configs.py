@@ -7,36 +7,39 @@ from random import Random
 from typing import Any
 
 from .case import Case, text_beside, use_of_model
-from .materials import BYT5, NATIVE
+from .materials import BYT5, NATIVE, PACKED
 from .mutations import ESCAPES, HUGE, changed, json_text, value
 
 # Keys that a good file of the materials may lack.
 MEGABYTE_KEYS = (
-    "global_head_dim", "global_kv_heads", "local_head_dim", "local_kv_heads", "attention_scale", "attention_window", "rope_theta",
-    "rope_interleaved", "qk_norm", "start_tokens", "token_shift", "norm_eps", "byte_dim", "quantization", "marlin", "conditioning",
+    "global_head_dim", "global_kv_heads", "local_head_dim", "local_kv_heads", "attention_scale", "attention_window",
+    "rope_theta",
+    "rope_interleaved", "qk_norm", "start_tokens", "token_shift", "norm_eps", "byte_dim", "quantization", "marlin",
+    "conditioning",
     "quantization_config", "middle", "vocab_size",
 )  # fmt: skip
 T5_KEYS = (
     "tie_word_embeddings", "scale_decoder_outputs", "is_gated_act", "dense_act_fn", "feed_forward_proj", "quantization",
     "quantization_config", "marlin", "model_type", "architectures", "num_decoder_layers", "vocab_size", "d_kv",
-    "relative_attention_num_buckets", "relative_attention_max_distance", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+    "relative_attention_num_buckets", "relative_attention_max_distance", "eos_token_id", "pad_token_id",
+    "decoder_start_token_id",
 )  # fmt: skip
-PACKED = ("group_size", "bits", "mode")
+HOW_PACKED = ("group_size", "bits", "mode")
 NO_WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
 # A whole size of which any part of a model would be larger than memory.
 LARGE = (2**20, 2**24, 2**31, 2**40, 2**63, HUGE)
 
 
 def native_config(rng: Random, folder: Path, materials: Path) -> Case:
-    """A MegaByte's, in the three layouts and packed."""
-    name = rng.choice((*NATIVE, "packed"))
+    """A MegaByte's in the three layouts, and those of packed models."""
+    name = rng.choice((*NATIVE, *PACKED))
     document = _copy(folder, materials, name)
-    if name == "packed" and rng.random() < 0.5:
+    if name in PACKED and rng.random() < 0.5:
         _table(rng, document)
     else:
         document = _mutated(rng, document, MEGABYTE_KEYS)
     (folder / "model" / "config.json").write_bytes(json_text(rng, document))
-    return use_of_model(rng, "model")
+    return use_of_model(rng, "model", byt5=name.startswith("byt5"))
 
 
 def byt5_config(rng: Random, folder: Path, materials: Path) -> Case:
@@ -99,11 +102,13 @@ def _mutated(rng: Random, document: dict[str, Any], keys: tuple[str, ...]) -> An
 
 def _table(rng: Random, document: dict[str, Any]) -> None:
     """The table that says how layers are packed."""
-    table = document["quantization"]
+    table = document.get("quantization") or document["quantization_config"]
     entries = [table, *(entry for entry in table.values() if isinstance(entry, dict))]
     entry = rng.choice(entries)
-    if rng.random() < 0.7:
-        entry[rng.choice(PACKED)] = rng.choice(
+    if "config_groups" in table and rng.random() < 0.7:
+        table.update(changed(rng, table))
+    elif rng.random() < 0.7:
+        entry[rng.choice(HOW_PACKED)] = rng.choice(
             (0, -1, 3, 4, 8, 16, 32, 2**40, "nvfp4", "mxfp8", "affine", ESCAPES, None, [], HUGE, 4.0)
         )
     else:

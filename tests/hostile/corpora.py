@@ -46,7 +46,8 @@ def parquet(rng: Random, folder: Path, materials: Path) -> Case:
 
     columns: dict[str, Any] = {
         "text": ["abc" * 40, None, "", "x"], "bytes": [b"\xff" * 90, b"", None, b"y"], "n": [1, 2, 3, None],
-        "tags": [["a"], [], None, ["b" * 99]], ESCAPES: ["a", "b", "c", "d"], "messages": [[{"role": "user", "content": "a"}]] * 4,
+        "tags": [["a"], [], None, ["b" * 99]], ESCAPES: ["a", "b", "c", "d"], "messages": [[{"role": "user",
+        "content": "a"}]] * 4,
     }  # fmt: skip
     names = rng.sample(list(columns), rng.choice((1, 2, 3)))
     table = pyarrow.table({name: columns[name] for name in names})
@@ -167,8 +168,10 @@ def _use(rng: Random, name: str, materials: Path, more: list[str] | None = None)
 
 def _row(rng: Random) -> Any:
     return rng.choice((
-        {"text": value(rng)}, {"text": "x" * 90, "extra": value(rng)}, {"content": "other column " * 9}, {ESCAPES: "x" * 70}, value(rng),
-        {"messages": [{"role": "user", "content": "hello"}]}, {"text": ["a list", "of texts"]}, {"id": HUGE, "text": "abc" * 40}, {},
+        {"text": value(rng)}, {"text": "x" * 90, "extra": value(rng)}, {"content": "other column " * 9}, {ESCAPES: "x" * 70},
+        value(rng),
+        {"messages": [{"role": "user", "content": "hello"}]}, {"text": ["a list", "of texts"]}, {"id": HUGE,
+        "text": "abc" * 40}, {},
     ))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`python -m tests.hostile.kills`: runs that are killed at every moment, two at once, and a full disk. Prints what went wrong."""
+"""`python -m tests.hostile.kills`: runs killed at every moment, two at once, and a full disk. Prints what went wrong."""
 
 import argparse
 import contextlib
@@ -299,9 +299,8 @@ def main() -> int:
                     print(f"{job.name}: {name}: {problem}", flush=True)
             wrong += problems + sum(map(bool, others))
             cells = [f"{place.seconds[job.name]:.1f}", done, after_a_save if job.unfinished else "", problems]
-            lines.append(
-                f"| {job.name} | {' | '.join(map(str, cells))} | {' | '.join('wrong' if each else 'right' for each in others)} |"
-            )
+            cells += ["wrong" if each else "right" for each in others]
+            lines.append(f"| {job.name} | {' | '.join(map(str, cells))} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.table is not None:

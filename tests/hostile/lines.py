@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from .case import Case
-from .materials import PAIRS
+from .materials import PACKED, PAIRS
 from .mutations import ESCAPES, HUGE, changed, damaged, json_text, value
 
 PROMPTS = [{"prompt": "ab", "id": 1}, {"prompt_hex": "61 62"}, {"prompt_base64": "YWI="}, "ab"]
@@ -36,7 +36,7 @@ def prompt_bytes(rng: Random, folder: Path, materials: Path) -> Case:
         (b"", b"\0" * 50, b"\xff" * 50, b"\n" * 9, ESCAPES.encode(), rng.randbytes(60), b"<extra_id_99>" * 3, b"x" * 5_000)
     )
     (folder / "prompt").write_bytes(content)
-    model = str(materials / rng.choice(("prefix", "paper", "lucid", "packed", "gated", "relu")))
+    model = str(materials / rng.choice(("prefix", "paper", "lucid", *PACKED, "gated", "relu")))
     text = content.replace(b"\0", b"").decode("utf-8", "surrogateescape")
     given = rng.choice((["-p", text], ["--prompt-file", "prompt"], ["--prompt-file", "-"], ["--hex", content.hex()], []))
     extra: list[str] = rng.choice(

@@ -30,6 +30,12 @@ NATIVE = {
 }  # fmt: skip
 # Folders of Hugging Face's: one in safetensors with sizes that can be packed, one in a pickle as it is in tests/data.
 BYT5 = ("gated", "relu")
+# Folders that `quantize` writes: marlin's own, llm-compressor's, and a ByT5's.
+PACKED = {
+    "packed": ("prefix",),
+    "exported": ("prefix", "--export", "compressed-tensors", "--local-bits", "4"),
+    "byt5-packed": ("gated",),
+}
 WIDER = {"d_model": 32, "d_ff": 32, "d_kv": 16}
 PICKLES = ("megabyte_pytorch-2-stages.pt", "megabyte_pytorch-3-stages.pt", "paper.pt")
 
@@ -57,7 +63,8 @@ def prepare(folder: Path) -> Path:
     (folder / "text.txt").write_bytes(TEXT)
     (folder / "pairs.jsonl").write_bytes(PAIRS)
     _gguf(folder / "model.gguf")
-    _marlin(folder, "quantize", "prefix", "-o", "packed")
+    for name, argv in PACKED.items():
+        _marlin(folder, "quantize", *argv, "-o", name)
     _marlin(folder, "calibrate", "prefix", "--corpus", "text.txt", "--seq-bytes", "64", "-o", "plain.safetensors")
     _marlin(
         folder, "calibrate", "prefix", "--corpus", "text.txt", "--seq-bytes", "64", "--hessian", "-o", "hessian.safetensors"

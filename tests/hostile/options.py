@@ -5,13 +5,16 @@ from pathlib import Path
 from random import Random
 
 from .case import Case
-from .materials import PAIRS, TEXT
+from .materials import PACKED, PAIRS, TEXT
 from .mutations import ESCAPES
 
 WORDS = (
-    "", " ", "0", "-1", "1", "4", "16", "3", "9" * 30, "9" * 5_000, "1e999", "nan", "inf", "-inf", "1.5", "1k", "64k", "1T", "9" * 40 + "T",
-    "0x10", "\u0663", ESCAPES, "\udcff", "x" * 5_000, "a=b", "=", "a=", "=nvfp4", "(=int4", "nvfp4", "mxfp8", "true", "text.txt", "pairs.jsonl",
-    "/dev/null", "/dev/zero", ".", "..", "nothing/here", "1,2", ",", "1,,2", "0/1", "5/3", "0/0", "-", "--", "default", "@x", "%s", "a\nb",
+    "", " ", "0", "-1", "1", "4", "16", "3", "9" * 30, "9" * 5_000, "1e999", "nan", "inf", "-inf", "1.5", "1k", "64k", "1T",
+    "9" * 40 + "T",
+    "0x10", "\u0663", ESCAPES, "\udcff", "x" * 5_000, "a=b", "=", "a=", "=nvfp4", "(=int4", "nvfp4", "mxfp8", "true",
+    "text.txt", "pairs.jsonl",
+    "/dev/null", "/dev/zero", ".", "..", "nothing/here", "1,2", ",", "1,,2", "0/1", "5/3", "0/0", "-", "--", "default", "@x",
+    "%s", "a\nb",
 )  # fmt: skip
 FLAGS = {
     "generate": ["--sentinel", "--raw", "--json"],
@@ -21,21 +24,28 @@ FLAGS = {
 }
 VALUES = {
     "generate": [
-        "-p", "--prompt-file", "--hex", "--prompts", "--max-bytes", "--temperature", "--top-k", "--top-p", "--min-p", "--seed", "--stop",
-        "--stop-hex", "--kv-bits", "--k-bits", "--v-bits", "--activation-bits", "--beams", "--n-best", "--length-penalty", "--early-stopping",
+        "-p", "--prompt-file", "--hex", "--prompts", "--max-bytes", "--temperature", "--top-k", "--top-p", "--min-p",
+        "--seed", "--stop",
+        "--stop-hex", "--kv-bits", "--k-bits", "--v-bits", "--activation-bits", "--beams", "--n-best", "--length-penalty",
+        "--early-stopping",
         "--max-length", "--min-length", "--prefix", "--input-prefix", "--batch-size", "--import", "--device",
     ],
     "quantize": [
-        "--global-bits", "--local-bits", "--encoder-bits", "--decoder-bits", "--cross-bits", "--wo-bits", "--kv-bits", "--global-format",
-        "--local-format", "--group-size", "--stats", "--method", "--domain-weight", "--sequential-bytes", "--save-recipe", "--recipe",
+        "--global-bits", "--local-bits", "--encoder-bits", "--decoder-bits", "--cross-bits", "--wo-bits", "--kv-bits",
+        "--global-format",
+        "--local-format", "--group-size", "--stats", "--method", "--domain-weight", "--sequential-bytes", "--save-recipe",
+        "--recipe",
         "--override", "--report", "--export", "--import", "--calibration-corpus", "--calibration-pairs", "--target-bpw",
     ],
     "calibrate": [
-        "--corpus", "--pairs", "--max-bytes", "--noise-density", "--span-bytes", "--seed", "--shard", "--show", "--import", "--device",
+        "--corpus", "--pairs", "--max-bytes", "--noise-density", "--span-bytes", "--seed", "--shard", "--show", "--import",
+        "--device",
     ],
     "bench": [
-        "--prompt-bytes", "--decode-bytes", "--quality", "--reference", "--window-bytes", "--stride-bytes", "--max-bytes-per-file",
-        "--max-quality-bytes", "--reference-cache", "--kv-bits", "--activation-bits", "--format", "--report", "--plot", "--device", "--against",
+        "--prompt-bytes", "--decode-bytes", "--quality", "--reference", "--window-bytes", "--stride-bytes",
+        "--max-bytes-per-file",
+        "--max-quality-bytes", "--reference-cache", "--kv-bits", "--activation-bits", "--format", "--report", "--plot",
+        "--device", "--against",
         "--save", "--context", "--batch", "--bits", "--bandwidth", "--repeats", "-o",
     ],
 }  # fmt: skip
@@ -54,7 +64,7 @@ def options(rng: Random, folder: Path, materials: Path) -> Case:
     (folder / "text.txt").write_bytes(TEXT)
     (folder / "pairs.jsonl").write_bytes(PAIRS)
     command = rng.choice(("generate", "quantize", "calibrate", "bench"))
-    model = str(materials / rng.choice(("prefix", "lucid", "packed", "gated", "relu")))
+    model = str(materials / rng.choice(("prefix", "lucid", *PACKED, "gated", "relu")))
     argv = [command, model, *BASES[command]]
     if command == "quantize":
         argv += rng.choice((["-o", "out"], ["--dry-run"], ["--dry-run"], []))

@@ -1,4 +1,4 @@
-"""Pickles of torch.save in both formats: opcodes, memos, sizes, lists that multiply, tables that hold themselves, zip entries."""
+"""Pickles of torch.save in both formats: opcodes, memos, sizes, shared lists, tables that hold themselves, zip entries."""
 
 import io
 import struct

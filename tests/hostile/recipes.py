@@ -17,12 +17,18 @@ PACKING = {"global_format": "nvfp4", "local_format": "mxfp8", "kv_bits": 16, "ov
 
 # YAML that means more than it says, or something else.
 TEXTS = (
-    "a: &a [x]\nb: [*a, *a]", "a: &a\n  b: *a", "!!python/object/apply:os.getcwd []", "!!binary x", "sources: !!set {a, b}", "? [a]\n: b",
-    "? {a: b}\n: c", "a: 2026-13-45", "a: 12:99:99", "a: 0x" + "f" * 9_000, "a: " + "9" * 9_000, "a: .inf", "<<: 1", "<<: {sources: 1}",
-    "- " * 3_000 + "a", "[" * 3_000, "{" * 3_000, "a: |\n  x\n b", "\ta: b", "%YAML 9.9\n---\na: b", "a: b\n---\nc: d", "", "null", "~", "5",
-    "sources:\n- {domain: code, path: a.txt}\nsources: []", '"\\x1b[31m": 1', 'a: "\\ud800"', "a: !<tag:x> b", "\ufeffa: b", "\0", "a: \x1b[31m",
-    "overrides: {'(': int4}", "overrides: {'(a+)+$': int4}", "overrides: [a, b]", "overrides: {'': int4}", "kv_bits: yes", "kv_bits: 1_6",
-    "sources: [{domain: code, path: /dev/zero}]", "sources: [{domain: code, path: recipe.yaml, weight: .nan}]", "checksums: a.txt",
+    "a: &a [x]\nb: [*a, *a]", "a: &a\n  b: *a", "!!python/object/apply:os.getcwd []", "!!binary x", "sources: !!set {a, b}",
+    "? [a]\n: b",
+    "? {a: b}\n: c", "a: 2026-13-45", "a: 12:99:99", "a: 0x" + "f" * 9_000, "a: " + "9" * 9_000, "a: .inf", "<<: 1",
+    "<<: {sources: 1}",
+    "- " * 3_000 + "a", "[" * 3_000, "{" * 3_000, "a: |\n  x\n b", "\ta: b", "%YAML 9.9\n---\na: b", "a: b\n---\nc: d", "",
+    "null", "~", "5",
+    "sources:\n- {domain: code, path: a.txt}\nsources: []", '"\\x1b[31m": 1', 'a: "\\ud800"', "a: !<tag:x> b", "\ufeffa: b",
+    "\0", "a: \x1b[31m",
+    "overrides: {'(': int4}", "overrides: {'(a+)+$': int4}", "overrides: [a, b]", "overrides: {'': int4}", "kv_bits: yes",
+    "kv_bits: 1_6",
+    "sources: [{domain: code, path: /dev/zero}]", "sources: [{domain: code, path: recipe.yaml, weight: .nan}]",
+    "checksums: a.txt",
     "sources: [{domain: code, path: '~'}]", "sources: [{domain: code, path: ''}]", "sources: [{domain: '', path: a.txt}]",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from .case import Case, text_beside, use_of_model
-from .materials import BYT5, NATIVE
+from .materials import BYT5, NATIVE, PACKED
 from .mutations import ESCAPES, changed, damaged, json_text, value
 
 TYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "U8", "U32", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "f32", "", ESCAPES)
@@ -17,7 +17,7 @@ NOT_NUMBERS = {"F32": struct.pack("<f", float("nan")), "F16": b"\x00\x7e", "BF16
 
 def safetensors(rng: Random, folder: Path, materials: Path) -> Case:
     """One weights file, damaged in its header or its data."""
-    name = rng.choice((*NATIVE, "packed", *BYT5))
+    name = rng.choice((*NATIVE, *PACKED, *BYT5))
     shutil.copytree(materials / name, folder / "model")
     text_beside(folder)
     path = folder / "model" / "model.safetensors"
@@ -45,7 +45,7 @@ def safetensors(rng: Random, folder: Path, materials: Path) -> Case:
     else:
         content = joined(_header(rng, document, len(data)), data)
     path.write_bytes(content)
-    return use_of_model(rng, rng.choice(("model", "model/model.safetensors")), refuse, name in BYT5)
+    return use_of_model(rng, rng.choice(("model", "model/model.safetensors")), refuse, name in BYT5 or name.startswith("byt5"))
 
 
 def parts(content: bytes) -> tuple[dict[str, Any], bytes]:
@@ -107,7 +107,7 @@ def _header(rng: Random, document: dict[str, Any], size: int) -> dict[str, Any]:
 
 def shards(rng: Random, folder: Path, materials: Path) -> Case:
     """Several weights files with an index that is not right."""
-    name = rng.choice((*NATIVE, "packed"))
+    name = rng.choice((*NATIVE, *PACKED))
     model = folder / "model"
     shutil.copytree(materials / name, model)
     text_beside(folder)

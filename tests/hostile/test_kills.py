@@ -1,6 +1,7 @@
 """Runs that are killed, two at once and a full disk, a few of each; `make kills` does 200."""
 
 import pytest
+
 from hostile.kills import JOBS, Job, Place, full_disk, kill_one, plan, two_at_once
 
 KILLS = 3  # of each job, one with each signal
