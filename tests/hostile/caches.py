@@ -39,7 +39,7 @@ def cache(rng: Random, folder: Path, materials: Path) -> Case:
         (place / "quality").mkdir(mode=0)
         os.symlink("/etc", place / "kernels")
     elif kind == 5:
-        environment["CXX"] = rng.choice(("", "nothing", "/dev/null", "c++ -O2", ESCAPES, str(folder)))
+        environment["CXX"] = rng.choice(("nothing", "/dev/null", "c++ -O2", ESCAPES, str(folder)))
     elif kind == 6:
         name = rng.choice(("MARLIN_THREADS", "MARLIN_KERNELS", "MARLIN_MARCH", "XDG_CACHE_HOME", "HOME", "TMPDIR"))
         environment[name] = rng.choice(("", "0", "-1", "9" * 400, "x", "\u0663", ESCAPES, "/dev/null", "reference"))

@@ -33,6 +33,7 @@ class Result:
     verdict: str
     reason: str
     argv: list[str]
+    environment: dict[str, str]
     seconds: float
     peak_bytes: int
 
@@ -77,7 +78,7 @@ class Worker:
                 (folder / "stdout").write_bytes(outcome.stdout)
                 (folder / "stderr").write_bytes(outcome.stderr)
             answer = outcome.answer
-            return Result(kind, seed, number, name, reason, case.argv, answer["seconds"], answer["peak_bytes"])
+            return Result(kind, seed, number, name, reason, case.argv, case.environment, answer["seconds"], answer["peak_bytes"])
         finally:
             if keep is None:
                 shutil.rmtree(folder, ignore_errors=True)
