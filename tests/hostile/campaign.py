@@ -78,7 +78,9 @@ class Worker:
                 (folder / "stdout").write_bytes(outcome.stdout)
                 (folder / "stderr").write_bytes(outcome.stderr)
             answer = outcome.answer
-            return Result(kind, seed, number, name, reason, case.argv, case.environment, answer["seconds"], answer["peak_bytes"])
+            return Result(
+                kind, seed, number, name, reason, case.argv, case.environment, answer["seconds"], answer["peak_bytes"]
+            )
         finally:
             if keep is None:
                 shutil.rmtree(folder, ignore_errors=True)

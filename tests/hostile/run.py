@@ -86,7 +86,8 @@ def table(results: list[Result]) -> str:
 def _tell(result: Result) -> None:
     again = f"--kind {result.kind!r} --seeds {result.seed} --number {result.number}"
     environment = "".join(f"{name}={value!r} " for name, value in result.environment.items())
-    print(f"{result.verdict:9} {again}: {result.reason}\n          {environment[:200]}{' '.join(map(repr, result.argv))[:300]}", flush=True)
+    command = environment[:200] + " ".join(map(repr, result.argv))[:300]
+    print(f"{result.verdict:9} {again}: {result.reason}\n          {command}", flush=True)
 
 
 if __name__ == "__main__":
