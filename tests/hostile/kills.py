@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from .server import ENVIRONMENT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MARLIN = (sys.executable, "-m", "marlin_cli")
+# Where no small disk can be mounted.
+LIMIT_BYTES = 16 << 10
 # A MegaByte that reads 16 KiB at a time and takes little work: `calibrate` saves every 256 KiB, so several times a run.
 LONG = {
     "patch_size": 8, "max_bytes": 16384, "global_layers": 1, "global_dim": 32, "global_heads": 2, "global_ffn_dim": 32,
@@ -36,7 +39,7 @@ class Job:
     output: str
     again: tuple[str, ...] = ()  # added when it is run once more
     unfinished: str = ""  # what a killed run may leave for that
-    repeatable: bool = True  # the same run writes the same bytes
+    adds: bool = False  # to what is there, with the time, so that no two runs write the same bytes
 
 
 JOBS = (
@@ -52,7 +55,7 @@ JOBS = (
         "bench --save",
         ("bench", "megabyte-demo", "--prompt-bytes", "64", "--decode-bytes", "16", "--repeats", "1", "--save", "r.jsonl"),
         "r.jsonl",
-        repeatable=False,
+        adds=True,
     ),
     Job("export", ("quantize", "byt5-demo", "--wo-bits", "4", "--export", "compressed-tensors", "-o", "out"), "out"),
 )
@@ -63,6 +66,7 @@ class Place:
 
     def __init__(self, root: Path, jobs: tuple[Job, ...] = JOBS) -> None:
         self.root = root
+        self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "TMPDIR": str(root / "tmp")}
         _prepare(root)
         self.digests: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
@@ -84,9 +88,8 @@ class Place:
 
     def start(self, job: Job, folder: Path, *more: str) -> subprocess.Popen[bytes]:
         """Begin a run, in a process group of its own."""
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.root / "tmp")}
         return subprocess.Popen(
-            [*MARLIN, *job.argv, *more], cwd=folder, env=environment, start_new_session=True,
+            [*MARLIN, *job.argv, *more], cwd=folder, env=self.environment, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -128,18 +131,18 @@ def _after_the_kill(job: Job, folder: Path, code: int, error: str, number: signa
 
 
 def _after_another_run(place: Place, job: Job, folder: Path) -> str:
-    if job.repeatable and (folder / job.output).exists() and digest(folder / job.output) != place.digests[job.name]:
+    if not job.adds and (folder / job.output).exists() and digest(folder / job.output) != place.digests[job.name]:
         return "the result of a killed run is not whole"
-    if job.again or not (folder / job.output).exists() or not job.repeatable:
+    if job.again or not (folder / job.output).exists() or job.adds:
         code, error = place.finish(job, folder, *job.again)
         if code != 0:
             return f"the next run ends with {code}: {error[-300:]!r}"
-    if job.repeatable and digest(folder / job.output) != place.digests[job.name]:
+    if not job.adds and digest(folder / job.output) != place.digests[job.name]:
         return "the result of the next run is not that of an undisturbed one"
     left = {path.name for path in folder.iterdir()} - {job.output}
     if left:
         return f"the next run leaves {', '.join(sorted(left))}"
-    return _broken_lines(folder / job.output) if not job.repeatable else ""
+    return _broken_lines(folder / job.output) if job.adds else ""
 
 
 def two_at_once(place: Place, job: Job) -> str:
@@ -151,9 +154,9 @@ def two_at_once(place: Place, job: Job) -> str:
         left = {path.name for path in folder.iterdir()} - {job.output}
         if left:
             return f"leaves {', '.join(sorted(left))}"
-        if job.repeatable and digest(folder / job.output) != place.digests[job.name]:
+        if not job.adds and digest(folder / job.output) != place.digests[job.name]:
             return "the result is not whole"
-        if not job.repeatable:
+        if job.adds:
             lines = (folder / job.output).read_text().splitlines()
             return _broken_lines(folder / job.output) or (
                 "" if codes == [0, 0] and len(lines) == 2 else f"{codes}, {len(lines)} lines"
@@ -165,20 +168,24 @@ def two_at_once(place: Place, job: Job) -> str:
 
 
 def full_disk(place: Place, job: Job) -> str:
-    """A disk that has room for a part of the result."""
-    with place.folder() as folder, _small_disk(folder) as limited:
-        command = f"ulimit -f {16 if not job.repeatable else 64}; trap '' XFSZ; exec " if not limited else "exec "
-        before = _fill(folder) if limited and not job.repeatable else set()
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "TMPDIR": str(place.root / "tmp")}
-        script = command + " ".join(map(_quoted, (*MARLIN, *_absolute(job.argv, place.root))))
-        result = subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True)
+    """A disk, or a limit on the size of files, that has room for a part of the result."""
+    with place.folder() as folder, _small_disk(folder) as mounted:
+        if mounted:
+            _fill(folder / "filling", room_bytes=0 if job.adds else 8192)
+        elif job.adds:
+            (folder / job.output).write_bytes(b'{"a": 1}\n' * ((LIMIT_BYTES - 100) // 9))
+        before = digest(folder)
+        limit = "" if mounted else f"ulimit -f {LIMIT_BYTES >> 10}; trap '' XFSZ;"
+        words = [str(place.root / word[3:]) if word.startswith("../") else word for word in (*MARLIN, *job.argv)]
+        result = subprocess.run(
+            ["bash", "-c", f"{limit} exec {shlex.join(words)}"], cwd=folder, env=place.environment, capture_output=True
+        )
         error = result.stderr.decode(errors="replace")
-        left = {path.name for path in folder.iterdir()} - before
         if result.returncode != 1:
-            return "" if not limited and not job.repeatable and result.returncode == 0 else f"ends with {result.returncode}"
+            return f"ends with {result.returncode}"
         if not _is_one_line(error):
             return f"says {error[-300:]!r}"
-        return f"leaves {', '.join(sorted(left))}" if left else ""
+        return "" if digest(folder) == before else f"leaves {', '.join(sorted(os.listdir(folder)))}"
 
 
 @contextlib.contextmanager
@@ -195,20 +202,12 @@ def _small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-def _fill(folder: Path) -> set[str]:
-    """Leave no room at all, for results that are small."""
-    with contextlib.suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+def _fill(path: Path, room_bytes: int) -> None:
+    """Take all room on a disk but so much."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    return {"filling"}
-
-
-def _absolute(argv: tuple[str, ...], root: Path) -> list[str]:
-    return [str(root / word[3:]) if word.startswith("../") else word for word in argv]
-
-
-def _quoted(word: str) -> str:
-    return "'" + word.replace("'", "'\\''") + "'"
+    os.truncate(path, path.stat().st_size - room_bytes)
 
 
 def _is_one_line(error: str) -> bool:
