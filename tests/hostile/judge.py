@@ -23,7 +23,8 @@ BAD = {
 }
 # How lines begin that may stand before that of an error: warnings, and notes of what a command does.
 NOTES = (
-    "marlin: ", "building the CPU kernels", "CPU kernels are not there", "--", "Hessians of", "wrote ", "added to ", "KL divergence",
+    "marlin: ", "building the CPU kernels", "CPU kernels are not there", "--", "Hessians of", "wrote ", "added to ",
+    "KL divergence",
     "the results are of", "interrupted; ", *map(str, range(10)),
 )  # fmt: skip
 NOT_A_NUMBER = re.compile(r"(?<![\w.-])-?(nan|inf|NaN|Infinity)(?![\w.-])")
