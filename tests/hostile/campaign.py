@@ -17,10 +17,10 @@ from . import server
 from .case import Case
 from .judge import Outcome, verdict
 from .kinds import KINDS
+from .materials import ROOT
 
 # Where MLX keeps what it compiled, for the next process.
 COMPILED = "mlx"
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Worker:
             self._places["cache"].chmod(0o700)
         environment = {**os.environ, **server.ENVIRONMENT, "MARLIN_CACHE": str(self._places["cache"])}
         environment |= {"HOME": str(self._places["home"]), "TMPDIR": str(self._places["tmp"])}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = str(ROOT)
         command = [sys.executable, str(Path(server.__file__))]
         self._server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

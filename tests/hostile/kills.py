@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .campaign import ROOT
+from .materials import ROOT
 from .server import ENVIRONMENT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .server import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "data"
 TEXT = b"the quick brown fox jumps over the lazy dog, and so on; " * 8
 PAIRS = b'{"source": "abc def", "target": "ABC", "language": "x"}\n{"source": "x", "target": "y z"}\n' * 4
@@ -22,9 +26,10 @@ MIDDLE = {"length": 2, "layers": 1, "dim": 32, "heads": 2, "ffn_dim": 32, "posit
 # A folder of marlin's own for each layout.
 NATIVE = {
     "prefix": SMALL,
-    "paper": {**SMALL, "layout": "paper", "global_positions": "learned", "ffn": "relu", "norm": "layernorm", "qk_norm": True},
+    "paper": {**SMALL, "global_dim": 128, "layout": "paper", "global_positions": "learned", "ffn": "relu",
+    "norm": "layernorm", "qk_norm": True},
     "lucid": {
-        **SMALL, "patch_size": 8, "layout": "megabyte_pytorch", "byte_dim": 16, "token_shift": True, "ffn": "gelu",
+        **SMALL, "patch_size": 8, "layout": "megabyte_pytorch", "byte_dim": 32, "token_shift": True, "ffn": "gelu",
         "ffn_bias": True, "local_positions": "none", "middle": [MIDDLE],
     },
 }  # fmt: skip
@@ -77,7 +82,8 @@ def prepare(folder: Path) -> Path:
 
 
 def _marlin(folder: Path, *argv: str) -> None:
-    result = subprocess.run([sys.executable, "-m", "marlin_cli", *argv], cwd=folder, capture_output=True)
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-m", "marlin_cli", *argv], cwd=folder, env=environment, capture_output=True)
     if result.returncode:
         raise RuntimeError(f"marlin {' '.join(argv)}: {result.stderr.decode(errors='replace')}")
 
