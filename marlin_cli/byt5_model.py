@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.config import check_same
@@ -240,7 +240,7 @@ class ByT5Model:
             self.device,
             kv_bits=settings.kv_bits,
             quantization=result.quantization,
-            marlin=result.marlin,
+            marlin={**lasting(self.marlin), **result.marlin},
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

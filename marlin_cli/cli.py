@@ -45,6 +45,8 @@ def _until_reader_goes(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except BrokenPipeError:
             raise _ReaderGone from None
+        except Terminated as ending:  # typer would take it for Ctrl-C
+            raise typer.Exit(ending.exit_code) from None
 
     return run
 
@@ -126,7 +128,7 @@ def _show_warnings() -> None:
 
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", AssumptionWarning)
+        warnings.simplefilter("once", AssumptionWarning)  # a command may read a model several times
         warnings.showwarning = show
 
 

@@ -18,7 +18,7 @@ from marlin_cli.errors import OutputError
 UNFINISHED = ".unfinished"
 
 # What a model folder of marlin's consists of: all that --overwrite takes the place of.
-MODEL_FILES = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = ("config.json", "tokenizer_config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.corpus.sources import TABLE_SUFFIXES, UNNAMED_DOMAIN, Source, parse_source
+from marlin_cli.corpus.readers import is_raw
+from marlin_cli.corpus.sources import UNNAMED_DOMAIN, Source, parse_source
 from marlin_cli.errors import CorpusError, UsageError
-
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+from marlin_cli.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def files_by_domain(name: str) -> dict[str, list[Path]]:
         if source.hub is not None or source.stdin:
             raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
         for file in source.files:
+            check_regular(file, CorpusError)
             _check_plain(file, source)
         domains.setdefault(source.domain, []).extend(source.files)
     return {domain: sorted(files) for domain, files in domains.items()}
@@ -138,8 +139,7 @@ def _sources(name: str) -> list[Source]:
 
 
 def _check_plain(file: Path, source: Source) -> None:
-    packed = file.suffix in COMPRESSED_SUFFIXES and not source.keeps_compressed
-    if packed or file.name.endswith(TABLE_SUFFIXES):
+    if not is_raw(file, source):
         # `marlin calibrate` reads through these: scoring them as they lie would compare different bytes.
         raise CorpusError(f"{file}: --quality scores files as they lie, and this one is packed; unpack it first")
 

@@ -58,7 +58,7 @@ def run(model: ByT5Model, request: Request, inputs: Iterable[Prompt], batch_size
             for each in answers:
                 data = bytes_with_sentinels(each.ids) if request.sentinels else each.data
                 if request.json:
-                    line = json.dumps(_document(index, prompt, each, data), ensure_ascii=True).encode("ascii")
+                    line = json.dumps(_document(index, prompt, each, data), ensure_ascii=True, allow_nan=False).encode("ascii")
                 else:
                     line = data
                 sys.stdout.buffer.write(line + b"\n")

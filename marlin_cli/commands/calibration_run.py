@@ -54,7 +54,7 @@ def run(
 
     from marlin_cli.api import MegaByteModel
     from marlin_cli.byt5_model import ByT5Model
-    from marlin_cli.checkpoints import architecture_of, fingerprint
+    from marlin_cli.checkpoints import ImportOptions, architecture_of, fingerprint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.models import Network
     from marlin_cli.statistics.collect import hessian_channels
@@ -68,6 +68,8 @@ def run(
     network: Network
     corpus: Measurable
     if architecture_of(location) == "byt5":
+        if options != ImportOptions():
+            raise UsageError("--import has no meaning for ByT5, the model says all")
         byt5 = ByT5Model.from_pretrained(location, device=device, dtype=mx.float32)
         network, corpus = byt5.network, _examples(wanted, byt5.config)
     else:
@@ -183,4 +185,4 @@ def _report(statistics: Statistics, output: Path, *, json_output: bool) -> None:
 
 
 def _document(statistics: Statistics, file: Path) -> str:
-    return json.dumps({"file": str(file), **dataclasses.asdict(summarise(statistics))})
+    return json.dumps({"file": str(file), **dataclasses.asdict(summarise(statistics))}, allow_nan=False)

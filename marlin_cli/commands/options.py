@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "megabyte-demo"
 
 IMPORT_HELP = (
-    "What a foreign checkpoint does not reveal: heads, head_dim, max_bytes, activation, norm, rope or attention_window;"
-    " repeatable."
+    "What a foreign checkpoint does not reveal: heads (a number, or auto: a trial on sample bytes), head_dim, max_bytes,"
+    " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); repeatable."
 )
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

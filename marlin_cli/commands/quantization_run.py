@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
-from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.export import export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
@@ -104,7 +104,7 @@ def pack(
                 reports, kept = packing.write(scratch / target.name, overwrite=False)
                 export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
     if json_output:
-        print(json.dumps(document_of(model, target, settings, method, reports, kept)))
+        print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:
         show(model, target, reports, kept)
     if page is not None and target is not None:
@@ -146,7 +146,8 @@ class _Packing:
 
     def _write_whole(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
         """As `write`, by the methods that run bytes through the model, which is in memory."""
-        network = _network(self.model, self.options)
+        checkpoint = read_checkpoint(locate_model(self.model), self.options)
+        network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=self.model)
         if self.steps.sequential_bytes:
             self.steps.sequential.check(network, self.model)
         tuning = _tuning_batches(network, self.model, self.steps) if self.steps.distill_steps else None
@@ -157,9 +158,9 @@ class _Packing:
         if tuning is not None:
             result = _distilled(self.model, self.options, result, tuning, self.steps.distill_steps)
         parameters = dict(tree_flatten(result.network.parameters()))
+        marlin = {**lasting(checkpoint.marlin), **result.marlin}
         write_model(
-            target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
-            overwrite=overwrite,
+            target, config_as_mapping(network.config), parameters, result.quantization, marlin, overwrite=overwrite
         )  # fmt: skip
         return reports, kept_bytes(network)
 
@@ -209,12 +210,12 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
     plain = dequantize_network(network)
     if target is not None:
         parameters = dict(tree_flatten(plain.parameters()))
-        rotated = {name: value for name, value in (checkpoint.marlin or {}).items() if name == "rotated_states"}
-        write_model(target, config_as_mapping(plain.config), parameters, None, rotated or None, overwrite=overwrite)
+        marlin = lasting(checkpoint.marlin) or None
+        write_model(target, config_as_mapping(plain.config), parameters, None, marlin, overwrite=overwrite)
     before, after = _bytes(network), _bytes(plain)
     if json_output:
         output = None if target is None else str(target)
-        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}))
+        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}, allow_nan=False))
     else:
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 

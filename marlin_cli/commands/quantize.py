@@ -97,10 +97,12 @@ def quantize(
     from marlin_cli.writing import check_output_file, check_output_folder
 
     require_mlx()
+    from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands import quantization_run as run
     from marlin_cli.commands.calibration_bytes import CalibrationBytes
     from marlin_cli.commands.options import parse_import_options, parse_size
     from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, settings_of
+    from marlin_cli.engine.heads import with_heads
     from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
@@ -116,7 +118,7 @@ def quantize(
     check_export(export)
     if export is not None and dequantize:
         raise UsageError("--export writes packed layers; leave out --dequantize")
-    options = parse_import_options(import_options)
+    options = with_heads(locate_model(model), parse_import_options(import_options))
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
         return

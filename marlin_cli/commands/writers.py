@@ -99,5 +99,5 @@ def write_json_lines(
                 "wall_ms": wall_ms,
                 "bytes_per_second": 1000 * len(data[index]) / wall_ms if wall_ms else None,
             }
-            sys.stdout.write(json.dumps(document, ensure_ascii=True) + "\n")
+            sys.stdout.write(json.dumps(document, ensure_ascii=True, allow_nan=False) + "\n")
         sys.stdout.flush()

@@ -15,6 +15,7 @@ from marlin_cli.statistics.collect_pairs import measure_pair
 from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
+from marlin_cli.text import one_line, quoted
 from marlin_cli.writing import check_output_parent
 
 # What has been measured is saved when either is passed; a window more may be lost.
@@ -95,9 +96,11 @@ def calibrate(
         done = load_unfinished(unfinished)
         _check_same_run(unfinished, done[0], model, run)
         _check_hessians(unfinished, done[0], hessians)
+        if done[0].layers != shared_inputs(network):
+            raise StatisticsError(f"{unfinished}: is of other layers than the model's; it is damaged, remove it")
         if hessians is not None:
             hessians.restore(done[0].hessians)
-        corpus.resume(done[1])
+        _resume(corpus, unfinished, done[1])
         on_bytes(done[0].total_bytes)
     elif resume and output.exists():
         finished = load_statistics(output)
@@ -130,19 +133,33 @@ def calibrate(
                 saved_at, unsaved_bytes = time.monotonic(), 0
                 saving_took = 0.0 if hessians is None else saved_at - started
             on_bytes(count)
+        if done is None:
+            raise _nothing(network, run)
+        save_statistics(output, done[0])
     except KeyboardInterrupt:
         if done is not None and corpus.resumable and (hessians is None or hessians.consistent):
             save_unfinished(unfinished, *done)
         raise
-    if done is None:
-        what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
-        raise NothingMeasured(
-            f"nothing to measure: the corpus has no {what}"
-            + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
-        )
-    save_statistics(output, done[0])
     unfinished.unlink(missing_ok=True)
     return done[0]
+
+
+def _nothing(network: Network, run: Run) -> NothingMeasured:
+    what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
+    shard = f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else ""
+    return NothingMeasured(f"nothing to measure: the corpus has no {what}{shard}")
+
+
+def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None:
+    """Take the corpus to where an unfinished run left it.
+
+    Raises:
+        StatisticsError: the state is none of a corpus.
+    """
+    try:
+        corpus.resume(state)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise StatisticsError(f"{unfinished}: where the corpus was left is damaged ({one_line(error)}); remove it") from None
 
 
 def _too_short(network: Network, window: Window | Example) -> bool:
@@ -176,5 +193,5 @@ def _check_same_run(path: Path, found: Statistics, model: str, run: Run) -> None
     # The fingerprint of the corpus changes with the settings too, which say more: it comes last.
     for key in sorted(now, key="corpus".__eq__):
         if before[key] != now[key]:
-            what = "another corpus" if key == "corpus" else f"{key} {before[key]}, not {now[key]}"
+            what = "another corpus" if key == "corpus" else f"{key} {quoted(before[key])}, not {now[key]}"
             raise StatisticsError(f"{path}: the run there is of {what}; use its options, or name another output")
