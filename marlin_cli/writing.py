@@ -115,6 +115,47 @@ def scratch_folder(path: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """While the block runs, no other process runs one for the same `path`: for work of hours that is saved as it goes.
+
+    Raises:
+        OutputError: another process does.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        descriptor = _open_lock(lock)
+    except BlockingIOError:
+        raise OutputError(f"{path}: another run is writing it; let that one end, or name another output") from None
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """A descriptor that holds the lock file at `path`, made where it is missing; on a file system without locks, of no use.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                os.close(descriptor)
+                raise
+            return descriptor
+        os.close(descriptor)  # its holder has removed it meanwhile
+
+
 def _remove_abandoned(path: Path, suffix: str = "") -> None:
     """Remove what is left of writing `path` and that no running process holds: temporary folders, or files of this suffix."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}{glob.escape(suffix)}"):

@@ -68,7 +68,7 @@ class Corpus:
         self._sizes = [[_size(file) for file in source.files] for source in sources]
         self._place = _Place()
         self._stream: Any = _mixed(self.sources, sequence_bytes, seed)
-        self._windows = _read(self._stream, self._place, sequence_bytes, max_bytes)
+        self._windows = _read(self._stream, self._place, sequence_bytes, max_bytes, _named(self.sources))
 
     @property
     def domains(self) -> list[str]:
@@ -123,7 +123,7 @@ class Corpus:
             raise CorpusError("the saved place in the corpus is damaged; start again")
         self._place = _Place(*counts)
         self._stream.load_state_dict(state["stream"])
-        self._windows = _read(self._stream, self._place, self.sequence_bytes, self.max_bytes)
+        self._windows = _read(self._stream, self._place, self.sequence_bytes, self.max_bytes, _named(self.sources))
 
     def fingerprint(self) -> str:
         """SHA-256 over what decides which windows come: domains, weights, names and sizes of files, and the settings.
@@ -156,7 +156,13 @@ class _Place:
     bytes: int = 0
 
 
-def _read(stream: Any, place: _Place, sequence_bytes: int, max_bytes: int | None) -> Iterator[Window]:
+def _named(sources: Sequence[Source]) -> str:
+    """The corpus, as errors name it: by its first file."""
+    names = [str(each) for source in sources for each in source.files or (source.hub or "stdin",)]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
+
+
+def _read(stream: Any, place: _Place, sequence_bytes: int, max_bytes: int | None, where: str) -> Iterator[Window]:
     """The windows from `place` on, which goes with them.
 
     It holds no corpus that holds it: one that is left early closes its files at once. Else that were left to the garbage
@@ -176,7 +182,7 @@ def _read(stream: Any, place: _Place, sequence_bytes: int, max_bytes: int | None
         yield window
     if place.windows == 0:
         shortest = min(SHORTEST_WINDOW_BYTES, sequence_bytes)
-        raise CorpusError(f"the corpus holds no window of bytes: no file or row has {shortest} or more")
+        raise CorpusError(f"{where}: the corpus holds no window of bytes: no file or row has {shortest} or more")
 
 
 def open_corpus(

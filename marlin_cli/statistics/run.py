@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Window
-from marlin_cli.errors import OutputError, StatisticsError
+from marlin_cli.errors import CorpusError, OutputError, StatisticsError
 from marlin_cli.models import Network
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.statistics.collect import measure, shared_inputs
@@ -16,7 +16,7 @@ from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
 from marlin_cli.text import one_line, quoted
-from marlin_cli.writing import check_output_parent
+from marlin_cli.writing import check_output_parent, claimed
 
 # What has been measured is saved when either is passed; a window more may be lost.
 SAVE_EVERY_SECONDS = 10.0
@@ -82,12 +82,30 @@ def calibrate(
         on_bytes: called with the bytes of each window that is done, and first with those done before.
 
     Raises:
-        OutputError: see `check_output`.
+        OutputError: see `check_output`; or another process is at it.
         StatisticsError: the unfinished run is of another model, corpus or settings; or nothing could be measured.
         CorpusError: the corpus cannot be read.
         KeyboardInterrupt: after saving what there is.
     """
     check_output(output, resume=resume)
+    with claimed(output):
+        return _calibrated(
+            network, corpus, output, model=model, shard=shard, resume=resume, hessians=hessians, on_bytes=on_bytes
+        )
+
+
+def _calibrated(
+    network: Network,
+    corpus: Measurable,
+    output: Path,
+    *,
+    model: str,
+    shard: tuple[int, int],
+    resume: bool,
+    hessians: HessianAccumulator | None,
+    on_bytes: Callable[[int], None],
+) -> Statistics:
+    """`calibrate`, by the only process that does it."""
     run = Run(corpus.fingerprint(), corpus.sequence_bytes, corpus.seed, corpus.max_bytes, *shard)
     unfinished = unfinished_path(output)
     # One value, replaced in one step: an interrupt never finds sums of one window and the state of another.
@@ -158,6 +176,8 @@ def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None
     """
     try:
         corpus.resume(state)
+    except CorpusError as error:
+        raise StatisticsError(f"{unfinished}: {error}") from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise StatisticsError(f"{unfinished}: where the corpus was left is damaged ({one_line(error)}); remove it") from None
 
