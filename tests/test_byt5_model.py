@@ -85,6 +85,21 @@ def test_limits(model):
     assert b"".join(piece.data for piece in pieces if piece.stream == 0) == model.generate(data, 9)
 
 
+def test_pieces_are_the_answer(model):
+    """Prefixes, stop sequences and special ids too, whether sentinels are shown or not."""
+    free = model.answers([INPUTS[3]], AnswerLimits(30, 30), Sampling(1.5, seed=2))[0][0]
+    stops = [bytes([value - 3]) for value in free.ids[8:12] if 3 <= value < 259][:1]
+    assert stops and any(value >= 259 for value in free.ids)
+    for limits in (AnswerLimits(30, 30, b"xy"), AnswerLimits(30, 30, stop=(stops[0] + b"?", b"?" + stops[0], *stops))):
+        for sentinels in (False, True):
+            found = model.answers([INPUTS[3]], limits, Sampling(1.5, seed=2), sentinels=sentinels)[0][0]
+            pieces = list(model.pieces([INPUTS[3]], limits, Sampling(1.5, seed=2), sentinels=sentinels))
+            whole = bytes_with_sentinels(found.ids) if sentinels else found.data
+            assert b"".join(piece.data for piece in pieces) == whole
+            assert pieces[-1].stop_reason == found.stop_reason
+    assert bytes(model.generate_stream(INPUTS[3], 30, min_length=30, temperature=1.5, seed=2)) == free.data
+
+
 def test_beams_do_not_score_worse_than_greedy(model):
     for data in INPUTS:
         greedy = model.answers([data], AnswerLimits(8, min_length=8))[0][0]

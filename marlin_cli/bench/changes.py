@@ -1,7 +1,5 @@
 """Two results compared: which speeds and scores changed beyond the noise. From JSON documents of `bench`, old and new."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.report import Table, markdown_of
+from marlin_cli.bench.report import Table, csv_rows, markdown_of
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
 from marlin_cli.files import check_regular
@@ -232,14 +230,10 @@ def rendered_changes(found: Sequence[Change], form: str) -> str:
     if form == "md":
         return markdown_of([table_of_changes(found)])
     if form == "json":
-        return json.dumps({"changes": rows}, ensure_ascii=False, allow_nan=False)
+        return json.dumps({"changes": rows}, allow_nan=False)
     if form == "jsonl":
-        return "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["model", "measure", "value", "low", "high", "verdict"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
+        return "\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    return csv_rows(["model", "measure", "value", "low", "high", "verdict"], rows)
 
 
 def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:

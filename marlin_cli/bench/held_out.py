@@ -88,23 +88,28 @@ class Window:
         return np.frombuffer(data, dtype=np.uint8), before
 
 
-def files_by_domain(name: str) -> dict[str, list[Path]]:
-    """The files that `name` stands for, sorted, by domain; empty files are left out.
+def files_by_domain(*names: str) -> dict[str, list[Path]]:
+    """The files that `names` stand for, sorted, by domain; empty files are left out.
 
-    `name` is a folder, whose immediate subfolders are domains, or a recipe, a file or a pattern (see
+    A name is a folder, whose immediate subfolders are domains, or a recipe, a file or a pattern (see
     `corpus.parse_source`). Bytes are taken as they lie in the file; hidden files of a folder are left out.
 
     Raises:
         CorpusError: nothing of that name, no bytes, or sources that are not plain files.
+        UsageError: a file that two names stand for.
     """
     domains: dict[str, list[Path]] = {}
-    for source in _sources(name):
-        if source.hub is not None or source.stdin:
-            raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
-        for file in source.files:
-            check_regular(file, CorpusError)
-            _check_plain(file, source)
-        domains.setdefault(source.domain, []).extend(source.files)
+    seen: dict[Path, str] = {}
+    for name in names:
+        for source in _sources(name):
+            if source.hub is not None or source.stdin:
+                raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
+            for file in source.files:
+                check_regular(file, CorpusError)
+                _check_plain(file, source)
+                if seen.setdefault(file.resolve(), name) is not name:
+                    raise UsageError(f"--quality {name}: {file} is among {seen[file.resolve()]} too; name it once")
+            domains.setdefault(source.domain, []).extend(source.files)
     return {domain: sorted(files) for domain, files in domains.items()}
 
 

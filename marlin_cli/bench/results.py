@@ -31,7 +31,7 @@ def append_result(path: Path, report: Report | AnsweringReport, models: Sequence
     document["taken"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for entry, name in zip(document["models"], models, strict=True):
         entry["fingerprint"] = fingerprint(locate_model(name))
-    line = json.dumps(document, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+    line = json.dumps(document, allow_nan=False).encode() + b"\n"
     is_new = not path.exists()
     try:
         with path.open("ab") as file:

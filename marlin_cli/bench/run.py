@@ -131,7 +131,7 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
         reference = models[request.models.index(settings.reference)].network
     elif settings.reference is not None:
         reference = MegaByteModel.from_pretrained(settings.reference, device=request.device).network
-    windows = cut(files_by_domain(settings.corpus), settings.windowing)
+    windows = cut(files_by_domain(*settings.corpora), settings.windowing)
     check_windows_fit(networks, windows, reference)
     if any(model.cache_bits != CacheBits() for model in models):
         console.note("quality is that of the weights: it is scored without a cache, so --kv-bits changes nothing in it")

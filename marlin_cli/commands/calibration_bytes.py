@@ -6,7 +6,7 @@ from typing import Any
 
 from marlin_cli import console
 from marlin_cli.errors import UsageError
-from marlin_cli.models import Network, architecture_of
+from marlin_cli.models import Network
 from marlin_cli.quantization.feeds import Batches, feed_of
 
 DEFAULT_CORPUS = "default"
@@ -32,14 +32,6 @@ class CalibrationBytes:
     @property
     def _corpora(self) -> tuple[str, ...]:
         return self.corpora or (DEFAULT_CORPUS,)
-
-    def check(self, network: Network, model: str) -> None:
-        """Raise `UsageError` where both are named, or pairs for a model that does not answer."""
-        if self.pairs and not feed_of(network).takes_pairs:
-            title = architecture_of(network).title
-            raise UsageError(f"--{self.step}-pairs is for models that answer an input; {model} is a {title}")
-        if self.pairs and self.corpora:
-            raise UsageError(f"--{self.step}-pairs and --{self.step}-corpus do not go together; name one kind")
 
     def up_to(self, network: Network, max_bytes: int) -> Batches:
         """(domain, batch) of at most so many bytes; those of pairs that are too long are left out.

@@ -21,7 +21,7 @@ from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, UsageError
-from marlin_cli.models import Network, architecture_of, build, config_as_mapping
+from marlin_cli.models import Network, build, config_as_mapping
 from marlin_cli.quantization.apply import (
     Quantized,
     check_method,
@@ -72,11 +72,8 @@ def pack(
         page: file for the HTML report.
         export: another tool's form of the folder, see `check_export`.
     """
-    if domain_weights is not None and statistics_file is None and not steps.sequential_bytes:
-        raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
-    if steps.sequential_bytes and (statistics_file is not None or method in RESCALING):
-        found = "--stats" if statistics_file is not None else f"--method {method}"
-        raise UsageError(f"--sequential measures each layer's input itself; leave out {found}")
+    if steps.sequential_bytes and method in RESCALING:
+        raise UsageError(f"--sequential measures each layer's input itself; leave out --method {method}")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
     if not steps.sequential_bytes:
         check_method(method, statistics)
@@ -141,9 +138,7 @@ class _Packing:
         """As `write`, by the methods that run bytes through the model, which is in memory."""
         checkpoint = read_checkpoint(locate_model(self.model), self.options)
         network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=self.model)
-        if self.steps.sequential_bytes:
-            self.steps.sequential.check(network, self.model)
-        tuning = _tuning_batches(network, self.model, self.steps) if self.steps.distill_steps else None
+        tuning = _tuning_batches(network, self.steps) if self.steps.distill_steps else None
         weights = sum(plan.rows * plan.columns for plan in plan_network(network, self.settings) if plan.format)
         with console.byte_progress("packing", weights * 2) as progress:
             result = self._quantized(network, lambda report: progress.advance(report.bytes_before))
@@ -165,11 +160,8 @@ class _Packing:
         return quantize_sequentially(network, self.settings, batches, **how)
 
 
-def _tuning_batches(network: Network, model: str, steps: ByteSteps) -> Iterator[Any]:
+def _tuning_batches(network: Network, steps: ByteSteps) -> Iterator[Any]:
     """The batches of distillation, the first of which is there: what cannot be tuned is refused before it is packed."""
-    steps.distill.check(network, model)
-    if not architecture_of(network).predicts(network.config):
-        raise UsageError(f"--distill-steps: {model} is an encoder alone, which predicts nothing that could be matched")
     batches = steps.distill.endless(network)
     first = next(batches, None)
     if first is None:

@@ -27,8 +27,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature must be 0 or more, found {self.temperature}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must be 0 or more, found {self.top_k}")
+        if not 0 <= self.top_k < 1 << 31:
+            raise UsageError(f"top_k must be 0 or more and fit 31 bits, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.min_p <= 1:

@@ -143,7 +143,6 @@ class Architecture:
         rotation: (config) -> its streams; raises `QuantizationError` where they cannot be turned.
         packed_keys: (config) -> the attentions that `--kv-bits` is about.
         is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
-        predicts: (config) -> has it logits at all? An encoder alone has none.
         unit_bytes: (config) -> bytes that pass together; a sample is cut to a multiple of it.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
@@ -163,7 +162,6 @@ class Architecture:
     rotation: Callable[[Any], Rotation]
     packed_keys: Callable[[Any], PackedKeys]
     is_gated: Callable[[Any], bool]
-    predicts: Callable[[Any], bool] = lambda config: True
     unit_bytes: Callable[[Any], int] = lambda config: 1
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike

@@ -215,7 +215,6 @@ BYT5 = Architecture(
     rotation=rotation,
     packed_keys=packed_keys,
     is_gated=lambda config: config.gated_ffn,
-    predicts=lambda config: config.decoder_layers > 0,
     input_of=input_of,
     shows_states=True,
     # All is tuned, as most is lost in the encoder, and in shorter steps: packed, the divergence is a thirtieth of a

@@ -20,8 +20,6 @@ Batches = list[tuple[str, Any]]
 class Feed(Protocol):
     """What steps that run bytes through a network need of them."""
 
-    takes_pairs: bool
-
     def by_domain(
         self, network: Network, corpora: Sequence[str], pairs: Sequence[str], max_bytes: int, note: Callable[[str], None]
     ) -> Batches:
@@ -46,8 +44,6 @@ class Feed(Protocol):
 
 class WindowFeed:
     """Windows of whole patches, for networks that continue bytes."""
-
-    takes_pairs = False
 
     def by_domain(
         self, network: Network, corpora: Sequence[str], pairs: Sequence[str], max_bytes: int, note: Callable[[str], None]
@@ -76,8 +72,6 @@ class WindowFeed:
 
 class PairFeed:
     """Pairs, or windows of corpora with spans taken out, for networks that answer."""
-
-    takes_pairs = True
 
     def by_domain(
         self, network: Network, corpora: Sequence[str], pairs: Sequence[str], max_bytes: int, note: Callable[[str], None]
