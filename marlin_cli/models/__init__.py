@@ -24,6 +24,7 @@ __all__ = [
     "Architecture",
     "Capability",
     "Network",
+    "architecture_named",
     "architecture_of",
     "build",
     "config_as_mapping",
@@ -66,11 +67,7 @@ def build(
         ConfigError: an unknown architecture or an impossible configuration.
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
-    name = config.get("model_type", "megabyte")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
-        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
-    architecture = ARCHITECTURES[name]
+    architecture = architecture_named(config, where)
     settings = from_mapping(architecture.config, config, where)
     # Each block begins with a norm. A network of blocks that the file has not is never drafted.
     absent = [path for path in settings.blocks if f"{path}.attention_norm.weight" not in weights]
@@ -113,6 +110,19 @@ def preset(name: str) -> Any:
         raise ConfigError(f"{name}: no such preset{did_you_mean(name, known)}")
     document = read_json(known[name])
     return from_mapping(ARCHITECTURES[document["model_type"]].config, document, str(known[name]))
+
+
+def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that a checkpoint's configuration names.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    name = config.get("model_type", "megabyte")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
+        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
+    return ARCHITECTURES[name]
 
 
 def architecture_of(network: Network) -> Architecture:

@@ -147,6 +147,7 @@ class Architecture:
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
+        overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
     """
 
@@ -166,4 +167,5 @@ class Architecture:
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
     shows_states: bool = False
+    overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)

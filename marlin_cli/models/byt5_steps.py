@@ -217,6 +217,7 @@ BYT5 = Architecture(
     is_gated=lambda config: config.gated_ffn,
     input_of=input_of,
     shows_states=True,
+    overflows_in_float16=True,  # in the last layer of the feed-forward
     # All is tuned, as most is lost in the encoder, and in shorter steps: packed, the divergence is a thirtieth of a
     # MegaByte's, and Adam's steps, which are as long at any gradient, took it further off than packing had (LOG).
     tuning=Tuning(share=0.05, parts=None),
