@@ -30,7 +30,8 @@ def cache(rng: Random, folder: Path, materials: Path) -> Case:
         place.chmod(rng.choice((0o777, 0o770, 0o000, 0o1777, 0o755)))
     elif kind == 2:
         place.rmdir()
-        os.symlink(rng.choice(("nowhere", "cache", "/dev/null", ".")), place)
+        (folder / "elsewhere").mkdir(mode=rng.choice((0o700, 0o777)))
+        os.symlink(rng.choice(("nowhere", "cache", "/dev/null", "elsewhere")), place)
     elif kind == 3:
         for name in ("reference", "quality"):
             (place / name).write_bytes(b"a file")
