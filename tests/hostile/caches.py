@@ -42,7 +42,7 @@ def cache(rng: Random, folder: Path, materials: Path) -> Case:
     elif kind == 5:
         environment["CXX"] = rng.choice(("nothing", "/dev/null", "c++ -O2", ESCAPES, str(folder)))
     elif kind == 6:
-        name = rng.choice(("MARLIN_THREADS", "MARLIN_KERNELS", "MARLIN_MARCH", "XDG_CACHE_HOME", "HOME", "TMPDIR"))
+        name = rng.choice(("MARLIN_THREADS", "MARLIN_KERNELS", "MARLIN_MARCH", "XDG_CACHE_HOME", "HOME"))
         environment[name] = rng.choice(("", "0", "-1", "9" * 400, "x", "\u0663", ESCAPES, "/dev/null", "reference"))
     model, other = str(materials / "packed"), str(materials / "prefix")
     argv = rng.choice((

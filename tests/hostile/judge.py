@@ -67,7 +67,7 @@ def verdict(case: Case, outcome: Outcome) -> tuple[str, str]:
     wanted = case.outputs if code == 0 else ()
     left = [name for name in outcome.left if name not in wanted]
     if left or answer["children_left"]:
-        return "LEFT", ", ".join(left) or "a process"
+        return "LEFT", ", ".join(map(ascii, left)) or "a process"
     if code == 0:
         return "ok", ""
     lines = error.splitlines()
