@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .materials import ROOT
+from .published import publish
 from .server import ENVIRONMENT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -276,7 +277,7 @@ def main() -> int:
     """Kill, and tell; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.hostile.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--table", type=Path, help="write what was done into this file too, as Markdown")
+    parser.add_argument("--table", type=Path, help="put the table into this page too, or into a new file")
     options = parser.parse_args()
     wrong = 0
     lines = ["| job | seconds | kills | after a save | wrong | two at once | full disk |", "|---|---|---|---|---|---|---|"]
@@ -303,7 +304,7 @@ def main() -> int:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.table is not None:
-        options.table.write_text(text, encoding="utf-8")
+        publish(options.table, "kills", text)
     return wrong > 0
 
 
