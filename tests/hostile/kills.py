@@ -65,10 +65,10 @@ JOBS = (
 class Place:
     """A folder with what the jobs read, their results undisturbed and how long they take."""
 
-    def __init__(self, root: Path, jobs: tuple[Job, ...] = JOBS) -> None:
+    def __init__(self, root: Path, jobs: tuple[Job, ...] = JOBS, corpus_bytes: int = 2 << 20) -> None:
         self.root = root
         self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "TMPDIR": str(root / "tmp")}
-        _prepare(root)
+        _prepare(root, corpus_bytes)
         self.digests: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         for job in jobs:
@@ -244,7 +244,7 @@ def _expect(ended: tuple[int, str], code: int) -> None:
         raise RuntimeError(f"an undisturbed run ends with {ended[0]}: {ended[1]}")
 
 
-def _prepare(root: Path) -> None:
+def _prepare(root: Path, corpus_bytes: int) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -260,7 +260,7 @@ def _prepare(root: Path) -> None:
     text = b"".join(
         path.read_bytes() for path in sorted((ROOT / "calibration" / "sample" / "code").rglob("*")) if path.is_file()
     )
-    (root / "corpus.bin").write_bytes((text * 40)[: 2 << 20])
+    (root / "corpus.bin").write_bytes((text * 40)[:corpus_bytes])
 
 
 def plan(kills: int, jobs: tuple[Job, ...] = JOBS) -> list[tuple[Job, signal.Signals, float]]:
