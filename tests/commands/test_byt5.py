@@ -274,3 +274,17 @@ def test_pairs_of_several_files_and_names_that_would_break_a_table(folder, insid
     assert {row["part"] for row in rows if row["measure"] == "pairs"} == {"cs\\x1b[31m|\n2", "mine", "all"}
     code, _, err = inside("bench", folder, *quality, "--quality", tmp_path / "b.tsv")
     assert code == 2 and "is named twice" in err
+
+
+def test_a_line_too_long_ends_a_pipe_behind_the_answers_before_it(folder):
+    """Also where both are of one batch."""
+    result = marlin("generate", folder, "--max-bytes", "3", stdin=b"first\n" + b"x" * 40_000 + b"\nthird\n", code=2)
+    assert result.stdout == marlin("generate", folder, "--max-bytes", "3", "-p", "first").stdout
+    assert result.stderr == b"marlin: stdin: line 2: 40,000 bytes, but the model reads 32,768; give the last ones\n"
+
+
+def test_input_prefixes_count(folder, inside, tmp_path):
+    (tmp_path / "p.jsonl").write_text('"a"\n"' + "x" * 32_760 + '"\n')
+    arguments = ("generate", folder, "--max-bytes", "1", "--prompts", tmp_path / "p.jsonl", "--input-prefix", "language: ")
+    code, _, err = inside(*arguments)
+    assert code == 2 and f"{tmp_path / 'p.jsonl'}: line 2: 32,760 bytes, but the model reads 32,758" in err
