@@ -129,4 +129,4 @@ def test_a_prompt_too_long_is_named(tmp_path):
     ):
         result = run(*map(str, arguments), check=False)
         assert result.returncode == 2 and not result.stdout
-        assert result.stderr.decode() == f"marlin: {where}: 40,000 bytes, but the model reads 16,384; give the last ones\n"
+        assert result.stderr.decode() == f"marlin: {where}: 40,000 bytes, but the model reads 32,768; give the last ones\n"
