@@ -258,20 +258,20 @@ def test_a_reader_who_has_enough_is_no_error(folder):
 
 
 def test_pairs_of_several_files_and_names_that_would_break_a_table(folder, inside, tmp_path):
-    bad = "cs\x1b[31m|\n2"
+    bad, shown = "cs\x1b[31m|\n2", "cs\\x1b[31m| 2"
     (tmp_path / "a.jsonl").write_text(json.dumps({"source": "a", "target": "b", "language": bad}) + "\n")
     (tmp_path / "b.tsv").write_text("a\tb\n")
     mine = f"mine={tmp_path / 'b.tsv'}"
     quality = ("--no-throughput", "--quality", tmp_path / "a.jsonl", "--quality", mine, "--device", "cpu")
     document = json.loads(inside("bench", folder, *quality, "--format", "json")[1])
-    assert document["models"][0]["quality"]["groups"].keys() == {bad, "mine"}
+    assert document["models"][0]["quality"]["groups"].keys() == {shown, "mine"}
     assert document["quality_settings"]["pairs"] == [str(tmp_path / "a.jsonl"), mine]
     for form in ("json", "jsonl", "csv", "md", "table"):
         assert "\x1b" not in inside("bench", folder, *quality, "--format", form)[1]
     text = inside("bench", folder, *quality, "--format", "md")[1]
     assert "| cs\\\\x1b[31m\\| 2 |" in text
     rows = [*csv.DictReader(io.StringIO(inside("bench", folder, *quality, "--format", "csv")[1]))]
-    assert {row["part"] for row in rows if row["measure"] == "pairs"} == {"cs\\x1b[31m|\n2", "mine", "all"}
+    assert {row["part"] for row in rows if row["measure"] == "pairs"} == {shown, "mine", "all"}
     code, _, err = inside("bench", folder, *quality, "--quality", tmp_path / "b.tsv")
     assert code == 2 and "is named twice" in err
 
