@@ -1,6 +1,7 @@
 """Folders and files that nobody but this user can have written: code is loaded from no others. POSIX owners and modes."""
 
 import contextlib
+import errno
 import fcntl
 import grp
 import hashlib
@@ -27,7 +28,10 @@ def make_private_folder(path: Path) -> Path:
         NotPrivate: see above.
         OSError: it cannot be made.
     """
-    path = path.resolve()
+    try:
+        path = path.resolve(strict=False)
+    except RuntimeError as error:  # a link to itself, which later Pythons leave to mkdir
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
     for each in reversed([path, *path.parents]):
         with contextlib.suppress(FileExistsError):
             each.mkdir(mode=0o700)

@@ -1,5 +1,6 @@
 """The bytes that models are scored on: files by domain, as they lie, in windows that score each byte once. No shuffling."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def cut(files: Mapping[str, Sequence[Path]], windowing: Windowing) -> dict[str, 
 
 
 def _sources(name: str) -> list[Source]:
-    root = Path(name).expanduser()
+    root = Path(os.path.expanduser(name))
     if not root.is_dir():
         return parse_source(name)
     # Calibration draws from the standard domains alone where a folder has them; of a score no file may be left out.

@@ -1,5 +1,6 @@
 """Where a model lies: a path, the name of a shipped demo, or a repository on the Hugging Face hub."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def locate_model(name: str) -> Path:
         return _fetch(name.removeprefix(HUB_PREFIX), name)
     if not name or "\0" in name:
         raise CheckpointError(f"{quoted(name)}: is no name of a model")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
         if path.exists():
             return path

@@ -53,7 +53,7 @@ def inputs_of(text: str | None, file: str | None, hexadecimal: str | None, promp
         return read_prompts(prompts)
     piped = not (sys.stdin is None or sys.stdin.isatty())
     if text is None and file is None and hexadecimal is None and piped:
-        return (Prompt(line) for line in _lines(sys.stdin.fileno()))
+        return (Prompt(line, where=f"stdin: line {number}") for number, line in enumerate(_lines(sys.stdin.fileno()), start=1))
     return [one_prompt(text, file, hexadecimal)]
 
 
@@ -63,14 +63,20 @@ def run(model: AnsweringModel, request: Request, inputs: Iterable[Prompt], batch
     The only answer to the only input goes out byte by byte, but for beams, which are not known before their end.
         A batch is what has come, `batch_size` at most: a slow pipe is answered line by line.
     """
+    most_bytes = model.config.max_bytes - len(request.input_prefix)
+
+    def checked(prompt: Prompt) -> Prompt:
+        prompt.check_fits(most_bytes)
+        return prompt
+
     if isinstance(inputs, list) and len(inputs) == 1 and request.beams is None and not request.json:
-        data = request.input_prefix + inputs[0].data
+        data = request.input_prefix + checked(inputs[0]).data
         pieces = model.pieces([data], request.limits, request.sampling, sentinels=request.sentinels)
         summary = write_stream(pieces, raw=request.raw, ends_line=True)
         console.note_to_terminal(f"{len(data)} bytes in, {summary}, on {model.device.name}")
         return
     index = 0
-    for batch in _batches(inputs, batch_size):
+    for batch in _batches(map(checked, inputs), batch_size):
         inputs_of_batch = [request.input_prefix + each.data for each in batch]
         found = model.answers(inputs_of_batch, request.limits, request.sampling, request.beams, sentinels=request.sentinels)
         for prompt, answers in zip(batch, found, strict=True):
@@ -110,7 +116,10 @@ def _lines(descriptor: int) -> Iterator[bytes]:
 
 
 def _batches(inputs: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Inputs in groups of those that are there, without waiting for more than one; read by a thread."""
+    """Inputs in groups of those that are there, without waiting for more than one; read by a thread.
+
+    An error comes after the inputs before it.
+    """
     waiting: queue.Queue[Prompt | Exception | None] = queue.Queue(maxsize=4 * size)
 
     def read() -> None:
@@ -122,7 +131,7 @@ def _batches(inputs: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
             waiting.put(error)
 
     threading.Thread(target=read, daemon=True).start()
-    ended = False
+    ended: Exception | bool = False
     while not ended:
         batch: list[Prompt] = []
         for number in itertools.count():
@@ -130,13 +139,13 @@ def _batches(inputs: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
                 each = waiting.get(block=number == 0)
             except queue.Empty:
                 break
-            if isinstance(each, Exception):
-                raise each
-            if each is None:
-                ended = True
+            if each is None or isinstance(each, Exception):
+                ended = each or True
                 break
             batch.append(each)
             if len(batch) == size:
                 break
         if batch:
             yield batch
+    if isinstance(ended, Exception):
+        raise ended

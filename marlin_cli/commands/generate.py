@@ -122,6 +122,8 @@ def generate(
         activation_bits=activation_bits,
         options=imports,
     )
+    for each in prompted:
+        each.check_fits(loaded.config.max_bytes)
     if json_output or prompts is not None:
         write_json_lines(loaded, prompted, stopping, sampling, batch_size)
     else:

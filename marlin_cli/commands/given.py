@@ -172,7 +172,7 @@ def _are_same(one: Path, other: Path) -> bool:
 def _paths_in(text: str) -> Iterator[Path]:
     """The path that a value of the form [name=]path[:weight] may hold."""
     for each in {text, text.partition("=")[2] or text}:
-        yield from (Path(found).expanduser() for found in {each, each.rpartition(":")[0] or each})
+        yield from (Path(os.path.expanduser(found)) for found in {each, each.rpartition(":")[0] or each})
 
 
 def _flat(value: Any) -> Sequence[Any]:

@@ -23,10 +23,16 @@ MOST_PROMPTS = 1_000_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """The bytes to continue, and the caller's name for them."""
+    """The bytes to continue, the caller's name for them, and where they come from, as errors name it."""
 
     data: bytes
     name: Any = None
+    where: str = "the prompt"
+
+    def check_fits(self, most_bytes: int) -> None:
+        """Raise `UsageError` for more bytes than the model reads."""
+        if len(self.data) > most_bytes:
+            raise UsageError(f"{self.where}: {len(self.data):,} bytes, but the model reads {most_bytes:,}; give the last ones")
 
 
 def one_prompt(text: str | None, file: str | None, hexadecimal: str | None) -> Prompt:
@@ -39,14 +45,14 @@ def one_prompt(text: str | None, file: str | None, hexadecimal: str | None) -> P
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} both give a prompt; choose one")
     if text is not None:
-        return Prompt(bytes_of_argument(text))
+        return Prompt(bytes_of_argument(text), where="--prompt")
     if hexadecimal is not None:
-        return Prompt(bytes_of_hex(hexadecimal, "--hex"))
+        return Prompt(bytes_of_hex(hexadecimal, "--hex"), where="--hex")
     if file is not None and file != "-":
         with _opened(file) as opened:
-            return Prompt(_whole(opened, file))
+            return Prompt(_whole(opened, file), where=file)
     if file == "-" or not (sys.stdin is None or sys.stdin.isatty()):
-        return Prompt(_whole(sys.stdin.buffer, "stdin"))
+        return Prompt(_whole(sys.stdin.buffer, "stdin"), where="stdin")
     return Prompt(b"")
 
 
@@ -69,7 +75,7 @@ def read_prompts(file: str) -> list[Prompt]:
 def _from_line(line: bytes, where: str) -> Prompt:
     document = parse_json(line, where, UsageError)
     if isinstance(document, str):
-        return Prompt(_utf8(document, where))
+        return Prompt(_utf8(document, where), where=where)
     if not isinstance(document, dict):
         raise UsageError(f"{where}: expected a string or an object, found {describe(document)}")
     keys = [key for key in ("prompt", "prompt_base64", "prompt_hex") if key in document]
@@ -85,7 +91,7 @@ def _from_line(line: bytes, where: str) -> Prompt:
             data = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
             raise UsageError(f"{where}: prompt_base64 is not base64") from None
-    return Prompt(data, document.get("id"))
+    return Prompt(data, document.get("id"), where)
 
 
 def _utf8(text: str, where: str) -> bytes:

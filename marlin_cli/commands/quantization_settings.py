@@ -1,11 +1,12 @@
 """The options of `marlin quantize` as settings, checked against each other."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from marlin_cli.checkpoints.export import EXPORTS
-from marlin_cli.errors import UsageError
+from marlin_cli.errors import StatisticsError, UsageError
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, format_from_bits, load_recipe
 from marlin_cli.text import quoted
@@ -58,6 +59,17 @@ def domain_weights_of(texts: Sequence[str]) -> dict[str, float] | None:
         if not separator or not name or not 0 <= weights[name] < float("inf"):
             raise UsageError(f"--domain-weight {quoted(text)} is not DOMAIN=SHARE, for example binary=0.2")
     return weights or None
+
+
+@contextlib.contextmanager
+def naming(statistics_file: str | None) -> Iterator[None]:
+    """Errors of statistics inside the block begin with their file, which those who use them do not know."""
+    try:
+        yield
+    except StatisticsError as error:
+        if statistics_file is None or str(error).startswith(statistics_file):
+            raise
+        raise StatisticsError(f"{statistics_file}: {error}") from None
 
 
 def check_export(name: str | None) -> None:

@@ -103,7 +103,7 @@ def quantize(
     from marlin_cli.commands.calibration_bytes import CalibrationBytes
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_import_options, parse_size
-    from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, settings_of
+    from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, naming, settings_of
     from marlin_cli.engine.heads import with_heads
     from marlin_cli.quantization.plan import format_from_bits
 
@@ -136,18 +136,19 @@ def quantize(
             raise UsageError("--target-bpw writes a recipe; name it with --save-recipe")
         chosen = Path(save_recipe or f"{output}.recipe.yaml")
         check_output_file(chosen)
-        settings = automatic_settings(
-            model, options, settings, target_bpw, calibration, chosen,
-            statistics_file=stats, method="mse" if sequential else method, domain_weights=shares if stats else None,
-        )  # fmt: skip
+        with naming(stats):
+            settings = automatic_settings(
+                model, options, settings, target_bpw, calibration, chosen,
+                statistics_file=stats, method="mse" if sequential else method, domain_weights=shares if stats else None,
+            )  # fmt: skip
     steps = run.ByteSteps(
         parse_size(sequential_bytes, "--sequential-bytes") if sequential else 0,
         calibration,
         distill_steps,
         CalibrationBytes("distill", tuple(distill_corpus or ()), tuple(distill_pairs or ())),
     )
-    run.pack(
-        model, options, target, settings, stats, method, shares,
-        steps,
-        page=page, export=export, overwrite=overwrite, json_output=json_output,
-    )  # fmt: skip
+    with naming(stats):
+        run.pack(
+            model, options, target, settings, stats, method, shares, steps,
+            page=page, export=export, overwrite=overwrite, json_output=json_output,
+        )  # fmt: skip

@@ -52,7 +52,7 @@ def locate_pairs(name: str) -> Path:
     Raises:
         CorpusError: neither.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     beside = shipped("configs/models") / name / "pairs.jsonl"
     if not os.path.exists(path) and Path(name).name == name and os.path.isfile(beside):
         return beside

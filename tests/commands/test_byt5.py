@@ -262,19 +262,33 @@ def test_a_reader_who_has_enough_is_no_error(folder):
 
 
 def test_pairs_of_several_files_and_names_that_would_break_a_table(folder, inside, tmp_path):
-    bad = "cs\x1b[31m|\n2"
+    bad, shown = "cs\x1b[31m|\n2", "cs\\x1b[31m| 2"
     (tmp_path / "a.jsonl").write_text(json.dumps({"source": "a", "target": "b", "language": bad}) + "\n")
     (tmp_path / "b.tsv").write_text("a\tb\n")
     mine = f"mine={tmp_path / 'b.tsv'}"
     quality = ("--no-throughput", "--quality", tmp_path / "a.jsonl", "--quality", mine, "--device", "cpu")
     document = json.loads(inside("bench", folder, *quality, "--format", "json")[1])
-    assert document["models"][0]["quality"]["groups"].keys() == {bad, "mine"}
+    assert document["models"][0]["quality"]["groups"].keys() == {shown, "mine"}
     assert document["quality_settings"]["pairs"] == [str(tmp_path / "a.jsonl"), mine]
     for form in ("json", "jsonl", "csv", "md", "table"):
         assert "\x1b" not in inside("bench", folder, *quality, "--format", form)[1]
     text = inside("bench", folder, *quality, "--format", "md")[1]
     assert "| cs\\\\x1b[31m\\| 2 |" in text
     rows = [*csv.DictReader(io.StringIO(inside("bench", folder, *quality, "--format", "csv")[1]))]
-    assert {row["part"] for row in rows if row["measure"] == "pairs"} == {"cs\\x1b[31m|\n2", "mine", "all"}
+    assert {row["part"] for row in rows if row["measure"] == "pairs"} == {shown, "mine", "all"}
     code, _, err = inside("bench", folder, *quality, "--quality", tmp_path / "b.tsv")
     assert code == 2 and "is named twice" in err
+
+
+def test_a_line_too_long_ends_a_pipe_behind_the_answers_before_it(folder):
+    """Also where both are of one batch."""
+    result = marlin("generate", folder, "--max-bytes", "3", stdin=b"first\n" + b"x" * 40_000 + b"\nthird\n", code=2)
+    assert result.stdout == marlin("generate", folder, "--max-bytes", "3", "-p", "first").stdout
+    assert result.stderr == b"marlin: stdin: line 2: 40,000 bytes, but the model reads 32,768; give the last ones\n"
+
+
+def test_input_prefixes_count(folder, inside, tmp_path):
+    (tmp_path / "p.jsonl").write_text('"a"\n"' + "x" * 32_760 + '"\n')
+    arguments = ("generate", folder, "--max-bytes", "1", "--prompts", tmp_path / "p.jsonl", "--input-prefix", "language: ")
+    code, _, err = inside(*arguments)
+    assert code == 2 and f"{tmp_path / 'p.jsonl'}: line 2: 32,760 bytes, but the model reads 32,758" in err

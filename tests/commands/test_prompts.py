@@ -72,7 +72,7 @@ def test_files_of_prompts_have_a_largest_size_and_number(tmp_path, monkeypatch):
         (b'"\\ud800"', "line 1: the prompt holds half of a surrogate pair"),
         (b"9" * 5000, "line 1: is not JSON"),
         (b"[" * 100_000, "line 1: is not JSON"),
-        (gzip.compress(b'"a"'), "line 1: is not UTF-8"),
+        (gzip.compress(b'"a"', mtime=0), "line 1: is not UTF-8"),
     ],
 )
 def test_lines_that_are_no_prompts(tmp_path, data, message):

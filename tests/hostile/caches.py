@@ -30,7 +30,8 @@ def cache(rng: Random, folder: Path, materials: Path) -> Case:
         place.chmod(rng.choice((0o777, 0o770, 0o000, 0o1777, 0o755)))
     elif kind == 2:
         place.rmdir()
-        os.symlink(rng.choice(("nowhere", "cache", "/dev/null", ".")), place)
+        (folder / "elsewhere").mkdir(mode=rng.choice((0o700, 0o777)))
+        os.symlink(rng.choice(("nowhere", "cache", "/dev/null", "elsewhere")), place)
     elif kind == 3:
         for name in ("reference", "quality"):
             (place / name).write_bytes(b"a file")
@@ -41,7 +42,7 @@ def cache(rng: Random, folder: Path, materials: Path) -> Case:
     elif kind == 5:
         environment["CXX"] = rng.choice(("nothing", "/dev/null", "c++ -O2", ESCAPES, str(folder)))
     elif kind == 6:
-        name = rng.choice(("MARLIN_THREADS", "MARLIN_KERNELS", "MARLIN_MARCH", "XDG_CACHE_HOME", "HOME", "TMPDIR"))
+        name = rng.choice(("MARLIN_THREADS", "MARLIN_KERNELS", "MARLIN_MARCH", "XDG_CACHE_HOME", "HOME"))
         environment[name] = rng.choice(("", "0", "-1", "9" * 400, "x", "\u0663", ESCAPES, "/dev/null", "reference"))
     model, other = str(materials / "packed"), str(materials / "prefix")
     argv = rng.choice((
@@ -50,4 +51,4 @@ def cache(rng: Random, folder: Path, materials: Path) -> Case:
         ["bench", model, "--no-throughput", "--quality", "text.txt", "--reference", other],
         ["bench", model, "--no-throughput", "--quality", "text.txt", "--resume"],
     ))  # fmt: skip
-    return Case(argv, ("relative", "x" * 5_000, ESCAPES), raw=argv[0] == "generate", environment=environment)
+    return Case(argv, ("nowhere",), raw=argv[0] == "generate", environment=environment)

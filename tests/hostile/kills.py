@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .materials import ROOT
+from .published import publish
 from .server import ENVIRONMENT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MARLIN = (sys.executable, "-m", "marlin_cli")
 # Where no small disk can be mounted.
 LIMIT_BYTES = 16 << 10
-# A MegaByte that reads 16 KiB at a time and takes little work: `calibrate` saves every 256 KiB, so several times a run.
+# A MegaByte that reads 16 KiB at a time and takes little work: `calibrate` saves every 256 KiB, seven times a run.
 LONG = {
     "patch_size": 8, "max_bytes": 16384, "global_layers": 1, "global_dim": 32, "global_heads": 2, "global_ffn_dim": 32,
     "local_layers": 1, "local_dim": 16, "local_heads": 2, "local_ffn_dim": 32,
@@ -64,10 +65,10 @@ JOBS = (
 class Place:
     """A folder with what the jobs read, their results undisturbed and how long they take."""
 
-    def __init__(self, root: Path, jobs: tuple[Job, ...] = JOBS) -> None:
+    def __init__(self, root: Path, jobs: tuple[Job, ...] = JOBS, corpus_bytes: int = 2 << 20) -> None:
         self.root = root
         self.environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "TMPDIR": str(root / "tmp")}
-        _prepare(root)
+        _prepare(root, corpus_bytes)
         self.digests: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         for job in jobs:
@@ -243,7 +244,7 @@ def _expect(ended: tuple[int, str], code: int) -> None:
         raise RuntimeError(f"an undisturbed run ends with {ended[0]}: {ended[1]}")
 
 
-def _prepare(root: Path) -> None:
+def _prepare(root: Path, corpus_bytes: int) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -259,12 +260,12 @@ def _prepare(root: Path) -> None:
     text = b"".join(
         path.read_bytes() for path in sorted((ROOT / "calibration" / "sample" / "code").rglob("*")) if path.is_file()
     )
-    (root / "corpus.bin").write_bytes((text * 40)[: 3 << 19])
+    (root / "corpus.bin").write_bytes((text * 40)[:corpus_bytes])
 
 
 def plan(kills: int, jobs: tuple[Job, ...] = JOBS) -> list[tuple[Job, signal.Signals, float]]:
     """Which job is killed how and when: most are of calibrate, and each job's lie evenly over its time."""
-    shares = {job.name: 4 if job.again else 1 for job in jobs}
+    shares = {job.name: 5 if job.again else 1 for job in jobs}
     planned = []
     for job in jobs:
         count = round(kills * shares[job.name] / sum(shares.values()))
@@ -276,7 +277,7 @@ def main() -> int:
     """Kill, and tell; 1 if anything is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.hostile.kills", description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--table", type=Path, help="write what was done into this file too, as Markdown")
+    parser.add_argument("--table", type=Path, help="put the table into this page too, or into a new file")
     options = parser.parse_args()
     wrong = 0
     lines = ["| job | seconds | kills | after a save | wrong | two at once | full disk |", "|---|---|---|---|---|---|---|"]
@@ -303,7 +304,7 @@ def main() -> int:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.table is not None:
-        options.table.write_text(text, encoding="utf-8")
+        publish(options.table, "kills", text)
     return wrong > 0
 
 

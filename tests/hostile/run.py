@@ -13,6 +13,7 @@ from .campaign import Result, run_all, worker
 from .judge import BAD, GOOD
 from .kinds import KINDS
 from .materials import prepare
+from .published import publish
 
 
 def main() -> int:
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=1, help="processes that run inputs side by side")
     parser.add_argument("--minutes", type=float, help="end early, each seed")
-    parser.add_argument("--table", type=Path, help="write the table into this file too, as Markdown")
+    parser.add_argument("--table", type=Path, help="put the table into this page too, or into a new file")
     parser.add_argument("--materials", type=Path, help="keep the good files here, and take them from there")
     parser.add_argument("--kind", choices=KINDS, help="with --number: one input")
     parser.add_argument("--number", type=int)
@@ -56,7 +57,7 @@ def _campaign(options: argparse.Namespace, materials: Path) -> int:
     text += f" the longest {longest:.1f} s of processor time.\n"
     print(f"\n{text}\n{time.monotonic() - began:.0f} s")
     if options.table is not None:
-        options.table.write_text(text, encoding="utf-8")
+        publish(options.table, "hostile", text)
     return any(result.verdict in BAD for result in results)
 
 

@@ -141,6 +141,7 @@ def _run(request: dict[str, Any]) -> None:
         for limit, value in (
             (resource.RLIMIT_AS, MOST_ADDRESS_SPACE),
             (resource.RLIMIT_FSIZE, MOST_FILE_BYTES),
+            (resource.RLIMIT_CPU, int(MOST_WALL_SECONDS)),  # where nobody watches any more
             (resource.RLIMIT_CORE, 0),
         ):
             with contextlib.suppress(ValueError, OSError):

@@ -9,6 +9,6 @@ KILLS = 3  # of each job, one with each signal
 
 @pytest.mark.parametrize("job", JOBS, ids=[job.name for job in JOBS])
 def test_nothing_is_lost(job: Job, tmp_path):
-    place = Place(tmp_path, (job,))
+    place = Place(tmp_path, (job,), corpus_bytes=512 << 10)
     problems = [kill_one(place, job, number, part)[0] for _, number, part in plan(KILLS, (job,))]
     assert [*problems, two_at_once(place, job), full_disk(place, job)] == [""] * (KILLS + 2)

@@ -353,3 +353,9 @@ def test_the_reason_is_shown_and_the_reference_runs(
     assert module is None
     assert "not to be trusted" in reason
     assert capsys.readouterr().err.startswith("CPU kernels are not there, so MLX's slower ones run: the cache is not to")
+
+
+def test_a_cache_that_is_a_link_to_itself_is_an_error_of_the_system(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        private_files.make_private_folder(tmp_path / "loop")
