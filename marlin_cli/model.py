@@ -89,7 +89,7 @@ class Model:
         if architecture.capability is not cls.capability:
             found = f"{architecture.title}, which {architecture.capability.value}"
             raise CheckpointError(f"{path}: holds a {found}; take load, or name a model that {cls.capability.value}")
-        if architecture.overflows_in_float16 and dtype == mx.float16:
+        if architecture.overflows_in_float16 and dtype is not None and dtype == mx.float16:
             raise UsageError(f"dtype: a {architecture.title} overflows in float16; use bfloat16 or float32")
         wanted = dtype or chosen.dtype or (mx.bfloat16 if architecture.overflows_in_float16 else None)
         network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=wanted)
