@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +58,10 @@ class Corpus:
             raise CorpusError("no corpus is named")
         if sum(source.stdin for source in sources) > 1:
             raise CorpusError("stdin can be read once; name - a single time")
-        weights = [source.weight for source in sources]
+        where, weights = _named(sources), [source.weight for source in sources]
         if max(weights) > LARGEST_WEIGHT_RATIO * min(weights):
             raise CorpusError(
-                f"the weights of a corpus must be within {LARGEST_WEIGHT_RATIO:.0f} times of each other,"
+                f"{where}: the weights of a corpus must be within {LARGEST_WEIGHT_RATIO:.0f} times of each other,"
                 f" found {min(weights):g} and {max(weights):g}"
             )
         self.sources = tuple(sources)
@@ -259,7 +260,7 @@ def _alike(saved: Any, fresh: Any) -> bool:
     if isinstance(saved, list) and isinstance(fresh, list):
         return len(saved) == len(fresh) and all(map(_alike, saved, fresh))
     if isinstance(saved, int) and isinstance(fresh, int):
-        return saved >= 0
+        return 0 <= saved <= sys.maxsize
     return type(saved) is type(fresh) or fresh is None
 
 
