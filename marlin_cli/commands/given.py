@@ -46,7 +46,12 @@ class Command(TyperCommand):
             UsageError: see there.
         """
         given = list(args)
-        rest = super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except Exception as error:
+            if not str(error).startswith("Got unexpected extra argument"):
+                raise
+            raise UsageError(f"{ctx.info_name}: an argument too many among {', '.join(map(quoted, given[:8]))}") from None
         if not ctx.resilient_parsing:
             self._check_once(ctx, given)
             values = options_given(ctx)

@@ -3,17 +3,21 @@
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from marlin_cli.config import from_mapping
 from marlin_cli.documents import read_yaml
-from marlin_cli.errors import ConfigError, CorpusError
+from marlin_cli.errors import ConfigError, CorpusError, MarlinError
 from marlin_cli.files import check_regular, sha256_of_file, shipped
 from marlin_cli.text import quoted
 
 SUFFIXES = (".yaml", ".yml")
+
+# The library goes on drawing sources that are exhausted: what is left of a far lighter one would take for ever.
+LARGEST_WEIGHT_RATIO = 1000.0
+
 DOMAIN_NAME = r"[a-z0-9_]+"
 
 # The largest sizes that a corpus takes: what 64 bits count, and a window that fits memory.
@@ -51,11 +55,21 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("names no sources")
+        check_weights([source.weight for source in self.sources], ConfigError)
         if self.checksums is not None and not (self.checksums.isprintable() and len(self.checksums) <= MOST_NAME):
             raise ConfigError(f"checksums {quoted(self.checksums)} is no name of a file")
         for key, value, most in (("max_bytes", self.max_bytes, MOST_BYTES), ("seq_bytes", self.seq_bytes, MOST_WINDOW_BYTES)):
             if value is not None and not 1 <= value <= most:
                 raise ConfigError(f"{key} must be at least 1 and at most {most}, found {quoted(value)}")
+
+
+def check_weights(weights: Sequence[float], error: type[MarlinError], where: str = "") -> None:
+    """Raise `error`, which `where` begins, for weights so far apart that one source would hardly ever be drawn."""
+    if max(weights) > LARGEST_WEIGHT_RATIO * min(weights):
+        raise error(
+            f"{where}the weights of a corpus must be within {LARGEST_WEIGHT_RATIO:.0f} times of each other,"
+            f" found {min(weights):g} and {max(weights):g}"
+        )
 
 
 def find_recipe(name: str | Path) -> Path | None:

@@ -114,7 +114,8 @@ def _files(path: Path, text: str) -> tuple[Path, ...]:
         found = list(files_matching(str(path)))
         if not found:
             hint = "; a domain is named with a-z, 0-9 and _" if re.match(r"[^=/]*=", text) else ""
-            raise CorpusError(f"{text}: no such file, folder, pattern or shipped recipe{hint}")
+            shown = text if text.strip() == text else quoted(text)
+            raise CorpusError(f"{shown}: no such file, folder, pattern or shipped recipe{hint}")
     files = []
     for file in sorted(found):
         try:

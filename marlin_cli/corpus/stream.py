@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.corpus.readers import SHORTEST_WINDOW_BYTES, is_raw, size_of_windows, windows_of_source
-from marlin_cli.corpus.recipes import MOST_BYTES, MOST_WINDOW_BYTES, Recipe, find_recipe, load_recipe
+from marlin_cli.corpus.recipes import MOST_BYTES, MOST_WINDOW_BYTES, Recipe, check_weights, find_recipe, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
 from marlin_cli.errors import CorpusError
 from marlin_cli.text import quoted
 
 DEFAULT_SEQUENCE_BYTES = 16384
-
-# The library goes on drawing sources that are exhausted: what is left of a far lighter one would take for ever.
-LARGEST_WEIGHT_RATIO = 1000.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,7 @@ class Corpus:
             raise CorpusError("no corpus is named")
         if sum(source.stdin for source in sources) > 1:
             raise CorpusError("stdin can be read once; name - a single time")
-        weights = [source.weight for source in sources]
-        if max(weights) > LARGEST_WEIGHT_RATIO * min(weights):
-            raise CorpusError(
-                f"the weights of a corpus must be within {LARGEST_WEIGHT_RATIO:.0f} times of each other,"
-                f" found {min(weights):g} and {max(weights):g}"
-            )
+        check_weights([source.weight for source in sources], CorpusError, f"{_named(sources)}: ")
         self.sources = tuple(sources)
         self.sequence_bytes, self.seed, self.max_bytes = sequence_bytes, seed, max_bytes
         self._sizes = [[_size(file) for file in source.files] for source in sources]
@@ -259,7 +252,7 @@ def _alike(saved: Any, fresh: Any) -> bool:
     if isinstance(saved, list) and isinstance(fresh, list):
         return len(saved) == len(fresh) and all(map(_alike, saved, fresh))
     if isinstance(saved, int) and isinstance(fresh, int):
-        return saved >= 0
+        return 0 <= saved <= sys.maxsize
     return type(saved) is type(fresh) or fresh is None
 
 

@@ -135,7 +135,7 @@ def _calibrated(
             totals = _measured(network, window, hessians)
             count = sum(totals.domains.values())
             if done is not None:
-                totals = pool(done[0].totals, totals)
+                totals = _pooled(unfinished, done[0].totals, totals)
             sums = {} if hessians is None else hessians.sums
             done = Statistics(model, layers, (run,), totals, sums), corpus.state() if corpus.resumable else {}
             if hessians is not None:
@@ -165,6 +165,14 @@ def _nothing(network: Network, corpus: Measurable, run: Run) -> NothingMeasured:
     what = f"window of {unit} bytes (a patch)" if isinstance(corpus, Corpus) else "example"
     shard = f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else ""
     return NothingMeasured(f"nothing to measure: the corpus has no {what}{shard}")
+
+
+def _pooled(unfinished: Path, before: Totals, totals: Totals) -> Totals:
+    """Both together; only what came out of a file can be of other layers."""
+    try:
+        return pool(before, totals)
+    except StatisticsError as error:
+        raise StatisticsError(f"{unfinished}: {error}") from None
 
 
 def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None:

@@ -325,6 +325,7 @@ def test_the_fingerprint_changes_with_what_decides_the_windows(change):
         (lambda state: {**state, "stream": {}}, "damaged"),
         (lambda state: {**state, "stream": {**state["stream"], "examples_iterable": None}}, "damaged"),
         (lambda state: {**state, "stream": {**state["stream"], "epoch": "x"}}, "damaged"),
+        (lambda state: {**state, "stream": {**state["stream"], "epoch": 1 << 63}}, "damaged"),
     ],
 )
 def test_a_place_in_another_corpus_is_refused(mixture, damage, message):

@@ -94,7 +94,9 @@ def _control_characters(data: bytes) -> str:
 
 def _names(case: Case, line: str) -> bool:
     """Does an error name an option, a variable, or a file of the command line (or a part of its path)?"""
-    if re.search(r"--[a-z]|MARLIN_|CXX|stdin: ", line) or any(line.startswith(f"marlin: {word}: ") for word in case.argv):
+    if re.search(r"--[a-z]|MODEL|MARLIN_|CXX|stdin: ", line) or any(line.startswith(f"marlin: {word}: ") for word in case.argv):
+        return True
+    if any(repr(word) in line for word in case.argv):
         return True
     words = {part for word in case.argv[1:] for part in (word, *re.split(r"[/=:,]", word)) if len(part) > 1}
     return any(word[:40] in line or repr(word)[1:41].rstrip("'") in line for word in words)

@@ -126,7 +126,7 @@ def test_quantize_balances_and_says_so(random_network):
 
 def test_without_statistics_there_is_nothing_to_balance_by(each_network, random_network, small_sizes):
     settings = QuantizationSettings("16bit", "16bit", balance_keys=True)
-    with pytest.raises(UsageError, match="--balance-keys needs --stats"):
+    with pytest.raises(UsageError, match="--balance-keys needs statistics"):
         quantize_network(each_network, settings)
     with pytest.raises(UsageError, match="--sequential goes without"):
         quantize_sequentially(each_network, settings, [])
