@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from marlin_cli import load
 from marlin_cli.checkpoints import ImportOptions, native, read_checkpoint
 from marlin_cli.cli import app
-from marlin_cli.commands import quantization_run
+from marlin_cli.commands.calibration_bytes import CalibrationBytes
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
 
 LUCID = "megabyte_pytorch-2-stages"  # no rotary buffer, no learned positions
@@ -98,7 +98,7 @@ def test_the_record_goes_with_every_copy(lucid, tmp_path, monkeypatch):
     model.quantize(global_bits=8).save(tmp_path / "packed in Python")
     monkeypatch.chdir(tmp_path)
     batch = np.arange(64, dtype=np.uint8)[None]
-    monkeypatch.setattr(quantization_run, "batches_up_to", lambda *_: [("text", batch)])
+    monkeypatch.setattr(CalibrationBytes, "up_to", lambda *_: [("text", batch)])
     eight = ["--global-bits", "8"]
     commands = {
         "packed": ["quantize", str(lucid), *eight],
