@@ -25,14 +25,37 @@ class Rows:
         """Add rows and return all rows so far."""
         batch, heads, added, width = new.shape
         total = self.count + added
+        storage = self._with_room((batch, heads, added, width), new.dtype)
+        storage[:, :, self.count : total] = new
+        self.count = total
+        return storage[:, :, :total]
+
+    @property
+    def room(self) -> int:
+        """Rows for which there is storage yet."""
+        return 0 if self._storage is None else self._storage.shape[2] - self.count
+
+    def one_more(self) -> mx.array:
+        """All storage, with room for the row that is counted now and that the caller writes in place."""
+        assert self._storage is not None
+        batch, heads, _, width = self._storage.shape
+        storage = self._with_room((batch, heads, 1, width), self._storage.dtype)
+        self.count += 1
+        return storage
+
+    def one_less(self) -> None:
+        """Take back what `one_more` counted last."""
+        self.count -= 1
+
+    def _with_room(self, new: tuple[int, int, int, int], dtype: mx.Dtype) -> mx.array:
+        batch, heads, added, width = new
+        total = self.count + added
         if self._storage is None or total > self._storage.shape[2]:
             capacity = -(-total // self._rows_per_step) * self._rows_per_step
-            room = mx.zeros((batch, heads, capacity - self.count, width), dtype=new.dtype)
+            room = mx.zeros((batch, heads, capacity - self.count, width), dtype=dtype)
             kept = [] if self._storage is None else [self._storage[:, :, : self.count]]
             self._storage = mx.concatenate([*kept, room], axis=2)
-        self._storage[:, :, self.count : total] = new
-        self.count = total
-        return self._storage[:, :, :total]
+        return self._storage
 
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
@@ -74,6 +97,20 @@ class KeyValueCache:
     def nbytes(self) -> int:
         """Bytes of the rows in use, delayed rows included."""
         return self._keys.nbytes + self._values.nbytes + sum(row.nbytes for row in self._delayed.values())
+
+    @property
+    def room(self) -> int:
+        """Rows for which there is storage yet."""
+        return self._keys.room
+
+    def rows_for_one_more(self) -> tuple[mx.array, mx.array]:
+        """The storage of keys and values, with room for a row that is counted now and that the caller writes in place."""
+        return self._keys.one_more(), self._values.one_more()
+
+    def one_less(self) -> None:
+        """Take back the last row that `rows_for_one_more` counted."""
+        self._keys.one_less()
+        self._values.one_less()
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         everything = self._keys.append(keys), self._values.append(values)

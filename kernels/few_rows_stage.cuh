@@ -1,0 +1,352 @@
+// The layers of one stage over one new row of each of up to 16 streams, by all blocks of a grid together.
+//
+// A layer is four or five phases with a barrier between: q/k/v; attention, where it is too much for each block to do all of it
+// itself; o_proj and residual; gate/up and activation; down_proj and residual. Each phase brings its x into shared memory
+// (normalised, combined, embedded) and multiplies; the weights of the next one are on their way before its barrier opens.
+// Norms multiply x by their weight before the product and by the row's own factor after it, so that x is read once.
+
+namespace marlin {
+
+enum NormKind { RMS, LAYER, VARIANCE };
+enum Activation { SWIGLU, GELU, GELU_TANH, RELU, SILU };
+enum Part { FIRST, QKV, ATTEND, OUT, UP, DOWN, LAST, END };
+
+// As `marlin_cli.ops.cuda_stages` lays them out.
+template <typename T>
+struct Layer {
+  const T *attention_norm, *ffn_norm, *query_norm, *key_norm;  // the last two may be null
+  T *keys, *values;                                           // [streams, kv_heads, capacity, head_dim]
+  Linear<T> qkv[3], out, up[2], down;                         // up: gate and up, or up alone
+};
+
+template <typename T>
+struct Stage {
+  unsigned long long* grid;  // see Grid
+  float *x, *q, *k, *v;      // [streams, dim], [streams, heads * head_dim], twice [streams, kv_heads * head_dim]
+  float* parts;              // [streams * heads * splits, head_dim + 2]: what a split has seen
+  void *attended, *hidden;   // [streams, heads * head_dim], [streams, ffn_dim] bfloat16, or float where PARTS is 3
+  float* logits;             // [streams, vocab]
+  const T *table, *norm;     // [vocab, width]; [dim] or null
+  Linear<T> first, last;     // of bytes to rows; of rows to logits or to the next stage's condition
+  int32_t streams, layers, dim, heads, kv_heads, ffn_dim, capacity, width;
+  int32_t window, norm_kind, activation, interleaved;
+  float log2_theta, scale, eps;  // log2_theta 0: no rotation
+  int32_t splits;
+};
+
+template <typename T, int KINDS, int PARTS, int WARPS, int HEAD_DIM>
+struct Machine {
+  using Attending = Head<T, HEAD_DIM>;
+  using Kept = cuda::std::conditional_t<PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
+  static constexpr int DEPTH = 8, THREADS = WARPS * 32, SEGMENT = 32 * PIECE_VALUES, MOST_SEGMENTS = 64;
+
+  struct At {
+    int part, layer;
+  };
+
+  // What a phase begins with. It stands apart from the rest, so that it stays in registers.
+  struct Sent {
+    Weights<T, KINDS, DEPTH> weights;
+    Share share;
+  };
+
+  Stage<T>* stage;
+  Layer<T>* layers;
+  float *rotations, *squares, *factors, *partial;  // [streams][head_dim], [16][MOST_SEGMENTS], [16], see `multiply`
+  int *chosen, *flag;                              // [16], [1]
+  uint4* memory;                                   // the rest
+  bool attends_alone;  // each block all heads, which saves a barrier
+
+  // Shared memory is laid out here and measured in `cuda_stages`.
+  __device__ __forceinline__ explicit Machine(const void* model) {
+    uint8_t* shared = static_cast<uint8_t*>(dynamic_shared());
+    const Stage<T>* from = static_cast<const Stage<T>*>(model);
+    const int words = (sizeof(Stage<T>) + from->layers * sizeof(Layer<T>)) / 8;
+    const uint64_t* source = static_cast<const uint64_t*>(model);
+    for (int i = threadIdx.x; i < words; i += THREADS) reinterpret_cast<uint64_t*>(shared)[i] = source[i];
+    __syncthreads();
+    stage = reinterpret_cast<Stage<T>*>(shared);
+    layers = reinterpret_cast<Layer<T>*>(shared + sizeof(Stage<T>));
+    float* floats = reinterpret_cast<float*>(shared + words * 8);
+    rotations = floats, floats += stage->streams * HEAD_DIM;
+    squares = floats, floats += MOST_ROWS * MOST_SEGMENTS;
+    factors = floats, floats += MOST_ROWS;
+    chosen = reinterpret_cast<int*>(floats), floats += MOST_ROWS;
+    flag = reinterpret_cast<int*>(floats), floats += 4;
+    partial = floats, floats += WARPS * 2 * stage->streams * TILE_ROWS;
+    memory = reinterpret_cast<uint4*>(shared + (reinterpret_cast<uint8_t*>(floats) - shared + 15) / 16 * 16);
+  }
+
+  __device__ __forceinline__ Job<T> job_of(const At& at) const {
+    Layer<T>& layer = layers[at.layer];
+    switch (at.part) {
+      case FIRST: return {&stage->first, 1, false};
+      case QKV: return {layer.qkv, 3, false};
+      case OUT: return {&layer.out, 1, false};
+      case UP: return {layer.up, stage->activation == SWIGLU ? 2 : 1, stage->activation == SWIGLU};
+      case DOWN: return {&layer.down, 1, false};
+      default: return {&stage->last, 1, false};
+    }
+  }
+
+  // What follows within the layers; after the last one, LAST.
+  __device__ __forceinline__ At after(const At& at) const {
+    switch (at.part) {
+      case FIRST: return {QKV, 0};
+      case QKV: return {attends_alone ? OUT : ATTEND, at.layer};
+      case ATTEND: return {OUT, at.layer};
+      case OUT: return {UP, at.layer};
+      case UP: return {DOWN, at.layer};
+      case DOWN: return at.layer + 1 < stage->layers ? At{QKV, at.layer + 1} : At{LAST, at.layer};
+      default: return {END, 0};
+    }
+  }
+
+  // Sends for the weights that a phase begins with.
+  __device__ __forceinline__ void send_for(const At& at, Sent& sent) const {
+    if (at.part == ATTEND || at.part == END) return;
+    const Job<T> job = job_of(at);
+    sent.share = Share::template of<T, WARPS>(job);
+    sent.weights.begin(job, sent.share, sent.share.team);
+  }
+
+  // The rows' positions for rotation, `seen` rows of which came before.
+  __device__ __forceinline__ void rotate_at(int seen, const int32_t* padding) {
+    if (stage->log2_theta == 0.0f) return;
+    for (int b = 0; b < stage->streams; b++) {
+      fill_rotation(rotations + b * HEAD_DIM, HEAD_DIM / 2, stage->log2_theta, seen - (padding ? padding[b] : 0), threadIdx.x, THREADS);
+    }
+  }
+
+  // x of the phase into shared memory: load(row, piece, values) for each piece. With a norm, `factors` learn each row's.
+  template <typename Load>
+  __device__ __forceinline__ void bring(const Linear<T>& linear, const T* norm, bool normalises, const Load& load) {
+    const Operand<PARTS> x(memory, stage->streams, linear);
+    const int depth = linear.depth, width = linear.width(), whole = 4 * linear.lane_values() * linear.steps();
+    const int lane = threadIdx.x % 32;
+    const int segments = (whole + SEGMENT - 1) / SEGMENT;
+    const bool centred = normalises && stage->norm_kind != RMS;
+    for (int item = threadIdx.x / 32; item < stage->streams * segments; item += WARPS) {
+      const int row = item / segments, segment = item % segments, piece = segment * 32 + lane;
+      float values[PIECE_VALUES] = {}, weights_of_norm[PIECE_VALUES], mean = 0.0f, sum = 0.0f;
+      if (centred) {
+        for (int other = lane; other < width / PIECE_VALUES; other += 32) {
+          load(row, other, values);
+#pragma unroll
+          for (int i = 0; i < PIECE_VALUES; i++) mean += values[i];
+        }
+        mean = sum_of_warp(mean) / width;
+#pragma unroll
+        for (int i = 0; i < PIECE_VALUES; i++) values[i] = 0.0f;
+      }
+      if (piece * PIECE_VALUES < depth) {
+        const int own = piece % (width / PIECE_VALUES);
+        load(row, own, values);
+        if (normalises) {
+          load_piece(norm + own * PIECE_VALUES, weights_of_norm);
+          const float centre = stage->norm_kind == LAYER ? mean : 0.0f;
+#pragma unroll
+          for (int i = 0; i < PIECE_VALUES; i++) {
+            if (piece == own) sum += (values[i] - mean) * (values[i] - mean);
+            values[i] = (values[i] - centre) * weights_of_norm[i];
+          }
+        }
+      }
+      if (piece * PIECE_VALUES < whole) x.put(row, piece, values);
+      if (normalises) {
+        sum = sum_of_warp(sum);
+        if (lane == 0) squares[row * MOST_SEGMENTS + segment] = sum;
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < stage->streams) {  // read after the sums of the product have met
+      float sum = 0.0f;
+      for (int segment = 0; segment < segments; segment++) sum += squares[threadIdx.x * MOST_SEGMENTS + segment];
+      factors[threadIdx.x] = normalises ? rsqrtf(sum / width + stage->eps) : 1.0f;
+    }
+  }
+
+  // Rows that a norm reads from x; where they are new, from `fresh`, and one block keeps them.
+  template <typename Fresh>
+  __device__ __forceinline__ void bring_normed(const Linear<T>& linear, const T* norm, bool is_new, const Fresh& fresh) {
+    const int dim = stage->dim;
+    bring(linear, norm, norm != nullptr, [&](int row, int piece, float (&values)[8]) {
+      float* place = stage->x + row * dim + piece * PIECE_VALUES;
+      if (!is_new) return load_piece<float>(place, values);
+      fresh(row, piece, values);
+      if (blockIdx.x > 0) return;
+#pragma unroll
+      for (int i = 0; i < 8; i++) place[i] = values[i];
+    });
+  }
+
+  __device__ __forceinline__ void bring_kept(const Linear<T>& linear, const void* from) {
+    const Kept* rows = static_cast<const Kept*>(from);
+    bring(linear, nullptr, false, [&](int row, int piece, float (&values)[8]) {
+      load_piece(rows + row * linear.width() + piece * PIECE_VALUES, values);
+    });
+  }
+
+  // A head's query, and its new key and value as a cache would give them back.
+  __device__ __forceinline__ void prepare(Attending& head, const Layer<T>& layer, int stream, int number) const {
+    const int kv_head = number / (stage->heads / stage->kv_heads), at = Attending::piece() * 8;
+    load_piece<float>(stage->q + (stream * stage->heads + number) * HEAD_DIM + at, head.query);
+    load_piece<float>(stage->k + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.key);
+    load_piece<float>(stage->v + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.value);
+    const float* rotation = stage->log2_theta == 0.0f ? nullptr : rotations + stream * HEAD_DIM;
+    Attending::prepare(head.query, layer.query_norm, stage->eps, rotation, stage->interleaved);
+    Attending::prepare(head.key, layer.key_norm, stage->eps, rotation, stage->interleaved);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      head.query[i] *= stage->scale * LOG2_E;
+      head.key[i] = to_float(from_float<T>(head.key[i])), head.value[i] = to_float(from_float<T>(head.value[i]));
+    }
+  }
+
+  __device__ __forceinline__ int64_t cache_of(int stream, int number) const {
+    return int64_t(stream * stage->kv_heads + number / (stage->heads / stage->kv_heads)) * stage->capacity * HEAD_DIM;
+  }
+
+  // Puts the new key and value behind `seen` rows; by one warp for each of the cache's heads.
+  __device__ __forceinline__ void remember(const Attending& head, const Layer<T>& layer, int stream, int number, int seen) const {
+    if (number % (stage->heads / stage->kv_heads) || Attending::group() > 0) return;
+    const int64_t place = cache_of(stream, number) + int64_t(seen) * HEAD_DIM + Attending::piece() * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) layer.keys[place + i] = from_float<T>(head.key[i]), layer.values[place + i] = from_float<T>(head.value[i]);
+  }
+
+  // All heads of all streams, a warp each, straight into the x of o_proj.
+  __device__ __forceinline__ void attend_alone(const Layer<T>& layer, int seen) {
+    const Operand<PARTS> x(memory, stage->streams, layer.out);
+    const int whole = 4 * layer.out.lane_values() * layer.out.steps() / PIECE_VALUES, depth = layer.out.depth / PIECE_VALUES;
+    for (int i = threadIdx.x; i < stage->streams * (whole - depth); i += THREADS) {
+      float nothing[8] = {};
+      x.put(i / (whole - depth), depth + i % (whole - depth), nothing);
+    }
+    for (int task = threadIdx.x / 32; task < stage->streams * stage->heads; task += WARPS) {
+      const int stream = task / stage->heads, number = task % stage->heads;
+      Attending head;
+      prepare(head, layer, stream, number);
+      const int64_t cache = cache_of(stream, number);
+      head.see(layer.keys + cache, layer.values + cache, 0, seen, 0, 1, true);
+      if (blockIdx.x == 0) remember(head, layer, stream, number, seen);
+#pragma unroll
+      for (int i = 0; i < 8; i++) head.seen[i] /= head.weight;
+      for (int first = 0; first < layer.out.depth && Attending::group() == 0; first += layer.out.width()) {
+        float values[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = head.seen[i];
+        x.put(stream, first / PIECE_VALUES + number * Attending::LANES + Attending::piece(), values);
+      }
+    }
+    if (threadIdx.x < stage->streams) factors[threadIdx.x] = 1.0f;
+  }
+
+  // Heads of streams and splits of their rows, a block each.
+  __device__ __forceinline__ void attend_together(const Layer<T>& layer, int seen, const int32_t* padding) {
+    float* shared = reinterpret_cast<float*>(memory);
+    constexpr int WIDTH = HEAD_DIM + 2;
+    const int warp = threadIdx.x / 32, splits = stage->splits;
+    for (int task = blockIdx.x; task < stage->streams * stage->heads * splits; task += gridDim.x) {
+      const int split = task % splits, number = task / splits % stage->heads, stream = task / splits / stage->heads;
+      int start = padding ? padding[stream] : 0;
+      if (stage->window >= 0) start = max(start, seen - stage->window);
+      const int count = seen - start, first = start + int(int64_t(count) * split / splits);
+      const int end = start + int(int64_t(count) * (split + 1) / splits);
+      Attending head;
+      prepare(head, layer, stream, number);
+      const int64_t cache = cache_of(stream, number);
+      const bool with_new = split == splits - 1 && warp == WARPS - 1;
+      head.see(layer.keys + cache, layer.values + cache, first, end, warp, WARPS, with_new);
+      if (with_new) remember(head, layer, stream, number, seen);
+      if (Attending::group() == 0) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) shared[warp * WIDTH + Attending::piece() * 8 + i] = head.seen[i];
+        shared[warp * WIDTH + HEAD_DIM] = head.peak, shared[warp * WIDTH + HEAD_DIM + 1] = head.weight;
+      }
+      __syncthreads();
+      for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
+        float peak = NOTHING_SEEN, weight = 0.0f, seen_here = 0.0f;
+        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared[w * WIDTH + HEAD_DIM]);
+        for (int w = 0; w < WARPS; w++) {
+          const float share_of_warp = exp2f(shared[w * WIDTH + HEAD_DIM] - peak);
+          weight += share_of_warp * shared[w * WIDTH + HEAD_DIM + 1], seen_here += share_of_warp * shared[w * WIDTH + i];
+        }
+        if (splits == 1) {
+          static_cast<Kept*>(stage->attended)[(stream * stage->heads + number) * HEAD_DIM + i] = from_float<Kept>(seen_here / weight);
+        } else {
+          stage->parts[task * WIDTH + i] = seen_here;
+          if (i == 0) stage->parts[task * WIDTH + HEAD_DIM] = peak, stage->parts[task * WIDTH + HEAD_DIM + 1] = weight;
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void bring_attended(const Linear<T>& linear) {
+    const int splits = stage->splits;
+    if (splits == 1) return bring_kept(linear, stage->attended);
+    constexpr int WIDTH = HEAD_DIM + 2;
+    bring(linear, nullptr, false, [&](int row, int piece, float (&values)[8]) {
+      const float* part = stage->parts + (row * stage->heads + piece / Attending::LANES) * splits * WIDTH;
+      float peak = NOTHING_SEEN, weight = 0.0f;
+      for (int split = 0; split < splits; split++) peak = fmaxf(peak, __ldcg(part + split * WIDTH + HEAD_DIM));
+      for (int split = 0; split < splits; split++) {
+        const float share_of_split = exp2f(__ldcg(part + split * WIDTH + HEAD_DIM) - peak);
+        weight += share_of_split * __ldcg(part + split * WIDTH + HEAD_DIM + 1);
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] += share_of_split * __ldcg(part + split * WIDTH + piece % Attending::LANES * 8 + i);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i++) values[i] /= weight;
+    });
+  }
+
+  __device__ __forceinline__ float activated(float up, float gate_or_up) const {
+    switch (stage->activation) {
+      case SWIGLU: return up / (1.0f + expf(-up)) * gate_or_up;  // up is the gate here
+      case GELU: return 0.5f * up * (1.0f + erff(up * 0.70710678f));
+      case GELU_TANH: return up / (1.0f + expf(-1.59576912f * (up + 0.044715f * up * up * up)));
+      case RELU: return fmaxf(up, 0.0f);
+      default: return up / (1.0f + expf(-up));
+    }
+  }
+
+  // One phase. fresh(row, piece, values) gives the rows that the first layer takes where `is_new`; embed those of FIRST;
+  // done(row, column, value) takes what LAST gives.
+  template <typename Fresh, typename Embed, typename Done>
+  __device__ __forceinline__ void run(
+      const At& at, Sent& sent, int seen, const int32_t* padding, bool is_new, const Fresh& fresh, const Embed& embed, const Done& done) {
+    Layer<T>& layer = layers[at.layer];
+    if (at.part == ATTEND) return attend_together(layer, seen, padding);
+    const Job<T> job = job_of(at);
+    switch (at.part) {
+      case FIRST: bring(stage->first, nullptr, false, embed); break;
+      case QKV: bring_normed(layer.qkv[0], layer.attention_norm, is_new && at.layer == 0, fresh); break;
+      case UP: bring_normed(layer.up[0], layer.ffn_norm, false, fresh); break;
+      case DOWN: bring_kept(layer.down, stage->hidden); break;
+      case LAST: bring_normed(stage->last, stage->norm, false, fresh); break;
+      default:
+        if (attends_alone) {
+          attend_alone(layer, seen);
+        } else {
+          bring_attended(layer.out);
+        }
+    }
+    __syncthreads();
+    const Operand<PARTS> x(memory, stage->streams, job.linears[0]);
+    multiply<WARPS>(job, sent.share, sent.weights, x, factors, partial, [&](int number, int row, int column, float one, float other) {
+      const Linear<T>& linear = job.linears[number];
+      switch (at.part) {
+        case FIRST: stage->x[row * stage->dim + column] = one; break;
+        case QKV: (number == 0 ? stage->q : number == 1 ? stage->k : stage->v)[row * linear.rows + column] = one; break;
+        case OUT:
+        case DOWN: stage->x[row * stage->dim + column] = __ldcg(stage->x + row * stage->dim + column) + one; break;
+        case UP: static_cast<Kept*>(stage->hidden)[row * linear.rows + column] = from_float<Kept>(activated(one, other)); break;
+        default: done(row, column, one);
+      }
+    });
+  }
+};
+
+}  // namespace marlin

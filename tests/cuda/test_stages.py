@@ -1,0 +1,121 @@
+"""Whole stages in one launch against the network's own layers: the kernels on a GPU where there is one, else in the emulator."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cuda_emulator import Emulated, compiler, own_addresses
+from mlx.utils import tree_map
+
+from marlin_cli.engine import cuda_patches
+from marlin_cli.engine.cuda_patches import global_stage, local_stage
+from marlin_cli.engine.decoding import CacheBits, GraphCache
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.ops import cuda_stages
+from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
+from marlin_cli.quantization.apply import quantize_network
+from marlin_cli.quantization.plan import QuantizationSettings
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on Linux here")]
+SMALL = {
+    "patch_size": 4, "max_bytes": 128, "byte_dim": 16,
+    "global_layers": 2, "global_dim": 64, "global_heads": 4, "global_ffn_dim": 192,
+    "local_layers": 2, "local_dim": 32, "local_heads": 2, "local_ffn_dim": 96,
+}  # fmt: skip
+PACKED = ("nvfp4", "mxfp4", "mxfp8", "int4", "int8")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    if mx.cuda.is_available():
+        return
+    monkeypatch.setattr(cuda_stages, "kernel", Emulated)
+    monkeypatch.setattr(cuda_stages, "addresses", own_addresses)
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
+    monkeypatch.setattr(cuda_stages, "WARPS", 2)
+    monkeypatch.setattr(cuda_patches, "gpu", lambda: "cuda")
+
+
+def network_of(dtype=mx.float32, format=None, **options):
+    mx.random.seed(0)
+    network = MegaByte(MegaByteConfig(**{**SMALL, **options}))
+    draw = lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5)  # noqa: E731
+    network.update(tree_map(draw, network.parameters()))
+    if format is not None:
+        group = 32 if format.startswith("int") else None
+        settings = QuantizationSettings(global_format=format, local_format=format, group_size=group)
+        network = quantize_network(network, settings, method="rtn").network
+    network.set_dtype(dtype)
+    mx.eval(network.parameters())
+    return network
+
+
+def close(found, expected, tolerance):
+    found, expected = (np.array(each.astype(mx.float32)) for each in (found, expected))
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def random_ids(*shape):
+    return mx.array(np.random.default_rng(sum(shape)).integers(0, 256, shape).astype(np.int32))
+
+
+STREAMS = [1, 3, 9]
+VARIANTS = {
+    "swiglu": {},
+    "grouped": {"global_kv_heads": 2, "local_kv_heads": 1, "qk_norm": True},
+    "layernorm": {"norm": "layernorm", "ffn": "gelu", "ffn_bias": True, "local_positions": "rope", "rope_interleaved": True},
+    "variance": {"norm": "variance", "ffn": "relu", "attention_window": 2, "local_positions": "none", "local_heads": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "format", "streams"),
+    [("swiglu", None, 1), ("swiglu", None, 9), ("grouped", "nvfp4", 3), ("layernorm", "int4", 1), ("variance", "mxfp8", 2),
+     ("swiglu", "mxfp4", 16), ("grouped", "int8", 1)],
+)  # fmt: skip
+def test_a_global_step(variant, format, streams):
+    """Three patches behind a cache that MLX began, some of it filler."""
+    network = network_of(format=format, **VARIANTS[variant])
+    stage = global_stage(network)
+    assert takes_stage(stage, streams)
+    padding = mx.array([row % 2 for row in range(streams)]) if streams > 1 else None
+    caches = [GraphCache(network["global"], network.stages[0].config, False, padding.tolist() if streams > 1 else [], CacheBits())
+              for _ in range(2)]  # fmt: skip
+    rows = mx.random.normal((streams, 2, stage.dim), key=mx.random.key(1))
+    for cache in caches:
+        mx.eval(cache.run(rows))
+    device = StageOnDevice(stage, streams)
+    for patch in range(3):
+        ids = random_ids(streams, network.config.patch_size, patch + 1)[..., 0]
+        hidden = caches[0].run(network.token_rows(0, ids[:, None], 0, None))[:, -1]
+        expected = network.to_next(0, hidden)[:, 0]
+        device.set_caches([layer.rows_for_one_more() for layer in caches[1].layers])
+        close(device.step(ids, 2 + patch, padding), expected, 3e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "format", "streams"),
+    [("swiglu", None, 1), ("swiglu", None, 9), ("grouped", "nvfp4", 3), ("layernorm", "int4", 1), ("variance", "mxfp8", 2),
+     ("swiglu", "mxfp4", 16), ("grouped", "int8", 1)],
+)  # fmt: skip
+def test_a_local_patch(variant, format, streams):
+    """The ids that the network's own logits call the likeliest, some of them given."""
+    network = network_of(format=format, **VARIANTS[variant])
+    stage, length = local_stage(network), network.config.patch_size
+    assert takes_stage(stage, streams)
+    device = StageOnDevice(stage, streams)
+    device.own_caches(length)
+    lead = mx.random.normal((streams, stage.dim), key=mx.random.key(2))
+    last = network.stages[-1]
+    added = mx.zeros((1, length, stage.dim)) if last.positions is None else last.positions.weight[None]
+    for known in (0, 2):
+        given = random_ids(streams, known) if known else None
+        ids = device.decode_sequence(lead, added, given, None, None, length - known)
+        mx.eval(ids)
+        whole = ids if given is None else mx.concatenate([given, ids], axis=1)
+        rows = mx.concatenate([lead[:, None], last.byte_embedding(whole[:, :-1])], axis=1) + added
+        logits = network.head(network.local(rows))
+        best = mx.argmax(logits, axis=-1)[:, known:]
+        assert ids.tolist() == best.tolist()
