@@ -24,11 +24,9 @@ struct Linear {
 
   // Values of a row of x, which repeat for each part of the weight.
   __device__ __forceinline__ int width() const { return kind == DENSE ? depth / group : depth; }
-  // Values that a lane takes of a row in one load.
-  __device__ __forceinline__ int lane_values() const {
-    return kind == DENSE ? 8 : kind == MXFP8 || kind == INT8 ? 16 : 32;
-  }
-  __device__ __forceinline__ int steps() const { return (depth + 4 * lane_values() - 1) / (4 * lane_values()); }
+  // Of the values that a lane takes of a row in one load: the logarithm.
+  __device__ __forceinline__ int log_values() const { return kind == DENSE ? 3 : kind == MXFP8 || kind == INT8 ? 4 : 5; }
+  __device__ __forceinline__ int steps() const { return (depth + (4 << log_values()) - 1) >> (2 + log_values()); }
   __device__ __forceinline__ int tiles() const { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 };
 
@@ -38,22 +36,16 @@ struct Linear {
 template <int PARTS>
 struct Operand {
   uint4* pieces;
-  int rows, stride, lane_pieces;  // pieces of a load of weights: 1, 2 or 4
-
-  template <typename T>
-  __device__ __forceinline__ Operand(uint4* memory, int count, const Linear<T>& linear)
-      : pieces(memory), rows(count), lane_pieces(linear.lane_values() / PIECE_VALUES) {
-    stride = 4 * lane_pieces * linear.steps();
-    if (stride % 8 != 4) stride += 4;
-  }
+  int rows, stride, log_pieces;  // of a load of weights: 1, 2 or 4 pieces
 
   __device__ __forceinline__ int place(int row, int piece) const {
-    const int within = piece % (4 * lane_pieces);
-    return row * stride + piece - within + within % lane_pieces * 4 + within / lane_pieces;
+    const int within = piece & ((4 << log_pieces) - 1);
+    return row * stride + piece - within + ((within & ((1 << log_pieces) - 1)) << 2) + (within >> log_pieces);
   }
 
   // Values 8 * piece and on of a row.
   __device__ __forceinline__ void put(int row, int piece, float (&values)[PIECE_VALUES]) const {
+    uint4* to = pieces + place(row, piece);
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       uint32_t pairs[4];
@@ -61,110 +53,116 @@ struct Operand {
       for (int p = 0; p < 4; p++) {
         // A word of codes is decoded to pairs of the codes half a word apart.
         const int dense = 2 * p, eight = p / 2 * 4 + p % 2;
-        const float first = lane_pieces == 1 ? values[dense] : lane_pieces == 2 ? values[eight] : values[p];
-        const float second = lane_pieces == 1 ? values[dense + 1] : lane_pieces == 2 ? values[eight + 2] : values[p + 4];
+        const float first = log_pieces == 0 ? values[dense] : log_pieces == 1 ? values[eight] : values[p];
+        const float second = log_pieces == 0 ? values[dense + 1] : log_pieces == 1 ? values[eight + 2] : values[p + 4];
         pairs[p] = pair_of<false>(first, second);
       }
       if constexpr (PARTS > 1) {
 #pragma unroll
         for (int i = 0; i < PIECE_VALUES; i++) values[i] -= to_float(from_float<__nv_bfloat16>(values[i]));
       }
-      pieces[part * rows * stride + place(row, piece)] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      to[part * rows * stride] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
     }
   }
 };
 
-// What a phase multiplies: the rows of several layers one after another, or a pair of layers row by row.
-template <typename T>
+// What a phase multiplies: the rows of several layers one after another, or a pair of layers row by row. And how the warps of the
+// grid share it: teams of warps of one block, each team a tile, each of its warps some of the depth. Tiles go to blocks in turn;
+// teams are as large as leaves one for every tile. It is the same in every layer, so it is worked out once.
 struct Job {
-  const Linear<T>* linears;
-  int count;
-  bool paired;
+  int16_t count, paired, kind, log_values, log_group, log_size;
+  int32_t tiles, teams, steps, depth, width, stride, whole, segments, log_segments;  // x: see Operand and `bring`
+  int32_t first_tile[3];                                                           // of each layer
 
-  __device__ __forceinline__ int tiles() const {
-    int sum = 0;
-    for (int i = 0; i < (paired ? 1 : count); i++) sum += linears[i].tiles();
-    return sum;
+  template <typename T>
+  __device__ __forceinline__ void plan(const Linear<T>* linears, int number, bool pair, int warps) {
+    const Linear<T>& any = linears[0];
+    count = number, paired = pair, kind = any.kind, log_values = any.log_values(), log_group = 0, log_size = 0;
+    while (1 << (log_group + 1) <= any.group) log_group++;
+    tiles = 0, steps = any.steps(), depth = any.depth, width = any.width(), whole = steps * (4 << log_values);
+    for (int i = 0; i < number; i++) {
+      first_tile[i] = pair ? 0 : tiles;
+      tiles = pair && i > 0 ? tiles : tiles + linears[i].tiles();
+    }
+    while (2 << log_size <= warps && (1 << log_size) < steps && gridDim.x * (warps >> (log_size + 1)) >= tiles) log_size++;
+    teams = gridDim.x * (warps >> log_size);
+    stride = whole / PIECE_VALUES;
+    if (stride % 8 != 4) stride += 4;
+    segments = (whole + 255) / 256, log_segments = 0;
+    while (1 << log_segments < segments) log_segments++;
   }
-  // The layer of a tile, which becomes the tile within it.
-  __device__ __forceinline__ int layer_of(int& tile) const {
-    int i = 0;
-    while (!paired && i + 1 < count && tile >= linears[i].tiles()) tile -= linears[i++].tiles();
-    return i;
-  }
+
+  __device__ __forceinline__ int team() const { return (threadIdx.x / 32 >> log_size) * gridDim.x + blockIdx.x; }
+  __device__ __forceinline__ int member() const { return threadIdx.x / 32 & ((1 << log_size) - 1); }
 };
 
-// How the warps of the grid share a job: teams of warps of one block, each team a tile, each of its warps some of the depth.
-// Tiles go to blocks in turn. Teams are as large as leaves one for every tile.
-struct Share {
-  int size, team, member, teams;
+// Where a lane's weights of one tile begin.
+struct Lane {
+  uint32_t words;   // of 16 bytes, before the first of the lane
+  uint32_t groups;  // before the first of its row
+  int32_t tile;     // within its layer; below 0: none
+  int16_t layer, units;
 
-  template <typename T, int WARPS>
-  static __device__ __forceinline__ Share of(const Job<T>& job) {
-    const int tiles = job.tiles(), steps = job.linears[0].steps(), warp = threadIdx.x / 32;
-    int size = WARPS;
-    while (size > 1 && (size >= 2 * steps || gridDim.x * (WARPS / size) < tiles)) size /= 2;
-    return {size, int(warp / size * gridDim.x + blockIdx.x), warp % size, int(gridDim.x) * (WARPS / size)};
+  template <typename T>
+  __device__ __forceinline__ void plan(const Job& job, const Linear<T>* linears, int wanted) {
+    tile = -1, units = 0, layer = 0, words = groups = 0;
+    if (wanted >= job.tiles) return;
+    while (!job.paired && layer + 1 < job.count && wanted >= job.first_tile[layer + 1]) layer++;
+    tile = wanted - job.first_tile[layer];
+    const int lane = threadIdx.x % 32, member = job.member();
+    units = member < job.steps ? ((job.steps - member - 1) >> job.log_size) + 1 : 0;
+    if (job.paired) units *= 2;
+    const uint32_t row = min(tile * TILE_ROWS + lane / 4, linears[layer].rows - 1);
+    words = row * (job.depth >> job.log_values) + member * 4 + lane % 4;
+    groups = job.kind == DENSE ? 0 : row * (job.depth >> job.log_group);
   }
 };
 
 // DEPTH loads of a lane's weights, on their way or used and loaded anew. KINDS has a bit for each kind that there is.
+// Units are steps of the depth; those of a pair of layers take turns.
 template <typename T, int KINDS, int DEPTH>
 struct Weights {
-  static constexpr bool AFFINE = (KINDS & (1 << INT4 | 1 << INT8)) != 0;
+  static constexpr bool AFFINE = (KINDS & (1 << INT4 | 1 << INT8)) != 0, CODES = (KINDS & ~(1 << DENSE)) != 0;
   uint32_t words[DEPTH][4];
-  uint32_t scales[DEPTH];
+  uint32_t scales[CODES ? DEPTH : 1];
   float affine[AFFINE ? DEPTH : 1][2];  // scale and zero
-  const Linear<T>* pair[2];
-  int tile, units;
 
-  // Begins with a team's tile: loads what comes first. Units are steps of the depth; of a pair, by turns.
-  __device__ __forceinline__ void begin(const Job<T>& job, const Share& share, int wanted) {
-    tile = wanted;
-    units = 0;
-    if (wanted >= job.tiles()) return;
-    pair[0] = job.linears + job.layer_of(tile);
-    pair[1] = job.linears + (job.paired ? 1 : 0);
-    const int steps = pair[0]->steps();
-    units = share.member < steps ? (steps - share.member + share.size - 1) / share.size : 0;
-    if (job.paired) units *= 2;
+  __device__ __forceinline__ void begin(const Job& job, const Linear<T>* linears, const Lane& lane) {
 #pragma unroll
-    for (int slot = 0; slot < DEPTH; slot++) load(job.paired, share, slot, slot);
+    for (int slot = 0; slot < DEPTH; slot++) {
+      if (slot < lane.units) load(job, linears, lane, slot, slot);  // the same for all lanes
+    }
   }
 
-  static __device__ __forceinline__ int step_of(bool paired, const Share& share, int unit) {
-    return share.member + (paired ? unit / 2 : unit) * share.size;
-  }
-
-  __device__ __forceinline__ void load(bool paired, const Share& share, int slot, int unit) {
-    if (unit >= units) return;  // the same for all lanes
-    const Linear<T>& linear = paired && slot % 2 ? *pair[1] : *pair[0];
-    const int lane = threadIdx.x % 32, values = linear.lane_values();
-    const int chunk = step_of(paired, share, unit) * 4 + lane % 4;
-    const int64_t row = min(tile * TILE_ROWS + lane / 4, linear.rows - 1);
-    if (chunk * values >= linear.depth) {
+  __device__ __forceinline__ void load(const Job& job, const Linear<T>* linears, const Lane& lane, int slot, int unit) {
+    const Linear<T>& linear = linears[job.paired ? slot % 2 : lane.layer];
+    const int step = (job.paired ? unit / 2 : unit) << job.log_size;
+    const int column = ((job.member() + step) * 4 + int(threadIdx.x % 4)) << job.log_values;
+    if (column >= job.depth) {
 #pragma unroll
       for (int i = 0; i < 4; i++) words[slot][i] = 0;
-      scales[slot] = 0;
+      if constexpr (CODES) scales[slot] = 0;
       if constexpr (AFFINE) affine[slot][0] = affine[slot][1] = 0.0f;
       return;
     }
-    load_once<true>(linear.weight + (row * (linear.depth / values) + chunk) * 4, words[slot]);
-    if (linear.kind == DENSE) return;
-    if constexpr (AFFINE) {
-      if (linear.kind >= INT4) {
-        const int64_t group = (row * linear.depth + chunk * values) / linear.group;
-        affine[slot][0] = to_float(static_cast<const T*>(linear.scales)[group]);
-        affine[slot][1] = to_float(linear.zeros[group]);
-        return;
+    load_once<true>(linear.weight + (size_t(lane.words) + step * 4) * 4, words[slot]);
+    if constexpr (CODES) {
+      if (job.kind == DENSE) return;
+      const uint32_t group = lane.groups + (column >> job.log_group);
+      if constexpr (AFFINE) {
+        if (job.kind >= INT4) {
+          affine[slot][0] = to_float(static_cast<const T*>(linear.scales)[group]);
+          affine[slot][1] = to_float(linear.zeros[group]);
+          return;
+        }
       }
+      const uint8_t* codes = static_cast<const uint8_t*>(linear.scales) + group;
+      scales[slot] = job.kind == NVFP4 ? *reinterpret_cast<const uint16_t*>(codes) : *codes;
     }
-    const uint8_t* codes = static_cast<const uint8_t*>(linear.scales) + (row * linear.depth + chunk * values) / linear.group;
-    scales[slot] = linear.kind == NVFP4 ? *reinterpret_cast<const uint16_t*>(codes) : *codes;
   }
 };
 
-// Weights are multiplied as w * 2^OPERAND_EXPONENT where they are codes under a scale, which keeps them among normal numbers.
+// Weights are multiplied as w * 2^CODES_EXPONENT where they are codes under a scale, which keeps them among normal numbers.
 constexpr int CODES_EXPONENT = -26;
 
 __device__ __forceinline__ float factor_of_kind(int kind) {
@@ -210,23 +208,23 @@ __device__ __forceinline__ void weight_pairs(
   }
 }
 
-// sums += x @ w^T for one load of weights: two sums, of which each product takes the one that was not just used.
+// sums += x @ w^T for one load of weights: two sums, which take turns, as each product waits for the one before it. `x` is where
+// this lane's piece of the first row of x stands, which counts up from there.
 template <int KIND, int PARTS>
 __device__ __forceinline__ void multiply_unit(
-    float (&sums)[2][4], const uint32_t (&words)[4], uint32_t scales, const float* affine, const Operand<PARTS>& x, int step) {
+    float (&sums)[2][4], const uint32_t (&words)[4], uint32_t scales, const float* affine, const uint4* x, int part_stride,
+    int high_stride, bool low_there, bool high_there) {
   constexpr int SPLIT = PARTS > 1 && (KIND == INT4 || KIND == INT8) ? 2 : 1;
   constexpr int LANE_PIECES = KIND == DENSE ? 1 : KIND == MXFP8 || KIND == INT8 ? 2 : 4;
-  const int lane = threadIdx.x % 32, row = lane / 4;
 #pragma unroll
   for (int piece = 0; piece < LANE_PIECES; piece++) {
     uint32_t w[SPLIT][4];
     weight_pairs<KIND, SPLIT>(words, scales, affine, piece, w);
-    const uint4* from = x.pieces + (step * LANE_PIECES + piece) * 4 + lane % 4;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
       uint4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
-      if (row < x.rows) low = from[(part * x.rows + row) * x.stride];
-      if (row + 8 < x.rows) high = from[(part * x.rows + row + 8) * x.stride];
+      if (low_there) low = x[part * part_stride + piece * 4];
+      if (high_there) high = x[part * part_stride + piece * 4 + high_stride];
 #pragma unroll
       for (int split = 0; split < SPLIT; split++) {
         multiply_tiles<false>(sums[0], low.x, high.x, low.y, high.y, w[split][0], w[split][1]);
@@ -236,75 +234,91 @@ __device__ __forceinline__ void multiply_unit(
   }
 }
 
-template <int KINDS, int PARTS>
-__device__ __forceinline__ void multiply_any(
-    int kind, float (&sums)[2][4], const uint32_t (&words)[4], uint32_t scales, const float* affine, const Operand<PARTS>& x,
-    int step) {
-  if constexpr ((KINDS & 1 << DENSE) != 0) if (kind == DENSE) multiply_unit<DENSE>(sums, words, scales, affine, x, step);
-  if constexpr ((KINDS & 1 << NVFP4) != 0) if (kind == NVFP4) multiply_unit<NVFP4>(sums, words, scales, affine, x, step);
-  if constexpr ((KINDS & 1 << MXFP4) != 0) if (kind == MXFP4) multiply_unit<MXFP4>(sums, words, scales, affine, x, step);
-  if constexpr ((KINDS & 1 << MXFP8) != 0) if (kind == MXFP8) multiply_unit<MXFP8>(sums, words, scales, affine, x, step);
-  if constexpr ((KINDS & 1 << INT4) != 0) if (kind == INT4) multiply_unit<INT4>(sums, words, scales, affine, x, step);
-  if constexpr ((KINDS & 1 << INT8) != 0) if (kind == INT8) multiply_unit<INT8>(sums, words, scales, affine, x, step);
+// All units of a warp's tile, of one kind.
+template <int KIND, int PARTS, typename T, int KINDS, int DEPTH>
+__device__ __forceinline__ void multiply_tile(
+    float (&sums)[2][2][4], const Job& job, const Linear<T>* linears, const Lane& own, Weights<T, KINDS, DEPTH>& weights,
+    const Operand<PARTS>& x) {
+  static_assert(DEPTH % 2 == 0);
+  constexpr int LOG_PIECES = KIND == DENSE ? 0 : KIND == MXFP8 || KIND == INT8 ? 1 : 2;
+  const int row = threadIdx.x % 32 / 4, part_stride = x.rows * x.stride, high_stride = 8 * x.stride;
+  const bool low_there = row < x.rows, high_there = row + 8 < x.rows;
+  const uint4* from = x.pieces + (low_there ? row * x.stride : 0) + (job.member() << (2 + LOG_PIECES)) + threadIdx.x % 4;
+  for (int unit = 0; unit < own.units; unit += DEPTH) {
+#pragma unroll
+    for (int slot = 0; slot < DEPTH; slot++) {
+      if (unit + slot < own.units) {
+        const int step = (job.paired ? (unit + slot) / 2 : unit + slot) << job.log_size;
+        // A pair's two sums take turns with the slots; of a single layer two are as good as one.
+        multiply_unit<KIND, PARTS>(
+            sums[slot % 2], weights.words[slot], weights.scales[weights.CODES ? slot : 0],
+            weights.affine[weights.AFFINE ? slot : 0], from + (step << (2 + LOG_PIECES)), part_stride, high_stride, low_there,
+            high_there);
+        if (unit + slot + DEPTH < own.units) weights.load(job, linears, own, slot, unit + slot + DEPTH);
+      }
+    }
+  }
 }
 
+// What a product is added to, and what multiplies it.
+struct Known {
+  float added, factor;
+};
+
 // A job by all blocks; `weights` has begun with the team's first tile, and x stands there for all threads of the block.
-// finish(layer, x row, row of W, product, product with the second of a pair) is called once for each, by some thread.
-// `factors` multiply the products of each row of x, and are read late: after the sums have met.
+// finish(layer, x row, row of W, product, product with the second of a pair, known) is called once for each, by some thread;
+// `known` is what before(layer, x row, row of W) gave, long before, so that nothing is waited for twice.
 // `partial` is shared memory for WARPS * 2 * rows * 8 floats.
-template <int WARPS, typename T, int KINDS, int DEPTH, int PARTS, typename Finish>
+template <int WARPS, typename T, int KINDS, int DEPTH, int PARTS, typename Before, typename Finish>
 __device__ __forceinline__ void multiply(
-    const Job<T>& job, const Share& share, Weights<T, KINDS, DEPTH>& weights, const Operand<PARTS>& x,
-    const float* factors, float* partial, const Finish& finish) {
-  static_assert(DEPTH % 2 == 0);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = job.tiles(), outputs = x.rows * TILE_ROWS;
-  for (int first = 0; first < tiles; first += share.teams) {  // the same for all blocks
-    const int wanted = first + share.team;
+    const Job& job, const Linear<T>* linears, Lane own, Weights<T, KINDS, DEPTH>& weights, const Operand<PARTS>& x,
+    float* partial, const Before& before, const Finish& finish) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, outputs = x.rows * TILE_ROWS;
+  const int size = 1 << job.log_size, member = job.member();
+  // With few outputs a warp sums some of the members in each quarter of its lanes.
+  const bool few = outputs == TILE_ROWS;
+  const int begin = few ? member * TILE_ROWS + lane % TILE_ROWS : member * 32 + lane;
+  for (int first = 0; first < job.tiles; first += job.teams) {  // the same for all blocks
     if (first > 0) {
-      weights.begin(job, share, wanted);
+      own.plan(job, linears, first + job.team());
+      weights.begin(job, linears, own);
       __syncthreads();  // the sums of the tile before have been read
     }
-    if (wanted < tiles) {
+    Known known = {0.0f, 0.0f};
+    if (own.tile >= 0 && begin < outputs) {
+      known = before(own.layer, begin / TILE_ROWS, min(own.tile * TILE_ROWS + begin % TILE_ROWS, linears[own.layer].rows - 1));
+    }
+    if (own.tile >= 0) {
       float sums[2][2][4] = {};
-      const int kind = weights.pair[0]->kind;
-      for (int unit = 0; unit < weights.units; unit += DEPTH) {
+      if constexpr ((KINDS & 1 << DENSE) != 0) if (job.kind == DENSE) multiply_tile<DENSE>(sums, job, linears, own, weights, x);
+      if constexpr ((KINDS & 1 << NVFP4) != 0) if (job.kind == NVFP4) multiply_tile<NVFP4>(sums, job, linears, own, weights, x);
+      if constexpr ((KINDS & 1 << MXFP4) != 0) if (job.kind == MXFP4) multiply_tile<MXFP4>(sums, job, linears, own, weights, x);
+      if constexpr ((KINDS & 1 << MXFP8) != 0) if (job.kind == MXFP8) multiply_tile<MXFP8>(sums, job, linears, own, weights, x);
+      if constexpr ((KINDS & 1 << INT4) != 0) if (job.kind == INT4) multiply_tile<INT4>(sums, job, linears, own, weights, x);
+      if constexpr ((KINDS & 1 << INT8) != 0) if (job.kind == INT8) multiply_tile<INT8>(sums, job, linears, own, weights, x);
 #pragma unroll
-        for (int slot = 0; slot < DEPTH; slot++) {
-          if (unit + slot < weights.units) {
-            const int step = weights.step_of(job.paired, share, unit + slot);
-            const float* affine = weights.affine[weights.AFFINE ? slot : 0];
-            // A pair's two take turns with the slots; of a single layer two sums are as good as one.
-            multiply_any<KINDS>(kind, sums[slot % 2], weights.words[slot], weights.scales[slot], affine, x, step);
-            weights.load(job.paired, share, slot, unit + slot + DEPTH);
-          }
-        }
-      }
-#pragma unroll
-      for (int which = 0; which < 2; which++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const int row = lane / 4 + i / 2 * 8;
-          const float sum = sums[which][0][i] + sums[which][1][i];
-          if (row < x.rows) partial[(warp * 2 + which) * outputs + row * TILE_ROWS + lane % 4 * 2 + i % 2] = sum;
-        }
+      for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + i / 2 * 8, place = warp * 2 * outputs + row * TILE_ROWS + lane % 4 * 2 + i % 2;
+        if (row < x.rows) partial[place] = sums[0][0][i] + sums[0][1][i], partial[place + outputs] = sums[1][0][i] + sums[1][1][i];
       }
     }
     __syncthreads();
-    if (wanted >= tiles) continue;
-    const int leader = warp - share.member;
-    for (int i = share.member * 32 + lane; i < outputs; i += share.size * 32) {
-      const int row = weights.tile * TILE_ROWS + i % TILE_ROWS;
-      const Linear<T>&first_of = *weights.pair[0], &second_of = *weights.pair[1];
-      if (row >= first_of.rows) continue;
+    if (own.tile < 0 || (few && member > 0)) continue;
+    const float* of_team = partial + (warp - member) * 2 * outputs;
+    const float factor = factor_of_kind(job.kind);
+    for (int i = begin; i < outputs; i += size * 32) {
       float one = 0.0f, other = 0.0f;
-      for (int member = 0; member < share.size; member++) {
-        one += partial[(leader + member) * 2 * outputs + i];
-        other += partial[((leader + member) * 2 + 1) * outputs + i];
+      for (int each = few ? lane / TILE_ROWS : 0; each < size; each += few ? 4 : 1) {
+        one += of_team[each * 2 * outputs + i], other += of_team[(each * 2 + 1) * outputs + i];
       }
+      if (few) {
+        one += __shfl_xor_sync(0xffffffff, one, 8), other += __shfl_xor_sync(0xffffffff, other, 8);
+        one += __shfl_xor_sync(0xffffffff, one, 16), other += __shfl_xor_sync(0xffffffff, other, 16);
+      }
+      const int row = own.tile * TILE_ROWS + i % TILE_ROWS;
+      if (row >= linears[own.layer].rows || (few && lane >= TILE_ROWS)) continue;
       if (!job.paired) one += other;
-      one = one * (factors[i / TILE_ROWS] * first_of.factor * factor_of_kind(first_of.kind)) + (first_of.bias ? to_float(first_of.bias[row]) : 0.0f);
-      other = other * (factors[i / TILE_ROWS] * second_of.factor * factor_of_kind(second_of.kind)) + (second_of.bias ? to_float(second_of.bias[row]) : 0.0f);
-      finish(int(weights.pair[0] - job.linears), i / TILE_ROWS, row, one, other);
+      finish(own.layer, i / TILE_ROWS, row, one * factor, other * factor, i == begin ? known : before(own.layer, i / TILE_ROWS, row));
     }
   }
 }

@@ -38,27 +38,24 @@ template <typename T, int KINDS, int PARTS, int WARPS, int HEAD_DIM>
 struct Machine {
   using Attending = Head<T, HEAD_DIM>;
   using Kept = cuda::std::conditional_t<PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
-  static constexpr int DEPTH = 8, THREADS = WARPS * 32, SEGMENT = 32 * PIECE_VALUES, MOST_SEGMENTS = 64;
+  static constexpr int DEPTH = 8, THREADS = WARPS * 32, MOST_SEGMENTS = 64;
 
   struct At {
     int part, layer;
   };
 
-  // What a phase begins with. It stands apart from the rest, so that it stays in registers.
-  struct Sent {
-    Weights<T, KINDS, DEPTH> weights;
-    Share share;
-  };
-
   Stage<T>* stage;
   Layer<T>* layers;
-  float *rotations, *squares, *factors, *partial;  // [streams][head_dim], [16][MOST_SEGMENTS], [16], see `multiply`
-  int *chosen, *flag;                              // [16], [1]
-  uint4* memory;                                   // the rest
-  bool attends_alone;  // each block all heads, which saves a barrier
+  Job* jobs;                             // by part
+  Lane* lanes;                           // by part, of this thread
+  float *rotations, *squares, *partial;  // [streams][head_dim], [16][MOST_SEGMENTS], see `multiply`
+  int *chosen, *flag;                    // [16], [1]
+  uint4* memory;                         // the rest
+  int query_heads;                       // that share a head of the cache
+  bool attends_alone;                    // each block all heads, which saves a barrier
 
-  // Shared memory is laid out here and measured in `cuda_stages`.
-  __device__ __forceinline__ explicit Machine(const void* model) {
+  // Shared memory is laid out here and measured in `cuda_stages`. All layers are alike but for where their weights stand.
+  __device__ __forceinline__ Machine(const void* model, bool alone_if_few) {
     uint8_t* shared = static_cast<uint8_t*>(dynamic_shared());
     const Stage<T>* from = static_cast<const Stage<T>*>(model);
     const int words = (sizeof(Stage<T>) + from->layers * sizeof(Layer<T>)) / 8;
@@ -67,25 +64,37 @@ struct Machine {
     __syncthreads();
     stage = reinterpret_cast<Stage<T>*>(shared);
     layers = reinterpret_cast<Layer<T>*>(shared + sizeof(Stage<T>));
-    float* floats = reinterpret_cast<float*>(shared + words * 8);
+    jobs = reinterpret_cast<Job*>(shared + words * 8);
+    lanes = reinterpret_cast<Lane*>(jobs + END) + threadIdx.x;
+    float* floats = reinterpret_cast<float*>(reinterpret_cast<Lane*>(jobs + END) + END * THREADS);
     rotations = floats, floats += stage->streams * HEAD_DIM;
     squares = floats, floats += MOST_ROWS * MOST_SEGMENTS;
-    factors = floats, floats += MOST_ROWS;
     chosen = reinterpret_cast<int*>(floats), floats += MOST_ROWS;
     flag = reinterpret_cast<int*>(floats), floats += 4;
     partial = floats, floats += WARPS * 2 * stage->streams * TILE_ROWS;
     memory = reinterpret_cast<uint4*>(shared + (reinterpret_cast<uint8_t*>(floats) - shared + 15) / 16 * 16);
+    query_heads = stage->heads / stage->kv_heads;
+    attends_alone = alone_if_few && stage->streams * stage->heads <= 2 * WARPS;
+    if (threadIdx.x < END && threadIdx.x != ATTEND) {
+      const At at = {int(threadIdx.x), 0};
+      const bool pair = at.part == UP && stage->activation == SWIGLU;
+      jobs[at.part].plan(linears_of(at), at.part == QKV ? 3 : pair ? 2 : 1, pair, WARPS);
+    }
+    __syncthreads();
+    for (int part = 0; part < END; part++) {
+      if (part != ATTEND) lanes[part * THREADS].plan(jobs[part], linears_of({part, 0}), jobs[part].team());
+    }
   }
 
-  __device__ __forceinline__ Job<T> job_of(const At& at) const {
-    Layer<T>& layer = layers[at.layer];
+  __device__ __forceinline__ const Linear<T>* linears_of(const At& at) const {
+    const Layer<T>& layer = layers[at.layer];
     switch (at.part) {
-      case FIRST: return {&stage->first, 1, false};
-      case QKV: return {layer.qkv, 3, false};
-      case OUT: return {&layer.out, 1, false};
-      case UP: return {layer.up, stage->activation == SWIGLU ? 2 : 1, stage->activation == SWIGLU};
-      case DOWN: return {&layer.down, 1, false};
-      default: return {&stage->last, 1, false};
+      case FIRST: return &stage->first;
+      case QKV: return layer.qkv;
+      case OUT: return &layer.out;
+      case UP: return layer.up;
+      case DOWN: return &layer.down;
+      default: return &stage->last;
     }
   }
 
@@ -102,12 +111,10 @@ struct Machine {
     }
   }
 
-  // Sends for the weights that a phase begins with.
+  // Sends for the weights that a phase begins with. They stand apart from the rest, so that they stay in registers.
+  using Sent = Weights<T, KINDS, DEPTH>;
   __device__ __forceinline__ void send_for(const At& at, Sent& sent) const {
-    if (at.part == ATTEND || at.part == END) return;
-    const Job<T> job = job_of(at);
-    sent.share = Share::template of<T, WARPS>(job);
-    sent.weights.begin(job, sent.share, sent.share.team);
+    if (at.part != ATTEND && at.part != END) sent.begin(jobs[at.part], linears_of(at), lanes[at.part * THREADS]);
   }
 
   // The rows' positions for rotation, `seen` rows of which came before.
@@ -118,32 +125,37 @@ struct Machine {
     }
   }
 
-  // x of the phase into shared memory: load(row, piece, values) for each piece. With a norm, `factors` learn each row's.
+  __device__ __forceinline__ Operand<PARTS> operand(const Job& job) const {
+    return {memory, stage->streams, job.stride, job.log_values - 3};
+  }
+
+  // x of the phase into shared memory: load(row, piece, values) for each piece, by warps, 256 values each. With a norm,
+  // `squares` learn each segment's.
   template <typename Load>
-  __device__ __forceinline__ void bring(const Linear<T>& linear, const T* norm, bool normalises, const Load& load) {
-    const Operand<PARTS> x(memory, stage->streams, linear);
-    const int depth = linear.depth, width = linear.width(), whole = 4 * linear.lane_values() * linear.steps();
+  __device__ __forceinline__ void bring(const Job& job, const T* norm, const Load& load) {
+    const Operand<PARTS> x = operand(job);
     const int lane = threadIdx.x % 32;
-    const int segments = (whole + SEGMENT - 1) / SEGMENT;
-    const bool centred = normalises && stage->norm_kind != RMS;
-    for (int item = threadIdx.x / 32; item < stage->streams * segments; item += WARPS) {
-      const int row = item / segments, segment = item % segments, piece = segment * 32 + lane;
+    const bool centred = norm != nullptr && stage->norm_kind != RMS;
+    for (int item = threadIdx.x / 32; item < stage->streams << job.log_segments; item += WARPS) {
+      const int row = item >> job.log_segments, segment = item & ((1 << job.log_segments) - 1), piece = segment * 32 + lane;
+      if (segment >= job.segments) continue;
       float values[PIECE_VALUES] = {}, weights_of_norm[PIECE_VALUES], mean = 0.0f, sum = 0.0f;
       if (centred) {
-        for (int other = lane; other < width / PIECE_VALUES; other += 32) {
+        for (int other = lane; other < job.width / PIECE_VALUES; other += 32) {
           load(row, other, values);
 #pragma unroll
           for (int i = 0; i < PIECE_VALUES; i++) mean += values[i];
         }
-        mean = sum_of_warp(mean) / width;
+        mean = sum_of_warp(mean) / job.width;
 #pragma unroll
         for (int i = 0; i < PIECE_VALUES; i++) values[i] = 0.0f;
       }
-      if (piece * PIECE_VALUES < depth) {
-        const int own = piece % (width / PIECE_VALUES);
+      if (piece * PIECE_VALUES < job.depth) {
+        int own = piece;  // dense float32 weights read x once for each of their parts
+        while (own * PIECE_VALUES >= job.width) own -= job.width / PIECE_VALUES;
+        if (norm != nullptr) load_piece(norm + own * PIECE_VALUES, weights_of_norm);
         load(row, own, values);
-        if (normalises) {
-          load_piece(norm + own * PIECE_VALUES, weights_of_norm);
+        if (norm != nullptr) {
           const float centre = stage->norm_kind == LAYER ? mean : 0.0f;
 #pragma unroll
           for (int i = 0; i < PIECE_VALUES; i++) {
@@ -152,26 +164,19 @@ struct Machine {
           }
         }
       }
-      if (piece * PIECE_VALUES < whole) x.put(row, piece, values);
-      if (normalises) {
+      if (piece * PIECE_VALUES < job.whole) x.put(row, piece, values);
+      if (norm != nullptr) {
         sum = sum_of_warp(sum);
         if (lane == 0) squares[row * MOST_SEGMENTS + segment] = sum;
       }
-    }
-    __syncthreads();
-    if (threadIdx.x < stage->streams) {  // read after the sums of the product have met
-      float sum = 0.0f;
-      for (int segment = 0; segment < segments; segment++) sum += squares[threadIdx.x * MOST_SEGMENTS + segment];
-      factors[threadIdx.x] = normalises ? rsqrtf(sum / width + stage->eps) : 1.0f;
     }
   }
 
   // Rows that a norm reads from x; where they are new, from `fresh`, and one block keeps them.
   template <typename Fresh>
-  __device__ __forceinline__ void bring_normed(const Linear<T>& linear, const T* norm, bool is_new, const Fresh& fresh) {
-    const int dim = stage->dim;
-    bring(linear, norm, norm != nullptr, [&](int row, int piece, float (&values)[8]) {
-      float* place = stage->x + row * dim + piece * PIECE_VALUES;
+  __device__ __forceinline__ void bring_normed(const Job& job, const T* norm, bool is_new, const Fresh& fresh) {
+    bring(job, norm, [&](int row, int piece, float (&values)[8]) {
+      float* place = stage->x + row * job.width + piece * PIECE_VALUES;
       if (!is_new) return load_piece<float>(place, values);
       fresh(row, piece, values);
       if (blockIdx.x > 0) return;
@@ -180,16 +185,14 @@ struct Machine {
     });
   }
 
-  __device__ __forceinline__ void bring_kept(const Linear<T>& linear, const void* from) {
+  __device__ __forceinline__ void bring_kept(const Job& job, const void* from) {
     const Kept* rows = static_cast<const Kept*>(from);
-    bring(linear, nullptr, false, [&](int row, int piece, float (&values)[8]) {
-      load_piece(rows + row * linear.width() + piece * PIECE_VALUES, values);
-    });
+    bring(job, nullptr, [&](int row, int piece, float (&values)[8]) { load_piece(rows + row * job.width + piece * PIECE_VALUES, values); });
   }
 
   // A head's query, and its new key and value as a cache would give them back.
   __device__ __forceinline__ void prepare(Attending& head, const Layer<T>& layer, int stream, int number) const {
-    const int kv_head = number / (stage->heads / stage->kv_heads), at = Attending::piece() * 8;
+    const int kv_head = number / query_heads, at = Attending::piece() * 8;
     load_piece<float>(stage->q + (stream * stage->heads + number) * HEAD_DIM + at, head.query);
     load_piece<float>(stage->k + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.key);
     load_piece<float>(stage->v + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.value);
@@ -204,12 +207,12 @@ struct Machine {
   }
 
   __device__ __forceinline__ int64_t cache_of(int stream, int number) const {
-    return int64_t(stream * stage->kv_heads + number / (stage->heads / stage->kv_heads)) * stage->capacity * HEAD_DIM;
+    return int64_t(stream * stage->kv_heads + number / query_heads) * stage->capacity * HEAD_DIM;
   }
 
   // Puts the new key and value behind `seen` rows; by one warp for each of the cache's heads.
   __device__ __forceinline__ void remember(const Attending& head, const Layer<T>& layer, int stream, int number, int seen) const {
-    if (number % (stage->heads / stage->kv_heads) || Attending::group() > 0) return;
+    if (number % query_heads || Attending::group() > 0) return;
     const int64_t place = cache_of(stream, number) + int64_t(seen) * HEAD_DIM + Attending::piece() * 8;
 #pragma unroll
     for (int i = 0; i < 8; i++) layer.keys[place + i] = from_float<T>(head.key[i]), layer.values[place + i] = from_float<T>(head.value[i]);
@@ -217,8 +220,9 @@ struct Machine {
 
   // All heads of all streams, a warp each, straight into the x of o_proj.
   __device__ __forceinline__ void attend_alone(const Layer<T>& layer, int seen) {
-    const Operand<PARTS> x(memory, stage->streams, layer.out);
-    const int whole = 4 * layer.out.lane_values() * layer.out.steps() / PIECE_VALUES, depth = layer.out.depth / PIECE_VALUES;
+    const Job& job = jobs[OUT];
+    const Operand<PARTS> x = operand(job);
+    const int whole = job.whole / PIECE_VALUES, depth = job.depth / PIECE_VALUES;
     for (int i = threadIdx.x; i < stage->streams * (whole - depth); i += THREADS) {
       float nothing[8] = {};
       x.put(i / (whole - depth), depth + i % (whole - depth), nothing);
@@ -232,14 +236,13 @@ struct Machine {
       if (blockIdx.x == 0) remember(head, layer, stream, number, seen);
 #pragma unroll
       for (int i = 0; i < 8; i++) head.seen[i] /= head.weight;
-      for (int first = 0; first < layer.out.depth && Attending::group() == 0; first += layer.out.width()) {
+      for (int first = 0; first < job.depth && Attending::group() == 0; first += job.width) {
         float values[8];
 #pragma unroll
         for (int i = 0; i < 8; i++) values[i] = head.seen[i];
         x.put(stream, first / PIECE_VALUES + number * Attending::LANES + Attending::piece(), values);
       }
     }
-    if (threadIdx.x < stage->streams) factors[threadIdx.x] = 1.0f;
   }
 
   // Heads of streams and splits of their rows, a block each.
@@ -283,11 +286,11 @@ struct Machine {
     }
   }
 
-  __device__ __forceinline__ void bring_attended(const Linear<T>& linear) {
+  __device__ __forceinline__ void bring_attended(const Job& job) {
     const int splits = stage->splits;
-    if (splits == 1) return bring_kept(linear, stage->attended);
+    if (splits == 1) return bring_kept(job, stage->attended);
     constexpr int WIDTH = HEAD_DIM + 2;
-    bring(linear, nullptr, false, [&](int row, int piece, float (&values)[8]) {
+    bring(job, nullptr, [&](int row, int piece, float (&values)[8]) {
       const float* part = stage->parts + (row * stage->heads + piece / Attending::LANES) * splits * WIDTH;
       float peak = NOTHING_SEEN, weight = 0.0f;
       for (int split = 0; split < splits; split++) peak = fmaxf(peak, __ldcg(part + split * WIDTH + HEAD_DIM));
@@ -317,35 +320,52 @@ struct Machine {
   template <typename Fresh, typename Embed, typename Done>
   __device__ __forceinline__ void run(
       const At& at, Sent& sent, int seen, const int32_t* padding, bool is_new, const Fresh& fresh, const Embed& embed, const Done& done) {
-    Layer<T>& layer = layers[at.layer];
+    const Layer<T>& layer = layers[at.layer];
     if (at.part == ATTEND) return attend_together(layer, seen, padding);
-    const Job<T> job = job_of(at);
-    switch (at.part) {
-      case FIRST: bring(stage->first, nullptr, false, embed); break;
-      case QKV: bring_normed(layer.qkv[0], layer.attention_norm, is_new && at.layer == 0, fresh); break;
-      case UP: bring_normed(layer.up[0], layer.ffn_norm, false, fresh); break;
-      case DOWN: bring_kept(layer.down, stage->hidden); break;
-      case LAST: bring_normed(stage->last, stage->norm, false, fresh); break;
-      default:
-        if (attends_alone) {
-          attend_alone(layer, seen);
-        } else {
-          bring_attended(layer.out);
-        }
+    const Job& job = jobs[at.part];
+    const T* norm = at.part == QKV ? layer.attention_norm : at.part == UP ? layer.ffn_norm : at.part == LAST ? stage->norm : nullptr;
+    if (at.part == FIRST) {
+      bring(job, nullptr, embed);
+    } else if (at.part == DOWN) {
+      bring_kept(job, stage->hidden);
+    } else if (at.part != OUT) {
+      bring_normed(job, norm, is_new && at.part == QKV && at.layer == 0, fresh);
+    } else if (attends_alone) {
+      attend_alone(layer, seen);
+    } else {
+      bring_attended(job);
     }
     __syncthreads();
-    const Operand<PARTS> x(memory, stage->streams, job.linears[0]);
-    multiply<WARPS>(job, sent.share, sent.weights, x, factors, partial, [&](int number, int row, int column, float one, float other) {
-      const Linear<T>& linear = job.linears[number];
-      switch (at.part) {
-        case FIRST: stage->x[row * stage->dim + column] = one; break;
-        case QKV: (number == 0 ? stage->q : number == 1 ? stage->k : stage->v)[row * linear.rows + column] = one; break;
-        case OUT:
-        case DOWN: stage->x[row * stage->dim + column] = __ldcg(stage->x + row * stage->dim + column) + one; break;
-        case UP: static_cast<Kept*>(stage->hidden)[row * linear.rows + column] = from_float<Kept>(activated(one, other)); break;
-        default: done(row, column, one);
-      }
-    });
+    const Linear<T>* linears = linears_of(at);
+    const bool residual = at.part == OUT || at.part == DOWN;
+    multiply<WARPS>(
+        job, linears, lanes[at.part * THREADS], sent, operand(job), partial,
+        [&](int number, int row, int column) -> Known {
+          float factor = linears[number].factor;
+          if (norm != nullptr) {
+            float sum = 0.0f;
+            for (int segment = 0; segment < job.segments; segment++) sum += squares[row * MOST_SEGMENTS + segment];
+            factor *= rsqrtf(sum / job.width + stage->eps);
+          }
+          const T* bias = linears[number].bias;
+          return {(bias ? to_float(bias[column]) : 0.0f) + (residual ? __ldcg(stage->x + row * stage->dim + column) : 0.0f), factor};
+        },
+        [&](int number, int row, int column, float one, float other, const Known& known) {
+          one = one * known.factor + known.added;
+          if (residual || at.part == FIRST) {
+            stage->x[row * stage->dim + column] = one;
+          } else if (at.part == QKV) {
+            (number == 0 ? stage->q : number == 1 ? stage->k : stage->v)[row * linears[number].rows + column] = one;
+          } else if (at.part == UP) {
+            if (job.paired) {  // the factor of the pair's second may be its own
+              const T* bias = linears[1].bias;
+              other = other * (known.factor / linears[0].factor * linears[1].factor) + (bias ? to_float(bias[column]) : 0.0f);
+            }
+            static_cast<Kept*>(stage->hidden)[row * linears[0].rows + column] = from_float<Kept>(activated(one, other));
+          } else {
+            done(row, column, one);
+          }
+        });
   }
 };
 

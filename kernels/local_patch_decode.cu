@@ -11,12 +11,12 @@
 
   using Engine = marlin::Machine<T, KINDS, PARTS, WARPS, HEAD_DIM>;
   using At = typename Engine::At;
-  Engine engine(model);
+  Engine engine(model, true);
   marlin::Stage<T>& stage = *engine.stage;
   marlin::Grid grid(stage.grid);
   const int steps = span_shape[0] - 1, known = span_shape[1] - 1, streams = stage.streams, vocab = stage.last.rows;
+  constexpr int MOST_VOCAB = 512;
   const int dim = stage.dim, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  engine.attends_alone = streams * stage.heads <= 2 * WARPS;
 
   // The id of each stream from its logits, by a warp, to `chosen`; every block draws for itself.
   auto draw = [&](int step) {
@@ -60,9 +60,12 @@
           if (id == vocab || score > highest) highest = score, id = i;
         }
       } else {
-        for (int i = lane; i < vocab; i += 32) {
-          const float score = __ldcg(logits + i);
-          if (id == vocab || score > highest) highest = score, id = i;
+        float scores[MOST_VOCAB / 32];  // loaded together, as each takes long
+#pragma unroll
+        for (int n = 0; n < MOST_VOCAB / 32; n++) scores[n] = lane + 32 * n < vocab ? __ldcg(logits + lane + 32 * n) : highest;
+#pragma unroll
+        for (int n = 0; n < MOST_VOCAB / 32; n++) {
+          if (lane + 32 * n < vocab && (n == 0 || scores[n] > highest)) highest = scores[n], id = lane + 32 * n;
         }
       }
       marlin::best_of_warp(highest, id);

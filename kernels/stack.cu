@@ -9,12 +9,11 @@
 
   using Engine = marlin::Machine<T, KINDS, PARTS, WARPS, HEAD_DIM>;
   using At = typename Engine::At;
-  Engine engine(model);
+  Engine engine(model, false);
   marlin::Stage<T>& stage = *engine.stage;
   marlin::Grid grid(stage.grid);
   const int seen = span_shape[0] - 1, patch = ids_shape[1], columns = stage.last.rows;
   const int32_t* filler = HAS_PADDING ? padding : nullptr;
-  engine.attends_alone = false;
 
   if (grid.failed()) return;  // the ids say so already
   At at = {marlin::FIRST, 0};

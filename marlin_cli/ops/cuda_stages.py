@@ -31,7 +31,9 @@ MOST_SPLITS = 8
 
 # Bytes of the records and of shared memory as few_rows_stage.cuh lays them out.
 STAGE_BYTES, LAYER_BYTES = 248, 384
-SUMS_OF_ROWS = 4 * (16 * 64 + 16 + 16 + 4)
+NO_LINEAR = struct.pack("<4Q2if2h", 0, 0, 0, 0, 0, 0, 0.0, 0, 1)
+PARTS_OF_A_LAYER, JOB_BYTES, LANE_BYTES = 7, 60, 16
+SUMS_OF_ROWS = 4 * (16 * 64 + 16 + 4)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class LinearArrays:
     def depth(self) -> int:
         bits = {"dense": 16, "mxfp8": 8, "int8": 8}.get(self.kind, 4)
         return self.weight.shape[1] if self.kind == "dense" else self.weight.shape[1] * 32 // bits
+
+    @property
+    def shape(self) -> tuple[int, int, str, int]:
+        return self.rows, self.depth, self.kind, self.group
 
     def arrays(self) -> list[mx.array | None]:
         return [self.weight, self.scales, self.zeros, self.bias]
@@ -134,6 +140,7 @@ def takes_stage(stage: StageArrays, streams: int) -> bool:
         and all(
             len({(each.kind, each.group) for each in some}) == 1 for layer in stage.layers for some in (layer.qkv, layer.up)
         )
+        and len({tuple(each.shape for each in layer.linears()) for layer in stage.layers}) == 1
         and shared_bytes(stage, streams) <= shared_memory()
     )
 
@@ -157,7 +164,7 @@ def shared_bytes(stage: StageArrays, streams: int) -> int:
         step = 4 * LANE_VALUES[linear.kind]
         longest = max(longest, parts * streams * 2 * (-(-linear.depth // step) * step + 32))
     joining, sampling = 4 * WARPS * (stage.head_dim + 2), 4 * streams * stage.last.rows if stage.first is None else 0
-    record = STAGE_BYTES + LAYER_BYTES * len(stage.layers)
+    record = STAGE_BYTES + LAYER_BYTES * len(stage.layers) + PARTS_OF_A_LAYER * (JOB_BYTES + LANE_BYTES * WARPS * 32)
     rotations, sums = 4 * streams * stage.head_dim, 4 * WARPS * 2 * streams * 8
     return record + rotations + SUMS_OF_ROWS + sums + 16 + max(longest, joining, sampling)
 
@@ -278,7 +285,7 @@ class StageOnDevice:
         known = iter(self.known)
         layers = b"".join(_layer_bytes(layer, known, caches[2 * i : 2 * i + 2]) for i, layer in enumerate(stage.layers))
         table, norm = next(known), next(known)
-        first = bytes(48) if stage.first is None else _linear_bytes(stage.first, known)
+        first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
         head = struct.pack("<11Q", *(scratch + place for place in self._places), table, norm)
         sizes = struct.pack(
@@ -309,7 +316,7 @@ def _layer_bytes(layer: LayerArrays, known: Iterator[int], caches: list[int]) ->
     norms = struct.pack("<4Q", *(next(known) for _ in range(4)))
     linears = [_linear_bytes(linear, known) for linear in layer.linears()]
     if len(layer.up) == 1:
-        linears.insert(5, bytes(48))
+        linears.insert(5, NO_LINEAR)
     return norms + struct.pack("<2Q", *caches) + b"".join(linears)
 
 
