@@ -73,12 +73,14 @@ struct Job {
   int16_t count, paired, kind, log_values, log_group, log_size;
   int32_t tiles, teams, steps, depth, width, stride, whole, segments, log_segments;  // x: see Operand and `bring`
   int32_t first_tile[3];                                                           // of each layer
+  float inverse_width;
 
   template <typename T>
   __device__ __forceinline__ void plan(const Linear<T>* linears, int number, bool pair, int warps) {
     const Linear<T>& any = linears[0];
     count = number, paired = pair, kind = any.kind, log_values = any.log_values(), log_group = 0, log_size = 0;
     while (1 << (log_group + 1) <= any.group) log_group++;
+    inverse_width = 1.0f / any.width();
     tiles = 0, steps = any.steps(), depth = any.depth, width = any.width(), whole = steps * (4 << log_values);
     for (int i = 0; i < number; i++) {
       first_tile[i] = pair ? 0 : tiles;
@@ -100,12 +102,15 @@ struct Job {
 struct Lane {
   uint32_t words;   // of 16 bytes, before the first of the lane
   uint32_t groups;  // before the first of its row
-  int32_t tile;     // within its layer; below 0: none
-  int16_t layer, units;
+  int32_t column;   // of its first value
+  int16_t tile;     // within its layer; below 0: none
+  int8_t layer;
+  uint8_t spare;
+  int32_t units;
 
   template <typename T>
   __device__ __forceinline__ void plan(const Job& job, const Linear<T>* linears, int wanted) {
-    tile = -1, units = 0, layer = 0, words = groups = 0;
+    tile = -1, units = column = 0, layer = 0, words = groups = 0;
     if (wanted >= job.tiles) return;
     while (!job.paired && layer + 1 < job.count && wanted >= job.first_tile[layer + 1]) layer++;
     tile = wanted - job.first_tile[layer];
@@ -114,8 +119,14 @@ struct Lane {
     if (job.paired) units *= 2;
     const uint32_t row = min(tile * TILE_ROWS + lane / 4, linears[layer].rows - 1);
     words = row * (job.depth >> job.log_values) + member * 4 + lane % 4;
+    column = (member * 4 + lane % 4) << job.log_values;
     groups = job.kind == DENSE ? 0 : row * (job.depth >> job.log_group);
   }
+};
+
+// What a product is added to, and what multiplies it; of a pair, each one's own.
+struct Known {
+  float added[2], factor[2];
 };
 
 // DEPTH loads of a lane's weights, on their way or used and loaded anew. KINDS has a bit for each kind that there is.
@@ -126,18 +137,21 @@ struct Weights {
   uint32_t words[DEPTH][4];
   uint32_t scales[CODES ? DEPTH : 1];
   float affine[AFFINE ? DEPTH : 1][2];  // scale and zero
+  Known known;                          // of the first output of this thread
 
   __device__ __forceinline__ void begin(const Job& job, const Linear<T>* linears, const Lane& lane) {
+    const Linear<T>&one = linears[job.paired ? 0 : lane.layer], &other = linears[job.paired ? 1 : lane.layer];
+    const int units = lane.units;
 #pragma unroll
     for (int slot = 0; slot < DEPTH; slot++) {
-      if (slot < lane.units) load(job, linears, lane, slot, slot);  // the same for all lanes
+      if (slot >= units) break;  // the same for all lanes
+      load(job, slot % 2 ? other : one, lane, slot, slot);
     }
   }
 
-  __device__ __forceinline__ void load(const Job& job, const Linear<T>* linears, const Lane& lane, int slot, int unit) {
-    const Linear<T>& linear = linears[job.paired ? slot % 2 : lane.layer];
-    const int step = (job.paired ? unit / 2 : unit) << job.log_size;
-    const int column = ((job.member() + step) * 4 + int(threadIdx.x % 4)) << job.log_values;
+  __device__ __forceinline__ void load(const Job& job, const Linear<T>& linear, const Lane& lane, int slot, int unit) {
+    const int step = (unit >> job.paired) << job.log_size;
+    const int column = lane.column + (step << (2 + job.log_values));
     if (column >= job.depth) {
 #pragma unroll
       for (int i = 0; i < 4; i++) words[slot][i] = 0;
@@ -244,49 +258,45 @@ __device__ __forceinline__ void multiply_tile(
   const int row = threadIdx.x % 32 / 4, part_stride = x.rows * x.stride, high_stride = 8 * x.stride;
   const bool low_there = row < x.rows, high_there = row + 8 < x.rows;
   const uint4* from = x.pieces + (low_there ? row * x.stride : 0) + (job.member() << (2 + LOG_PIECES)) + threadIdx.x % 4;
-  for (int unit = 0; unit < own.units; unit += DEPTH) {
+  const Linear<T>&one = linears[job.paired ? 0 : own.layer], &other = linears[job.paired ? 1 : own.layer];
+  const int units = own.units;
+  for (int unit = 0; unit < units; unit += DEPTH) {
 #pragma unroll
     for (int slot = 0; slot < DEPTH; slot++) {
-      if (unit + slot < own.units) {
-        const int step = (job.paired ? (unit + slot) / 2 : unit + slot) << job.log_size;
-        // A pair's two sums take turns with the slots; of a single layer two are as good as one.
-        multiply_unit<KIND, PARTS>(
-            sums[slot % 2], weights.words[slot], weights.scales[weights.CODES ? slot : 0],
-            weights.affine[weights.AFFINE ? slot : 0], from + (step << (2 + LOG_PIECES)), part_stride, high_stride, low_there,
-            high_there);
-        if (unit + slot + DEPTH < own.units) weights.load(job, linears, own, slot, unit + slot + DEPTH);
-      }
+      if (unit + slot >= units) break;  // the same for all lanes
+      const int step = ((unit + slot) >> job.paired) << job.log_size;
+      // A pair's two sums take turns with the slots; of a single layer two are as good as one.
+      multiply_unit<KIND, PARTS>(
+          sums[slot % 2], weights.words[slot], weights.scales[weights.CODES ? slot : 0],
+          weights.affine[weights.AFFINE ? slot : 0], from + (step << (2 + LOG_PIECES)), part_stride, high_stride, low_there,
+          high_there);
+      if (unit + slot + DEPTH < units) weights.load(job, slot % 2 ? other : one, own, slot, unit + slot + DEPTH);
     }
   }
 }
 
-// What a product is added to, and what multiplies it.
-struct Known {
-  float added, factor;
-};
+// The first output of a thread among those of its team, [x rows][TILE_ROWS]. With few outputs a warp sums some of the members in
+// each quarter of its lanes.
+__device__ __forceinline__ int first_output(const Job& job, int x_rows) {
+  const int lane = threadIdx.x % 32;
+  return x_rows == 1 ? job.member() * TILE_ROWS + lane % TILE_ROWS : job.member() * 32 + lane;
+}
 
 // A job by all blocks; `weights` has begun with the team's first tile, and x stands there for all threads of the block.
 // finish(layer, x row, row of W, product, product with the second of a pair, known) is called once for each, by some thread;
-// `known` is what before(layer, x row, row of W) gave, long before, so that nothing is waited for twice.
-// `partial` is shared memory for WARPS * 2 * rows * 8 floats.
-template <int WARPS, typename T, int KINDS, int DEPTH, int PARTS, typename Before, typename Finish>
+// know(layer, x row, row of W) gives what is known of a place. `partial` is shared memory for WARPS * 2 * rows * 8 floats.
+template <int WARPS, typename T, int KINDS, int DEPTH, int PARTS, typename Know, typename Finish>
 __device__ __forceinline__ void multiply(
     const Job& job, const Linear<T>* linears, Lane own, Weights<T, KINDS, DEPTH>& weights, const Operand<PARTS>& x,
-    float* partial, const Before& before, const Finish& finish) {
+    float* partial, const Know& know, const Finish& finish) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, outputs = x.rows * TILE_ROWS;
-  const int size = 1 << job.log_size, member = job.member();
-  // With few outputs a warp sums some of the members in each quarter of its lanes.
-  const bool few = outputs == TILE_ROWS;
-  const int begin = few ? member * TILE_ROWS + lane % TILE_ROWS : member * 32 + lane;
+  const int size = 1 << job.log_size, member = job.member(), begin = first_output(job, x.rows);
+  const bool few = x.rows == 1;
   for (int first = 0; first < job.tiles; first += job.teams) {  // the same for all blocks
     if (first > 0) {
       own.plan(job, linears, first + job.team());
       weights.begin(job, linears, own);
       __syncthreads();  // the sums of the tile before have been read
-    }
-    Known known = {0.0f, 0.0f};
-    if (own.tile >= 0 && begin < outputs) {
-      known = before(own.layer, begin / TILE_ROWS, min(own.tile * TILE_ROWS + begin % TILE_ROWS, linears[own.layer].rows - 1));
     }
     if (own.tile >= 0) {
       float sums[2][2][4] = {};
@@ -308,6 +318,7 @@ __device__ __forceinline__ void multiply(
     const float factor = factor_of_kind(job.kind);
     for (int i = begin; i < outputs; i += size * 32) {
       float one = 0.0f, other = 0.0f;
+#pragma unroll 4
       for (int each = few ? lane / TILE_ROWS : 0; each < size; each += few ? 4 : 1) {
         one += of_team[each * 2 * outputs + i], other += of_team[(each * 2 + 1) * outputs + i];
       }
@@ -318,7 +329,9 @@ __device__ __forceinline__ void multiply(
       const int row = own.tile * TILE_ROWS + i % TILE_ROWS;
       if (row >= linears[own.layer].rows || (few && lane >= TILE_ROWS)) continue;
       if (!job.paired) one += other;
-      finish(own.layer, i / TILE_ROWS, row, one * factor, other * factor, i == begin ? known : before(own.layer, i / TILE_ROWS, row));
+      const bool first_of_all = first == 0 && i == begin;
+      const Known known = first_of_all ? weights.known : know(own.layer, i / TILE_ROWS, row);
+      finish(own.layer, i / TILE_ROWS, row, one * factor, other * factor, known);
     }
   }
 }

@@ -79,22 +79,35 @@ struct Head {
     }
   }
 
+  // Two keys and values of each group, on their way.
+  struct Rows {
+    float keys[2][8], values[2][8];
+
+    __device__ __forceinline__ void load(const T* from_keys, const T* from_values, int base, int end, int warps) {
+#pragma unroll
+      for (int u = 0; u < 2; u++) {
+        if (base + u * warps * GROUPS >= end) break;
+        const int64_t row = min(base + u * warps * GROUPS + group(), end - 1);
+        load_piece(from_keys + row * HEAD_DIM + piece() * 8, keys[u]);
+        load_piece(from_values + row * HEAD_DIM + piece() * 8, values[u]);
+      }
+    }
+  };
+
   // Rows first .. end - 1 of a cache, of which this is one of `warps` that share them, and the new row, if it is this one's.
+  // `some` are on their way: the first ones of this warp.
   __device__ __forceinline__ void see(
-      const T* keys, const T* values, int first, int end, int warp, int warps, bool with_new) {
+      Rows& some, const T* keys, const T* values, int first, int end, int warp, int warps, bool with_new) {
     peak = NOTHING_SEEN, weight = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
     for (int base = first + warp * GROUPS; base < end; base += 2 * warps * GROUPS) {
-      float k[2][8], v[2][8];
+      if (base > first + warp * GROUPS) some.load(keys, values, base, end, warps);
 #pragma unroll
       for (int u = 0; u < 2; u++) {
-        const int64_t row = min(base + u * warps * GROUPS + group(), end - 1);
-        load_piece(keys + row * HEAD_DIM + piece() * 8, k[u]);
-        load_piece(values + row * HEAD_DIM + piece() * 8, v[u]);
+        if (base + u * warps * GROUPS >= end) break;
+        take(some.keys[u], some.values[u], base + u * warps * GROUPS + group() < end);
       }
-#pragma unroll
-      for (int u = 0; u < 2; u++) take(k[u], v[u], base + u * warps * GROUPS + group() < end);
     }
     if (with_new) take(key, value, group() == 0);  // the same for all lanes
 #pragma unroll

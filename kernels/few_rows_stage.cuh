@@ -23,7 +23,7 @@ template <typename T>
 struct Stage {
   unsigned long long* grid;  // see Grid
   float *x, *q, *k, *v;      // [streams, dim], [streams, heads * head_dim], twice [streams, kv_heads * head_dim]
-  float* parts;              // [streams * heads * splits, head_dim + 2]: what a split has seen
+  float* parts;              // [streams * heads * splits, head_dim + 4]: what a split has seen
   void *attended, *hidden;   // [streams, heads * head_dim], [streams, ffn_dim] bfloat16, or float where PARTS is 3
   float* logits;             // [streams, vocab]
   const T *table, *norm;     // [vocab, width]; [dim] or null
@@ -34,11 +34,12 @@ struct Stage {
   int32_t splits;
 };
 
-template <typename T, int KINDS, int PARTS, int WARPS, int HEAD_DIM>
+template <typename T, int KINDS, int PARTS, int WARPS, int HEAD_DIM, bool SPLITS>
 struct Machine {
   using Attending = Head<T, HEAD_DIM>;
   using Kept = cuda::std::conditional_t<PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
   static constexpr int DEPTH = 8, THREADS = WARPS * 32, MOST_SEGMENTS = 64;
+  static constexpr int WIDTH = HEAD_DIM + 4, MOST_SPLITS = 4;  // of what a split has seen: values, peak, weight
 
   struct At {
     int part, layer;
@@ -114,7 +115,34 @@ struct Machine {
   // Sends for the weights that a phase begins with. They stand apart from the rest, so that they stay in registers.
   using Sent = Weights<T, KINDS, DEPTH>;
   __device__ __forceinline__ void send_for(const At& at, Sent& sent) const {
-    if (at.part != ATTEND && at.part != END) sent.begin(jobs[at.part], linears_of(at), lanes[at.part * THREADS]);
+    if (at.part == ATTEND || at.part == END) return;
+    const Job& job = jobs[at.part];
+    const Lane& lane = lanes[at.part * THREADS];
+    const Linear<T>* linears = linears_of(at);
+    sent.begin(job, linears, lane);
+    learn(at, sent);
+  }
+
+  __device__ __forceinline__ void learn(const At& at, Sent& sent) const {
+    const Lane& lane = lanes[at.part * THREADS];
+    const Linear<T>* linears = linears_of(at);
+    const int output = first_output(jobs[at.part], stage->streams);
+    if (lane.tile >= 0 && output < stage->streams * TILE_ROWS) {
+      const int column = min(lane.tile * TILE_ROWS + output % TILE_ROWS, linears[lane.layer].rows - 1);
+      sent.known = know(at, linears, lane.layer, output / TILE_ROWS, column);
+    }
+  }
+
+  // What a product of this phase is added to: a bias, and the residual, which this phase alone changes.
+  __device__ __forceinline__ Known know(const At& at, const Linear<T>* linears, int number, int row, int column) const {
+    Known known = {{0.0f, 0.0f}, {linears[number].factor, 0.0f}};
+    if (at.part == OUT || at.part == DOWN) known.added[0] = __ldcg(stage->x + row * stage->dim + column);
+    if (linears[number].bias != nullptr) known.added[0] += to_float(linears[number].bias[column]);
+    if (jobs[at.part].paired) {
+      known.factor[1] = linears[1].factor;
+      if (linears[1].bias != nullptr) known.added[1] = to_float(linears[1].bias[column]);
+    }
+    return known;
   }
 
   // The rows' positions for rotation, `seen` rows of which came before.
@@ -229,13 +257,16 @@ struct Machine {
     }
     for (int task = threadIdx.x / 32; task < stage->streams * stage->heads; task += WARPS) {
       const int stream = task / stage->heads, number = task % stage->heads;
+      const int64_t cache = cache_of(stream, number);
+      typename Attending::Rows some;
+      some.load(layer.keys + cache, layer.values + cache, 0, seen, 1);
       Attending head;
       prepare(head, layer, stream, number);
-      const int64_t cache = cache_of(stream, number);
-      head.see(layer.keys + cache, layer.values + cache, 0, seen, 0, 1, true);
+      head.see(some, layer.keys + cache, layer.values + cache, 0, seen, 0, 1, true);
       if (blockIdx.x == 0) remember(head, layer, stream, number, seen);
+      const float share = 1.0f / head.weight;
 #pragma unroll
-      for (int i = 0; i < 8; i++) head.seen[i] /= head.weight;
+      for (int i = 0; i < 8; i++) head.seen[i] *= share;
       for (int first = 0; first < job.depth && Attending::group() == 0; first += job.width) {
         float values[8];
 #pragma unroll
@@ -248,7 +279,6 @@ struct Machine {
   // Heads of streams and splits of their rows, a block each.
   __device__ __forceinline__ void attend_together(const Layer<T>& layer, int seen, const int32_t* padding) {
     float* shared = reinterpret_cast<float*>(memory);
-    constexpr int WIDTH = HEAD_DIM + 2;
     const int warp = threadIdx.x / 32, splits = stage->splits;
     for (int task = blockIdx.x; task < stage->streams * stage->heads * splits; task += gridDim.x) {
       const int split = task % splits, number = task / splits % stage->heads, stream = task / splits / stage->heads;
@@ -256,11 +286,13 @@ struct Machine {
       if (stage->window >= 0) start = max(start, seen - stage->window);
       const int count = seen - start, first = start + int(int64_t(count) * split / splits);
       const int end = start + int(int64_t(count) * (split + 1) / splits);
-      Attending head;
-      prepare(head, layer, stream, number);
       const int64_t cache = cache_of(stream, number);
       const bool with_new = split == splits - 1 && warp == WARPS - 1;
-      head.see(layer.keys + cache, layer.values + cache, first, end, warp, WARPS, with_new);
+      typename Attending::Rows some;
+      some.load(layer.keys + cache, layer.values + cache, first + warp * Attending::GROUPS, end, WARPS);
+      Attending head;
+      prepare(head, layer, stream, number);
+      head.see(some, layer.keys + cache, layer.values + cache, first, end, warp, WARPS, with_new);
       if (with_new) remember(head, layer, stream, number, seen);
       if (Attending::group() == 0) {
 #pragma unroll
@@ -288,30 +320,46 @@ struct Machine {
 
   __device__ __forceinline__ void bring_attended(const Job& job) {
     const int splits = stage->splits;
-    if (splits == 1) return bring_kept(job, stage->attended);
-    constexpr int WIDTH = HEAD_DIM + 2;
-    bring(job, nullptr, [&](int row, int piece, float (&values)[8]) {
+    if (!SPLITS || splits == 1) return bring_kept(job, stage->attended);
+    if constexpr (SPLITS) bring(job, nullptr, [&](int row, int piece, float (&values)[8]) {
       const float* part = stage->parts + (row * stage->heads + piece / Attending::LANES) * splits * WIDTH;
-      float peak = NOTHING_SEEN, weight = 0.0f;
-      for (int split = 0; split < splits; split++) peak = fmaxf(peak, __ldcg(part + split * WIDTH + HEAD_DIM));
-      for (int split = 0; split < splits; split++) {
-        const float share_of_split = exp2f(__ldcg(part + split * WIDTH + HEAD_DIM) - peak);
-        weight += share_of_split * __ldcg(part + split * WIDTH + HEAD_DIM + 1);
+      float seen[MOST_SPLITS][8], peaks[MOST_SPLITS], weights[MOST_SPLITS], peak = NOTHING_SEEN, weight = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] += share_of_split * __ldcg(part + split * WIDTH + piece % Attending::LANES * 8 + i);
+      for (int split = 0; split < MOST_SPLITS; split++) {  // loaded together, as each takes long
+        if (split >= splits) break;
+        peaks[split] = __ldcg(part + split * WIDTH + HEAD_DIM), weights[split] = __ldcg(part + split * WIDTH + HEAD_DIM + 1);
+        load_piece(part + split * WIDTH + piece % Attending::LANES * 8, seen[split]);
       }
 #pragma unroll
-      for (int i = 0; i < 8; i++) values[i] /= weight;
+      for (int split = 0; split < MOST_SPLITS; split++) {
+        if (split < splits) peak = fmaxf(peak, peaks[split]);
+      }
+#pragma unroll
+      for (int split = 0; split < MOST_SPLITS; split++) {
+        if (split >= splits) break;
+        const float share = exp2f(peaks[split] - peak);
+        weight += share * weights[split];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] += share * seen[split][i];
+      }
+      weight = 1.0f / weight;
+#pragma unroll
+      for (int i = 0; i < 8; i++) values[i] *= weight;
     });
   }
 
-  __device__ __forceinline__ float activated(float up, float gate_or_up) const {
+  static __device__ __forceinline__ float silu(float x) {
+    if constexpr (PARTS == 1) return __fdividef(x, 1.0f + __expf(-x));
+    return x / (1.0f + expf(-x));
+  }
+
+  __device__ __forceinline__ float activated(float up, float gated) const {
     switch (stage->activation) {
-      case SWIGLU: return up / (1.0f + expf(-up)) * gate_or_up;  // up is the gate here
+      case SWIGLU: return silu(up) * gated;  // up is the gate here
       case GELU: return 0.5f * up * (1.0f + erff(up * 0.70710678f));
       case GELU_TANH: return up / (1.0f + expf(-1.59576912f * (up + 0.044715f * up * up * up)));
       case RELU: return fmaxf(up, 0.0f);
-      default: return up / (1.0f + expf(-up));
+      default: return silu(up);
     }
   }
 
@@ -323,6 +371,8 @@ struct Machine {
     const Layer<T>& layer = layers[at.layer];
     if (at.part == ATTEND) return attend_together(layer, seen, padding);
     const Job& job = jobs[at.part];
+    // New rows have just come to x, after these weights were sent for.
+    if (is_new && at.part == OUT && at.layer == 0) learn(at, sent);
     const T* norm = at.part == QKV ? layer.attention_norm : at.part == UP ? layer.ffn_norm : at.part == LAST ? stage->norm : nullptr;
     if (at.part == FIRST) {
       bring(job, nullptr, embed);
@@ -337,30 +387,22 @@ struct Machine {
     }
     __syncthreads();
     const Linear<T>* linears = linears_of(at);
-    const bool residual = at.part == OUT || at.part == DOWN;
     multiply<WARPS>(
         job, linears, lanes[at.part * THREADS], sent, operand(job), partial,
-        [&](int number, int row, int column) -> Known {
-          float factor = linears[number].factor;
+        [&](int number, int row, int column) { return know(at, linears, number, row, column); },
+        [&](int number, int row, int column, float one, float other, const Known& known) {
           if (norm != nullptr) {
             float sum = 0.0f;
             for (int segment = 0; segment < job.segments; segment++) sum += squares[row * MOST_SEGMENTS + segment];
-            factor *= rsqrtf(sum / job.width + stage->eps);
+            const float factor = rsqrtf(sum * job.inverse_width + stage->eps);
+            one *= factor, other *= factor;
           }
-          const T* bias = linears[number].bias;
-          return {(bias ? to_float(bias[column]) : 0.0f) + (residual ? __ldcg(stage->x + row * stage->dim + column) : 0.0f), factor};
-        },
-        [&](int number, int row, int column, float one, float other, const Known& known) {
-          one = one * known.factor + known.added;
-          if (residual || at.part == FIRST) {
+          one = one * known.factor[0] + known.added[0], other = other * known.factor[1] + known.added[1];
+          if (at.part == OUT || at.part == DOWN || at.part == FIRST) {
             stage->x[row * stage->dim + column] = one;
           } else if (at.part == QKV) {
             (number == 0 ? stage->q : number == 1 ? stage->k : stage->v)[row * linears[number].rows + column] = one;
           } else if (at.part == UP) {
-            if (job.paired) {  // the factor of the pair's second may be its own
-              const T* bias = linears[1].bias;
-              other = other * (known.factor / linears[0].factor * linears[1].factor) + (bias ? to_float(bias[column]) : 0.0f);
-            }
             static_cast<Kept*>(stage->hidden)[row * linears[0].rows + column] = from_float<Kept>(activated(one, other));
           } else {
             done(row, column, one);

@@ -7,7 +7,7 @@
 // template T; KINDS bits of the kinds of weights; PARTS 1, or 3 for float32; WARPS a block; HEAD_DIM; HAS_PADDING
 // grid     blocks * WARPS * 32
 
-  using Engine = marlin::Machine<T, KINDS, PARTS, WARPS, HEAD_DIM>;
+  using Engine = marlin::Machine<T, KINDS, PARTS, WARPS, HEAD_DIM, true>;
   using At = typename Engine::At;
   Engine engine(model, false);
   marlin::Stage<T>& stage = *engine.stage;

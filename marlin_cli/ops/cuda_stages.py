@@ -27,12 +27,12 @@ WARPS = 8  # of a block, which has a multiprocessor to itself
 MOST_STREAMS = 16  # rows of a product of the matrix units
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
-MOST_SPLITS = 8
+MOST_SPLITS = 4
 
 # Bytes of the records and of shared memory as few_rows_stage.cuh lays them out.
 STAGE_BYTES, LAYER_BYTES = 248, 384
 NO_LINEAR = struct.pack("<4Q2if2h", 0, 0, 0, 0, 0, 0, 0.0, 0, 1)
-PARTS_OF_A_LAYER, JOB_BYTES, LANE_BYTES = 7, 60, 16
+PARTS_OF_A_LAYER, JOB_BYTES, LANE_BYTES = 7, 64, 20
 SUMS_OF_ROWS = 4 * (16 * 64 + 16 + 4)
 
 
@@ -163,7 +163,7 @@ def shared_bytes(stage: StageArrays, streams: int) -> int:
     for linear in stage.linears():
         step = 4 * LANE_VALUES[linear.kind]
         longest = max(longest, parts * streams * 2 * (-(-linear.depth // step) * step + 32))
-    joining, sampling = 4 * WARPS * (stage.head_dim + 2), 4 * streams * stage.last.rows if stage.first is None else 0
+    joining, sampling = 4 * WARPS * (stage.head_dim + 4), 4 * streams * stage.last.rows if stage.first is None else 0
     record = STAGE_BYTES + LAYER_BYTES * len(stage.layers) + PARTS_OF_A_LAYER * (JOB_BYTES + LANE_BYTES * WARPS * 32)
     rotations, sums = 4 * streams * stage.head_dim, 4 * WARPS * 2 * streams * 8
     return record + rotations + SUMS_OF_ROWS + sums + 16 + max(longest, joining, sampling)
@@ -274,7 +274,7 @@ class StageOnDevice:
         """Floats of each part of the scratch memory, in the order of the record: 16 bytes at least, and whole multiples."""
         stage, streams = self.stage, self.streams
         width, kv_width = stage.heads * stage.head_dim, stage.kv_heads * stage.head_dim
-        parts = streams * stage.heads * self.splits * (stage.head_dim + 2)
+        parts = streams * stage.heads * self.splits * (stage.head_dim + 4)
         sizes = [4, streams * stage.dim, streams * width, streams * kv_width, streams * kv_width, parts]
         sizes += [streams * width, streams * stage.ffn_dim, streams * stage.last.rows]
         return [-(-size // 64) * 64 for size in sizes]

@@ -239,6 +239,8 @@ inline int __shfl_xor_sync(uint32_t, int value, int offset) {
 }
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __expf(float value) { return std::exp(value); }
+inline float __fdividef(float x, float y) { return x / y; }
 template <class T>
 inline T __ldcg(const T* from) {
   return *from;

@@ -6,9 +6,11 @@ import pytest
 from cuda_emulator import Emulated, compiler, own_addresses
 from mlx.utils import tree_map
 
-from marlin_cli.engine import cuda_patches
+from marlin_cli.engine import cuda_patches, decoding
 from marlin_cli.engine.cuda_patches import global_stage, local_stage
 from marlin_cli.engine.decoding import CacheBits, GraphCache
+from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops import cuda_stages
 from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
@@ -119,3 +121,24 @@ def test_a_local_patch(variant, format, streams):
         logits = network.head(network.local(rows))
         best = mx.argmax(logits, axis=-1)[:, known:]
         assert ids.tolist() == best.tolist()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=20), Sampling(1.3, top_p=0.8, min_p=0.02)], ids=str)
+def test_ids_are_drawn_as_today(sampling, monkeypatch):
+    """Generation with whole patches in one launch and without: prompts that end inside a patch, and a stream that stops."""
+    network = network_of(format="mxfp8")
+    prompts = [b"abcdefgh", b"abcd", b"", b"abcdefghi"]
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+
+    def generated(*stop):
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=19, stop=stop), sampling):
+            streams[piece.stream] += piece.data
+        return streams
+
+    whole = generated()
+    stop = whole[0][6:8]
+    stopped = generated(stop)
+    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    assert generated() == whole and {len(stream) for stream in whole} == {19}
+    assert generated(stop) == stopped and len(stopped[0]) < 19
