@@ -2,9 +2,9 @@
 
     python benchmarks/cuda_megabyte.py [--models demo,166M,1.2B] [--streams 1,16] [--bytes 256] [--prompt 512] [--rounds 5]
 
-Bytes a second of all streams together, after the prompt is read, ids on the host; medians of rounds that alternate, the first one
-for warming up. `--operations` has marlin's own path without kernels for whole patches beside them. Greedy bytes of the bfloat16
-runs are compared: torch and marlin round at different places, so they part at some near tie.
+Bytes a second of all streams together, after the prompt is read, ids on the host; medians of rounds that alternate, the first
+one for warming up. `--operations` has marlin's own path without kernels for whole patches beside them. Greedy bytes of the
+bfloat16 runs are compared: torch and marlin round at different places, so they part at some near tie.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from graph_torch import GraphTorch
 from measured import Row, add_rows_option, report
 from mlx.utils import tree_flatten
 
-from marlin_cli import load
 from marlin_cli.api import MegaByteModel
 from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import Lockstep
@@ -37,7 +36,7 @@ SHAPES = {
 def model_of(name: str) -> MegaByteModel:
     """The demo, or random weights of a shape."""
     if name == "demo":
-        return load("megabyte-demo", device="cuda", dtype=mx.bfloat16)
+        return MegaByteModel.from_pretrained("megabyte-demo", device="cuda", dtype=mx.bfloat16)
     device = choose_device("cuda")
     mx.random.seed(0)
     network = MegaByte(MegaByteConfig(**SHAPES[name]))
@@ -82,7 +81,9 @@ def main() -> None:
     for name in arguments.models.split(","):
         plain = model_of(name)
         parameters = sum(array.size for _, array in tree_flatten(plain.network.parameters()))
-        packed = MegaByteModel(quantize_network(plain.network, settings_from_bits(4, 8, 16), method="rtn").network, plain.device)
+        packed = MegaByteModel(
+            quantize_network(plain.network, settings_from_bits(4, 8, 16), method="rtn").network, plain.device
+        )
         mx.eval(packed.network.parameters())
         for streams in map(int, arguments.streams.split(",")):
             patch = plain.config.patch_size
@@ -109,7 +110,9 @@ def main() -> None:
                     continue
                 compared = "torch" if "operations" in key or key == "bfloat16" else key
                 same = next((i for i, (a, b) in enumerate(zip(written[key], written[compared], strict=True)) if a != b), None)
-                outputs = "other bytes" if compared == key else f"first {arguments.bytes if same is None else same} bytes the same"
+                outputs = (
+                    "other bytes" if compared == key else f"first {arguments.bytes if same is None else same} bytes the same"
+                )
                 report(
                     Row(
                         f"MegaByte, {parameters / 1e6:,.0f} M, {key}, {streams} streams",

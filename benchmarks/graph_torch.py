@@ -1,8 +1,8 @@
 """A MegaByte of marlin's own layout in torch on an NVIDIA GPU, a patch as one CUDA graph: the honest peer of generation there.
 
-Caches are tensors made once; the global step and all local steps of a patch, with the greedy draw, are captured together, so that a
-patch costs the host one replay. Weights are marlin's, dense. It follows `marlin_cli.models.megabyte` for the prefix layout with
-rmsnorm, swiglu, rope and learned local positions.
+Caches are tensors made once; the global step and all local steps of a patch, with the greedy draw, are captured together, so
+that a patch costs the host one replay. Weights are marlin's, dense. It follows `marlin_cli.models.megabyte` for the prefix
+layout with rmsnorm, swiglu, rope and learned local positions.
 """
 
 import mlx.core as mx

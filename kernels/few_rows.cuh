@@ -102,24 +102,19 @@ struct Job {
 struct Lane {
   uint32_t words;   // of 16 bytes, before the first of the lane
   uint32_t groups;  // before the first of its row
-  int32_t column;   // of its first value
   int16_t tile;     // within its layer; below 0: none
-  int8_t layer;
-  uint8_t spare;
-  int32_t units;
+  uint16_t layer : 2, units : 14;
 
   template <typename T>
   __device__ __forceinline__ void plan(const Job& job, const Linear<T>* linears, int wanted) {
-    tile = -1, units = column = 0, layer = 0, words = groups = 0;
+    tile = -1, units = 0, layer = 0, words = groups = 0;
     if (wanted >= job.tiles) return;
     while (!job.paired && layer + 1 < job.count && wanted >= job.first_tile[layer + 1]) layer++;
     tile = wanted - job.first_tile[layer];
     const int lane = threadIdx.x % 32, member = job.member();
-    units = member < job.steps ? ((job.steps - member - 1) >> job.log_size) + 1 : 0;
-    if (job.paired) units *= 2;
+    units = member < job.steps ? (((job.steps - member - 1) >> job.log_size) + 1) << job.paired : 0;
     const uint32_t row = min(tile * TILE_ROWS + lane / 4, linears[layer].rows - 1);
     words = row * (job.depth >> job.log_values) + member * 4 + lane % 4;
-    column = (member * 4 + lane % 4) << job.log_values;
     groups = job.kind == DENSE ? 0 : row * (job.depth >> job.log_group);
   }
 };
@@ -151,7 +146,7 @@ struct Weights {
 
   __device__ __forceinline__ void load(const Job& job, const Linear<T>& linear, const Lane& lane, int slot, int unit) {
     const int step = (unit >> job.paired) << job.log_size;
-    const int column = lane.column + (step << (2 + job.log_values));
+    const int column = ((job.member() + step) * 4 + int(threadIdx.x % 4)) << job.log_values;
     if (column >= job.depth) {
 #pragma unroll
       for (int i = 0; i < 4; i++) words[slot][i] = 0;

@@ -27,6 +27,7 @@ struct Stage {
   void *attended, *hidden;   // [streams, heads * head_dim], [streams, ffn_dim] bfloat16, or float where PARTS is 3
   float* logits;             // [streams, vocab]
   const T *table, *norm;     // [vocab, width]; [dim] or null
+  int32_t* mailbox;          // of the host, for the ids of some launches: each the launch's number, then [streams, steps]
   Linear<T> first, last;     // of bytes to rows; of rows to logits or to the next stage's condition
   int32_t streams, layers, dim, heads, kv_heads, ffn_dim, capacity, width;
   int32_t window, norm_kind, activation, interleaved;
@@ -38,7 +39,7 @@ template <typename T, int KINDS, int PARTS, int WARPS, int HEAD_DIM, bool SPLITS
 struct Machine {
   using Attending = Head<T, HEAD_DIM>;
   using Kept = cuda::std::conditional_t<PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
-  static constexpr int DEPTH = 8, THREADS = WARPS * 32, MOST_SEGMENTS = 64;
+  static constexpr int DEPTH = 4, THREADS = WARPS * 32, MOST_SEGMENTS = 64;
   static constexpr int WIDTH = HEAD_DIM + 4, MOST_SPLITS = 4;  // of what a split has seen: values, peak, weight
 
   struct At {

@@ -4,8 +4,9 @@
 // inputs   model[..] uint8: Stage and Layers; lead[streams, dim] T: the row that leads; added[streams or 1, steps in all, dim] T:
 //          what is added to lead and to the embedding of the id before each later row; given[streams, n] int32: ids that stand
 //          there already, fed and not drawn; noise[steps, vocab] float; filters[4] float: temperature, top_p, min_p, top_k;
-//          span: shape (steps + 1, n + 1), of which `given` has no rows to read where n is 0
-// output   ids[streams, steps] int32: drawn after n, n + 1, .. ids; -1 where a barrier did not open
+//          span: shape (steps + 1, n + 1, number of the launch), of which `given` has no rows to read where n is 0
+// output   ids[streams, steps] int32: drawn after n, n + 1, .. ids; -1 where a barrier did not open. The host finds them in its
+//          mailbox too: memory of its own, as MLX takes half a millisecond to bring an array there
 // template T; KINDS bits of the kinds of weights; PARTS 1, or 3 for float32; WARPS a block; HEAD_DIM; SAMPLING
 // grid     blocks * WARPS * 32
 
@@ -15,7 +16,9 @@
   marlin::Stage<T>& stage = *engine.stage;
   marlin::Grid grid(stage.grid);
   const int steps = span_shape[0] - 1, known = span_shape[1] - 1, streams = stage.streams, vocab = stage.last.rows;
-  constexpr int MOST_VOCAB = 512;
+  constexpr int MOST_VOCAB = 512, MAIL_SLOTS = 4, MAIL_WORDS = 2048;
+  const int number = span_shape[2];
+  int32_t* mail = stage.mailbox + number % MAIL_SLOTS * MAIL_WORDS;
   const int dim = stage.dim, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   // The id of each stream from its logits, by a warp, to `chosen`; every block draws for itself.
@@ -71,12 +74,20 @@
       marlin::best_of_warp(highest, id);
       if (lane == 0) {
         engine.chosen[stream] = id;
-        if (blockIdx.x == 0) ids[stream * steps + step - known] = id;
+        if (blockIdx.x == 0) ids[stream * steps + step - known] = mail[1 + stream * steps + step - known] = id;
       }
     }
   };
+  // Everything in the mailbox is there for the host that finds the number.
+  auto post = [&] {
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    __threadfence_system();
+    *static_cast<volatile int32_t*>(mail) = number;
+  };
   auto fail = [&] {
-    for (int i = threadIdx.x; i < streams * steps; i += WARPS * 32) ids[i] = -1;
+    for (int i = threadIdx.x; i < streams * steps; i += WARPS * 32) ids[i] = mail[1 + i] = -1;
+    post();
   };
 
   if (grid.failed()) return fail();
@@ -94,7 +105,10 @@
       }
       __syncthreads();
     }
-    if (at.part == marlin::END) return;
+    if (at.part == marlin::END) {
+      if (blockIdx.x == 0) post();
+      return;
+    }
     engine.run(
         at, sent, step, nullptr, true,
         [&](int row, int piece, float(&values)[8]) {

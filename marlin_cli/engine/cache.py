@@ -30,22 +30,11 @@ class Rows:
         self.count = total
         return storage[:, :, :total]
 
-    @property
-    def room(self) -> int:
-        """Rows for which there is storage yet."""
-        return 0 if self._storage is None else self._storage.shape[2] - self.count
-
-    def one_more(self) -> mx.array:
-        """All storage, with room for the row that is counted now and that the caller writes in place."""
+    def with_room(self) -> mx.array:
+        """All storage, with room for a row or more behind those that are there."""
         assert self._storage is not None
         batch, heads, _, width = self._storage.shape
-        storage = self._with_room((batch, heads, 1, width), self._storage.dtype)
-        self.count += 1
-        return storage
-
-    def one_less(self) -> None:
-        """Take back what `one_more` counted last."""
-        self.count -= 1
+        return self._with_room((batch, heads, 1, width), self._storage.dtype)
 
     def _with_room(self, new: tuple[int, int, int, int], dtype: mx.Dtype) -> mx.array:
         batch, heads, added, width = new
@@ -98,19 +87,14 @@ class KeyValueCache:
         """Bytes of the rows in use, delayed rows included."""
         return self._keys.nbytes + self._values.nbytes + sum(row.nbytes for row in self._delayed.values())
 
-    @property
-    def room(self) -> int:
-        """Rows for which there is storage yet."""
-        return self._keys.room
+    def with_room(self) -> tuple[mx.array, mx.array]:
+        """The storage of keys and values, with room for a row or more; whoever writes rows in place says so to `wrote`."""
+        return self._keys.with_room(), self._values.with_room()
 
-    def rows_for_one_more(self) -> tuple[mx.array, mx.array]:
-        """The storage of keys and values, with room for a row that is counted now and that the caller writes in place."""
-        return self._keys.one_more(), self._values.one_more()
-
-    def one_less(self) -> None:
-        """Take back the last row that `rows_for_one_more` counted."""
-        self._keys.one_less()
-        self._values.one_less()
+    def wrote(self, rows: int) -> None:
+        """Count rows that have been written in place."""
+        self._keys.count += rows
+        self._values.count += rows
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         everything = self._keys.append(keys), self._values.append(values)

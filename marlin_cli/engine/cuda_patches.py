@@ -22,7 +22,8 @@ NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "varian
 class Patch(NamedTuple):
     """A patch that has been queued: its ids, and the condition of the one that follows it, if there is room for one."""
 
-    ids: mx.array  # [streams, patch_size] int32; -1 where the GPU's blocks lost each other
+    ids: mx.array  # [streams, patch_size] int32, on the device
+    number: int  # of the launch; see `PatchDecoder.read`
     condition: mx.array | None  # [streams, 1, dim]
     noise: mx.array | None  # that it was drawn with
 
@@ -39,6 +40,7 @@ class PatchDecoder:
     def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int) -> None:
         self._stages, self._added = stages, added
         self._filters: dict[Sampling, mx.array] = {}
+        self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._make(streams, None, None)
 
     @property
@@ -47,13 +49,8 @@ class PatchDecoder:
         return self._local.cache_bytes
 
     def keep(self, streams: int) -> None:
-        """Go on with fewer streams."""
+        """Go on with fewer streams, all that was queued being settled."""
         self._make(streams, self._global.known, self._local.known)
-
-    def settle(self) -> None:
-        """Wait for all that has been queued: before MLX reads or writes the caches, of which it does not know that they changed."""
-        mx.synchronize()
-        self._global.forget_caches()
 
     def queue(
         self,
@@ -70,21 +67,55 @@ class PatchDecoder:
         if sampling.temperature:
             drawn, filters = noise.take(steps), self._filters_of(sampling)
         lead = condition.reshape(streams, -1)
-        ids = self._local.decode_sequence(lead, self._added, None, drawn, filters, steps)
-        following = None
-        if more:
-            if any(cache.room == 0 for cache in caches):
-                mx.eval(ids)
-                self.settle()
-            self._global.set_caches([cache.rows_for_one_more() for cache in caches])
-            following = self._global.step(ids, caches[0].rows - 1, padding)[:, None]
-        mx.async_eval(ids, *([] if following is None else [following]))
-        return Patch(ids, following, drawn)
+        ids, number = self._local.decode_sequence(lead, self._added, None, drawn, filters, steps)
+        if not more:
+            mx.async_eval(ids)  # type: ignore[no-untyped-call]
+            return Patch(ids, number, None, drawn)
+        if self._room == 0:
+            mx.eval(ids)
+            self.settle(caches)
+            storage = [cache.with_room() for cache in caches]
+            self._global.set_caches(storage)
+            self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
+        following = self._global.step(ids, self._rows, padding)[:, None]
+        self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
+        mx.async_eval(ids, following)  # type: ignore[no-untyped-call]
+        return Patch(ids, number, following, drawn)
+
+    def read(self, patch: Patch) -> mx.array:
+        """The ids [streams, patch_size] of a patch, waited for, on the host.
+
+        Raises:
+            BackendError: the GPU did not finish it.
+        """
+        assert self._local.mailbox is not None
+        return mx.array(self._local.mailbox.read(patch.number, *patch.ids.shape))
+
+    def take_back(self, patch: Patch, noise: Noise) -> None:
+        """Forget the patch that was queued last."""
+        if patch.noise is not None:
+            noise.give_back(patch.noise)
+        if patch.condition is not None:
+            self._rows, self._room, self._uncounted = self._rows - 1, self._room + 1, self._uncounted - 1
+
+    def count(self, caches: Sequence[KeyValueCache]) -> None:
+        """Tell the global cache of the rows that have been queued."""
+        for cache in caches:
+            cache.wrote(self._uncounted)
+        self._uncounted = 0
+
+    def settle(self, caches: Sequence[KeyValueCache]) -> None:
+        """Wait for all that has been queued: before MLX reads or writes the caches, which it does not know to have changed."""
+        self.count(caches)
+        mx.synchronize()
+        self._global.forget_caches()
+        self._room = 0
 
     def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
         self._global = StageOnDevice(self._stages[0], streams, global_known)
         self._local = StageOnDevice(self._stages[1], streams, local_known)
         self._local.own_caches(self._added.shape[1])
+        self._room = 0  # asked for with the next patch
 
     def _filters_of(self, sampling: Sampling) -> mx.array:
         """The numbers of the filters on the device, made once: a new array waits for its page to come from the host."""
@@ -191,9 +222,10 @@ def _layer_arrays(layer: Block) -> LayerArrays | None:
     if any(part is None for part in known) or ("gate_proj" in ffn and gate is None):
         return None
     query, key, value, out, up, down = (part for part in known if part is not None)
-    norms = attention.get("q_norm"), attention.get("k_norm")
+    query_norm, key_norm = (
+        None if norm is None else norm.weight for norm in (attention.get("q_norm"), attention.get("k_norm"))
+    )
     return LayerArrays(
-        layer.attention_norm.weight, layer.ffn_norm.weight,
-        *(None if norm is None else norm.weight for norm in norms),
-        (query, key, value), out, (up,) if gate is None else (gate, up), down,
+        attention_norm=layer.attention_norm.weight, ffn_norm=layer.ffn_norm.weight, query_norm=query_norm, key_norm=key_norm,
+        qkv=(query, key, value), out=out, up=(up,) if gate is None else (gate, up), down=down,
     )  # fmt: skip

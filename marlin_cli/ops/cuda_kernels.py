@@ -54,6 +54,6 @@ SOURCES = by_name(
 
 @functools.cache
 def kernel(name: str, shared_memory: int = 0) -> Kernel:
-    """The kernel, made at first use: MLX refuses to without CUDA. It gets `shared_memory` bytes beside what its text declares."""
+    """The kernel, made at first use: MLX refuses to without CUDA. `shared_memory` bytes are beside what its text declares."""
     maker = functools.partial(mx.fast.cuda_kernel, shared_memory=shared_memory) if shared_memory else mx.fast.cuda_kernel
     return SOURCES[name].made_by(maker)

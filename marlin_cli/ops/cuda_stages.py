@@ -1,10 +1,9 @@
 """One stage of a MegaByte as CUDA kernels take it whole: its arrays by address in one record, and the launches that read it.
 
-The kernels change their caches and scratch memory in place, which MLX knows nothing of: so the arrays here are their own, a launch
-depends on the one before through what it reads, and `addresses` are asked for anew whenever an array is another one.
+The kernels change their caches and scratch memory in place, which MLX knows nothing of: so these arrays are nobody else's, a
+launch depends on the one before through what it reads, and `addresses` are asked for anew whenever an array is another one.
 """
 
-import ctypes
 import functools
 import math
 import struct
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.errors import BackendError
+from marlin_cli.ops.cuda_driver import multiprocessors, shared_memory
 from marlin_cli.ops.cuda_kernels import ADDRESSES_A_LAUNCH, kernel
+from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
 from marlin_cli.ops.kernel_inputs import unread
 
 KINDS = ("dense", "nvfp4", "mxfp4", "mxfp8", "int4", "int8")  # as `Kind` in few_rows.cuh
@@ -30,9 +30,9 @@ MOST_VOCAB = 512
 MOST_SPLITS = 4
 
 # Bytes of the records and of shared memory as few_rows_stage.cuh lays them out.
-STAGE_BYTES, LAYER_BYTES = 248, 384
+STAGE_BYTES, LAYER_BYTES = 256, 384
 NO_LINEAR = struct.pack("<4Q2if2h", 0, 0, 0, 0, 0, 0, 0.0, 0, 1)
-PARTS_OF_A_LAYER, JOB_BYTES, LANE_BYTES = 7, 64, 20
+PARTS_OF_A_LAYER, JOB_BYTES, LANE_BYTES = 7, 64, 12
 SUMS_OF_ROWS = 4 * (16 * 64 + 16 + 4)
 
 
@@ -180,6 +180,7 @@ class StageOnDevice:
 
     def __init__(self, stage: StageArrays, streams: int, known: list[int] | None = None) -> None:
         self.stage, self.streams = stage, streams
+        self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
         self.blocks = min(multiprocessors(), _most_blocks(stage))
@@ -188,11 +189,21 @@ class StageOnDevice:
         sizes = self._scratch_sizes()
         self._scratch = mx.zeros((sum(sizes),))
         self._places = [4 * sum(sizes[:i]) for i in range(len(sizes))]
+        kinds = sum(1 << KINDS.index(kind) for kind in {linear.kind for linear in stage.linears()})
+        own = stage.table.dtype
+        template = {
+            "T": own,
+            "KINDS": kinds,
+            "PARTS": 1 if own == mx.bfloat16 else 3,
+            "WARPS": WARPS,
+            "HEAD_DIM": stage.head_dim,
+        }
+        self._template = list(template.items())
         self._caches: list[mx.array] = []
         self._record: mx.array | None = None
 
     def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]]) -> None:
-        """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type. They are changed in place."""
+        """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type; changed in place."""
         arrays = [array for pair in caches for array in pair]
         if len(arrays) == len(self._caches) and all(a is b for a, b in zip(arrays, self._caches, strict=True)):
             return
@@ -222,8 +233,10 @@ class StageOnDevice:
         noise: mx.array | None,
         filters: mx.array | None,
         steps: int,
-    ) -> mx.array:
-        """Draw the ids that follow `given` in a sequence of the last stage: [streams, steps] int32; -1 where a barrier failed.
+    ) -> tuple[mx.array, int]:
+        """Draw the ids that follow `given` in a sequence of the last stage: [streams, steps] int32, -1 where a barrier failed.
+
+        Returns them, and the number of the launch, which the mailbox has them by.
 
         Args:
             lead: [streams, dim] the row that leads.
@@ -232,13 +245,15 @@ class StageOnDevice:
             noise: [steps, vocab] float32 where an id is drawn; None takes the likeliest.
             filters: [4] float32: temperature, top_p, min_p and top_k.
         """
-        assert self._record is not None
-        span = mx.broadcast_to(unread(), (steps + 1, 1 if given is None else given.shape[1] + 1))
+        assert self._record is not None and self.mailbox is not None and self.streams * steps <= MOST_IDS
+        number = self.mailbox.next()
+        span = mx.broadcast_to(unread(), (steps + 1, 1 if given is None else given.shape[1] + 1, number))
         inputs = [
             self._record, lead, added, unread() if given is None else given, unread_floats() if noise is None else noise,
             unread_floats() if filters is None else filters, span,
         ]  # fmt: skip
-        return self._launch("local_patch_decode", inputs, {"SAMPLING": noise is not None}, (self.streams, steps), mx.int32)
+        variant = {"SAMPLING": noise is not None}
+        return self._launch("local_patch_decode", inputs, variant, (self.streams, steps), mx.int32), number
 
     def step(self, ids: mx.array, seen: int, padding: mx.array | None) -> mx.array:
         """One patch ids [streams, patch] through the stage, behind `seen` rows of its caches: [streams, rows of `last`]."""
@@ -251,18 +266,9 @@ class StageOnDevice:
     def _launch(
         self, name: str, inputs: list[mx.array], variant: dict[str, bool], shape: tuple[int, ...], dtype: mx.Dtype
     ) -> mx.array:
-        kinds = sum(1 << KINDS.index(kind) for kind in {linear.kind for linear in self.stage.linears()})
-        own = self.stage.table.dtype
-        template = {
-            "T": own,
-            "KINDS": kinds,
-            "PARTS": 1 if own == mx.bfloat16 else 3,
-            "WARPS": WARPS,
-            "HEAD_DIM": self.stage.head_dim,
-        }
         (out,) = kernel(name, shared_memory())(
             inputs=inputs,
-            template=[*template.items(), *variant.items()],
+            template=[*self._template, *variant.items()],
             grid=(self.blocks * WARPS * 32, 1, 1),
             threadgroup=(WARPS * 32, 1, 1),
             output_shapes=[shape],
@@ -287,7 +293,8 @@ class StageOnDevice:
         table, norm = next(known), next(known)
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
-        head = struct.pack("<11Q", *(scratch + place for place in self._places), table, norm)
+        mailbox = 0 if self.mailbox is None else self.mailbox.address
+        head = struct.pack("<12Q", *(scratch + place for place in self._places), table, norm, mailbox)
         sizes = struct.pack(
             "<8i4i3fi",
             self.streams, len(stage.layers), stage.dim, stage.heads, stage.kv_heads, stage.ffn_dim, self._caches[0].shape[2],
@@ -348,7 +355,7 @@ def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
             output_shapes=[(ADDRESSES_A_LAUNCH,)],
             output_dtypes=[mx.int64],
         )
-        found += out.tolist()[: len(some)]  # type: ignore[arg-type]
+        found += np.array(out)[: len(some)].tolist()
     places = iter(found)
     return [0 if array is None else next(places) for array in arrays]
 
@@ -357,26 +364,3 @@ def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
 def unread_floats() -> mx.array:
     """A stand-in for an input of floats that a variant of a kernel does not read."""
     return mx.zeros((4,))
-
-
-def multiprocessors() -> int:
-    """Of the first device: as many blocks of a whole multiprocessor each are resident at once."""
-    return _attribute(16)
-
-
-def shared_memory() -> int:
-    """Bytes of shared memory that a block of the first device can have."""
-    return _attribute(97)
-
-
-@functools.cache
-def _attribute(number: int) -> int:
-    """An attribute of the first device, from the driver: MLX does not tell."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendError(f"the CUDA driver does not load: {error}") from None
-    value = ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetAttribute(ctypes.byref(value), number, 0):
-        raise BackendError("the CUDA driver does not answer; see nvidia-smi")
-    return value.value

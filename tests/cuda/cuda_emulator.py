@@ -155,3 +155,9 @@ def own_addresses(arrays) -> list[int]:
     """Where arrays of MLX stand in the memory of this process, 0 for None: `cuda_stages.addresses` without a GPU."""
     mx.eval([array for array in arrays if array is not None])
     return [0 if array is None else np.asarray(memoryview(array.view(mx.uint8))).ctypes.data for array in arrays]
+
+
+def own_memory(words: int) -> tuple[np.ndarray, int]:
+    """`cuda_mailbox.pinned` without a GPU."""
+    memory = np.zeros(words, np.int32)
+    return memory, memory.ctypes.data

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -239,6 +240,7 @@ inline int __shfl_xor_sync(uint32_t, int value, int offset) {
 }
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline float __expf(float value) { return std::exp(value); }
 inline float __fdividef(float x, float y) { return x / y; }
 template <class T>

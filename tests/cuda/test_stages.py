@@ -1,9 +1,9 @@
-"""Whole stages in one launch against the network's own layers: the kernels on a GPU where there is one, else in the emulator."""
+"""Whole stages in one launch against the network's own layers: on a GPU where there is one, else in the emulator."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from cuda_emulator import Emulated, compiler, own_addresses
+from cuda_emulator import Emulated, compiler, own_addresses, own_memory
 from mlx.utils import tree_map
 
 from marlin_cli.engine import cuda_patches, decoding
@@ -12,7 +12,7 @@ from marlin_cli.engine.decoding import CacheBits, GraphCache
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
-from marlin_cli.ops import cuda_stages
+from marlin_cli.ops import cuda_mailbox, cuda_stages
 from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -32,6 +32,7 @@ def emulated(monkeypatch):
         return
     monkeypatch.setattr(cuda_stages, "kernel", Emulated)
     monkeypatch.setattr(cuda_stages, "addresses", own_addresses)
+    monkeypatch.setattr(cuda_mailbox, "pinned", own_memory)
     monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
     monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
     monkeypatch.setattr(cuda_stages, "WARPS", 2)
@@ -83,8 +84,8 @@ def test_a_global_step(variant, format, streams):
     stage = global_stage(network)
     assert takes_stage(stage, streams)
     padding = mx.array([row % 2 for row in range(streams)]) if streams > 1 else None
-    caches = [GraphCache(network["global"], network.stages[0].config, False, padding.tolist() if streams > 1 else [], CacheBits())
-              for _ in range(2)]  # fmt: skip
+    filler = [] if padding is None else padding.tolist()
+    caches = [GraphCache(network["global"], network.stages[0].config, False, filler, CacheBits()) for _ in range(2)]
     rows = mx.random.normal((streams, 2, stage.dim), key=mx.random.key(1))
     for cache in caches:
         mx.eval(cache.run(rows))
@@ -93,7 +94,7 @@ def test_a_global_step(variant, format, streams):
         ids = random_ids(streams, network.config.patch_size, patch + 1)[..., 0]
         hidden = caches[0].run(network.token_rows(0, ids[:, None], 0, None))[:, -1]
         expected = network.to_next(0, hidden)[:, 0]
-        device.set_caches([layer.rows_for_one_more() for layer in caches[1].layers])
+        device.set_caches([layer.with_room() for layer in caches[1].layers])
         close(device.step(ids, 2 + patch, padding), expected, 3e-5)
 
 
@@ -114,8 +115,9 @@ def test_a_local_patch(variant, format, streams):
     added = mx.zeros((1, length, stage.dim)) if last.positions is None else last.positions.weight[None]
     for known in (0, 2):
         given = random_ids(streams, known) if known else None
-        ids = device.decode_sequence(lead, added, given, None, None, length - known)
+        ids, number = device.decode_sequence(lead, added, given, None, None, length - known)
         mx.eval(ids)
+        assert device.mailbox.read(number, streams, length - known).tolist() == ids.tolist()
         whole = ids if given is None else mx.concatenate([given, ids], axis=1)
         rows = mx.concatenate([lead[:, None], last.byte_embedding(whole[:, :-1])], axis=1) + added
         logits = network.head(network.local(rows))
