@@ -53,7 +53,9 @@ struct Machine {
   float *rotations, *squares, *partial;  // [streams][head_dim], [16][MOST_SEGMENTS], see `multiply`
   int *chosen, *flag;                    // [16], [1]
   uint4* memory;                         // the rest
-  int query_heads;                       // that share a head of the cache
+  float* residual;                       // the stage's x; this and what follows in registers, as each phase reads it
+  int streams, dim, query_heads;         // the last: that share a head of the cache
+  float eps;
   bool attends_alone;                    // each block all heads, which saves a barrier
 
   // Shared memory is laid out here and measured in `cuda_stages`. All layers are alike but for where their weights stand.
@@ -75,8 +77,9 @@ struct Machine {
     flag = reinterpret_cast<int*>(floats), floats += 4;
     partial = floats, floats += WARPS * 2 * stage->streams * TILE_ROWS;
     memory = reinterpret_cast<uint4*>(shared + (reinterpret_cast<uint8_t*>(floats) - shared + 15) / 16 * 16);
+    residual = stage->x, streams = stage->streams, dim = stage->dim, eps = stage->eps;
     query_heads = stage->heads / stage->kv_heads;
-    attends_alone = alone_if_few && stage->streams * stage->heads <= 2 * WARPS;
+    attends_alone = alone_if_few && streams * stage->heads <= 2 * WARPS;
     if (threadIdx.x < END && threadIdx.x != ATTEND) {
       const At at = {int(threadIdx.x), 0};
       const bool pair = at.part == UP && stage->activation == SWIGLU;
@@ -127,8 +130,8 @@ struct Machine {
   __device__ __forceinline__ void learn(const At& at, Sent& sent) const {
     const Lane& lane = lanes[at.part * THREADS];
     const Linear<T>* linears = linears_of(at);
-    const int output = first_output(jobs[at.part], stage->streams);
-    if (lane.tile >= 0 && output < stage->streams * TILE_ROWS) {
+    const int output = first_output(jobs[at.part], streams);
+    if (lane.tile >= 0 && output < streams * TILE_ROWS) {
       const int column = min(lane.tile * TILE_ROWS + output % TILE_ROWS, linears[lane.layer].rows - 1);
       sent.known = know(at, linears, lane.layer, output / TILE_ROWS, column);
     }
@@ -137,7 +140,7 @@ struct Machine {
   // What a product of this phase is added to: a bias, and the residual, which this phase alone changes.
   __device__ __forceinline__ Known know(const At& at, const Linear<T>* linears, int number, int row, int column) const {
     Known known = {{0.0f, 0.0f}, {linears[number].factor, 0.0f}};
-    if (at.part == OUT || at.part == DOWN) known.added[0] = __ldcg(stage->x + row * stage->dim + column);
+    if (at.part == OUT || at.part == DOWN) known.added[0] = __ldcg(residual + row * dim + column);
     if (linears[number].bias != nullptr) known.added[0] += to_float(linears[number].bias[column]);
     if (jobs[at.part].paired) {
       known.factor[1] = linears[1].factor;
@@ -149,13 +152,13 @@ struct Machine {
   // The rows' positions for rotation, `seen` rows of which came before.
   __device__ __forceinline__ void rotate_at(int seen, const int32_t* padding) {
     if (stage->log2_theta == 0.0f) return;
-    for (int b = 0; b < stage->streams; b++) {
+    for (int b = 0; b < streams; b++) {
       fill_rotation(rotations + b * HEAD_DIM, HEAD_DIM / 2, stage->log2_theta, seen - (padding ? padding[b] : 0), threadIdx.x, THREADS);
     }
   }
 
   __device__ __forceinline__ Operand<PARTS> operand(const Job& job) const {
-    return {memory, stage->streams, job.stride, job.log_values - 3};
+    return {memory, streams, job.stride, job.log_values - 3};
   }
 
   // x of the phase into shared memory: load(row, piece, values) for each piece, by warps, 256 values each. With a norm,
@@ -165,7 +168,7 @@ struct Machine {
     const Operand<PARTS> x = operand(job);
     const int lane = threadIdx.x % 32;
     const bool centred = norm != nullptr && stage->norm_kind != RMS;
-    for (int item = threadIdx.x / 32; item < stage->streams << job.log_segments; item += WARPS) {
+    for (int item = threadIdx.x / 32; item < streams << job.log_segments; item += WARPS) {
       const int row = item >> job.log_segments, segment = item & ((1 << job.log_segments) - 1), piece = segment * 32 + lane;
       if (segment >= job.segments) continue;
       float values[PIECE_VALUES] = {}, weights_of_norm[PIECE_VALUES], mean = 0.0f, sum = 0.0f;
@@ -205,7 +208,7 @@ struct Machine {
   template <typename Fresh>
   __device__ __forceinline__ void bring_normed(const Job& job, const T* norm, bool is_new, const Fresh& fresh) {
     bring(job, norm, [&](int row, int piece, float (&values)[8]) {
-      float* place = stage->x + row * job.width + piece * PIECE_VALUES;
+      float* place = residual + row * job.width + piece * PIECE_VALUES;
       if (!is_new) return load_piece<float>(place, values);
       fresh(row, piece, values);
       if (blockIdx.x > 0) return;
@@ -226,8 +229,8 @@ struct Machine {
     load_piece<float>(stage->k + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.key);
     load_piece<float>(stage->v + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.value);
     const float* rotation = stage->log2_theta == 0.0f ? nullptr : rotations + stream * HEAD_DIM;
-    Attending::prepare(head.query, layer.query_norm, stage->eps, rotation, stage->interleaved);
-    Attending::prepare(head.key, layer.key_norm, stage->eps, rotation, stage->interleaved);
+    Attending::prepare(head.query, layer.query_norm, eps, rotation, stage->interleaved);
+    Attending::prepare(head.key, layer.key_norm, eps, rotation, stage->interleaved);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       head.query[i] *= stage->scale * LOG2_E;
@@ -252,11 +255,11 @@ struct Machine {
     const Job& job = jobs[OUT];
     const Operand<PARTS> x = operand(job);
     const int whole = job.whole / PIECE_VALUES, depth = job.depth / PIECE_VALUES;
-    for (int i = threadIdx.x; i < stage->streams * (whole - depth); i += THREADS) {
+    for (int i = threadIdx.x; i < streams * (whole - depth); i += THREADS) {
       float nothing[8] = {};
       x.put(i / (whole - depth), depth + i % (whole - depth), nothing);
     }
-    for (int task = threadIdx.x / 32; task < stage->streams * stage->heads; task += WARPS) {
+    for (int task = threadIdx.x / 32; task < streams * stage->heads; task += WARPS) {
       const int stream = task / stage->heads, number = task % stage->heads;
       const int64_t cache = cache_of(stream, number);
       typename Attending::Rows some;
@@ -281,7 +284,7 @@ struct Machine {
   __device__ __forceinline__ void attend_together(const Layer<T>& layer, int seen, const int32_t* padding) {
     float* shared = reinterpret_cast<float*>(memory);
     const int warp = threadIdx.x / 32, splits = stage->splits;
-    for (int task = blockIdx.x; task < stage->streams * stage->heads * splits; task += gridDim.x) {
+    for (int task = blockIdx.x; task < streams * stage->heads * splits; task += gridDim.x) {
       const int split = task % splits, number = task / splits % stage->heads, stream = task / splits / stage->heads;
       int start = padding ? padding[stream] : 0;
       if (stage->window >= 0) start = max(start, seen - stage->window);
@@ -395,12 +398,12 @@ struct Machine {
           if (norm != nullptr) {
             float sum = 0.0f;
             for (int segment = 0; segment < job.segments; segment++) sum += squares[row * MOST_SEGMENTS + segment];
-            const float factor = rsqrtf(sum * job.inverse_width + stage->eps);
+            const float factor = rsqrtf(sum * job.inverse_width + eps);
             one *= factor, other *= factor;
           }
           one = one * known.factor[0] + known.added[0], other = other * known.factor[1] + known.added[1];
           if (at.part == OUT || at.part == DOWN || at.part == FIRST) {
-            stage->x[row * stage->dim + column] = one;
+            residual[row * dim + column] = one;
           } else if (at.part == QKV) {
             (number == 0 ? stage->q : number == 1 ? stage->k : stage->v)[row * linears[number].rows + column] = one;
           } else if (at.part == UP) {

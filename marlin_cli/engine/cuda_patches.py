@@ -3,16 +3,19 @@
 `patch_decoder` chooses: what it does not take, and every part of a patch, goes operation by operation (`decoding`).
 """
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models.megabyte import Block, MegaByte, Stack, StageConfig, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.ops.cuda_mailbox import MOST_IDS
 from marlin_cli.ops.cuda_stages import LayerArrays, LinearArrays, StageArrays, StageOnDevice, dense_arrays, takes_stage
 from marlin_cli.ops.dispatch import gpu
 
@@ -82,14 +85,14 @@ class PatchDecoder:
         mx.async_eval(ids, following)  # type: ignore[no-untyped-call]
         return Patch(ids, number, following, drawn)
 
-    def read(self, patch: Patch) -> mx.array:
-        """The ids [streams, patch_size] of a patch, waited for, on the host.
+    def read(self, patch: Patch) -> np.ndarray:
+        """The ids [streams, patch_size] of a patch, waited for, on the host, where an array of MLX would take long to make.
 
         Raises:
             BackendError: the GPU did not finish it.
         """
         assert self._local.mailbox is not None
-        return mx.array(self._local.mailbox.read(patch.number, *patch.ids.shape))
+        return self._local.mailbox.read(patch.number, *patch.ids.shape)
 
     def take_back(self, patch: Patch, noise: Noise) -> None:
         """Forget the patch that was queued last."""
@@ -126,8 +129,12 @@ class PatchDecoder:
 
 
 def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
-    """The decoder of whole patches, or None where they are decoded operation by operation."""
-    if gpu() != "cuda":
+    """The decoder of whole patches, or None where they are decoded operation by operation.
+
+    MARLIN_PATCHES=whole asks for it: the kernels take a quarter of a minute to compile in every process, and few answers win
+    that back.
+    """
+    if os.environ.get("MARLIN_PATCHES") != "whole" or gpu() != "cuda" or streams * network.config.patch_size > MOST_IDS:
         return None
     stages = global_stage(network), local_stage(network)
     if stages[0] is None or stages[1] is None:

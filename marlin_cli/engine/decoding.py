@@ -122,7 +122,7 @@ class Lockstep:
             self._logits = self._next_logits()
         return self._logits
 
-    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array:
+    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array | np.ndarray:
         """Draw the next ids of the streams and append them: [streams, n], at most `most`; one, or all that a sequence lacks."""
         tokens, length = self._states[self._last].tokens, self.config.stages[self._last].length
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
@@ -172,7 +172,7 @@ class Lockstep:
             if state.condition is not None:
                 state.condition = state.condition[chosen]
 
-    def _whole_patch(self, sampling: Sampling, noise: Noise, most: int) -> mx.array:
+    def _whole_patch(self, sampling: Sampling, noise: Noise, most: int) -> np.ndarray:
         """The next patch, all of it decoded on the GPU; if another whole one may follow, that is queued before this is read."""
         patch_size, state = self.config.patch_size, self._states[1]
         room = self.config.max_bytes - max(self.positions) - patch_size
@@ -182,7 +182,7 @@ class Lockstep:
         self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
         if patch.condition is None:
             ids = self._on_gpu.read(patch)
-            self._append(ids)
+            self._append(mx.array(ids))
             return ids
         self.positions = [position + patch_size for position in self.positions]
         self._states[0].tokens += 1

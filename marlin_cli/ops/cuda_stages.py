@@ -249,8 +249,8 @@ class StageOnDevice:
         number = self.mailbox.next()
         span = mx.broadcast_to(unread(), (steps + 1, 1 if given is None else given.shape[1] + 1, number))
         inputs = [
-            self._record, lead, added, unread() if given is None else given, unread_floats() if noise is None else noise,
-            unread_floats() if filters is None else filters, span,
+            self._record, mx.contiguous(lead), mx.contiguous(added), unread() if given is None else mx.contiguous(given),
+            unread_floats() if noise is None else mx.contiguous(noise), unread_floats() if filters is None else filters, span,
         ]  # fmt: skip
         variant = {"SAMPLING": noise is not None}
         return self._launch("local_patch_decode", inputs, variant, (self.streams, steps), mx.int32), number
@@ -259,7 +259,7 @@ class StageOnDevice:
         """One patch ids [streams, patch] through the stage, behind `seen` rows of its caches: [streams, rows of `last`]."""
         assert self._record is not None
         span = mx.broadcast_to(unread(), (seen + 1,))
-        inputs = [self._record, ids, unread() if padding is None else padding, span]
+        inputs = [self._record, mx.contiguous(ids), unread() if padding is None else padding, span]
         shape = (self.streams, self.stage.last.rows)
         return self._launch("stack", inputs, {"HAS_PADDING": padding is not None}, shape, self.stage.table.dtype)
 

@@ -28,6 +28,7 @@ PACKED = ("nvfp4", "mxfp4", "mxfp8", "int4", "int8")
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
+    monkeypatch.setenv("MARLIN_PATCHES", "whole")
     if mx.cuda.is_available():
         return
     monkeypatch.setattr(cuda_stages, "kernel", Emulated)
