@@ -1,5 +1,7 @@
 """Whole stages in one launch against the network's own layers: on a GPU where there is one, else in the emulator."""
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from marlin_cli.engine.cuda_patches import global_stage, local_stage
 from marlin_cli.engine.decoding import CacheBits, GraphCache
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops import cuda_mailbox, cuda_stages
 from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
@@ -65,7 +68,6 @@ def random_ids(*shape):
     return mx.array(np.random.default_rng(sum(shape)).integers(0, 256, shape).astype(np.int32))
 
 
-STREAMS = [1, 3, 9]
 VARIANTS = {
     "swiglu": {},
     "grouped": {"global_kv_heads": 2, "local_kv_heads": 1, "qk_norm": True},
@@ -74,11 +76,19 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
+# Each kind of weights, each option of a layer, few and many streams. An emulated kernel takes seconds to compile: one always
+# runs.
+CASES = [
+    ("grouped", "nvfp4", 3), ("swiglu", None, 1), ("swiglu", None, 9), ("layernorm", "int4", 1), ("variance", "mxfp8", 2),
+    ("swiglu", "mxfp4", 16), ("grouped", "int8", 1),
+]  # fmt: skip
+EACH_CASE = pytest.mark.parametrize(
     ("variant", "format", "streams"),
-    [("swiglu", None, 1), ("swiglu", None, 9), ("grouped", "nvfp4", 3), ("layernorm", "int4", 1), ("variance", "mxfp8", 2),
-     ("swiglu", "mxfp4", 16), ("grouped", "int8", 1)],
-)  # fmt: skip
+    [pytest.param(*case, marks=[] if case == CASES[0] or mx.cuda.is_available() else pytest.mark.slow) for case in CASES],
+)
+
+
+@EACH_CASE
 def test_a_global_step(variant, format, streams):
     """Three patches behind a cache that MLX began, some of it filler."""
     network = network_of(format=format, **VARIANTS[variant])
@@ -99,11 +109,7 @@ def test_a_global_step(variant, format, streams):
         close(device.step(ids, 2 + patch, padding), expected, 3e-5)
 
 
-@pytest.mark.parametrize(
-    ("variant", "format", "streams"),
-    [("swiglu", None, 1), ("swiglu", None, 9), ("grouped", "nvfp4", 3), ("layernorm", "int4", 1), ("variance", "mxfp8", 2),
-     ("swiglu", "mxfp4", 16), ("grouped", "int8", 1)],
-)  # fmt: skip
+@EACH_CASE
 def test_a_local_patch(variant, format, streams):
     """The ids that the network's own logits call the likeliest, some of them given."""
     network = network_of(format=format, **VARIANTS[variant])
@@ -126,7 +132,15 @@ def test_a_local_patch(variant, format, streams):
         assert ids.tolist() == best.tolist()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=20), Sampling(1.3, top_p=0.8, min_p=0.02)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.3, top_k=50, top_p=0.8, min_p=0.02),
+        pytest.param(Sampling(1.0), marks=pytest.mark.slow),
+        pytest.param(Sampling(), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_ids_are_drawn_as_today(sampling, monkeypatch):
     """Generation with whole patches in one launch and without: prompts that end inside a patch, and a stream that stops."""
     network = network_of(format="mxfp8")
@@ -145,3 +159,29 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
     assert generated() == whole and {len(stream) for stream in whole} == {19}
     assert generated(stop) == stopped and len(stopped[0]) < 19
+
+
+@pytest.mark.skipif(mx.cuda.is_available(), reason="it plants a fault in the emulator")
+def test_a_block_that_does_not_come_is_an_error(monkeypatch):
+    """The others give up waiting for it, and the host is told."""
+    gone = "if (grid.failed()) return fail();"
+
+    def edit(text):
+        return text.replace("2000000000ull", "20000000ull").replace(gone, f"{gone} if (blockIdx.x == 2) return;")
+
+    monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, edit=edit))
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    with pytest.raises(BackendError, match="blocks did not all run at once"):
+        list(generate(network_of(), [b"abcd"], Stopping(max_bytes=8), Sampling()))
+
+
+@pytest.mark.slow
+def test_the_order_of_threads_does_not_matter(monkeypatch):
+    network = network_of(format="nvfp4")
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    outputs = []
+    for backwards in (False, True):
+        if not mx.cuda.is_available():
+            monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, backwards=backwards))
+        outputs.append([piece.data for piece in generate(network, [b"abcd", b"efgh"], Stopping(max_bytes=16), Sampling())])
+    assert outputs[0] == outputs[1]
