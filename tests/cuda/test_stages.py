@@ -9,10 +9,10 @@ from cuda_emulator import Emulated, compiler, own_addresses, own_memory
 from mlx.utils import tree_map
 
 from marlin_cli.engine import cuda_patches, decoding
-from marlin_cli.engine.cuda_patches import global_stage, local_stage
-from marlin_cli.engine.decoding import CacheBits, GraphCache
+from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
+from marlin_cli.engine.decoding import CacheBits, GraphCache, Lockstep
 from marlin_cli.engine.generation import Stopping, generate
-from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.ops import cuda_mailbox, cuda_stages
@@ -161,6 +161,28 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     assert generated(stop) == stopped and len(stopped[0]) < 19
 
 
+def test_what_was_queued_too_far_is_taken_back(monkeypatch):
+    """Logits, and ids pushed, between whole patches; the noise is that of the steps that were asked for."""
+    network, sampling = network_of(format="mxfp8"), Sampling(1.3, top_k=50, top_p=0.8, min_p=0.02)
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    found = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+        state, noise = Lockstep(network, [b"abcd", b"abcdefgh"]), Noise(0, 256)
+        ids, logits = [], []
+        for pushed in range(2):
+            for _ in range(1 if whole else 4):
+                ids += np.array(state.advance(sampling, noise, 64)).T.tolist()
+            logits.append(np.array(state.logits))
+            for byte in b"wxyz"[: 4 - 2 * pushed]:
+                state.push(mx.array([byte, byte]))
+        found.append((ids, np.stack(logits), state.positions, state.cache_bytes["global"]))
+    (ids, logits, *rest), (expected_ids, expected_logits, *expected_rest) = found
+    assert ids == expected_ids and rest == expected_rest
+    assert np.abs(logits - expected_logits).max() < 1e-4
+
+
 @pytest.mark.skipif(mx.cuda.is_available(), reason="it plants a fault in the emulator")
 def test_a_block_that_does_not_come_is_an_error(monkeypatch):
     """The others give up waiting for it, and the host is told."""
@@ -185,3 +207,25 @@ def test_the_order_of_threads_does_not_matter(monkeypatch):
             monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, backwards=backwards))
         outputs.append([piece.data for piece in generate(network, [b"abcd", b"efgh"], Stopping(max_bytes=16), Sampling())])
     assert outputs[0] == outputs[1]
+
+
+def test_what_is_left_to_operations(monkeypatch):
+    taken = network_of()
+    assert patch_decoder(taken, 16) is not None and patch_decoder(taken, 17) is None
+    for options in (
+        {"layout": "paper", "local_positions": "none"},
+        {"token_shift": True},
+        {"global_positions": "learned"},
+        {"global_head_dim": 24},
+        {"global_dim": 60, "global_heads": 2, "global_head_dim": 16},
+    ):
+        assert patch_decoder(network_of(**options), 1) is None, options
+    assert patch_decoder(network_of(dtype=mx.float16), 1) is None
+    mixed = QuantizationSettings(global_format="nvfp4", overrides={r"global\.layers\.1\..*v_proj": "mxfp8"})
+    assert patch_decoder(quantize_network(taken, mixed, method="rtn").network, 1) is None
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 8_000)
+    assert patch_decoder(taken, 1) is None
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 17)
+    assert patch_decoder(taken, 1) is not None
+    monkeypatch.delenv("MARLIN_PATCHES")
+    assert patch_decoder(taken, 1) is None  # nothing asks for it
