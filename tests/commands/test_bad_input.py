@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from marlin_cli.files import shipped
+from marlin_cli.statistics import Statistics, save_statistics
+from marlin_cli.statistics.data import Moments, Run, Totals
 
 DEMO = shipped("configs/models/megabyte-demo")
 CONFIG = json.loads((DEMO / "config.json").read_text())
@@ -168,7 +170,7 @@ CASES = {
     "a folder without a model": (["generate", "folder", "-p", "x"], 1, "folder: expected config.json"),
     "a missing prompt file": (["generate", "--prompt-file", "none"], 2, "none: cannot read the prompt"),
     "a folder as a prompt": (["generate", "--prompt-file", "folder"], 2, "folder: cannot read the prompt"),
-    "two prompts": (["generate", "-p", "a", "--hex", "00"], 2, "-p and --hex both give a prompt"),
+    "two prompts": (["generate", "-p", "a", "--hex", "00"], 2, "--prompt has no meaning beside --hex"),
     "odd hexadecimal": (["generate", "--hex", "0"], 2, "--hex: '0' is not hexadecimal"),
     "an empty stop": (["generate", "-p", "x", "--stop", ""], 2, "a stop sequence is empty"),
     "a size that is none": (["generate", "-p", "x", "--max-bytes", "ten"], 2, "--max-bytes: 'ten' is not a size"),
@@ -177,7 +179,7 @@ CASES = {
     "a seed beyond 64 bits": (["generate", "-p", "x", "--seed", str(1 << 64)], 2, "fit 64 bits"),
     "no group": (["quantize", "megabyte-demo", "-o", "x", "--group-size", "0"], 1, "group_size must be one of 32, 64, 128"),
     "a budget of nothing": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "0"], 1, "a number above 0, found 0"),
-    "a budget that is no number": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "nan"], 1, "above 0, found nan"),
+    "a budget that is none": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "nan"], 2, "finite number, found nan"),
     "a weight that rich would draw": (["calibrate", "-o", "s.safetensors", "--corpus", "x=long:-1"], 1, "x=long:-1: the w"),
     "a column of numbers": (["calibrate", "-o", "s.safetensors", "--corpus", "n.jsonl"], 1, "no column holds text"),
     "a number that is none": (["generate", "--top-k", "many"], 2, "'--top-k'"),
@@ -185,7 +187,7 @@ CASES = {
     "an unknown command": (["translate"], 2, "translate"),
     "another device": (["generate", "-p", "x", "--device", "tpu"], 2, "--device 'tpu' is not one of"),
     "odd cache bits": (["generate", "-p", "x", "--kv-bits", "5"], 2, "--kv-bits must be 4, 8 or 16"),
-    "a prompt beyond the context": (["generate", "--prompt-file", "long"], 2, "the prompt has 40000 bytes"),
+    "a prompt beyond the context": (["generate", "--prompt-file", "long"], 2, "long: 40,000 bytes, but the model"),
     "prompts that are not JSON": (["generate", "--prompts", "long"], 2, "long: line 1: is not JSON"),
     "no prompts": (["generate", "--prompts", "empty"], 2, "empty: no prompts"),
     "an import option for marlin's own layout": (["generate", "-p", "x", "--import", "heads=4"], 1, "heads"),
@@ -217,6 +219,10 @@ CASES = {
     "a corpus that is not there": (
         ["calibrate", "-o", "s.safetensors", "--corpus", "nothing/here"], 1, "nothing/here: no such file"
     ),
+    "a corpus of nobody": (["calibrate", "-o", "s.safetensors", "--corpus", "~nobody-x/y"], 1, "~nobody-x/y: no such file"),
+    "statistics of another model": (
+        ["quantize", "byt5-demo", "-o", "x", "--stats", "s.safetensors"], 1, "s.safetensors: the statistics hold no layer"
+    ),
     "an empty corpus": (["calibrate", "-o", "s.safetensors", "--corpus", "empty"], 1, "empty: holds no bytes"),
     "an empty folder": (["calibrate", "-o", "s.safetensors", "--corpus", "folder"], 1, "folder: holds no bytes"),
     "a corpus on the hub, offline": (["calibrate", "-o", "s.safetensors", "--corpus", "hf:a/b"], 1, "hf:a/b: "),
@@ -230,12 +236,20 @@ CASES = {
 }  # fmt: skip
 
 
+# Of a model with one layer.
+_MOMENTS = Moments(np.ones((1, 1), np.int64), np.ones((1, 1, 4)), np.ones((1, 1, 4), np.float32))
+STATISTICS = Statistics(
+    "m" * 64, {"layer": "layer"}, (Run("c" * 64, 1, 0, None),), Totals({"code": 1}, {"layer": _MOMENTS}, {}, {})
+)
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_commands(workplace, kind):
     (workplace / "folder").mkdir()
     (workplace / "empty").write_bytes(b"")
     (workplace / "long").write_bytes(b"x" * 40_000)
     (workplace / "n.jsonl").write_bytes(b'{"text": 5}\n')
+    save_statistics(workplace / "s.safetensors", STATISTICS)
     arguments, code, names = CASES[kind]
     refused(*arguments, names=names, code=code)
 

@@ -165,7 +165,7 @@ WRONG = {
     "a size in words": ([*RUN, "--max-bytes", "much"], 2, "--max-bytes: 'much' is not a size"),
     "a seed below zero": ([*RUN, "--seed", "-1"], 2, "--seed"),
     "a shard beyond the count": ([*RUN, "--shard", "2/2"], 2, "--shard '2/2'"),
-    "no bytes wanted": ([*RUN, "--max-bytes", "0"], 1, "must be at least 1, found 0"),
+    "no bytes wanted": ([*RUN, "--max-bytes", "0"], 1, "must be at least 1 and at most 9223372036854775807, found 0"),
     "a missing model": (["no/such/model", *RUN[1:]], 1, "no/such/model"),
     "a missing corpus": (["model", "--corpus", "nowhere", "-o", "s.safetensors"], 1, "nowhere: no such"),
     "a missing folder": ([*RUN[:-1], "no/s.safetensors"], 1, "the folder no does not exist"),
@@ -183,7 +183,7 @@ WRONG = {
         "once.safetensors: windows of the same corpus (seed 0) are counted already",
     ),
     "showing a missing file": (["--show", "a.safetensors"], 1, "a.safetensors: no such file"),
-    "showing and running": (["model", "--show", "once.safetensors"], 2, "--show prints one file"),
+    "showing and running": (["model", "--show", "once.safetensors"], 2, "MODEL|FILE has no meaning beside --show"),
 }
 
 

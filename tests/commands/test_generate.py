@@ -118,3 +118,15 @@ def test_on_a_terminal_the_output_is_text(expected):
     os.close(parent)
     first = expected.decode("utf-8", "replace").splitlines()[0]
     assert first.encode() in data and b"24 bytes out (length)" in data
+
+
+def test_a_prompt_too_long_is_named(tmp_path):
+    (tmp_path / "long").write_bytes(bytes(40_000))
+    (tmp_path / "p.jsonl").write_text('"a"\n"' + "x" * 40_000 + '"\n')
+    for arguments, where in (
+        (["--prompt-file", tmp_path / "long"], tmp_path / "long"),
+        (["--prompts", tmp_path / "p.jsonl"], f"{tmp_path / 'p.jsonl'}: line 2"),
+    ):
+        result = run(*map(str, arguments), check=False)
+        assert result.returncode == 2 and not result.stdout
+        assert result.stderr.decode() == f"marlin: {where}: 40,000 bytes, but the model reads 32,768; give the last ones\n"

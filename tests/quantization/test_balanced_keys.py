@@ -142,4 +142,4 @@ def test_without_statistics_there_is_nothing_to_balance_by(each_network, random_
 def test_the_option_is_refused_without_statistics(tmp_path):
     result = CliRunner().invoke(app, ["quantize", "megabyte-demo", "-o", str(tmp_path / "out"), "--balance-keys"])
     assert result.exit_code != 0
-    assert "--balance-keys needs statistics" in str(result.exception) + result.output
+    assert "--balance-keys needs --stats" in str(result.exception) + result.output
