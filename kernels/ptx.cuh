@@ -1,4 +1,4 @@
-// What only the machine's own instructions say: products on the matrix units, and loads past the first cache.
+// What only the machine's own instructions say: products on the matrix units, loads past the first cache, and order among blocks.
 
 namespace marlin {
 
@@ -30,6 +30,29 @@ __device__ __forceinline__ void load_once(const uint32_t* from, uint32_t (&words
   } else {
     load_words<false>(from, words);
   }
+}
+
+// Order among blocks: what a block wrote before an addition is there for those that load what it added.
+__device__ __forceinline__ void add_release(unsigned long long* to, unsigned long long value) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* from) {
+  unsigned long long value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ unsigned long long nanoseconds() {
+  unsigned long long value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+  return value;
+}
+
+// The shared memory that the launch asks for.
+__device__ __forceinline__ void* dynamic_shared() {
+  extern __shared__ uint4 marlin_dynamic_shared[];
+  return marlin_dynamic_shared;
 }
 
 }  // namespace marlin

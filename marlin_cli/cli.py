@@ -77,11 +77,24 @@ def _program(
 
 def main() -> NoReturn:
     """Run the program: 0 done, 1 an error with a one-line reason, 2 wrong usage, 130 or 143 interrupted."""
+    ended_by: list[int] = []
+    _open_closed_streams()
+    _listen_to_signals(ended_by)
+    _show_warnings()
+    try:
+        code = _run()
+    except BaseException:
+        # The exception of a signal comes back as another one where Python or a library was in the middle of something.
+        if not ended_by:
+            raise
+        code = 1
+    sys.exit(128 + ended_by[0] if ended_by and code else code)
+
+
+def _run() -> int:
+    """The exit code of the command line; what is no bug is said in a line."""
     from typer.main import get_command
 
-    _open_closed_streams()
-    _listen_to_signals()
-    _show_warnings()
     code = 0
     try:
         result = get_command(app)(standalone_mode=False)
@@ -108,18 +121,24 @@ def main() -> NoReturn:
         if not hasattr(error, "format_message"):
             raise
         code = _fail(error.format_message(), 2)
-    sys.exit(code)
+    return code
 
 
-def _listen_to_signals() -> None:
-    """Let the signals that ask a process to end be exceptions, so that nothing half done is left. Once: it is ending then."""
+def _listen_to_signals(ended_by: list[int]) -> None:
+    """Let the signals that ask a process to end be exceptions, so that nothing half done is left, and be remembered.
+
+    Those that nobody types come once: the process is ending then.
+    """
 
     def end(number: int, _: object) -> None:
+        ended_by.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         signal.signal(number, signal.SIG_IGN)
         raise Terminated(number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # shells and nohup have some ignored
             signal.signal(number, end)
 
 

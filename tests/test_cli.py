@@ -78,3 +78,26 @@ def test_the_interface_is_complete():
     with pytest.raises(AttributeError, match="no attribute 'tokenizer'"):
         marlin_cli.tokenizer  # noqa: B018 (the access is the test)
     assert marlin_cli.decode(marlin_cli.encode("é文")) == "é文"
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_in_the_middle_of_an_import_ends_the_program_quietly(number, code):
+    """Python makes a RuntimeError of what comes out of a descriptor that is told its name."""
+    script = f"""
+import os, signal, sys
+sys.argv = ["marlin", "generate", "-p", "x", "--max-bytes", "1"]
+from marlin_cli import backend, cli
+
+class Descriptor:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.{number})
+
+def in_the_middle():
+    type("Class", (), {{"field": Descriptor()}})
+
+backend.require_mlx = in_the_middle
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.main()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")

@@ -147,7 +147,10 @@ def _sources(name: str) -> list[Source]:
 def _check_plain(file: Path, source: Source) -> None:
     if not is_raw(file, source):
         # `marlin calibrate` reads through these: scoring them as they lie would compare different bytes.
-        raise CorpusError(f"{file}: --quality scores files as they lie, and this one is packed; unpack it first")
+        raise CorpusError(
+            f"{file}: --quality scores bytes as they lie and does not read rows or compressed files;"
+            " unpack it, or write the text of its rows to a plain file"
+        )
 
 
 def _windows_of(path: Path, windowing: Windowing) -> list[Window]:

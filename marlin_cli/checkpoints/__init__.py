@@ -74,7 +74,7 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         checkpoint = with_config.read(path)
         given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
         if given:
-            raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, the model says all")
+            raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, the model says all; leave it out")
     else:
         foreign, importer = _read_foreign(path, options)
         if options.heads == "auto":

@@ -36,8 +36,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="PATH|RECIPE",
-            help="Score these bytes: [name=]file, a folder of domains or a recipe; repeatable. ByT5: pairs, as calibrate"
-            " --pairs.",
+            help="Score these bytes: [name=]file, a folder of domains or a recipe; repeatable. Files of rows (.jsonl,"
+            " .parquet) are refused, and compressed ones outside the domain binary. ByT5: pairs, as calibrate --pairs.",
         ),
     ] = None,
     reference: Annotated[
@@ -92,7 +92,10 @@ def bench(
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="OLD NEW", help="Measure nothing: what changed between two saved results beyond the noise."),
+        typer.Option(
+            metavar="OLD NEW",
+            help="Measure nothing: what changed beyond the noise between the last results in two files, for models in both.",
+        ),
     ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Time nothing: attention, cache and bytes read a byte generated, from the shape.")

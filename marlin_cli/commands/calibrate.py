@@ -22,7 +22,8 @@ def calibrate(
         typer.Option(
             help="Recipe, [name=]path[:weight], hf:name[/config][@split], or - for stdin; repeatable. The name is the"
             " domain: multilingual, code, binary or your own; the weight, against the others', is the chance that a window"
-            " comes from there. Default: the shipped recipe `default`."
+            " comes from there. A folder that has one named multilingual, code or binary is read as those domains, and nothing"
+            " else of it. Default: the shipped recipe `default`."
         ),
     ] = None,
     pairs: Annotated[
@@ -32,7 +33,9 @@ def calibrate(
             " Without it --corpus is read, with spans taken out."
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", "-o", help="File to write (.safetensors).")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="File to write (.safetensors); it replaces one that is there.")
+    ] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Stop after so many bytes of the corpus, e.g. 2M.")] = None,
     seq_bytes: Annotated[
         str | None,

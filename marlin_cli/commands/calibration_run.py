@@ -91,6 +91,8 @@ def run(
         except KeyboardInterrupt:
             if unfinished.exists():
                 console.note(f"interrupted; {unfinished} has what was measured: go on with --resume")
+            elif ranks.size == 1:
+                console.note("interrupted; nothing of this run is saved yet: begin again")
             raise
         finally:
             if hessians is not None:

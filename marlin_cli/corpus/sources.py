@@ -63,7 +63,7 @@ def parse_source(text: str) -> list[Source]:
     path = Path(os.path.expanduser(rest))
     domains = [domain for domain in DOMAINS if os.path.isdir(path / domain)]
     if name is None and domains:
-        return [Source(domain, weight, _files(path / domain, _shown(text))) for domain in domains]
+        return [Source(domain, weight, _files(path / domain, _shown(os.path.join(rest, domain)))) for domain in domains]
     return [Source(domain, weight, _files(path, _shown(text)))]
 
 

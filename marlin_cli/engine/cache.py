@@ -25,14 +25,26 @@ class Rows:
         """Add rows and return all rows so far."""
         batch, heads, added, width = new.shape
         total = self.count + added
+        storage = self._with_room((batch, heads, added, width), new.dtype)
+        storage[:, :, self.count : total] = new
+        self.count = total
+        return storage[:, :, :total]
+
+    def with_room(self) -> mx.array:
+        """All storage, with room for a row or more behind those that are there."""
+        assert self._storage is not None
+        batch, heads, _, width = self._storage.shape
+        return self._with_room((batch, heads, 1, width), self._storage.dtype)
+
+    def _with_room(self, new: tuple[int, int, int, int], dtype: mx.Dtype) -> mx.array:
+        batch, heads, added, width = new
+        total = self.count + added
         if self._storage is None or total > self._storage.shape[2]:
             capacity = -(-total // self._rows_per_step) * self._rows_per_step
-            room = mx.zeros((batch, heads, capacity - self.count, width), dtype=new.dtype)
+            room = mx.zeros((batch, heads, capacity - self.count, width), dtype=dtype)
             kept = [] if self._storage is None else [self._storage[:, :, : self.count]]
             self._storage = mx.concatenate([*kept, room], axis=2)
-        self._storage[:, :, self.count : total] = new
-        self.count = total
-        return self._storage[:, :, :total]
+        return self._storage
 
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
@@ -74,6 +86,15 @@ class KeyValueCache:
     def nbytes(self) -> int:
         """Bytes of the rows in use, delayed rows included."""
         return self._keys.nbytes + self._values.nbytes + sum(row.nbytes for row in self._delayed.values())
+
+    def with_room(self) -> tuple[mx.array, mx.array]:
+        """The storage of keys and values, with room for a row or more; whoever writes rows in place says so to `wrote`."""
+        return self._keys.with_room(), self._values.with_room()
+
+    def wrote(self, rows: int) -> None:
+        """Count rows that have been written in place."""
+        self._keys.count += rows
+        self._values.count += rows
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
         everything = self._keys.append(keys), self._values.append(values)

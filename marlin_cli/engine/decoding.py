@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache, PackedKeyValueCache, check_cache_bits
+from marlin_cli.engine.cuda_patches import Patch, patch_decoder
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.engine.scoring import not_finite
@@ -75,11 +76,15 @@ class Lockstep:
         # The kernels rotate heads whose width is a power of two.
         rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
         self._fused = fuse(network) if rotated else None
+        self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
+        self._ahead: tuple[Patch, Noise] | None = None  # a patch that has been queued before it was asked for
+        self._in_place = False  # whether the GPU has changed the global cache since MLX knew it
         self._states = [_StageState() for _ in self.config.stages]
-        # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], patches read [streams].
+        # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], filler patches [streams].
         self._patch: mx.array
         self._before_patch: mx.array
-        self._global_tokens: mx.array
+        self._filler: list[int]
+        self._left_padding: mx.array | None = None  # the filler, where there is any
         self._fed = 0  # tokens of the open sequence of the last stage that its cache has seen
         self._logits: mx.array | None = None
         self._sequence_cache_bytes = 0
@@ -100,6 +105,8 @@ class Lockstep:
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use by part: `global` and `local` (all finer stages; of a sequence decoded in one call, the most in it)."""
+        if self._on_gpu is not None and self._in_place:
+            self._on_gpu.count(self._layers_in_place())
         by_stage = [0 if state.cache is None else state.cache.nbytes for state in self._states]
         return {"global": by_stage[0], "local": sum(by_stage[1:]) or self._sequence_cache_bytes}
 
@@ -112,6 +119,7 @@ class Lockstep:
     def logits(self) -> mx.array:
         """Logits [streams, vocab] of the next id of each stream."""
         if self._logits is None:
+            self._settle()
             self._logits = self._next_logits()
         return self._logits
 
@@ -128,18 +136,22 @@ class Lockstep:
         finest = self._states[self._last]
         before = self._logits, finest.cache, self._fed, self._sequence_cache_bytes
         finite = mx.isfinite(mx.logsumexp(self.logits, axis=-1)).all().item()
-        if self._fused is not None and before[0] is None and before[1] is None:
+        in_one_call = self._fused is not None or self._on_gpu is not None
+        if in_one_call and before[0] is None and before[1] is None:
             # As it was: with logits at hand the next ids would be drawn one at a time.
             self._logits, finest.cache, self._fed, self._sequence_cache_bytes = before
         if not finite:
             raise not_finite()
 
-    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array:
+    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array | np.ndarray:
         """Draw the next ids of the streams and append them: [streams, n], at most `most`; one, or all that a sequence lacks."""
         tokens, length = self._states[self._last].tokens, self.config.stages[self._last].length
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
         steps = length - tokens + (1 if self._lucid else 0)
         steps = min(steps, most, self.config.max_bytes - max(self.positions))
+        if self._on_gpu is not None and self._logits is None and tokens == 0 and steps == length:
+            return self._whole_patch(sampling, noise, most)
+        self._settle()
         if self._fused is None or self._logits is not None or steps < 1:
             step_noise = noise.take(1)[0] if sampling.temperature else None
             ids = sample(self.logits, sampling, step_noise)[:, None]
@@ -160,14 +172,19 @@ class Lockstep:
 
         At the end of the model's context nothing follows, and `logits` stays as it is.
         """
+        self._settle()
         self._append(ids[:, None])
 
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
+        if self._on_gpu is not None:
+            self._settle()
+            self._on_gpu.keep(len(streams))
         self.positions = [self.positions[stream] for stream in streams]
         chosen = mx.array(list(streams))
         self._patch, self._before_patch = self._patch[chosen], self._before_patch[chosen]
-        self._global_tokens = self._global_tokens[chosen]
+        self._filler = [self._filler[stream] for stream in streams]
+        self._left_padding = None if self._left_padding is None else self._left_padding[chosen]
         if self._logits is not None:
             self._logits = self._logits[chosen]
         for state in self._states:
@@ -175,6 +192,44 @@ class Lockstep:
                 state.cache.keep(streams)
             if state.condition is not None:
                 state.condition = state.condition[chosen]
+
+    def _whole_patch(self, sampling: Sampling, noise: Noise, most: int) -> np.ndarray:
+        """The next patch, all of it decoded on the GPU; if another whole one may follow, that is queued before this is read."""
+        patch_size, state = self.config.patch_size, self._states[1]
+        room = self.config.max_bytes - max(self.positions) - patch_size
+        patch = self._queue(sampling, noise, room > 0) if self._ahead is None else self._ahead[0]
+        self._ahead, self._in_place = None, True
+        assert self._on_gpu is not None
+        self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
+        if patch.condition is None:
+            ids = self._on_gpu.read(patch)
+            self._append(mx.array(ids))
+            return ids
+        self.positions = [position + patch_size for position in self.positions]
+        self._states[0].tokens += 1
+        self._before_patch, state.condition = patch.ids[:, -1], patch.condition
+        if min(most - patch_size, room) >= patch_size:
+            self._ahead = self._queue(sampling, noise, room > patch_size), noise
+        return self._on_gpu.read(patch)
+
+    def _queue(self, sampling: Sampling, noise: Noise, more: bool) -> Patch:
+        condition = self._states[1].condition
+        assert self._on_gpu is not None and condition is not None
+        return self._on_gpu.queue(condition, self._layers_in_place(), self._left_padding, sampling, noise, more)
+
+    def _layers_in_place(self) -> list[KeyValueCache]:
+        cache = self._states[0].cache
+        assert isinstance(cache, GraphCache)
+        return cache.layers
+
+    def _settle(self) -> None:
+        """Before MLX goes on where the GPU has been: take back what was queued too far, and wait for what changes in place."""
+        if self._on_gpu is None or not self._in_place:
+            return
+        if self._ahead is not None:
+            self._on_gpu.take_back(*self._ahead)
+        self._on_gpu.settle(self._layers_in_place())
+        self._ahead, self._in_place = None, False
 
     def _append(self, ids: mx.array) -> None:
         """Append ids [streams, n] that end no later than the open sequence of the last stage."""
@@ -226,11 +281,12 @@ class Lockstep:
         self._patch = mx.array(np.array([list(part) for part in rest], dtype=np.int32).reshape(len(rest), -1))
         before = [prompt[start - 1] if start else config.bos_byte for prompt, start in zip(prompts, starts, strict=True)]
         self._before_patch = mx.array(before)
-        self._global_tokens = mx.array(patches)
-        padding = [most - count for count in patches] if len(set(patches)) > 1 else []
+        self._filler = [most - count for count in patches]
+        padding = self._filler if len(set(patches)) > 1 else []
+        self._left_padding = mx.array(padding) if padding else None
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
-        hidden = self._read_global(tokens, mx.array(padding) if padding else None)
+        hidden = self._read_global(tokens, self._left_padding)
         self._states[1].condition = self.network.to_next(0, hidden)
         used = 0
         for number in range(1, self._last):
@@ -281,7 +337,6 @@ class Lockstep:
         if above == 0:
             self._before_patch = self._patch[:, -1]
             self._patch = self._patch[:, :0]
-            self._global_tokens = self._global_tokens + 1
         for number in range(above + 1, self._last + 1):
             self._states[number].condition = self.network.to_next(number - 1, hidden)
             if number < self._last:
@@ -302,7 +357,7 @@ class Lockstep:
         """Append one token [streams, 1, width] to the open sequence of a stage; the hidden row [streams, dim]."""
         state = self._states[number]
         assert state.cache is not None
-        index = self._global_tokens if number == 0 else state.tokens
+        index = state.tokens if number > 0 else mx.array([state.tokens - filler for filler in self._filler])
         rows = self.network.token_rows(number, token, index, state.condition)
         state.tokens += 1
         return state.cache.run(rows)[:, -1]
@@ -321,7 +376,7 @@ class GraphCache:
     def __init__(self, stack: Stack, stage: StageConfig, short: bool, padding: Sequence[int], bits: CacheBits) -> None:
         self._stack = stack
         left = mx.array(list(padding)) if padding else None
-        self._layers: list[KeyValueCache] = [
+        self.layers: list[KeyValueCache] = [
             KeyValueCache(left, rows_per_step=stage.length + 1) if short
             else KeyValueCache(left) if bits == CacheBits()
             else PackedKeyValueCache(bits.keys, bits.values, left)
@@ -329,13 +384,13 @@ class GraphCache:
         ]  # fmt: skip
 
     def run(self, rows: mx.array) -> mx.array:
-        return self._stack(rows, self._layers)
+        return self._stack(rows, self.layers)
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self._layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     def keep(self, streams: Sequence[int]) -> None:
         chosen = mx.array(list(streams))
-        for layer in self._layers:
+        for layer in self.layers:
             layer.keep(chosen)

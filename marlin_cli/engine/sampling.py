@@ -60,6 +60,10 @@ class Noise:
         taken, self._left = self._left[:steps], self._left[steps:]
         return taken
 
+    def give_back(self, taken: mx.array) -> None:
+        """Take back what was taken last and not used."""
+        self._left = mx.concatenate([taken, self._left])
+
 
 def sample(logits: mx.array, settings: Sampling, noise: mx.array | None) -> mx.array:
     """Draw one id from each row of logits [batch, vocab]: [batch] uint32.

@@ -127,7 +127,7 @@ def prepared(
                 check_columns(plan, statistics)  # before factors are made of them
     if settings.balance_keys:
         if statistics is None:
-            raise UsageError("--balance-keys needs statistics; make them with marlin calibrate, give --stats")
+            raise UsageError("--balance-keys needs statistics; make them with marlin calibrate and pass them with --stats")
         network = with_balanced_keys(network, statistics)
     factors: Factors = {}
     if method in RESCALING:
@@ -168,10 +168,12 @@ def check_method(method: str, statistics: Statistics | None) -> None:
     if method in NEED_SEQUENTIAL:
         raise UsageError(f"method {method!r} measures the inputs of the network that it has changed; add --sequential")
     if method in NEED_STATISTICS and statistics is None:
-        raise UsageError(f"method {method!r} needs statistics; make them with marlin calibrate, give --stats")
+        raise UsageError(f"method {method!r} needs statistics; make them with marlin calibrate and pass them with --stats")
     if method in NEED_HESSIANS and (statistics is None or not statistics.hessians):
         missing = "statistics" if statistics is None else "Hessians in the statistics"
-        raise UsageError(f"method {method!r} needs {missing}; make them with marlin calibrate --hessian, give --stats")
+        raise UsageError(
+            f"method {method!r} needs {missing}; make them with marlin calibrate --hessian and pass them with --stats"
+        )
 
 
 def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Network:

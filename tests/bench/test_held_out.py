@@ -107,7 +107,7 @@ def test_a_domain_beyond_its_share_gives_windows_at_even_steps(tmp_path):
 @pytest.mark.parametrize("name", ["text.gz", "text.zst", "rows.jsonl", "rows.parquet"])
 def test_packed_files_are_refused_where_calibrate_reads_through_them(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"bytes"))
-    with pytest.raises(CorpusError, match="unpack it first"):
+    with pytest.raises(CorpusError, match="does not read rows or compressed files; unpack it, or"):
         files_by_domain(str(tmp_path))
 
 

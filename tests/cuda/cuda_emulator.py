@@ -35,7 +35,7 @@ def compiler() -> str | None:
 class Emulated:
     """A kernel as `mx.fast.cuda_kernel` returns it. `backwards` runs later threads first; `edit` changes its text."""
 
-    def __init__(self, name: str, *, backwards: bool = False, edit: Callable[[str], str] = str) -> None:
+    def __init__(self, name: str, shared_memory: int = 0, *, backwards: bool = False, edit: Callable[[str], str] = str) -> None:
         self.source, self.backwards, self.edit = cuda_kernels.SOURCES[name], backwards, edit
 
     def __call__(self, *, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
@@ -52,7 +52,7 @@ class Emulated:
             dict(zip(source.outputs, outputs, strict=True)),
         )
         header = "".join(code(name) for name in source.headers if name != OWN_HEADER)
-        run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text))
+        run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text), source.together)
 
         held, strides = [], np.zeros((len(inputs), MOST_AXES), np.int64)
         shapes = np.zeros((len(inputs), MOST_AXES), np.int32)
@@ -102,9 +102,10 @@ def _call(source, inputs: list[str], outputs: list[str], text: str) -> str:
 
 
 @functools.cache
-def _built(header: str, kernel: str, call: str):
+def _built(header: str, kernel: str, call: str, together: bool):
     """The function that runs a grid of this kernel."""
-    text = f"""#include "emulator.hpp"
+    text = f"""{"#define TOGETHER" if together else ""}
+#include "emulator.hpp"
 {header}
 namespace mlx::core::cu {{
 {kernel}
@@ -129,11 +130,7 @@ extern "C" const char* run(void** p, const int32_t* shape, const int64_t* stride
   pointers = p, shapes = shape, strides = stride, kernel_call = call;
   gridDim = {{uint32_t(launch[0]), uint32_t(launch[1]), uint32_t(launch[2])}};
   blockDim = {{uint32_t(launch[3]), uint32_t(launch[4]), uint32_t(launch[5])}};
-  for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
-    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
-        if (const char* fault = run_block(backwards)) return fault;
-  return nullptr;
+  return run_grid(backwards);
 }}
 """
     folder = Path(_folder().name)
@@ -152,3 +149,15 @@ extern "C" const char* run(void** p, const int32_t* shape, const int64_t* stride
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
+
+
+def own_addresses(arrays) -> list[int]:
+    """Where arrays of MLX stand in the memory of this process, 0 for None: `cuda_stages.addresses` without a GPU."""
+    mx.eval([array for array in arrays if array is not None])
+    return [0 if array is None else np.asarray(memoryview(array.view(mx.uint8))).ctypes.data for array in arrays]
+
+
+def own_memory(words: int) -> tuple[np.ndarray, int]:
+    """`cuda_mailbox.pinned` without a GPU."""
+    memory = np.zeros(words, np.int32)
+    return memory, memory.ctypes.data

@@ -1,15 +1,20 @@
 // Runs a CUDA kernel's own text on a CPU, one block after the other, its threads as fibers that wait for each other at barriers,
 // shuffles and products of the matrix units. It finds wrong results, lanes that miss a shuffle, and barriers that never open.
+// Where TOGETHER is defined, all blocks of a grid run at once, each in a thread of the system, so that they can wait for each other.
+#include <sched.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -17,7 +22,12 @@
 #define __global__ static
 #define __forceinline__ inline
 #define __grid_constant__
-#define __shared__ static
+#ifdef TOGETHER
+#define OF_A_BLOCK static thread_local
+#else
+#define OF_A_BLOCK static
+#endif
+#define __shared__ OF_A_BLOCK
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 namespace cuda {
@@ -68,10 +78,11 @@ struct Block {
   const char* fault = nullptr;
 };
 
-static Block block;
-static Fiber* current;
-static ucontext_t scheduler;
-static Index blockIdx, blockDim, gridDim;
+OF_A_BLOCK Block block;
+OF_A_BLOCK Fiber* current;
+OF_A_BLOCK ucontext_t scheduler;
+OF_A_BLOCK Index blockIdx;
+static Index blockDim, gridDim;
 static void (*kernel_call)();
 #define threadIdx (current->place)
 
@@ -115,7 +126,7 @@ static void fiber_main() {
 // Runs one block; `backwards` lets later threads go first. Returns what went wrong, or null.
 static const char* run_block(bool backwards) {
   int count = blockDim.x * blockDim.y * blockDim.z;
-  static std::vector<std::unique_ptr<char[]>> stacks;
+  OF_A_BLOCK std::vector<std::unique_ptr<char[]>> stacks;
   while (int(stacks.size()) < count) stacks.emplace_back(new char[STACK_BYTES]);
   block.fibers = std::vector<Fiber>(count);
   block.warps = std::vector<Warp>((count + LANES - 1) / LANES);
@@ -139,6 +150,30 @@ static const char* run_block(bool backwards) {
     }
     if (events == block.events) return "threads wait for each other for ever";
   }
+  return nullptr;
+}
+
+// Runs a grid, in the order of its blocks or all at once.
+static const char* run_grid(bool backwards) {
+#ifdef TOGETHER
+  std::vector<const char*> faults(gridDim.x, nullptr);
+  std::vector<std::thread> threads;
+  for (uint32_t i = 0; i < gridDim.x; i++) {
+    const uint32_t x = backwards ? gridDim.x - 1 - i : i;
+    threads.emplace_back([x, backwards, &faults] {
+      blockIdx = {x, 0, 0};
+      faults[x] = run_block(backwards);
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  for (const char* fault : faults)
+    if (fault) return fault;
+#else
+  for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
+    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+        if (const char* fault = run_block(backwards)) return fault;
+#endif
   return nullptr;
 }
 
@@ -200,6 +235,18 @@ inline float __shfl_sync(uint32_t, float value, int lane) {
 inline float __shfl_xor_sync(uint32_t mask, float value, int offset) {
   return __shfl_sync(mask, value, current->lane ^ offset);
 }
+inline int __shfl_xor_sync(uint32_t, int value, int offset) {
+  return int(exchange<1>({uint32_t(value)})[current->lane ^ offset][0]);
+}
+
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline float __expf(float value) { return std::exp(value); }
+inline float __fdividef(float x, float y) { return x / y; }
+template <class T>
+inline T __ldcg(const T* from) {
+  return *from;
+}
 
 // What kernels/ptx.cuh has ------------------------------------------------------------------------------------------------
 
@@ -226,6 +273,24 @@ void multiply_tiles(
     }
     sums[i] += sum;
   }
+}
+
+inline void add_release(unsigned long long* to, unsigned long long value) { __atomic_fetch_add(to, value, __ATOMIC_RELEASE); }
+
+// A thread that looks again and again is no standstill.
+inline unsigned long long load_acquire(const unsigned long long* from) {
+  block.events++;
+  sched_yield();
+  return __atomic_load_n(from, __ATOMIC_ACQUIRE);
+}
+
+inline unsigned long long nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+
+constexpr size_t MOST_SHARED_BYTES = 1 << 18;
+
+inline void* dynamic_shared() {
+  OF_A_BLOCK std::vector<uint4> memory(MOST_SHARED_BYTES / sizeof(uint4), uint4{~0u, ~0u, ~0u, ~0u});  // NaN
+  return memory.data();
 }
 
 template <bool WIDE, int COUNT>

@@ -13,7 +13,7 @@ from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, SOURCES
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH, or the gcc that it needs")]
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 REGISTERS_OF_A_BLOCK = 65536
-THREADS = {"marlin_gemm_fp4": 256, "patch_embed": 256, "strided_pool": 256}  # else 128
+THREADS = dict.fromkeys(("marlin_gemm_fp4", "patch_embed", "strided_pool", "local_patch_decode", "stack"), 256)  # else 128
 
 
 def gemm_variants():
@@ -75,6 +75,29 @@ def pool_variants():
         yield {"T": dtype, "STRIDE": 4, "MAXIMUM": maximum}, {"x": dtype}, {"out": dtype}
 
 
+def address_variants():
+    inputs = dict.fromkeys(SOURCES["addresses"].inputs, "bfloat16")
+    yield {}, inputs, {"addresses": "int64"}
+
+
+# Types and kinds of weights of a stage: bits by the order of `cuda_stages.KINDS`.
+STAGES = [("bfloat16", 0b000001), ("bfloat16", 0b001001), ("bfloat16", 0b000010), ("float32", 0b001001), ("bfloat16", 0b110001)]
+
+
+def sequence_variants():
+    for (dtype, kinds), sampling in itertools.product(STAGES, [False, True]):
+        template = {"T": dtype, "KINDS": kinds, "PARTS": 1 if dtype == "bfloat16" else 3, "WARPS": 8, "HEAD_DIM": 64}
+        inputs = {"model": "uint8", "lead": dtype, "added": dtype, "given": "int32", "noise": "float32", "filters": "float32"}
+        yield {**template, "SAMPLING": sampling}, {**inputs, "span": "int32"}, {"ids": "int32"}
+
+
+def step_variants():
+    for dtype, kinds in STAGES:
+        template = {"T": dtype, "KINDS": kinds, "PARTS": 1 if dtype == "bfloat16" else 3, "WARPS": 8, "HEAD_DIM": 128}
+        inputs = {"model": "uint8", "ids": "int32", "padding": "int32", "span": "int32"}
+        yield {**template, "HAS_PADDING": kinds == 1}, inputs, {"out": dtype}
+
+
 VARIANTS = {
     "marlin_gemm_fp4": list(gemm_variants()),
     "flash_attention": list(attention_variants()),
@@ -83,6 +106,9 @@ VARIANTS = {
     "attention_combine": list(combine_variants()),
     "patch_embed": list(embed_variants()),
     "strided_pool": list(pool_variants()),
+    "addresses": list(address_variants()),
+    "local_patch_decode": list(sequence_variants()),
+    "stack": list(step_variants()),
 }
 CHUNK = 16  # variants that are compiled in one go
 

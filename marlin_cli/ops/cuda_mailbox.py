@@ -1,0 +1,42 @@
+"""Where a kernel leaves ids for the host: memory of the host, since an array of MLX takes half a millisecond to come there."""
+
+import time
+
+import numpy as np
+
+from marlin_cli.errors import BackendError
+from marlin_cli.ops.cuda_driver import pinned
+
+SLOTS, WORDS = 4, 2048  # of launches that are not read yet, and of each: its number and ids; as local_patch_decode.cu has them
+MOST_IDS = WORDS - 1
+NUMBERS = 1 << 20  # launches are counted from 1, and begin again
+PATIENCE_SECONDS = 60.0  # for all that the GPU has been given before
+
+
+class Mailbox:
+    """Ids of launches in turn; at most `SLOTS` are under way."""
+
+    def __init__(self) -> None:
+        self._memory, self.address = pinned(SLOTS * WORDS)
+        self._number = 0
+
+    def next(self) -> int:
+        """The number of the launch that comes next."""
+        self._number = self._number % NUMBERS + 1
+        return self._number
+
+    def read(self, number: int, streams: int, steps: int) -> np.ndarray:
+        """The ids [streams, steps] of a launch, waited for.
+
+        Raises:
+            BackendError: the launch did not end, or its blocks did not all run at once and gave up waiting for each other.
+        """
+        slot = self._memory[number % SLOTS * WORDS :][:WORDS]
+        give_up = time.monotonic() + PATIENCE_SECONDS
+        while slot[0] != number:
+            if time.monotonic() > give_up:
+                raise BackendError("the GPU did not end a patch within a minute; use MARLIN_KERNELS=reference")
+        ids = slot[1 : 1 + streams * steps].reshape(streams, steps).copy()
+        if (ids < 0).any():
+            raise BackendError("the GPU gave up a patch: its blocks did not all run at once; use MARLIN_KERNELS=reference")
+        return ids

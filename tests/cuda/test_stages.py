@@ -1,0 +1,231 @@
+"""Whole stages in one launch against the network's own layers: on a GPU where there is one, else in the emulator."""
+
+import functools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cuda_emulator import Emulated, compiler, own_addresses, own_memory
+from mlx.utils import tree_map
+
+from marlin_cli.engine import cuda_patches, decoding
+from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
+from marlin_cli.engine.decoding import CacheBits, GraphCache, Lockstep
+from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.errors import BackendError
+from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.ops import cuda_mailbox, cuda_stages
+from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
+from marlin_cli.quantization.apply import quantize_network
+from marlin_cli.quantization.plan import QuantizationSettings
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on Linux here")]
+SMALL = {
+    "patch_size": 4, "max_bytes": 128, "byte_dim": 16,
+    "global_layers": 2, "global_dim": 64, "global_heads": 4, "global_ffn_dim": 192,
+    "local_layers": 2, "local_dim": 32, "local_heads": 2, "local_ffn_dim": 96,
+}  # fmt: skip
+PACKED = ("nvfp4", "mxfp4", "mxfp8", "int4", "int8")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    monkeypatch.setenv("MARLIN_PATCHES", "whole")
+    if mx.cuda.is_available():
+        return
+    monkeypatch.setattr(cuda_stages, "kernel", Emulated)
+    monkeypatch.setattr(cuda_stages, "addresses", own_addresses)
+    monkeypatch.setattr(cuda_mailbox, "pinned", own_memory)
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
+    monkeypatch.setattr(cuda_stages, "WARPS", 2)
+    monkeypatch.setattr(cuda_patches, "gpu", lambda: "cuda")
+
+
+def network_of(dtype=mx.float32, format=None, **options):
+    mx.random.seed(0)
+    network = MegaByte(MegaByteConfig(**{**SMALL, **options}))
+    draw = lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5)  # noqa: E731
+    network.update(tree_map(draw, network.parameters()))
+    if format is not None:
+        group = 32 if format.startswith("int") else None
+        settings = QuantizationSettings(global_format=format, local_format=format, group_size=group)
+        network = quantize_network(network, settings, method="rtn").network
+    network.set_dtype(dtype)
+    mx.eval(network.parameters())
+    return network
+
+
+def close(found, expected, tolerance):
+    found, expected = (np.array(each.astype(mx.float32)) for each in (found, expected))
+    assert found.shape == expected.shape
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def random_ids(*shape):
+    return mx.array(np.random.default_rng(sum(shape)).integers(0, 256, shape).astype(np.int32))
+
+
+VARIANTS = {
+    "swiglu": {},
+    "grouped": {"global_kv_heads": 2, "local_kv_heads": 1, "qk_norm": True},
+    "layernorm": {"norm": "layernorm", "ffn": "gelu", "ffn_bias": True, "local_positions": "rope", "rope_interleaved": True},
+    "variance": {"norm": "variance", "ffn": "relu", "attention_window": 2, "local_positions": "none", "local_heads": 1},
+}
+
+
+# Each kind of weights, each option of a layer, few and many streams. An emulated kernel takes seconds to compile: one always
+# runs.
+CASES = [
+    ("grouped", "nvfp4", 3), ("swiglu", None, 1), ("swiglu", None, 9), ("layernorm", "int4", 1), ("variance", "mxfp8", 2),
+    ("swiglu", "mxfp4", 16), ("grouped", "int8", 1),
+]  # fmt: skip
+EACH_CASE = pytest.mark.parametrize(
+    ("variant", "format", "streams"),
+    [pytest.param(*case, marks=[] if case == CASES[0] or mx.cuda.is_available() else pytest.mark.slow) for case in CASES],
+)
+
+
+@EACH_CASE
+def test_a_global_step(variant, format, streams):
+    """Three patches behind a cache that MLX began, some of it filler."""
+    network = network_of(format=format, **VARIANTS[variant])
+    stage = global_stage(network)
+    assert takes_stage(stage, streams)
+    padding = mx.array([row % 2 for row in range(streams)]) if streams > 1 else None
+    filler = [] if padding is None else padding.tolist()
+    caches = [GraphCache(network["global"], network.stages[0].config, False, filler, CacheBits()) for _ in range(2)]
+    rows = mx.random.normal((streams, 2, stage.dim), key=mx.random.key(1))
+    for cache in caches:
+        mx.eval(cache.run(rows))
+    device = StageOnDevice(stage, streams)
+    for patch in range(3):
+        ids = random_ids(streams, network.config.patch_size, patch + 1)[..., 0]
+        hidden = caches[0].run(network.token_rows(0, ids[:, None], 0, None))[:, -1]
+        expected = network.to_next(0, hidden)[:, 0]
+        device.set_caches([layer.with_room() for layer in caches[1].layers])
+        close(device.step(ids, 2 + patch, padding), expected, 3e-5)
+
+
+@EACH_CASE
+def test_a_local_patch(variant, format, streams):
+    """The ids that the network's own logits call the likeliest, some of them given."""
+    network = network_of(format=format, **VARIANTS[variant])
+    stage, length = local_stage(network), network.config.patch_size
+    assert takes_stage(stage, streams)
+    device = StageOnDevice(stage, streams)
+    device.own_caches(length)
+    lead = mx.random.normal((streams, stage.dim), key=mx.random.key(2))
+    last = network.stages[-1]
+    added = mx.zeros((1, length, stage.dim)) if last.positions is None else last.positions.weight[None]
+    for known in (0, 2):
+        given = random_ids(streams, known) if known else None
+        ids, number = device.decode_sequence(lead, added, given, None, None, length - known)
+        mx.eval(ids)
+        assert device.mailbox.read(number, streams, length - known).tolist() == ids.tolist()
+        whole = ids if given is None else mx.concatenate([given, ids], axis=1)
+        rows = mx.concatenate([lead[:, None], last.byte_embedding(whole[:, :-1])], axis=1) + added
+        logits = network.head(network.local(rows))
+        best = mx.argmax(logits, axis=-1)[:, known:]
+        assert ids.tolist() == best.tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.3, top_k=50, top_p=0.8, min_p=0.02),
+        pytest.param(Sampling(1.0), marks=pytest.mark.slow),
+        pytest.param(Sampling(), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ids_are_drawn_as_today(sampling, monkeypatch):
+    """Generation with whole patches in one launch and without: prompts that end inside a patch, and a stream that stops."""
+    network = network_of(format="mxfp8")
+    prompts = [b"abcdefgh", b"abcd", b"", b"abcdefghi"]
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+
+    def generated(*stop):
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=19, stop=stop), sampling):
+            streams[piece.stream] += piece.data
+        return streams
+
+    whole = generated()
+    stop = whole[0][6:8]
+    stopped = generated(stop)
+    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    assert generated() == whole and {len(stream) for stream in whole} == {19}
+    assert generated(stop) == stopped and len(stopped[0]) < 19
+
+
+def test_what_was_queued_too_far_is_taken_back(monkeypatch):
+    """Logits, and ids pushed, between whole patches; the noise is that of the steps that were asked for."""
+    network, sampling = network_of(format="mxfp8"), Sampling(1.3, top_k=50, top_p=0.8, min_p=0.02)
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    found = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+        state, noise = Lockstep(network, [b"abcd", b"abcdefgh"]), Noise(0, 256)
+        ids, logits = [], []
+        for pushed in range(2):
+            for _ in range(1 if whole else 4):
+                ids += np.array(state.advance(sampling, noise, 64)).T.tolist()
+            logits.append(np.array(state.logits))
+            for byte in b"wxyz"[: 4 - 2 * pushed]:
+                state.push(mx.array([byte, byte]))
+        found.append((ids, np.stack(logits), state.positions, state.cache_bytes["global"]))
+    (ids, logits, *rest), (expected_ids, expected_logits, *expected_rest) = found
+    assert ids == expected_ids and rest == expected_rest
+    assert np.abs(logits - expected_logits).max() < 1e-4
+
+
+@pytest.mark.skipif(mx.cuda.is_available(), reason="it plants a fault in the emulator")
+def test_a_block_that_does_not_come_is_an_error(monkeypatch):
+    """The others give up waiting for it, and the host is told."""
+    gone = "if (grid.failed()) return fail();"
+
+    def edit(text):
+        return text.replace("2000000000ull", "20000000ull").replace(gone, f"{gone} if (blockIdx.x == 2) return;")
+
+    monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, edit=edit))
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    with pytest.raises(BackendError, match="blocks did not all run at once"):
+        list(generate(network_of(), [b"abcd"], Stopping(max_bytes=8), Sampling()))
+
+
+@pytest.mark.slow
+def test_the_order_of_threads_does_not_matter(monkeypatch):
+    network = network_of(format="nvfp4")
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    outputs = []
+    for backwards in (False, True):
+        if not mx.cuda.is_available():
+            monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, backwards=backwards))
+        outputs.append([piece.data for piece in generate(network, [b"abcd", b"efgh"], Stopping(max_bytes=16), Sampling())])
+    assert outputs[0] == outputs[1]
+
+
+def test_what_is_left_to_operations(monkeypatch):
+    taken = network_of()
+    assert patch_decoder(taken, 16) is not None and patch_decoder(taken, 17) is None
+    for options in (
+        {"layout": "paper", "local_positions": "none"},
+        {"token_shift": True},
+        {"global_positions": "learned"},
+        {"global_head_dim": 24},
+        {"global_dim": 60, "global_heads": 2, "global_head_dim": 16},
+    ):
+        assert patch_decoder(network_of(**options), 1) is None, options
+    assert patch_decoder(network_of(dtype=mx.float16), 1) is None
+    mixed = QuantizationSettings(global_format="nvfp4", overrides={r"global\.layers\.1\..*v_proj": "mxfp8"})
+    assert patch_decoder(quantize_network(taken, mixed, method="rtn").network, 1) is None
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 8_000)
+    assert patch_decoder(taken, 1) is None
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 17)
+    assert patch_decoder(taken, 1) is not None
+    monkeypatch.delenv("MARLIN_PATCHES")
+    assert patch_decoder(taken, 1) is None  # nothing asks for it
