@@ -78,10 +78,10 @@ def _program(
 def main() -> NoReturn:
     """Run the program: 0 done, 1 an error with a one-line reason, 2 wrong usage, 130 or 143 interrupted."""
     ended_by: list[int] = []
-    _open_closed_streams()
-    _listen_to_signals(ended_by)
-    _show_warnings()
     try:
+        _listen_to_signals(ended_by)
+        _open_closed_streams()
+        _show_warnings()
         code = _run()
     except BaseException:
         # The exception of a signal comes back as another one where Python or a library was in the middle of something.

@@ -1,5 +1,7 @@
 """The program itself: quick to answer, honest about its backend, and importable without one."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -101,3 +103,11 @@ cli.main()
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (code, b"", b"")
+
+
+def test_ctrl_c_while_the_program_is_imported_says_nothing(tmp_path):
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\ntime.sleep(9)\n")
+    command = [sys.executable, "-m", "marlin_cli", "--version"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, b"", b"")

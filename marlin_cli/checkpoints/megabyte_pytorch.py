@@ -29,9 +29,9 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     """Canonical configuration and weights.
 
     Widths, depths, patch sizes, the vocabulary, the feed-forward's width and both kinds of positions are read from
-    shapes and keys. The width of a head is revealed by the rotary buffer alone; else it is `options.head_dim`, or
-    the stage's inner width over `options.heads`, or 64, which is then assumed; so is the longest context where there
-    are no learned positions.
+    shapes and keys. The width of a head is revealed by the rotary buffer alone; else it is `options.head_dim`, or the
+    stage's inner width over `options.heads`, or what Lightning has kept of the constructor's arguments, or 64, which is
+    then assumed; so is the longest context where there are no learned positions and `options.max_bytes` is not given.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of shapes that do not fit together.
@@ -68,12 +68,12 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         patches = PATCHES
         assumed["max_bytes"] = patches * token_bytes[0]
     inner = [foreign.shape(f"transformers.{stage}.layers.0.0.to_q.weight", 2)[0] for stage in range(stages)]
-    head_dim = _head_dim(foreign, options, inner[0])
+    head_dim, is_told = _head_dim(foreign, options, inner[0])
     if head_dim < 1 or any(width % head_dim for width in inner):
         raise CheckpointError(f"{path}: heads {quoted(head_dim)} wide do not divide an attention {inner[0]} wide; give heads")
     if rope:
         _check_frequencies(foreign, stages, head_dim)
-    elif options.head_dim is None and options.heads is None:
+    elif not is_told:
         assumed["heads"] = inner[0] // head_dim
     ffn = [foreign.shape(f"transformers.{stage}.layers.0.1.1.weight", 2)[0] for stage in range(stages)]
     positions = "+".join(kind for kind, there in (("learned", learned), ("rope", rope)) if there) or "none"
@@ -124,7 +124,7 @@ def possible_heads(foreign: Foreign) -> list[int]:
     queries = [name for name in foreign.tensors if name.endswith(".layers.0.0.to_q.weight")]
     inner, *others = (foreign.shape(name, 2)[0] for name in sorted(queries))
     if _frequencies(0) in foreign.tensors:
-        return [max(inner // _head_dim(foreign, ImportOptions(), inner), 1)]
+        return [max(inner // _head_dim(foreign, ImportOptions(), inner)[0], 1)]
     return heads_of_width(inner, *others)
 
 
@@ -188,14 +188,26 @@ def _check_frequencies(foreign: Foreign, stages: int, head_dim: int) -> None:
             )
 
 
-def _head_dim(foreign: Foreign, options: ImportOptions, inner: int) -> int:
+def _head_dim(foreign: Foreign, options: ImportOptions, inner: int) -> tuple[int, bool]:
+    """The width of a head, and whether the file or the options tell it."""
     if _frequencies(0) in foreign.tensors:
-        return 2 * foreign.shape(_frequencies(0), 1)[0]
-    if options.head_dim is not None:
-        return options.head_dim
-    if options.heads is None:
-        return HEAD_DIM
+        return 2 * foreign.shape(_frequencies(0), 1)[0], True
     assert options.heads != "auto"  # `read_checkpoint` asks for a number
-    if options.heads < 1 or inner % options.heads:
-        raise CheckpointError(f"{foreign.path}: {quoted(options.heads)} heads do not divide an attention {inner} wide")
-    return inner // options.heads
+    width, heads = options.head_dim, options.heads
+    if width is None and heads is None:
+        width, heads = _constructor_arguments(foreign)
+    if width is not None:
+        return width, True
+    if heads is None:
+        return HEAD_DIM, False
+    if heads < 1 or inner % heads:
+        raise CheckpointError(f"{foreign.path}: {quoted(heads)} heads do not divide an attention {inner} wide")
+    return inner // heads, True
+
+
+def _constructor_arguments(foreign: Foreign) -> tuple[int | None, int | None]:
+    """`dim_head` and `heads` where Lightning has kept what the network was made with beside its weights."""
+    kept = foreign.beside.get("hyper_parameters")
+    found = [kept.get(name) if isinstance(kept, dict) else None for name in ("dim_head", "heads")]
+    width, heads = (value if type(value) is int else None for value in found)
+    return width, heads

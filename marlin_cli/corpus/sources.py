@@ -1,15 +1,18 @@
 """What a corpus is called on the command line, and the files or repositories that it stands for. Opens none of them."""
 
+import contextlib
 import math
 import os
 import re
 import stat
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from marlin_cli.corpus.patterns import files_below, files_matching
 from marlin_cli.corpus.recipes import DOMAIN_NAME, Recipe, check_sums, find_recipe, load_recipe
-from marlin_cli.errors import CorpusError
+from marlin_cli.errors import AssumptionWarning, CorpusError
 from marlin_cli.text import quoted
 
 DOMAINS = ("multilingual", "code", "binary")
@@ -63,8 +66,23 @@ def parse_source(text: str) -> list[Source]:
     path = Path(os.path.expanduser(rest))
     domains = [domain for domain in DOMAINS if os.path.isdir(path / domain)]
     if name is None and domains:
+        _say_what_is_left(path, domains)
         return [Source(domain, weight, _files(path / domain, _shown(os.path.join(rest, domain)))) for domain in domains]
     return [Source(domain, weight, _files(path, _shown(text)))]
+
+
+def _say_what_is_left(folder: Path, domains: Sequence[str]) -> None:
+    """Warn of what lies beside the folders of domains, which nobody reads."""
+    with contextlib.suppress(OSError):  # the folders are read all the same
+        others = sorted(each for each in os.listdir(folder) if not each.startswith(".") and each not in domains)
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            warnings.warn(
+                f"{_shown(str(folder))}: read as the domains {', '.join(domains)}; {quoted(others[0])}{more} beside them"
+                " is left out; give it a --corpus NAME=PATH of its own",
+                AssumptionWarning,
+                stacklevel=3,
+            )
 
 
 def _sources_of_recipe(path: Path, recipe: Recipe) -> list[Source]:

@@ -48,6 +48,17 @@ def test_heads_and_context_that_nothing_tells(lucid):
 
 
 @pytest.mark.parametrize(
+    ("kept", "heads"), [({"heads": 4, "lr": 0.1}, 4), ({"dim_head": 8}, 8), ({"heads": "4"}, None), ([4], None)]
+)
+def test_what_lightning_keeps_of_the_constructor_tells_the_heads(kept, heads, tmp_path):
+    path = write_zip(tmp_path / "last.ckpt", {"state_dict": lucid_state(), "hyper_parameters": kept})
+    checkpoint, messages = said(path)
+    assert ("heads" in checkpoint.assumed) == any("tells heads" in each for each in messages) == (heads is None)
+    if heads is not None:
+        assert heads in (checkpoint.config["global_heads"], checkpoint.config["global_head_dim"])
+
+
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         (LUCID, ImportOptions(heads=3, max_bytes=64)),

@@ -15,7 +15,7 @@ import zstandard
 
 from marlin_cli.corpus import open_corpus, parse_source
 from marlin_cli.corpus.tables import TABLE_SUFFIXES
-from marlin_cli.errors import CorpusError, MarlinError
+from marlin_cli.errors import AssumptionWarning, CorpusError, MarlinError
 
 TEXT = "naïve café — 文字 \x00 ".encode() * 40
 
@@ -197,3 +197,13 @@ def test_bad_corpora_are_refused(tmp_path):
         with pytest.raises(CorpusError, match=message) as caught:
             read(str(tmp_path / name))
         assert "\n" not in str(caught.value)
+
+
+def test_what_lies_beside_the_folders_of_domains_is_said_to_be_left_out(tmp_path):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a").write_bytes(TEXT)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "b\x1b").write_bytes(TEXT)
+    with pytest.warns(AssumptionWarning, match=r"read as the domains code; 'b\\x1b' and 1 more beside them is left out"):
+        corpus = open_corpus([str(tmp_path)])
+    assert corpus.domains == ["code"]
