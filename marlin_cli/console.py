@@ -1,10 +1,11 @@
 """What a person sees on stderr (progress, notes, tables, errors) and the tables of stdout. The only user of rich."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,11 +20,20 @@ from marlin_cli.ranks import is_follower
 from marlin_cli.text import printable
 
 
+class Console(RichConsole):
+    """rich's own, which would end the program with code 1 where a reader has gone, and close stdout with stderr."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave the error to the caller."""
+        raise BrokenPipeError
+
+
 def note(message: str) -> None:
     """One line of information on stderr; rank 0 alone says it."""
     if is_follower():
         return
-    _stderr().print(printable(message), style="dim", highlight=False, markup=False, soft_wrap=True)
+    with _nobody_may_read():
+        _stderr().print(printable(message), style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def note_to_terminal(message: str) -> None:
@@ -34,7 +44,8 @@ def note_to_terminal(message: str) -> None:
 
 def failure(message: str) -> None:
     """One line on stderr that says what went wrong."""
-    _stderr().print(f"marlin: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
+    with _nobody_may_read():
+        _stderr().print(f"marlin: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
@@ -50,7 +61,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     console = Console(stderr=not to_stdout, emoji=False)
     if not console.is_terminal:
         console = Console(stderr=not to_stdout, width=160, emoji=False)
-    console.print(grid, markup=False)
+    with contextlib.nullcontext() if to_stdout else _nobody_may_read():
+        console.print(grid, markup=False)
 
 
 @contextlib.contextmanager
@@ -78,6 +90,16 @@ class ByteProgress:
     def advance(self, count: int) -> None:
         """Say that `count` more bytes are done."""
         self._progress.advance(self._task, count)
+
+
+@contextlib.contextmanager
+def _nobody_may_read() -> Iterator[None]:
+    """What stderr does not take is lost, and the work goes on: it is not for what a person would have seen."""
+    try:
+        yield
+    except OSError:
+        with contextlib.suppress(OSError):  # Python would write it once more at its end; not every stderr is a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _stderr() -> Console:

@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file to write")
     stream = path.exists() and not path.is_file()
-    target = path.resolve() if path.is_symlink() and not stream else path
+    target = path if stream else _followed(path)
     try:
         if not stream:
             _remove_abandoned(target, target.suffix)
@@ -65,6 +65,20 @@ def writing(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def _followed(path: Path) -> Path:
+    """The path that a link stands for, and of `.` and `..` one with a name, beside which something can be made.
+
+    Raises:
+        OutputError: the link leads to itself.
+    """
+    if path.name and path.name != ".." and not path.is_symlink():
+        return path
+    try:
+        return path.resolve()
+    except RuntimeError:  # later Pythons give the link itself, which cannot be written then
+        raise OutputError(f"{path}: cannot write: {os.strerror(errno.ELOOP)}") from None
+
+
 @contextlib.contextmanager
 def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`; when the block ends well it takes the place of `path` in one step.
@@ -75,7 +89,7 @@ def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: `path` exists and `overwrite` is off or it holds other files, or the folder cannot be written.
     """
-    path = path.resolve() if path.is_symlink() else path
+    path = _followed(path)
     check_output_folder(path, overwrite=overwrite)
     with scratch_folder(path) as temporary:
         yield temporary

@@ -244,3 +244,23 @@ def test_two_processes_do_not_write_under_one_name(tmp_path):
     with claimed(path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(link)
+    with pytest.raises(OutputError, match=r"link\.json: cannot write: "), writing(link):
+        pass
+    with pytest.raises(OutputError, match=r"link\.json: cannot write: "), writing_folder(link):
+        pass
+    assert os.listdir(tmp_path) == ["link.json"]
+
+
+@pytest.mark.parametrize("name", [".", "../model"])
+def test_the_folder_marlin_stands_in_is_replaced_too(name, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    with writing_folder(Path(name), overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "config.json").read_text() == "new"

@@ -4,6 +4,7 @@ import base64
 import binascii
 import contextlib
 import itertools
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,7 +92,18 @@ def _from_line(line: bytes, where: str) -> Prompt:
             data = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError):
             raise UsageError(f"{where}: prompt_base64 is not base64") from None
-    return Prompt(data, document.get("id"), where)
+    return Prompt(data, _written_back(document.get("id"), where), where)
+
+
+def _written_back(name: Any, where: str) -> Any:
+    """The name of a prompt, which stands beside its answer; Python reads as JSON what JSON cannot say."""
+    try:
+        json.dumps(name, allow_nan=False)
+    except ValueError:
+        raise UsageError(
+            f"{where}: id holds a number that is not finite, which JSON does not have; name it otherwise"
+        ) from None
+    return name
 
 
 def _utf8(text: str, where: str) -> bytes:

@@ -81,3 +81,11 @@ def test_lines_that_are_no_prompts(tmp_path, data, message):
     with pytest.raises(UsageError, match=message) as caught:
         read_prompts(str(path))
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["NaN", "-Infinity", '[{"a": 1e999}]'])
+def test_a_name_that_json_cannot_say_is_refused(name, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "x", "id": {name}}}')
+    with pytest.raises(UsageError, match=r"prompts\.jsonl: line 1: id holds a number that is not finite"):
+        read_prompts(str(file))
