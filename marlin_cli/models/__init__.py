@@ -59,6 +59,23 @@ def build(
         raise ConfigError(f"{where}: model_type {name!r} is not supported{did_you_mean(str(name), ARCHITECTURES)}")
     config_class, network_class = ARCHITECTURES[name]
     network: Network = network_class(from_mapping(config_class, config, where))
+    fill(network, weights, quantization, where=where, dtype=dtype)
+    return network
+
+
+def fill(
+    network: nn.Module,
+    weights: Mapping[str, mx.array],
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    where: str,
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Give a network of any architecture its weights; see `build` for the arguments.
+
+    Raises:
+        CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
+    """
     arrays = {
         path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
         for path, array in weights.items()
@@ -78,7 +95,6 @@ def build(
             )
     network.load_weights(list(arrays.items()))
     network.eval()
-    return network
 
 
 def preset(name: str) -> NetworkConfig:
