@@ -80,7 +80,7 @@ def read(path: Path) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     document = read_object(folder / CONFIG)
-    config = _config(folder, document)
+    config = config_from(folder, document)
     tensors: dict[str, mx.array] = {}
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
@@ -171,7 +171,7 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
+def config_from(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
     where = folder / CONFIG
     generation = read_object(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
