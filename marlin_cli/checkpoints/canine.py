@@ -101,7 +101,7 @@ def read(path: Path) -> Checkpoint:
     config["second_type"] = _second_type(document, config["types"])
     config["pooler"] = "pooler.dense.weight" in foreign.tensors
     taken = Taken(foreign)
-    weights = take_body(taken, config)
+    weights = take_body(path, taken, config)
     if config["pooler"]:
         take_pair(weights, taken, "pooler", "pooler.dense")
     if config["head"] != "none":
@@ -184,8 +184,12 @@ def _second_type(document: Mapping[str, Any], types: int) -> int:
     return 0 if (major.isdecimal() and int(major) >= 5) or types < 2 else 1
 
 
-def take_body(taken: Taken, config: Mapping[str, Any]) -> dict[str, mx.array]:
-    """Everything but pooler and head, which LA-CANINE has too."""
+def take_body(path: Path, taken: Taken, config: Mapping[str, Any]) -> dict[str, mx.array]:
+    """Everything but pooler and head, which LA-CANINE has too.
+
+    Raises:
+        CheckpointError: a tensor is missing, or is no kernel of a convolution where one is expected.
+    """
     weights: dict[str, mx.array] = {}
     for index in range(config["hash_functions"]):
         name = f"char_embeddings.HashBucketCodepointEmbedder_{index}.weight"
@@ -201,7 +205,7 @@ def take_body(taken: Taken, config: Mapping[str, Any]) -> dict[str, mx.array]:
         take_pair(weights, taken, f"local.{ours}.conv", f"{theirs}.conv")
         kernel = weights[f"local.{ours}.conv.weight"]
         if kernel.ndim != 3:
-            raise CheckpointError(f"{theirs}.conv.weight has shape {list(kernel.shape)}, not 3 dimensions")
+            raise CheckpointError(f"{path}: '{theirs}.conv.weight' has shape {list(kernel.shape)}, not 3 dimensions")
         # [out, in, kernel] as a product over windows, whose rows stand side by side.
         weights[f"local.{ours}.conv.weight"] = kernel.swapaxes(1, 2).reshape(kernel.shape[0], -1)
     return weights

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.encoder_decoder import GrowingCache
-from marlin_cli.engine.generation import Piece, Stopping, StopMatcher
+from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
@@ -51,9 +51,7 @@ def prompt_ids(config: ByGPT5Config, prompt: bytes, *, sentinels: bool = False) 
     return [config.start_id, *ids] if config.starts_all or not ids else ids
 
 
-def generate(
-    network: ByGPT5, prompts: Sequence[Sequence[int]], stopping: Stopping, sampling: Sampling
-) -> Iterator[Piece]:
+def generate(network: ByGPT5, prompts: Sequence[Sequence[int]], stopping: Stopping, sampling: Sampling) -> Iterator[Piece]:
     """Go on from prompts of `prompt_ids`; the pieces of a stream come in order, each byte as soon as it is decoded.
 
     Streams of equal length share each step. A stream gives the same bytes alone as in a batch. Ids that are no bytes
@@ -94,7 +92,8 @@ def _decode(
     matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
     room = min(stopping.max_bytes, config.max_bytes - len(prompts[0]))
     for step in range(1, room + 1):
-        chosen: list[int] = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None).tolist()
+        drawn = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None)
+        chosen: list[int] = drawn.tolist()  # type: ignore[assignment]
         pieces: list[Piece] = []
         going: list[int] = []
         for row, (stream, value) in enumerate(zip(streams, chosen, strict=True)):
@@ -134,4 +133,3 @@ def _read(network: ByGPT5, ids: mx.array, caches: list[GrowingCache]) -> mx.arra
         hidden = network.decode(ids[:, start : start + step], caches)
         mx.eval(hidden)
     return network.head(hidden[:, -1])
-

@@ -39,14 +39,9 @@ LIMITS = {
 
 
 @dataclass(frozen=True)
-class CanineConfig:
-    """Shape and options of a CANINE; the defaults are those of google/canine-s.
+class CharacterShape:
+    """Sizes that CANINE and its relatives share; the defaults are those of google/canine-s."""
 
-    Raises:
-        ConfigError: sizes that are not positive or do not fit together.
-    """
-
-    model_type: Literal["canine"] = "canine"
     d_model: int = 768  # width of characters and molecules between layers
     ffn_dim: int = 3072
     heads: int = 12
@@ -60,21 +55,43 @@ class CanineConfig:
     hash_functions: int = 8  # tables of embeddings, each of d_model / hash_functions columns
     hash_buckets: int = 16384  # rows of each, and of the table of positions
     block_characters: int = 128  # the first layer sees disjoint blocks of so many
-    pooler: bool = True  # is there a layer that makes one vector of an input?
 
+    def __post_init__(self) -> None:
+        for name, most in LIMITS.items():
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value}")
+            if value > most:
+                raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
+        for name in ("heads", "hash_functions"):
+            if self.d_model % getattr(self, name):
+                raise ConfigError(f"d_model must be a multiple of {name} ({getattr(self, name)}), found {self.d_model}")
+        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
+            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
+
+    @property
+    def longest(self) -> int:
+        """Positions that have an embedding."""
+        return min(self.max_characters, self.hash_buckets)
+
+
+@dataclass(frozen=True)
+class CanineConfig(CharacterShape):
+    """Shape and options of a CANINE.
+
+    Raises:
+        ConfigError: sizes that are not positive or do not fit together.
+    """
+
+    model_type: Literal["canine"] = "canine"
+    pooler: bool = True  # is there a layer that makes one vector of an input?
     head: Head = "none"
     labels: tuple[str, ...] = ()  # of the rows of the head, for sequence and token
     problem: Literal["one_label", "several_labels", "regression"] = "one_label"  # what scores of sequences mean
     second_type: int = 1  # the type of the second text of a pair; transformers from 5 on prepares pairs with 0
 
     def __post_init__(self) -> None:
-        check_sizes(self, LIMITS)
-        if self.d_model % self.heads:
-            raise ConfigError(f"d_model must be a multiple of heads ({self.heads}), found {self.d_model}")
-        if self.d_model % self.hash_functions:
-            raise ConfigError(f"d_model must be a multiple of hash_functions ({self.hash_functions}), found {self.d_model}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
+        super().__post_init__()
         if not 0 <= self.second_type < self.types:
             raise ConfigError(f"second_type must be below types ({self.types}), found {self.second_type}")
         if bool(self.labels) != (self.head in ("sequence", "token")):
@@ -87,28 +104,11 @@ class CanineConfig:
         """Scores that the head gives each input or character."""
         return {"none": 0, "sequence": len(self.labels), "token": len(self.labels), "answer": 2, "choice": 1}[self.head]
 
-    @property
-    def longest(self) -> int:
-        """Positions that have an embedding."""
-        return min(self.max_characters, self.hash_buckets)
-
-
-def check_sizes(config: object, limits: dict[str, int]) -> None:
-    """Raise `ConfigError` if one of the fields in `limits` is below 1 or above its limit."""
-    for name, most in limits.items():
-        value = getattr(config, name)
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, found {value}")
-        if value > most:
-            raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
-
 
 # Attention
 
 
-def attention_in_blocks(
-    queries: mx.array, keys: mx.array, values: mx.array, width: int, lengths: mx.array | None
-) -> mx.array:
+def attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, width: int, lengths: mx.array | None) -> mx.array:
     """Attention of rows [n, heads, rows, head_dim], without a scale, in which `width` rows see each other and no more.
 
     As in transformers, rows of a block without anything real see all of its filler alike: real rows nearby read them.
@@ -147,12 +147,14 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
         queries, keys, values = (self._split(layer(x)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        queries = queries * queries.shape[-1] ** -0.5
-        if self.width is None:
-            attended = cross_attention(queries, keys, values, lengths)
-        else:
-            attended = attention_in_blocks(queries, keys, values, self.width, lengths)
+        attended = self.attend(queries * queries.shape[-1] ** -0.5, keys, values, lengths)
         return self.o_proj(attended.swapaxes(1, 2).flatten(-2))
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, lengths: mx.array | None) -> mx.array:
+        """Read with scaled queries [n, heads, rows, head_dim]: the same shape."""
+        if self.width is None:
+            return cross_attention(queries, keys, values, lengths)
+        return attention_in_blocks(queries, keys, values, self.width, lengths)
 
     def _split(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:-1], self.heads, -1).swapaxes(1, 2)
@@ -178,7 +180,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """A layer of BERT; `width` is that of the blocks in which it sees rows, None for all of them."""
 
-    def __init__(self, config: CanineConfig, width: int | None = None) -> None:
+    def __init__(self, config: CharacterShape, width: int | None = None) -> None:
         super().__init__()
         self.attention = Attention(config.d_model, config.heads, width)
         self.attention_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
@@ -193,7 +195,7 @@ class Block(nn.Module):
 class Embedding(nn.Module):
     """A row of each hash table side by side, plus the type's and the position's."""
 
-    def __init__(self, config: CanineConfig) -> None:
+    def __init__(self, config: CharacterShape) -> None:
         super().__init__()
         columns = config.d_model // config.hash_functions
         self.tables = [nn.Embedding(config.hash_buckets, columns) for _ in range(config.hash_functions)]
@@ -214,7 +216,7 @@ class Embedding(nn.Module):
 class Downsampling(nn.Module):
     """A convolution with as long a step as its kernel: a product over the rows of each molecule side by side."""
 
-    def __init__(self, config: CanineConfig) -> None:
+    def __init__(self, config: CharacterShape) -> None:
         super().__init__()
         self.factor, self.activation = config.downsample_factor, config.activation
         self.conv = Linear(config.downsample_factor * config.d_model, config.d_model)
@@ -231,7 +233,7 @@ class Downsampling(nn.Module):
 class Upsampling(nn.Module):
     """A convolution over characters and their molecules, side by side: a product over unfolded windows."""
 
-    def __init__(self, config: CanineConfig) -> None:
+    def __init__(self, config: CharacterShape) -> None:
         super().__init__()
         self.kernel, self.activation = config.upsample_width, config.activation
         self.conv = Linear(config.upsample_width * 2 * config.d_model, config.d_model)
@@ -241,9 +243,7 @@ class Upsampling(nn.Module):
         """Rows [n, total, d_model] of both, one molecule to each character."""
         total = characters.shape[1]
         before = (self.kernel - 1) // 2
-        both = mx.pad(
-            mx.concatenate([characters, molecules], axis=-1), [(0, 0), (before, self.kernel - 1 - before), (0, 0)]
-        )
+        both = mx.pad(mx.concatenate([characters, molecules], axis=-1), [(0, 0), (before, self.kernel - 1 - before), (0, 0)])
         windows = mx.concatenate([both[:, shift : shift + total] for shift in range(self.kernel)], axis=-1)
         return self.norm(ACTIVATIONS[self.activation](self.conv(windows)))
 
@@ -251,7 +251,7 @@ class Upsampling(nn.Module):
 class Local(nn.Module):
     """What runs over characters, before and after the deep layers."""
 
-    def __init__(self, config: CanineConfig) -> None:
+    def __init__(self, config: CharacterShape) -> None:
         super().__init__()
         self.first = Block(config, config.block_characters)
         self.down = Downsampling(config)

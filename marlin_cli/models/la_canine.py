@@ -1,0 +1,174 @@
+"""LA-CANINE (arXiv 2305.18893, wtpsplit): CANINE that finds the ends of sentences, with an adapter for each language.
+
+A network holds one language's adapters, or none. Beside them it differs from CANINE: no marks, a molecule for every
+four characters and none left out, and padding that is row 0 of every hash table (an id of -1) and no character.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from marlin_cli.errors import ConfigError
+from marlin_cli.models.canine import ACTIVATIONS, Attention, Block, CharacterShape, Downsampling, Embedding, Upsampling
+from marlin_cli.ops import Linear
+
+PADDING = -1  # the id of padding
+
+# The languages of the released checkpoints, in the order of their adapters.
+LANGUAGES = (
+    "af", "am", "ar", "az", "be", "bg", "bn", "ca", "ceb", "cs", "cy", "da", "de", "el", "en", "eo", "es", "et",
+    "eu", "fa", "fi", "fr", "fy", "ga", "gd", "gl", "gu", "ha", "he", "hi", "hu", "hy", "id", "ig", "is", "it",
+    "ja", "jv", "ka", "kk", "km", "kn", "ko", "ku", "ky", "la", "lt", "lv", "mg", "mk", "ml", "mn", "mr", "ms",
+    "mt", "my", "ne", "nl", "no", "pa", "pl", "ps", "pt", "ro", "ru", "si", "sk", "sl", "sq", "sr", "sv", "ta",
+    "te", "tg", "th", "tr", "uk", "ur", "uz", "vi", "xh", "yi", "yo", "zh", "zu",
+)  # fmt: skip
+
+# Config
+
+
+@dataclass(frozen=True)
+class LaCanineConfig(CharacterShape):
+    """Shape and options of an LA-CANINE.
+
+    Raises:
+        ConfigError: sizes that are not positive or do not fit together.
+    """
+
+    model_type: Literal["la_canine"] = "la_canine"
+    rows: int = 1  # scores of a character: the end of a sentence, then of punctuation that may have been there
+    adapter_dim: int = 0  # width of the adapters; 0 for none
+    language: str = ""  # whose adapters these are; empty for none, or for the mean of all
+    lookahead: int | None = None  # molecules after its own that a character sees in the first layer; all if None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.rows <= 1 << 16:
+            raise ConfigError(f"rows must be from 1 to {1 << 16:,}, found {self.rows}")
+        if not 0 <= self.adapter_dim <= self.d_model:
+            raise ConfigError(f"adapter_dim must be from 0 to d_model ({self.d_model}), found {self.adapter_dim}")
+        if self.lookahead is not None and not 0 <= self.lookahead <= 1 << 20:
+            raise ConfigError(f"lookahead must be from 0 to {1 << 20:,}, found {self.lookahead}")
+        if self.language and not self.adapter_dim:
+            raise ConfigError(f"language is {self.language!r}, and adapter_dim says that there are no adapters")
+
+
+# Attention
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How far a row sees: to the end of the block of `size` rows that stands `blocks` after its own."""
+
+    blocks: int
+    size: int
+
+
+class BoundedAttention(Attention):
+    """Attention that sees no further than `lookahead`; with a width, in disjoint blocks of so many rows too."""
+
+    def __init__(self, config: CharacterShape, width: int | None, lookahead: Lookahead) -> None:
+        super().__init__(config.d_model, config.heads, None)
+        self.reach, self.lookahead = width, lookahead
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, lengths: mx.array | None) -> mx.array:
+        rows = queries.shape[2]
+        step = rows if self.reach is None else self.reach
+        parts = []
+        for start in range(0, rows, step):
+            end = min(rows, start + step)
+            # Counted within the block, as the reference does.
+            positions = mx.arange(end - start)
+            seen = (
+                positions[None] < (positions // self.lookahead.size + self.lookahead.blocks + 1)[:, None] * self.lookahead.size
+            )
+            if lengths is not None:
+                seen = seen & (positions + start < lengths[:, None, None, None])
+            # Added, not cut out: a row that sees nothing real sees everything alike.
+            mask = mx.where(seen, 0, mx.finfo(queries.dtype).min).astype(queries.dtype)
+            part = slice(start, end)
+            parts.append(
+                mx.fast.scaled_dot_product_attention(
+                    queries[:, :, part], keys[:, :, part], values[:, :, part], scale=1.0, mask=mask
+                )
+            )
+        return mx.concatenate(parts, axis=2)
+
+
+# Block
+
+
+class Adapter(nn.Module):
+    """A bottleneck after a layer's feed-forward, which a language has of its own."""
+
+    def __init__(self, config: LaCanineConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.down_proj = Linear(config.d_model, config.adapter_dim)
+        self.up_proj = Linear(config.adapter_dim, config.d_model)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.up_proj(ACTIVATIONS[self.activation](self.down_proj(x)))
+
+
+class AdaptedBlock(Block):
+    """CANINE's layer, and the adapter behind the same norm once more."""
+
+    def __init__(self, config: LaCanineConfig, width: int | None = None, lookahead: Lookahead | None = None) -> None:
+        super().__init__(config, width)
+        if lookahead is not None:
+            self.attention = BoundedAttention(config, width, lookahead)
+        if config.adapter_dim:
+            self.adapter = Adapter(config)
+
+    def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        x = super().__call__(x, lengths)
+        return self.ffn_norm(x + self.adapter(x)) if "adapter" in self else x
+
+
+class Local(nn.Module):
+    """What runs over characters, before and after the deep layers."""
+
+    def __init__(self, config: LaCanineConfig) -> None:
+        super().__init__()
+        factor, ahead = config.downsample_factor, config.lookahead
+        self.first = AdaptedBlock(config, config.block_characters, None if ahead is None else Lookahead(ahead, factor))
+        self.down = Downsampling(config)
+        self.up = Upsampling(config)
+        self.last = AdaptedBlock(config, None, None if ahead is None else Lookahead(0, factor))
+
+
+# Model
+
+
+class LaCanine(nn.Module):
+    """The network: ids in, scores of every character out, of which the first is that of a sentence's end."""
+
+    def __init__(self, config: LaCanineConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.local = Local(config)
+        ahead = None if config.lookahead is None else Lookahead(0, 1)
+        self.layers = [AdaptedBlock(config, None, ahead) for _ in range(config.layers)]
+        self.output = Linear(config.d_model, config.rows)
+
+    def __call__(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
+        """Scores [n, total, rows] float32, before a sigmoid, of ids [n, total].
+
+        Args:
+            ids: code points, total a multiple of `downsample_factor`, filled up with `PADDING`.
+            lengths: [n] real ids of each input; all of them if None.
+        """
+        return self.output(self.states(ids, lengths)).astype(mx.float32)
+
+    def states(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
+        """The characters' states [n, total, d_model]; those of padding mean nothing."""
+        characters = self.local.first(self.embedding(ids, None), lengths)
+        down, factor = self.local.down, self.config.downsample_factor
+        molecules = down.norm(down(characters))
+        counts = None if lengths is None else -(-lengths // factor)
+        for layer in self.layers:
+            molecules = layer(molecules, counts)
+        return self.local.last(self.local.up(characters, mx.repeat(molecules, factor, axis=1)), lengths)
