@@ -87,7 +87,11 @@ def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) ->
     if not network.config.pooler:
         raise UsageError("this CANINE has no pooler, the layer that makes one vector of a text; take its states")
     inputs = [_input(network, text) for text in texts]
-    rows = _run(network, inputs, pad_to, lambda *given: network.pooled(network.deep(*given)).astype(mx.float32))
+
+    def vectors(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network.pooled(network.deep(ids, lengths, types)).astype(mx.float32)
+
+    rows = _run(network, inputs, pad_to, vectors)
     return mx.stack(rows) if rows else mx.zeros((0, network.config.d_model))
 
 
@@ -100,8 +104,9 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
     _check_head(network, "sequence")
     logits = _logits(network, [_input(network, text) for text in texts], pad_to)
     found = []
+    meaning = {"one_label": _softmax, "several_labels": _sigmoid, "regression": np.asarray}[network.config.problem]
     for row in logits:
-        scores = {"one_label": _softmax, "several_labels": _sigmoid, "regression": lambda x: x}[network.config.problem](row)
+        scores = meaning(row)
         order = np.argsort(-scores, kind="stable")
         found.append([Label(network.config.labels[index], float(scores[index])) for index in order])
     return found
@@ -236,9 +241,7 @@ def _length(network: Canine, positions: int, pad_to: int | None) -> int:
     if pad_to is not None and not least <= pad_to <= most:
         raise UsageError(f"pad_to must be from {least} to {most:,}, found {pad_to}")
     if positions > (pad_to or most):
-        raise InputError(
-            f"the text takes {positions:,} positions with its marks, there are {pad_to or most:,}; give less of it"
-        )
+        raise InputError(f"the text takes {positions:,} positions with its marks, and there are {pad_to or most:,}; shorten it")
     if (pad_to or positions) < least:
         raise InputError(
             f"the text takes {positions} positions with its marks, CANINE needs {least}; pad it (pad_to, 4 or more)"

@@ -130,7 +130,7 @@ def boundary_scores(
         final = held if ended else starts[-1] + 1 if starts else 0
         if final:
             mean = (sums[:final] / counts[:final]).astype(np.float16).astype(np.float32)
-            yield ids[:final], 1 / (1 + np.exp(-mean))
+            yield ids[:final], np.asarray(1 / (1 + np.exp(-mean)), dtype=np.float32)
         ids, sums, counts = ids[final:], sums[final:], counts[final:]
         start = (starts[-1] + stride if starts else start) - final
 
