@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import has_model_type, number, tensors_of
-from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.checkpoints.transformers_folder import has_model_type, number, take_tied_head, tensors_of
+from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
 
 CONFIG = hugging_face.CONFIG
@@ -51,11 +49,7 @@ def read(path: Path) -> Checkpoint:
     config |= _start(folder, document, config["vocab_size"])
     taken = Taken(tensors_of(path, lambda name: UNREAD.match(name) is not None))
     weights = {ours: taken.take(theirs) for ours, theirs in names_of(config).items()}
-    if config["tied_head"] and taken.has("lm_head.weight"):
-        if not mx.array_equal(taken.take("lm_head.weight"), weights["embedding.weight"]).item():
-            raise CheckpointError(
-                f"{path}: 'lm_head.weight' differs from the embeddings, and {CONFIG} ties them; set tie_word_embeddings false"
-            )
+    take_tied_head(taken, path, weights["embedding.weight"], tied=config["tied_head"])
     taken.finish()
     return Checkpoint(path, "bygpt5", config, weights)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints.foreign import Foreign, read_foreign
+from marlin_cli.checkpoints.foreign import Foreign, Taken, read_foreign
 from marlin_cli.checkpoints.hugging_face import CONFIG, SUFFIXES, weight_files
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
@@ -62,3 +62,18 @@ def number(document: Mapping[str, Any], name: str, default: Any, where: Path) ->
     if isinstance(value, bool) or not isinstance(value, (int, type(default))):
         raise ConfigError(f"{where}: {name} should be a number, found {describe(value)}")
     return value
+
+
+def take_tied_head(taken: Taken, path: Path, embedding: mx.array, *, tied: bool) -> None:
+    """Take the output head of a model that uses its embeddings for one, where the file holds them twice.
+
+    Raises:
+        CheckpointError: it is another table than the embeddings.
+    """
+    if tied and taken.has("lm_head.weight"):
+        head = taken.take("lm_head.weight")
+        if head.shape != embedding.shape or not mx.array_equal(head, embedding).item():
+            raise CheckpointError(
+                f"{path}: 'lm_head.weight' differs from the embeddings, and {CONFIG} ties the two or does not say;"
+                " set tie_word_embeddings false if the head is one of its own"
+            )

@@ -104,7 +104,8 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
     _check_head(network, "sequence")
     logits = _logits(network, [_input(network, text) for text in texts], pad_to)
     found = []
-    meaning = {"one_label": _softmax, "several_labels": _sigmoid, "regression": np.asarray}[network.config.problem]
+    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": _softmax, "several_labels": _sigmoid}
+    meaning = meanings.get(network.config.problem, np.asarray)
     for row in logits:
         scores = meaning(row)
         order = np.argsort(-scores, kind="stable")
