@@ -2,8 +2,11 @@
 
 import json
 import zlib
+from pathlib import Path
 
 import numpy as np
+
+DATA = Path(__file__).parent / "data"
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -101,3 +104,44 @@ def _randomise(network):
     ]
     network.load_weights(found)
     network.eval()
+
+
+# LA-CANINE: the lengths of windows, and its kinds of adapters.
+LA_TINY = TINY | {"num_hash_buckets": 520, "max_position_embeddings": 520, "num_labels": 3}
+LA_KINDS = {
+    "on": {"n_languages": 85},
+    "off": {"language_adapter": "off"},
+    "shared": {"n_languages": 3, "language_adapter": "shared"},
+    "lookahead": {"n_languages": 85, "lookahead": 5},
+}
+LA_CASES = [((1,), 4), ((4,), 4), ((11,), 12), ((128, 1, 60), 128), ((129, 130), 132), ((511, 3, 128, 300), 512), ((515,), 516)]
+
+# Codes of ten languages -> files of the shipped sample.
+LA_LANGUAGES = {
+    "cs": "cs", "de": "de", "el": "el", "en": "en_AU", "fr": "fr",
+    "ja": "ja", "pl": "pl", "th": "th", "ar": "ar", "zh": "zh_Hans",
+}  # fmt: skip
+TEXT_BYTES = 10_000
+
+
+def sample_text(name):
+    """The first characters of a language in the shipped sample."""
+    data = (Path(__file__).parents[1] / "calibration/sample/multilingual" / f"{name}.txt").read_bytes()
+    return data[:TEXT_BYTES].decode("utf-8", errors="ignore")
+
+
+def golden_la_network(folder, kind, language):
+    """The network of la_canine_golden with adapters of `kind`, out of a folder as wtpsplit writes it."""
+    import mlx.core as mx
+
+    from marlin_cli.checkpoints import la_canine
+    from marlin_cli.config import from_mapping
+    from marlin_cli.models import fill
+    from marlin_cli.models.la_canine import LaCanine, LaCanineConfig
+
+    shapes = json.loads((DATA / "la_canine_golden.json").read_text())["shapes"][kind]
+    config = {**LA_TINY, **LA_KINDS[kind], "model_type": "la-canine"}
+    checkpoint = la_canine.read(write_folder(folder, config, shapes), language)
+    network = LaCanine(from_mapping(LaCanineConfig, checkpoint.config, "here"))
+    fill(network, checkpoint.weights, where="here", dtype=mx.float32)
+    return network
