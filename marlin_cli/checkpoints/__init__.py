@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints import gguf_t5, hugging_face, megabyte_pytorch, native, paper
+from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError
@@ -15,7 +15,15 @@ from marlin_cli.files import sha256_of_file
 __all__ = ["Checkpoint", "ImportOptions", "architecture_of", "check_weight", "fingerprint", "read_checkpoint"]
 
 # Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
-WITH_CONFIG = {"gguf_t5": gguf_t5, "hugging_face": hugging_face, "native": native}
+WITH_CONFIG = {
+    "gguf_t5": gguf_t5,
+    "canine": canine,
+    "la_canine": la_canine,
+    "gbst": gbst,
+    "bygpt5": bygpt5,  # before hugging_face, whose T5 some of them say they are
+    "hugging_face": hugging_face,
+    "native": native,
+}
 
 # Foreign layouts that the names of the tensors tell.
 IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}

@@ -7,9 +7,8 @@ from typing import Any
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import has_model_type, number, take_tied_head, tensors_of
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, take_tied_head, tensors_of
 from marlin_cli.errors import ConfigError
-from marlin_cli.models.byt5_ids import FIRST_SPECIAL
 
 CONFIG = hugging_face.CONFIG
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -17,6 +16,8 @@ MODEL_TYPE = "bygpt5"
 
 # A whole ByT5's file serves too: uniformers leaves these out when it reads one.
 UNREAD = re.compile(r"^encoder\.|^decoder\.block\.\d+\.layer\.1\.|^decoder\.embed_tokens\.weight$")
+
+FIRST_SPECIAL = 259  # the id of <extra_id_0>: three marks and every byte come before
 
 # Fields of ByT5 that say nothing about a decoder alone.
 OF_ENCODER = ("encoder_layers", "decoder_layers", "model_type")
@@ -47,7 +48,9 @@ def read(path: Path) -> Checkpoint:
     # uniformers ties the head and scales what it reads where the field says so or is not there; one fact there.
     config["tied_head"] = config["scaled_head"] = document.get("tie_word_embeddings") is not False
     config |= _start(folder, document, config["vocab_size"])
-    taken = Taken(tensors_of(path, lambda name: UNREAD.match(name) is not None))
+    foreign = tensors_of(path, lambda name: UNREAD.match(name) is not None)
+    check_layers(path, foreign, config["layers"])
+    taken = Taken(foreign)
     weights = {ours: taken.take(theirs) for ours, theirs in names_of(config).items()}
     take_tied_head(taken, path, weights["embedding.weight"], tied=config["tied_head"])
     taken.finish()

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import Fields, has_model_type, known_fields, tensors_of
+from marlin_cli.checkpoints.transformers_folder import Fields, check_layers, has_model_type, known_fields, tensors_of
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
@@ -94,6 +94,7 @@ def read(path: Path) -> Checkpoint:
     where = folder / CONFIG
     config: dict[str, Any] = {"model_type": MODEL_TYPE, **shape_of(document, where)}
     foreign = without_prefix(tensors_of(path, lambda name: BUFFER.search(name) is not None))
+    check_layers(path, foreign, config["layers"])
     config["head"] = _head(document, foreign, where)
     if config["head"] in ("sequence", "token"):
         config["labels"] = labels_of(document, foreign, where)
@@ -122,7 +123,7 @@ def shape_of(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
         ConfigError: no number where one is expected, or an activation that marlin does not have.
     """
     activation = document.get("hidden_act") or "gelu"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: hidden_act {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     return {**known_fields(document, FIELDS, where), "activation": ACTIVATIONS[activation]}
 
@@ -172,7 +173,7 @@ def _problem(document: Mapping[str, Any], labels: tuple[str, ...], where: Path) 
     given = document.get("problem_type")
     if given is None:
         return "several_labels" if len(labels) == 1 else "one_label"
-    if given not in PROBLEMS:
+    if not isinstance(given, str) or given not in PROBLEMS:
         raise ConfigError(f"{where}: problem_type {quoted(given)} is none of {', '.join(PROBLEMS)}")
     return PROBLEMS[given]
 

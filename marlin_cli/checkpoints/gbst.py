@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import has_model_type, number, take_tied_head, tensors_of
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, take_tied_head, tensors_of
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 
@@ -42,6 +42,7 @@ def read(path: Path) -> Checkpoint:
     config["tied_head"] = config["scaled_head"] = document.get("tie_word_embeddings") is not False
     foreign = tensors_of(path)
     taken = Taken(foreign)
+    check_layers(path, foreign, max(config["encoder_layers"], config["decoder_layers"]))
     weights = {ours: taken.take(theirs) for ours, theirs in hugging_face.names_of(config).items()}
     for alias in ALIASES:
         if taken.has(alias) and not mx.array_equal(taken.take(alias), weights["embedding.weight"]).item():

@@ -9,13 +9,21 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import canine, hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import has_model_type, number, tensors_of
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, tensors_of
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.models.la_canine import LANGUAGES
 from marlin_cli.text import quoted
 
 CONFIG = hugging_face.CONFIG
 MODEL_TYPES = ("la-canine",)
+
+# The languages of the released checkpoints, in the order of their adapters.
+LANGUAGES = (
+    "af", "am", "ar", "az", "be", "bg", "bn", "ca", "ceb", "cs", "cy", "da", "de", "el", "en", "eo", "es", "et",
+    "eu", "fa", "fi", "fr", "fy", "ga", "gd", "gl", "gu", "ha", "he", "hi", "hu", "hy", "id", "ig", "is", "it",
+    "ja", "jv", "ka", "kk", "km", "kn", "ko", "ku", "ky", "la", "lt", "lv", "mg", "mk", "ml", "mn", "mr", "ms",
+    "mt", "my", "ne", "nl", "no", "pa", "pl", "ps", "pt", "ro", "ru", "si", "sk", "sl", "sq", "sr", "sv", "ta",
+    "te", "tg", "th", "tr", "uk", "ur", "uz", "vi", "xh", "yi", "yo", "zh", "zu",
+)  # fmt: skip
 
 # Stored and never read: the way up is the way down's table with its sides exchanged. The pooler is not read either.
 UNREAD = re.compile(r"lang_ff_up_weights\.weight$|^(canine\.)?pooler\.")
@@ -43,14 +51,14 @@ def read(path: Path, language: str | None = None) -> Checkpoint:
         if document.get(name, plain) != plain:
             raise ConfigError(f"{where}: {name} is {quoted(document[name])}; marlin runs {plain}")
     kind = document.get("language_adapter", "on")
-    if kind not in ("on", "off", "shared"):
+    if not isinstance(kind, str) or kind not in ("on", "off", "shared"):
         raise ConfigError(f"{where}: language_adapter {quoted(kind)} is none of on, off, shared")
     foreign = canine.without_prefix(
         tensors_of(path, lambda name: canine.BUFFER.search(name) is not None or UNREAD.search(name) is not None)
     )
+    check_layers(path, foreign, config["layers"])
     config["rows"] = foreign.shape("classifier.weight", 2)[0]
-    lookahead = number(document, "lookahead", -1, where)
-    config["lookahead"] = None if lookahead < 0 else lookahead
+    config["lookahead"] = None if document.get("lookahead") is None else number(document, "lookahead", 0, where)
     first = "initial_char_encoder.layer.0.output.lang_ff_down_biases.weight"
     languages, width = (0, 0) if kind == "off" else foreign.shape(first, 2)
     config["adapter_dim"] = width

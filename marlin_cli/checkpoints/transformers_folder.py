@@ -64,6 +64,16 @@ def number(document: Mapping[str, Any], name: str, default: Any, where: Path) ->
     return value
 
 
+def check_layers(path: Path, foreign: Foreign, layers: int) -> None:
+    """Refuse a number of layers for which there are too few tensors, before the names of all of them are made.
+
+    Raises:
+        CheckpointError: a layer has several tensors; the file has fewer than one for each.
+    """
+    if layers > len(foreign.tensors):
+        raise CheckpointError(f"{path}: {CONFIG} asks for {layers:,} layers, the file holds {len(foreign.tensors)} tensors")
+
+
 def take_tied_head(taken: Taken, path: Path, embedding: mx.array, *, tied: bool) -> None:
     """Take the output head of a model that uses its embeddings for one, where the file holds them twice.
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from canine_cases import DATA, LA_CASES, LA_KINDS, SHAPE, batch, golden_la_network
 
+from marlin_cli.checkpoints.la_canine import LANGUAGES
 from marlin_cli.errors import ConfigError
-from marlin_cli.models.la_canine import LANGUAGES, PADDING, LaCanineConfig
+from marlin_cli.models.la_canine import PADDING, LaCanineConfig
 from marlin_cli.tensor_files import read_safetensors
 
 TOLERANCE = 1e-4
