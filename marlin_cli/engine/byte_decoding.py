@@ -99,7 +99,7 @@ def _decode(
         for row, (stream, value) in enumerate(zip(streams, chosen, strict=True)):
             matcher = matchers[stream]
             data, stopped, reason = b"", False, None
-            if FIRST_BYTE <= value < FIRST_SPECIAL:
+            if value != config.end_id and FIRST_BYTE <= value < FIRST_SPECIAL:
                 data, stopped = matcher.push(value - FIRST_BYTE)
             if stopped:
                 reason = "stop"
