@@ -11,6 +11,7 @@ from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_fore
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.text import quoted
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -186,8 +187,8 @@ def config_from(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         where, "num_decoder_layers", document.get("num_decoder_layers"), config["encoder_layers"]
     )
     activation = document.get("feed_forward_proj") or "relu"
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"{where}: feed_forward_proj {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ConfigError(f"{where}: feed_forward_proj {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     config["activation"], config["gated_ffn"] = ACTIVATIONS[activation]
     scaled = document.get("scale_decoder_outputs")  # transformers 5; before, tying said it
     config["scaled_head"] = scaled if isinstance(scaled, bool) else document.get("tie_word_embeddings") is not False

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.checkpoints import canine, hugging_face
-from marlin_cli.checkpoints.foreign import Checkpoint, Taken, read_object
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
 from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, tensors_of
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
@@ -24,6 +24,9 @@ LANGUAGES = (
     "mt", "my", "ne", "nl", "no", "pa", "pl", "ps", "pt", "ro", "ru", "si", "sk", "sl", "sq", "sr", "sv", "ta",
     "te", "tg", "th", "tr", "uk", "ur", "uz", "vi", "xh", "yi", "yo", "zh", "zu",
 )  # fmt: skip
+
+# What the first layer sees of the characters after each, where that has a bound: [1, 1, positions, positions].
+FIRST_MASK = "initial_char_encoder.layer.0.attention.self.bias"
 
 # Stored and never read: the way up is the way down's table with its sides exchanged. The pooler is not read either.
 UNREAD = re.compile(r"lang_ff_up_weights\.weight$|^(canine\.)?pooler\.")
@@ -53,12 +56,10 @@ def read(path: Path, language: str | None = None) -> Checkpoint:
     kind = document.get("language_adapter", "on")
     if not isinstance(kind, str) or kind not in ("on", "off", "shared"):
         raise ConfigError(f"{where}: language_adapter {quoted(kind)} is none of on, off, shared")
-    foreign = canine.without_prefix(
-        tensors_of(path, lambda name: canine.BUFFER.search(name) is not None or UNREAD.search(name) is not None)
-    )
+    foreign = canine.without_prefix(tensors_of(path, _is_unread))
     check_layers(path, foreign, config["layers"])
     config["rows"] = foreign.shape("classifier.weight", 2)[0]
-    config["lookahead"] = None if document.get("lookahead") is None else number(document, "lookahead", 0, where)
+    config["lookahead"] = _lookahead(document, foreign, config["downsample_factor"], where)
     first = "initial_char_encoder.layer.0.output.lang_ff_down_biases.weight"
     languages, width = (0, 0) if kind == "off" else foreign.shape(first, 2)
     config["adapter_dim"] = width
@@ -90,6 +91,28 @@ def check_language(config: Mapping[str, Any], language: str | None, where: str) 
         return
     held = f"the adapters of {config['language']}" if config.get("language") else "no adapters of a language"
     raise CheckpointError(f"{where}: holds {held}, {quoted(language)} was asked for; read the original again with it")
+
+
+def _is_unread(name: str) -> bool:
+    return not name.endswith(FIRST_MASK) and (canine.BUFFER.search(name) or UNREAD.search(name)) is not None
+
+
+def _lookahead(document: Mapping[str, Any], foreign: Foreign, factor: int, where: Path) -> int | None:
+    """Molecules that the first layer sees ahead: by its mask in the file, else by config.json.
+
+    wtpsplit sets the configuration's number to 0 as it makes a network, so what it saves says 0; the mask is right.
+    """
+    mask = foreign.tensors.pop(FIRST_MASK, None)
+    if document.get("lookahead") is None:
+        return None
+    said: int = number(document, "lookahead", 0, where)
+    if mask is None:
+        return said
+    first = mask.reshape(-1)[: mask.shape[-1]] if mask.size else mask.reshape(-1)
+    seen = int((first != 0).sum().item())  # type: ignore[arg-type]
+    if mask.ndim != 4 or seen < factor or seen % factor:
+        raise CheckpointError(f"{foreign.path}: {FIRST_MASK!r} of shape {list(mask.shape)} is no mask of whole molecules")
+    return seen // factor - 1
 
 
 def _chosen(path: Path, kind: str, language: str | None, languages: int) -> int | None:

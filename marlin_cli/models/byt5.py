@@ -73,8 +73,8 @@ class ByT5Config:
                 raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
         if self.vocab_size < FIRST_SPECIAL:
             raise ConfigError(f"vocab_size must hold 3 ids and every byte ({FIRST_SPECIAL} or more), found {self.vocab_size}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
+        if not math.isfinite(self.norm_eps) or self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps must be above zero, found {self.norm_eps}")
         for name in ("start_id", "end_id", "pad_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ConfigError(f"{name} must be an id below vocab_size, found {getattr(self, name)}")

@@ -66,8 +66,8 @@ class CharacterShape:
         for name in ("heads", "hash_functions"):
             if self.d_model % getattr(self, name):
                 raise ConfigError(f"d_model must be a multiple of {name} ({getattr(self, name)}), found {self.d_model}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
+        if not math.isfinite(self.norm_eps) or self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps must be above zero, found {self.norm_eps}")
 
     @property
     def longest(self) -> int:

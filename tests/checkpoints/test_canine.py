@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from canine_cases import DATA, LA_KINDS, LA_TINY, TINY, random_canine, random_la_canine, weight, write_folder
 from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
 from torch_writer import tensor, write_zip
 
 from marlin_cli.checkpoints import canine, fingerprint, la_canine, read_checkpoint
@@ -180,6 +181,23 @@ def test_the_way_up_may_be_missing(la_shapes, tmp_path):
     shapes = {name: shape for name, shape in la_shapes["on"].items() if "lang_ff_up_weights" not in name}
     config = {**LA_TINY, **LA_KINDS["on"], "model_type": "la-canine"}
     assert la_canine.read(write_folder(tmp_path / "model", config, shapes), "de").config["language"] == "de"
+
+
+def test_the_mask_says_how_far_ahead_the_first_layer_sees(la_shapes, tmp_path):
+    """wtpsplit saves the number 0 and the right mask."""
+    folder = la_folder(tmp_path, la_shapes, "lookahead", lookahead=0)
+    assert la_canine.read(folder, "cs").config["lookahead"] == 0
+    tensors = load_file(folder / "model.safetensors")
+    mask = np.tril(np.ones((130, 130), dtype=np.uint8), 5).repeat(4, axis=0).repeat(4, axis=1)[None, None]
+    name = f"canine.{la_canine.FIRST_MASK}"
+    save_file(tensors | {name: mask, name.replace("initial_char_encoder", "encoder"): mask}, folder / "model.safetensors")
+    assert la_canine.read(folder, "cs").config["lookahead"] == 5
+    save_file(tensors | {name: mask[..., 1:]}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no mask of whole molecules"):
+        la_canine.read(folder, "cs")
+    edited = json.loads((folder / "config.json").read_text()) | {"lookahead": None}
+    (folder / "config.json").write_text(json.dumps(edited))
+    assert la_canine.read(folder, "cs").config["lookahead"] is None
 
 
 @pytest.mark.parametrize(

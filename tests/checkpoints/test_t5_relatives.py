@@ -91,6 +91,7 @@ def test_what_comes_before_the_first_byte(tokenizer, changes, expected, tmp_path
         ({"tie_word_embeddings": True}, "'lm_head.weight' differs from the embeddings"),
         ({"bos_token_id": 400}, "id 400"),
         ({"bos_token_id": "a"}, "bos_token_id should be a number"),
+        ({"feed_forward_proj": {"gated-gelu": 1}}, "feed_forward_proj"),
     ],
 )
 def test_a_bygpt5_that_does_not_fit(changes, message, tmp_path):
