@@ -16,15 +16,16 @@ import numpy.typing as npt
 from marlin_cli.engine.spans import Span, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine import Canine, Head
-from marlin_cli.models.canine_ids import Characters, Ids, characters_of, padded_to, with_marks
+from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to, with_marks
 
 # Positions in one pass: bounds the memory of activations.
 POSITIONS_AT_ONCE = 1 << 14
 
 Floats = npt.NDArray[np.float32]
 
-# A text, or a pair of texts.
-Text: TypeAlias = "bytes | tuple[bytes, bytes]"
+# UTF-8, or its code points; and one such text, or a pair.
+One: TypeAlias = "bytes | list[int]"
+Text: TypeAlias = "One | tuple[One, One]"
 
 ANSWER = "answer"  # the label of its spans
 
@@ -68,7 +69,7 @@ def encode(network: Canine, texts: Sequence[Text], pad_to: int | None = None) ->
         pad_to: positions to which each text is padded; see this file's first lines.
 
     Raises:
-        InputError: a text that is no UTF-8, too long, or too short without padding.
+        InputError: a text that is no UTF-8 or has an id that is no code point, too long, or too short without padding.
     """
     inputs = [_input(network, text) for text in texts]
 
@@ -111,6 +112,21 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
         order = np.argsort(-scores, kind="stable")
         found.append([Label(network.config.labels[index], float(scores[index])) for index in order])
     return found
+
+
+def label(network: Canine, texts: Sequence[bytes], pad_to: int | None = None) -> list[list[Span]]:
+    """The labelled spans of each text: all of it where the network classifies texts, else what `tag` finds.
+
+    Raises:
+        UsageError: the network has no labels.
+    """
+    if network.config.head != "sequence":
+        return tag(network, texts, pad_to)
+    best = [labels[0] for labels in classify(network, texts, pad_to)]
+    return [
+        [Span(name, score, 0, len(text), 0, len(characters_of(text).ids))]
+        for text, (name, score) in zip(texts, best, strict=True)
+    ]
 
 
 def tag(
@@ -204,9 +220,14 @@ def _check_head(network: Canine, head: Head) -> None:
 
 
 def _input(network: Canine, text: Text) -> _Input:
-    first, second = (text, None) if isinstance(text, bytes) else text
-    other = None if second is None else characters_of(second, "the second text").ids
-    return _Input(*with_marks(characters_of(first).ids, other, network.config.second_type))
+    if not isinstance(text, tuple):
+        return _Input(*with_marks(_ids(text, "the input")))
+    first, second = (_ids(one, where) for one, where in zip(text, ("the first text", "the second text"), strict=True))
+    return _Input(*with_marks(first, second, network.config.second_type))
+
+
+def _ids(text: One, where: str) -> Ids:
+    return characters_of(text, where).ids if isinstance(text, bytes) else checked_ids(text, where)
 
 
 def _logits(network: Canine, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from canine_cases import random_canine
 
-from marlin_cli.engine.characters import AnswerSettings, _spans, answers, choose, classify, encode, pooled, tag
+from marlin_cli.engine.characters import AnswerSettings, _spans, answers, choose, classify, encode, label, pooled, tag
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine_ids import characters_of
 
@@ -52,6 +52,34 @@ def test_labels_of_texts(problem):
             dict(zip("xyz", expected, strict=True)), abs=1e-5
         )
         assert [label.score for label in labels] == sorted(expected, reverse=True) or labels[0].score >= labels[-1].score
+
+
+def test_a_label_is_a_span_whatever_the_head():
+    network = random_canine(head="sequence", labels=("x", "y", "z"))
+    for text, (span,), labels in zip(TEXTS, label(network, TEXTS), classify(network, TEXTS), strict=True):
+        assert span == (*labels[0], 0, len(text), 0, len(text.decode()))
+    network = random_canine(head="token", labels=("O", "A", "B"))
+    assert label(network, TEXTS) == tag(network, TEXTS)
+    with pytest.raises(UsageError, match="chooses between texts"):
+        label(random_canine(head="choice"), TEXTS)
+
+
+def test_code_points_in_place_of_bytes():
+    network = random_canine()
+    ids = [list(map(ord, text.decode())) for text in TEXTS]
+    for one, other in zip(encode(network, TEXTS), encode(network, ids), strict=True):
+        assert mx.allclose(one, other, atol=1e-5)
+    assert mx.allclose(pooled(network, [(TEXTS[0], TEXTS[1])]), pooled(network, [(ids[0], TEXTS[1])]), atol=1e-5)
+    assert encode(network, [[0xD800, 1]])[0].shape == (4, 32)
+
+
+def test_in_sixteen_bits():
+    network = random_canine()
+    exact = encode(network, TEXTS, 64)
+    network.set_dtype(mx.bfloat16)
+    for rows, wanted in zip(encode(network, TEXTS, 64), exact, strict=True):
+        assert rows.dtype == mx.float32
+        assert mx.abs(rows - wanted).mean() < 0.05 * mx.abs(wanted).mean()
 
 
 def one_hot(rows, count):
@@ -129,6 +157,8 @@ def test_what_cannot_be_read_is_one_line():
     network = random_canine(head="token", labels=("O", "A"))
     for call, error, message in (
         (lambda: encode(network, [b"a\xff"]), InputError, "is not UTF-8"),
+        (lambda: encode(network, [[65, 0x110000]]), InputError, "1114112 is no code point"),
+        (lambda: pooled(network, [(b"a", [-1])]), InputError, "the second text: -1 is no code point"),
         (lambda: encode(network, [b"a"]), InputError, "takes 3 positions with its marks, CANINE needs 4; pad"),
         (lambda: encode(network, [b""]), InputError, "CANINE needs 4"),
         (lambda: encode(network, [b"a" * 255]), InputError, "257 positions with its marks, and there are 256"),
