@@ -5,7 +5,7 @@ BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test slow metal lint parity peers clean
+.PHONY: demo test slow metal hostile kills lint parity peers clean
 
 # The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
 demo: .venv/demo
@@ -21,6 +21,14 @@ slow: .venv/dev
 # Every Metal kernel in the emulator, all variants and checks (Debian: clang-19, libclang-rt-19-dev).
 metal: .venv/dev
 	$(BIN)/python -m pytest -n 2 tests/metal
+
+# 6,000 damaged and hostile inputs, 3 seeds, and what became of each kind: docs/hostile.md has the last table.
+hostile: .venv/dev
+	$(BIN)/python -m tests.hostile.run --inputs 6000 --seeds 1 2 3 --workers 2 --table hostile.md
+
+# 200 kills over the whole run of each command that writes, two runs on one output, a full disk.
+kills: .venv/dev
+	$(BIN)/python -m tests.hostile.kills --kills 200 --table kills.md
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -51,8 +51,8 @@ float cost_of(const float* logits, int64_t vocab, int32_t id) {
   return std::log(sum(total)) + highest - logits[id];
 }
 
-std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mx::array& logits, int forbidden, const Drawing& drawing,
-                                                          const std::optional<mx::array>& noise) {
+std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mx::array& logits, const std::vector<int>& forbidden,
+                                                          const Drawing& drawing, const std::optional<mx::array>& noise) {
   const auto rows = in_memory(logits);
   const std::optional<mx::array> random = noise ? std::optional(in_memory(*noise)) : std::nullopt;
   const int64_t count = logits.shape(0), vocab = logits.shape(1);
@@ -61,7 +61,7 @@ std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mx::array& logit
   for (int64_t m = 0; m < count; m++) {
     const float* from = rows.data<float>() + m * vocab;
     std::copy_n(from, vocab, row.begin());
-    if (forbidden >= 0) row[forbidden] = -std::numeric_limits<float>::infinity();
+    for (int id : forbidden) row.at(id) = -std::numeric_limits<float>::infinity();
     ids[m] = draw(row.data(), vocab, drawing, random ? random->data<float>() : nullptr);
     costs[m] = cost_of(from, vocab, ids[m]);
   }

@@ -22,8 +22,8 @@ int32_t draw(float* logits, int64_t vocab, const Drawing& drawing, const float* 
 // Minus the logarithm of the probability of `id`.
 float cost_of(const float* logits, int64_t vocab, int32_t id);
 
-// An id for each row of logits [rows, vocab], and its cost under them. `forbidden` (-1: none) is not drawn, but counts in costs.
-std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mlx::core::array& logits, int forbidden, const Drawing& drawing,
-                                                          const std::optional<mlx::core::array>& noise);
+// An id for each row of logits [rows, vocab], and its cost under them. Ids that are `forbidden` are not drawn, but count in costs.
+std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mlx::core::array& logits, const std::vector<int>& forbidden,
+                                                          const Drawing& drawing, const std::optional<mlx::core::array>& noise);
 
 }  // namespace marlin

@@ -9,12 +9,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from marlin_cli.byt5_model import ByT5Model
-from marlin_cli.checkpoints import ImportOptions, architecture_of, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, architecture_of, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.config import check_same
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.engine.generation import Piece, Stopping, generate
+from marlin_cli.engine.heads import with_heads
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError, UsageError
@@ -92,14 +93,15 @@ class MegaByteModel:
             kv_bits: 4, 8 or 16 bits for the global cache, or for its keys and its values; as the checkpoint says if None.
             activation_bits: 16, or 8 to round what packed layers multiply, which is faster on a CPU and costs some accuracy.
             dtype: type of weights and activations; float32 on a CPU and as stored elsewhere if None.
-            options: what a foreign checkpoint does not reveal.
+            options: what a foreign checkpoint does not reveal. What is assumed where it says nothing is an
+                `AssumptionWarning`, and stands in `marlin["assumed"]`.
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be used.
             BackendError: the device is not there.
         """
         where = locate_model(str(path))
-        checkpoint = read_checkpoint(where, options or ImportOptions())
+        checkpoint = read_checkpoint(where, with_heads(where, options or ImportOptions()))
         chosen = choose_device(device)
         network = build(
             checkpoint.config,
@@ -207,7 +209,7 @@ class MegaByteModel:
             self.device,
             cache_bits=CacheBits(settings.kv_bits, settings.kv_bits),
             quantization=result.quantization,
-            marlin=result.marlin,
+            marlin={**lasting(self.marlin), **result.marlin},
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
@@ -236,5 +238,7 @@ def load(
 ) -> MegaByteModel | ByT5Model:
     """Read any supported model; see `MegaByteModel.from_pretrained` and `ByT5Model.from_pretrained`."""
     if architecture_of(locate_model(str(path))) == "byt5":
+        if options not in (None, ImportOptions()):
+            raise UsageError(f"{path}: import options have no meaning for ByT5, the model says all")
         return ByT5Model.from_pretrained(path, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
     return MegaByteModel.from_pretrained(path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, options=options)

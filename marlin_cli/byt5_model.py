@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.config import check_same
@@ -20,7 +20,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, ids_of_bytes, ids_with_sentinels
+from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
 from marlin_cli.ops import round_activations
 from marlin_cli.ops.device import Device, choose_device
 
@@ -162,18 +162,53 @@ class ByT5Model:
             found.update({stream: new for stream, new in news if isinstance(new, Answer)})
         return [[found[stream]] for stream in range(len(inputs))]
 
-    def pieces(self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling) -> Iterator[Piece]:
-        """Decode answers to many inputs side by side, each byte as soon as it is decoded."""
-        limits = AnswerLimits(stopping.max_bytes, stop=stopping.stop)
-        sources = [self._source(prompt) for prompt in prompts]
-        matchers = [StopMatcher(stopping.stop) for _ in prompts]
+    def generate_stream(
+        self,
+        input_bytes: bytes,
+        max_length: int = 256,
+        *,
+        min_length: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        prefix: bytes = b"",
+        stop: Sequence[bytes] = (),
+        sentinels: bool = False,
+    ) -> Iterator[int]:
+        """The bytes of `generate` without beams, each (an int) as soon as it is decoded; with `sentinels` their texts too."""
+        limits = AnswerLimits(max_length, min_length, prefix, tuple(stop))
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        for piece in self.pieces([input_bytes], limits, sampling, sentinels=sentinels):
+            yield from piece.data
+
+    def pieces(
+        self, prompts: Sequence[bytes], stopping: Stopping | AnswerLimits, sampling: Sampling, *, sentinels: bool = False
+    ) -> Iterator[Piece]:
+        """Decode answers to many inputs side by side, each byte as soon as it is decoded; those of a prefix come first.
+
+        Args:
+            sentinels: `<extra_id_N>` stands for that special id, in an input and in an answer.
+
+        Raises:
+            UsageError: see `answers`.
+        """
+        limits = stopping if isinstance(stopping, AnswerLimits) else AnswerLimits(stopping.max_bytes, stop=stopping.stop)
+        sources = [self._source(prompt, sentinels=sentinels) for prompt in prompts]
+        matchers = [StopMatcher(limits.stop) for _ in prompts]
+        if limits.prefix:
+            yield from (Piece(stream, limits.prefix) for stream in range(len(prompts)))
         for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
             for stream, new in news:
                 if isinstance(new, Answer):
-                    rest = b"" if new.stop_reason == "stop" else matchers[stream].flush()
-                    yield Piece(stream, rest, new.stop_reason)
+                    yield Piece(stream, matchers[stream].flush(), new.stop_reason)
                 elif FIRST_BYTE <= new < FIRST_SPECIAL:
                     data, _ = matchers[stream].push(new - FIRST_BYTE)
+                    if data:
+                        yield Piece(stream, data)
+                else:  # no stop sequence goes on over a special id
+                    data = matchers[stream].flush() + (bytes_with_sentinels([new]) if sentinels else b"")
                     if data:
                         yield Piece(stream, data)
 
@@ -240,7 +275,7 @@ class ByT5Model:
             self.device,
             kv_bits=settings.kv_bits,
             quantization=result.quantization,
-            marlin=result.marlin,
+            marlin={**lasting(self.marlin), **result.marlin},
         )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

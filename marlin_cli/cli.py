@@ -16,6 +16,7 @@ from marlin_cli import __version__
 from marlin_cli.commands.bench import bench
 from marlin_cli.commands.calibrate import calibrate
 from marlin_cli.commands.generate import generate
+from marlin_cli.commands.given import Command
 from marlin_cli.commands.quantize import quantize
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
 from marlin_cli.text import one_line
@@ -33,6 +34,10 @@ app = typer.Typer(
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
+# Characters of an error; its end says what to do. Names may be thousands long.
+LONGEST_LINE = 1200
+
+
 class _ReaderGone(Exception):
     """The reader of our output has what it wanted. Not an error, but typer would make it exit code 1."""
 
@@ -45,12 +50,14 @@ def _until_reader_goes(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except BrokenPipeError:
             raise _ReaderGone from None
+        except Terminated as ending:  # typer would take it for Ctrl-C
+            raise typer.Exit(ending.exit_code) from None
 
     return run
 
 
 for _command in (calibrate, quantize, generate, bench):
-    app.command()(_until_reader_goes(_command))
+    app.command(cls=Command)(_until_reader_goes(_command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -117,16 +124,20 @@ def _listen_to_signals() -> None:
 
 
 def _show_warnings() -> None:
-    """Our own warnings are a line each; those of libraries are for developers, who ask for them by -W."""
+    """Our own warnings are a line each, once; those of libraries are for developers, who ask for them by -W."""
+
+    shown = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         from marlin_cli.console import note
 
-        note(f"marlin: {one_line(message)}")
+        if (line := one_line(message)) not in shown:
+            shown.add(line)
+            note(f"marlin: {line}")
 
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", AssumptionWarning)
+        warnings.simplefilter("once", AssumptionWarning)  # a command may read a model several times
         warnings.showwarning = show
 
 
@@ -149,5 +160,6 @@ def _fail(message: str, code: int) -> int:
     from marlin_cli.console import failure
 
     with contextlib.suppress(OSError):  # nowhere to say it
-        failure(" ".join(message.split()))
+        line = " ".join(message.split())
+        failure(line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} ... {line[-300:]}")
     return code

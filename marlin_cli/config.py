@@ -1,7 +1,9 @@
 """Frozen settings from mappings: an unknown key or a wrong type is an error that names the nearest known key."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -12,6 +14,9 @@ from marlin_cli.errors import ConfigError
 from marlin_cli.text import MOST_QUOTED, quoted
 
 T = TypeVar("T")
+
+# In the metadata of a dataclass's field: how many entries its list may have, which are not looked at where there are more.
+MOST_ENTRIES = "most entries"
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
@@ -25,11 +30,15 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{where}: expected a table of keys and values, found {describe(mapping)}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(typing.cast(Any, cls))
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {quoted(key)}{did_you_mean(str(key), fields)}")
+            raise ConfigError(f"{where}: unknown key {quoted(key)}{did_you_mean(_name(key), fields)}")
+    for name, value in mapping.items():
+        most = fields[name].metadata.get(MOST_ENTRIES)
+        if most is not None and isinstance(value, (list, tuple)) and len(value) > most:
+            raise ConfigError(f"{where}: {name} has {len(value):,} entries, more than {most}")
     values = {key: _checked(value, hints[key], f"{where}: key {key!r}") for key, value in mapping.items()}
     missing = [
         name
@@ -42,6 +51,12 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+# Tables stand in lists of thousands, and the types of one class are looked up from their text.
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def check_same(found: T, wanted: T, where: str) -> None:
@@ -71,6 +86,11 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {quoted(value)}"
 
 
+def _name(key: Any) -> str:
+    """A key of YAML as text; Python refuses to write whole numbers of thousands of digits."""
+    return key if isinstance(key, str) else quoted(key)
+
+
 def _checked(value: Any, hint: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -84,8 +104,14 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         arms = typing.get_args(hint)
         if value is None and type(None) in arms:
             return None
-        arm = next(arm for arm in arms if arm is not type(None))
-        return _checked(value, arm, where)
+        first, *others = (arm for arm in arms if arm is not type(None))
+        if not others:
+            return _checked(value, first, where)
+        for arm in (first, *others):
+            with contextlib.suppress(ConfigError):
+                return _checked(value, arm, where)
+        kinds = (arm.__name__ if isinstance(arm, type) else " or ".join(typing.get_args(arm)) for arm in (first, *others))
+        raise ConfigError(f"{where}: expected {' or '.join(kinds)}, found {describe(value)}")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {describe(value)}")
@@ -95,7 +121,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a table, found {describe(value)}")
         item = typing.get_args(hint)[1]
-        return {str(key): _checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
+        return {_name(key): _checked(entry, item, f"{where}.{_name(key)}") for key, entry in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return value if isinstance(value, hint) else from_mapping(hint, value, where)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):

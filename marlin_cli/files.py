@@ -6,7 +6,8 @@ import stat
 import sys
 from pathlib import Path
 
-from marlin_cli.errors import MarlinError
+from marlin_cli.errors import MarlinError, OutputError, UsageError
+from marlin_cli.text import quoted
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -21,11 +22,30 @@ def shipped(relative: str) -> Path:
 
 
 def user_cache() -> Path:
-    """Where marlin keeps what it can make again: MARLIN_CACHE, else `marlin` in the user's cache folder."""
-    if "MARLIN_CACHE" in os.environ:
-        return Path(os.environ["MARLIN_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(base) / "marlin"
+    """Where marlin keeps what it can make again: MARLIN_CACHE, else `marlin` in the user's cache folder.
+
+    A path that is not absolute would mean another folder wherever marlin is started, and code would be loaded from there.
+    So MARLIN_CACHE is refused, and XDG_CACHE_HOME is ignored as its specification asks.
+
+    Raises:
+        UsageError: MARLIN_CACHE is empty or relative.
+        OutputError: the user has no home folder.
+    """
+    named = os.environ.get("MARLIN_CACHE")
+    if named is not None:
+        if not Path(named).is_absolute():
+            raise UsageError(f"MARLIN_CACHE must be an absolute path, found {quoted(named)}; name one, or unset it")
+        return Path(named)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():
+        try:
+            home = Path.home()
+        except RuntimeError:  # neither HOME nor an entry among the users
+            home = Path()
+        if not home.is_absolute() or home == Path("/"):
+            raise OutputError("no place for a cache: HOME names no folder; set MARLIN_CACHE to an absolute path")
+        base = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "marlin"
 
 
 def check_regular(path: Path, error: type[MarlinError]) -> None:

@@ -8,7 +8,19 @@ from typing import Any
 
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import check_regular
-from marlin_cli.text import one_line
+from marlin_cli.text import one_line, quoted
+
+# Types that the format has and MLX has not; float8 of other kinds than E4M3 and E8M0 among them.
+MLX_LACKS = ("F64", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
+
+# What the library says of a type that is newer than itself, or none.
+UNKNOWN_TYPE = "unknown variant"
+
+# Characters of what a library says of a file.
+MOST_SAID = 200
+
+# Some 100 bytes a tensor.
+MOST_HEADER_BYTES = 4 << 20
 
 # Bytes of a number, by the type's name in safetensors: those that are written here.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U32": 4, "U8": 1}
@@ -23,6 +35,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     from safetensors import SafetensorError, safe_open
 
     check_regular(path, CheckpointError)
+    _check_header_size(path)
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {}
@@ -33,7 +46,22 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors file: {one_line(error)}; fetch it again") from None
+        said = one_line(error)[:MOST_SAID]  # names out of the file stand in it
+        if UNKNOWN_TYPE in said:
+            raise CheckpointError(f"{path}: a tensor is of a type that safetensors here does not know: {said}") from None
+        raise CheckpointError(f"{path}: damaged safetensors file: {said}; fetch it again") from None
+
+
+def _check_header_size(path: Path) -> None:
+    """The library reads a header of up to 100 MB, which takes seconds and gigabytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+    size, there = int.from_bytes(start, "little"), path.stat().st_size - len(start)
+    if MOST_HEADER_BYTES < size <= there:
+        raise CheckpointError(f"{path}: its header has {size:,} bytes, more than the {MOST_HEADER_BYTES:,} of any model")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -44,11 +72,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """
     import mlx.core as mx
 
-    _, metadata = safetensors_header(path)
+    tensors, metadata = safetensors_header(path)
+    for name, entry in tensors.items():
+        if entry["dtype"] in MLX_LACKS:
+            raise CheckpointError(
+                f"{path}: {quoted(name)} is {entry['dtype']}, which MLX does not have; store it as F32 or BF16"
+            )
     try:
         arrays: Any = mx.load(str(path), format="safetensors")
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot load: {one_line(error)}") from None
+        raise CheckpointError(f"{path}: cannot load: {one_line(error)[:MOST_SAID]}") from None
     return dict(arrays), metadata
 
 

@@ -18,7 +18,7 @@ from marlin_cli.errors import OutputError
 UNFINISHED = ".unfinished"
 
 # What a model folder of marlin's consists of: all that --overwrite takes the place of.
-MODEL_FILES = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = ("config.json", "tokenizer_config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
 
 
 @contextlib.contextmanager
@@ -113,6 +113,47 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """While the block runs, no other process runs one for the same `path`: for work of hours that is saved as it goes.
+
+    Raises:
+        OutputError: another process does.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        descriptor = _open_lock(lock)
+    except BlockingIOError:
+        raise OutputError(f"{path}: another run is writing it; let that one end, or name another output") from None
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """A descriptor that holds the lock file at `path`, made where it is missing; on a file system without locks, of no use.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                os.close(descriptor)
+                raise
+            return descriptor
+        os.close(descriptor)  # its holder has removed it meanwhile
 
 
 def _remove_abandoned(path: Path, suffix: str = "") -> None:

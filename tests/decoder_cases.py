@@ -18,6 +18,9 @@ GBST = {
 }  # fmt: skip
 
 
+VERSION = {"transformers_version": "4.43.3"}  # which says that a head is tied and scaled, or neither
+
+
 def random_bygpt5(**changes):
     """A network whose every parameter is random."""
     return _randomised(ByGPT5(ByGPT5Config(**BYGPT5 | changes)))
@@ -42,7 +45,9 @@ def bygpt5_folder(folder, network, **changes):
     """What uniformers saves: T5's names, and its configuration."""
     config = vars(network.config) | {"encoder_layers": 0, "decoder_layers": network.config.layers}
     names = bygpt5.names_of(vars(network.config))
-    document = hugging_face.config_of(config) | {"model_type": "bygpt5", "is_decoder": True, "is_encoder_decoder": False}
+    document = (
+        hugging_face.config_of(config) | {"model_type": "bygpt5", "is_decoder": True, "is_encoder_decoder": False} | VERSION
+    )
     return _folder(folder, document | changes, _under(names, network))
 
 
@@ -62,7 +67,7 @@ def gbst_folder(folder, network, **changes):
         f"{front}.cand_scoring.0.bias": weights["front.score.bias"],
     }
     document = hugging_face.config_of(vars(config)) | {
-        "model_type": "gbswt5", "subword_blocks": [list(block) for block in config.blocks],
+        **VERSION, "model_type": "gbswt5", "subword_blocks": [list(block) for block in config.block_kinds],
         "downsample_factor": config.bytes_in_row, "score_consensus_attn": config.consensus, "max_subword_block_size": None,
     }  # fmt: skip
     return _folder(folder, document | changes, tensors)

@@ -1,16 +1,19 @@
 """`ByT5Model` on small random networks: answers alone and in a batch, caches, packing, saving, encoders alone."""
 
+import json
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
 
 from marlin_cli import ByT5Config, ByT5Model, load
+from marlin_cli.engine import sampling as sampling_module
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.generation import Stopping
-from marlin_cli.engine.sampling import Sampling
-from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.engine.sampling import Sampling, draw, without
+from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
 
 SMALL = {"d_model": 64, "ffn_dim": 64, "heads": 2, "head_dim": 32, "encoder_layers": 3, "decoder_layers": 2}
@@ -82,6 +85,21 @@ def test_limits(model):
     assert b"".join(piece.data for piece in pieces if piece.stream == 0) == model.generate(data, 9)
 
 
+def test_pieces_are_the_answer(model):
+    """Prefixes, stop sequences and special ids too, whether sentinels are shown or not."""
+    free = model.answers([INPUTS[3]], AnswerLimits(30, 30), Sampling(1.5, seed=2))[0][0]
+    stops = [bytes([value - 3]) for value in free.ids[8:12] if 3 <= value < 259][:1]
+    assert stops and any(value >= 259 for value in free.ids)
+    for limits in (AnswerLimits(30, 30, b"xy"), AnswerLimits(30, 30, stop=(stops[0] + b"?", b"?" + stops[0], *stops))):
+        for sentinels in (False, True):
+            found = model.answers([INPUTS[3]], limits, Sampling(1.5, seed=2), sentinels=sentinels)[0][0]
+            pieces = list(model.pieces([INPUTS[3]], limits, Sampling(1.5, seed=2), sentinels=sentinels))
+            whole = bytes_with_sentinels(found.ids) if sentinels else found.data
+            assert b"".join(piece.data for piece in pieces) == whole
+            assert pieces[-1].stop_reason == found.stop_reason
+    assert bytes(model.generate_stream(INPUTS[3], 30, min_length=30, temperature=1.5, seed=2)) == free.data
+
+
 def test_beams_do_not_score_worse_than_greedy(model):
     for data in INPUTS:
         greedy = model.answers([data], AnswerLimits(8, min_length=8))[0][0]
@@ -145,3 +163,78 @@ def test_what_is_refused(model, tmp_path):
         ByT5Model.from_pretrained("megabyte-demo")
     with pytest.raises(UsageError, match="float16"):
         ByT5Model.from_pretrained(tmp_path, dtype=mx.float16)
+
+
+# Several ends
+
+
+def test_any_of_the_ends_ends_an_answer():
+    """Greedily, drawn and in a batch: an answer is that of the model without its ends, cut where the first of them comes."""
+    for sampling in (Sampling(), Sampling(0.9, seed=4)):
+        free = [found.ids for (found,) in random_model(answer_end_ids=()).answers(INPUTS, AnswerLimits(12), sampling)]
+        assert all(len(ids) == 12 for ids in free)
+        ends = {max(ids, key=ids.index) for ids in free[2:]}  # what comes last for the first time
+        expected = [next((ids[:n] for n, value in enumerate(ids) if value in ends), ids) for ids in free]
+        # Greedily this model writes one id for ever.
+        assert any((sampling.temperature == 0 or ids) and len(ids) < 12 for ids in expected)
+        ended = random_model(answer_end_ids=tuple(sorted(ends)))
+        for answers, ids in zip(ended.answers(INPUTS, AnswerLimits(12), sampling), expected, strict=True):
+            assert answers[0].ids == ids
+            assert answers[0].stop_reason == ("end" if len(ids) < 12 else "length")
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_none_of_the_ends_comes_before_the_least_length(kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(sampling_module, "kernels", lambda: (None, "none"))
+    free = random_model(answer_end_ids=()).answers(INPUTS, AnswerLimits(8))
+    ends = {value for (found,) in free for value in found.ids}
+    ended = random_model(answer_end_ids=tuple(sorted(ends)))
+    for sampling, beams in ((Sampling(), None), (Sampling(0.9, seed=4), None), (None, Beams(3))):
+        for answers in ended.answers(INPUTS, AnswerLimits(8, min_length=5), sampling, beams):
+            assert not ends.intersection(answers[0].ids[:5]) and len(answers[0].ids) >= 5
+
+
+def test_costs_are_those_before_ends_are_forbidden():
+    """Without a kernel, with it: the same ids and costs, whatever is forbidden."""
+    mx.random.seed(0)
+    logits = mx.random.normal((5, 384))
+    likeliest = mx.argsort(-logits, axis=-1)[:, :3].reshape(-1).tolist()
+    expected = -(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    for forbidden in ((), likeliest[:1], likeliest):
+        ids, costs = draw(logits, forbidden, Sampling(), None)
+        plain = mx.argmax(without(logits, forbidden), axis=-1).tolist()
+        assert ids == plain and not set(ids).intersection(forbidden)
+        assert costs == pytest.approx([expected[row, value].item() for row, value in enumerate(ids)], abs=1e-5)
+
+
+def test_beams_end_at_any_of_the_ends():
+    free = random_model(answer_end_ids=()).answers(INPUTS, AnswerLimits(10), None, Beams(1))
+    first, second = free[0][0].ids[4], free[3][0].ids[6]
+    ended = random_model(answer_end_ids=(first, second)).answers(INPUTS, AnswerLimits(10), None, Beams(1))
+    for (before,), (after,) in zip(free, ended, strict=True):
+        cut = next((n for n, value in enumerate(before.ids) if value in (first, second)), 10)
+        assert after.ids == before.ids[:cut] and after.stop_reason == ("end" if cut < 10 else "length")
+
+
+def test_inputs_and_targets_end_as_the_tokenizer_ends_them():
+    one, other = random_model(), random_model(answer_end_ids=(40, 41))
+    assert other.bits(b"source", b"target") == one.bits(b"source", b"target")
+    assert mx.array_equal(other.logits(b"source", b"target"), one.logits(b"source", b"target"))
+    assert not mx.array_equal(random_model(end_id=2).logits(b"source", b"target"), one.logits(b"source", b"target"))
+
+
+@pytest.mark.parametrize("ends", [(), (1,), (13, 1), None])
+def test_ends_are_kept(ends, tmp_path):
+    model = random_model(answer_end_ids=ends)
+    model.save(tmp_path / "saved")
+    document = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert document.get("answer_end_ids") == (None if ends is None else list(ends))
+    again = load(tmp_path / "saved", device="cpu").config
+    assert again == model.config and again.answer_ends == ((1,) if ends is None else ends)
+
+
+def test_ends_that_are_no_ids_are_refused():
+    for ends in ((1, 384), (-1,)):
+        with pytest.raises(ConfigError, match=r"answer_end_ids must be below vocab_size \(384\), found"):
+            ByT5Config(**SMALL, answer_end_ids=ends)

@@ -18,6 +18,7 @@ import pytest
 
 from marlin_cli.errors import DistributedError, MarlinError, UsageError
 from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
+from marlin_cli.ranks.watch import Connection
 
 # What takes seconds to import is imported where it is used: most ranks here do without.
 
@@ -229,6 +230,19 @@ def test_two_ranks_of_which_one_is_killed_go_on_to_what_one_process_gives(start:
     assert sorted(path.name for path in folder.iterdir()) == ["corpus", "hosts.json", *(file.name for file in files)]
 
 
+def test_a_rank_that_is_asked_to_end_saves_its_share_and_so_does_the_other(start: Start, folder: Path) -> None:
+    first, second = start("slow")
+    for process in (first, second):
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(3)] == ["1\n", "2\n", "3\n"]
+    first.send_signal(signal.SIGTERM)
+    (_, _, errors), (code, _, _) = ended([first, second])
+    assert "Terminated" in errors
+    assert code == 1
+    partial = [f"out.rank-{rank}-of-2.safetensors.partial" for rank in (0, 1)]
+    assert sorted(path.name for path in folder.glob("*.partial")) == partial
+
+
 def test_an_error_of_one_rank_is_said_by_rank_0_alone(start: Start) -> None:
     first, second = ended(start("failing"))
     assert (first[0], first[2]) == (1, "marlin: rank 1 of 2 failed: no such thing\n")
@@ -274,11 +288,103 @@ def test_launchers_are_known_by_what_they_set(environment: dict[str, str], expec
     assert launch_of(environment) == expected
 
 
-@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[[1], [2]]"])
+@pytest.mark.parametrize(
+    "text", ["{", '{"a": 1}', "[[1], [2]]", "[[], []]", "[" * 100_000, "1" * 5000, '"\\u001b[31m"', "\xff"]
+)
 def test_hosts_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "hosts").write_text(text + " ")
-    with pytest.raises(DistributedError, match="not a list of lists of address:port"):
+    (tmp_path / "hosts").write_text(text + " ", encoding="latin-1")
+    with pytest.raises(DistributedError, match="not a list of lists of address:port|is not JSON|not UTF-8") as caught:
         launch_of({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")})
+    assert str(caught.value).startswith(f"MLX_HOSTFILE {tmp_path / 'hosts'}: ")
+    assert str(caught.value).isprintable()
+
+
+def test_a_list_of_hosts_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hosts")
+    with pytest.raises(DistributedError, match="is a pipe, expected a file"):
+        launch_of({"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "hosts")})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"MLX_RANK": "x", "NCCL_HOST_IP": "10.0.0.1"},
+        {"MLX_RANK": "-1", "MLX_JACCL_COORDINATOR": "10.0.0.1:7"},
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "9" * 5000},
+        {"PMI_SIZE": "", "PMI_RANK": "0"},
+    ],
+)
+def test_a_rank_that_is_no_number_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(DistributedError, match="must be a number, as a launcher sets it; found '"):
+        launch_of(environment)
+
+
+def test_nothing_is_imported_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("signal", "time", "enum"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(job, "JOIN_SECONDS", 1000.0)
+    monkeypatch.setattr(job, "_LIMIT", job._LIMIT.replace("while", "print('imported', flush=True)\nwhile"))
+    started = job.subprocess.Popen
+
+    monkeypatch.setattr(job.subprocess, "Popen", lambda *a, **k: started(*a, **k, stdout=subprocess.PIPE))
+    process = job._limit_of_joining(0)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"imported\n"
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "ran").exists()
+
+
+GARBAGE = [
+    b"",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[]\n",
+    b"null\n",
+    b'{"token": 1, "rank": 1}\n',
+    b'{"token": "\xc3\xa9", "rank": 1}\n',
+    b'{"token": "TOKEN", "rank": 2}\n',
+    b'{"token": "TOKEN", "rank": "x"}\n',
+    b'{"token": "TOKEN"}\n',
+    b"[" * 10_000 + b"\n",
+    b"1" * 100_000,
+    b"\xff\n",
+]
+
+
+def test_whoever_else_connects_to_rank_0_is_hung_up_on() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        silent = socket.create_connection(address)
+        others = [socket.create_connection(address) for _ in GARBAGE]
+        for plug, data in zip(others, GARBAGE, strict=True):
+            plug.sendall(data.replace(b"TOKEN", b"secret"))
+            plug.shutdown(socket.SHUT_WR)
+        member = Connection(socket.create_connection(address))
+        member.send(token="secret", rank=1)
+        found = job._joining(server, 2, "secret")
+        assert list(found) == [1]
+        member.send(hello="there")
+        assert found[1].receive() == {"hello": "there"}
+        for plug in (silent, *others):
+            plug.close()
+        member.close()
+        found[1].close()
+
+
+@pytest.mark.parametrize("data", [b"x" * 100_000, b"7\n", b'{"a": \n', b"[" * 9000 + b"\n"])
+def test_what_no_rank_says_ends_a_connection(data: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = socket.create_connection(server.getsockname())
+        connection = Connection(server.accept()[0])
+    there.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        there.sendall(data)  # and goes on, for all that the other side knows
+    assert connection.receive() is None
+    connection.close()
+    there.close()
 
 
 def test_a_process_that_nothing_launched_is_alone() -> None:

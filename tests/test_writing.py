@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from marlin_cli.errors import OutputError
-from marlin_cli.writing import check_output_file, writing, writing_folder
+from marlin_cli.writing import check_output_file, claimed, writing, writing_folder
 
 # Starts a folder, says so, and waits for its stdin to end.
 WRITER = """
@@ -218,3 +218,29 @@ def test_what_could_not_be_replaced_stays(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="model: cannot write"), writing_folder(tmp_path / "model", overwrite=True):
         pass
     assert names_below(tmp_path) == ["model", "model/config.json", "model/model.safetensors"]
+
+
+# Says that it has claimed a path, and waits for its stdin to end.
+CLAIMER = """
+import sys
+from pathlib import Path
+from marlin_cli.writing import claimed
+with claimed(Path(sys.argv[1])):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_do_not_write_under_one_name(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    command = [sys.executable, "-c", CLAIMER, str(path)]
+    for kill in (True, False):  # what a killed one left is no claim
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "claimed\n"
+            with pytest.raises(OutputError, match="safetensors: another run is writing it"), claimed(path):
+                raise AssertionError("claimed twice")
+            if kill:
+                process.kill()
+    with claimed(path):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ ALL_PAIRS = "all"
 class PairSettings:
     """Which pairs the models were scored on."""
 
-    pairs: str  # the file, or the model that ships them
+    pairs: tuple[str, ...]  # files, or models that ship them
     max_bytes: int | None = None  # of inputs and answers together; pairs at even steps through the file
     reference: str | None = None  # the model that the others are compared with
 
@@ -149,9 +149,9 @@ def _speed(names: Sequence[str], speeds: Sequence[AnsweringSpeed], settings: Thr
 
 def _quality(name: str, quality: PairQuality, settings: PairSettings) -> Table:
     title = (
-        f"Quality of {name} on {settings.pairs}: bits of the wanted answer and its end over its bytes, teacher-forced;"
-        "\nedits of the greedy answer over the wanted one's characters (CER), of the input for comparison (copied), and"
-        " answers right to the last byte, in %; standard errors over pairs"
+        f"Quality of {name} on {', '.join(settings.pairs)}: bits of the wanted answer and its end over its bytes,"
+        " teacher-forced;\nedits of the greedy answer over the wanted one's characters (CER), of the input for comparison"
+        " (copied), and answers right to the last byte, in %; standard errors over pairs"
     )
     columns = ["group", "pairs", "characters", "bits/byte", "s.e.", "copied", "CER", "s.e.", "exact", "s.e."]
     if settings.reference is not None:

@@ -1,7 +1,8 @@
 """One run of `marlin bench` over ByT5 models: loaded, checked against what is asked of them, then timed and scored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from mlx.utils import tree_flatten
 
@@ -17,6 +18,7 @@ from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.corpus import Pair, read_pairs
+from marlin_cli.corpus.examples import split_domain
 from marlin_cli.corpus.pairs import locate_pairs
 from marlin_cli.errors import UsageError
 
@@ -87,14 +89,26 @@ def run(request: AnsweringRequest) -> AnsweringReport:
 
 
 def _pairs(settings: PairSettings) -> list[Pair]:
-    """The pairs to score: at even steps through the file where there are more bytes than asked for."""
-    pairs = read_pairs(locate_pairs(settings.pairs))
+    """The pairs to score: at even steps through the files where there are more bytes than asked for.
+
+    A name before a file, as in `name=file`, is the group of its pairs that name none.
+    """
+    pairs: list[Pair] = []
+    seen: dict[Path, str] = {}
+    for text in settings.pairs:
+        group, name = split_domain(text)
+        file = locate_pairs(name)
+        if seen.setdefault(file.resolve(), text) is not text:
+            raise UsageError(f"--quality {text}: {file} is named twice; name it once")
+        pairs += [replace(pair, group=pair.group or group or "") for pair in read_pairs(file)]
     total = sum(len(pair.source) + len(pair.target) for pair in pairs)
     if settings.max_bytes is None or total <= settings.max_bytes:
         return pairs
     count = len(pairs) * settings.max_bytes // total
     if not count:
-        raise UsageError(f"--max-quality-bytes {settings.max_bytes} is less than a pair of {settings.pairs}; raise it")
+        raise UsageError(
+            f"--max-quality-bytes {settings.max_bytes} is less than a pair of {', '.join(settings.pairs)}; raise it"
+        )
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
 

@@ -1,9 +1,9 @@
 """Two results compared: which speeds and scores changed beyond the noise. From JSON documents of `bench`, old and new."""
 
-import csv
-import io
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.report import Table, markdown_of
+from marlin_cli.bench.report import Table, csv_rows, markdown_of
+from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
+from marlin_cli.files import check_regular
+from marlin_cli.text import one_line, quoted
+
+# The longest line of a file of results that is read: a sweep of twenty models takes some hundred thousand bytes.
+MOST_RESULT_BYTES = 16 << 20
 
 # Two runs of the same thing on the same machine differ by this much: what lies within is never called a change.
 SPEED_FLOOR = 0.05
@@ -75,14 +81,19 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     Raises:
         UsageError: no model is in both, none was measured alike, or a document is none of `bench`.
     """
+    for document in (old, new):
+        check_result(document, "--compare")
+    before = {model["model"]: model for model in old["models"]}
+    shared = [model for model in new["models"] if model["model"] in before]
+    if not shared:
+        names = ", ".join(map(quoted, list(before)[:8]))
+        raise UsageError(f"--compare: no model is in both results; the old one has {names}")
     try:
-        before = {model["model"]: model for model in old["models"]}
-        shared = [model for model in new["models"] if model["model"] in before]
-        if not shared:
-            raise UsageError(f"--compare: no model is in both results; the old one has {', '.join(before)}")
         found = [change for model in shared for change in _changes_of(model, before[model["model"]], _alike(old, new))]
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UsageError("--compare: a result lacks numbers that bench writes; measure again with --save") from None
+        if not all(math.isfinite(value) for change in found for value in asdict(change.ratio).values()):
+            raise ArithmeticError
+    except (ArithmeticError, ValueError, RecursionError):
+        raise UsageError("--compare: numbers of the results lie too far apart to be compared") from None
     if not found:
         raise UsageError("--compare: the results have nothing in common but models; measure both with the same settings")
     yield from found
@@ -142,19 +153,59 @@ def read_result(path: Path) -> dict[str, Any]:
     """The last result in a file that `--save` appends to, or the document of `--format json`.
 
     Raises:
-        UsageError: the file cannot be read, or its last line is no result of `bench`.
+        UsageError: the file cannot be read, or its last line is no result of `bench`, or of one with impossible numbers.
     """
+    check_regular(path, UsageError)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        document = json.loads(next((line for line in reversed(lines) if line.strip()), ""))
-        models, timing = document["models"], document["throughput_settings"]
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - MOST_RESULT_BYTES))
+            end = file.read(MOST_RESULT_BYTES).rstrip()
     except OSError as error:
         raise UsageError(f"--compare {path}: cannot read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    _, feed, line = end.rpartition(b"\n")
+    if not feed and size > MOST_RESULT_BYTES:
+        raise UsageError(f"--compare {path}: its last line is longer than {MOST_RESULT_BYTES:,} bytes, no result of bench")
+    try:
+        document = parse_json(line, str(path), UsageError)
+    except UsageError:
         raise UsageError(f"--compare {path}: the last line is no result of bench; write one with --save") from None
-    if not isinstance(models, list) or not isinstance(timing, dict | None):
-        raise UsageError(f"--compare {path}: the last line is no result of bench; write one with --save")
-    return dict(document)
+    return check_result(document, f"--compare {path}")
+
+
+def check_result(document: Any, where: str) -> dict[str, Any]:
+    """See that a document has what is compared: names, and numbers of which a logarithm can be taken.
+
+    Raises:
+        UsageError: it has not; `where` begins the error.
+    """
+    if not isinstance(document, dict) or not isinstance(document.get("models"), list):
+        raise UsageError(f"{where}: the last line is no result of bench; write one with --save")
+    settings = [document.get("throughput_settings"), document.get("quality_settings")]
+    if "throughput_settings" not in document or not all(isinstance(each, dict | None) for each in settings):
+        raise UsageError(f"{where}: the last line is no result of bench; write one with --save")
+    try:
+        for model in document["models"]:
+            if not isinstance(model["model"], str):
+                raise TypeError(f"the name of a model is {quoted(model['model'])}")
+            for measure, samples in _samples(model).items():
+                _check_numbers(measure, samples)
+            bits = _bits(model)
+            if bits is not None:
+                _check_numbers("bits and bytes", bits)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UsageError(f"{where}: a result lacks numbers that bench writes ({what}); measure again with --save") from None
+    return document
+
+
+def _check_numbers(name: str, values: Any) -> None:
+    """`ValueError` unless these are some numbers above 0."""
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"{quoted(name)} is {quoted(values)}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{quoted(name)} has {quoted(value)}")
 
 
 def table_of_changes(found: Sequence[Change]) -> Table:
@@ -179,14 +230,10 @@ def rendered_changes(found: Sequence[Change], form: str) -> str:
     if form == "md":
         return markdown_of([table_of_changes(found)])
     if form == "json":
-        return json.dumps({"changes": rows}, ensure_ascii=False, allow_nan=False)
+        return json.dumps({"changes": rows}, allow_nan=False)
     if form == "jsonl":
-        return "\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["model", "measure", "value", "low", "high", "verdict"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().rstrip("\n")
+        return "\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    return csv_rows(["model", "measure", "value", "low", "high", "verdict"], rows)
 
 
 def table_of_pairs(document: Mapping[str, Any], baseline: str) -> Table:

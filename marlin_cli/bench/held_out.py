@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.corpus.sources import TABLE_SUFFIXES, UNNAMED_DOMAIN, Source, parse_source
+from marlin_cli.corpus.readers import is_raw
+from marlin_cli.corpus.sources import UNNAMED_DOMAIN, Source, parse_source
 from marlin_cli.errors import CorpusError, UsageError
-
-COMPRESSED_SUFFIXES = (".gz", ".zst")
+from marlin_cli.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,28 @@ class Window:
         return np.frombuffer(data, dtype=np.uint8), before
 
 
-def files_by_domain(name: str) -> dict[str, list[Path]]:
-    """The files that `name` stands for, sorted, by domain; empty files are left out.
+def files_by_domain(*names: str) -> dict[str, list[Path]]:
+    """The files that `names` stand for, sorted, by domain; empty files are left out.
 
-    `name` is a folder, whose immediate subfolders are domains, or a recipe, a file or a pattern (see
+    A name is a folder, whose immediate subfolders are domains, or a recipe, a file or a pattern (see
     `corpus.parse_source`). Bytes are taken as they lie in the file; hidden files of a folder are left out.
 
     Raises:
         CorpusError: nothing of that name, no bytes, or sources that are not plain files.
+        UsageError: a file that two names stand for.
     """
     domains: dict[str, list[Path]] = {}
-    for source in _sources(name):
-        if source.hub is not None or source.stdin:
-            raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
-        for file in source.files:
-            _check_plain(file, source)
-        domains.setdefault(source.domain, []).extend(source.files)
+    seen: dict[Path, str] = {}
+    for name in names:
+        for source in _sources(name):
+            if source.hub is not None or source.stdin:
+                raise CorpusError(f"--quality {name}: scores files, not a stream; write the bytes to a file first")
+            for file in source.files:
+                check_regular(file, CorpusError)
+                _check_plain(file, source)
+                if seen.setdefault(file.resolve(), name) is not name:
+                    raise UsageError(f"--quality {name}: {file} is among {seen[file.resolve()]} too; name it once")
+            domains.setdefault(source.domain, []).extend(source.files)
     return {domain: sorted(files) for domain, files in domains.items()}
 
 
@@ -138,8 +144,7 @@ def _sources(name: str) -> list[Source]:
 
 
 def _check_plain(file: Path, source: Source) -> None:
-    packed = file.suffix in COMPRESSED_SUFFIXES and not source.keeps_compressed
-    if packed or file.name.endswith(TABLE_SUFFIXES):
+    if not is_raw(file, source):
         # `marlin calibrate` reads through these: scoring them as they lie would compare different bytes.
         raise CorpusError(f"{file}: --quality scores files as they lie, and this one is packed; unpack it first")
 

@@ -5,13 +5,16 @@ ends the file. Nothing is written before `SAVE_EVERY_SECONDS`: a short run leave
 """
 
 import contextlib
+import errno
 import hashlib
+import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from marlin_cli import console
 from marlin_cli.bench.pass_sums import PassSums, from_bytes, to_bytes
-from marlin_cli.errors import OutputError
 
 SAVE_EVERY_SECONDS = 10.0
 
@@ -19,6 +22,9 @@ SAVE_EVERY_SECONDS = 10.0
 KEPT_SECONDS = 30 * 24 * 3600.0
 
 _LENGTH_BYTES, _DIGEST_BYTES = 8, 32
+
+# A pass of twenty models takes some million bytes.
+MOST_RECORD_BYTES = 1 << 28
 
 
 class Journal:
@@ -44,6 +50,7 @@ class Journal:
         self._waiting: list[bytes] = []
         self._saved_at = clock()
         self._key: str | None = None
+        self._given_up = False
         self._fresh = True  # nothing of this run is in the file
 
     def load(self) -> dict[int, list[PassSums]]:
@@ -60,21 +67,13 @@ class Journal:
         return found
 
     def add(self, number: int, results: list[PassSums]) -> None:
-        """Take in a pass that is done; it is on disk within `SAVE_EVERY_SECONDS` and a pass.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
+        """Take in a pass that is done; it is on disk within `SAVE_EVERY_SECONDS` and a pass."""
         self._waiting.append(number.to_bytes(_LENGTH_BYTES, "little") + to_bytes(results))
         if self._clock() - self._saved_at >= SAVE_EVERY_SECONDS:
             self._write()
 
     def save(self) -> None:
-        """Write what waits, if this run has written before; a run too short for that is not worth it.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
+        """Write what waits, if this run has written before; a run too short for that is not worth it."""
         if not self._fresh:
             self._write()
 
@@ -103,16 +102,22 @@ class Journal:
         return self._folder / f"{self._named()}.{self._rank}.journal"
 
     def _write(self) -> None:
+        """Write what waits. A folder that takes nothing costs the run its way back, and nothing else: it is said once."""
+        waiting, self._waiting, self._saved_at = self._waiting, [], self._clock()
+        if self._given_up:
+            return
         try:
             if self._fresh:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._folder.mkdir(0o700, parents=True, exist_ok=True)
                 self._forget_old()
-            with self._path.open("wb" if self._fresh and not self._resume else "ab") as file:
-                for record in self._waiting:
+            flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if self._fresh and not self._resume else os.O_APPEND)
+            with open(_opened(self._path, flags), "wb") as file:
+                for record in waiting:
                     file.write(len(record).to_bytes(_LENGTH_BYTES, "little") + hashlib.sha256(record).digest() + record)
         except OSError as error:
-            raise OutputError(f"{self._path}: cannot keep what is scored: {error.strerror or error}") from None
-        self._waiting, self._fresh, self._saved_at = [], False, self._clock()
+            self._given_up = True
+            console.note(f"{self._path}: cannot keep what is scored, so --resume will not: {error.strerror or error}")
+        self._fresh = False
 
     def _forget_old(self) -> None:
         for path in self._folder.glob("*.journal"):
@@ -122,20 +127,34 @@ class Journal:
 
     def _drop_torn_end(self) -> None:
         """What is added after a record that was cut short would never be read."""
-        if self._path.exists():
-            whole = sum(_LENGTH_BYTES + _DIGEST_BYTES + len(record) for record in _records(self._path))
-            with self._path.open("r+b") as file:
-                file.truncate(whole)
+        whole = sum(_LENGTH_BYTES + _DIGEST_BYTES + len(record) for record in _records(self._path))
+        with contextlib.suppress(OSError), open(_opened(self._path, os.O_RDWR), "r+b") as file:
+            file.truncate(whole)
 
 
 def _records(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    """The whole records of a file; none of what is no file."""
+    with contextlib.suppress(OSError), open(_opened(path, os.O_RDONLY), "rb") as file:
+        size_of_file = os.fstat(file.fileno()).st_size
         while len(length := file.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
             digest = file.read(_DIGEST_BYTES)
             size = int.from_bytes(length, "little")
-            if size > path.stat().st_size:
+            if not _LENGTH_BYTES <= size <= min(size_of_file, MOST_RECORD_BYTES):
                 return
             record = file.read(size)
             if hashlib.sha256(record).digest() != digest:
                 return
             yield record
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; a link is not followed and a pipe not waited for.
+
+    Raises:
+        OSError: it is none, or cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return descriptor

@@ -17,7 +17,7 @@ from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.corpus import Pair
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import AnswerLimits
-from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
 
 # Bytes of inputs and answers, filler among them, that are scored side by side.
@@ -147,9 +147,7 @@ def bits_of_pairs(model: ByT5Model, pairs: Sequence[Pair], name: str = "the mode
     for batch in _batches(pairs):
         sources = [[*ids_of_bytes(pairs[index].source), model.config.end_id] for index in batch]
         targets = [pairs[index].target for index in batch]
-        bits[batch] = bits_of_answers(model.network, sources, targets, memory_bits=model.kv_bits)
-    if not np.isfinite(bits).all():
-        raise CheckpointError(f"{name}: its predictions are not finite; its weights are damaged or overflow")
+        bits[batch] = bits_of_answers(model.network, sources, targets, memory_bits=model.kv_bits, name=name)
     return bits
 
 

@@ -73,11 +73,30 @@ def from_bytes(data: bytes) -> list[PassSums]:
     """
     names = [name.name for name in dataclasses.fields(PassSums)]
     try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.file_size > len(data) for entry in archive.infolist()):
+                raise ValueError("arrays larger than their file")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             count = len(arrays.files) // len(names)
-            return [PassSums(**{name: arrays[f"{number}.{name}"] for name in names}) for number in range(count)]
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+            found = [PassSums(**{name: arrays[f"{number}.{name}"] for name in names}) for number in range(count)]
+    # The readers of zip and npy let through whatever their parts raise.
+    except Exception as error:
         raise ValueError(f"damaged sums of a pass: {error}") from None
+    for sums in found:
+        _check(sums)
+    return found
+
+
+def _check(sums: PassSums) -> None:
+    """`ValueError` unless the arrays fit each other and hold numbers."""
+    windows, groups = sums.bytes.shape if sums.bytes.ndim == 2 else (0, 0)
+    beside = sums.kl.shape[0] > 0
+    tables = (sums.bytes, sums.bits, *((sums.reference_bits, sums.agreements, sums.kl) if beside else ()))
+    of_bytes = sums.kl_of_bytes
+    fit = all(table.shape == (windows, groups) and table.dtype == np.float64 for table in tables)
+    fit = fit and of_bytes.ndim == 1 and of_bytes.dtype == np.float32 and sums.groups_of_bytes.shape == (2, len(of_bytes))
+    if not fit or not windows or not all(np.isfinite(array).all() for array in (*tables, of_bytes)):
+        raise ValueError("damaged sums of a pass: arrays that do not fit, or numbers that are none")
 
 
 def _sums(values: Floats, numbers: npt.NDArray[np.int64], count: int) -> Floats:

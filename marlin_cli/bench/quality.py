@@ -19,10 +19,11 @@ from marlin_cli.bench.estimates import Estimate, Floats, ratio, stratified
 from marlin_cli.bench.held_out import Window
 from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.pass_sums import ALL, FIRST_CLASS, FIRST_POSITION, Groups, PassSums, from_bytes, to_bytes
-from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities
-from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities, not_finite
+from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ranks import ALONE, Ranks
+from marlin_cli.text import quoted
 
 REFERENCE = "the reference"
 
@@ -97,9 +98,9 @@ def measure_quality(
     passes = [(domain, batch) for domain, part in windows.items() for batch in _batches(part)]
     done = {} if journal is None else journal.load()
     for number in range(ranks.rank, len(passes), ranks.size):
-        _, batch = passes[number]
-        if number not in done:
-            done[number] = _measured(networks, batch, reference, kept_reference)
+        domain, batch = passes[number]
+        if number not in done or not _fits(done[number], networks, batch, reference):
+            done[number] = _measured(networks, domain, batch, reference, kept_reference)
             if journal is not None:
                 journal.add(number, done[number])
         on_bytes(sum(window.scored for window in batch))
@@ -150,9 +151,14 @@ def _batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
 
 
 def _measured(
-    networks: Mapping[str, MegaByte], batch: Sequence[Window], reference: MegaByte | None, kept: Kept
+    networks: Mapping[str, MegaByte], domain: str, batch: Sequence[Window], reference: MegaByte | None, kept: Kept
 ) -> list[PassSums]:
-    """One pass of every network."""
+    """One pass of every network.
+
+    Raises:
+        CheckpointError: predictions that are not finite; model and domain are named.
+    """
+    of_domain = f"its predictions of domain {quoted(domain)}"
     data, classes = _read(batch)
     context = batch[0].context
     ids = mx.array(data.astype(np.int32))
@@ -167,12 +173,25 @@ def _measured(
         groups = Groups(classes, positions, patch_size)
         if expected is None:
             # No distribution is asked for, so none is kept.
-            results.append(_sums(groups, _finite(costs(network, ids)[:, context:], name)))
+            results.append(_sums(groups, _finite(costs(network, ids)[:, context:], name, of_domain)))
             continue
         predicted = expected if network is reference else log2_probabilities(network, ids)[:, context:]
-        own, theirs = _costs(predicted, scored_ids, name), _costs(expected, scored_ids, REFERENCE)
-        results.append(_compared(_sums(groups, own), groups, predicted, expected, theirs))
+        own = _finite(_costs(predicted, scored_ids), name, of_domain)
+        theirs = _finite(_costs(expected, scored_ids), REFERENCE, of_domain)
+        # An id that neither is about may still be none: a divergence sums over all of them.
+        _finite(divergences := kl_divergence(expected, predicted), name, of_domain)
+        results.append(_compared(_sums(groups, own), groups, predicted, expected, np.array(divergences), theirs))
     return results
+
+
+def _fits(found: Sequence[PassSums], networks: Mapping[str, MegaByte], batch: Sequence[Window], reference: object) -> bool:
+    """Are these the sums of such a pass?"""
+    groups = [FIRST_POSITION + network.config.patch_size for network in networks.values()]
+    alike = len(found) == len(groups) and all(
+        sums.bytes.shape == (len(batch), count) and bool(len(sums.kl)) == (reference is not None)
+        for sums, count in zip(found, groups, strict=True)
+    )
+    return alike and all(sums.bytes[:, ALL].tolist() == [window.scored for window in batch] for sums in found)
 
 
 def _read(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -192,10 +211,16 @@ def _sums(groups: Groups, own_costs: Floats) -> PassSums:
     return PassSums(sizes, bits, nothing, nothing, nothing, np.zeros(0, dtype=np.float32), np.zeros((2, 0), dtype=np.uint16))
 
 
-def _compared(alone: PassSums, groups: Groups, predicted: mx.array, expected: mx.array, reference_costs: Floats) -> PassSums:
+def _compared(
+    alone: PassSums,
+    groups: Groups,
+    predicted: mx.array,
+    expected: mx.array,
+    divergences: npt.NDArray[np.float32],
+    reference_costs: Floats,
+) -> PassSums:
     """With those of its predictions beside the reference's."""
     agreements = mx.argmax(predicted, axis=-1) == mx.argmax(expected, axis=-1)
-    divergences = np.array(kl_divergence(expected, predicted))
     return PassSums(
         bytes=alone.bytes,
         bits=alone.bits,
@@ -207,12 +232,12 @@ def _compared(alone: PassSums, groups: Groups, predicted: mx.array, expected: mx
     )
 
 
-def _costs(log2_predictions: mx.array, ids: mx.array, name: str) -> Floats:
+def _costs(log2_predictions: mx.array, ids: mx.array) -> mx.array:
     """Bits that each of ids [n, length] costs."""
-    return _finite(-mx.take_along_axis(log2_predictions, ids[..., None], axis=-1)[..., 0], name)
+    return -mx.take_along_axis(log2_predictions, ids[..., None], axis=-1)[..., 0]
 
 
-def _finite(bits: mx.array, name: str) -> Floats:
+def _finite(bits: mx.array, name: str, what: str) -> Floats:
     """As float64.
 
     Raises:
@@ -220,7 +245,7 @@ def _finite(bits: mx.array, name: str) -> Floats:
     """
     found = np.array(bits).astype(np.float64)
     if not np.isfinite(found).all():
-        raise CheckpointError(f"{name}: its predictions are not finite; its weights are damaged or overflow")
+        raise not_finite(name, what)
     return found
 
 

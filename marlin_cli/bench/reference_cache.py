@@ -7,6 +7,8 @@ scored.
 
 import contextlib
 import hashlib
+import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +22,15 @@ from marlin_cli.errors import OutputError
 from marlin_cli.writing import writing
 
 DEFAULT_LIMIT_BYTES = 2 << 30
+HEADER_BYTES, DIGEST_BYTES = 128, 32
 
 
 class ReferenceCache:
     """A file for each pass, named by the model, what computed it and the very bytes that were scored.
 
     What was not used for longest is removed for what is new; but never what this run used, so that a run which needs
-    more than the limit finds the same part of it the next time. A file that is damaged is computed again.
+    more than the limit finds the same part of it the next time. A file ends with the SHA-256 of all before; one that is
+    damaged, by whatever, is never used but computed again.
     """
 
     def __init__(self, folder: Path, model: str, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -58,10 +62,15 @@ class ReferenceCache:
     def _keep(self, path: Path, values: npt.NDArray[np.float32]) -> None:
         # A cache that cannot be written costs time and nothing else.
         with contextlib.suppress(OSError, OutputError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if self._make_room(values.nbytes + 128):
-                with writing(path) as temporary, temporary.open("wb") as file:
-                    np.save(file, values)
+            self._folder.mkdir(0o700, parents=True, exist_ok=True)
+            if self._make_room(values.nbytes + HEADER_BYTES + DIGEST_BYTES):
+                buffer = io.BytesIO()
+                np.save(buffer, values)
+                data = buffer.getvalue()
+                if not path.is_file():  # a pipe would be written into
+                    path.unlink(missing_ok=True)
+                with writing(path) as temporary:
+                    temporary.write_bytes(data + hashlib.sha256(data).digest())
 
     def _make_room(self, size: int) -> bool:
         """Is there room for so many bytes, if need be where older files were?"""
@@ -88,7 +97,15 @@ def _entries(folder: Path) -> Iterator[tuple[float, int, Path]]:
 
 def _read(path: Path, shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
     try:
-        values: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+        # A pipe is not waited for; whatever else than a file stands there fails below.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            size = os.fstat(file.fileno()).st_size - HEADER_BYTES - DIGEST_BYTES
+            if size <= 0 or size % (4 * math.prod(shape)):
+                return None
+            data = memoryview(file.read())
+        if hashlib.sha256(data[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
+            return None
+        values: npt.NDArray[np.float32] = np.load(io.BytesIO(data[:-DIGEST_BYTES]), allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     whole = values.ndim == 3 and values.shape[:2] == shape and values.dtype == np.float32

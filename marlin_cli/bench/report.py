@@ -16,8 +16,9 @@ from marlin_cli.bench.roofline import Roofline
 from marlin_cli.bench.sizes import PARTS
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.text import one_line, printable
 
-FORMAT_VERSION = 1  # of the JSON document
+FORMAT_VERSION = 2  # of the JSON document
 
 ALL_DOMAINS = "all"
 
@@ -26,7 +27,7 @@ ALL_DOMAINS = "all"
 class QualitySettings:
     """Which bytes the models were scored on."""
 
-    corpus: str  # a path or the name of a recipe
+    corpora: tuple[str, ...]  # paths or names of recipes
     windowing: Windowing
     reference: str | None = None  # the model that the others are compared with
     denominator: str = "bytes as they lie in the files, 0x00 and what is no text included"  # of bits per byte
@@ -96,11 +97,17 @@ def to_jsonl(report: Any) -> str:
 
 def csv_of(rows: Iterable[Measurement]) -> str:
     """A row for each measurement, under the fields of `Measurement`."""
-    text = io.StringIO()
     columns = [field.name for field in dataclasses.fields(Measurement)]
+    return csv_rows(columns, (dataclasses.asdict(row) for row in rows))
+
+
+def csv_rows(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows under a line of their columns; what a terminal would take as a command is escaped."""
+    text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
+    for row in rows:
+        writer.writerow({name: printable(value) if isinstance(value, str) else value for name, value in row.items()})
     return text.getvalue().rstrip("\n")
 
 
@@ -127,17 +134,18 @@ def _document(report: Any) -> dict[str, Any]:
 
 
 def _line(document: dict[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False)
+    return json.dumps(document, allow_nan=False)
 
 
 def _markdown(table: Table) -> str:
     lines = [_markdown_row(table.columns), _markdown_row(["---", *["---:"] * (len(table.columns) - 1)])]
-    title = "  \n".join(table.title.splitlines())
+    title = "  \n".join(map(printable, table.title.split("\n")))
     return "\n".join([title, "", *lines, *(_markdown_row(row) for row in table.rows)])
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    # A line feed would end the row: names out of files may hold any character.
+    return "| " + " | ".join(one_line(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
 
 
 # Rows of numbers
@@ -374,8 +382,8 @@ def weights_table(names: Sequence[str], stored: Sequence[Mapping[str, int]], loa
 
 def _quality(name: str, quality: Quality, settings: QualitySettings) -> Table:
     title = (
-        f"Quality of {name} on {settings.corpus}: total bits over total bytes, {_windows(settings)}, standard errors over"
-        " windows"
+        f"Quality of {name} on {', '.join(settings.corpora)}: total bits over total bytes, {_windows(settings)},"
+        " standard errors over windows"
     )
     if settings.reference is not None:
         title += (

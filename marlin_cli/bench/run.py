@@ -1,5 +1,6 @@
 """One run of `marlin bench`: models are loaded, checked against what is asked of them, then timed and scored."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 from mlx.utils import tree_flatten
 
@@ -26,7 +28,7 @@ from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.engine.scoring import BYTES_PER_PASS
-from marlin_cli.errors import UsageError
+from marlin_cli.errors import OutputError, UsageError
 from marlin_cli.files import user_cache
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ranks import Ranks, joined
@@ -129,7 +131,7 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
         reference = models[request.models.index(settings.reference)].network
     elif settings.reference is not None:
         reference = MegaByteModel.from_pretrained(settings.reference, device=request.device).network
-    windows = cut(files_by_domain(settings.corpus), settings.windowing)
+    windows = cut(files_by_domain(*settings.corpora), settings.windowing)
     check_windows_fit(networks, windows, reference)
     if any(model.cache_bits != CacheBits() for model in models):
         console.note("quality is that of the weights: it is scored without a cache, so --kv-bits changes nothing in it")
@@ -161,9 +163,10 @@ def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> li
     assert settings is not None
     made_by = [__version__, version("mlx"), device]  # whatever else decides the numbers that a model gives
     kept = {}
-    if settings.reference is not None and request.reference_cache_bytes:
+    cache = _cache(request)
+    if cache is not None and settings.reference is not None and request.reference_cache_bytes:
         kept["kept_reference"] = ReferenceCache(
-            user_cache() / "reference", " ".join([_fingerprint(settings.reference), *made_by]), request.reference_cache_bytes
+            cache / "reference", " ".join([_fingerprint(settings.reference), *made_by]), request.reference_cache_bytes
         )
     names = [*request.models, *([] if settings.reference is None else [settings.reference])]
 
@@ -174,11 +177,29 @@ def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> li
     if ranks.size > 1:
         ranks.check_alike(job=key())
     total = sum(window.scored for part in scoring.windows.values() for window in part) // ranks.size
-    journal = Journal(user_cache() / "quality", key, rank=ranks.rank, resume=request.resume)
-    with console.byte_progress("scoring", total) as progress, journal:
+    keeping: contextlib.AbstractContextManager[Journal | None] = contextlib.nullcontext()
+    if cache is not None:
+        keeping = Journal(cache / "quality", key, rank=ranks.rank, resume=request.resume)
+    with console.byte_progress("scoring", total) as progress, keeping as journal:
         return measure_quality(
             scoring.networks, scoring.windows, scoring.reference, progress.advance, journal=journal, ranks=ranks, **kept
         )
+
+
+def _cache(request: Request) -> Path | None:
+    """Where things are kept between runs; None where there is no such place, which is said once.
+
+    Raises:
+        OutputError: a run is to be resumed.
+        UsageError: MARLIN_CACHE is no absolute path.
+    """
+    try:
+        return user_cache()
+    except OutputError as error:
+        if request.resume:
+            raise
+        console.note(f"nothing is kept between runs: {error}")
+        return None
 
 
 def _fingerprint(model: str) -> str:

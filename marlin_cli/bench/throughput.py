@@ -37,6 +37,8 @@ from marlin_cli.files import shipped
 
 SAMPLE = "calibration/sample"  # the shipped bytes that prompts are taken from
 
+MOST_STREAMS = 1 << 16  # more would only run out of memory
+
 
 @dataclass(frozen=True)
 class ThroughputSettings:
@@ -67,6 +69,8 @@ class ThroughputSettings:
         ):
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, found {value}")
+        if max(self.sweep_batches, default=1) > MOST_STREAMS:
+            raise UsageError(f"--batch must be at most {MOST_STREAMS:,}, found {max(self.sweep_batches)}")
         if not self.seconds >= 0:
             raise UsageError(f"--seconds must be 0 or more, found {self.seconds}")
 

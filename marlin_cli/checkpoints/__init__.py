@@ -2,17 +2,30 @@
 
 import dataclasses
 import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
-from marlin_cli.checkpoints.foreign import Checkpoint, ImportOptions, read_foreign, weights_file
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, read_foreign, weights_file
 from marlin_cli.documents import read_json
-from marlin_cli.errors import CheckpointError
-from marlin_cli.files import sha256_of_file
+from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
+from marlin_cli.files import check_regular, sha256_of_file
+from marlin_cli.text import quoted
 
-__all__ = ["Checkpoint", "ImportOptions", "architecture_of", "check_weight", "fingerprint", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "ImportOptions",
+    "architecture_of",
+    "check_weight",
+    "fingerprint",
+    "lasting",
+    "possible_heads",
+    "read_checkpoint",
+]
 
 # Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
 WITH_CONFIG = {
@@ -36,7 +49,16 @@ FIELD_OF_OPTION = {
     "activation": "ffn",
     "norm": "norm",
     "rope": "global_positions",
+    "bos_byte": "bos_byte",
+    "attention_scale": "attention_scale",
 }
+
+
+# marlin's table of config.json: under which name the assumptions of an import stand there, and what goes with every copy.
+ASSUMED = "assumed"
+LASTING = (ASSUMED, "rotated_states")
+
+CACHE_BITS = (4, 8, 16)
 
 
 def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_values: bool = True) -> Checkpoint:
@@ -62,22 +84,81 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         if given:
             raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, the model says all")
     else:
-        foreign = read_foreign(path)
-        importer = next((each for each in IMPORTERS.values() if each.recognises(foreign.tensors)), None)
-        if importer is None:
-            some = ", ".join(repr(name[:60]) for name in sorted(foreign.tensors)[:3]) or "no tensors"
-            raise CheckpointError(
-                f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder and ByT5's, with"
-                f" config.json; ByT5's GGUF; {', '.join(IMPORTERS)}"
-            )
+        foreign, importer = _read_foreign(path, options)
+        if options.heads == "auto":
+            raise CheckpointError(f"{path}: the import option heads is auto; choose a number first, see `engine.heads`")
         checkpoint = importer.read(foreign, options)
         _check_options(checkpoint, options)
+    _check_marlin(checkpoint)
+    checkpoint = _with_assumptions(checkpoint, options)
     for name, array in checkpoint.weights.items():
         _check_kind(checkpoint, name, array)
         if check_values:
             check_weight(checkpoint.path, name, array)
             _check_codes(checkpoint, name, array)
     return checkpoint
+
+
+def possible_heads(path: Path, options: ImportOptions) -> Iterator[tuple[int, Checkpoint]]:
+    """Each number of heads that the shapes of a foreign checkpoint allow, and the checkpoint with it; nothing of others.
+
+    Where the file tells the number it is the only one. The weights are the same arrays in all, and are not looked at.
+
+    Raises:
+        CheckpointError, ConfigError: as `read_checkpoint`.
+    """
+    if any(each.recognises(path) for each in WITH_CONFIG.values()):
+        return
+    foreign, importer = _read_foreign(path, options)
+    for heads in importer.possible_heads(foreign):
+        yield heads, importer.read(foreign, dataclasses.replace(options, heads=heads))
+
+
+def _read_foreign(path: Path, options: ImportOptions) -> tuple[Foreign, Any]:
+    """The tensors of a foreign file, and who makes a checkpoint of them."""
+    foreign = read_foreign(path, [each.MARKER for each in IMPORTERS.values()], options.weights)
+    importer = next((each for each in IMPORTERS.values() if each.recognises(foreign.tensors)), None)
+    if importer is None:
+        some = ", ".join(quoted(name) for name in sorted(foreign.tensors)[:3]) or "no tensors"
+        raise CheckpointError(
+            f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder and ByT5's, with"
+            f" config.json; ByT5's GGUF; {', '.join(IMPORTERS)}"
+        )
+    return foreign, importer
+
+
+def _with_assumptions(checkpoint: Checkpoint, options: ImportOptions) -> Checkpoint:
+    """Say what was assumed, and keep it in marlin's table, which goes with every copy of the model."""
+    assumed = dict(checkpoint.assumed)
+    if assumed:
+        hint = "; if that is wrong, say it with --import NAME=VALUE" if checkpoint.layout in IMPORTERS else ""
+        values = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(assumed.items()))
+        warnings.warn(
+            f"{checkpoint.path}: nothing in it tells {', '.join(sorted(assumed))}; assumed {values}{hint}",
+            AssumptionWarning,
+            stacklevel=3,
+        )
+    if options.heads_by_trial and options.heads is not None:
+        assumed["heads"] = options.heads
+    if not assumed:
+        return checkpoint
+    return dataclasses.replace(checkpoint, marlin={**(checkpoint.marlin or {}), ASSUMED: assumed}, assumed=assumed)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def lasting(marlin: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of marlin's table is true of every model made of this one, however its weights are packed."""
+    return {name: value for name, value in (marlin or {}).items() if name in LASTING}
+
+
+def _check_marlin(checkpoint: Checkpoint) -> None:
+    """See that marlin's table holds what is read from it."""
+    bits = (checkpoint.marlin or {}).get("kv_bits", 16)
+    if type(bits) is not int or bits not in CACHE_BITS:
+        raise ConfigError(f"{checkpoint.path}: marlin's kv_bits in config.json is {quoted(bits)}, expected 4, 8 or 16")
 
 
 # The byte that means NaN in an array of a packed format, and the bits of it that count: E4M3 has one of each sign.
@@ -113,6 +194,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     try:
         for file in files:
+            check_regular(file, CheckpointError)
             digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
@@ -120,29 +202,33 @@ def fingerprint(path: Path) -> str:
 
 
 def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
+    config = checkpoint.config
     for option, field in FIELD_OF_OPTION.items():
-        wanted, found = getattr(options, option), checkpoint.config[field]
+        wanted, found = getattr(options, option), config.get(field)
         if option == "rope":
-            found = found.endswith("rope")
+            found = str(found).endswith("rope")
+        if option == "attention_scale" and found is None:
+            found = config["global_head_dim"] ** -0.5
         if wanted is not None and wanted != found:
-            raise CheckpointError(f"{checkpoint.path}: {option} is {found} by the checkpoint, but {wanted} was given")
+            raise CheckpointError(f"{checkpoint.path}: {option} is {found} by the checkpoint, but {quoted(wanted)} was given")
 
 
 def check_weight(path: Path, name: str, array: mx.array) -> None:
     """Raise `CheckpointError` if a weight of the checkpoint at `path` holds NaN or infinity."""
     if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-        raise CheckpointError(f"{path}: the weight {name!r} holds NaN or infinity; the file is damaged")
+        raise CheckpointError(f"{path}: the weight {quoted(name)} holds NaN or infinity; take a file from before that")
 
 
 def _check_codes(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
     """Raise `CheckpointError` if a packed layer holds a code that means NaN."""
     path, _, last = name.rpartition(".")
     table = checkpoint.quantization or {}
-    settings = table.get(path, table)
+    own = table.get(path, True)  # mlx-lm writes true for the settings of all
+    settings = table if own is True else own
     mode = settings.get("mode") if isinstance(settings, dict) else None
-    code, mask = NOT_A_NUMBER.get((str(mode), last), (0, 0))
+    code, mask = NOT_A_NUMBER.get((mode, last), (0, 0)) if isinstance(mode, str) else (0, 0)
     if mask and array.dtype in (mx.uint8, mx.uint32) and ((array.view(mx.uint8) & mask) == code).any().item():
-        raise CheckpointError(f"{checkpoint.path}: {name!r} holds NaN; the file is damaged")
+        raise CheckpointError(f"{checkpoint.path}: {quoted(name)} holds NaN; take a file from before that")
 
 
 def _check_kind(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
@@ -150,4 +236,6 @@ def _check_kind(checkpoint: Checkpoint, name: str, array: mx.array) -> None:
     packed = f"{name.rpartition('.')[0]}.scales" in checkpoint.weights
     if not packed and not mx.issubdtype(array.dtype, mx.floating):
         kind = str(array.dtype).removeprefix("mlx.core.")
-        raise CheckpointError(f"{checkpoint.path}: the weight {name!r} is {kind}, expected floating point")
+        if array.dtype == mx.uint8:
+            kind += " (as MLX reads float8 too)"
+        raise CheckpointError(f"{checkpoint.path}: the weight {quoted(name)} is {kind}, expected floating point")

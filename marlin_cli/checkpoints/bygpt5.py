@@ -7,17 +7,16 @@ from typing import Any
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, take_tied_head, tensors_of
+from marlin_cli.checkpoints.t5_ends import CONFIG, TOKENIZER_CONFIG
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, take_head, tensors_of
 from marlin_cli.errors import ConfigError
+from marlin_cli.models.byt5_ids import FIRST_SPECIAL
+from marlin_cli.text import quoted
 
-CONFIG = hugging_face.CONFIG
-TOKENIZER_CONFIG = "tokenizer_config.json"
 MODEL_TYPE = "bygpt5"
 
 # A whole ByT5's file serves too: uniformers leaves these out when it reads one.
 UNREAD = re.compile(r"^encoder\.|^decoder\.block\.\d+\.layer\.1\.|^decoder\.embed_tokens\.weight$")
-
-FIRST_SPECIAL = 259  # the id of <extra_id_0>: three marks and every byte come before
 
 # Fields of ByT5 that say nothing about a decoder alone.
 OF_ENCODER = ("encoder_layers", "decoder_layers", "model_type")
@@ -45,22 +44,19 @@ def read(path: Path) -> Checkpoint:
     of_t5 = hugging_face.config_from(folder, document)
     config = {name: value for name, value in of_t5.items() if name not in OF_ENCODER}
     config |= {"model_type": MODEL_TYPE, "layers": of_t5["decoder_layers"]}
-    # uniformers ties the head and scales what it reads where the field says so or is not there; one fact there.
-    config["tied_head"] = config["scaled_head"] = document.get("tie_word_embeddings") is not False
     config |= _start(folder, document, config["vocab_size"])
     foreign = tensors_of(path, lambda name: UNREAD.match(name) is not None)
     check_layers(path, foreign, config["layers"])
     taken = Taken(foreign)
-    weights = {ours: taken.take(theirs) for ours, theirs in names_of(config).items()}
-    take_tied_head(taken, path, weights["embedding.weight"], tied=config["tied_head"])
+    weights = {ours: taken.take(theirs) for ours, theirs in names_of({**config, "tied_head": True}).items()}
+    config["tied_head"], config["scaled_head"] = take_head(taken, path, document, weights)
     taken.finish()
     return Checkpoint(path, "bygpt5", config, weights)
 
 
 def files(path: Path) -> list[Path]:
     """All files that a model consists of, those of its configuration first."""
-    tokenizer = _folder(path) / TOKENIZER_CONFIG
-    return [*([tokenizer] if tokenizer.is_file() else []), *hugging_face.files(path)]
+    return hugging_face.files(path)
 
 
 def names_of(config: Mapping[str, Any]) -> dict[str, str]:
@@ -83,7 +79,7 @@ def _start(folder: Path, document: Mapping[str, Any], vocab_size: int) -> dict[s
     if given < 0:
         given = number(document, "decoder_start_token_id", 0, folder / CONFIG)
     if given >= vocab_size:
-        raise ConfigError(f"{where}: the mark of a beginning is id {given}, and there are {vocab_size}")
+        raise ConfigError(f"{where}: the mark of a beginning is id {quoted(given)}, and there are {vocab_size}")
     return {"start_id": given, "starts_all": tokenizer.get("add_bos_token") is True}
 
 

@@ -9,13 +9,13 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
+from marlin_cli.checkpoints.t5_ends import CONFIG
 from marlin_cli.checkpoints.transformers_folder import Fields, check_layers, has_model_type, known_fields, tensors_of
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
 
 MODEL_TYPE = "canine"
-CONFIG = hugging_face.CONFIG
 PREFIX = "canine."  # before all names but the head's, in models with a head
 
 FIELDS: Fields = {

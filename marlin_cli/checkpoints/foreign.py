@@ -1,25 +1,31 @@
-"""What importers share: the result's type, the options, and the tensors of a foreign file under plain names."""
+"""What importers share: the result's type, the options, a folder's files, and tensors that are handed out by name."""
 
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints.pickle_reader import TensorReference
+from marlin_cli.checkpoints.state_dicts import Copy, Model, find_model, innermost, tables_of, without_prefixes
 from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
-from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
+from marlin_cli.files import check_regular
 from marlin_cli.tensor_files import read_safetensors
+from marlin_cli.text import quoted
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
-# Keys under which training scripts put the state dict of a model, the nearest to the weights last.
-WRAPPERS = ("checkpoint", "state_dict", "model_state_dict", "model", "module")
+# Widths of heads that a trial of all of them looks at.
+WIDTHS_OF_HEADS = (4, 512)
 
-# What data parallelism, torch.compile and training classes put before every name.
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+# Where the state of optimizers, schedules and scalers stands beside a model.
+OPTIMIZERS = ("opt", "optim", "optimizer", "optimizer_state_dict", "lr_scheduler", "scheduler", "scaler", "grad_scaler")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Checkpoint:
     weights: dict[str, mx.array]
     quantization: dict[str, Any] | None = None  # mlx-lm's table of config.json
     marlin: dict[str, Any] | None = None  # marlin's own table of config.json
+    assumed: Mapping[str, Any] = field(default_factory=dict)  # what neither file nor caller told, by import option
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,17 @@ class ImportOptions:
     An option that contradicts what the checkpoint does reveal is refused.
     """
 
-    heads: int | None = None  # of the global stage, which in MEGABYTE-pytorch is every stage
+    heads: int | Literal["auto"] | None = None  # of the global stage, which in MEGABYTE-pytorch is every stage
     head_dim: int | None = None  # width of a head
     max_bytes: int | None = None  # longest context, where no learned positions say it
     activation: str | None = None  # relu, gelu_tanh or silu (paper, without model_config)
     norm: str | None = None  # layernorm or variance (paper, without model_config)
     rope: bool | None = None  # (paper, without model_config)
-    attention_window: int | None = None  # patches that a patch sees before itself (paper; before model_config's)
+    attention_scale: float | None = None  # (paper, without model_config)
+    attention_window: int | None = None  # patches that a patch sees before itself, 0: all (paper; before model_config's)
+    bos_byte: int | None = None  # what leads where no learned pads do (paper, without model_config)
+    weights: Copy | None = None  # which of two copies, of which one is the mean over the training
+    heads_by_trial: bool | None = None  # the heads were chosen by sample bytes, which is an assumption too
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Foreign:
     path: Path
     tensors: dict[str, mx.array]
     beside: dict[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, Any] = field(default_factory=dict)  # see `Checkpoint`
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         """The shape of the tensor `name`, which must have so many dimensions, none of them 0.
@@ -66,9 +78,9 @@ class Foreign:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.path}: the tensor {name!r} is missing")
+            raise CheckpointError(f"{self.path}: the tensor {quoted(name)} is missing")
         if tensor.ndim != dimensions or tensor.size == 0:
-            raise CheckpointError(f"{self.path}: {name!r} has shape {list(tensor.shape)}, not {dimensions} dimensions")
+            raise CheckpointError(f"{self.path}: {quoted(name)} has shape {list(tensor.shape)}, not {dimensions} dimensions")
         return tensor.shape
 
 
@@ -92,7 +104,7 @@ def take_table(document: dict[str, Any], key: str, path: Path) -> dict[str, Any]
     """
     value = document.pop(key, None)
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{path}: {key!r} should be a table, found {describe(value)}")
+        raise ConfigError(f"{path}: {quoted(key)} should be a table, found {describe(value)}")
     return value
 
 
@@ -103,13 +115,15 @@ def weights_file(path: Path) -> Path:
         CheckpointError: no such file, or a folder with none or several.
     """
     if path.is_dir():
-        found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]
+        try:
+            found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and file.is_file()]
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
         if len(found) != 1:
-            names = ", ".join(file.name for file in found[:4]) or "none"
+            names = ", ".join(quoted(file.name) for file in found[:4]) or "none"
             raise CheckpointError(f"{path}: expected config.json or one weights file, found {names}; name the file")
         return found[0]
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+    check_regular(path, CheckpointError)
     return path
 
 
@@ -126,38 +140,87 @@ def shards_of_index(index: Path) -> list[Path]:
     names = sorted(set(table.values()))
     for name in names:
         if Path(name).name != name:
-            raise CheckpointError(f"{index}: the shard {name!r} lies outside the folder")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index}: the shard {name!r} is missing; fetch it again")
+            raise CheckpointError(f"{index}: the shard {quoted(name)} lies outside the folder")
+        try:
+            there = (index.parent / name).exists()
+        except (OSError, ValueError):  # no name that a file can have
+            there = False
+        if not there:
+            raise CheckpointError(f"{index}: the shard {quoted(name)} is missing; fetch it again")
+        check_regular(index.parent / name, CheckpointError)
     return [index.parent / name for name in names]
 
 
-def read_foreign(path: Path) -> Foreign:
+def read_foreign(path: Path, markers: Sequence[str] = (), copy: Copy | None = None) -> Foreign:
     """The tensors of a .safetensors file or a file of `torch.save`, or of a folder with one of them.
 
+    Args:
+        markers: names of which a model has one. Where it stands they tell, see `state_dicts`; what stands elsewhere is
+            left out. Without any, names lose what all of them have before them.
+        copy: the copy to take of a model that is there twice.
+
     Raises:
-        CheckpointError: no such file, several, or one that is damaged or unsafe.
+        CheckpointError: no such file, several, or one that is damaged or unsafe; no model, or several.
     """
     path = weights_file(path)
     if path.suffix == ".safetensors":
-        tensors, _ = read_safetensors(path)
-        return Foreign(path, _without_prefixes(tensors))
+        arrays, _ = read_safetensors(path)
+        model = find_model(list(arrays), markers, copy, path)
+        if model is None:
+            return Foreign(path, {name: arrays[full] for name, full in without_prefixes(list(arrays)).items()})
+        _say_what_is_left(path, model, {name: array.size for name, array in arrays.items()})
+        tensors = {name: arrays[full] for name, full in model.names.items()}
+        return Foreign(path, _without_counters(tensors), {}, _assumed(model, copy))
     file = TorchFile(path)
-    beside = document = file.document
+    document = file.document
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds no dict but a {type(document).__name__}; save model.state_dict()")
-    while inner := next((document[key] for key in WRAPPERS if isinstance(document.get(key), dict)), None):
-        beside, document = document, inner
-    references = {str(key): value for key, value in document.items() if isinstance(value, TensorReference)}
-    if not references:
-        raise CheckpointError(f"{path}: holds no tensors; save model.state_dict()")
-    return Foreign(path, _without_prefixes(file.arrays(references)), {} if beside is document else beside)
+    tables = list(tables_of(document))
+    everything = {f"{table.under}{name}": (reference, table) for table in tables for name, reference in table.tensors.items()}
+    model = find_model(list(everything), markers, copy, path)
+    if model is None:
+        inner, beside = innermost(document)
+        references = {str(key): value for key, value in inner.items() if isinstance(value, TensorReference)}
+        if not references:
+            raise CheckpointError(f"{path}: holds no tensors; save model.state_dict()")
+        arrays = file.arrays(references)
+        tensors = {name: arrays[full] for name, full in without_prefixes(list(arrays)).items()}
+        return Foreign(path, tensors, dict(beside))
+    _say_what_is_left(path, model, {name: math.prod(reference.shape) for name, (reference, _) in everything.items()})
+    arrays = file.arrays({name: everything[full][0] for name, full in model.names.items()})
+    marked = next(full for name, full in model.names.items() if name in markers)
+    return Foreign(path, _without_counters(arrays), dict(everything[marked][1].beside), _assumed(model, copy))
 
 
-def _without_prefixes(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    while prefix := next((each for each in PREFIXES if tensors and all(name.startswith(each) for name in tensors)), ""):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+def _say_what_is_left(path: Path, model: Model, sizes: Mapping[str, int]) -> None:
+    """A line about tensors that are neither of the model nor of a copy of it, nor of an optimizer; counters are left unsaid."""
+    left = [name for name in model.outside if sizes[name] > 1 and name.partition(".")[0] not in OPTIMIZERS]
+    if left:
+        warnings.warn(
+            f"{path}: the model stands under {quoted(model.prefix)}; {len(left):,} other tensors are left out,"
+            f" such as {quoted(left[0])}",
+            AssumptionWarning,
+            stacklevel=2,
+        )
+
+
+def _assumed(model: Model, copy: Copy | None) -> dict[str, str]:
+    """The copy that was taken, where there are several and nobody said which."""
+    if copy is not None or not model.others:
+        return {}
+    return {"weights": model.kind}
+
+
+def _without_counters(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Without single numbers that have no dimension, such as EMA's `step`: no weight of any layout is one."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.ndim}
+
+
+def heads_of_width(width: int, *others: int) -> list[int]:
+    """How many heads an attention so wide may have: those of an even width of some use that divides `others` too."""
+    least, most = WIDTHS_OF_HEADS
+    fitting = [each for each in range(least, min(most, width) + 1, 2) if not any(whole % each for whole in (width, *others))]
+    return [width // each for each in reversed(fitting)]
 
 
 class Taken:
@@ -170,11 +233,11 @@ class Taken:
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> mx.array:
         """The tensor `name`, which must have `shape` when that is given."""
         if name not in self._left:
-            raise CheckpointError(f"{self._path}: the tensor {name!r} is missing")
+            raise CheckpointError(f"{self._path}: the tensor {quoted(name)} is missing")
         tensor = self._left.pop(name)
         if shape is not None and tensor.shape != shape:
             raise CheckpointError(
-                f"{self._path}: {name!r} has shape {list(tensor.shape)}, the other tensors ask for {list(shape)}"
+                f"{self._path}: {quoted(name)} has shape {list(tensor.shape)}, the other tensors ask for {list(shape)}"
             )
         return tensor
 
@@ -190,4 +253,4 @@ class Taken:
         """Raise `CheckpointError` if a tensor has found no place."""
         if self._left:
             name = sorted(self._left)[0]
-            raise CheckpointError(f"{self._path}: no place for the tensor {name!r} ({len(self._left)} in all)")
+            raise CheckpointError(f"{self._path}: no place for the tensor {quoted(name)} ({len(self._left)} in all)")

@@ -8,11 +8,11 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
-from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, take_tied_head, tensors_of
+from marlin_cli.checkpoints.t5_ends import CONFIG
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, take_head, tensors_of
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 
-CONFIG = hugging_face.CONFIG
 MODEL_TYPES = ("gbswt5",)
 FRONT = "encoder.embed_tokens."
 BATCH_NORM = f"{FRONT}positional_convol.2.bn."
@@ -39,16 +39,15 @@ def read(path: Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     document = read_object(folder / CONFIG)
     config = {**hugging_face.config_from(folder, document), "model_type": "gbst", **_front(document, folder / CONFIG)}
-    config["tied_head"] = config["scaled_head"] = document.get("tie_word_embeddings") is not False
     foreign = tensors_of(path)
     taken = Taken(foreign)
     check_layers(path, foreign, max(config["encoder_layers"], config["decoder_layers"]))
-    weights = {ours: taken.take(theirs) for ours, theirs in hugging_face.names_of(config).items()}
+    weights = {ours: taken.take(theirs) for ours, theirs in hugging_face.names_of({**config, "tied_head": True}).items()}
     for alias in ALIASES:
         if taken.has(alias) and not mx.array_equal(taken.take(alias), weights["embedding.weight"]).item():
             raise CheckpointError(f"{path}: {alias!r} and 'shared.weight' should be the same table, but differ")
     weights |= _take_front(foreign, taken)
-    take_tied_head(taken, path, weights["embedding.weight"], tied=config["tied_head"])
+    config["tied_head"], config["scaled_head"] = take_head(taken, path, document, weights)
     taken.finish()
     return Checkpoint(path, "gbst", config, weights)
 

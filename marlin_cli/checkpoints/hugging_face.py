@@ -8,13 +8,13 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, read_object, shards_of_index, take_table
+from marlin_cli.checkpoints.t5_ends import CONFIG, GENERATION_CONFIG, IDS, TOKENIZER_CONFIG, ids_of_folder
+from marlin_cli.checkpoints.t5_head import HEAD, SCALE, TIE, Head, HeadFlags, choose_head, head_flags, stored_head
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 # Weights files in the order in which they are looked for, as transformers does.
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin")
@@ -43,12 +43,8 @@ FIELDS: Mapping[str, tuple[str, Any]] = {
     "relative_attention_max_distance": ("relative_distance", 128),
 }
 
-# Ids by transformers' name; generation_config.json goes before config.json, as it does there.
-IDS: Mapping[str, tuple[str, int]] = {
-    "decoder_start_token_id": ("start_id", 0),
-    "eos_token_id": ("end_id", 1),
-    "pad_token_id": ("pad_id", 0),
-}
+# What a file of mt5 that leaves them out has otherwise.
+MT5_DEFAULTS: Mapping[str, Any] = {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
 
 # transformers' names of activations -> (marlin's, does the feed-forward have a gate?).
 ACTIVATIONS: Mapping[str, tuple[str, bool]] = {
@@ -81,12 +77,12 @@ def read(path: Path) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     document = read_object(folder / CONFIG)
-    config = config_from(folder, document)
+    config, flags = config_from(folder, document), head_flags(document, folder / CONFIG)
     tensors: dict[str, mx.array] = {}
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{file}: {name!r} stands in another shard too")
+                raise CheckpointError(f"{file}: {quoted(name)} stands in another shard too")
             tensors[name] = tensor
     packing, marlin = nvfp4.packing_of(document, folder), take_table(document, "marlin", folder / CONFIG)
     if packing is not None:
@@ -97,11 +93,11 @@ def read(path: Path) -> Checkpoint:
     taken = Taken(foreign)
     for name in STRAY:
         taken.drop(name)
-    weights = {"embedding.weight": _embedding(foreign, taken)}
+    weights = {"embedding.weight": _embedding(foreign, taken, flags)}
     _take_stack(weights, taken, "encoder", config["encoder_layers"], gated=config["gated_ffn"])
     if config["decoder_layers"]:
         _take_stack(weights, taken, "decoder", config["decoder_layers"], gated=config["gated_ffn"])
-        config["tied_head"] = not _take_head(weights, taken, path, may_be_tied=config["scaled_head"])
+        config["tied_head"], config["scaled_head"] = _take_head(weights, taken, path, flags)
     taken.finish()
     return Checkpoint(path, "hugging_face", config, weights, None if packing is None else dict(nvfp4.TABLE), marlin)
 
@@ -109,7 +105,7 @@ def read(path: Path) -> Checkpoint:
 def files(path: Path) -> list[Path]:
     """All files that a model consists of, those of its configuration first."""
     folder = path if path.is_dir() else path.parent
-    configs = [folder / name for name in (CONFIG, GENERATION_CONFIG) if (folder / name).is_file()]
+    configs = [folder / name for name in (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG) if (folder / name).is_file()]
     return [*configs, *weight_files(path)]
 
 
@@ -145,19 +141,32 @@ class _Names(Taken):
 
 
 def names_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """transformers' name of every weight, by marlin's, of a ByT5 with marlin's configuration."""
+    """transformers' name of every weight, by marlin's, of a ByT5 with marlin's configuration.
+
+    A head that is the table of embeddings has none of its own, see `repeats_table`.
+    """
     names: dict[str, Any] = {"embedding.weight": EMBEDDINGS[0]}
     for stack in ("encoder", "decoder"):
         if config[f"{stack}_layers"]:
             _take_stack(names, _Names(), stack, config[f"{stack}_layers"], gated=config.get("gated_ffn", True))
     if config["decoder_layers"] and not config.get("tied_head", False):
-        names["output.weight"] = "lm_head.weight"
+        names["output.weight"] = HEAD
     return names
 
 
+def repeats_table(config: Mapping[str, Any]) -> bool:
+    """Must the table of embeddings stand under the head's name too?
+
+    transformers 4 scales what it ties itself; a head that is stored and happens to equal the table it leaves as it is, and
+    transformers 5 ties the two again.
+    """
+    return bool(config["decoder_layers"] and config["tied_head"] and not config["scaled_head"])
+
+
 def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' config.json of a ByT5 with marlin's configuration, all of whose fields are there."""
+    """transformers' config.json of a ByT5 with marlin's configuration, all of whose fields with a value are there."""
     document = {theirs: config[ours] for theirs, (ours, _) in (*FIELDS.items(), *IDS.items())}
+    ends = config.get("answer_end_ids")
     gated = config["gated_ffn"]
     activations = {form: name for name, form in ACTIVATIONS.items() if name != "gated-gelu_new"}
     return {
@@ -166,8 +175,10 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "architectures": ["T5ForConditionalGeneration" if config["decoder_layers"] else "T5EncoderModel"],
         "num_decoder_layers": config["decoder_layers"],
         "feed_forward_proj": activations[config["activation"], gated],
-        "tie_word_embeddings": config["tied_head"],
-        "scale_decoder_outputs": config["scaled_head"],
+        "eos_token_id": config["end_id"] if ends is None else ends[0] if len(ends) == 1 else list(ends),
+        # Both versions of transformers are told the same, see `marlin_cli.checkpoints.t5_head`.
+        TIE: config["tied_head"] and config["scaled_head"],
+        SCALE: config["scaled_head"],
         "is_encoder_decoder": bool(config["decoder_layers"]),
     }
 
@@ -175,33 +186,23 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def config_from(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
     where = folder / CONFIG
-    generation = read_object(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     config: dict[str, Any] = {"model_type": "byt5"}
+    mt5 = document.get("model_type") == "mt5"
     for theirs, (ours, default) in FIELDS.items():
-        config[ours] = _number(where, theirs, document.get(theirs), default)
+        config[ours] = _number(where, theirs, document.get(theirs), MT5_DEFAULTS.get(theirs, default) if mt5 else default)
     if config["vocab_size"] > MOST_IDS:
         raise ConfigError(
-            f"{where}: vocab_size is {config['vocab_size']:,}, pieces of words; marlin runs T5 over bytes (ByT5, 384)"
+            f"{where}: vocab_size is {quoted(config['vocab_size'])}, more than {MOST_IDS:,}: pieces of words, as it seems;"
+            " marlin runs T5 over bytes (ByT5, 384)"
         )
     config["decoder_layers"] = _number(
         where, "num_decoder_layers", document.get("num_decoder_layers"), config["encoder_layers"]
     )
-    activation = document.get("feed_forward_proj") or "relu"
+    activation = document.get("feed_forward_proj") or ("gated-gelu" if mt5 else "relu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: feed_forward_proj {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     config["activation"], config["gated_ffn"] = ACTIVATIONS[activation]
-    scaled = document.get("scale_decoder_outputs")  # transformers 5; before, tying said it
-    config["scaled_head"] = scaled if isinstance(scaled, bool) else document.get("tie_word_embeddings") is not False
-    for theirs, (ours, default_id) in IDS.items():
-        config[ours] = _id(where, theirs, generation.get(theirs), document.get(theirs), default_id)
-    return config
-
-
-def _id(where: Path, name: str, first: Any, second: Any, default: int) -> Any:
-    value = second if first is None else first
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    return _number(where, name, value, default)
+    return {**config, **ids_of_folder(folder, document, config["vocab_size"])}
 
 
 def _number(where: Path, name: str, value: Any, default: Any) -> Any:
@@ -209,13 +210,17 @@ def _number(where: Path, name: str, value: Any, default: Any) -> Any:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, type(default))):
-        raise ConfigError(f"{where}: {name} should be a number, found {describe(value)}")
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise ConfigError(f"{where}: {name} should be {kind}, found {describe(value)}")
     return value
 
 
-def _embedding(foreign: Foreign, taken: Taken) -> mx.array:
+def _embedding(foreign: Foreign, taken: Taken, flags: HeadFlags) -> mx.array:
     """The table under any of its names; where there are several they must be the same."""
     names = [name for name in EMBEDDINGS if taken.has(name)]
+    if not names and taken.has(HEAD) and flags.major != 4:
+        # transformers 5 ties both ways: whichever of the names is stored serves for all.
+        return foreign.tensors[HEAD]
     if not names:
         raise CheckpointError(f"{foreign.path}: the tensor {EMBEDDINGS[0]!r} is missing")
     tables = [taken.take(name) for name in names]
@@ -225,23 +230,15 @@ def _embedding(foreign: Foreign, taken: Taken) -> mx.array:
     return tables[0]
 
 
-def _take_head(weights: dict[str, mx.array], taken: Taken, path: Path, *, may_be_tied: bool) -> bool:
-    """Take the output head; False where there is none of its own and the embeddings serve.
-
-    As in transformers: a head that differs from the embeddings is one, whatever the configuration says.
-    """
-    if not taken.has("lm_head.weight"):
-        if not may_be_tied:
-            raise CheckpointError(
-                f"{path}: the tensor 'lm_head.weight' is missing, and config.json has tie_word_embeddings false;"
-                " save it with T5ForConditionalGeneration"
-            )
-        return False
-    head, embedding = taken.take("lm_head.weight"), weights["embedding.weight"]
-    if head.shape == embedding.shape and mx.array_equal(head, embedding).item():
-        return False
-    weights["output.weight"] = head
-    return True
+def _take_head(weights: dict[str, mx.array], taken: Taken, path: Path, flags: HeadFlags) -> Head:
+    """Take what is stored under the head's name, and keep it where it is a head of its own."""
+    own: dict[str, mx.array] = {}
+    if taken.has(HEAD):
+        _take_linear(own, taken, "output", HEAD.removesuffix(".weight"))
+    head = choose_head(flags, stored_head(own.get("output.weight"), weights["embedding.weight"]), path)
+    if not head.tied:
+        weights.update(own)
+    return head
 
 
 def _take_stack(weights: dict[str, mx.array], taken: Taken, stack: str, layers: int, *, gated: bool) -> None:

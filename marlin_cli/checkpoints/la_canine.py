@@ -9,11 +9,11 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import canine, hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
+from marlin_cli.checkpoints.t5_ends import CONFIG
 from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, tensors_of
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
 
-CONFIG = hugging_face.CONFIG
 MODEL_TYPES = ("la-canine",)
 
 # The languages of the released checkpoints, in the order of their adapters.

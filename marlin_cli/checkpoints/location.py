@@ -1,42 +1,60 @@
 """Where a model lies: a path, the name of a shipped demo, or a repository on the Hugging Face hub."""
 
+import warnings
 from pathlib import Path
 
 from marlin_cli.config import did_you_mean
-from marlin_cli.errors import CheckpointError
+from marlin_cli.errors import AssumptionWarning, CheckpointError
 from marlin_cli.files import shipped
-from marlin_cli.text import one_line
+from marlin_cli.text import one_line, quoted
 
 # What a model repository may hold that is worth fetching.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.pt", "*.bin"]
 
+# Before a name that is a repository's on the hub, whatever lies here.
+HUB_PREFIX = "hf:"
+
 
 def locate_model(name: str) -> Path:
-    """The file or folder that `name` stands for: a path that exists, a shipped model, else `owner/name` on the hub.
+    """The file or folder that `name` stands for: a path that exists, a shipped model, or `hf:owner/name` on the hub.
+
+    `owner/name` alone asks the hub too, where nothing of that name is here; an `AssumptionWarning` says so first, for
+    it may be a misspelt path.
 
     Raises:
         CheckpointError: none of these, or the hub cannot be reached.
     """
+    if name.startswith(HUB_PREFIX):
+        return _fetch(name.removeprefix(HUB_PREFIX), name)
+    if not name or "\0" in name:
+        raise CheckpointError(f"{quoted(name)}: is no name of a model")
     path = Path(name).expanduser()
-    if path.exists():
-        return path
-    shipped_models = shipped("configs/models")
-    if (shipped_models / name / "config.json").is_file():
-        return shipped_models / name
+    try:
+        if path.exists():
+            return path
+        shipped_models = shipped("configs/models")
+        if (shipped_models / name / "config.json").is_file():
+            return shipped_models / name
+    except OSError as error:  # a name longer than names are
+        raise CheckpointError(f"{quoted(name)}: {error.strerror}") from None
     owner, _, repository = name.partition("/")
     if owner and repository and "/" not in repository and not name.startswith((".", "~")):
-        return _fetch(name)
+        warnings.warn(
+            f"{quoted(name)}: nothing of that name here; asking the Hugging Face hub ({HUB_PREFIX}{name} asks it at once)",
+            AssumptionWarning,
+            stacklevel=2,
+        )
+        return _fetch(name, name)
     known = sorted(folder.name for folder in shipped_models.iterdir() if (folder / "config.json").is_file())
     raise CheckpointError(f"{name}: no such file, folder or shipped model{did_you_mean(name, known)}")
 
 
-def _fetch(repository: str) -> Path:
+def _fetch(repository: str, name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{repository}: no such path here, and the Hugging Face hub did not give it: {one_line(error)[:200]}"
-        ) from None
+        where = "" if name.startswith(HUB_PREFIX) else "no such path here, and "
+        raise CheckpointError(f"{quoted(name)}: {where}the Hugging Face hub did not give it: {one_line(error)[:200]}") from None

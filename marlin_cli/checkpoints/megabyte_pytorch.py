@@ -6,11 +6,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken, heads_of_width
 from marlin_cli.errors import CheckpointError
+from marlin_cli.text import quoted
+
+MARKER = "to_logits.weight"  # a name that every one has, wherever it stands in a file
 
 HEAD_DIM = 64  # the constructor's default, where nothing reveals it
 PATCHES = 1024  # longest context in patches, where nothing reveals it
+ROPE_BASE = 10000.0  # no argument of its constructor changes it
+
+# Stages that a network may have; each has a start vector, and lengths of 1 are all that two thirds of them could be.
+MOST_STAGES = 18
 
 
 def recognises(tensors: Mapping[str, Any]) -> bool:
@@ -23,7 +30,8 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
 
     Widths, depths, patch sizes, the vocabulary, the feed-forward's width and both kinds of positions are read from
     shapes and keys. The width of a head is revealed by the rotary buffer alone; else it is `options.head_dim`, or
-    the stage's inner width over `options.heads`, or 64.
+    the stage's inner width over `options.heads`, or 64, which is then assumed; so is the longest context where there
+    are no learned positions.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of shapes that do not fit together.
@@ -32,10 +40,13 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     stages = len({name for name in tensors if re.fullmatch(r"start_tokens\.\d+", name)})
     if stages < 2:
         raise CheckpointError(f"{path}: MEGABYTE-pytorch with {stages} stage; two or more are needed")
+    if stages > MOST_STAGES:
+        raise CheckpointError(f"{path}: MEGABYTE-pytorch with {stages:,} stages, more than {MOST_STAGES}")
     taken = Taken(foreign)
     vocab, fine = foreign.shape("token_embs.0.weight", 2)
     dims = [foreign.shape(f"start_tokens.{stage}", 1)[0] for stage in range(stages)]
-    depths = [_depth(tensors, stage) for stage in range(stages)]
+    layers = {match[1] for name in tensors if (match := re.match(r"transformers\.([0-9]+\.layers\.[0-9]+)\.", name))}
+    depths = [sum(each.startswith(f"{stage}.") for each in layers) for stage in range(stages)]
     # token_embs run fine to coarse: number j embeds tokens of stage `stages - 1 - j`, of so many bytes each.
     token_bytes = [1] * stages
     for stage in range(stages - 1):
@@ -47,15 +58,23 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     if any(token_bytes[s] * lengths[s] != token_bytes[s - 1] or not lengths[s] for s in range(1, stages)):
         raise CheckpointError(f"{path}: the patch sizes {token_bytes} do not nest")
     learned = "pos_embs.0.weight" in tensors
-    rope = "transformers.0.rotary_emb.inv_freq" in tensors
+    rope = _frequencies(0) in tensors
+    assumed: dict[str, Any] = dict(foreign.assumed)
     if learned:
         patches = foreign.shape("pos_embs.0.weight", 2)[0]
+    elif options.max_bytes is not None:
+        patches = options.max_bytes // token_bytes[0]
     else:
-        patches = (options.max_bytes or PATCHES * token_bytes[0]) // token_bytes[0]
+        patches = PATCHES
+        assumed["max_bytes"] = patches * token_bytes[0]
     inner = [foreign.shape(f"transformers.{stage}.layers.0.0.to_q.weight", 2)[0] for stage in range(stages)]
     head_dim = _head_dim(foreign, options, inner[0])
     if head_dim < 1 or any(width % head_dim for width in inner):
-        raise CheckpointError(f"{path}: heads {head_dim} wide do not divide an attention {inner[0]} wide; give heads")
+        raise CheckpointError(f"{path}: heads {quoted(head_dim)} wide do not divide an attention {inner[0]} wide; give heads")
+    if rope:
+        _check_frequencies(foreign, stages, head_dim)
+    elif options.head_dim is None and options.heads is None:
+        assumed["heads"] = inner[0] // head_dim
     ffn = [foreign.shape(f"transformers.{stage}.layers.0.1.1.weight", 2)[0] for stage in range(stages)]
     positions = "+".join(kind for kind, there in (("learned", learned), ("rope", rope)) if there) or "none"
     config: dict[str, Any] = {
@@ -93,7 +112,20 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         weights[f"output.{kind}"] = taken.take(f"to_logits.{kind}")
     taken.drop("rotary_emb.inv_freq")
     taken.finish()
-    return Checkpoint(path, "megabyte_pytorch", config, weights)
+    return Checkpoint(path, "megabyte_pytorch", config, weights, assumed=assumed)
+
+
+def possible_heads(foreign: Foreign) -> list[int]:
+    """Numbers of heads that the shapes allow, the one that is revealed alone.
+
+    Raises:
+        CheckpointError: tensors that are missing or misshapen.
+    """
+    queries = [name for name in foreign.tensors if name.endswith(".layers.0.0.to_q.weight")]
+    inner, *others = (foreign.shape(name, 2)[0] for name in sorted(queries))
+    if _frequencies(0) in foreign.tensors:
+        return [max(inner // _head_dim(foreign, ImportOptions(), inner), 1)]
+    return heads_of_width(inner, *others)
 
 
 def _name(stage: int, stages: int, part: str) -> str:
@@ -140,18 +172,30 @@ def _stage_fields(name: str, dim: int, layers: int, heads: int, head_dim: int, f
     return {f"{name}_{field}": value for field, value in {**fields, "positions": positions}.items()}
 
 
+def _frequencies(stage: int) -> str:
+    return f"transformers.{stage}.rotary_emb.inv_freq"
+
+
+def _check_frequencies(foreign: Foreign, stages: int, head_dim: int) -> None:
+    """See that every stage rotates by the same frequencies, those that marlin computes anew."""
+    expected = ROPE_BASE ** -(mx.arange(0, head_dim, 2) / head_dim)
+    for stage in range(stages):
+        (count,) = foreign.shape(_frequencies(stage), 1)
+        # Stored in 8 bits of precision at least.
+        if count != head_dim // 2 or not mx.allclose(foreign.tensors[_frequencies(stage)], expected, rtol=1e-2, atol=0).item():
+            raise CheckpointError(
+                f"{foreign.path}: {quoted(_frequencies(stage))} is not that of heads {head_dim} wide and base {ROPE_BASE:g}"
+            )
+
+
 def _head_dim(foreign: Foreign, options: ImportOptions, inner: int) -> int:
-    if "transformers.0.rotary_emb.inv_freq" in foreign.tensors:
-        return 2 * foreign.shape("transformers.0.rotary_emb.inv_freq", 1)[0]
+    if _frequencies(0) in foreign.tensors:
+        return 2 * foreign.shape(_frequencies(0), 1)[0]
     if options.head_dim is not None:
         return options.head_dim
     if options.heads is None:
         return HEAD_DIM
+    assert options.heads != "auto"  # `read_checkpoint` asks for a number
     if options.heads < 1 or inner % options.heads:
-        raise CheckpointError(f"{foreign.path}: {options.heads} heads do not divide an attention {inner} wide")
+        raise CheckpointError(f"{foreign.path}: {quoted(options.heads)} heads do not divide an attention {inner} wide")
     return inner // options.heads
-
-
-def _depth(tensors: Mapping[str, Any], stage: int) -> int:
-    pattern = re.compile(rf"transformers\.{stage}\.layers\.(\d+)\.")
-    return len({match[1] for name in tensors if (match := pattern.match(name))})

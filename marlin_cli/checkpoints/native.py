@@ -8,6 +8,7 @@ from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, read_object, shards_of_index, take_table
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.tensor_files import read_safetensors
+from marlin_cli.text import quoted
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -47,11 +48,11 @@ def read(path: Path) -> Checkpoint:
         raise ConfigError(f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing")
     marlin = take_table(config, "marlin", folder / CONFIG)
     weights: dict[str, mx.array] = {}
-    for file in [path] if path.is_file() else weight_files(folder):
+    for file in weight_files(folder) if path.is_dir() else [path]:
         arrays, _ = read_safetensors(file)
         twice = sorted(arrays.keys() & weights.keys())
         if twice:
-            raise CheckpointError(f"{file}: {twice[0]!r} stands in another shard too")
+            raise CheckpointError(f"{file}: {quoted(twice[0])} stands in another shard too")
         weights.update(arrays)
     if packing is not None:
         weights, quantization = nvfp4.under_mlx_names(weights, packing, path), dict(nvfp4.TABLE)
@@ -61,7 +62,7 @@ def read(path: Path) -> Checkpoint:
 def files(path: Path) -> list[Path]:
     """All files that a model consists of, config.json first."""
     folder = path if path.is_dir() else path.parent
-    return [folder / CONFIG, *([path] if path.is_file() else weight_files(folder))]
+    return [folder / CONFIG, *(weight_files(folder) if path.is_dir() else [path])]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError
+from marlin_cli.text import quoted
 
 GROUP_SIZE = 16
 
@@ -28,6 +29,9 @@ FORMAT = "nvfp4-pack-quantized"  # compressed-tensors' name of it
 
 # ModelOpt's own file beside config.json, which older versions write instead of a table in it.
 MODELOPT_CONFIG = "hf_quant_config.json"
+
+# Formats of a table that an error names.
+MOST_FORMATS = 4
 
 # Ends of names that say how inputs or caches were packed.
 ACTIVATIONS = (".input_global_scale", ".input_scale", ".k_scale", ".v_scale")
@@ -51,25 +55,31 @@ def packing_of(document: Mapping[str, Any], folder: Path) -> str | None:
     method = table["quant_method"]
     if method == COMPRESSED_TENSORS:
         found = _formats(table)
-        if found == {FORMAT}:
+        if found == [FORMAT]:
             return COMPRESSED_TENSORS
     else:
-        found = {str(table.get("quant_algo"))}
-        if method == MODELOPT and found == {"NVFP4"}:
+        found = [table.get("quant_algo")]
+        if method == MODELOPT and found == ["NVFP4"]:
             return MODELOPT
-    named = "" if found == {"None"} else f" as {', '.join(sorted(found))}"
+    named = "" if found == [None] else f" as {', '.join(map(quoted, found))}"
     raise CheckpointError(
-        f"{folder}: packed by {method}{named}; marlin reads {FORMAT} of {COMPRESSED_TENSORS}, NVFP4"
+        f"{folder}: packed by {quoted(method)}{named}; marlin reads {FORMAT} of {COMPRESSED_TENSORS}, NVFP4"
         f" of {MODELOPT}, and MLX's packing; take the model as it was before"
     )
 
 
-def _formats(table: Mapping[str, Any]) -> set[str]:
-    """Formats of all groups; a group without one has that of the table."""
-    whole, groups = str(table.get("format")), table.get("config_groups")
+def _formats(table: Mapping[str, Any]) -> list[Any]:
+    """Formats of all groups, each once; a group without one has that of the table."""
+    whole, groups = table.get("format"), table.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
-        return {whole}
-    return {str((group.get("format") if isinstance(group, Mapping) else None) or whole) for group in groups.values()}
+        return [whole]
+    found: list[Any] = []
+    for group in groups.values():
+        each = (group.get("format") if isinstance(group, Mapping) else None) or whole
+        each = each if isinstance(each, str) else quoted(each)
+        if each not in found and len(found) < MOST_FORMATS:
+            found.append(each)
+    return found
 
 
 def under_mlx_names(tensors: Mapping[str, mx.array], packing: str, where: Path) -> dict[str, mx.array]:
@@ -88,22 +98,23 @@ def under_mlx_names(tensors: Mapping[str, mx.array], packing: str, where: Path) 
         packed, scales = (_of_bytes(tensors, f"{base}{end}", where) for end in (codes, ".weight_scale"))
         if packed.shape != (scales.shape[0], scales.shape[1] * GROUP_SIZE // 2):
             raise CheckpointError(
-                f"{where}: {base + codes!r} of shape {list(packed.shape)} does not fit scales of shape {list(scales.shape)}"
+                f"{where}: {quoted(base + codes)} of shape {list(packed.shape)} does not fit scales of"
+                f" shape {list(scales.shape)}"
             )
         result[f"{base}.weight"] = packed.view(mx.uint32)
         result[f"{base}.scales"] = scales
-        result[f"{base}.global_scale"] = _factor(tensors[base + scale], packing, f"{where}: {base + scale!r}")
+        result[f"{base}.global_scale"] = _factor(tensors[base + scale], packing, f"{where}: {quoted(base + scale)}")
     return result
 
 
 def _of_bytes(tensors: Mapping[str, mx.array], name: str, where: Path) -> mx.array:
     tensor = tensors.get(name)
     if tensor is None:
-        raise CheckpointError(f"{where}: the tensor {name!r} is missing")
+        raise CheckpointError(f"{where}: the tensor {quoted(name)} is missing")
     # MLX reads float8 as the bytes that it consists of.
     if tensor.dtype != mx.uint8 or tensor.ndim != 2 or tensor.size == 0:
         kind = str(tensor.dtype).removeprefix("mlx.core.")
-        raise CheckpointError(f"{where}: {name!r} is {kind} of shape {list(tensor.shape)}, expected a matrix of bytes")
+        raise CheckpointError(f"{where}: {quoted(name)} is {kind} of shape {list(tensor.shape)}, expected a matrix of bytes")
     return tensor
 
 
@@ -131,7 +142,9 @@ def under_compressed_tensors_names(weights: Mapping[str, mx.array]) -> dict[str,
             result[name] = (_TYPES[array.dtype], array)
         elif last == "weight":
             if scales.dtype != mx.uint8 or array.shape[1] * 8 != scales.shape[1] * GROUP_SIZE:
-                raise CheckpointError(f"{base!r} is not packed as nvfp4; {COMPRESSED_TENSORS} is written with nvfp4 alone")
+                raise CheckpointError(
+                    f"{quoted(base)} is not packed as nvfp4; {COMPRESSED_TENSORS} is written with nvfp4 alone"
+                )
             factor = weights.get(f"{base}.global_scale", mx.array(1.0))
             result[f"{base}.weight_packed"] = ("U8", array.view(mx.uint8))
             result[f"{base}.weight_scale"] = ("F8_E4M3", scales)

@@ -8,12 +8,21 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken, heads_of_width
 from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError
+from marlin_cli.text import quoted
+
+MARKER = "global_token_embedding.weight"  # a name that every one has, wherever it stands in a file
 
 ACTIVATIONS = {"ReLU": "relu", "GELU": "gelu_tanh", "SiLU": "silu"}
 NORMS = {"LayerNorm": "layernorm", "RMSNorm": "variance"}  # its RMSNorm divides by the deviation, not the mean square
+
+
+# Where queries and keys are normalised; its length is the width of a head.
+QUERY_NORM = "global_blocks.0.attention.Q_layer_norm.scale"
+
+FIRST_BYTE = 255  # what leads where there are no pads
 
 
 @dataclass(frozen=True)
@@ -54,18 +63,21 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     """
     path = foreign.path
     said = _said(foreign, options)
+    assumed = dict(foreign.assumed)
     if said.sparse_attention:
         raise CheckpointError(f"{path}: was trained with sparse_attention, which marlin does not run")
     if said.tokenizer is not None:
-        raise CheckpointError(f"{path}: was trained on tokens of {said.tokenizer!r}; marlin runs models of bytes")
+        raise CheckpointError(f"{path}: was trained on tokens of {quoted(said.tokenizer)}; marlin runs models of bytes")
     total, byte_dim = foreign.shape("global_position_encoding", 2)
     patch_size, local_dim = foreign.shape("local_position_encoding", 2)
     vocab_rows, _ = foreign.shape("global_token_embedding.weight", 2)
     widths = {"global": byte_dim * patch_size, "local": local_dim}
     head_dim = said.d_key
     if head_dim < 1 or any(width % head_dim for width in widths.values()):
-        raise CheckpointError(f"{path}: heads {head_dim} wide do not divide {widths['global']} and {local_dim}; give head_dim")
-    qk_norm = "global_blocks.0.attention.Q_layer_norm.scale" in foreign.tensors
+        raise CheckpointError(
+            f"{path}: heads {quoted(head_dim)} wide do not divide {widths['global']} and {local_dim}; give head_dim"
+        )
+    qk_norm = QUERY_NORM in foreign.tensors
     vocab_size = vocab_rows if said.vocab_size is None else said.vocab_size
     config: dict[str, Any] = {
         "model_type": "megabyte",
@@ -80,11 +92,15 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         "qk_norm": qk_norm,
         "rope_interleaved": True,
         "start_tokens": "global_pad" in foreign.tensors,
-        "bos_byte": 255 if said.BOS is None else said.BOS,
+        "bos_byte": FIRST_BYTE if said.BOS is None else said.BOS,
         "attention_window": said.attention_window,
         # Its muTransfer multiplies queries by head_dim ** -0.5 before an attention that does so too.
         "attention_scale": 1.0 / head_dim if said.init == "muTransfer" and not qk_norm else None,
     }
+    told = foreign.beside.get("model_config") or {}
+    if "init" not in told and options.attention_scale is not None:
+        config["attention_scale"] = options.attention_scale
+    assumed |= _assumed(config, options, told, widths["global"] // head_dim, rope=said.rope)
     taken = Taken(foreign)
     weights: dict[str, mx.array] = {}
     for kind, width in widths.items():
@@ -116,44 +132,83 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     # The head is padded to a multiple of 64 rows that no id has.
     weights["output.weight"] = taken.take("logits.logits_linear.weight")[:vocab_size]
     taken.finish()
-    return Checkpoint(path, "paper", config, weights)
+    return Checkpoint(path, "paper", config, weights, assumed=assumed)
+
+
+def possible_heads(foreign: Foreign) -> list[int]:
+    """Numbers of heads that the shapes allow, the one that is revealed alone.
+
+    Raises:
+        CheckpointError: tensors that are missing or misshapen.
+        ConfigError: an option of model_config with an unknown value.
+    """
+    width = _width(foreign)
+    if foreign.beside.get("model_config") is not None or QUERY_NORM in foreign.tensors:
+        return [max(width // max(_said(foreign, ImportOptions()).d_key, 1), 1)]
+    grouped = [f"{kind}_blocks.0.attention.KV_linear.weight" for kind in ("global", "local")]
+    keys = [foreign.shape(name, 2)[0] // 2 for name in grouped if name in foreign.tensors]
+    return heads_of_width(width, foreign.shape("local_position_encoding", 2)[1], *keys)
+
+
+def _assumed(
+    config: Mapping[str, Any], options: ImportOptions, told: Mapping[str, Any], heads: int, *, rope: bool
+) -> dict[str, Any]:
+    """Options that neither model_config (`told`) nor the caller tells, nor a shape."""
+    values: dict[str, tuple[str, Any]] = {
+        "activation": ("nonlinear", config["ffn"]),
+        "norm": ("layer_norm", config["norm"]),
+        "rope": ("rope", rope),
+        "attention_window": ("attention_window", 0),
+    }
+    if not config["qk_norm"]:
+        values["attention_scale"] = ("init", (config["byte_dim"] * config["patch_size"] // heads) ** -0.5)
+        if options.head_dim is None:
+            values["heads"] = ("d_key", heads)
+    if not config["start_tokens"]:
+        values["bos_byte"] = ("BOS", config["bos_byte"])
+    return {name: value for name, (theirs, value) in values.items() if theirs not in told and getattr(options, name) is None}
 
 
 def _said(foreign: Foreign, options: ImportOptions) -> ModelConfig:
     """The options of a checkpoint: its own model_config, else the importer's, else the constructor's defaults."""
     path = foreign.path
     names = [field.name for field in dataclasses.fields(ModelConfig)]
+    values: dict[str, Any] = {
+        "d_key": options.head_dim or _revealed_head_dim(foreign, options),
+        "nonlinear": _their_name(foreign, "activation", ACTIVATIONS, options.activation),
+        "layer_norm": _their_name(foreign, "norm", NORMS, options.norm),
+        "rope": options.rope,
+        "BOS": options.bos_byte,
+    }
+    values = {name: value for name, value in values.items() if value is not None}
     config = foreign.beside.get("model_config")
     if config is not None:
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: its model_config is a {type(config).__name__}, expected a table")
-        values = {name: config[name] for name in names if name in config}
-        for name, value in values.items():
+        said = {name: config[name] for name in names if name in config}
+        for name, value in said.items():
             if not isinstance(value, (str, int, float, type(None))):
-                raise CheckpointError(f"{path}: its model_config has a {type(value).__name__} as {name!r}")
-    else:
-        values = {
-            "d_key": options.head_dim or _revealed_head_dim(foreign, options),
-            "nonlinear": _their_name(foreign, "activation", ACTIVATIONS, options.activation),
-            "layer_norm": _their_name(foreign, "norm", NORMS, options.norm),
-            "rope": options.rope,
-        }
-        values = {name: value for name, value in values.items() if value is not None}
+                raise CheckpointError(f"{path}: its model_config has a {type(value).__name__} as {quoted(name)}")
+        values |= said
     if options.attention_window is not None:
-        values["attention_window"] = options.attention_window
+        values["attention_window"] = options.attention_window or None
     return from_mapping(ModelConfig, values, f"{path}: model_config")
 
 
 def _revealed_head_dim(foreign: Foreign, options: ImportOptions) -> int | None:
-    scale = "global_blocks.0.attention.Q_layer_norm.scale"
-    if scale in foreign.tensors:
-        return foreign.shape(scale, 1)[0]
+    if QUERY_NORM in foreign.tensors:
+        return foreign.shape(QUERY_NORM, 1)[0]
     if options.heads is None:
         return None
-    width = foreign.shape("global_position_encoding", 2)[1] * foreign.shape("local_position_encoding", 2)[0]
+    assert options.heads != "auto"  # `read_checkpoint` asks for a number
+    width = _width(foreign)
     if options.heads < 1 or width % options.heads:
-        raise CheckpointError(f"{foreign.path}: {options.heads} heads do not divide a width of {width}")
+        raise CheckpointError(f"{foreign.path}: {quoted(options.heads)} heads do not divide a width of {width}")
     return width // options.heads
+
+
+def _width(foreign: Foreign) -> int:
+    return foreign.shape("global_position_encoding", 2)[1] * foreign.shape("local_position_encoding", 2)[0]
 
 
 def _their_name(foreign: Foreign, option: str, names: Mapping[str, str], value: str | None) -> str | None:
@@ -161,7 +216,7 @@ def _their_name(foreign: Foreign, option: str, names: Mapping[str, str], value: 
         return None
     ours = {ours: theirs for theirs, ours in names.items()}
     if value not in ours:
-        raise CheckpointError(f"{foreign.path}: {option} {value!r} is not one of {', '.join(ours)}")
+        raise CheckpointError(f"{foreign.path}: {option} {quoted(value)} is not one of {', '.join(ours)}")
     return ours[value]
 
 
@@ -185,4 +240,4 @@ def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target:
 
 
 def _depth(tensors: Mapping[str, Any], kind: str) -> int:
-    return len({match[1] for name in tensors if (match := re.match(rf"{kind}_blocks\.(\d+)\.", name))})
+    return len({match[1] for name in tensors if (match := re.match(rf"{kind}_blocks\.([0-9]+)\.", name))})

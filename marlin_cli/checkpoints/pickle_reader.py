@@ -16,6 +16,12 @@ from marlin_cli.text import one_line
 # The widest whole number that anything in a checkpoint needs; longer ones only make work.
 MAX_INTEGER_BITS = 128
 
+# Opcodes of a state dict: some 32 a tensor, so that these are enough for 12,000. Each costs time and memory.
+MAX_OPCODES = 400_000
+
+# Entries of a shape, strides, or a storage's description: tuples that a few bytes can name again and again.
+MAX_ENTRIES = 64
+
 
 @dataclass(frozen=True)
 class Name:
@@ -60,6 +66,8 @@ def _rebuilt_tensor(arguments: tuple[Any, ...]) -> TensorReference:
     storage, offset, shape, strides = arguments[:4]
     if not isinstance(storage, StorageReference) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise _Refusal("a tensor is not described as torch describes it")
+    if max(len(shape), len(strides)) > MAX_ENTRIES:
+        raise _Refusal(f"a tensor has {max(len(shape), len(strides)):,} dimensions")
     if len(shape) != len(strides):
         raise _Refusal(f"a tensor has {len(shape)} dimensions and {len(strides)} strides")
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in (offset, *shape, *strides)):
@@ -83,6 +91,8 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(arguments) != 1 or not isinstance(arguments[0], (tuple, list)):
         raise _Refusal("a torch.Size is not made of a tuple")
+    if len(arguments[0]) > MAX_ENTRIES:
+        raise _Refusal(f"a torch.Size of {len(arguments[0]):,} dimensions")
     return tuple(arguments[0])
 
 
@@ -135,7 +145,9 @@ def read_pickle(stream: BytesIO, where: str) -> Any:
     """
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(stream):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count == MAX_OPCODES:
+                raise _Refusal(f"its pickle has more than {MAX_OPCODES:,} instructions; {ADVICE}")
             machine.step(opcode.name, argument)
         return machine.result()
     except _Refusal as refusal:
@@ -261,7 +273,7 @@ def _known(module: Any, name: Any) -> Name:
 
 def _storage(reference: Any) -> StorageReference:
     """What `torch.save` writes for a storage: ("storage", class, key, device, elements)."""
-    if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
+    if not isinstance(reference, tuple) or not 5 <= len(reference) <= MAX_ENTRIES or reference[0] != "storage":
         raise _Refusal("its pickle refers to something other than a storage")
     _, kind, key, _, elements, *view = reference
     if not isinstance(kind, Name) or kind.name not in STORAGE_KINDS:

@@ -15,9 +15,11 @@ import numpy as np
 
 from marlin_cli.checkpoints.pickle_reader import StorageReference, TensorReference, read_pickle
 from marlin_cli.errors import CheckpointError
-from marlin_cli.text import one_line
+from marlin_cli.files import check_regular
+from marlin_cli.text import one_line, quoted
 
 MAX_PICKLE_BYTES = 16 << 20  # names and shapes alone, some 250 bytes a tensor
+MAX_DIRECTORY_BYTES = 4 << 20  # of a zip file: some 60 bytes a tensor
 MAX_DIMENSIONS = 8
 # Tensors may share storages, as tied weights do; many views of one storage would fill the memory.
 MAX_EXPANSION = 4
@@ -62,6 +64,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        check_regular(path, CheckpointError)
         try:
             with path.open("rb") as file:
                 magic = file.read(len(LEGACY_MAGIC))
@@ -95,24 +98,24 @@ class TorchFile:
         storage, shape = reference.storage, reference.shape
         extent = self._extents.get(storage.key)
         if extent is None:
-            raise CheckpointError(f"{self._path}: the bytes of {name!r} (storage {storage.key[:40]!r}) are missing")
+            raise CheckpointError(f"{self._path}: the bytes of {quoted(name)} (storage {quoted(storage.key)}) are missing")
         if extent.size != storage.elements * ELEMENTS[storage.kind].itemsize:
             raise CheckpointError(
-                f"{self._path}: the storage of {name!r} has {extent.size:,} bytes, not the {storage.elements:,}"
+                f"{self._path}: the storage of {quoted(name)} has {extent.size:,} bytes, not the {storage.elements:,}"
                 f" elements of a {storage.kind}; fetch it again"
             )
         if len(shape) > MAX_DIMENSIONS:
-            raise CheckpointError(f"{self._path}: {name!r} has {len(shape)} dimensions, more than any weight")
+            raise CheckpointError(f"{self._path}: {quoted(name)} has {len(shape)} dimensions, more than any weight")
         count = math.prod(shape)
         steps = zip(shape, reference.strides, strict=True)
         last = reference.offset + sum((size - 1) * stride for size, stride in steps) if count else 0
         # A stride of zero can make a huge tensor of a small storage; no state dict has one.
         if count > storage.elements or (count and last >= storage.elements):
-            raise CheckpointError(f"{self._path}: {name!r} of shape {list(shape)} reaches beyond its storage")
+            raise CheckpointError(f"{self._path}: {quoted(name)} of shape {list(shape)} reaches beyond its storage")
         if extent.crc is not None and storage.key not in self._checked:
             with memoryview(self._bytes) as view, view[extent.start : extent.start + extent.size] as data:
                 if zlib.crc32(data) != extent.crc:
-                    raise CheckpointError(f"{self._path}: the bytes of {name!r} fail their checksum; fetch it again")
+                    raise CheckpointError(f"{self._path}: the bytes of {quoted(name)} fail their checksum; fetch it again")
             self._checked.add(storage.key)
 
     def _array(self, reference: TensorReference) -> mx.array:
@@ -133,33 +136,67 @@ class TorchFile:
 
 def _open_zip(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, _Extent]]:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(_Bounded(path, file)) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path}: damaged zip file: {one_line(error)}; fetch it again") from None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: damaged zip file: {one_line(error)[:120]}; fetch it again") from None
     extents: dict[str, _Extent] = {}
     for entry in entries:
         # torch stores entries as they are; a packed one is a bomb, or of another tool.
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-            raise CheckpointError(f"{path}: the entry {entry.filename!r} is compressed or encrypted, torch.save does neither")
+            raise CheckpointError(
+                f"{path}: the entry {quoted(entry.filename)} is compressed or encrypted, torch.save does neither"
+            )
         if entry.filename in extents:
-            raise CheckpointError(f"{path}: the entry {entry.filename!r} stands there twice")
+            raise CheckpointError(f"{path}: the entry {quoted(entry.filename)} stands there twice")
         extents[entry.filename] = _extent_of(path, file, size, entry)
+    _check_apart(path, entries, extents)
     pickles = [name for name in extents if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
         raise CheckpointError(f"{path}: a zip file with {len(pickles)} data.pkl, expected one; not of torch.save")
     root = pickles[0].removesuffix("data.pkl")
     order = extents.get(f"{root}byteorder")
-    if order is not None and _bytes_at(path, file, order).strip() != b"little":
+    if order is not None and _bytes_at(path, file, order, "byteorder").strip() != b"little":
         raise CheckpointError(f"{path}: stored in another byte order than little-endian; save it on another machine")
-    document = read_pickle(io.BytesIO(_bytes_at(path, file, extents[pickles[0]])), str(path))
+    document = read_pickle(io.BytesIO(_bytes_at(path, file, extents[pickles[0]], "data.pkl")), str(path))
     prefix = f"{root}data/"
     return document, {name.removeprefix(prefix): extent for name, extent in extents.items() if name.startswith(prefix)}
 
 
+class _Bounded:
+    """A file for `zipfile`, which would read a directory of any size at once."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """As of a file.
+
+        Raises:
+            CheckpointError: more bytes than any directory has.
+        """
+        data = self._file.read(MAX_DIRECTORY_BYTES + 1 if size < 0 else min(size, MAX_DIRECTORY_BYTES + 1))
+        if len(data) > MAX_DIRECTORY_BYTES:
+            raise CheckpointError(
+                f"{self._path}: its list of entries has more than {MAX_DIRECTORY_BYTES:,} bytes; not of torch.save"
+            )
+        return data
+
+
+def _check_apart(path: Path, entries: list[zipfile.ZipInfo], extents: Mapping[str, _Extent]) -> None:
+    """Entries that share bytes make a large document of a small file."""
+    end, before = 0, ""
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise CheckpointError(f"{path}: the entries {quoted(before)} and {quoted(entry.filename)} overlap; fetch it again")
+        extent = extents[entry.filename]
+        end, before = extent.start + extent.size, entry.filename
+
+
 def _extent_of(path: Path, file: BinaryIO, size: int, entry: zipfile.ZipInfo) -> _Extent:
     """Where the data of a stored entry begin: behind its local header, whose two last fields have variable length."""
-    damaged = CheckpointError(f"{path}: the entry {entry.filename!r} lies outside the zip file; fetch it again")
+    damaged = CheckpointError(f"{path}: the entry {quoted(entry.filename)} lies outside the zip file; fetch it again")
     if not 0 <= entry.header_offset <= size - ZIP_LOCAL_HEADER_BYTES:
         raise damaged
     file.seek(entry.header_offset)
@@ -173,13 +210,13 @@ def _extent_of(path: Path, file: BinaryIO, size: int, entry: zipfile.ZipInfo) ->
     return _Extent(start, entry.file_size, entry.CRC)
 
 
-def _bytes_at(path: Path, file: BinaryIO, extent: _Extent) -> bytes:
+def _bytes_at(path: Path, file: BinaryIO, extent: _Extent, name: str) -> bytes:
     if extent.size > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{path}: a pickle of {extent.size:,} bytes is no state dict")
+        raise CheckpointError(f"{path}: its {name} has {extent.size:,} bytes, more than a state dict's")
     file.seek(extent.start)
     data = file.read(extent.size)
     if zlib.crc32(data) != extent.crc:
-        raise CheckpointError(f"{path}: its data.pkl fails its checksum; fetch the file again")
+        raise CheckpointError(f"{path}: its {name} fails its checksum; fetch the file again")
     return data
 
 
@@ -199,11 +236,11 @@ def _open_legacy(path: Path, file: BinaryIO, size: int) -> tuple[Any, dict[str, 
         file.seek(position)
         elements = int.from_bytes(file.read(8), "little")
         if key not in kinds:
-            raise CheckpointError(f"{path}: no tensor says what the storage {key[:40]!r} holds")
+            raise CheckpointError(f"{path}: no tensor says what the storage {quoted(key)} holds")
         length = elements * ELEMENTS[kinds[key]].itemsize
         position += 8
         if position + length > size:
-            raise CheckpointError(f"{path}: is cut short: the storage {key[:40]!r} ends beyond it; fetch it again")
+            raise CheckpointError(f"{path}: is cut short: the storage {quoted(key)} ends beyond it; fetch it again")
         extents[key] = _Extent(position, length, None)
         position += length
     return document, extents

@@ -1,5 +1,6 @@
 """What importers of transformers' folders share: config.json with known fields, and every tensor of the weights files."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.checkpoints.foreign import Foreign, Taken, read_foreign
-from marlin_cli.checkpoints.hugging_face import CONFIG, SUFFIXES, weight_files
+from marlin_cli.checkpoints.hugging_face import SUFFIXES, weight_files
+from marlin_cli.checkpoints.t5_ends import CONFIG
+from marlin_cli.checkpoints.t5_head import HEAD, Head, choose_head, head_flags, stored_head
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.text import quoted
 
 # transformers' fields -> marlin's, with the values of fields that a file leaves out.
 Fields = Mapping[str, tuple[str, Any]]
@@ -35,7 +39,7 @@ def tensors_of(path: Path, dropped: Callable[[str], bool] = lambda name: False) 
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
             if name in tensors:
-                raise CheckpointError(f"{file}: {name!r} stands in another shard too")
+                raise CheckpointError(f"{file}: {quoted(name)} stands in another shard too")
             if not dropped(name):
                 tensors[name] = tensor
     return Foreign(path, tensors)
@@ -71,19 +75,21 @@ def check_layers(path: Path, foreign: Foreign, layers: int) -> None:
         CheckpointError: a layer has several tensors; the file has fewer than one for each.
     """
     if layers > len(foreign.tensors):
-        raise CheckpointError(f"{path}: {CONFIG} asks for {layers:,} layers, the file holds {len(foreign.tensors)} tensors")
+        raise CheckpointError(
+            f"{path}: {CONFIG} asks for {quoted(layers)} layers, the file holds {len(foreign.tensors)} tensors"
+        )
 
 
-def take_tied_head(taken: Taken, path: Path, embedding: mx.array, *, tied: bool) -> None:
-    """Take the output head of a model that uses its embeddings for one, where the file holds them twice.
+def take_head(taken: Taken, path: Path, document: Mapping[str, Any], weights: dict[str, mx.array]) -> Head:
+    """Take the head of a relative of T5, by T5's rules, into `weights` where it is one of its own.
 
     Raises:
-        CheckpointError: it is another table than the embeddings.
+        CheckpointError: it should be one of its own, which is not stored.
+        ConfigError: a flag that is neither true nor false.
     """
-    if tied and taken.has("lm_head.weight"):
-        head = taken.take("lm_head.weight")
-        if head.shape != embedding.shape or not mx.array_equal(head, embedding).item():
-            raise CheckpointError(
-                f"{path}: 'lm_head.weight' differs from the embeddings, and {CONFIG} ties the two or does not say;"
-                " set tie_word_embeddings false if the head is one of its own"
-            )
+    flags = dataclasses.replace(head_flags(document, path / CONFIG if path.is_dir() else path.parent / CONFIG), model_type="t5")
+    own = taken.take(HEAD) if taken.has(HEAD) else None
+    head = choose_head(flags, stored_head(own, weights["embedding.weight"]), path)
+    if not head.tied and own is not None:
+        weights["output.weight"] = own
+    return head

@@ -1,4 +1,4 @@
-"""What `marlin generate` does with ByT5: inputs in, in batches, and their answers out in the order of the inputs."""
+"""What `marlin generate` does with ByT5: one answer as it is decoded, or inputs in batches and answers in their order."""
 
 import base64
 import itertools
@@ -10,18 +10,25 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from marlin_cli import console
 from marlin_cli.api import decode
 from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
+from marlin_cli.commands.writers import TerminalView, is_viewed, write_stream
 from marlin_cli.engine.answering import Answer, AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_with_sentinels
 
 
 @dataclass(frozen=True)
 class Request:
-    """How inputs are answered, and how answers are written."""
+    """How inputs are answered, and how answers are written.
+
+    Raises:
+        UsageError: beams that would be sampled.
+    """
 
     limits: AnswerLimits
     sampling: Sampling
@@ -29,6 +36,11 @@ class Request:
     input_prefix: bytes  # goes before every input
     sentinels: bool
     json: bool  # one object an answer, else its bytes and a line feed
+    raw: bool = False  # bytes as they are, on a terminal too
+
+    def __post_init__(self) -> None:
+        if self.beams is not None and self.sampling.temperature:
+            raise UsageError("--beams and a --temperature above 0 do not go together; choose one")
 
 
 def inputs_of(text: str | None, file: str | None, hexadecimal: str | None, prompts: str | None) -> Iterable[Prompt]:
@@ -46,10 +58,17 @@ def inputs_of(text: str | None, file: str | None, hexadecimal: str | None, promp
 
 
 def run(model: ByT5Model, request: Request, inputs: Iterable[Prompt], batch_size: int) -> None:
-    """Answer inputs in batches and write the answers, the n best of an input one after the other.
+    """Answer inputs and write the answers, the n best of an input one after the other.
 
-    A batch is what has come, `batch_size` at most: a slow pipe is answered line by line.
+    The only answer to the only input goes out byte by byte, but for beams, which are not known before their end.
+        A batch is what has come, `batch_size` at most: a slow pipe is answered line by line.
     """
+    if isinstance(inputs, list) and len(inputs) == 1 and request.beams is None and not request.json:
+        data = request.input_prefix + inputs[0].data
+        pieces = model.pieces([data], request.limits, request.sampling, sentinels=request.sentinels)
+        summary = write_stream(pieces, raw=request.raw, ends_line=True)
+        console.note_to_terminal(f"{len(data)} bytes in, {summary}, on {model.device.name}")
+        return
     index = 0
     for batch in _batches(inputs, batch_size):
         inputs_of_batch = [request.input_prefix + each.data for each in batch]
@@ -58,9 +77,9 @@ def run(model: ByT5Model, request: Request, inputs: Iterable[Prompt], batch_size
             for each in answers:
                 data = bytes_with_sentinels(each.ids) if request.sentinels else each.data
                 if request.json:
-                    line = json.dumps(_document(index, prompt, each, data), ensure_ascii=True).encode("ascii")
+                    line = json.dumps(_document(index, prompt, each, data), ensure_ascii=True, allow_nan=False).encode("ascii")
                 else:
-                    line = data
+                    line = TerminalView.whole(data) if is_viewed(raw=request.raw) else data
                 sys.stdout.buffer.write(line + b"\n")
             index += 1
         sys.stdout.buffer.flush()

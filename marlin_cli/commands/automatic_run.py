@@ -47,7 +47,7 @@ def automatic_settings(
     """`settings` with a format for each layer, the mean of which is at most the target; written to `recipe`.
 
     Raises:
-        UsageError: pairs for a MegaByte, or corpora that hold no window.
+        UsageError: corpora that hold no window.
         QuantizationError: a target below what the smallest formats need; or an encoder alone.
     """
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
@@ -55,7 +55,6 @@ def automatic_settings(
     check_method(tried, statistics)
     checkpoint = read_checkpoint(locate_model(model), options)
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
-    measured_on.check(network, model)
     check_target(network, target_bits_per_weight)
     batches = [batch for _, batch in batches_up_to(network, measured_on, MEASURED_BYTES)]
 

@@ -1,34 +1,18 @@
 """`marlin bench`: how fast models run, what they weigh, and how well they predict held-out bytes."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.options import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from marlin_cli.bench.report import Table
-
 
 # Ratios of two models settle within a few percent in this time, even where others use the machine (LOG.md, 2026-11-28).
 SECONDS_OF_A_PAIR = 15.0
 
 
-class Format(str, Enum):
-    """How the result is written."""
-
-    table = "table"
-    json = "json"
-    jsonl = "jsonl"
-    csv = "csv"
-    md = "md"
-
-
 def bench(
+    command_line: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="MODEL", help="Paths, shipped names or hub repositories; the demo if none."),
@@ -49,10 +33,11 @@ def bench(
     ] = False,
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
     quality: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="PATH|RECIPE",
-            help="Score these bytes: a file, a folder of domains or a recipe. ByT5: pairs, as calibrate --pairs.",
+            help="Score these bytes: [name=]file, a folder of domains or a recipe; repeatable. ByT5: pairs, as calibrate"
+            " --pairs.",
         ),
     ] = None,
     reference: Annotated[
@@ -85,7 +70,7 @@ def bench(
     activation_bits: Annotated[
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
-    show_kernels: Annotated[
+    kernels: Annotated[
         bool, typer.Option("--kernels", help="List each operation, the kernel that runs on the device and why, and end.")
     ] = False,
     output_format: Annotated[
@@ -128,59 +113,39 @@ def bench(
 
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """
-    import json
-
     from marlin_cli.backend import require_mlx
+    from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes
     from marlin_cli.errors import UsageError
-    from marlin_cli.ranks import is_follower
-    from marlin_cli.writing import check_output_file
 
     require_mlx()
-    from marlin_cli import console
-    from marlin_cli.bench.answering_report import AnsweringReport
     from marlin_cli.bench.held_out import Windowing
-    from marlin_cli.bench.report import QualitySettings, Report
-    from marlin_cli.bench.run import Request, run
+    from marlin_cli.bench.report import QualitySettings
+    from marlin_cli.bench.run import Request
     from marlin_cli.bench.throughput import ThroughputSettings
-    from marlin_cli.commands import answering_bench
-    from marlin_cli.commands.bench_pictures import Pictures
+    from marlin_cli.commands import bench_run
+    from marlin_cli.commands.bench_output import Output, compare_results, show_kernels
 
-    if show_kernels:
-        return _show_kernels(device)
+    if kernels:
+        return show_kernels(device)
+    destination = Output.checked(output_format, output, report_page, plot, save)
     if compare is not None:
-        return _compare(*compare, output_format, None if output is None else Path(output))
+        return compare_results(*compare, destination)
+    names = tuple(models or [DEFAULT_MODEL])
+    cache = parse_cache_bits(kv_bits, k_bits, v_bits)
     if plan:
         from marlin_cli.commands.bench_plan import show_plan
 
-        cache = parse_cache_bits(kv_bits, k_bits, v_bits)
-        return show_plan(models or [DEFAULT_MODEL], context, bits, cache, bandwidth, device)
-    for option, number in (("--bits", bits), ("--bandwidth", bandwidth)):
-        if number is not None:
-            raise UsageError(f"{option} needs --plan")
-    for option, swept in (("--context", context), ("--batch", batch)):
-        if swept is not None and no_throughput:
-            raise UsageError(f"{option} is of speed; leave --no-throughput out")
+        check_models(command_line, names)
+        return show_plan(names, context, bits, cache, bandwidth, device)
     if against is not None:
-        if no_throughput:
-            raise UsageError("--against compares speeds; leave --no-throughput out")
-        models = [against, *(models or [DEFAULT_MODEL])]
-    if save is not None:
-        check_output_file(Path(save))
-    target = None if output is None else Path(output)
-    form = _format_of(output_format, target)
-    if target is not None:
-        check_output_file(target)
-    pictures = Pictures.checked(report_page, plot)
+        names = (against, *names)
     sizes = {
         "window_bytes": ("--window-bytes", window_bytes),
         "stride_bytes": ("--stride-bytes", stride_bytes),
         "max_bytes_per_file": ("--max-bytes-per-file", max_bytes_per_file),
         "max_bytes": ("--max-quality-bytes", max_quality_bytes),
     }
-    for option, value in (*sizes.values(), ("--reference", reference), ("--resume", resume or None)):
-        if quality is None and value is not None:
-            raise UsageError(f"{option} needs --quality")
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
     prompts, decodes = parse_sizes(prompt_bytes, "--prompt-bytes"), parse_sizes(decode_bytes, "--decode-bytes")
     if context is not None and len(prompts) > 1:
@@ -194,106 +159,17 @@ def bench(
         sweep_decodes=decodes if len(decodes) > 1 else (),
         sweep_batches=parse_sizes(batch, "--batch"),
     )
-    names = tuple(models or [DEFAULT_MODEL])
-    if answering_bench.are_byt5(names):
-        given = {
-            "--window-bytes": window_bytes,
-            "--stride-bytes": stride_bytes,
-            "--max-bytes-per-file": max_bytes_per_file,
-            "--k-bits": k_bits,
-            "--v-bits": v_bits,
-            "--against": against,
-            "--context": context,
-            "--roofline": roofline or None,
-            "--seconds": seconds,
-            "several --prompt-bytes": timing.sweep_contexts or None,
-            "several --decode-bytes": timing.sweep_decodes or None,
-        }
-        report: Report | AnsweringReport = answering_bench.measured(
-            names, None if no_throughput else timing, quality, windowing.max_bytes, reference, device, kv_bits,
-            activation_bits, foreign_options=[option for option, value in given.items() if value is not None],
-        )  # fmt: skip
-    else:
-        report = run(
-            Request(
-                models=names,
-                throughput=None if no_throughput else timing,
-                quality=None if quality is None else QualitySettings(quality, windowing, reference),
-                device=device,
-                kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
-                activation_bits=activation_bits,
-                roofline=roofline,
-                resume=resume,
-                reference_cache_bytes=parse_size(reference_cache, "--reference-cache"),
-            )
-        )
-    if is_follower():
-        return
-    pictures.write(json.loads(answering_bench.rendered(report, "json")))
-    if save is not None:
-        from marlin_cli.bench.results import append_result
-
-        append_result(Path(save), report, models or [DEFAULT_MODEL])
-        console.note(f"added to {save}")
-    if against is not None and isinstance(report, Report):
-        from marlin_cli.bench.changes import table_of_pairs
-
-        pairs = table_of_pairs(dataclasses.asdict(report), against)
-        console.table(pairs.title, pairs.columns, pairs.rows, to_stdout=form is Format.table)
-    _deliver(form, target, answering_bench.tables_of(report), lambda: answering_bench.rendered(report, form.value))
-
-
-def _compare(old: str, new: str, given: Format | None, target: Path | None) -> None:
-    from marlin_cli import console
-    from marlin_cli.bench.changes import changes, read_result, rendered_changes, table_of_changes
-    from marlin_cli.writing import check_output_file
-
-    form = _format_of(given, target)
-    if target is not None:
-        check_output_file(target)
-    before, after = read_result(Path(old)), read_result(Path(new))
-    if before.get("machine") != after.get("machine"):
-        console.note("the results are of different machines, devices or versions")
-    found = list(changes(before, after))
-    _deliver(form, target, [table_of_changes(found)], lambda: rendered_changes(found, form.value))
-
-
-def _deliver(form: Format, target: Path | None, tables: "Sequence[Table]", render: Callable[[], str]) -> None:
-    """Tables to stdout, or the rendering in another form to stdout or a file."""
-    from marlin_cli import console
-    from marlin_cli.writing import writing
-
-    if form is Format.table:
-        for table in tables:
-            console.table(table.title, table.columns, table.rows, to_stdout=True)
-        return
-    text = render()
-    if target is None:
-        print(text)
-        return
-    with writing(target) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    console.note(f"wrote {target}")
-
-
-def _show_kernels(device: str) -> None:
-    from marlin_cli import console
-    from marlin_cli.ops.device import choose_device
-    from marlin_cli.ops.dispatch import choices
-
-    chosen = choose_device(device)
-    rows = [[choice.op, choice.twin, choice.reason] for choice in choices()]
-    console.table(f"kernels on {chosen.name} ({chosen.reason})", ["operation", "kernel", "why"], rows, to_stdout=True)
-
-
-def _format_of(given: Format | None, target: Path | None) -> Format:
-    """The format asked for, by name or by the suffix of the output file."""
-    from marlin_cli.errors import UsageError
-
-    if target is None:
-        return given or Format.table
-    suffix = target.suffix.removeprefix(".")
-    form = given or (Format(suffix) if suffix in Format.__members__ else Format.table)
-    if form is Format.table:
-        raise UsageError(f"--output {target}: a table is for the terminal; add --format json, jsonl, csv or md")
-    return form
+    request = Request(
+        models=names,
+        throughput=None if no_throughput else timing,
+        quality=None if quality is None else QualitySettings(tuple(quality), windowing, reference),
+        device=device,
+        kv_bits=cache,
+        activation_bits=activation_bits,
+        roofline=roofline,
+        resume=resume,
+        reference_cache_bytes=parse_size(reference_cache, "--reference-cache"),
+    )
+    bench_run.check_kinds(names)
+    check_models(command_line, names)
+    bench_run.run(request, destination, against)

@@ -8,6 +8,7 @@ from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
 
 
 def calibrate(
+    command_line: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -61,13 +62,12 @@ def calibrate(
     """
     from pathlib import Path
 
+    from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_import_options, parse_shard, parse_size
     from marlin_cli.errors import UsageError
 
     named = arguments or []
     if show is not None:
-        if named or output is not None or merge:
-            raise UsageError("--show prints one file; it takes no model, --output or --merge")
         from marlin_cli.commands.calibration_run import show_file
 
         show_file(Path(show), json_output=json_output)
@@ -94,10 +94,12 @@ def calibrate(
     from marlin_cli.commands.calibration_run import Input, run
     from marlin_cli.ranks import joined
 
+    model = named[0] if named else DEFAULT_MODEL
+    check_models(command_line, [model])
     with joined() as ranks:
         run(
             ranks,
-            named[0] if named else DEFAULT_MODEL,
+            model,
             Input(tuple(corpus or ()), tuple(pairs or ()), sequence_bytes, limit, seed, noise_density, span_bytes),
             Path(output),
             shard=share,

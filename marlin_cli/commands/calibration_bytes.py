@@ -34,13 +34,6 @@ class CalibrationBytes:
         """What was named, for a person."""
         return ", ".join(self.pairs or self.corpora or (DEFAULT_CORPUS,))
 
-    def check(self, network: Network, model: str) -> None:
-        """Raise `UsageError` where both are named, or pairs for what is no ByT5."""
-        if self.pairs and not isinstance(network, ByT5):
-            raise UsageError(f"--{self.step}-pairs is an option of ByT5, and {model} is none")
-        if self.pairs and self.corpora:
-            raise UsageError(f"--{self.step}-pairs and --{self.step}-corpus do not go together; name one kind")
-
 
 def batches_up_to(network: Network, chosen: CalibrationBytes, max_bytes: int) -> list[tuple[str, Any]]:
     """(domain, batch) of at most so many bytes, see `quantization.passes`; those of pairs that are too long are left out.

@@ -54,7 +54,7 @@ def run(
 
     from marlin_cli.api import MegaByteModel
     from marlin_cli.byt5_model import ByT5Model
-    from marlin_cli.checkpoints import architecture_of, fingerprint
+    from marlin_cli.checkpoints import ImportOptions, architecture_of, fingerprint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.models import Network
     from marlin_cli.statistics.collect import hessian_channels
@@ -68,11 +68,13 @@ def run(
     network: Network
     corpus: Measurable
     if architecture_of(location) == "byt5":
+        if options != ImportOptions():
+            raise UsageError("--import has no meaning for ByT5, the model says all")
         byt5 = ByT5Model.from_pretrained(location, device=device, dtype=mx.float32)
         network, corpus = byt5.network, _examples(wanted, byt5.config)
     else:
         megabyte = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32, options=options)
-        network, corpus = megabyte.network, _windows(wanted, megabyte.config, model)
+        network, corpus = megabyte.network, _windows(wanted, megabyte.config)
     total = corpus.total_bytes
     hessians = None
     if hessian:
@@ -130,17 +132,10 @@ def show_file(file: Path, *, json_output: bool) -> None:
         console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 
-def _windows(wanted: Input, config: "MegaByteConfig", model: str) -> "Measurable":
+def _windows(wanted: Input, config: "MegaByteConfig") -> "Measurable":
     """Windows of whole patches, as long as asked for and as the context allows; says so if that differs."""
     from marlin_cli.corpus import default_sequence_bytes, open_corpus
 
-    for option, value in (
-        ("--pairs", wanted.pairs),
-        ("--noise-density", wanted.noise_density),
-        ("--span-bytes", wanted.span_bytes),
-    ):
-        if value:
-            raise UsageError(f"{option} is an option of ByT5, and {model} is none")
     corpora = wanted.corpora or (DEFAULT_CORPUS,)
     asked = default_sequence_bytes(corpora) if wanted.sequence_bytes is None else wanted.sequence_bytes
     fitting = min(asked, config.max_bytes) // config.patch_size * config.patch_size
@@ -167,8 +162,6 @@ def _examples(wanted: Input, config: "ByT5Config") -> "Measurable":
         corpora = wanted.corpora or (DEFAULT_CORPUS,)
         corpus = open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
         return CorruptedCorpus(corpus, SpanCorruption(**given))
-    if wanted.corpora or given:
-        raise UsageError("--pairs are measured as they are, without --corpus; calibrate each and add them up with --merge")
     pairs = open_pairs(wanted.pairs, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
     if pairs.left_out:
         console.note(f"{pairs.left_out} pair(s) are left out: a side is longer than {fitting} bytes (--seq-bytes)")
@@ -183,4 +176,4 @@ def _report(statistics: Statistics, output: Path, *, json_output: bool) -> None:
 
 
 def _document(statistics: Statistics, file: Path) -> str:
-    return json.dumps({"file": str(file), **dataclasses.asdict(summarise(statistics))})
+    return json.dumps({"file": str(file), **dataclasses.asdict(summarise(statistics))}, allow_nan=False)

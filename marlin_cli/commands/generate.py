@@ -17,6 +17,7 @@ class EarlyStopping(str, Enum):
 
 
 def generate(
+    command_line: typer.Context,
     model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")] = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Prompt as text; its bytes are used.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="File whose bytes are the prompt; - is stdin.")] = None,
@@ -39,7 +40,7 @@ def generate(
     activation_bits: Annotated[
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
-    beams: Annotated[int | None, typer.Option(min=1, help="ByT5: beams to search with.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, max=4096, help="ByT5: beams to search with.")] = None,
     n_best: Annotated[int, typer.Option(min=1, help="ByT5: answers an input, with --beams.")] = 1,
     length_penalty: Annotated[float, typer.Option(help="ByT5: power of the length that beams are judged by.")] = 1.0,
     early_stopping: Annotated[
@@ -77,6 +78,7 @@ def generate(
     from marlin_cli.byt5_model import ByT5Model
     from marlin_cli.checkpoints import architecture_of
     from marlin_cli.checkpoints.location import locate_model
+    from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
@@ -84,7 +86,6 @@ def generate(
     from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.generation import Stopping
     from marlin_cli.engine.sampling import Sampling
-    from marlin_cli.errors import UsageError
 
     sequences = [bytes_of_argument(text) for text in stop or []]
     sequences += [bytes_of_hex(text, "--stop-hex") for text in stop_hex or []]
@@ -92,42 +93,37 @@ def generate(
     stopping = Stopping(longest, tuple(sequences))
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     imports = parse_import_options(import_options)
+    cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
+    check_models(command_line, [model])
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip
     if architecture_of(locate_model(model)) == "byt5":
         from marlin_cli.commands import answering_run
 
-        if import_options:
-            raise UsageError("--import has no meaning for ByT5, its config.json says all")
-        answering_run.run(
-            ByT5Model.from_pretrained(model, device=device, kv_bits=kv_bits, activation_bits=activation_bits),
-            answering_run.Request(
-                limits=AnswerLimits(longest, min_length, bytes_of_argument(prefix), tuple(sequences)),
-                sampling=sampling,
-                beams=None if beams is None else Beams(beams, n_best, length_penalty, stopping_early[early_stopping]),
-                input_prefix=bytes_of_argument(input_prefix),
-                sentinels=sentinel,
-                json=json_output or prompts is not None,
-            ),
-            answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts),
-            batch_size,
+        request = answering_run.Request(
+            limits=AnswerLimits(longest, min_length, bytes_of_argument(prefix), tuple(sequences)),
+            sampling=sampling,
+            beams=None if beams is None else Beams(beams, n_best, length_penalty, stopping_early[early_stopping]),
+            input_prefix=bytes_of_argument(input_prefix),
+            sentinels=sentinel,
+            json=json_output or prompts is not None,
+            raw=raw,
         )
+        inputs = answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts)
+        byt5 = ByT5Model.from_pretrained(model, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
+        answering_run.run(byt5, request, inputs, batch_size)
         return
-    given = {"--beams": beams, "--max-length": max_length, "--min-length": min_length, "--prefix": prefix}
-    for option, value in {**given, "--sentinel": sentinel, "--input-prefix": input_prefix}.items():
-        if value:
-            raise UsageError(f"{option} is an option of ByT5, and {model} is none")
-    inputs = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
+    prompted = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
     loaded = MegaByteModel.from_pretrained(
         model,
         device=device,
-        kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+        kv_bits=cache_bits,
         activation_bits=activation_bits,
         options=imports,
     )
     if json_output or prompts is not None:
-        write_json_lines(loaded, inputs, stopping, sampling, batch_size)
+        write_json_lines(loaded, prompted, stopping, sampling, batch_size)
     else:
-        summary = write_stream(loaded, inputs[0].data, stopping, sampling, raw=raw)
-        console.note_to_terminal(summary)
+        summary = write_stream(loaded.pieces([prompted[0].data], stopping, sampling), raw=raw)
+        console.note_to_terminal(f"{len(prompted[0].data)} bytes in, {summary}, on {loaded.device.name}")

@@ -15,23 +15,29 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "megabyte-demo"
 
 IMPORT_HELP = (
-    "What a foreign checkpoint does not reveal: heads, head_dim, max_bytes, activation, norm, rope or attention_window;"
-    " repeatable."
+    "What a foreign checkpoint does not reveal: heads (a number, or auto: a trial on sample bytes), head_dim, max_bytes,"
+    " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); repeatable."
 )
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_LARGEST_SIZE = (1 << 63) - 1
+_MOST_DIGITS = 20
 
 
 def parse_size(text: str, option: str) -> int:
     """A number of bytes: 4096, 64k, 2M, 1.5G; k, M, G and T are binary.
 
     Raises:
-        UsageError: the text is none of these.
+        UsageError: the text is none of these, or more than 64 bits count.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"0*(\d+)(?:\.(\d+))?\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
-        raise UsageError(f"{option}: {text!r} is not a size; write for example 4096, 64k, 2M or 1G")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+        raise UsageError(f"{option}: {quoted(text)} is not a size; write for example 4096, 64k, 2M or 1G")
+    whole, part, unit = match[1], (match[2] or "0")[:_MOST_DIGITS], _UNITS[match[3].lower()]
+    size = None if len(whole) > _MOST_DIGITS else int(whole) * unit + int(part) * unit // 10 ** len(part)
+    if size is None or size > _LARGEST_SIZE:
+        raise UsageError(f"{option}: {quoted(text)} is more than {_LARGEST_SIZE:,} bytes")
+    return size
 
 
 def parse_sizes(text: str | None, option: str) -> tuple[int, ...]:
@@ -40,9 +46,15 @@ def parse_sizes(text: str | None, option: str) -> tuple[int, ...]:
 
 
 def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None) -> int | tuple[int, int] | None:
-    """Bits of keys and values from --kv-bits, or --k-bits and --v-bits over it; None leaves it to the checkpoint."""
+    """Bits of keys and values from --kv-bits, or --k-bits and --v-bits over it; None leaves it to the checkpoint.
+
+    Raises:
+        UsageError: all three are given.
+    """
     if k_bits is None and v_bits is None:
         return kv_bits
+    if kv_bits is not None and k_bits is not None and v_bits is not None:
+        raise UsageError("--kv-bits has no meaning beside --k-bits and --v-bits; leave it out")
     both = 16 if kv_bits is None else kv_bits
     return (both if k_bits is None else k_bits, both if v_bits is None else v_bits)
 
@@ -61,7 +73,7 @@ def bytes_of_hex(text: str, option: str) -> bytes:
     try:
         return bytes.fromhex(text)
     except ValueError:
-        raise UsageError(f"{option}: {text[:40]!r} is not hexadecimal; write for example 48 65 6c") from None
+        raise UsageError(f"{option}: {quoted(text)} is not hexadecimal; write for example 48 65 6c") from None
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -70,9 +82,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     Raises:
         UsageError: not that, or an index outside the count.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,18})/(\d{1,18})", text, re.ASCII)
     if match is None or int(match[1]) >= int(match[2]):
-        raise UsageError(f"--shard {text!r} is not INDEX/COUNT with INDEX from 0 to COUNT - 1")
+        raise UsageError(f"--shard {quoted(text)} is not INDEX/COUNT with INDEX from 0 to COUNT - 1")
     return int(match[1]), int(match[2])
 
 
@@ -90,7 +102,9 @@ def parse_import_options(texts: Sequence[str] | None) -> "ImportOptions":
     for text in texts or []:
         name, separator, value = text.partition("=")
         if not separator:
-            raise UsageError(f"--import {text!r} is not NAME=VALUE, for example heads=8")
+            raise UsageError(f"--import {quoted(text)} is not NAME=VALUE, for example heads=8")
+        if name in values:
+            raise UsageError(f"--import {quoted(text)}: {name} has two values; give one")
         values[name] = parse_yaml(value, f"--import {quoted(text)}", UsageError)
     try:
         return from_mapping(ImportOptions, values, "--import")

@@ -2,15 +2,23 @@
 
 import base64
 import binascii
+import contextlib
+import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex
 from marlin_cli.config import describe
+from marlin_cli.corpus.lines import lines_of
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
+
+# What is read of a prompt, and of a file of prompts, before it is refused: a device or a pipe may have no end.
+MOST_PROMPT_BYTES = 16 << 20
+MOST_PROMPTS_BYTES = 64 << 20
+MOST_PROMPTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ def one_prompt(text: str | None, file: str | None, hexadecimal: str | None) -> P
     """The prompt of a single run; stdin when it is a pipe and no option names another, else no bytes.
 
     Raises:
-        UsageError: two prompts, a file that cannot be read, or text that is not hexadecimal.
+        UsageError: two prompts, a file that cannot be read or has no end, or text that is not hexadecimal.
     """
     given = [name for name, value in (("-p", text), ("--prompt-file", file), ("--hex", hexadecimal)) if value is not None]
     if len(given) > 1:
@@ -35,9 +43,10 @@ def one_prompt(text: str | None, file: str | None, hexadecimal: str | None) -> P
     if hexadecimal is not None:
         return Prompt(bytes_of_hex(hexadecimal, "--hex"))
     if file is not None and file != "-":
-        return Prompt(_read(Path(file)))
+        with _opened(file) as opened:
+            return Prompt(_whole(opened, file))
     if file == "-" or not (sys.stdin is None or sys.stdin.isatty()):
-        return Prompt(sys.stdin.buffer.read())
+        return Prompt(_whole(sys.stdin.buffer, "stdin"))
     return Prompt(b"")
 
 
@@ -45,13 +54,16 @@ def read_prompts(file: str) -> list[Prompt]:
     """Prompts of a JSONL file (or `-`): a string, or an object with prompt, prompt_base64 or prompt_hex, and id.
 
     Raises:
-        UsageError: the file cannot be read, holds no prompt, or a line is none of these.
+        UsageError: the file cannot be read, is too large, holds no prompt, or a line is none of these.
     """
-    data = sys.stdin.buffer.read() if file == "-" else _read(Path(file))
-    lines = [(number, line) for number, line in enumerate(data.splitlines(), start=1) if line.strip()]
-    if not lines:
+    with _opened(file) as opened:
+        lines = lines_of(opened, "stdin" if file == "-" else file, UsageError, most_bytes=MOST_PROMPTS_BYTES)
+        prompts = [_from_line(line, where) for where, line in itertools.islice(lines, MOST_PROMPTS + 1)]
+    if len(prompts) > MOST_PROMPTS:
+        raise UsageError(f"{file}: holds more than {MOST_PROMPTS:,} prompts; cut it into several files")
+    if not prompts:
         raise UsageError(f"{file}: no prompts; write one JSON object a line")
-    return [_from_line(line, f"{file}: line {number}") for number, line in lines]
+    return prompts
 
 
 def _from_line(line: bytes, where: str) -> Prompt:
@@ -83,8 +95,18 @@ def _utf8(text: str, where: str) -> bytes:
         raise UsageError(f"{where}: the prompt holds half of a surrogate pair; use prompt_base64 for raw bytes") from None
 
 
-def _read(path: Path) -> bytes:
+def _whole(file: IO[bytes], name: str) -> bytes:
+    data = file.read(MOST_PROMPT_BYTES + 1)
+    if len(data) > MOST_PROMPT_BYTES:
+        raise UsageError(f"{name}: a prompt of more than {MOST_PROMPT_BYTES:,} bytes, which no model reads")
+    return data
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[IO[bytes]]:
+    """A file, a pipe, or stdin for `-`; errors of opening and reading it are ours."""
     try:
-        return path.read_bytes()
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            yield file
     except OSError as error:
-        raise UsageError(f"{path}: cannot read the prompt: {error.strerror}") from None
+        raise UsageError(f"{name}: cannot read the prompt: {error.strerror}") from None

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
-from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.export import export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
@@ -28,7 +28,6 @@ from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.models import Network, build, config_as_mapping
-from marlin_cli.models.byt5 import ByT5
 from marlin_cli.quantization.apply import (
     Quantized,
     check_method,
@@ -79,11 +78,8 @@ def pack(
         page: file for the HTML report.
         export: another tool's form of the folder, see `check_export`.
     """
-    if domain_weights is not None and statistics_file is None and not steps.sequential_bytes:
-        raise UsageError("--domain-weight weighs the domains of statistics; give --stats")
-    if steps.sequential_bytes and (statistics_file is not None or method in RESCALING):
-        found = "--stats" if statistics_file is not None else f"--method {method}"
-        raise UsageError(f"--sequential measures each layer's input itself; leave out {found}")
+    if steps.sequential_bytes and method in RESCALING:
+        raise UsageError(f"--sequential measures each layer's input itself; leave out --method {method}")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
     if not steps.sequential_bytes:
         check_method(method, statistics)
@@ -104,7 +100,7 @@ def pack(
                 reports, kept = packing.write(scratch / target.name, overwrite=False)
                 export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
     if json_output:
-        print(json.dumps(document_of(model, target, settings, method, reports, kept)))
+        print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:
         show(model, target, reports, kept)
     if page is not None and target is not None:
@@ -146,10 +142,9 @@ class _Packing:
 
     def _write_whole(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
         """As `write`, by the methods that run bytes through the model, which is in memory."""
-        network = _network(self.model, self.options)
-        if self.steps.sequential_bytes:
-            self.steps.sequential.check(network, self.model)
-        tuning = _tuning_batches(network, self.model, self.steps) if self.steps.distill_steps else None
+        checkpoint = read_checkpoint(locate_model(self.model), self.options)
+        network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=self.model)
+        tuning = _tuning_batches(network, self.steps) if self.steps.distill_steps else None
         weights = sum(plan.rows * plan.columns for plan in plan_network(network, self.settings) if plan.format)
         with console.byte_progress("packing", weights * 2) as progress:
             result = self._quantized(network, lambda report: progress.advance(report.bytes_before))
@@ -157,9 +152,9 @@ class _Packing:
         if tuning is not None:
             result = _distilled(self.model, self.options, result, tuning, self.steps.distill_steps)
         parameters = dict(tree_flatten(result.network.parameters()))
+        marlin = {**lasting(checkpoint.marlin), **result.marlin}
         write_model(
-            target, config_as_mapping(network.config), parameters, result.quantization, result.marlin,
-            overwrite=overwrite,
+            target, config_as_mapping(network.config), parameters, result.quantization, marlin, overwrite=overwrite
         )  # fmt: skip
         return reports, kept_bytes(network)
 
@@ -171,11 +166,8 @@ class _Packing:
         return quantize_sequentially(network, self.settings, batches, **how)
 
 
-def _tuning_batches(network: Network, model: str, steps: ByteSteps) -> Iterator[Any]:
+def _tuning_batches(network: Network, steps: ByteSteps) -> Iterator[Any]:
     """The batches of distillation, the first of which is there: what cannot be tuned is refused before it is packed."""
-    steps.distill.check(network, model)
-    if isinstance(network, ByT5) and not network.config.decoder_layers:
-        raise UsageError(f"--distill-steps: {model} is an encoder alone, which predicts nothing that could be matched")
     batches = endless_batches(network, steps.distill)
     first = next(batches, None)
     if first is None:
@@ -209,12 +201,12 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
     plain = dequantize_network(network)
     if target is not None:
         parameters = dict(tree_flatten(plain.parameters()))
-        rotated = {name: value for name, value in (checkpoint.marlin or {}).items() if name == "rotated_states"}
-        write_model(target, config_as_mapping(plain.config), parameters, None, rotated or None, overwrite=overwrite)
+        marlin = lasting(checkpoint.marlin) or None
+        write_model(target, config_as_mapping(plain.config), parameters, None, marlin, overwrite=overwrite)
     before, after = _bytes(network), _bytes(plain)
     if json_output:
         output = None if target is None else str(target)
-        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}))
+        print(json.dumps({"model": model, "output": output, "bytes_before": before, "bytes_after": after}, allow_nan=False))
     else:
         console.note(f"unpacked {model}: {before:,} bytes before, {after:,} after" + (f", in {target}" if target else ""))
 

@@ -8,6 +8,7 @@ from marlin_cli.checkpoints.export import EXPORTS
 from marlin_cli.errors import UsageError
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, format_from_bits, load_recipe
+from marlin_cli.text import quoted
 
 
 def settings_of(
@@ -35,7 +36,7 @@ def settings_of(
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if overrides:
-        changes["overrides"] = {**base.overrides, **dict(_override(text) for text in overrides)}
+        changes["overrides"] = {**base.overrides, **_overrides(overrides)}
     return dataclasses.replace(base, **changes)
 
 
@@ -45,22 +46,24 @@ def domain_weights_of(texts: Sequence[str]) -> dict[str, float] | None:
     Raises:
         UsageError: something else, or a share that is not a number of zero or more.
     """
-    weights = {}
+    weights: dict[str, float] = {}
     for text in texts:
         name, separator, share = text.rpartition("=")
+        if name in weights:
+            raise UsageError(f"--domain-weight {quoted(text)}: {quoted(name)} has two shares; give one")
         try:
             weights[name] = float(share)
         except ValueError:
             separator = ""
         if not separator or not name or not 0 <= weights[name] < float("inf"):
-            raise UsageError(f"--domain-weight {text!r} is not DOMAIN=SHARE, for example binary=0.2")
+            raise UsageError(f"--domain-weight {quoted(text)} is not DOMAIN=SHARE, for example binary=0.2")
     return weights or None
 
 
 def check_export(name: str | None) -> None:
     """Raise `UsageError` unless `name` is None or a form that other tools read."""
     if name is not None and name not in EXPORTS:
-        raise UsageError(f"--export {name!r} is not known; known: {', '.join(EXPORTS)}")
+        raise UsageError(f"--export {quoted(name)} is not known; known: {', '.join(EXPORTS)}")
 
 
 def check_exportable(plans: Sequence[LayerPlan]) -> None:
@@ -84,8 +87,13 @@ def _format(part: str, bits: int | None, name: str | None) -> str | None:
     return name
 
 
-def _override(text: str) -> tuple[str, str]:
-    pattern, separator, name = text.rpartition("=")
-    if not separator or not pattern:
-        raise UsageError(f"--override {text!r} is not REGEX=FORMAT, for example 'global.*down_proj=mxfp8'")
-    return pattern, name
+def _overrides(texts: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, separator, name = text.rpartition("=")
+        if not separator or not pattern:
+            raise UsageError(f"--override {quoted(text)} is not REGEX=FORMAT, for example 'global.*down_proj=mxfp8'")
+        if pattern in found:
+            raise UsageError(f"--override {quoted(text)}: {quoted(pattern)} has two formats; give one")
+        found[pattern] = name
+    return found

@@ -8,6 +8,7 @@ from marlin_cli.commands.options import IMPORT_HELP
 
 
 def quantize(
+    command_line: typer.Context,
     model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     global_bits: Annotated[int | None, typer.Option(help="Bits of the global part: 4, 8 or 16. Default 4.")] = None,
@@ -97,26 +98,27 @@ def quantize(
     from marlin_cli.writing import check_output_file, check_output_folder
 
     require_mlx()
+    from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands import quantization_run as run
     from marlin_cli.commands.calibration_bytes import CalibrationBytes
+    from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_import_options, parse_size
     from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, settings_of
+    from marlin_cli.engine.heads import with_heads
     from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
         raise UsageError("--output is missing; name the folder to write, or pass --dry-run")
+    if output is not None:
+        check_output_folder(Path(output), overwrite=overwrite)
     target = None if dry_run or output is None else Path(output)
-    if target is not None:
-        check_output_folder(target, overwrite=overwrite)
     page = None if report is None else Path(report)
     if page is not None:
-        if target is None or dequantize:
-            raise UsageError("--report tells what packing cost; leave out --dry-run and --dequantize")
         check_output_file(page)
     check_export(export)
-    if export is not None and dequantize:
-        raise UsageError("--export writes packed layers; leave out --dequantize")
-    options = parse_import_options(import_options)
+    shares = domain_weights_of(domain_weight or [])
+    check_models(command_line, [model])
+    options = with_heads(locate_model(model), parse_import_options(import_options))
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
         return
@@ -126,7 +128,6 @@ def quantize(
     settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
     if balance_keys:
         settings = dataclasses.replace(settings, balance_keys=True)
-    shares = domain_weights_of(domain_weight or [])
     calibration = CalibrationBytes("calibration", tuple(calibration_corpus or ()), tuple(calibration_pairs or ()))
     if target_bpw is not None:
         from marlin_cli.commands.automatic_run import automatic_settings

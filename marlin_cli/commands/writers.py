@@ -5,23 +5,28 @@ import codecs
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from marlin_cli.api import MegaByteModel, decode
 from marlin_cli.commands.prompts import Prompt
-from marlin_cli.engine.generation import Stopping
+from marlin_cli.engine.generation import Piece, Stopping
 from marlin_cli.engine.sampling import Sampling
 
 
-def write_stream(model: MegaByteModel, prompt: bytes, stopping: Stopping, sampling: Sampling, *, raw: bool) -> str:
-    """Write the bytes that follow `prompt` to stdout as they are decoded; a line about speed for the caller."""
-    as_text = sys.stdout.isatty() and not raw
+def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False) -> str:
+    """Write the bytes of one stream to stdout as they are decoded; a line about count and speed for the caller.
+
+    Args:
+        raw: bytes as they are, on a terminal too.
+        ends_line: end with a line feed, which a terminal's view does anyway.
+    """
+    as_text = is_viewed(raw=raw)
     view = TerminalView()
     started = time.perf_counter()
     first_s = None
     count = 0
     reason = None
-    for piece in model.pieces([prompt], stopping, sampling):
+    for piece in pieces:
         data = view.push(piece.data) if as_text else piece.data
         if first_s is None:
             first_s = time.perf_counter() - started
@@ -30,14 +35,16 @@ def write_stream(model: MegaByteModel, prompt: bytes, stopping: Stopping, sampli
             sys.stdout.buffer.flush()
         count += len(piece.data)
         reason = piece.stop_reason
-    if as_text:
+    if as_text or ends_line:
         sys.stdout.buffer.write(view.flush() + b"\n")
         sys.stdout.buffer.flush()
     wall_s = time.perf_counter() - started
-    return (
-        f"{len(prompt)} bytes in, {count} bytes out ({reason}); first byte after {1000 * (first_s or 0):.0f} ms,"
-        f" {count / wall_s:.1f} bytes/s in all, on {model.device.name}"
-    )
+    return f"{count} bytes out ({reason}); first byte after {1000 * (first_s or 0):.0f} ms, {count / wall_s:.1f} bytes/s in all"
+
+
+def is_viewed(*, raw: bool) -> bool:
+    """Does a person see stdout, who wants text?"""
+    return sys.stdout.isatty() and not raw
 
 
 class TerminalView:
@@ -53,6 +60,12 @@ class TerminalView:
     def flush(self) -> bytes:
         """What is left at the end."""
         return self._safe(self._decoder.decode(b"", final=True))
+
+    @classmethod
+    def whole(cls, data: bytes) -> bytes:
+        """What can be shown of bytes that are all there."""
+        view = cls()
+        return view.push(data) + view.flush()
 
     @staticmethod
     def _safe(text: str) -> bytes:
@@ -99,5 +112,5 @@ def write_json_lines(
                 "wall_ms": wall_ms,
                 "bytes_per_second": 1000 * len(data[index]) / wall_ms if wall_ms else None,
             }
-            sys.stdout.write(json.dumps(document, ensure_ascii=True) + "\n")
+            sys.stdout.write(json.dumps(document, ensure_ascii=True, allow_nan=False) + "\n")
         sys.stdout.flush()

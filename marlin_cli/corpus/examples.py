@@ -145,10 +145,15 @@ def open_pairs(names: Sequence[str], *, sequence_bytes: int, seed: int = 0, max_
     """
     pairs = []
     for text in names:
-        named = None if os.path.exists(text) else re.fullmatch(rf"({DOMAIN_NAME})=(.+)", text, re.DOTALL)
-        domain, rest = (named[1], named[2]) if named else (PAIRS_DOMAIN, text)
-        pairs += [(domain, pair) for pair in read_pairs(locate_pairs(rest))]
+        domain, rest = split_domain(text)
+        pairs += [(domain or PAIRS_DOMAIN, pair) for pair in read_pairs(locate_pairs(rest))]
     return PairCorpus(pairs, sequence_bytes=sequence_bytes, seed=seed, max_bytes=max_bytes)
+
+
+def split_domain(text: str) -> tuple[str | None, str]:
+    """The name and the file of `[name=]file`; a file of that name wins."""
+    named = None if os.path.exists(text) else re.fullmatch(rf"({DOMAIN_NAME})=(.+)", text, re.DOTALL)
+    return (named[1], named[2]) if named else (None, text)
 
 
 def _fingerprint(settings: str, examples: Sequence[Example]) -> str:

@@ -2,14 +2,20 @@
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+import codecs
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from marlin_cli.corpus.lines import lines_of
+from marlin_cli.corpus.packed import packing_by_beginning
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import CorpusError
-from marlin_cli.files import shipped
+from marlin_cli.files import check_regular, shipped
+from marlin_cli.text import MOST_QUOTED, one_line, quoted
 
 # Names of the two sides of an object, in order of preference; each may end in _base64 or _hex where it is no text.
 SIDES = (("source", "target"), ("input", "output"))
@@ -24,7 +30,14 @@ _DECODERS: dict[str, Callable[[str], bytes]] = {
 }
 
 
-@dataclass(frozen=True)
+# The largest file, and the most pairs of one: they are held in memory, some 200 bytes each beside their text.
+MOST_PAIRS_BYTES = 256 << 20
+MOST_PAIRS = 1_000_000
+
+_MOST_LISTED = 8  # names in an error
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """An input, the answer wanted, and the group (language, kind) that the pair is reported in; empty for none."""
 
@@ -41,42 +54,79 @@ def locate_pairs(name: str) -> Path:
     """
     path = Path(name).expanduser()
     beside = shipped("configs/models") / name / "pairs.jsonl"
-    if not path.exists() and Path(name).name == name and beside.is_file():
+    if not os.path.exists(path) and Path(name).name == name and os.path.isfile(beside):
         return beside
-    if not path.is_file():
-        raise CorpusError(f"{name}: no such file of pairs, and no shipped model with pairs; name a .jsonl or .tsv file")
+    if not os.path.exists(path):
+        shown = name if name.isprintable() and len(name) <= 200 else quoted(name)
+        raise CorpusError(f"{shown}: no such file of pairs, and no shipped model with pairs; name a .jsonl or .tsv file")
+    check_regular(path, CorpusError)
     return path
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of a file, in its order; empty lines are left out. Memory: the file's, about twice.
+    """The pairs of a file, in its order; empty lines are left out. Memory: the pairs, and one line.
 
-    A line of .jsonl is an object with source and target (or input and output), as text or under the same names with
-    _base64 or _hex; language, group, lang or domain names its group. A line of .tsv is source, a tab, target, and
-    after another tab perhaps the group; a carriage return at its end is left out.
+    A line of .jsonl (.ndjson) is an object with source and target (or input and output), as text or under the same
+    names with _base64 or _hex; language, group, lang or domain names its group. A line of .tsv is source, a tab,
+    target, and after another tab perhaps the group; a carriage return at its end is left out, and quotes are as they
+    lie. Where its first line has the names of both sides, it says which column is which.
 
     Raises:
-        CorpusError: another kind of file, one that cannot be read, or a line that is no pair.
+        CorpusError: another kind of file, one that cannot be read or is too large, or a line that is no pair.
     """
-    readers = {".jsonl": _of_object, ".tsv": _of_columns}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".ndjson", ".tsv"):
         raise CorpusError(f"{path}: pairs are read from .jsonl or .tsv files, unpacked")
+    check_regular(path, CorpusError)
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            _check_beginning(path, file.peek(8)[:8])
+            lines = lines_of(file, str(path), CorpusError, most_bytes=MOST_PAIRS_BYTES)
+            found = _of_table(lines) if suffix == ".tsv" else (_of_object(line, where) for where, line in lines)
+            pairs = list(itertools.islice(found, MOST_PAIRS + 1))
     except OSError as error:
         raise CorpusError(f"{path}: cannot read: {error.strerror}") from None
-    read = readers[path.suffix]
-    pairs = [read(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if len(pairs) > MOST_PAIRS:
+        raise CorpusError(f"{path}: holds more than {MOST_PAIRS:,} pairs; cut it into several files")
     if not pairs:
         raise CorpusError(f"{path}: holds no pairs")
     return pairs
 
 
-def _of_columns(line: bytes, where: str) -> Pair:
-    columns = line.removesuffix(b"\r").split(b"\t")
-    if len(columns) not in (2, 3):
-        raise CorpusError(f"{where}: {len(columns)} columns; write source, tab, target, and perhaps tab, group")
-    return Pair(columns[0], columns[1], columns[2].decode("utf-8", errors="replace") if len(columns) == 3 else "")
+def _check_beginning(path: Path, head: bytes) -> None:
+    packing = packing_by_beginning(head)
+    if packing is not None:
+        raise CorpusError(f"{path}: holds {packing} data; pairs are read from .jsonl or .tsv files, unpacked")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and b"\0" in head[2:]:
+        raise CorpusError(f"{path}: is UTF-16; write it as UTF-8")
+
+
+def _of_table(lines: Iterator[tuple[str, bytes]]) -> Iterator[Pair]:
+    """The pairs of a .tsv."""
+    order: tuple[int, ...] = (0, 1, 2)
+    for number, (where, line) in enumerate(lines):
+        columns = line.removesuffix(b"\r").split(b"\t")
+        if number == 0:
+            columns[0] = columns[0].removeprefix(codecs.BOM_UTF8)
+            named = _order_of_header([column.decode("utf-8", errors="replace").lower() for column in columns])
+            if named is not None:
+                order = named
+                continue
+        if len(columns) not in (2, 3):
+            raise CorpusError(f"{where}: {len(columns)} columns; write source, tab, target, and perhaps tab, group")
+        if max(order[:2]) >= len(columns):
+            raise CorpusError(f"{where}: {len(columns)} columns, where the first line names more")
+        group = columns[order[2]] if order[2] < len(columns) else b""
+        yield Pair(columns[order[0]], columns[order[1]], _shown_group(group.decode("utf-8", errors="replace")))
+
+
+def _order_of_header(names: Sequence[str]) -> tuple[int, int, int] | None:
+    """Where source, target and group stand, if these are the names of columns; 3 for no group."""
+    for source, target in SIDES:
+        rest = [name for name in names if name not in (source, target)]
+        if sorted(set(names) - set(rest)) == sorted((source, target)) and len(names) == len(rest) + 2 <= 3:
+            return names.index(source), names.index(target), names.index(rest[0]) if rest else 3
+    return None
 
 
 def _of_object(line: bytes, where: str) -> Pair:
@@ -85,9 +135,10 @@ def _of_object(line: bytes, where: str) -> Pair:
         raise CorpusError(f"{where}: is not a JSON object")
     for source, target in SIDES:
         if any(source + ending in row for ending in _DECODERS):
-            return Pair(_side(row, source, where), _side(row, target, where), _group(row))
-    found = ", ".join(map(str, row)) or "nothing"
-    raise CorpusError(f"{where}: has no source and target, nor input and output; found {found[:200]}")
+            return Pair(_side(row, source, where), _side(row, target, where), _group(row, where))
+    found = ", ".join(map(quoted, itertools.islice(row, _MOST_LISTED))) or "nothing"
+    more = ", ..." if len(row) > _MOST_LISTED else ""
+    raise CorpusError(f"{where}: has no source and target, nor input and output; found {found}{more}")
 
 
 def _side(row: Mapping[str, Any], name: str, where: str) -> bytes:
@@ -103,5 +154,16 @@ def _side(row: Mapping[str, Any], name: str, where: str) -> bytes:
         raise CorpusError(f"{where}: {given[0]!r} is not {given[0].rpartition('_')[2]}") from None
 
 
-def _group(row: Mapping[str, Any]) -> str:
-    return next((str(row[name]) for name in GROUPS if row.get(name) is not None), "")
+def _group(row: Mapping[str, Any], where: str) -> str:
+    name = next((name for name in GROUPS if row.get(name) is not None), None)
+    if name is None:
+        return ""
+    if not isinstance(row[name], (str, int, float)):
+        raise CorpusError(f"{where}: {name!r} is {type(row[name]).__name__}, expected text")
+    return _shown_group(str(row[name]))
+
+
+def _shown_group(text: str) -> str:
+    """The name of a group as reports show it."""
+    shown = one_line(text)
+    return shown if len(shown) <= MOST_QUOTED else shown[: MOST_QUOTED - 3] + "..."

@@ -10,10 +10,18 @@ from pathlib import Path
 from marlin_cli.config import from_mapping
 from marlin_cli.documents import read_yaml
 from marlin_cli.errors import ConfigError, CorpusError
-from marlin_cli.files import sha256_of_file, shipped
+from marlin_cli.files import check_regular, sha256_of_file, shipped
+from marlin_cli.text import quoted
 
 SUFFIXES = (".yaml", ".yml")
 DOMAIN_NAME = r"[a-z0-9_]+"
+
+# The largest sizes that a corpus takes: what 64 bits count, and a window that fits memory.
+MOST_BYTES = (1 << 63) - 1
+MOST_WINDOW_BYTES = 1 << 30
+
+MOST_NAME = 1024  # characters
+MOST_SUMS_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -26,9 +34,9 @@ class RecipeSource:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(DOMAIN_NAME, self.domain):
-            raise ConfigError(f"the domain {self.domain!r} is not a name of a-z, 0-9 and _")
+            raise ConfigError(f"the domain {quoted(self.domain)} is not a name of a-z, 0-9 and _")
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ConfigError(f"the weight of {self.path!r} must be above 0 and finite, found {self.weight}")
+            raise ConfigError(f"the weight of {quoted(self.path)} must be above 0 and finite, found {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("names no sources")
-        for key, value in (("max_bytes", self.max_bytes), ("seq_bytes", self.seq_bytes)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{key} must be at least 1, found {value}")
+        if self.checksums is not None and not (self.checksums.isprintable() and len(self.checksums) <= MOST_NAME):
+            raise ConfigError(f"checksums {quoted(self.checksums)} is no name of a file")
+        for key, value, most in (("max_bytes", self.max_bytes, MOST_BYTES), ("seq_bytes", self.seq_bytes, MOST_WINDOW_BYTES)):
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{key} must be at least 1 and at most {most}, found {quoted(value)}")
 
 
 def find_recipe(name: str | Path) -> Path | None:
@@ -85,17 +95,23 @@ def check_sums(sums: Path, used: Iterable[Path]) -> None:
     Raises:
         CorpusError: naming the file that is missing, changed or not listed.
     """
+    check_regular(sums, CorpusError)
     try:
-        lines = sums.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{sums}: cannot read the checksums: {error}") from None
+        with sums.open("rb") as opened:
+            data = opened.read(MOST_SUMS_BYTES + 1)
+    except OSError as error:
+        raise CorpusError(f"{sums}: cannot read the checksums: {error.strerror}") from None
+    if len(data) > MOST_SUMS_BYTES:
+        raise CorpusError(f"{sums}: is larger than {MOST_SUMS_BYTES:,} bytes, more than any list of checksums")
+    # Names are bytes, as the system has them.
+    lines = os.fsdecode(data).removesuffix("\n").split("\n") if data else []
     listed = set()
     for number, line in enumerate(lines, start=1):
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+?)\r?", line)
         if match is None:
             raise CorpusError(f"{sums}: line {number} is not a checksum and a name; write it with sha256sum")
         file = sums.parent / match[2]
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise CorpusError(f"{file}: is missing, but {sums.name} lists it; restore it, or install marlin again")
         try:
             found = sha256_of_file(file)

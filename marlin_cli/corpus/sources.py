@@ -1,21 +1,23 @@
 """What a corpus is called on the command line, and the files or repositories that it stands for. Opens none of them."""
 
-import glob
 import math
 import os
 import re
-from collections.abc import Iterator
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from marlin_cli.corpus.patterns import files_below, files_matching
 from marlin_cli.corpus.recipes import DOMAIN_NAME, Recipe, check_sums, find_recipe, load_recipe
 from marlin_cli.errors import CorpusError
+from marlin_cli.text import quoted
 
 DOMAINS = ("multilingual", "code", "binary")
 UNNAMED_DOMAIN = "other"  # of a path that is given no name: nothing is guessed from its bytes
 STDIN = "-"
 HUB_PREFIX = "hf:"
-TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+MOST_SHOWN = 200  # characters of a name in a message
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Source:
 
     @property
     def keeps_compressed(self) -> bool:
-        """Binary data is taken as it lies; elsewhere .gz and .zst are read through."""
+        """Binary data is taken as it lies; elsewhere .gz, .zst, .bz2 and .xz are read through."""
         return self.domain == "binary"
 
 
@@ -38,9 +40,10 @@ def parse_source(text: str) -> list[Source]:
     """The sources that `text` names: a recipe, `[name=]path[:weight]`, `[name=]hf:name[:weight]`, or `-` for stdin.
 
     A recipe is a .yaml file or the name of a shipped one, which wins over a file of that name (`./default` is the
-    file). A path is a file, a folder (every regular file below it; hidden ones left out, linked folders not entered)
-    or a pattern of files. An existing path wins over the readings of its = and : characters. The name is the domain;
-    without one it is `other`, except that a folder with subfolders multilingual, code or binary is a source for each.
+    file). A path is a file, a folder (every regular file below it; hidden ones left out, linked folders not entered) or
+    a pattern of files, in which ** enters no linked folders. An existing path wins over the readings of its = and :
+    characters. The name is the domain; without one it is `other`, except that a folder with subfolders multilingual,
+    code or binary is a source for each.
 
     Raises:
         CorpusError: nothing of that name, no bytes in it, or no permission to read it.
@@ -56,18 +59,18 @@ def parse_source(text: str) -> list[Source]:
     if rest == STDIN:
         return [Source(domain, weight, stdin=True)]
     if rest.startswith(HUB_PREFIX):
-        return [Source(domain, weight, hub=_hub_name(rest, text))]
+        return [Source(domain, weight, hub=_hub_name(rest, _shown(text)))]
     path = Path(os.path.expanduser(rest))
     domains = [domain for domain in DOMAINS if os.path.isdir(path / domain)]
     if name is None and domains:
-        return [Source(domain, weight, _files(path / domain, text)) for domain in domains]
-    return [Source(domain, weight, _files(path, text))]
+        return [Source(domain, weight, _files(path / domain, _shown(text))) for domain in domains]
+    return [Source(domain, weight, _files(path, _shown(text)))]
 
 
 def _sources_of_recipe(path: Path, recipe: Recipe) -> list[Source]:
     sources = []
     for entry in recipe.sources:
-        where = f"{path}: {entry.path}"
+        where = f"{path}: {_shown(entry.path)}"
         if entry.path.startswith(HUB_PREFIX):
             sources.append(Source(entry.domain, entry.weight, hub=_hub_name(entry.path, where)))
         else:
@@ -88,7 +91,7 @@ def _split(text: str) -> tuple[str | None, str, float]:
         return name, rest, 1.0
     weight = float(weighted[2])
     if not (weight > 0 and math.isfinite(weight)):
-        raise CorpusError(f"--corpus {text}: the weight must be above 0 and finite, found {weighted[2]}")
+        raise CorpusError(f"--corpus {_shown(text)}: the weight must be above 0 and finite, found {weighted[2]}")
     return name, weighted[1], weight
 
 
@@ -100,37 +103,33 @@ def _hub_name(text: str, where: str) -> str:
 
 
 def _files(path: Path, text: str) -> tuple[Path, ...]:
-    """The regular files of a path, a folder or a pattern, sorted, without empty ones."""
+    """The regular files of a path, a folder or a pattern, sorted, without empty ones; `text` begins the errors."""
     if os.path.isdir(path):
-        found = list(_below(path))
+        found = list(files_below(path))
     elif os.path.exists(path):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CorpusError(f"{text}: is not a regular file; pipe its bytes in and name -")
         found = [path]
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = list(files_matching(str(path)))
         if not found:
             hint = "; a domain is named with a-z, 0-9 and _" if re.match(r"[^=/]*=", text) else ""
-            shown = text if len(text) <= 200 else f"{text[:200]}..."
-            raise CorpusError(f"{shown}: no such file, folder, pattern or shipped recipe{hint}")
-    try:
-        files = tuple(sorted(file for file in found if file.is_file() and file.stat().st_size > 0))
-    except OSError as error:
-        raise CorpusError(f"{error.filename}: cannot read: {error.strerror}") from None
+            raise CorpusError(f"{text}: no such file, folder, pattern or shipped recipe{hint}")
+    files = []
+    for file in sorted(found):
+        try:
+            status = file.stat()
+        except OSError:
+            continue  # a link to nothing, or gone meanwhile
+        if stat.S_ISREG(status.st_mode) and status.st_size > 0:
+            files.append(file)
     if not files:
         raise CorpusError(f"{text}: holds no bytes")
     for file in files:
         if not os.access(file, os.R_OK):
             raise CorpusError(f"{file}: no permission to read")
-    return files
+    return tuple(files)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, except in hidden folders and linked ones."""
-
-    def refuse(error: OSError) -> None:
-        raise CorpusError(f"{error.filename}: cannot list: {error.strerror}")
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+def _shown(text: str) -> str:
+    return text if text.isprintable() and len(text) <= MOST_SHOWN else quoted(text)

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.corpus.readers import SHORTEST_WINDOW_BYTES, is_raw, size_of_windows, windows_of_source
-from marlin_cli.corpus.recipes import Recipe, find_recipe, load_recipe
+from marlin_cli.corpus.recipes import MOST_BYTES, MOST_WINDOW_BYTES, Recipe, find_recipe, load_recipe
 from marlin_cli.corpus.sources import Source, parse_source
 from marlin_cli.errors import CorpusError
+from marlin_cli.text import quoted
 
 DEFAULT_SEQUENCE_BYTES = 16384
 
@@ -40,16 +41,18 @@ class Corpus:
     on. A corpus is read once; a second loop goes on where the first one stopped. `state` after a window and `resume`
     of another object go on with the next window.
 
-    Peak memory, beside the libraries: three windows and a reader's buffers (below 1 MB; for tables the longest row, for
-    Parquet a few of its pages) for each source, and the names of all files. The size of a file does not matter: 1 MiB
-    and 6 GiB of raw bytes were read with the same peak.
+    Peak memory, beside the libraries: three windows and a reader's buffers (below 1 MB; for tables the longest row, of
+    JSON 16 MiB at most, for Parquet a page of 128 MiB at most and a few rows; an .xz may ask for 96 MiB) for each
+    source, and the names of all files. The size of a file does not matter: 1 MiB and 6 GiB of raw bytes were read with
+    the same peak.
     """
 
     def __init__(self, sources: Sequence[Source], *, sequence_bytes: int, seed: int, max_bytes: int | None) -> None:
-        """Raises `CorpusError` for sizes below 1, no sources, stdin twice, or files that are gone."""
-        for name, value in (("sequence_bytes", sequence_bytes), ("max_bytes", max_bytes)):
-            if value is not None and value < 1:
-                raise CorpusError(f"{name} of a corpus must be at least 1, found {value}")
+        """Raises `CorpusError` for sizes below 1 or beyond all bounds, no sources, stdin twice, or files that are gone."""
+        sizes = (("sequence_bytes", sequence_bytes, MOST_WINDOW_BYTES), ("max_bytes", max_bytes, MOST_BYTES))
+        for name, value, most in sizes:
+            if value is not None and not 1 <= value <= most:
+                raise CorpusError(f"{name} of a corpus must be at least 1 and at most {most}, found {quoted(value)}")
         if not sources:
             raise CorpusError("no corpus is named")
         if sum(source.stdin for source in sources) > 1:
@@ -63,10 +66,9 @@ class Corpus:
         self.sources = tuple(sources)
         self.sequence_bytes, self.seed, self.max_bytes = sequence_bytes, seed, max_bytes
         self._sizes = [[_size(file) for file in source.files] for source in sources]
-        self._window_count = 0
-        self._byte_count = 0
+        self._place = _Place()
         self._stream: Any = _mixed(self.sources, sequence_bytes, seed)
-        self._windows = self._read()
+        self._windows = _read(self._stream, self._place, sequence_bytes, max_bytes, _named(self.sources))
 
     @property
     def domains(self) -> list[str]:
@@ -100,8 +102,8 @@ class Corpus:
         self._check_resumable()
         return {
             "corpus": self.fingerprint(),
-            "windows": self._window_count,
-            "bytes": self._byte_count,
+            "windows": self._place.windows,
+            "bytes": self._place.bytes,
             "stream": self._stream.state_dict(),
         }
 
@@ -116,9 +118,12 @@ class Corpus:
             raise CorpusError("the saved place in the corpus is damaged; start again")
         if state["corpus"] != self.fingerprint():
             raise CorpusError("the saved place is of another corpus or other settings; name the same ones")
-        self._window_count, self._byte_count = state["windows"], state["bytes"]
+        counts = state["windows"], state["bytes"]
+        if not (all(type(each) is int and each >= 0 for each in counts) and _alike(state["stream"], self._stream.state_dict())):
+            raise CorpusError("the saved place in the corpus is damaged; start again")
+        self._place = _Place(*counts)
         self._stream.load_state_dict(state["stream"])
-        self._windows = self._read()
+        self._windows = _read(self._stream, self._place, self.sequence_bytes, self.max_bytes, _named(self.sources))
 
     def fingerprint(self) -> str:
         """SHA-256 over what decides which windows come: domains, weights, names and sizes of files, and the settings.
@@ -138,26 +143,46 @@ class Corpus:
         text = json.dumps([facts, self.sequence_bytes, self.seed, self.max_bytes])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _read(self) -> Iterator[Window]:
-        stream = iter(self._stream)
-        while self.max_bytes is None or self._byte_count < self.max_bytes:
-            item = next(stream, None)
-            if item is None:
-                break
-            data = item["bytes"]
-            if self.max_bytes is not None:
-                data = data[: self.max_bytes - self._byte_count]
-            window = Window(item["domain"], np.frombuffer(data, dtype=np.uint8), self._window_count)
-            self._window_count += 1
-            self._byte_count += len(data)
-            yield window
-        if self._window_count == 0:
-            shortest = min(SHORTEST_WINDOW_BYTES, self.sequence_bytes)
-            raise CorpusError(f"the corpus holds no window of bytes: no file or row has {shortest} or more")
-
     def _check_resumable(self) -> None:
         if not self.resumable:
             raise CorpusError("stdin cannot be resumed; write it to a file first")
+
+
+@dataclass
+class _Place:
+    """How far a stream has come."""
+
+    windows: int = 0
+    bytes: int = 0
+
+
+def _named(sources: Sequence[Source]) -> str:
+    """The corpus, as errors name it: by its first file."""
+    names = [str(each) for source in sources for each in source.files or (source.hub or "stdin",)]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1:,} more"
+
+
+def _read(stream: Any, place: _Place, sequence_bytes: int, max_bytes: int | None, where: str) -> Iterator[Window]:
+    """The windows from `place` on, which goes with them.
+
+    It holds no corpus that holds it: one that is left early closes its files at once. Else that were left to the garbage
+    collector, which may run in a thread of the library's that the closing waits for.
+    """
+    items = iter(stream)
+    while max_bytes is None or place.bytes < max_bytes:
+        item = next(items, None)
+        if item is None:
+            break
+        data = item["bytes"]
+        if max_bytes is not None:
+            data = data[: max_bytes - place.bytes]
+        window = Window(item["domain"], np.frombuffer(data, dtype=np.uint8), place.windows)
+        place.windows += 1
+        place.bytes += len(data)
+        yield window
+    if place.windows == 0:
+        shortest = min(SHORTEST_WINDOW_BYTES, sequence_bytes)
+        raise CorpusError(f"{where}: the corpus holds no window of bytes: no file or row has {shortest} or more")
 
 
 def open_corpus(
@@ -225,6 +250,17 @@ def _mixed(sources: Sequence[Source], sequence_bytes: int, seed: int) -> Any:
 
 def _numbered(**arguments: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(windows_of_source(**arguments))
+
+
+def _alike(saved: Any, fresh: Any) -> bool:
+    """Have two states of one stream the same parts? What has not begun is None."""
+    if isinstance(saved, dict) and isinstance(fresh, dict):
+        return saved.keys() == fresh.keys() and all(_alike(saved[key], fresh[key]) for key in fresh)
+    if isinstance(saved, list) and isinstance(fresh, list):
+        return len(saved) == len(fresh) and all(map(_alike, saved, fresh))
+    if isinstance(saved, int) and isinstance(fresh, int):
+        return saved >= 0
+    return type(saved) is type(fresh) or fresh is None
 
 
 def _size(file: Path) -> int:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.cache import check_cache_bits
 from marlin_cli.engine.encoder_decoder import PackedMemory, encode
+from marlin_cli.engine.scoring import not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory
 from marlin_cli.models.byt5_ids import ids_of_bytes, padded
@@ -16,16 +17,18 @@ from marlin_cli.quantization.pair_batches import PairBatch
 
 
 def bits_of_answers(
-    network: ByT5, sources: Sequence[Sequence[int]], targets: Sequence[bytes], *, memory_bits: int = 16
+    network: ByT5, sources: Sequence[Sequence[int]], targets: Sequence[bytes], *, memory_bits: int = 16, name: str = "the model"
 ) -> npt.NDArray[np.float64]:
     """Bits that each answer and its end cost: [inputs], each as if it were alone.
 
     Args:
         sources: ids of the inputs, one at least.
         memory_bits: bits of the keys and values that the decoder reads of the inputs.
+        name: of the model, for errors.
 
     Raises:
         UsageError: the network has no decoder, or `memory_bits` do not fit its heads.
+        CheckpointError: predictions that are not finite.
     """
     config = network.config
     if not config.decoder_layers:
@@ -43,6 +46,8 @@ def bits_of_answers(
     # Rows after an answer's end are filler, which no earlier row sees.
     real = np.arange(wanted.shape[1]) <= np.array([[len(target)] for target in targets])
     bits: npt.NDArray[np.float64] = np.where(real, np.array(costs).astype(np.float64), 0.0).sum(axis=1) / math.log(2)
+    if not np.isfinite(bits).all():
+        raise not_finite(name)
     return bits
 
 

@@ -1,5 +1,6 @@
 """Answers of ByT5: inputs as ids in, bytes out as they are decoded, for one input or many of unequal lengths."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.sampling import Noise, Sampling, draw, without
+from marlin_cli.engine.scoring import not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
@@ -23,7 +25,7 @@ class AnswerLimits:
     """
 
     max_length: int = 256
-    min_length: int = 0  # no end before so many ids
+    min_length: int = 0  # none of the model's ends before so many ids
     prefix: bytes = b""  # what every answer begins with; part of the answer
     stop: tuple[bytes, ...] = ()  # byte sequences that end an answer; they are not part of it
 
@@ -42,7 +44,7 @@ class Answer:
     rank: int  # 0 for the best
     ids: tuple[int, ...]  # prefix included, the end and what ended it left out
     score: float  # log-probability of the ids after the prefix, the end included; of beams, over length ** penalty
-    stop_reason: str  # end: the model's own; stop: a stop sequence; length: max_length reached
+    stop_reason: str  # end: one of the model's own; stop: a stop sequence; length: max_length reached
 
     @property
     def data(self) -> bytes:
@@ -63,10 +65,13 @@ def answer(
     Yields:
         After each step what is new: (input, id), or (input, answer) for one that has ended. An input has the same
         answer alone and in a batch.
+
+    Raises:
+        CheckpointError: predictions that are not finite.
     """
     sampling = sampling or Sampling()
     prefix = ids_of_bytes(limits.prefix)
-    end_id = network.config.end_id
+    ends = network.config.answer_ends
     if not sources:
         return
     state = AnswerState(network, sources, memory_bits=memory_bits)
@@ -80,15 +85,17 @@ def answer(
         yield [(stream, Answer(stream, 0, tuple(prefix), 0.0, "length")) for stream in streams]
         return
     while True:
-        forbidden = end_id if len(written[streams[0]]) < limits.min_length else None
+        forbidden = ends if len(written[streams[0]]) < limits.min_length else ()
         values, costs = draw(state.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
         news: list[tuple[int, int | Answer]] = []
         going = []
         for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):
+            if not math.isfinite(cost):
+                raise not_finite()
             scores[stream] -= cost
             own = written[stream]
             reason, cut = None, 0
-            if value == end_id:
+            if value in ends:
                 reason = "end"
             else:
                 own.append(value)
@@ -121,13 +128,13 @@ def answer_with_beams(
 
     Raises:
         UsageError: stop sequences, which beams do not take.
+        CheckpointError: predictions that are not finite.
     """
     if limits.stop:
         raise UsageError("stop sequences do not go with beams; use the end id, or no beams")
     if not sources:
         return []
-    prefix, end_id = ids_of_bytes(limits.prefix), network.config.end_id
-    ends = frozenset({end_id})
+    prefix, ends = ids_of_bytes(limits.prefix), network.config.answer_ends
     searches = [BeamSearch(beams, limits.max_length) for _ in sources]
     open_streams = [stream for stream, search in enumerate(searches) if not search.done]
     state = AnswerState(network, sources, answers=beams.count, memory_bits=memory_bits)
@@ -137,12 +144,14 @@ def answer_with_beams(
     while open_streams:
         logits = state.logits - mx.logsumexp(state.logits, axis=-1, keepdims=True)
         if step < limits.min_length:
-            logits = without(logits, end_id)
+            logits = without(logits, ends)
         step += 1
         table = np.array(logits).reshape(len(open_streams), beams.count, -1)
+        if np.isnan(table).any():
+            raise not_finite()
         rows, ids, places = [], [], []
         for place, stream in enumerate(open_streams):
-            parents, values = searches[stream].step(table[place], ends)
+            parents, values = searches[stream].step(table[place], frozenset(ends))
             if not searches[stream].done:
                 rows += [place * beams.count + parent for parent in parents]
                 ids += values
@@ -154,14 +163,12 @@ def answer_with_beams(
         state.push(mx.array(ids, dtype=mx.int32))
     return [
         [
-            Answer(
-                stream, rank, (*prefix, *(value for value in each.ids if value != end_id)), float(each.score),
-                "end" if each.ids and each.ids[-1] == end_id else "length",
-            )
+            Answer(stream, rank, (*prefix, *each.ids[: len(each.ids) - ended]), float(each.score), "end" if ended else "length")
             for rank, each in enumerate(search.answers)
+            for ended in [bool(each.ids) and each.ids[-1] in ends]
         ]
         for stream, search in enumerate(searches)
-    ]  # fmt: skip
+    ]
 
 
 def _stopped(ids: Sequence[int], sequences: tuple[bytes, ...]) -> int:

@@ -11,13 +11,16 @@ from marlin_cli.errors import UsageError
 # What transformers adds to the score of a beam that may not be chosen; finite, so that order among such is kept.
 BARRED = np.float32(-1e9)
 
+# Powers beyond it would leave the range of numbers at lengths that occur.
+LARGEST_PENALTY = 16
+
 
 @dataclass(frozen=True)
 class Beams:
     """Settings of a beam search, with the meanings of transformers' `generate`.
 
     Raises:
-        UsageError: a number below 1, or more answers than beams.
+        UsageError: a number below 1, more answers than beams, or a penalty beyond all sense.
     """
 
     count: int = 4
@@ -28,6 +31,10 @@ class Beams:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UsageError(f"beams must be at least 1, found {self.count}")
+        if not abs(self.length_penalty) <= LARGEST_PENALTY:
+            raise UsageError(
+                f"length_penalty must be from -{LARGEST_PENALTY} to {LARGEST_PENALTY}, found {self.length_penalty}"
+            )
         if not 1 <= self.answers <= self.count:
             raise UsageError(f"{self.answers} answers need as many beams, found {self.count}")
 

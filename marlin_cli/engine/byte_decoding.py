@@ -55,7 +55,7 @@ def generate(network: ByGPT5, prompts: Sequence[Sequence[int]], stopping: Stoppi
     """Go on from prompts of `prompt_ids`; the pieces of a stream come in order, each byte as soon as it is decoded.
 
     Streams of equal length share each step. A stream gives the same bytes alone as in a batch. Ids that are no bytes
-    count as one byte and are read on, but give none; the end ends a stream.
+    count as one byte and are read on, but give none; an end ends a stream.
 
     Raises:
         UsageError: a prompt longer than the model's context, or of no ids.
@@ -90,6 +90,7 @@ def _decode(
     logits = _read(network, mx.array(prompts), caches)
     noise = Noise(sampling.seed, config.vocab_size)
     matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
+    ends = config.ends
     room = min(stopping.max_bytes, config.max_bytes - len(prompts[0]))
     for step in range(1, room + 1):
         drawn = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None)
@@ -99,11 +100,11 @@ def _decode(
         for row, (stream, value) in enumerate(zip(streams, chosen, strict=True)):
             matcher = matchers[stream]
             data, stopped, reason = b"", False, None
-            if value != config.end_id and FIRST_BYTE <= value < FIRST_SPECIAL:
+            if value not in ends and FIRST_BYTE <= value < FIRST_SPECIAL:
                 data, stopped = matcher.push(value - FIRST_BYTE)
             if stopped:
                 reason = "stop"
-            elif value == config.end_id:
+            elif value in ends:
                 reason = "special"
             elif step == room:
                 reason = "length" if room == stopping.max_bytes else "context"

@@ -10,6 +10,7 @@ import numpy as np
 from marlin_cli.engine.cache import KeyValueCache, PackedKeyValueCache, check_cache_bits
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.scoring import not_finite
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, Stack, StageConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
@@ -113,6 +114,25 @@ class Lockstep:
         if self._logits is None:
             self._logits = self._next_logits()
         return self._logits
+
+    def check_finite(self) -> None:
+        """See that what comes next is predicted by numbers; costs a step of the last stage.
+
+        Where a sequence is decoded in one call its logits never leave the kernels, and NaN draws id 0.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        if max(self.positions) >= self.config.max_bytes:
+            return
+        finest = self._states[self._last]
+        before = self._logits, finest.cache, self._fed, self._sequence_cache_bytes
+        finite = mx.isfinite(mx.logsumexp(self.logits, axis=-1)).all().item()
+        if self._fused is not None and before[0] is None and before[1] is None:
+            # As it was: with logits at hand the next ids would be drawn one at a time.
+            self._logits, finest.cache, self._fed, self._sequence_cache_bytes = before
+        if not finite:
+            raise not_finite()
 
     def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array:
         """Draw the next ids of the streams and append them: [streams, n], at most `most`; one, or all that a sequence lacks."""

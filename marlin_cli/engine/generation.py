@@ -80,6 +80,7 @@ def generate(
 
     Raises:
         UsageError: a prompt longer than the model's context.
+        CheckpointError: predictions that are not finite.
     """
     limit = network.config.max_bytes
     for prompt in prompts:
@@ -118,10 +119,16 @@ def _decode(
     state = Lockstep(network, prompts, cache_bits)
     noise = Noise(sampling.seed, network.config.vocab_size)
     matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
-    decoded = 0
+    decoded = zeros = 0
+    check_at = 1  # zeros so far: whatever is no number draws them, and they are seldom else
+    state.check_finite()
     while streams:
         starts = dict(zip(streams, state.positions, strict=True))
         columns: list[list[int]] = state.advance(sampling, noise, stopping.max_bytes - decoded).T.tolist()  # type: ignore[assignment]
+        zeros += sum(values.count(0) for values in columns)
+        if zeros >= check_at:
+            state.check_finite()
+            check_at = 2 * zeros
         going = list(range(len(streams)))
         for step, values in enumerate(columns, start=1):
             decoded += 1

@@ -1,6 +1,7 @@
 """From logits to ids: greedy or random, with the usual filters."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -26,8 +27,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"temperature must be 0 or more, found {self.temperature}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must be 0 or more, found {self.top_k}")
+        if not 0 <= self.top_k < 1 << 31:
+            raise UsageError(f"top_k must be 0 or more and fit 31 bits, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -87,24 +88,29 @@ def sample(logits: mx.array, settings: Sampling, noise: mx.array | None) -> mx.a
     return mx.argmax(logits + noise, axis=-1)
 
 
-def draw(logits: mx.array, forbidden: int | None, settings: Sampling, noise: mx.array | None) -> tuple[list[int], list[float]]:
+def draw(
+    logits: mx.array, forbidden: Sequence[int], settings: Sampling, noise: mx.array | None
+) -> tuple[list[int], list[float]]:
     """One id for each row of logits [batch, vocab], and minus the logarithm of the probability that they give it.
 
     Args:
-        forbidden: an id that is not drawn; the probabilities are those before.
+        forbidden: ids that are not drawn; the probabilities are those before.
         noise: [vocab], see `sample`.
     """
     module = kernels()[0] if mx.default_device() == mx.Device(mx.cpu) and logits.dtype == mx.float32 else None
     if module is not None:
         drawing = module.Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-        ids, costs = module.draw_ids(logits, -1 if forbidden is None else forbidden, drawing, noise)
+        ids, costs = module.draw_ids(logits, list(forbidden), drawing, noise)
         return ids, costs
-    drawn = sample(logits if forbidden is None else without(logits, forbidden), settings, noise)
+    drawn = sample(without(logits, forbidden), settings, noise)
     nats = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
     mx.eval(drawn, nats)  # together: an evaluation costs more than either
     return drawn.tolist(), nats.tolist()  # type: ignore[return-value]
 
 
-def without(scores: mx.array, forbidden: int) -> mx.array:
-    """Scores [.., vocab] in which one id cannot be chosen."""
-    return mx.where(mx.arange(scores.shape[-1]) == forbidden, -mx.inf, scores)
+def without(scores: mx.array, forbidden: Sequence[int]) -> mx.array:
+    """Scores [.., vocab] in which some ids cannot be chosen."""
+    if not forbidden:
+        return scores
+    barred = (mx.arange(scores.shape[-1])[:, None] == mx.array(list(forbidden))).any(axis=-1)
+    return mx.where(barred, -mx.inf, scores)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.fused import fuse
+from marlin_cli.errors import CheckpointError
 from marlin_cli.models.megabyte import MegaByte
 
 # Bytes scored in one forward pass; bounds the memory of activations. Kernels that keep no logits take more.
@@ -55,6 +56,9 @@ def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -
     """Bits that each byte of `data` [total] costs, in disjoint windows: [total].
 
     Every byte value counts, 0x00 too. Windows of equal length share a pass.
+
+    Raises:
+        CheckpointError: predictions that are not finite.
     """
     bits = np.empty(len(data), dtype=np.float64)
     full = len(data) // window_bytes
@@ -69,4 +73,12 @@ def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -
 
 
 def _bits(network: MegaByte, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    return np.array(costs(network, mx.array(windows.astype(np.int32)))).astype(np.float64)
+    bits = np.array(costs(network, mx.array(windows.astype(np.int32)))).astype(np.float64)
+    if not np.isfinite(bits).all():
+        raise not_finite()
+    return bits
+
+
+def not_finite(name: str = "the model", what: str = "its predictions") -> CheckpointError:
+    """The error of numbers that no network should give."""
+    return CheckpointError(f"{name}: {what} are not finite; its weights are damaged or overflow")

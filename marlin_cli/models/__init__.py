@@ -14,8 +14,9 @@ from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import shipped
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
-from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer
+from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
 from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.text import quoted
 
 Network: TypeAlias = MegaByte | ByT5
 NetworkConfig: TypeAlias = MegaByteConfig | ByT5Config
@@ -56,9 +57,16 @@ def build(
     """
     name = config.get("model_type", "megabyte")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ConfigError(f"{where}: model_type {name!r} is not supported{did_you_mean(str(name), ARCHITECTURES)}")
+        hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
+        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
     config_class, network_class = ARCHITECTURES[name]
-    network: Network = network_class(from_mapping(config_class, config, where))
+    settings = from_mapping(config_class, config, where)
+    # Each block begins with a norm. A network of blocks that the file has not is never drafted.
+    absent = [path for path in settings.blocks if f"{path}.attention_norm.weight" not in weights]
+    if absent:
+        found = f"the weight {quoted(f'{absent[0]}.attention_norm.weight')} is missing"
+        raise CheckpointError(f"{where}: {found}, with all of {len(absent):,} layers that config.json asks for")
+    network: Network = network_class(settings)
     fill(network, weights, quantization, where=where, dtype=dtype)
     return network
 
@@ -85,13 +93,15 @@ def fill(
     missing = sorted(expected.keys() - arrays.keys())
     unknown = sorted(arrays.keys() - expected.keys())
     if missing:
-        raise CheckpointError(f"{where}: the weight {missing[0]!r} is missing ({len(missing)} in all)")
+        raise CheckpointError(f"{where}: the weight {quoted(missing[0])} is missing ({len(missing)} in all)")
     if unknown:
-        raise CheckpointError(f"{where}: no place for the weight {unknown[0]!r} ({len(unknown)} in all); is it in config.json?")
+        raise CheckpointError(
+            f"{where}: no place for the weight {quoted(unknown[0])} ({len(unknown)} in all); is it in config.json?"
+        )
     for path, array in arrays.items():
         if array.shape != expected[path].shape:
             raise CheckpointError(
-                f"{where}: {path!r} has shape {list(array.shape)}, config.json asks for {list(expected[path].shape)}"
+                f"{where}: {path!r} has shape {list(array.shape)}, the configuration asks for {list(expected[path].shape)}"
             )
     network.load_weights(list(arrays.items()))
     network.eval()
@@ -143,7 +153,7 @@ def _swap_packed_layers(network: nn.Module, arrays: Mapping[str, mx.array], tabl
     for path, module in linear_layers(network).items():
         if f"{path}.scales" in arrays:
             own = {name: arrays[f"{path}.{name}"] for name in PACKED_ARRAYS if f"{path}.{name}" in arrays}
-            swapped.append((path, packed_layer(module, own, table.get(path, table), f"{where}: {path!r}")))
+            swapped.append((path, packed_layer(module, own, settings_of(path, table), f"{where}: {path!r}")))
     set_modules(network, swapped)
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5 import ByT5Config, DecoderAttention, FeedForward, RelativeBias, SelfCache
+from marlin_cli.models.limits import check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.dispatch import linear
 
@@ -39,14 +39,24 @@ class ByGPT5Config:
     scaled_head: bool = False  # by d_model ** -0.5
     start_id: int = 0  # stands for what comes before the first byte
     starts_all: bool = False  # does it lead every text, or only one of no bytes?
-    end_id: int = 1
+    end_id: int = 1  # what targets that are scored end with
+    answer_end_ids: tuple[int, ...] | None = None  # each of them ends a text; end_id alone unless given
     pad_id: int = 0
     max_bytes: int = 32768  # longest text
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ConfigError(f"layers must be at least 1, found {self.layers}")
+        check_limits(self, {"layers": (1, 1 << 8)})
         self.as_decoder()  # checks the rest
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return self.as_decoder().answer_ends
+
+    @property
+    def blocks(self) -> list[str]:
+        """The path of every transformer block."""
+        return [f"decoder.layers.{layer}" for layer in range(self.layers)]
 
     def as_decoder(self) -> ByT5Config:
         """ByT5's configuration with this decoder."""

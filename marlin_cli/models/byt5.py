@@ -17,17 +17,21 @@ import numpy.typing as npt
 
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
+from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear, attention, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
+from marlin_cli.text import quoted
 
 # Config
 
-# Sizes beyond these are damage or malice: a network of them would fill the memory before its weights are compared.
-LIMITS = {
-    "vocab_size": 1 << 12, "d_model": 1 << 17, "ffn_dim": 1 << 19, "heads": 1 << 12, "head_dim": 1 << 12,
-    "encoder_layers": 1 << 10, "decoder_layers": 1 << 10, "relative_buckets": 1 << 12, "relative_distance": 1 << 20,
-    "max_bytes": 1 << 30, "downsample_factor": 1 << 12, "local_window": 1 << 20,
+# A network is drafted before its weights are compared with it, so no number may be larger than any of a real model.
+LIMITS: Limits = {
+    "vocab_size": (1, 1 << 12), "d_model": (1, 1 << 17), "ffn_dim": (1, 1 << 19), "heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 12), "encoder_layers": (1, 1 << 8), "decoder_layers": (0, 1 << 8),
+    "relative_buckets": (1, 1 << 12), "relative_distance": (1, 1 << 16), "max_bytes": (1, 1 << 30),
+    "downsample_factor": (1, 1 << 12), "local_window": (1, 1 << 20), "local_layers": (0, 1 << 8),
+    "norm_eps": (1e-30, 1.0),
 }  # fmt: skip
 
 
@@ -55,7 +59,8 @@ class ByT5Config:
     tied_head: bool = False  # logits come from the embeddings
     scaled_head: bool = False  # by d_model ** -0.5, as where T5 was trained with a tied head
     start_id: int = 0  # what the decoder reads first
-    end_id: int = 1
+    end_id: int = 1  # what inputs end with, as their tokenizer has it, and targets that are scored
+    answer_end_ids: tuple[int, ...] | None = None  # each of them ends an answer; end_id alone unless given
     pad_id: int = 0
     max_bytes: int = 32768  # longest input
 
@@ -65,19 +70,14 @@ class ByT5Config:
     local_window: int = 128  # bytes that they see before and after each byte
 
     def __post_init__(self) -> None:
-        for name, most in LIMITS.items():
-            value, least = getattr(self, name), 0 if name == "decoder_layers" else 1
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, found {value}")
-            if value > most:
-                raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
+        check_limits(self, LIMITS)
         if self.vocab_size < FIRST_SPECIAL:
             raise ConfigError(f"vocab_size must hold 3 ids and every byte ({FIRST_SPECIAL} or more), found {self.vocab_size}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps <= 0:
-            raise ConfigError(f"norm_eps must be above zero, found {self.norm_eps}")
-        for name in ("start_id", "end_id", "pad_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
-                raise ConfigError(f"{name} must be an id below vocab_size, found {getattr(self, name)}")
+        ids = {name: (getattr(self, name),) for name in ("start_id", "end_id", "pad_id")}
+        for name, values in {**ids, "answer_end_ids": self.answer_ends}.items():
+            for value in values:
+                if not 0 <= value < self.vocab_size:
+                    raise ConfigError(f"{name} must be below vocab_size ({self.vocab_size}), found {quoted(value)}")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ConfigError(f"relative_buckets must be a multiple of 4, found {self.relative_buckets}")
         if self.relative_distance <= self.relative_buckets // 2:
@@ -89,6 +89,19 @@ class ByT5Config:
             raise ConfigError(f"local_layers must be from 1 to encoder_layers - 1, found {self.local_layers}")
         if self.downsample_factor > 1 and self.encoder_layers < 2:
             raise ConfigError("downsample_factor needs two encoder layers: one over bytes, one over pooled rows")
+
+    @property
+    def answer_ends(self) -> tuple[int, ...]:
+        """Ids of which any ends an answer."""
+        return (self.end_id,) if self.answer_end_ids is None else self.answer_end_ids
+
+    @property
+    def blocks(self) -> list[str]:
+        """The path of every transformer block."""
+        local = 0 if self.downsample_factor == 1 else self.layers_over_bytes
+        counts = {"encoder.local_layers": local, "encoder.layers": self.encoder_layers - local}
+        counts["decoder.layers"] = self.decoder_layers
+        return [f"{name}.{layer}" for name, count in counts.items() for layer in range(count)]
 
     @property
     def layers_over_bytes(self) -> int:

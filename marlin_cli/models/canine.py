@@ -6,7 +6,6 @@ The reference's habits are kept since weights were tuned under them: the last mo
 the start, and the molecules' lengths are counted as if it did not, so the last real one of a padded input is unseen.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
+from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.long_attention import cross_attention
 
@@ -30,11 +30,12 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 # Hash function i takes ((id + 1) * PRIMES[i]) modulo the number of buckets.
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
 
-# Sizes beyond these are damage or malice: a network of them would fill the memory before its weights are compared.
-LIMITS = {
-    "d_model": 1 << 15, "ffn_dim": 1 << 17, "heads": 1 << 12, "layers": 1 << 10, "max_characters": 1 << 24,
-    "types": 1 << 16, "downsample_factor": 1 << 8, "upsample_width": 1 << 8, "hash_functions": len(PRIMES),
-    "hash_buckets": 1 << 22, "block_characters": 1 << 20,
+# A network is drafted before its weights are compared with it, so no number may be larger than any of a real model.
+LIMITS: Limits = {
+    "d_model": (1, 1 << 15), "ffn_dim": (1, 1 << 17), "heads": (1, 1 << 12), "layers": (1, 1 << 8),
+    "max_characters": (1, 1 << 24), "types": (1, 1 << 16), "downsample_factor": (1, 1 << 8), "upsample_width": (1, 1 << 8),
+    "hash_functions": (1, len(PRIMES)), "hash_buckets": (1, 1 << 22), "block_characters": (1, 1 << 20),
+    "norm_eps": (1e-30, 1.0),
 }  # fmt: skip
 
 
@@ -57,17 +58,15 @@ class CharacterShape:
     block_characters: int = 128  # the first layer sees disjoint blocks of so many
 
     def __post_init__(self) -> None:
-        for name, most in LIMITS.items():
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}")
-            if value > most:
-                raise ConfigError(f"{name} is {value:,}, more than the {most:,} that marlin takes for real")
+        check_limits(self, LIMITS)
         for name in ("heads", "hash_functions"):
             if self.d_model % getattr(self, name):
                 raise ConfigError(f"d_model must be a multiple of {name} ({getattr(self, name)}), found {self.d_model}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps <= 0:
-            raise ConfigError(f"norm_eps must be above zero, found {self.norm_eps}")
+
+    @property
+    def blocks(self) -> list[str]:
+        """The path of every transformer block."""
+        return ["local.first", "local.last", *(f"layers.{layer}" for layer in range(self.layers))]
 
     @property
     def longest(self) -> int:

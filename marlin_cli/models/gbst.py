@@ -17,6 +17,7 @@ from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.ops import Linear, strided_pool
 from marlin_cli.ops.long_attention import cross_attention
+from marlin_cli.text import quoted
 
 # Config
 
@@ -49,15 +50,15 @@ class GbstConfig(ByT5Config):
             raise ConfigError(f"block_sizes must be 1 to {MOST_BLOCKS} numbers from 1 to {MOST_BLOCK_BYTES}")
         if len(self.block_offsets) not in (0, len(self.block_sizes)):
             raise ConfigError(f"block_offsets must be as many as block_sizes, found {len(self.block_offsets)}")
-        if not all(0 <= offset < size for size, offset in self.blocks):
+        if not all(0 <= offset < size for size, offset in self.block_kinds):
             raise ConfigError("each of block_offsets must be from 0 to one less than its block's size")
         if not 0 < self.bytes_in_row <= max(self.block_sizes):
-            raise ConfigError(f"bytes_in_row must be from 1 to the largest block, found {self.bytes_in_row}")
+            raise ConfigError(f"bytes_in_row must be from 1 to the largest block, found {quoted(self.bytes_in_row)}")
         if self.multiple > MOST_PAD:
-            raise ConfigError(f"block_sizes have a common multiple of {self.multiple:,}, more than {MOST_PAD:,} bytes")
+            raise ConfigError(f"block_sizes have a common multiple of {quoted(self.multiple)}, more than {MOST_PAD:,} bytes")
 
     @property
-    def blocks(self) -> tuple[tuple[int, int], ...]:
+    def block_kinds(self) -> tuple[tuple[int, int], ...]:
         """Size and offset of each kind of block."""
         return tuple(zip(self.block_sizes, self.block_offsets or (0,) * len(self.block_sizes), strict=True))
 
@@ -75,7 +76,7 @@ class Front(nn.Module):
 
     def __init__(self, config: GbstConfig) -> None:
         super().__init__()
-        self.blocks, self.multiple = config.blocks, config.multiple
+        self.block_kinds, self.multiple = config.block_kinds, config.multiple
         self.factor, self.consensus = config.bytes_in_row, config.consensus
         self.reads_filler = config.reads_filler
         # A kernel for each channel alone, which no product of matrices is.
@@ -96,7 +97,7 @@ class Front(nn.Module):
             x = mx.where((mx.arange(total) < lengths[:, None])[..., None], x, 0)
         x = self._convolved(x.astype(mx.float32))
         x = mx.pad(x, [(0, 0), (0, -total % self.multiple), (0, 0)])
-        means = [self._means(x, size, offset, lengths) for size, offset in self.blocks]
+        means = [self._means(x, size, offset, lengths) for size, offset in self.block_kinds]
         choices = mx.softmax(mx.concatenate([scores for _, scores in means], axis=-1), axis=-1)
         if self.consensus:
             alike = choices[:, None]

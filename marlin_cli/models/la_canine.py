@@ -12,7 +12,9 @@ import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.canine import ACTIVATIONS, Attention, Block, CharacterShape, Downsampling, Embedding, Upsampling
+from marlin_cli.models.limits import check_limits
 from marlin_cli.ops import Linear
+from marlin_cli.text import quoted
 
 PADDING = -1  # the id of padding
 
@@ -35,14 +37,9 @@ class LaCanineConfig(CharacterShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.rows <= 1 << 16:
-            raise ConfigError(f"rows must be from 1 to {1 << 16:,}, found {self.rows}")
-        if not 0 <= self.adapter_dim <= self.d_model:
-            raise ConfigError(f"adapter_dim must be from 0 to d_model ({self.d_model}), found {self.adapter_dim}")
-        if self.lookahead is not None and not 0 <= self.lookahead <= 1 << 20:
-            raise ConfigError(f"lookahead must be from 0 to {1 << 20:,}, found {self.lookahead}")
+        check_limits(self, {"rows": (1, 1 << 16), "adapter_dim": (0, self.d_model), "lookahead": (0, 1 << 20)})
         if self.language and not self.adapter_dim:
-            raise ConfigError(f"language is {self.language!r}, and adapter_dim says that there are no adapters")
+            raise ConfigError(f"language is {quoted(self.language)}, and adapter_dim says that there are no adapters")
 
 
 # Attention

@@ -10,13 +10,15 @@ Three layouts are run as their weights need them; each stage works on *rows*, a 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.config import MOST_ENTRIES
 from marlin_cli.errors import ConfigError
+from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear, attention, delay_one_row, patch_embed
 
 Layout = Literal["prefix", "paper", "megabyte_pytorch"]
@@ -25,12 +27,20 @@ Positions = Literal["learned", "rope", "learned+rope", "none"]
 
 # Config
 
-# Sizes beyond these are damage or malice: a network of them would fill the memory before its weights are compared.
-LIMITS = {
-    "patch_size": 1 << 16, "max_bytes": 1 << 30, "vocab_size": 1 << 20,
-    "global_layers": 1 << 10, "global_dim": 1 << 17, "global_heads": 1 << 12,
-    "local_layers": 1 << 10, "local_dim": 1 << 17, "local_heads": 1 << 12,
+# A network is drafted before its weights are compared with it, so no number may be larger than any of a real model.
+STAGE_LIMITS: Limits = {
+    "length": (1, 1 << 30), "layers": (1, 1 << 8), "dim": (1, 1 << 17), "heads": (1, 1 << 12), "ffn_dim": (1, 1 << 19),
+    "head_dim": (1, 1 << 17), "kv_heads": (1, 1 << 12),
 }  # fmt: skip
+LIMITS: Limits = {
+    "patch_size": (1, 1 << 16), "max_bytes": (1, 1 << 30), "vocab_size": (1, 1 << 20), "byte_dim": (1, 1 << 17),
+    "attention_window": (1, 1 << 30), "bos_byte": (0, 1 << 20),
+    "norm_eps": (1e-30, 1.0), "attention_scale": (1e-6, 1e3), "rope_theta": (1e-3, 1e12),
+    # Of the stages under their names here, so that an error names what config.json has.
+    **{f"{part}_{name}": STAGE_LIMITS[name] for part in ("global", "local")
+       for name in ("layers", "dim", "heads", "ffn_dim", "head_dim", "kv_heads")},
+}  # fmt: skip
+WIDEST_ROW = 1 << 24  # numbers in a patch's embeddings, or in what a stage gives the next
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,9 @@ class StageConfig:
     positions: Positions = "none"
     head_dim: int | None = None  # dim / heads unless given
     kv_heads: int | None = None  # heads unless given
+
+    def __post_init__(self) -> None:
+        check_limits(self, STAGE_LIMITS)
 
     @property
     def learned(self) -> bool:
@@ -84,7 +97,8 @@ class MegaByteConfig:
     global_kv_heads: int | None = None
     global_positions: Positions = "rope"
 
-    middle: tuple[StageConfig, ...] = ()  # stages between global and local (megabyte_pytorch alone)
+    # Stages between global and local (megabyte_pytorch alone).
+    middle: tuple[StageConfig, ...] = field(default=(), metadata={MOST_ENTRIES: 16})
 
     local_layers: int = 4
     local_dim: int = 512
@@ -108,24 +122,9 @@ class MegaByteConfig:
     bos_byte: int = 255
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "max_bytes", "vocab_size", "global_layers", "global_dim", "global_heads",
-                     "local_layers", "local_dim", "local_heads"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        for name in ("byte_dim", "global_ffn_dim", "local_ffn_dim", "global_head_dim", "local_head_dim",
-                     "global_kv_heads", "local_kv_heads", "attention_window"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}")
-        for name, most in LIMITS.items():
-            if getattr(self, name) > most:
-                raise ConfigError(f"{name} is {getattr(self, name):,}, more than the {most:,} that marlin takes for real")
+        check_limits(self, LIMITS)
         if self.vocab_size < 256:
             raise ConfigError(f"vocab_size must hold every byte (256 or more), found {self.vocab_size}")
-        if not math.isfinite(self.norm_eps) or self.norm_eps < 0:
-            raise ConfigError(f"norm_eps must be zero or more, found {self.norm_eps}")
-        if not (math.isfinite(self.rope_theta) and self.rope_theta > 0):
-            raise ConfigError(f"rope_theta must be positive, found {self.rope_theta}")
         if not 0 <= self.bos_byte < self.vocab_size:
             raise ConfigError(f"bos_byte must be an id below vocab_size, found {self.bos_byte}")
         if self.max_bytes % self.patch_size:
@@ -141,6 +140,9 @@ class MegaByteConfig:
             raise ConfigError(f"layout {self.layout!r} needs start_tokens")
         if self.patch_size % math.prod(stage.length for stage in self.middle):
             raise ConfigError("the lengths of the middle stages do not divide patch_size")
+        widest = max(self.patch_size * max(self.byte_width, self.local_dim), *(s.length * s.dim for s in self.stages[1:]))
+        if widest > WIDEST_ROW:
+            raise ConfigError(f"patches and widths ask for rows of {widest:,} numbers, more than {WIDEST_ROW:,}")
         for stage in self.stages:
             if stage.head_dim is None and stage.dim % stage.heads:
                 raise ConfigError(f"{stage.heads} heads do not divide a width of {stage.dim}; give the head_dim")
@@ -171,6 +173,13 @@ class MegaByteConfig:
             self.local_positions, self.local_head_dim, self.local_kv_heads,
         )  # fmt: skip
         return (first, *self.middle, last)
+
+    @property
+    def blocks(self) -> list[str]:
+        """The path of every transformer block."""
+        names = ["global", *(f"middle.{index}" for index in range(len(self.middle))), "local"]
+        stages = zip(names, self.stages, strict=True)
+        return [f"{name}.layers.{layer}" for name, stage in stages for layer in range(stage.layers)]
 
     def bytes_per_token(self, stage: int) -> int:
         """Bytes that one token of stage number `stage` stands for: the patch size for 0, one for the last."""

@@ -6,8 +6,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError
 from marlin_cli.ops import QuantizedLinear
+from marlin_cli.text import quoted
 
 # Arrays of a packed layer, under its path.
 PACKED_ARRAYS = ("weight", "scales", "biases", "bias", "global_scale")
@@ -22,23 +24,30 @@ GROUP_SIZES = {
 }
 
 
+def settings_of(path: str, table: Mapping[str, Any]) -> Any:
+    """What mlx-lm's table says of the layer at `path`: its own entry, or that of all layers, for which true stands too."""
+    own = table.get(path, True)
+    return table if own is True else own
+
+
 def packed_layer(plain: nn.Module, arrays: Mapping[str, mx.array], settings: Any, where: str) -> QuantizedLinear:
     """The packed layer that takes the place of `plain`.
 
     Args:
         arrays: those of `PACKED_ARRAYS` that the file has; scales are among them.
-        settings: the layer's entry in mlx-lm's table: `group_size`, `bits`, `mode`.
+        settings: the layer's entry in mlx-lm's table: `group_size`, `bits`, `mode`; affine unless it says another.
         where: the file and layer that begin every error.
 
     Raises:
         CheckpointError: settings of no known format, or arrays of other shapes or types than they ask for.
     """
-    if not isinstance(settings, Mapping) or not {"group_size", "bits", "mode"} <= settings.keys():
-        raise CheckpointError(f"{where} is packed, but the quantization table does not say how")
-    mode, bits, group_size = (settings[name] for name in ("mode", "bits", "group_size"))
-    whole = isinstance(bits, int) and isinstance(group_size, int)
-    if not whole or group_size not in GROUP_SIZES.get((str(mode), bits), ()):
-        found = f"{mode!r} with {bits!r} bits in groups of {group_size!r}"
+    if not isinstance(settings, Mapping) or not {"group_size", "bits"} <= settings.keys():
+        found = "says nothing of it" if isinstance(settings, Mapping) and not settings else f"has {describe(settings)} for it"
+        raise CheckpointError(f"{where} is packed, but the quantization table {found}; expected group_size, bits and mode")
+    mode, bits, group_size = settings.get("mode", "affine"), settings["bits"], settings["group_size"]
+    whole = type(bits) is int and type(group_size) is int and isinstance(mode, str)
+    if not whole or group_size not in GROUP_SIZES.get((mode, bits), ()):
+        found = f"{quoted(mode)} with {quoted(bits)} bits in groups of {quoted(group_size)}"
         raise CheckpointError(f"{where} is packed as {found}, which is no format")
     rows, columns = plain["weight"].shape
     affine = mode == "affine"
@@ -64,4 +73,4 @@ def packed_layer(plain: nn.Module, arrays: Mapping[str, mx.array], settings: Any
             raise CheckpointError(f"{where} has {name} of type {found}, which {mode} does not hold")
     if scaled and (arrays["global_scale"].size != 1 or not mx.issubdtype(arrays["global_scale"].dtype, mx.floating)):
         raise CheckpointError(f"{where} has a global_scale that is not one number")
-    return QuantizedLinear(dict(arrays), group_size=group_size, bits=bits, mode=str(mode))
+    return QuantizedLinear(dict(arrays), group_size=group_size, bits=bits, mode=mode)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.errors import BackendError, UsageError
+from marlin_cli.ops.mlx_caches import use_private_caches
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def choose_device(wanted: str = "auto") -> Device:
     """Make `wanted` (auto, metal, cuda, cpu) MLX's default device.
 
     Raises:
-        UsageError: a name that is none of these.
+        UsageError: a name that is none of these; or MARLIN_CACHE is needed and no absolute path.
         BackendError: the installed MLX has no such device.
     """
     available = {"metal": mx.metal.is_available(), "cuda": mx.cuda.is_available(), "cpu": True}
@@ -39,5 +40,6 @@ def choose_device(wanted: str = "auto") -> Device:
         raise BackendError(f"--device {wanted}: not available; it needs {extra}")
     else:
         name, reason = wanted, "asked for"
+    use_private_caches(name)
     mx.set_default_device(mx.cpu if name == "cpu" else mx.gpu)
     return Device(name, reason)

@@ -14,7 +14,7 @@ from marlin_cli.models import Network, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
-from marlin_cli.quantization.layers import LayerReport, pack_layer, packed_of
+from marlin_cli.quantization.layers import LayerReport, check_columns, pack_layer, packed_of
 from marlin_cli.quantization.methods import (
     METHODS,
     NEED_HESSIANS,
@@ -121,6 +121,10 @@ def prepared(
     """
     check_method(method, statistics)
     plans = plan_network(network, settings)
+    if statistics is not None:
+        for plan in plans:
+            if plan.format is not None:
+                check_columns(plan, statistics)  # before factors are made of them
     if settings.balance_keys:
         if statistics is None:
             raise UsageError("--balance-keys needs statistics; make them with marlin calibrate, give --stats")

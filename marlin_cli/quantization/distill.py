@@ -223,11 +223,19 @@ def distill(
         mx.eval(parameters, loss, [optimizer.state for optimizer in adam.values()])
         value = scalar(loss) / math.log(2)
         if not math.isfinite(value):
-            raise QuantizationError("the tuned network's predictions are not finite; take fewer or smaller steps")
+            raise QuantizationError(
+                f"at step {number + 1} of {settings.steps} the divergence of the tuned network is not finite; its weights are"
+                " damaged or overflow, or so many steps lead there: take fewer"
+            )
         on_step(number, value)
     for path, layer in tuned.items():
         layer.update({name: arrays[path] for name, arrays in parameters.items() if path in arrays and name in layer})
-    result = copy_with(packed, [(path, packed_layer(layer.packed(), layer._bias)) for path, layer in tuned.items()])
+    packed_again = {path: layer.packed() for path, layer in tuned.items()}
+    # The last step is taken after the last divergence.
+    for path, array in [*((path, decode(each)) for path, each in packed_again.items()), *parameters["free"].items()]:
+        if not mx.isfinite(array).all().item():
+            raise QuantizationError(f"{path!r}: the last step of {settings.steps} made it not finite; take fewer")
+    result = copy_with(packed, [(path, packed_layer(packed_again[path], layer._bias)) for path, layer in tuned.items()])
     # Modules that hold what was tuned may be shared with the network that came in.
     shared = {path: layer for path, layer in linear_layers(result).items() if f"{path}.weight" in free}
     set_modules(result, [(path, _own(layer)) for path, layer in shared.items()])

@@ -1,5 +1,6 @@
 """One linear layer packed by its plan and a method, and what that did to it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,7 +117,11 @@ def packed_of(module: QuantizedLinear) -> Packed:
 
 
 def report_of(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.NDArray[np.float64] | None) -> LayerReport:
-    """What packing `weight` cost, beside what MLX's own encoder would have."""
+    """What packing `weight` cost, beside what MLX's own encoder would have (None where that gives no finite number).
+
+    Raises:
+        QuantizationError: the packed weight or its error is not finite; the layer is named.
+    """
     baseline = mlx_encode(weight, packed.format, packed.group_size)
     ours = theirs = None
     if hessian is not None:
@@ -124,23 +129,39 @@ def report_of(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.ND
         energy = float(np.einsum("ij,ij->", original @ hessian, original)) or 1.0
         ours = output_error(original, packed, hessian) / energy
         theirs = output_error(original, baseline, hessian) / energy
+    squared_weight = scalar(mx.square(weight.astype(mx.float32)).sum())
+    error, of_mlx = squared_error(weight, packed), squared_error(weight, baseline)
+    if not all(math.isfinite(value) for value in (squared_weight, error, 0.0 if ours is None else ours)):
+        raise QuantizationError(
+            f"{plan.path!r}: as {packed.format.name} its error is not finite; its weights, or the inputs that were measured,"
+            " are beyond float32; keep it in 16 bits, or calibrate again"
+        )
     return LayerReport(
         plan=plan,
         bytes_before=weight.nbytes,
         bytes_after=packed.nbytes,
-        squared_weight=scalar(mx.square(weight.astype(mx.float32)).sum()),
-        squared_error=squared_error(weight, packed),
-        mlx_squared_error=squared_error(weight, baseline),
+        squared_weight=squared_weight,
+        squared_error=error,
+        mlx_squared_error=of_mlx if math.isfinite(of_mlx) else None,
         output_error=ours,
-        mlx_output_error=theirs,
+        mlx_output_error=theirs if theirs is not None and math.isfinite(theirs) else None,
     )
 
 
-def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
-    importance = mx.array(statistics.mean_square(plan.path, domain_weights))
-    if importance.shape != (plan.columns,):
+def check_columns(plan: LayerPlan, statistics: Statistics) -> None:
+    """See that the statistics are of inputs as wide as a layer's.
+
+    Raises:
+        QuantizationError: they are of other channels.
+        StatisticsError: they have no such layer.
+    """
+    channels = len(statistics.absolute_maximum(plan.path))
+    if channels != plan.columns:
         raise QuantizationError(
-            f"{plan.path!r} has {plan.columns} input channels, the statistics have {importance.shape[0]}; they belong"
-            " to another model"
+            f"{plan.path!r} has {plan.columns} input channels, the statistics have {channels}; they belong to another model"
         )
-    return importance
+
+
+def _importance(plan: LayerPlan, statistics: Statistics, domain_weights: Mapping[str, float] | None) -> mx.array:
+    check_columns(plan, statistics)
+    return mx.array(statistics.mean_square(plan.path, domain_weights))

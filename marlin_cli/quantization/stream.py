@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import Checkpoint, check_weight
+from marlin_cli.checkpoints import Checkpoint, check_weight, lasting
 from marlin_cli.checkpoints.writer import writing_model
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.quantization.apply import marlin_table, prepared
@@ -85,6 +85,6 @@ def quantize_checkpoint(
             for part, result in sorted(layer.parameters().items() if layer is not None else [(last, array)]):
                 mx.eval(result)
                 writer.add(f"{path}.{part}", result)
-        marlin = marlin_table(settings, plans, statistics, method, domain_weights)
+        marlin = {**lasting(checkpoint.marlin), **marlin_table(settings, plans, statistics, method, domain_weights)}
         writer.finish(config, quantization_table(plans, embeddings), marlin)
     return Written([reports[plan.path] for plan in plans], kept_bytes)

@@ -3,22 +3,30 @@
 import contextlib
 import json
 import os
+import queue
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from marlin_cli.documents import parse_json
 from marlin_cli.errors import DistributedError, MarlinError
 from marlin_cli.ranks.launch import Launch, launch_of
 from marlin_cli.ranks.watch import BEAT_SECONDS, Connection, Watch
+from marlin_cli.text import one_line
 
 JOIN_SECONDS = 120.0  # for all ranks to be there: they import MLX first, maybe from a slow disk
 
 CHUNK_BYTES = 16 << 20  # of one rank in one collective; bounds memory
+
+MOST_ADDRESSES = 16  # of rank 0 that the others try: an announcement has room for them
+ANNOUNCEMENT_BYTES = 4096
 
 
 class _ConnectionLost(DistributedError):
@@ -79,7 +87,9 @@ class Ranks:
         Raises:
             DistributedError: a fact differs between ranks; it is named.
         """
-        everyone = [json.loads(part) for part in self.gather(json.dumps(facts).encode())]
+        everyone = [
+            parse_json(part, "the facts of a rank", DistributedError) for part in self.gather(json.dumps(facts).encode())
+        ]
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
@@ -101,7 +111,7 @@ class Ranks:
             gathered = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, longest)
         except RuntimeError as error:
             time.sleep(2 * BEAT_SECONDS)  # the watch knows which rank it was, and interrupts this
-            raise _ConnectionLost(f"the ranks lost their connection: {' '.join(str(error).split())}") from None
+            raise _ConnectionLost(f"the ranks lost their connection: {one_line(error)}") from None
         finally:
             self._watch.in_collective = False
         return [row.tobytes() for row in gathered]
@@ -161,9 +171,7 @@ def _join(launch: Launch) -> "Watch":
             return _leader(group.size(), launch.addresses)
         return _member(launch.rank, group.size())
     except (RuntimeError, OSError) as error:
-        raise DistributedError(
-            f"rank {launch.rank} cannot join over {launch.backend}: {' '.join(str(error).split())}"
-        ) from None
+        raise DistributedError(f"rank {launch.rank} cannot join over {launch.backend}: {one_line(error)}") from None
     finally:
         limit.kill()
         limit.wait()
@@ -183,9 +191,12 @@ while os.getppid() == parent:
 
 
 def _limit_of_joining(rank: int) -> "subprocess.Popen[bytes]":
-    """A process that ends this one with a line on stderr, unless it is killed within `JOIN_SECONDS`."""
+    """A process that ends this one with a line on stderr, unless it is killed within `JOIN_SECONDS`.
+
+    It is isolated (-I, which holds what -P does, and older Pythons have it): nothing is imported from the current folder.
+    """
     line = f"marlin: rank {rank} waited {JOIN_SECONDS:.0f} s for the others; start all of them with mlx.launch"
-    return subprocess.Popen([sys.executable, "-S", "-c", _LIMIT, str(JOIN_SECONDS), line], stdin=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-I", "-S", "-c", _LIMIT, str(JOIN_SECONDS), line], stdin=subprocess.DEVNULL)
 
 
 def _leader(size: int, addresses: Sequence[str]) -> "Watch":
@@ -194,20 +205,45 @@ def _leader(size: int, addresses: Sequence[str]) -> "Watch":
     token = secrets.token_hex(16)
     with socket.create_server(("127.0.0.1" if local else "", 0)) as server:
         name = socket.gethostname()
-        call = {"host": name, "port": server.getsockname()[1], "addresses": [*addresses, name], "token": token}
+        call = {"host": name, "port": server.getsockname()[1], "addresses": [*addresses[:MOST_ADDRESSES], name], "token": token}
         _announce(json.dumps(call).encode())
-        connections: dict[int, Connection] = {}
-        while len(connections) < size - 1:
-            connection = Connection(server.accept()[0])
-            hello = connection.receive()
-            if hello is not None and hello.get("token") == token:
-                connections[int(hello["rank"])] = connection
-    return Watch(0, size, connections)
+        return Watch(0, size, _joining(server, size, token))
+
+
+def _joining(server: socket.socket, size: int, token: str) -> dict[int, Connection]:
+    """The connections of all other ranks, by rank. Whoever else connects is heard aside, where nobody waits, and hung up on."""
+    arrived: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
+
+    def greet(plug: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection = Connection(plug)
+            rank = _rank_of(connection.receive(), size, token)
+            if rank is None:
+                connection.close()
+            else:
+                arrived.put((rank, connection))
+
+    connections: dict[int, Connection] = {}
+    server.settimeout(0.1)
+    while len(connections) < size - 1:
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            threading.Thread(target=greet, args=(server.accept()[0],), daemon=True).start()
+        while not arrived.empty():
+            rank, connection = arrived.get()
+            connections[rank] = connection
+    return connections
+
+
+def _rank_of(hello: dict[str, Any] | None, size: int, token: str) -> int | None:
+    """The rank that a first message is of; None if it is of no rank of this job."""
+    said, rank = ("", 0) if hello is None else (hello.get("token"), hello.get("rank"))
+    known = isinstance(said, str) and secrets.compare_digest(said.encode(errors="replace"), token.encode())
+    return rank if known and isinstance(rank, int) and 0 < rank < size else None
 
 
 def _member(rank: int, size: int) -> "Watch":
     """Another rank: hears where rank 0 listens."""
-    call = json.loads(_announce(b""))
+    call = parse_json(_announce(b""), "what rank 0 announces", DistributedError)
     # On the same machine the loopback is always there.
     addresses = [*(["127.0.0.1"] if call["host"] == socket.gethostname() else []), *call["addresses"]]
     problem: OSError | None = None
@@ -227,6 +263,8 @@ def _announce(call: bytes) -> bytes:
     import mlx.core as mx
     import numpy as np
 
-    room = np.zeros(4096, dtype=np.uint8)
+    if len(call) > ANNOUNCEMENT_BYTES:
+        raise DistributedError(f"the addresses of rank 0 take {len(call):,} bytes, more than any names of hosts")
+    room = np.zeros(ANNOUNCEMENT_BYTES, dtype=np.uint8)
     room[: len(call)] = np.frombuffer(call, dtype=np.uint8)
     return np.array(mx.distributed.all_gather(mx.array(room)))[: len(room)].tobytes().rstrip(b"\0")

@@ -10,10 +10,16 @@ import threading
 import time
 from typing import Any
 
-from marlin_cli.errors import Terminated
+from marlin_cli.documents import parse_json
+from marlin_cli.errors import DistributedError, Terminated
+from marlin_cli.text import one_line
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 30.0  # without a beat a rank counts as gone
+
+# Of a message, which is a number or the one line of an error; what sends more is no rank.
+MOST_MESSAGE_BYTES = 16 << 10
+MOST_REASON_LETTERS = 2000
 
 # A main thread that is interrupted may first have to finish a pass of a large model, or nothing at all.
 STOP_SECONDS = 60.0
@@ -34,13 +40,13 @@ class Connection:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict[str, Any] | None:
-        """The next message; None when the peer is gone, or silent for too long."""
+        """The next message; None when the peer is gone, silent for too long, or says what no rank says."""
         try:
-            line = self._lines.readline()
-            message: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
-        except (OSError, ValueError):
+            line = self._lines.readline(MOST_MESSAGE_BYTES)
+            message = parse_json(line, "a message", DistributedError) if line.endswith(b"\n") else None
+        except (OSError, ValueError, DistributedError):  # ValueError: closed by `close`
             return None
-        return message
+        return message if isinstance(message, dict) else None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -87,6 +93,7 @@ class Watch:
             by_all: every rank fails so; none is named.
         """
         self._closed = True
+        reason = one_line(reason)[:MOST_REASON_LETTERS]
         self._send(failed=reason if by_all else f"rank {self.rank} of {self.size} failed: {reason}")
         if self.rank > 0:
             with self._news:
@@ -115,14 +122,14 @@ class Watch:
 
     def _read(self, peer: int, connection: Connection) -> None:
         while (message := connection.receive()) is not None:
-            if "ready" in message:
+            if isinstance(message.get("ready"), int):
                 with self._news:
                     self._ready[peer] = message["ready"]
                     self._news.notify_all()
             elif "failed" in message:
-                self._leaves(peer, message["failed"], told=self.rank > 0)
+                self._leaves(peer, one_line(message["failed"]), told=self.rank > 0)
             elif "over" in message:
-                self._leaves(peer, message["over"], told=True)
+                self._leaves(peer, one_line(message["over"]), told=True)
             elif "bye" in message:
                 self._leaves(peer, None)
         if peer not in self._left:

@@ -13,6 +13,8 @@ import numpy.typing as npt
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import StatisticsError
 from marlin_cli.statistics.hessians import HessianMapping, SummedHessians
+from marlin_cli.statistics.possible import check_domains, check_moments
+from marlin_cli.text import quoted
 
 # The mappings of `Totals`.
 KINDS = ("inputs", "keys", "values")
@@ -78,6 +80,17 @@ class Run:
         )
         common = math.gcd(self.shard_count, other.shard_count)
         return same and self.shard_index % common == other.shard_index % common
+
+
+def check_run(run: Run) -> None:
+    """See that a run can have been.
+
+    Raises:
+        StatisticsError: sizes below 1, or a shard that is none.
+    """
+    sizes = [run.sequence_bytes, run.shard_count] + ([] if run.max_bytes is None else [run.max_bytes])
+    if min(sizes) < 1 or not 0 <= run.shard_index < run.shard_count:
+        raise StatisticsError(f"a run of sizes that cannot be: {quoted(dataclasses.asdict(run))}")
 
 
 @dataclass(frozen=True)
@@ -179,16 +192,18 @@ class Statistics:
 
     def _input_of(self, path: str) -> Moments:
         if path not in self.layers:
-            raise StatisticsError(f"the statistics hold no layer {path!r}; they belong to another model")
+            raise StatisticsError(f"the statistics hold no layer {quoted(path)}; they belong to another model")
         return self.totals.inputs[self.layers[path]]
 
     def _weights(self, domain_weights: Mapping[str, float]) -> npt.NDArray[np.float64]:
         unknown = [name for name in domain_weights if name not in self.domains]
         if unknown:
-            raise StatisticsError(f"no domain {unknown[0]!r} in the statistics{did_you_mean(unknown[0], self.domains)}")
+            raise StatisticsError(f"no domain {quoted(unknown[0])} in the statistics{did_you_mean(unknown[0], self.domains)}")
         weights = np.array([domain_weights.get(name, 0) for name in self.domains], dtype=np.float64)
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-            raise StatisticsError(f"weights of domains must be zero or more, and one above it; found {dict(domain_weights)}")
+            raise StatisticsError(
+                f"weights of domains must be zero or more, and one above it; found {quoted(dict(domain_weights))}"
+            )
         return weights
 
 
@@ -200,24 +215,37 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     numbers.
 
     Raises:
-        StatisticsError: they are of different models, or measured some window twice.
+        StatisticsError: they are of different models, measured some window twice, or add up to what cannot be.
     """
     if a.model != b.model:
-        raise StatisticsError(f"statistics of another model ({b.model[:12]}, not {a.model[:12]}); measure the same one")
-    if a.layers != b.layers or _shapes(a.totals) != _shapes(b.totals):
-        raise StatisticsError("the statistics are of layers of another shape; the file is damaged")
+        raise StatisticsError(
+            f"statistics of another model ({quoted(b.model[:12])}, not {quoted(a.model[:12])}); measure the same one"
+        )
+    if a.layers != b.layers:
+        raise StatisticsError("the statistics are of layers of other names; the file is damaged")
     for one in a.runs:
         if any(one.overlaps(other) for other in b.runs):
-            raise StatisticsError(f"windows of the same corpus (seed {one.seed}) are counted already; leave it out")
+            raise StatisticsError(f"windows of the same corpus (seed {quoted(one.seed)}) are counted already; leave it out")
     if bool(a.hessians) != bool(b.hessians):
         raise StatisticsError("one of the statistics holds Hessians, the other none; calibrate both with --hessian or neither")
-    return Statistics(a.model, a.layers, a.runs + b.runs, pool(a.totals, b.totals), SummedHessians(a.hessians, b.hessians))
+    totals = pool(a.totals, b.totals)
+    check_domains(totals.domains)
+    for kind, path, moments in totals.items():
+        check_moments(f"{kind}.{path}", moments.count, moments.sum_squares, moments.absolute_maximum)
+    return Statistics(a.model, a.layers, a.runs + b.runs, totals, SummedHessians(a.hessians, b.hessians))
 
 
 def pool(a: Totals, b: Totals) -> Totals:
-    """Both sets of rows as one; they are of the same network. Domains come out sorted by name."""
+    """Both sets of rows as one; they are of the same network. Domains come out sorted by name.
+
+    Raises:
+        StatisticsError: they are of layers of other names or shapes.
+    """
+    if _shapes(a) != _shapes(b):
+        raise StatisticsError("the statistics are of layers of another shape; the file is damaged")
     names = sorted({*a.domains, *b.domains})
-    places = [names.index(name) for name in a.domains], [names.index(name) for name in b.domains]
+    place = {name: number for number, name in enumerate(names)}
+    places = [place[name] for name in a.domains], [place[name] for name in b.domains]
 
     def pooled(some: Mapping[str, Moments], others: Mapping[str, Moments]) -> dict[str, Moments]:
         return {path: _pooled(some[path], others[path], places, len(names)) for path in some}

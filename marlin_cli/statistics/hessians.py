@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.errors import StatisticsError
+from marlin_cli.text import quoted
+
 # (path of the layer in whose name an input is measured, domain) -> [channels, channels], float32.
 HessianMapping = Mapping[tuple[str, str], npt.NDArray[np.float32]]
 
@@ -68,9 +71,16 @@ class HessianAccumulator:
         self.consistent = True
 
     def restore(self, sums: HessianMapping) -> None:
-        """Go on from sums that were saved."""
+        """Go on from sums that were saved.
+
+        Raises:
+            StatisticsError: they are of other inputs.
+        """
         for path, domain in sums:
-            np.copyto(self._array(path, domain), sums[path, domain])
+            saved = sums[path, domain]
+            if len(saved) != self.channels.get(path):
+                raise StatisticsError(f"the Hessians of {quoted(path)} are of another shape; the file is damaged")
+            np.copyto(self._array(path, domain), saved)
 
     def add(self, path: str, domain: str, rows: npt.NDArray[np.float32]) -> None:
         """Add rows [n, channels]."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Window
-from marlin_cli.errors import OutputError, StatisticsError
+from marlin_cli.errors import CorpusError, OutputError, StatisticsError
 from marlin_cli.models import Network
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.statistics.collect import measure, shared_inputs
@@ -15,7 +15,8 @@ from marlin_cli.statistics.collect_pairs import measure_pair
 from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
-from marlin_cli.writing import check_output_parent
+from marlin_cli.text import one_line, quoted
+from marlin_cli.writing import check_output_parent, claimed
 
 # What has been measured is saved when either is passed; a window more may be lost.
 SAVE_EVERY_SECONDS = 10.0
@@ -81,12 +82,30 @@ def calibrate(
         on_bytes: called with the bytes of each window that is done, and first with those done before.
 
     Raises:
-        OutputError: see `check_output`.
+        OutputError: see `check_output`; or another process is at it.
         StatisticsError: the unfinished run is of another model, corpus or settings; or nothing could be measured.
         CorpusError: the corpus cannot be read.
         KeyboardInterrupt: after saving what there is.
     """
     check_output(output, resume=resume)
+    with claimed(output):
+        return _calibrated(
+            network, corpus, output, model=model, shard=shard, resume=resume, hessians=hessians, on_bytes=on_bytes
+        )
+
+
+def _calibrated(
+    network: Network,
+    corpus: Measurable,
+    output: Path,
+    *,
+    model: str,
+    shard: tuple[int, int],
+    resume: bool,
+    hessians: HessianAccumulator | None,
+    on_bytes: Callable[[int], None],
+) -> Statistics:
+    """`calibrate`, by the only process that does it."""
     run = Run(corpus.fingerprint(), corpus.sequence_bytes, corpus.seed, corpus.max_bytes, *shard)
     unfinished = unfinished_path(output)
     # One value, replaced in one step: an interrupt never finds sums of one window and the state of another.
@@ -95,9 +114,11 @@ def calibrate(
         done = load_unfinished(unfinished)
         _check_same_run(unfinished, done[0], model, run)
         _check_hessians(unfinished, done[0], hessians)
+        if done[0].layers != shared_inputs(network):
+            raise StatisticsError(f"{unfinished}: is of other layers than the model's; it is damaged, remove it")
         if hessians is not None:
             hessians.restore(done[0].hessians)
-        corpus.resume(done[1])
+        _resume(corpus, unfinished, done[1])
         on_bytes(done[0].total_bytes)
     elif resume and output.exists():
         finished = load_statistics(output)
@@ -130,19 +151,35 @@ def calibrate(
                 saved_at, unsaved_bytes = time.monotonic(), 0
                 saving_took = 0.0 if hessians is None else saved_at - started
             on_bytes(count)
+        if done is None:
+            raise _nothing(network, run)
+        save_statistics(output, done[0])
     except KeyboardInterrupt:
         if done is not None and corpus.resumable and (hessians is None or hessians.consistent):
             save_unfinished(unfinished, *done)
         raise
-    if done is None:
-        what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
-        raise NothingMeasured(
-            f"nothing to measure: the corpus has no {what}"
-            + (f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else "")
-        )
-    save_statistics(output, done[0])
     unfinished.unlink(missing_ok=True)
     return done[0]
+
+
+def _nothing(network: Network, run: Run) -> NothingMeasured:
+    what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
+    shard = f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else ""
+    return NothingMeasured(f"nothing to measure: the corpus has no {what}{shard}")
+
+
+def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None:
+    """Take the corpus to where an unfinished run left it.
+
+    Raises:
+        StatisticsError: the state is none of a corpus.
+    """
+    try:
+        corpus.resume(state)
+    except CorpusError as error:
+        raise StatisticsError(f"{unfinished}: {error}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise StatisticsError(f"{unfinished}: where the corpus was left is damaged ({one_line(error)}); remove it") from None
 
 
 def _too_short(network: Network, window: Window | Example) -> bool:
@@ -176,5 +213,5 @@ def _check_same_run(path: Path, found: Statistics, model: str, run: Run) -> None
     # The fingerprint of the corpus changes with the settings too, which say more: it comes last.
     for key in sorted(now, key="corpus".__eq__):
         if before[key] != now[key]:
-            what = "another corpus" if key == "corpus" else f"{key} {before[key]}, not {now[key]}"
+            what = "another corpus" if key == "corpus" else f"{key} {quoted(before[key])}, not {now[key]}"
             raise StatisticsError(f"{path}: the run there is of {what}; use its options, or name another output")

@@ -1,5 +1,6 @@
 """Statistics as safetensors files: finished ones, and those of a run that can go on. Every write is atomic."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,12 @@ import numpy.typing as npt
 from marlin_cli import __version__
 from marlin_cli.config import from_mapping
 from marlin_cli.documents import parse_json
-from marlin_cli.errors import CheckpointError, ConfigError, StatisticsError
-from marlin_cli.statistics.data import KINDS, Moments, Run, Statistics, Totals
+from marlin_cli.errors import ConfigError, StatisticsError
+from marlin_cli.statistics.data import KINDS, Moments, Run, Statistics, Totals, check_run
 from marlin_cli.statistics.hessians import HessianMapping
-from marlin_cli.tensor_files import safetensors_header, write_safetensors
+from marlin_cli.statistics.possible import check_domains, check_hessian, check_moments
+from marlin_cli.statistics.stored_arrays import StoredArrays, open_arrays
+from marlin_cli.tensor_files import write_safetensors
 from marlin_cli.text import quoted
 from marlin_cli.writing import writing
 
@@ -51,6 +54,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
     Raises:
         OutputError: the file cannot be written.
+        StatisticsError: they hold numbers that no measurement gives (see `possible`); nothing is written.
     """
     _save(path, statistics, None)
 
@@ -72,6 +76,7 @@ def save_unfinished(path: Path, statistics: Statistics, corpus_state: Mapping[st
 
     Raises:
         OutputError: the file cannot be written.
+        StatisticsError: they hold numbers that no measurement gives (see `possible`); nothing is written.
     """
     _save(path, statistics, dict(corpus_state))
 
@@ -91,20 +96,19 @@ def load_unfinished(path: Path) -> tuple[Statistics, dict[str, Any]]:
 class _StoredHessians(HessianMapping):
     """The Hessians in a file, read and checked one at a time as they are asked for."""
 
-    def __init__(self, path: Path, channels: Mapping[tuple[str, str], int]) -> None:
-        self._path, self._channels = path, dict(channels)
+    def __init__(self, file: StoredArrays, channels: Mapping[tuple[str, str], int]) -> None:
+        self._file, self._channels = file, dict(channels)
 
     def __getitem__(self, key: tuple[str, str]) -> npt.NDArray[np.float32]:
-        from safetensors import safe_open
-
         channels = self._channels[key]
         name = _hessian_name(*key)
-        with safe_open(self._path, "numpy") as file:
-            array: npt.NDArray[np.float32] = file.get_tensor(name)
-        if array.dtype != np.float32 or array.shape != (channels, channels):
-            raise StatisticsError(f"{self._path}: {name!r} is {array.dtype} {list(array.shape)}, expected {channels} squared")
-        if not np.isfinite(array).all():
-            raise StatisticsError(f"{self._path}: {name!r} holds NaN or infinity")
+        place = self._file.places[name]
+        if place.dtype != "F32" or place.shape != (channels, channels):
+            found = f"{place.dtype} {quoted(list(place.shape))}"
+            raise StatisticsError(f"{self._file.path}: {quoted(name)} is {found}, expected F32, {channels} squared")
+        array: npt.NDArray[np.float32] = self._file.read(name)
+        with _of_file(self._file.path):
+            check_hessian(name, array)
         return array
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
@@ -112,6 +116,15 @@ class _StoredHessians(HessianMapping):
 
     def __len__(self) -> int:
         return len(self._channels)
+
+
+@contextlib.contextmanager
+def _of_file(path: Path) -> Iterator[None]:
+    """What is wrong inside begins with the name of the file."""
+    try:
+        yield
+    except StatisticsError as error:
+        raise StatisticsError(f"{path}: {error}") from None
 
 
 def _hessian_name(path: str, domain: str) -> str:
@@ -143,37 +156,33 @@ def _save(path: Path, statistics: Statistics, corpus_state: dict[str, Any] | Non
     def contents() -> Iterator[memoryview]:
         for name in shapes:
             array = statistics.hessians[sides[name][0]] if name in sides else arrays[name]
+            if name in sides:
+                check_hessian(name, array)
             yield np.ascontiguousarray(array).data
 
+    check_domains(totals.domains)
+    for kind, name, moments in totals.items():
+        check_moments(f"{kind}.{name}", moments.count, moments.sum_squares, moments.absolute_maximum)
+    text = json.dumps(dataclasses.asdict(header), allow_nan=False)
     with writing(path) as temporary:
-        write_safetensors(temporary, shapes, contents(), {METADATA_KEY: json.dumps(dataclasses.asdict(header))})
+        write_safetensors(temporary, shapes, contents(), {METADATA_KEY: text})
 
 
 def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
-    from safetensors import safe_open
-
-    try:
-        _, metadata = safetensors_header(path)
-    except CheckpointError as error:
-        raise StatisticsError(str(error)) from None
-    header = _header(path, metadata)
-    with safe_open(path, "numpy") as file:
-        stored = set(file.keys())
-        arrays = {name: file.get_tensor(name) for name in stored if not name.startswith("hessians.")}
+    file = open_arrays(path)
+    header = _header(path, file.metadata)
     names = {"inputs": sorted(set(header.layers.values())), "keys": header.attentions, "values": header.attentions}
-    parts = {
-        kind: {name: _moments(path, arrays, f"{kind}.{name}", len(header.domains)) for name in names[kind]} for kind in KINDS
-    }
+    parts = {kind: {name: _moments(file, f"{kind}.{name}", len(header.domains)) for name in names[kind]} for kind in KINDS}
     totals = Totals(header.domains, **parts)
     sides = {
         (name, domain): moments.sum_squares.shape[-1]
         for name, moments in totals.inputs.items()
         for domain in header.domains
-        if _hessian_name(name, domain) in stored
+        if _hessian_name(name, domain) in file.places
     }
     if header.hessians != bool(sides):
         raise StatisticsError(f"{path}: its Hessians are missing; calibrate again")
-    found = Statistics(header.model, header.layers, header.runs, totals, _StoredHessians(path, sides) if sides else {})
+    found = Statistics(header.model, header.layers, header.runs, totals, _StoredHessians(file, sides) if sides else {})
     return found, header.corpus_state
 
 
@@ -190,25 +199,28 @@ def _header(path: Path, metadata: Mapping[str, str]) -> _Header:
         header = from_mapping(_Header, document, str(path))
     except ConfigError as error:
         raise StatisticsError(str(error)) from None
-    if not sum(header.domains.values()) or min(header.domains.values()) < 0:
-        raise StatisticsError(f"{path}: the byte counts of its domains are missing, zero or negative")
+    with _of_file(path):
+        check_domains(header.domains)
+        for run in header.runs:
+            check_run(run)
     return header
 
 
-def _moments(path: Path, arrays: Mapping[str, npt.NDArray[Any]], name: str, domains: int) -> Moments:
-    found = {}
+def _moments(file: StoredArrays, name: str, domains: int) -> Moments:
+    """The arrays of one input, whose types and shapes are checked before they are read."""
+    places = {}
     for field, dtype in DTYPES.items():
-        array = arrays.get(f"{name}.{field}")
-        if array is None:
-            raise StatisticsError(f"{path}: the array {name + '.' + field!r} is missing; calibrate again")
-        if array.dtype != dtype:
-            raise StatisticsError(f"{path}: {name + '.' + field!r} is {array.dtype}, expected {dtype}")
-        if not (np.isfinite(array).all() and (array >= 0).all()):
-            raise StatisticsError(f"{path}: {name + '.' + field!r} holds NaN, infinity or a negative number")
-        found[field] = array
-    moments = Moments(**found)
-    shape = moments.sum_squares.shape
-    alike = moments.count.shape == shape[:2] and moments.absolute_maximum.shape == shape
+        place = file.places.get(f"{name}.{field}")
+        if place is None:
+            raise StatisticsError(f"{file.path}: the array {quoted(f'{name}.{field}')} is missing; calibrate again")
+        if place.dtype != STORED[dtype]:
+            raise StatisticsError(f"{file.path}: {quoted(f'{name}.{field}')} is {place.dtype}, expected {STORED[dtype]}")
+        places[field] = place
+    shape = places["sum_squares"].shape
+    alike = places["count"].shape == shape[:2] and places["absolute_maximum"].shape == shape
     if len(shape) != 3 or shape[0] != domains or not alike:
-        raise StatisticsError(f"{path}: the arrays of {name!r} do not have the shapes of {domains} domains")
+        raise StatisticsError(f"{file.path}: the arrays of {quoted(name)} do not have the shapes of {domains} domains")
+    moments = Moments(**{field: file.read(f"{name}.{field}") for field in DTYPES})
+    with _of_file(file.path):
+        check_moments(name, moments.count, moments.sum_squares, moments.absolute_maximum)
     return moments

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import math
+import os
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def test_what_was_not_measured_alike_is_not_compared():
     other["models"][0]["quality"]["all_domains"]["bytes"] = 999
     with pytest.raises(UsageError, match="nothing in common but models"):
         verdicts(document(), other)
-    with pytest.raises(UsageError, match="no model is in both results; the old one has m"):
+    with pytest.raises(UsageError, match="no model is in both results; the old one has 'm'"):
         list(changes(document(), document(name="n")))
 
 
@@ -212,5 +214,73 @@ def test_what_is_no_result_is_refused(tmp_path, text):
     (tmp_path / "file").write_text(text)
     with pytest.raises(UsageError, match="no result of bench"):
         read_result(tmp_path / "file")
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="no such file"):
         read_result(tmp_path / "missing")
+
+
+WRONG = [None, True, "x", [], {}, -1.0, 0, math.nan, math.inf, 10**400, 10**4000, [[1]], ["1"], [None], "\x1b[31m"]
+PLACES = {
+    "models": lambda d, value: d.update(models=value),
+    "timing": lambda d, value: d.update(throughput_settings=value),
+    "quality settings": lambda d, value: d.update(quality_settings=value),
+    "a model": lambda d, value: d.update(models=[value]),
+    "a name": lambda d, value: d["models"][0].update(model=value),
+    "speeds": lambda d, value: d["models"][0].update(throughput=value),
+    "a speed": lambda d, value: d["models"][0]["throughput"].update(decode_bytes_per_second=value),
+    "samples": lambda d, value: d["models"][0]["throughput"]["decode_bytes_per_second"].update(samples=value),
+    "a sample": lambda d, value: d["models"][0]["throughput"]["decode_bytes_per_second"].update(samples=[1.0, value]),
+    "quality": lambda d, value: d["models"][0].update(quality=value),
+    "scores": lambda d, value: d["models"][0]["quality"].update(all_domains=value),
+    "bits": lambda d, value: d["models"][0]["quality"]["all_domains"].update(total_bits=value),
+    "bytes": lambda d, value: d["models"][0]["quality"]["all_domains"].update(bytes=value),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_any_value_in_any_field_is_compared_or_refused_in_a_line(place, tmp_path):
+    good, refused = document(), 0
+    for value in WRONG:
+        bad = document()
+        PLACES[place](bad, value)
+        (tmp_path / "bad").write_text(json.dumps(bad) + "\n")
+        try:
+            found = list(changes(good, read_result(tmp_path / "bad")))
+            assert "nan" not in rendered_changes(found, "csv")
+        except UsageError as error:
+            refused += 1
+            assert str(error).isprintable()
+            assert "--compare" in str(error)
+    assert refused > 0
+
+
+def test_ratios_that_no_float_holds_are_refused():
+    with pytest.raises(UsageError, match="too far apart"):
+        list(changes(document(speed=1e-150, noise=0.0), document(speed=1e300, noise=0.0)))
+
+
+def piped(path):
+    os.mkfifo(path)
+
+
+FILES = {
+    "a pipe": (piped, "is a pipe"),
+    "a folder": (lambda path: path.mkdir(), "is a folder"),
+    "a line without end": (lambda path: path.write_bytes(b"[" * (17 << 20)), "its last line is longer than"),
+    "deep": (lambda path: path.write_bytes(b"[" * 100_000), "no result of bench"),
+    "not UTF-8": (lambda path: path.write_bytes(b"\xff\xfe{}"), "no result of bench"),
+    "cut": (lambda path: path.write_text(json.dumps(document())[:-20]), "no result of bench"),
+    "a list of models": (lambda path: path.write_text('{"models": [7], "throughput_settings": null}'), "lacks numbers"),
+}
+
+
+@pytest.mark.parametrize("hazard", FILES)
+def test_files_that_are_none_are_a_line_that_names_them(hazard, tmp_path):
+    make, message = FILES[hazard]
+    make(tmp_path / "file")
+    with pytest.raises(UsageError, match=f"{tmp_path / 'file'}.*{message}"):
+        read_result(tmp_path / "file")
+
+
+def test_the_end_of_a_large_file_is_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * (17 << 20) + b"\n" + json.dumps(document()).encode() + b"\n\n")
+    assert read_result(tmp_path / "file")["models"]

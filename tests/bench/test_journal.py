@@ -1,11 +1,14 @@
 """Passes that are done come back, whatever a kill has left of the file."""
 
+import dataclasses
+import os
+
 import numpy as np
 import pytest
 
 from marlin_cli.bench import journal as journal_module
 from marlin_cli.bench.journal import Journal
-from marlin_cli.bench.pass_sums import PassSums
+from marlin_cli.bench.pass_sums import PassSums, from_bytes, to_bytes
 
 
 class Clock:
@@ -16,7 +19,7 @@ class Clock:
 
 
 def sums(value: float) -> list[PassSums]:
-    table = np.full((2, 5), value)
+    table = np.full((2, 5), float(value))
     return [PassSums(table, table, table, table, table, np.zeros(3, np.float32), np.zeros((2, 3), np.uint16))]
 
 
@@ -66,3 +69,37 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     data[200] ^= 1
     path.write_bytes(data)
     assert Journal(tmp_path, lambda: "key", resume=True).load() == {}
+
+
+@pytest.mark.parametrize("hazard", ["pipe", "folder", "link", "garbage"])
+def test_what_is_no_journal_is_not_read_and_stops_nothing(hazard, tmp_path, capsys):
+    path, precious = tmp_path / "key.0.journal", tmp_path / "precious"
+    precious.write_bytes(b"mine")
+    {
+        "pipe": lambda: os.mkfifo(path), "folder": path.mkdir, "link": lambda: path.symlink_to(precious),
+        "garbage": lambda: path.write_bytes(bytes(range(256)) * 9),
+    }[hazard]()  # fmt: skip
+    clock = Clock()
+    journal = Journal(tmp_path, lambda: "key", resume=True, clock=clock)
+    assert journal.load() == {}
+    for number in range(2):
+        clock.now += journal_module.SAVE_EVERY_SECONDS
+        journal.add(number, sums(1))
+    said = capsys.readouterr().err
+    assert said.count("cannot keep what is scored") == (hazard != "garbage")
+    assert precious.read_bytes() == b"mine"
+    if hazard == "garbage":
+        assert sorted(Journal(tmp_path, lambda: "key", resume=True).load()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": np.full((2, 5), np.nan)}, {"bits": np.full((3, 5), 1.0)}, {"bytes": np.zeros(3)}, {"kl_of_bytes": np.zeros(3)},
+        {"groups_of_bytes": np.zeros((2, 4), np.uint16)}, {"agreements": np.full((2, 5), 1)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sums_that_cannot_be_are_damaged(changes):
+    with pytest.raises(ValueError, match="damaged sums of a pass"):
+        from_bytes(to_bytes([dataclasses.replace(sums(1)[0], **changes)]))

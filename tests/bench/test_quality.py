@@ -229,8 +229,20 @@ def test_another_vocabulary_cannot_be_the_reference(network, random_network, sma
 def test_predictions_that_are_not_finite_are_named(network, other, windows, broken):
     other.output.weight = other.output.weight * float("nan")
     networks = {"tiny": other if broken == "tiny" else network}
-    with pytest.raises(CheckpointError, match=f"{broken}: its predictions are not finite"):
+    with pytest.raises(CheckpointError, match=f"{broken}: its predictions of domain '\\w+' are not finite"):
         measure_quality(networks, windows, reference=network if broken == "tiny" else other)
+
+
+def test_a_divergence_that_is_not_finite_is_named(network, other, windows):
+    """Of an id that no byte here is: what each byte costs is a number all the same."""
+    windows = {"text": windows["text"][:1]}
+    bias = mx.zeros((256,))
+    unused = next(value for value in range(256) if not any(value in each.read() for part in windows.values() for each in part))
+    bias[unused] = -mx.inf
+    head = other.output
+    other.output = lambda x: head(x) + bias
+    with pytest.raises(CheckpointError, match=r"tiny: its predictions of domain '\w+' are not finite"):
+        measure_quality({"tiny": other}, windows, reference=network)
 
 
 def test_kinds_of_bytes_and_places_in_the_patch_are_those_of_a_plain_loop(network, other, windows):

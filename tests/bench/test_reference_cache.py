@@ -1,5 +1,6 @@
 """What is kept changes no number, and takes no more room than it may."""
 
+import hashlib
 import os
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from marlin_cli.bench.reference_cache import ReferenceCache
 from marlin_cli.models.megabyte import MegaByteConfig
 
 DATA = np.arange(12, dtype=np.uint8).reshape(2, 6)
-ENTRY_BYTES = 2 * 6 * 256 * 4 + 128
+ENTRY_BYTES = 2 * 6 * 256 * 4 + 128 + 32
 
 
 def values(data):
@@ -39,10 +40,32 @@ def test_another_model_or_other_bytes_are_computed(tmp_path, changed):
     assert (other.hits, other.misses) == (0, 1)
 
 
-def test_a_damaged_file_is_computed_again(tmp_path):
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1  # a number a little off
+    path.write_bytes(data)
+
+
+def of_another_version(path):
+    path.unlink()
+    np.save(path, np.zeros((2, 6, 256), np.float32))
+
+
+ZEROS = bytes(ENTRY_BYTES - 32)
+DAMAGE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-10]), "flipped": flipped,
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"), "without a digest": of_another_version,
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "not npy": lambda path: path.write_bytes(ZEROS + hashlib.sha256(ZEROS).digest()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_computed_again(tmp_path, damage):
     ReferenceCache(tmp_path, "model")(DATA, lambda: values(DATA))
     [path] = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-10])
+    DAMAGE[damage](path)
     expected = values(DATA)
     assert mx.array_equal(ReferenceCache(tmp_path, "model")(DATA, lambda: expected), expected)
     assert mx.array_equal(ReferenceCache(tmp_path, "model")(DATA, never), expected)

@@ -49,7 +49,7 @@ def report():
     return Report(
         machine=Machine("cpu", "asked for", "a processor", "Linux", 2, "3.12", "0.32", "0.1"),
         throughput_settings=ThroughputSettings(512, 128, 3, sweep_contexts=(1024,), sweep_batches=(8,)),
-        quality_settings=QualitySettings("held | out", Windowing(2048), reference="full"),
+        quality_settings=QualitySettings(("held | out",), Windowing(2048), reference="full"),
         peak_resident_bytes=99_000,
         models=(one_model("first"), one_model("second \u00e9")),
     )
@@ -58,7 +58,7 @@ def report():
 def test_json_is_one_document_on_the_last_line(report):
     document = json.loads(to_json(report).splitlines()[-1])
     assert to_json(report).count("\n") == 0
-    assert document["format_version"] == 1
+    assert document["format_version"] == 2
     assert document["machine"]["device_reason"] == "asked for"
     assert document["quality_settings"]["windowing"]["window_bytes"] == 2048
     first, second = document["models"]
@@ -137,7 +137,7 @@ def test_parts_that_were_not_measured_are_left_out(report):
 def test_without_a_reference_there_is_nothing_to_compare(report):
     score = Score(4096, 2, 10240.0, Estimate(2.5, 0.25), None)
     model = ModelReport("one", {}, {}, CacheBits(), None, Quality({"code": score}, score))
-    alone = Report(report.machine, None, QualitySettings("path", Windowing()), 0, (model,))
+    alone = Report(report.machine, None, QualitySettings(("path",), Windowing()), 0, (model,))
     table = to_tables(alone)[-1]
     assert table.rows == [["code", "4,096", "2", "2.50000", "0.25000"]]  # one domain is all
     assert len(table.columns) == 5

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,7 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.cli import app
-from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.errors import AssumptionWarning, CheckpointError, UsageError
 from marlin_cli.models import build, linear_layers, set_modules
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByteConfig
@@ -236,10 +237,10 @@ def test_damaged_layers_are_named(source, tmp_path, change, says):
     assert says in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def byt5_network():
+def byt5_network(**changes):
     mx.random.seed(3)
     config = ByT5Config(
-        vocab_size=384, d_model=64, heads=4, head_dim=16, ffn_dim=96, encoder_layers=2, decoder_layers=1
+        vocab_size=384, d_model=64, heads=4, head_dim=16, ffn_dim=96, encoder_layers=2, decoder_layers=1, **changes
     )  # fmt: skip
     network = ByT5(config)
     mx.eval(network.parameters())
@@ -259,6 +260,43 @@ def test_byt5_leaves_under_transformers_names_and_comes_back(tmp_path):
     assert read_checkpoint(tmp_path / "out").layout == "hugging_face"
     ours, back = load(tmp_path / "ours"), load(tmp_path / "out")
     assert mx.array_equal(ours.logits(b"source", b"target"), back.logits(b"source", b"target")).item()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_head_of_byt5_comes_back(tied, scaled, tmp_path):
+    ByT5Model(byt5_network(tied_head=tied, scaled_head=scaled), choose_device("cpu")).save(tmp_path / "source")
+    arguments = [tmp_path / "source", "--wo-bits", 4]
+    quantize(*arguments, "-o", tmp_path / "ours")
+    quantize(*arguments, "-o", tmp_path / "out", "--export", "compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    # Both versions of transformers are told the same: 4 ties and scales by one flag, which 5 does not ask where it has two.
+    assert (config["tie_word_embeddings"], config["scale_decoder_outputs"]) == (tied and scaled, scaled)
+    assert ("lm_head.weight" in raw(tmp_path / "out" / "model.safetensors")) == (not (tied and scaled))
+    assert "lm_head" in config["quantization_config"]["ignore"]
+    ours, back = load(tmp_path / "ours"), load(tmp_path / "out")
+    assert (back.config.tied_head, back.config.scaled_head) == (tied, scaled)
+    assert mx.array_equal(ours.logits(b"source", b"target"), back.logits(b"source", b"target")).item()
+
+
+@pytest.mark.parametrize(
+    "ends, eos",
+    [({}, 1), ({"answer_end_ids": (13,)}, 13), ({"answer_end_ids": (1, 13)}, [1, 13]), ({"answer_end_ids": ()}, []),
+     ({"end_id": 259}, 259), ({"end_id": 2, "answer_end_ids": (1, 13)}, [1, 13])],
+    ids=["the usual", "another", "two", "none", "of inputs too", "of inputs apart"],
+)  # fmt: skip
+def test_the_ends_of_byt5_come_back(ends, eos, tmp_path):
+    ByT5Model(byt5_network(**ends), choose_device("cpu")).save(tmp_path / "source")
+    quantize(tmp_path / "source", "--wo-bits", 4, "-o", tmp_path / "out", "--export", "compressed-tensors")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("tokenizer_config.json" in names) == ("end_id" in ends)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == eos
+    with warnings.catch_warnings():
+        # A tokenizer that is not there ends inputs with 1, whatever ends answers; that is said and right.
+        warnings.simplefilter("ignore", AssumptionWarning)
+        before, after = load(tmp_path / "source").config, load(tmp_path / "out").config
+    assert (after.end_id, after.answer_ends) == (before.end_id, before.answer_ends)
+    assert after.answer_ends == ends.get("answer_end_ids", (after.end_id,))
 
 
 # Plain MLX

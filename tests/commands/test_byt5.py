@@ -1,7 +1,11 @@
 """The commands on a small random ByT5, as a user runs them: lines of a pipe, JSONL, beams, packing."""
 
 import base64
+import csv
+import io
 import json
+import os
+import pty
 import subprocess
 import sys
 
@@ -10,8 +14,11 @@ import pytest
 from mlx.utils import tree_map
 
 from marlin_cli import ByT5Config, ByT5Model, cli, load
+from marlin_cli.commands import answering_run
+from marlin_cli.commands.prompts import Prompt
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.sampling import Sampling
 
 LINES = [b"first", b"", b"\xff\x00 not text", "d\N{LATIN SMALL LETTER E WITH ACUTE}".encode()]
 
@@ -108,9 +115,9 @@ def test_calibrating_on_pairs_and_spans_then_packing_with_what_was_seen(folder, 
 def test_options_of_calibrate_that_contradict(folder, inside, tmp_path):
     (tmp_path / "p.tsv").write_bytes(b"a\tb\n")
     cases = {
-        "--pairs is an option of ByT5": ("megabyte-demo", "--pairs", tmp_path / "p.tsv"),
-        "--span-bytes is an option of ByT5": ("megabyte-demo", "--span-bytes", 3),
-        "without --corpus": (folder, "--pairs", tmp_path / "p.tsv", "--corpus", "default"),
+        "--pairs has no meaning for megabyte-demo, a MegaByte": ("megabyte-demo", "--pairs", tmp_path / "p.tsv"),
+        "--span-bytes has no meaning for megabyte-demo": ("megabyte-demo", "--span-bytes", 3),
+        "--corpus has no meaning beside --pairs": (folder, "--pairs", tmp_path / "p.tsv", "--corpus", "default"),
         "--noise-density must be": (folder, "--noise-density", 2),
         "name a .jsonl or .tsv file": (folder, "--pairs", tmp_path / "nowhere.tsv"),
     }
@@ -191,3 +198,79 @@ def test_a_page_of_a_bench(folder, inside, pairs, tmp_path):
     page = tmp_path / "page.html"
     inside("bench", folder, "--no-throughput", "--quality", pairs, "--report", page)
     assert "character error rate" in page.read_text(encoding="utf-8").lower()
+
+
+def on_terminal(*arguments):
+    """What a terminal is given."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "marlin_cli", *map(str, arguments)], stdout=theirs, stdin=subprocess.DEVNULL
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            block = os.read(ours, 1 << 16)
+        except OSError:  # how Linux says that nobody writes any more
+            break
+        if not block:
+            break
+        shown += block
+    assert process.wait() == 0
+    os.close(ours)
+    return shown
+
+
+@pytest.mark.parametrize("way", [(), ("--beams", 2)])
+def test_a_terminal_sees_whole_characters_and_no_control_codes(folder, way):
+    written = ("generate", folder, "-p", "abc", "--max-bytes", 3, "--prefix", os.fsdecode(b"\x1b[31m \xc3\xa9\xff"), *way)
+    shown = on_terminal(*written)
+    assert shown.startswith("\ufffd[31m \xe9\ufffd".encode()) and b"\x1b" not in shown and shown.endswith(b"\n")
+    assert shown.decode().encode() == shown
+    assert on_terminal(*written, "--raw").startswith(b"\x1b[31m \xc3\xa9\xff")
+
+
+class Written(io.BytesIO):
+    """A stream that remembers each flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.flushed = []
+
+    def flush(self):
+        self.flushed.append(self.getvalue())
+
+
+def test_one_answer_goes_out_byte_by_byte(model, monkeypatch):
+    request = answering_run.Request(AnswerLimits(16, 16), Sampling(), None, b"", False, False)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Written()))
+    answering_run.run(model, request, [Prompt(b"abc")], 4)
+    flushed = sys.stdout.buffer.flushed
+    whole = model.answers([b"abc"], AnswerLimits(16, 16))[0][0].data
+    assert flushed[-1] == whole + b"\n"
+    assert flushed[:-1] == [whole[: count + 1] for count in range(len(whole))] and len(whole) > 2
+
+
+def test_a_reader_who_has_enough_is_no_error(folder):
+    command = f"{sys.executable} -m marlin_cli generate {folder} -p abc --max-bytes 4000 --min-length 4000 | head -c 5"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, timeout=120)
+    assert (result.returncode, len(result.stdout), result.stderr) == (0, 5, b"")
+
+
+def test_pairs_of_several_files_and_names_that_would_break_a_table(folder, inside, tmp_path):
+    bad = "cs\x1b[31m|\n2"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"source": "a", "target": "b", "language": bad}) + "\n")
+    (tmp_path / "b.tsv").write_text("a\tb\n")
+    mine = f"mine={tmp_path / 'b.tsv'}"
+    quality = ("--no-throughput", "--quality", tmp_path / "a.jsonl", "--quality", mine, "--device", "cpu")
+    document = json.loads(inside("bench", folder, *quality, "--format", "json")[1])
+    assert document["models"][0]["quality"]["groups"].keys() == {bad, "mine"}
+    assert document["quality_settings"]["pairs"] == [str(tmp_path / "a.jsonl"), mine]
+    for form in ("json", "jsonl", "csv", "md", "table"):
+        assert "\x1b" not in inside("bench", folder, *quality, "--format", form)[1]
+    text = inside("bench", folder, *quality, "--format", "md")[1]
+    assert "| cs\\\\x1b[31m\\| 2 |" in text
+    rows = [*csv.DictReader(io.StringIO(inside("bench", folder, *quality, "--format", "csv")[1]))]
+    assert {row["part"] for row in rows if row["measure"] == "pairs"} == {"cs\\x1b[31m|\n2", "mine", "all"}
+    code, _, err = inside("bench", folder, *quality, "--quality", tmp_path / "b.tsv")
+    assert code == 2 and "is named twice" in err

@@ -183,7 +183,7 @@ WRONG = {
         "once.safetensors: windows of the same corpus (seed 0) are counted already",
     ),
     "showing a missing file": (["--show", "a.safetensors"], 1, "a.safetensors: no such file"),
-    "showing and running": (["model", "--show", "once.safetensors"], 2, "--show prints one file"),
+    "showing and running": (["model", "--show", "once.safetensors"], 2, "MODEL|FILE has no meaning beside --show"),
 }
 
 

@@ -111,8 +111,8 @@ def test_a_page_without_statistics_says_less(tmp_path, read_page, random_network
 @pytest.mark.parametrize(
     "arguments, code, words",
     [
-        (["--dry-run"], 2, "leave out --dry-run"),
-        (["-o", "x", "--dequantize"], 2, "leave out --dry-run and --dequantize"),
+        (["--dry-run"], 2, "beside --dry-run; leave one out"),
+        (["-o", "x", "--dequantize"], 2, "beside --dequantize; leave one out"),
         (["-o", "model", "--report", "no/where.html"], 1, "the folder no does not exist"),
         (["-o", "model", "--report", "."], 1, "is a folder"),
     ],

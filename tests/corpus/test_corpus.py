@@ -1,8 +1,10 @@
 """Corpora: names, raw windows, mixing, resuming, bounded memory, the shipped sample, and what is refused."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import zstandard
 
 from marlin_cli.corpus import open_corpus, parse_source
+from marlin_cli.corpus.tables import TABLE_SUFFIXES
 from marlin_cli.errors import CorpusError, MarlinError
 
 TEXT = "naïve café — 文字 \x00 ".encode() * 40
@@ -91,7 +94,7 @@ def test_compressed_text_is_read_through_and_compressed_binaries_are_kept(tmp_pa
     assert joined(read(f"binary={zipped}", sequence_bytes=len(kept))) == kept
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("suffix", TABLE_SUFFIXES)
 def test_rows_of_tables_stand_for_their_bytes(tmp_path, suffix):
     file = tmp_path / f"rows{suffix}"
     rows = [{"id": number, "text": TEXT.decode() + str(number)} for number in range(3)]
@@ -99,7 +102,8 @@ def test_rows_of_tables_stand_for_their_bytes(tmp_path, suffix):
     if suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     else:
-        pack = {".gz": gzip.compress, ".zst": zstandard.compress}.get(file.suffix, bytes)
+        packings = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        pack = packings.get(file.suffix, bytes)
         file.write_bytes(pack(lines))
     expected = [row["text"].encode() for row in rows]
     assert [window.bytes.tobytes() for window in read(str(file), sequence_bytes=1 << 16)] == expected
@@ -160,7 +164,7 @@ def test_a_changed_sample_is_noticed(tmp_path):
         ("sources: [{domain: code, path: nowhere}]", "nowhere: no such file"),
         ("sources: [{domain: code, path: x, wait: 1}]", "did you mean 'weight'"),
         ("sources: [{domain: code, path: x, weight: 0}]", "must be above 0"),
-        ("checksums: SUMS\nsources: [{domain: code, path: x}]", "cannot read the checksums"),
+        ("checksums: SUMS\nsources: [{domain: code, path: x}]", "SUMS: no such file"),
         ("a: [", "cannot read as YAML"),
     ],
 )

@@ -1,10 +1,12 @@
 """Corpora that go wrong quietly: odd names, cut files, odd columns, places to resume, memory. What works is elsewhere."""
 
+import bz2
 import datetime
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from marlin_cli.corpus import Source, Window, load_recipe, open_corpus, parse_so
 from marlin_cli.errors import ConfigError, CorpusError, MarlinError
 from marlin_cli.files import shipped
 
+PACKINGS = [(".gz", gzip.compress), (".zst", zstandard.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
 LINE = "a line of text that is longer than the shortest window, which has sixty-four bytes"
 
 
@@ -115,6 +118,9 @@ def test_names_for_nothing_are_refused_in_one_line(text, message):
     [
         ({"max_bytes": 0}, "max_bytes of a corpus must be at least 1"),
         ({"sequence_bytes": 0}, "sequence_bytes of a corpus must be at least 1"),
+        ({"max_bytes": 1 << 63}, "max_bytes of a corpus must be at least 1 and at most 9223372036854775807"),
+        ({"max_bytes": 10**5000}, "max_bytes of a corpus must be .*, found <a whole number of 16,610 bits>"),
+        ({"sequence_bytes": 1 << 40}, "sequence_bytes of a corpus must be at least 1 and at most 1073741824"),
         ({"names": []}, "no corpus is named"),
         ({"names": ["-", "code=-"]}, "stdin can be read once"),
         ({"names": ["a=plain:10000", "b=plain"]}, "within 1000 times"),
@@ -137,12 +143,12 @@ def test_what_may_not_be_read_is_refused_before_anything_is_read():
 def test_a_file_that_goes_away_is_named():
     corpus = open_corpus([write("going", noise(200))])
     Path("going").unlink()
-    with pytest.raises(CorpusError, match="going: cannot read: No such file"):
+    with pytest.raises(CorpusError, match="going: no such file"):
         list(corpus)
 
 
 @pytest.mark.parametrize("left", [10, 3000, -1], ids=["header", "half", "all but a byte"])
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize(("suffix", "pack"), PACKINGS)
 @pytest.mark.parametrize("kind", [".txt", ".jsonl"])
 def test_a_truncated_compressed_file_is_never_taken_for_a_whole_one(kind, suffix, pack, left):
     rows = "\n".join(json.dumps({"text": noise(300, seed).hex()}) for seed in range(20)).encode()
@@ -152,7 +158,7 @@ def test_a_truncated_compressed_file_is_never_taken_for_a_whole_one(kind, suffix
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+@pytest.mark.parametrize(("suffix", "pack"), PACKINGS)
 def test_compressed_files_of_several_parts_are_read_to_the_end(suffix, pack):
     name = write(f"parts.txt{suffix}", pack(b"a" * 1000) + pack(b"b" * 1000))
     assert b"".join(contents(name)) == b"a" * 1000 + b"b" * 1000
@@ -161,6 +167,7 @@ def test_compressed_files_of_several_parts_are_read_to_the_end(suffix, pack):
 DATES = [f"2020-01-{day:02d}T00:00:00Z" * 4 for day in range(1, 9)]
 
 
+@pytest.mark.filterwarnings("ignore:.*rows without are left out")
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
@@ -188,8 +195,8 @@ def test_text_of_json_lines_is_its_utf_8(rows, expected):
         (b"[" * 100_000, "line 1: is not JSON"),
         (b"3\n", "line 1 is not a JSON object"),
         (b'{"text": "x"}\n{"text": 5}', "line 2: 'text' is int, expected text"),
-        (b'{"a": "x", "b": "y"}', "which column holds the bytes\\? Found a, b"),
-        (b'{"a": 1}', "no column holds text or bytes; found a"),
+        (b'{"a": "x", "b": "y"}', "which column holds the bytes\\? Found 'a', 'b'; name it text"),
+        (b'{"a": 1}', "no column holds text or bytes; found 'a'"),
         (b"{}", "found no columns"),
     ],
 )
@@ -198,12 +205,15 @@ def test_json_lines_without_text_are_refused_by_line(lines, message):
         contents(write("rows.jsonl", lines))
 
 
+@pytest.mark.filterwarnings("ignore:.*rows without are left out")
 @pytest.mark.parametrize(
     "column",
     [
         pyarrow.array([LINE, None]),
         pyarrow.array([LINE, None], pyarrow.large_string()),
+        pyarrow.array([LINE, None], pyarrow.string_view()),
         pyarrow.array([LINE.encode(), None], pyarrow.large_binary()),
+        pyarrow.array([LINE.encode(), None], pyarrow.binary_view()),
         pyarrow.array([LINE.encode()], pyarrow.binary(len(LINE))),
         pyarrow.array([LINE, None, LINE]).dictionary_encode(),
     ],
@@ -309,6 +319,12 @@ def test_the_fingerprint_changes_with_what_decides_the_windows(change):
         (lambda state: {**state, "corpus": "0" * 64}, "of another corpus or other settings"),
         (lambda state: {}, "damaged"),
         (lambda state: [state], "damaged"),
+        (lambda state: {**state, "windows": "1"}, "damaged"),
+        (lambda state: {**state, "bytes": -1}, "damaged"),
+        (lambda state: {**state, "bytes": None}, "damaged"),
+        (lambda state: {**state, "stream": {}}, "damaged"),
+        (lambda state: {**state, "stream": {**state["stream"], "examples_iterable": None}}, "damaged"),
+        (lambda state: {**state, "stream": {**state["stream"], "epoch": "x"}}, "damaged"),
     ],
 )
 def test_a_place_in_another_corpus_is_refused(mixture, damage, message):

@@ -1,6 +1,8 @@
 """Inputs with answers: what files are read, what is refused, span corruption, and streams that go on where they stopped."""
 
+import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -44,7 +46,10 @@ def test_tsv_is_raw_bytes(tmp_path):
     ("text", "message"),
     [
         ('{"source": "a"}', "line 1: needs one of target, target_base64, target_hex"),
-        ('{"text": "a"}', "found text"),
+        ('{"text": "a"}', "found 'text'"),
+        ('{"a\\u001b[31m": "a"}', r"found 'a\\x1b\[31m'"),
+        ('{"source": "a", "target": "b", "language": ["cs"]}', "'language' is list, expected text"),
+        ("\ufeff\n\n[", "line 3: is not JSON"),
         ("[1]", "not a JSON object"),
         ("{", "line 1: is not JSON"),
         ('{"source": 3, "target": ""}', "'source' is int, expected text"),
@@ -148,3 +153,44 @@ def test_a_corrupted_corpus_goes_on_and_is_its_own(tmp_path):
 def test_sizes_below_one_are_refused():
     with pytest.raises(CorpusError, match="max_bytes"):
         PairCorpus([("a", Pair(b"", b""))], sequence_bytes=1, max_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"target\tsource\nb\ta\n", [Pair(b"a", b"b")]),
+        (b"\xef\xbb\xbfSource\tTarget\tLang\r\na\tb\tcs\r\n", [Pair(b"a", b"b", "cs")]),
+        (b"lang\toutput\tinput\ncs\tb\ta", [Pair(b"a", b"b", "cs")]),
+        (b"\xef\xbb\xbfa\tb\n", [Pair(b"a", b"b")]),
+        (b'"a ""b"""\t"c"\n', [Pair(b'"a ""b"""', b'"c"')]),
+        (b"a\tb\tc\x1b[31m" + b"x" * 200, [Pair(b"a", b"b", "c\\x1b[31m" + "x" * 68 + "...")]),
+    ],
+    ids=["order of a header", "marks and carriage returns", "group first", "mark alone", "quotes", "codes in a group"],
+)
+def test_lines_of_a_table_of_pairs(data, expected, tmp_path):
+    (tmp_path / "p.tsv").write_bytes(data)
+    assert read_pairs(tmp_path / "p.tsv") == expected
+
+
+def test_files_of_pairs_that_have_no_end_or_another_form(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.tsv")
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b"{}"))
+    (tmp_path / "wide.tsv").write_bytes("a\tb\n".encode("utf-16"))
+    (tmp_path / "header.tsv").write_bytes(b"lang\tsource\ttarget\na\tb\n")
+    for name, message in {
+        "pipe.tsv": "pipe.tsv: is a pipe, expected a file",
+        "packed.jsonl": "packed.jsonl: holds .gz data",
+        "wide.tsv": "wide.tsv: is UTF-16",
+        "header.tsv": "line 2: 2 columns, where the first line names more",
+        "n" * 5000: "no such file of pairs",
+        "a\x1b\n": "no such file of pairs",
+    }.items():
+        with pytest.raises(CorpusError, match=message) as caught:
+            open_pairs([str(tmp_path / name)], sequence_bytes=9)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 400
+    monkeypatch.setattr("marlin_cli.corpus.pairs.MOST_PAIRS", 2)
+    with pytest.raises(CorpusError, match="holds more than 2 pairs"):
+        read_pairs(write(tmp_path / "p.jsonl", *[{"source": "a", "target": "b"}] * 3))
+    monkeypatch.setattr("marlin_cli.corpus.pairs.MOST_PAIRS_BYTES", 20)
+    with pytest.raises(CorpusError, match="is larger than 20 bytes"):
+        read_pairs(tmp_path / "p.jsonl")

@@ -85,8 +85,9 @@ def test_the_ends_of_a_stream():
     data, reasons = collect(generate(network, [prompt], Stopping(100, (stop,)), Sampling()))
     assert data[0] == whole[0][: whole[0].index(stop)] and reasons == {0: "stop"}
     first = int(network(mx.array([prompt]))[0, -1].argmax())
-    ending = random_bygpt5(end_id=first)
-    assert collect(generate(ending, [prompt], Stopping(5), Sampling())) == ({0: b""}, {0: "special"})
+    for ends in ({"end_id": first}, {"answer_end_ids": (2, first)}):
+        ending = random_bygpt5(**ends)
+        assert collect(generate(ending, [prompt], Stopping(5), Sampling())) == ({0: b""}, {0: "special"})
 
 
 def test_styles_are_single_ids():
@@ -109,7 +110,7 @@ def test_what_cannot_be_read_is_one_line():
     ("changes", "message"),
     [
         ({"layers": 0}, "layers must be at least 1"),
-        ({"layers": 1 << 20}, "decoder_layers is 1,048,576"),
+        ({"layers": 1 << 20}, "layers is 1,048,576, more than the 256"),
         ({"vocab_size": 200}, "vocab_size must hold"),
         ({"start_id": 384}, "start_id must be"),
         ({"heads": 0}, "heads must be"),

@@ -25,9 +25,9 @@ def slow_front(front, x, real):
     y = y @ np.array(front.proj.weight).T + np.array(front.proj.bias)
     total = math.ceil(rows / front.multiple) * front.multiple
     y = np.concatenate([y, np.zeros((total - rows, y.shape[1]))])
-    blocks = np.zeros((total, len(front.blocks), y.shape[1]))
-    seen = np.zeros((total, len(front.blocks)), dtype=bool)
-    for kind, (size, offset) in enumerate(front.blocks):
+    blocks = np.zeros((total, len(front.block_kinds), y.shape[1]))
+    seen = np.zeros((total, len(front.block_kinds)), dtype=bool)
+    for kind, (size, offset) in enumerate(front.block_kinds):
         for at in range(total):
             first = (at + (size - offset if offset else 0)) // size * size - (size - offset if offset else 0)
             members = [place for place in range(first, first + size) if 0 <= place < (total if real is None else real)]

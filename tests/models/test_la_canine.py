@@ -43,7 +43,7 @@ def test_the_languages_are_those_of_the_tables():
     ("changes", "message"),
     [
         ({"rows": 0}, "rows must be"),
-        ({"adapter_dim": 64}, "adapter_dim must be"),
+        ({"adapter_dim": 64}, "adapter_dim is 64, more than the 32"),
         ({"lookahead": -1}, "lookahead must be"),
         ({"language": "cs"}, "no adapters"),
         ({"layers": 0}, "layers must be"),

@@ -13,6 +13,7 @@ from marlin_cli import load
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
+from marlin_cli.errors import AssumptionWarning
 from marlin_cli.models import build
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -165,6 +166,36 @@ def test_beams(name, settings, tmp_path):
     ours = [each for found in answer_with_beams(network, sources, AnswerLimits(MOST_IDS), settings) for each in found]
     assert [each.ids for each in ours] == [tuple(cut(row[1:])) for row in theirs.sequences.tolist()]
     assert np.abs(np.array([each.score for each in ours]) - theirs.sequences_scores.numpy()).max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("least", [0, 6])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_ends(count, least, tmp_path):
+    """Ids that generation_config.json lists; inputs end with the tokenizer's all the same."""
+    model, _ = make(MODELS["gated, untied"], tmp_path)
+    sources = ragged(40, 40)
+    made = {**theirs_of(sources), "max_new_tokens": MOST_IDS, "do_sample": False}
+    seen = [value for row in model.generate(**made, num_beams=1)[:, 3:].tolist() for value in row if value > 1]
+    ends = sorted(set(seen), key=seen.count)[-count:]
+    model.generation_config.eos_token_id = ends[0] if count == 1 else ends
+    model.save_pretrained(tmp_path)
+    with pytest.warns(AssumptionWarning, match="holds no tokenizer_config.json"):
+        checkpoint = read_checkpoint(tmp_path)
+    network = build(checkpoint.config, checkpoint.weights, where="here", dtype=mx.float32)
+    limits = AnswerLimits(MOST_IDS, min_length=least)
+    ours = {}
+    for news in answer(network, sources, limits):
+        ours.update({stream: new for stream, new in news if isinstance(new, Answer)})
+
+    def expected(beams):
+        rows = model.generate(**made, num_beams=beams, min_new_tokens=least or None)[:, 1:].tolist()
+        return [tuple(row[: next((n for n, value in enumerate(row) if value in ends), len(row))]) for row in rows]
+
+    assert [ours[stream].ids for stream in range(len(sources))] == expected(1)
+    assert 0 < sum(each.stop_reason == "end" for each in ours.values())
+    best = answer_with_beams(network, sources, limits, Beams(4))
+    assert [each.ids for (each,) in best] == expected(4)
 
 
 def marlin(*arguments, stdin=b""):

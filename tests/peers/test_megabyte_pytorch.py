@@ -1,11 +1,14 @@
 """MEGABYTE-pytorch with random weights, and what marlin makes of its checkpoints: the same logits, the same bytes."""
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from marlin_cli import load
 from marlin_cli.checkpoints import ImportOptions
+from marlin_cli.errors import AssumptionWarning
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
 MEGABYTE = pytest.importorskip("MEGABYTE_pytorch", reason="needs the extra `peers`").MEGABYTE
@@ -59,7 +62,9 @@ def import_options(options):
 
 def read(model, options, folder):
     torch.save(model.state_dict(), folder / "model.pt")
-    return load(folder / "model.pt", device="cpu", options=import_options(options))
+    told = "heads" in options or options.get("rel_pos", False)
+    with contextlib.nullcontext() if told else pytest.warns(AssumptionWarning, match="assumed heads=8;"):
+        return load(folder / "model.pt", device="cpu", options=import_options(options))
 
 
 @pytest.fixture(params=MODELS)

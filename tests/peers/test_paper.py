@@ -88,12 +88,13 @@ def test_a_bare_state_dict_with_options(tmp_path):
     }
     model = make(options)
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    given = ImportOptions(head_dim=16, activation="gelu_tanh", norm="variance", rope=True, attention_window=3)
+    told = {"activation": "gelu_tanh", "norm": "variance", "rope": True, "attention_window": 3, "attention_scale": 0.25}
+    given = ImportOptions(head_dim=16, **told)
     ours = load(tmp_path / "model.pt", device="cpu", options=given)
     data = random_bytes(100)
     assert np.abs(np.array(ours.logits(data)) - their_logits(model, data)[:-1]).max() < TOLERANCE
     # Heads say the width of a head as well.
-    by_heads = ImportOptions(heads=6, activation="gelu_tanh", norm="variance", rope=True, attention_window=3)
+    by_heads = ImportOptions(heads=6, **told)
     again = load(tmp_path / "model.pt", device="cpu", options=by_heads)
     assert again.config == ours.config
 

@@ -1,5 +1,6 @@
 """awq: folding changes nothing the network computes, and recovers what channels 100 times larger than others cost."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from outlier_model import with_outliers
 
-from marlin_cli.errors import UsageError
+from marlin_cli.errors import QuantizationError, UsageError
 from marlin_cli.models import linear_layers
 from marlin_cli.quantization.apply import plan_network, quantize_network
 from marlin_cli.quantization.layers import pack_layer
@@ -17,7 +18,7 @@ from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import rescaled
 from marlin_cli.statistics.collect import hessian_channels, measure, shared_inputs
-from marlin_cli.statistics.data import Run, Statistics
+from marlin_cli.statistics.data import Moments, Run, Statistics
 from marlin_cli.statistics.hessians import HessianAccumulator
 
 BYTES = np.random.default_rng(3).integers(0, 256, 96, dtype=np.uint8)
@@ -123,3 +124,15 @@ def network_of_64(random_network):
     )  # fmt: skip
     assert linear_layers(network)
     return network
+
+
+@pytest.mark.parametrize("method", ["mse", "awq", "gptq"])
+def test_statistics_of_other_channels_are_refused_before_factors_are_made(method, network_of_64, tmp_path):
+    found = statistics_of(network_of_64, tmp_path)
+    narrow = {
+        path: Moments(each.count, each.sum_squares[..., ::2].copy(), each.absolute_maximum[..., ::2].copy())
+        for path, each in found.totals.inputs.items()
+    }
+    other = dataclasses.replace(found, totals=dataclasses.replace(found.totals, inputs=narrow), hessians={("x", "y"): None})
+    with pytest.raises(QuantizationError, match=r"input channels, the statistics have \d+; they belong to another model"):
+        quantize_network(network_of_64, QuantizationSettings("nvfp4", "nvfp4"), other, method=method)

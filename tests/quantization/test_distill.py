@@ -68,6 +68,31 @@ def test_the_divergence_falls_and_the_size_stays(name, share, random_network):
             assert (one.scales.dtype, one.weight.dtype) == (two.scales.dtype, two.weight.dtype)
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_divergence_that_is_not_finite_ends_it_at_once(step, random_network):
+    network = random_network(CONFIG)
+    packed = quantize_network(network, QuantizationSettings("nvfp4", "nvfp4")).network
+    seen = []
+
+    def stepped(number, value):
+        seen.append(value)
+        if number == step - 2:
+            network.output.weight = network.output.weight * mx.nan
+
+    if step == 1:
+        network.output.weight = network.output.weight * mx.nan
+    with pytest.raises(QuantizationError, match=f"at step {step} of 9 the divergence of the tuned network is not finite"):
+        distill(network, packed, batches(1, 9), DistillSettings(steps=9), on_step=stepped)
+    assert np.isfinite(seen).all()
+
+
+def test_a_last_step_into_nothing_is_noticed(random_network):
+    network = random_network(CONFIG)
+    packed = quantize_network(network, QuantizationSettings("int4", "int4")).network
+    with pytest.raises(QuantizationError, match="the last step of 1 made it not finite"):
+        distill(network, packed, batches(1, 1), DistillSettings(steps=1, scale_rate=1e38, free_rate=1e38))
+
+
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8", "int4", "int8"])
 def test_no_steps_change_nothing(name, random_network):
     network = random_network(CONFIG)

@@ -1,0 +1,101 @@
+"""Where the result of `marlin bench` goes: tables on stdout or another form, a page, a picture, a file of results."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from marlin_cli import console
+from marlin_cli.bench.answering_report import AnsweringReport
+from marlin_cli.bench.report import Report, Table
+from marlin_cli.commands.bench_format import Format
+from marlin_cli.commands.bench_pictures import Pictures
+from marlin_cli.errors import UsageError
+from marlin_cli.writing import check_output_file, writing
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is written, and where."""
+
+    form: Format
+    target: Path | None  # None: stdout
+    pictures: Pictures
+    save: Path | None  # a line of JSON is appended to it
+
+    @classmethod
+    def checked(
+        cls, given: Format | None, target: str | None, page: str | None, figure: str | None, save: str | None
+    ) -> "Output":
+        """The options, refused before anything is measured.
+
+        Raises:
+            OutputError: no folder to write in.
+            UsageError: a table for a file, or a picture of an unknown kind or without matplotlib.
+        """
+        file, results = None if target is None else Path(target), None if save is None else Path(save)
+        form = _format_of(given, file)
+        for path in (file, results):
+            if path is not None:
+                check_output_file(path)
+        return cls(form, file, Pictures.checked(page, figure), results)
+
+    def write(self, report: Report | AnsweringReport, models: Sequence[str], rendered: Callable[[str], str]) -> None:
+        """Write the pictures and the file of results, where they are asked for.
+
+        Args:
+            models: names or paths of the models, as `report.models` has them.
+            rendered: the report in a form, by its name.
+        """
+        self.pictures.write(json.loads(rendered("json")))
+        if self.save is not None:
+            from marlin_cli.bench.results import append_result
+
+            append_result(self.save, report, models)
+            console.note(f"added to {self.save}")
+
+    def deliver(self, tables: Sequence[Table], rendered: Callable[[str], str]) -> None:
+        """Tables to stdout, or another form to stdout or a file."""
+        if self.form is Format.table:
+            for table in tables:
+                console.table(table.title, table.columns, table.rows, to_stdout=True)
+            return
+        text = rendered(self.form.value)
+        if self.target is None:
+            print(text)
+            return
+        with writing(self.target) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+        console.note(f"wrote {self.target}")
+
+
+def compare_results(old: str, new: str, output: Output) -> None:
+    """What changed between two files of results."""
+    from marlin_cli.bench.changes import changes, read_result, rendered_changes, table_of_changes
+
+    before, after = read_result(Path(old)), read_result(Path(new))
+    if before.get("machine") != after.get("machine"):
+        console.note("the results are of different machines, devices or versions")
+    found = list(changes(before, after))
+    output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
+
+
+def show_kernels(device: str) -> None:
+    """Each operation, and what runs it on the device."""
+    from marlin_cli.ops.device import choose_device
+    from marlin_cli.ops.dispatch import choices
+
+    chosen = choose_device(device)
+    rows = [[choice.op, choice.twin, choice.reason] for choice in choices()]
+    console.table(f"kernels on {chosen.name} ({chosen.reason})", ["operation", "kernel", "why"], rows, to_stdout=True)
+
+
+def _format_of(given: Format | None, target: Path | None) -> Format:
+    """The format asked for, by name or by the suffix of the output file."""
+    if target is None:
+        return given or Format.table
+    suffix = target.suffix.removeprefix(".")
+    form = given or (Format(suffix) if suffix in Format.__members__ else Format.table)
+    if form is Format.table:
+        raise UsageError(f"--output {target}: a table is for the terminal; add --format json, jsonl, csv or md")
+    return form

@@ -1,0 +1,177 @@
+"""What stands on the command line, checked before a command runs: once each, of possible values, of use, no file twice.
+
+Commands are made of `Command`, which does all that needs no model; `check_models` does the rest when the models are named.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from marlin_cli.commands.uses import USES, Family, Use
+from marlin_cli.errors import UsageError
+from marlin_cli.text import quoted
+
+# Options whose text is what a model reads or writes: it may be empty, and of any length.
+TEXTS = ("--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix")
+
+# Characters of any other value; systems take no longer paths.
+LONGEST_VALUE = 4096
+
+# Whole numbers beyond this are none that a kernel takes, nor a seed.
+LARGEST_NUMBER = (1 << 64) - 1
+
+# Options that name files to write, and those that name what is read. Of --output alone a folder may take the place of
+# the MODEL that it is made from, which --overwrite allows.
+OUTPUTS = ("--output", "--save", "--report", "--plot", "--save-recipe")
+INPUTS = (
+    "MODEL", "MODEL|FILE", "--stats", "--recipe", "--corpus", "--pairs", "--quality", "--reference", "--against", "--compare",
+    "--calibration-corpus", "--calibration-pairs", "--distill-corpus", "--distill-pairs",
+)  # fmt: skip
+
+
+class Command(TyperCommand):
+    """A command that takes each option once (but for repeatable ones) and refuses those that have no use beside others."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer has it, with the checks of this module after it.
+
+        Raises:
+            UsageError: see there.
+        """
+        given = list(args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            self._check_once(ctx, given)
+            values = options_given(ctx)
+            _check_values(values)
+            _check_uses(ctx.info_name, list(values), frozenset(Family))
+            _check_files(values)
+        return rest
+
+    def _check_once(self, ctx: Any, args: list[str]) -> None:
+        _, _, order = self.make_parser(ctx).parse_args(args=args)
+        for option, count in Counter(order).items():
+            if count > 1 and isinstance(option, TyperOption) and not (option.multiple or option.is_flag):
+                raise UsageError(f"{name_of(option)} is given {count} times; it takes one value")
+
+
+def name_of(parameter: Any) -> str:
+    """The long form of an option, or how the help text calls an argument."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar or parameter.name.upper())
+    return str(next(each for each in parameter.opts if each.startswith("--")))
+
+
+def options_given(context: typer.Context) -> dict[str, Any]:
+    """The options and arguments of the command line by name, with their values; those left out are not there."""
+    given = {}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given[name_of(parameter)] = context.params.get(parameter.name or "")
+    return given
+
+
+def check_models(context: typer.Context, models: Sequence[str]) -> None:
+    """Refuse options that none of the models has a use for. Reads config.json, and weights' names where they decide.
+
+    Raises:
+        UsageError: there is such an option, or the command has no use for a model.
+        MarlinError: a model that is not there or cannot be read.
+    """
+    from marlin_cli.checkpoints.location import locate_model
+
+    table, given = USES[context.info_name or ""], list(options_given(context))
+    families: set[Family] = set()
+    for model in models:
+        path = locate_model(model)
+        candidates = _families_of(path)
+        # Weights alone tell an encoder alone: they are looked at where it matters.
+        if any(len(candidates & table[option].keys()) not in (0, len(candidates)) for option in given):
+            candidates = _families_by_weights(path)
+        families |= candidates
+    _check_uses(context.info_name or "", given, frozenset(families), " and ".join(models[:2]))
+
+
+def _families_of(path: Path) -> set[Family]:
+    from marlin_cli.checkpoints import architecture_of
+
+    return {Family.BYT5, Family.ENCODER} if architecture_of(path) == "byt5" else {Family.MEGABYTE}
+
+
+def _families_by_weights(path: Path) -> set[Family]:
+    from marlin_cli.checkpoints import read_checkpoint
+
+    return {Family.BYT5 if read_checkpoint(path, check_values=False).config.get("decoder_layers") else Family.ENCODER}
+
+
+def _check_uses(command: str, given: Sequence[str], families: frozenset[Family], models: str = "") -> None:
+    """Raise `UsageError` for an option that none of `families` has a use for, beside the others that are given."""
+    for option in given:
+        reasons = [_refusal(option, USES[command][option].get(family), given) for family in Family if family in families]
+        if None not in reasons:
+            named = families - {Family.ENCODER} or families  # a ByT5 whose decoder does not matter
+            what = " and ".join(family.value for family in Family if family in named)
+            raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
+
+
+def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:
+    """What is wrong with an option of this use; empty where it has none, None where nothing is."""
+    if use is None:
+        return ""
+    if use.needs and not any(each in given for each in use.needs):
+        return f"needs {' or '.join(use.needs)}"
+    beside = [each for each in use.without if each in given]
+    return f"has no meaning beside {beside[0]}; leave one out" if beside else None
+
+
+def _check_values(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for numbers that no option takes, and for names that are none."""
+    for option, value in given.items():
+        for each in _flat(value):
+            if isinstance(each, float) and not math.isfinite(each):
+                raise UsageError(f"{option} must be a finite number, found {each}")
+            if isinstance(each, int) and abs(each) > LARGEST_NUMBER:
+                raise UsageError(f"{option}: {quoted(each)} does not fit 64 bits")
+            if isinstance(each, str) and option not in TEXTS:
+                if not each:
+                    raise UsageError(f"{option} is empty; name something or leave it out")
+                if len(each) > LONGEST_VALUE:
+                    raise UsageError(f"{option}: {quoted(each)} has {len(each):,} characters, more than any name")
+
+
+def _check_files(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where two outputs are one file, or an output is what is read."""
+    outputs = [(option, Path(given[option])) for option in OUTPUTS if option in given]
+    for (one, path), (other, same) in combinations(outputs, 2):
+        if _are_same(path, same):
+            raise UsageError(f"{one} and {other} both name {same}; each needs a file of its own")
+    inputs = [(option, path) for option in INPUTS for value in _flat(given.get(option)) for path in _paths_in(value)]
+    for one, path in outputs:
+        for other, same in inputs:
+            if same.exists() and _are_same(path, same) and (one, other) != ("--output", "MODEL"):
+                raise UsageError(f"{one} {path} would replace what {other} names; write to another file")
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    """Do they name one place? What is neither file nor folder, such as /dev/null, takes anything from everybody."""
+    if one.exists() and not (one.is_file() or one.is_dir()):
+        return False
+    return os.path.realpath(one) == os.path.realpath(other) or (one.exists() and other.exists() and one.samefile(other))
+
+
+def _paths_in(text: str) -> Iterator[Path]:
+    """The path that a value of the form [name=]path[:weight] may hold."""
+    for each in {text, text.partition("=")[2] or text}:
+        yield from (Path(found).expanduser() for found in {each, each.rpartition(":")[0] or each})
+
+
+def _flat(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else () if value is None else (value,)

@@ -1,0 +1,195 @@
+"""The table of all options: for which models each has a use, and beside which others. One without is refused in a line.
+
+An option counts as given when it stands on the command line, with its default value too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Family(Enum):
+    """Kinds of models that take different options; the value is for messages."""
+
+    MEGABYTE = "a MegaByte"
+    BYT5 = "a ByT5"
+    ENCODER = "a ByT5 encoder alone"
+
+
+@dataclass(frozen=True)
+class Use:
+    """When an option has an effect."""
+
+    needs: tuple[str, ...] = ()  # one of these is given too
+    without: tuple[str, ...] = ()  # none of these is
+
+
+Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
+
+MEGABYTE, BYT5, ENCODER = Family
+T5 = (BYT5, ENCODER)
+
+
+def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
+    return dict.fromkeys(families or Family, Use(needs, without))
+
+
+# Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
+# so is a seed that decides nothing, as scripts pass them always. Without any temperature a filter would be a mistake.
+_FILTER = _of(needs=("--temperature",), without=("--beams",))
+_BEAMS = _of(*T5, needs=("--beams",))
+_ONE_PROMPT = ("--prompt", "--prompt-file", "--hex", "--prompts")
+
+
+def _prompt(option: str) -> Uses:
+    return _of(without=tuple(each for each in _ONE_PROMPT if each != option))
+
+
+# An encoder alone is refused by the model itself, which alone knows without another look at its weights.
+GENERATE: Mapping[str, Uses] = {
+    "MODEL": _of(),
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--max-bytes": _of(without=("--max-length",)),
+    "--temperature": _of(),  # 0 with --beams is what beams do
+    "--top-k": _FILTER,
+    "--top-p": _FILTER,
+    "--min-p": _FILTER,
+    "--seed": _of(),
+    "--stop": _of(without=("--beams",)),
+    "--stop-hex": _of(without=("--beams",)),
+    "--kv-bits": _of(),
+    "--k-bits": _of(MEGABYTE),
+    "--v-bits": _of(MEGABYTE),
+    "--activation-bits": _of(),
+    "--beams": _of(*T5),
+    "--n-best": _BEAMS,
+    "--length-penalty": _BEAMS,
+    "--early-stopping": _BEAMS,
+    "--max-length": _of(*T5),
+    "--min-length": _of(*T5),
+    "--prefix": _of(*T5),
+    "--input-prefix": _of(*T5),
+    "--sentinel": _of(*T5),
+    "--batch-size": _of(),  # at most so many: one prompt keeps to it
+    "--raw": _of(without=("--json", "--prompts")),
+    "--json": _of(),  # what --prompts writes anyway
+    "--import": _of(MEGABYTE),
+    "--device": _of(),
+}
+
+_MEASURING = ("--show", "--merge")
+
+CALIBRATE: Mapping[str, Uses] = {
+    "MODEL|FILE": _of(without=("--show",)),
+    "--corpus": _of(without=(*_MEASURING, "--pairs")),
+    "--pairs": _of(*T5, without=_MEASURING),
+    "--output": _of(without=("--show",)),
+    "--max-bytes": _of(without=_MEASURING),
+    "--seq-bytes": _of(without=_MEASURING),
+    "--noise-density": _of(*T5, without=(*_MEASURING, "--pairs")),
+    "--span-bytes": _of(*T5, without=(*_MEASURING, "--pairs")),
+    "--seed": _of(without=_MEASURING),
+    "--shard": _of(without=_MEASURING),
+    "--resume": _of(without=_MEASURING),  # without a beginning it begins, so that one line does for both
+    "--hessian": _of(without=_MEASURING),
+    "--merge": _of(without=("--show",)),
+    "--show": _of(),
+    "--json": _of(),
+    "--import": _of(MEGABYTE, without=_MEASURING),
+    "--device": _of(without=_MEASURING),
+}
+
+_UNPACKING = ("--dequantize",)
+_PACKING = _of(without=_UNPACKING)
+_OF_MEGABYTE = _of(MEGABYTE, without=_UNPACKING)
+_CALIBRATED = ("--sequential", "--target-bpw")
+
+# What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
+QUANTIZE: Mapping[str, Uses] = {
+    "MODEL": _of(),
+    "--output": _of(),
+    "--global-bits": _OF_MEGABYTE,
+    "--local-bits": _OF_MEGABYTE,
+    "--encoder-bits": _of(*T5, without=_UNPACKING),
+    "--decoder-bits": _of(BYT5, without=_UNPACKING),
+    "--cross-bits": _of(BYT5, without=_UNPACKING),
+    "--wo-bits": _of(*T5, without=_UNPACKING),
+    "--kv-bits": _of(MEGABYTE, BYT5, without=_UNPACKING),
+    "--balance-keys": _of(MEGABYTE, BYT5, needs=("--stats",), without=_UNPACKING),
+    "--global-format": _OF_MEGABYTE,
+    "--local-format": _OF_MEGABYTE,
+    "--group-size": _PACKING,
+    "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
+    "--method": _PACKING,
+    "--domain-weight": _of(needs=("--stats", "--sequential"), without=_UNPACKING),
+    "--sequential": _PACKING,
+    "--sequential-bytes": _of(needs=("--sequential",)),
+    "--target-bpw": _of(MEGABYTE, BYT5, without=_UNPACKING),
+    "--save-recipe": _of(MEGABYTE, BYT5, needs=("--target-bpw",)),
+    "--calibration-corpus": _of(needs=_CALIBRATED, without=("--calibration-pairs",)),
+    "--calibration-pairs": _of(*T5, needs=_CALIBRATED),
+    "--distill-steps": _of(MEGABYTE, BYT5, without=_UNPACKING),
+    "--distill-corpus": _of(MEGABYTE, BYT5, needs=("--distill-steps",), without=("--distill-pairs",)),
+    "--distill-pairs": _of(BYT5, needs=("--distill-steps",)),
+    "--recipe": _PACKING,
+    "--override": _PACKING,
+    "--report": _of(without=(*_UNPACKING, "--dry-run")),
+    "--export": _PACKING,
+    "--dry-run": _of(),
+    "--dequantize": _of(),
+    "--overwrite": _of(needs=("--output",)),
+    "--import": _of(MEGABYTE),
+    "--json": _of(),
+}
+
+_NOTHING_RUN = ("--kernels", "--compare")
+_NOT_MEASURED = (*_NOTHING_RUN, "--plan")
+_NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
+_SCORED = ("--quality",)
+
+BENCH: Mapping[str, Uses] = {
+    "MODEL": _of(without=_NOTHING_RUN),
+    "--prompt-bytes": _of(without=_NOT_TIMED),
+    "--decode-bytes": _of(MEGABYTE, BYT5, without=_NOT_TIMED),
+    "--repeats": _of(without=_NOT_TIMED),
+    "--seconds": _of(MEGABYTE, without=_NOT_TIMED),
+    "--roofline": _of(MEGABYTE, without=_NOT_TIMED),
+    "--no-throughput": _of(without=_NOT_MEASURED),
+    "--quality": _of(MEGABYTE, BYT5, without=_NOT_MEASURED),
+    "--reference": _of(MEGABYTE, BYT5, needs=_SCORED),
+    "--window-bytes": _of(MEGABYTE, needs=_SCORED),
+    "--stride-bytes": _of(MEGABYTE, needs=_SCORED),
+    "--max-bytes-per-file": _of(MEGABYTE, needs=_SCORED),
+    "--max-quality-bytes": _of(MEGABYTE, BYT5, needs=_SCORED),
+    "--resume": _of(MEGABYTE, needs=_SCORED),  # without a beginning it begins, as in calibrate
+    "--reference-cache": _of(MEGABYTE, needs=("--reference",)),
+    # A MegaByte is scored without a cache; a ByT5's answers read one.
+    "--kv-bits": {
+        MEGABYTE: Use(without=(*_NOTHING_RUN, "--no-throughput")),
+        BYT5: Use(without=_NOT_MEASURED),
+    },
+    "--k-bits": _of(MEGABYTE, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--v-bits": _of(MEGABYTE, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--activation-bits": _of(without=_NOT_MEASURED),
+    "--kernels": _of(without=("--compare", "--plan")),
+    "--format": _of(without=("--kernels", "--plan")),
+    "--output": _of(without=("--kernels", "--plan")),
+    "--report": _of(without=_NOT_MEASURED),
+    "--plot": _of(without=_NOT_MEASURED),
+    "--device": _of(without=("--compare",)),
+    "--against": _of(MEGABYTE, without=_NOT_TIMED),
+    "--save": _of(without=_NOT_MEASURED),
+    "--compare": _of(),
+    "--plan": _of(MEGABYTE, without=("--compare",)),
+    "--context": _of(MEGABYTE, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--batch": _of(without=_NOT_TIMED),
+    "--bits": _of(MEGABYTE, needs=("--plan",)),
+    "--bandwidth": _of(MEGABYTE, needs=("--plan",)),
+}
+
+USES: Mapping[str, Mapping[str, Uses]] = {
+    "calibrate": CALIBRATE,
+    "quantize": QUANTIZE,
+    "generate": GENERATE,
+    "bench": BENCH,
+}

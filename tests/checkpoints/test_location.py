@@ -1,0 +1,45 @@
+"""Where models are looked for: here, among the shipped ones, and on the hub only when that is said."""
+
+import warnings
+
+import pytest
+
+from marlin_cli.checkpoints import location
+from marlin_cli.errors import AssumptionWarning, CheckpointError
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """What the hub was asked for; it gives an empty folder."""
+    found = []
+
+    def download(repository, allow_patterns):
+        found.append(repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_hf_asks_the_hub_without_a_word(asked, tmp_path):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert location.locate_model("hf:owner/name") == tmp_path
+        assert location.locate_model("owner/name") == location.Path("owner/name")
+    assert asked == ["owner/name"]
+
+
+def test_a_bare_name_asks_the_hub_after_a_line(asked, tmp_path):
+    with pytest.warns(AssumptionWarning, match="'owner/name': nothing of that name here; asking .*hf:owner/name"):
+        assert location.locate_model("owner/name") == tmp_path
+    assert asked == ["owner/name"]
+
+
+@pytest.mark.parametrize("name", ["", "nul\0", "x" * 5000, "./a/b", "a/b/c", "~/a", "hf:", "hf:a/b/c", "hf:a/\x1b[31m"])
+def test_names_for_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        location.locate_model(name)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 600

@@ -1,0 +1,39 @@
+"""The kinds of input, each with its generator."""
+
+from .caches import cache
+from .case import Generator
+from .configs import byt5_config, generation_config, native_config, sizes
+from .corpora import packed, parquet, places, rows
+from .gguf_files import gguf
+from .lines import pairs, prompt_bytes, prompts, results
+from .options import options
+from .pickles import legacy, zipped
+from .recipes import corpus_recipe, packing_recipe
+from .safetensors_files import safetensors, shards
+from .statistics_files import finished, unfinished
+
+KINDS: dict[str, Generator] = {
+    "safetensors": safetensors,
+    "shards": shards,
+    "config of a MegaByte": native_config,
+    "config of a ByT5": byt5_config,
+    "sizes in a config": sizes,
+    "generation_config": generation_config,
+    "pickle in a zip": zipped,
+    "pickle, legacy": legacy,
+    "GGUF": gguf,
+    "rows of JSON": rows,
+    "packed corpus": packed,
+    "parquet": parquet,
+    "places of a corpus": places,
+    "recipe of a corpus": corpus_recipe,
+    "recipe of formats": packing_recipe,
+    "statistics": finished,
+    "unfinished statistics": unfinished,
+    "prompts": prompts,
+    "prompt": prompt_bytes,
+    "pairs": pairs,
+    "results": results,
+    "cache": cache,
+    "options": options,
+}

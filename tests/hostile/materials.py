@@ -1,0 +1,126 @@
+"""The good files that generators damage: tiny models of every layout, statistics, results. Made once a campaign."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .server import ENVIRONMENT
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(__file__).parents[1] / "data"
+TEXT = b"the quick brown fox jumps over the lazy dog, and so on; " * 8
+PAIRS = b'{"source": "abc def", "target": "ABC", "language": "x"}\n{"source": "x", "target": "y z"}\n' * 4
+
+SMALL = {
+    "patch_size": 4, "max_bytes": 512,
+    "global_layers": 1, "global_dim": 32, "global_heads": 2, "global_ffn_dim": 32,
+    "local_layers": 1, "local_dim": 32, "local_heads": 2, "local_ffn_dim": 32,
+}  # fmt: skip
+MIDDLE = {"length": 2, "layers": 1, "dim": 32, "heads": 2, "ffn_dim": 32, "positions": "learned"}
+# A folder of marlin's own for each layout.
+NATIVE = {
+    "prefix": SMALL,
+    "paper": {**SMALL, "global_dim": 128, "layout": "paper", "global_positions": "learned", "ffn": "relu",
+    "norm": "layernorm", "qk_norm": True},
+    "lucid": {
+        **SMALL, "patch_size": 8, "layout": "megabyte_pytorch", "byte_dim": 32, "token_shift": True, "ffn": "gelu",
+        "ffn_bias": True, "local_positions": "none", "middle": [MIDDLE],
+    },
+}  # fmt: skip
+# Folders of Hugging Face's: one in safetensors with sizes that can be packed, one in a pickle as it is in tests/data.
+BYT5 = ("gated", "relu")
+# Folders that `quantize` writes: marlin's own, llm-compressor's, and a ByT5's.
+PACKED = {
+    "packed": ("prefix",),
+    "exported": ("prefix", "--export", "compressed-tensors", "--local-bits", "4"),
+    "byt5-packed": ("gated",),
+}
+WIDER = {"d_model": 32, "d_ff": 32, "d_kv": 16}
+PICKLES = ("megabyte_pytorch-2-stages.pt", "megabyte_pytorch-3-stages.pt", "paper.pt")
+
+
+def prepare(folder: Path) -> Path:
+    """Make all good files in `folder`."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+
+    from marlin_cli.checkpoints.writer import write_model
+    from marlin_cli.config import from_mapping
+    from marlin_cli.models import config_as_mapping
+    from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in NATIVE.items():
+        config = from_mapping(MegaByteConfig, document, name)
+        network = MegaByte(config)
+        mx.random.seed(0)
+        network.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.2, network.parameters()))
+        write_model(folder / name, config_as_mapping(config), dict(tree_flatten(network.parameters())), None, None)
+    _byt5(folder)
+    for name in PICKLES:
+        shutil.copy(DATA / "foreign" / name, folder / name)
+    (folder / "text.txt").write_bytes(TEXT)
+    (folder / "pairs.jsonl").write_bytes(PAIRS)
+    _gguf(folder / "model.gguf")
+    for name, argv in PACKED.items():
+        _marlin(folder, "quantize", *argv, "-o", name)
+    _marlin(folder, "calibrate", "prefix", "--corpus", "text.txt", "--seq-bytes", "64", "-o", "plain.safetensors")
+    _marlin(
+        folder, "calibrate", "prefix", "--corpus", "text.txt", "--seq-bytes", "64", "--hessian", "-o", "hessian.safetensors"
+    )
+    _marlin(folder, "calibrate", "gated", "--pairs", "pairs.jsonl", "-o", "byt5.safetensors")
+    for _ in range(2):
+        _marlin(folder, "bench", "prefix", "--prompt-bytes", "8", "--decode-bytes", "4", "--save", "results.jsonl")
+    _unfinished(folder)
+    return folder
+
+
+def _marlin(folder: Path, *argv: str) -> None:
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-m", "marlin_cli", *argv], cwd=folder, env=environment, capture_output=True)
+    if result.returncode:
+        raise RuntimeError(f"marlin {' '.join(argv)}: {result.stderr.decode(errors='replace')}")
+
+
+def _byt5(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    for name in BYT5:
+        shutil.copytree(DATA / "byt5" / name, folder / name)
+    config_file, weights = folder / "gated" / "config.json", folder / "gated" / "model.safetensors"
+    config = json.loads(config_file.read_text())
+    sides = {config["d_model"]: 32, config["d_ff"]: 32, config["num_heads"] * config["d_kv"]: 32}
+    config_file.write_text(json.dumps({**config, **WIDER}))
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {key: [sides.get(side, side) for side in array.shape] for key, array in load_file(weights).items()}
+    save_file({key: (draw(shape) * 0.2).astype("f4") for key, shape in shapes.items()}, weights, {"format": "pt"})
+
+
+def _gguf(path: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
+    import gguf_bytes
+
+    config = json.loads((DATA / "byt5" / "gated" / "config.json").read_text())
+    path.write_bytes(gguf_bytes.gguf(gguf_bytes.byt5_metadata(config), gguf_bytes.byt5_tensors("gated")))
+
+
+def _unfinished(folder: Path) -> None:
+    """A run that stands at its third window, as `calibrate --resume` reads it."""
+    from itertools import islice
+
+    from marlin_cli.corpus import open_corpus
+    from marlin_cli.statistics import load_statistics
+    from marlin_cli.statistics.store import save_unfinished
+
+    corpus = open_corpus([str(folder / "text.txt")], sequence_bytes=64, seed=0)
+    list(islice(corpus, 3))
+    statistics = load_statistics(folder / "plain.safetensors")
+    run = dataclasses.replace(statistics.runs[0], corpus=corpus.fingerprint())
+    statistics = dataclasses.replace(statistics, runs=(run,))
+    save_unfinished(folder / "unfinished.safetensors", statistics, corpus.state())
