@@ -25,7 +25,7 @@ from published import markers_of, write_between_markers
 from quantization_quality import DISTILL, LABELS, SEQUENTIAL
 
 from marlin_cli import ByT5Model
-from marlin_cli.commands.calibration_bytes import CalibrationBytes, batches_up_to, endless_batches
+from marlin_cli.commands.calibration_bytes import CalibrationBytes
 from marlin_cli.corpus import Example, Pair, open_pairs
 from marlin_cli.engine.answer_scoring import log2_predictions
 from marlin_cli.models.byt5 import ByT5
@@ -97,14 +97,14 @@ class Packing:
         original, settings = self.model.network, self.settings(part, name)
         plain = method.removesuffix(DISTILL)
         if plain in SEQUENTIAL:
-            batches = batches_up_to(original, CalibrationBytes("calibration", pairs=(DEMO,)), CALIBRATION_BYTES)
+            batches = CalibrationBytes("calibration", pairs=(DEMO,)).up_to(original, CALIBRATION_BYTES)
             network = quantize_sequentially(original, settings, batches, method=SEQUENTIAL[plain]).network
         else:
             statistics = None if plain == "rtn" else self.statistics()
             network = quantize_network(original, settings, statistics, method=plain).network
         assert isinstance(network, ByT5)
         if method.endswith(DISTILL):
-            batches = endless_batches(original, CalibrationBytes("distill", pairs=(DEMO,)))
+            batches = CalibrationBytes("distill", pairs=(DEMO,)).endless(original)
             network = distill(original, network, batches, settings_for(original, self.options.distill_steps))
         return ByT5Model(dequantize_network(network, mx.float32), self.model.device)
 
@@ -121,7 +121,7 @@ class Packing:
         file = self._beside(f"auto-{budget:g}.yaml")
         if not file.exists():
             network = self.model.network
-            every = batches_up_to(network, CalibrationBytes("calibration", pairs=(DEMO,)), CHOICE_BYTES)
+            every = CalibrationBytes("calibration", pairs=(DEMO,)).up_to(network, CHOICE_BYTES)
             batches = [batch for _, batch in every]
             choices = measure_choices(
                 network, batches, lambda weight, plan: mse(weight, plan.format, plan.group_size), log2_predictions

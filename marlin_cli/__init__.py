@@ -3,11 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["ByT5Config", "ByT5Model", "MegaByteConfig", "MegaByteModel", "decode", "encode", "load"]
+__all__ = [
+    "AnsweringModel",
+    "ByT5Config",
+    "ByT5Model",
+    "ContinuingModel",
+    "MegaByteConfig",
+    "MegaByteModel",
+    "decode",
+    "encode",
+    "load",
+]
 
 if TYPE_CHECKING:
     from marlin_cli.api import MegaByteModel, decode, encode, load
-    from marlin_cli.byt5_model import ByT5Model
     from marlin_cli.models.byt5 import ByT5Config
     from marlin_cli.models.megabyte import MegaByteConfig
 

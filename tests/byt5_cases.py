@@ -6,7 +6,8 @@ from mlx.utils import tree_map
 
 from marlin_cli.corpus import Example
 from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.quantization.pair_batches import PairBatch, pair_batches_by_domain
+from marlin_cli.models.pair_batch import PairBatch
+from marlin_cli.quantization.pair_batches import pair_batches_by_domain
 
 SHAPE = {"d_model": 32, "ffn_dim": 64, "heads": 2, "head_dim": 32, "encoder_layers": 2, "decoder_layers": 2}
 KINDS = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
+from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.bench.answering_report import AnsweringModelReport, AnsweringReport, PairSettings
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
@@ -14,7 +15,6 @@ from marlin_cli.bench.pairs import PairQuality, check_pairs_fit, measure_pairs
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import ThroughputSettings
-from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.corpus import Pair, read_pairs
@@ -51,7 +51,9 @@ def run(request: AnsweringRequest) -> AnsweringReport:
     """
     pairs = [] if request.quality is None else _pairs(request.quality)
     models = [
-        ByT5Model.from_pretrained(name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits)
+        AnsweringModel.from_pretrained(
+            name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
+        )
         for name in request.models
     ]
     if request.throughput is not None:
@@ -112,15 +114,15 @@ def _pairs(settings: PairSettings) -> list[Pair]:
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
 
-def _reference(request: AnsweringRequest, settings: PairSettings, models: Sequence[ByT5Model]) -> ByT5Model | None:
+def _reference(request: AnsweringRequest, settings: PairSettings, models: Sequence[AnsweringModel]) -> AnsweringModel | None:
     if settings.reference is None:
         return None
     if settings.reference in request.models:
         return models[request.models.index(settings.reference)]
-    return ByT5Model.from_pretrained(settings.reference, device=request.device)
+    return AnsweringModel.from_pretrained(settings.reference, device=request.device)
 
 
-def _time(models: Sequence[ByT5Model], settings: ThroughputSettings) -> list[list[AnsweringSpeed]]:
+def _time(models: Sequence[AnsweringModel], settings: ThroughputSettings) -> list[list[AnsweringSpeed]]:
     total = settings.bytes_of_run * (settings.repeats + 1) * len(models) * sum(batch_sizes_of(settings))
     with console.byte_progress("timing", total) as progress:
         return measure_answering(models, settings, on_bytes=progress.advance)

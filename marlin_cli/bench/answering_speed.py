@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.greedy import GREEDY
 from marlin_cli.bench.throughput import ThroughputSettings, sample_prompt
-from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.engine.encoder_decoder import AnswerState, encode
 from marlin_cli.engine.sampling import draw
 from marlin_cli.errors import UsageError
@@ -54,7 +54,7 @@ class _Run:
 
 
 def measure_answering(
-    models: Sequence[ByT5Model],
+    models: Sequence[AnsweringModel],
     settings: ThroughputSettings,
     clock: Callable[[], float] = time.perf_counter,
     on_bytes: Callable[[int], None] = lambda count: None,
@@ -90,7 +90,7 @@ def batch_sizes_of(settings: ThroughputSettings) -> tuple[int, ...]:
     return settings.sweep_batches or BATCH_SIZES
 
 
-def check_inputs_fit(models: Sequence[ByT5Model], settings: ThroughputSettings) -> None:
+def check_inputs_fit(models: Sequence[AnsweringModel], settings: ThroughputSettings) -> None:
     """Raise `UsageError` if the inputs are too long for one of the models."""
     for model in models:
         if settings.prompt_bytes > model.config.max_bytes:
@@ -100,7 +100,7 @@ def check_inputs_fit(models: Sequence[ByT5Model], settings: ThroughputSettings) 
             )
 
 
-def _timed(model: ByT5Model, inputs: Sequence[Sequence[int]], decode_bytes: int, clock: Callable[[], float]) -> _Run:
+def _timed(model: AnsweringModel, inputs: Sequence[Sequence[int]], decode_bytes: int, clock: Callable[[], float]) -> _Run:
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     sources = [[*each, model.config.end_id] for each in inputs]

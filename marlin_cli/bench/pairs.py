@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.bench.edit_distance import edit_distance
 from marlin_cli.bench.estimates import Estimate, Floats, ratio
-from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.corpus import Pair
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import AnswerLimits
@@ -77,9 +77,9 @@ class Answers:
 
 
 def measure_pairs(
-    models: Mapping[str, ByT5Model],
+    models: Mapping[str, AnsweringModel],
     pairs: Sequence[Pair],
-    reference: ByT5Model | None = None,
+    reference: AnsweringModel | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> list[PairQuality]:
     """Score models (by their names) on the same pairs.
@@ -103,7 +103,7 @@ def measure_pairs(
     return results
 
 
-def check_pairs_fit(models: Mapping[str, ByT5Model], pairs: Sequence[Pair]) -> None:
+def check_pairs_fit(models: Mapping[str, AnsweringModel], pairs: Sequence[Pair]) -> None:
     """Raise `UsageError` if there are no pairs, an input is too long for a model, or one is an encoder alone."""
     if not pairs:
         raise UsageError("--quality: no pairs to score")
@@ -116,7 +116,7 @@ def check_pairs_fit(models: Mapping[str, ByT5Model], pairs: Sequence[Pair]) -> N
 
 
 def answers_to(
-    model: ByT5Model, pairs: Sequence[Pair], name: str = "the model", on_bytes: Callable[[int], None] = lambda count: None
+    model: AnsweringModel, pairs: Sequence[Pair], name: str = "the model", on_bytes: Callable[[int], None] = lambda count: None
 ) -> Answers:
     """Run a model on every pair. No result depends on which pairs share a pass.
 
@@ -137,7 +137,7 @@ def answers_to(
     return Answers(data, bits, errors, exact)
 
 
-def bits_of_pairs(model: ByT5Model, pairs: Sequence[Pair], name: str = "the model") -> Floats:
+def bits_of_pairs(model: AnsweringModel, pairs: Sequence[Pair], name: str = "the model") -> Floats:
     """Bits that the wanted answer of each pair and its end cost: [pairs].
 
     Raises:

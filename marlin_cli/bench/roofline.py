@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.arithmetic import costs_of
 from marlin_cli.bench.bandwidth import Bandwidth, measure_bandwidth
 from marlin_cli.bench.greedy import PARTS
 from marlin_cli.bench.sizes import bytes_by_part
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.models import linear_layers
 from marlin_cli.ops import QuantizedLinear
 from marlin_cli.quantization.formats import format_of
@@ -30,14 +30,14 @@ class Roofline:
     bandwidth_reached: dict[str, float] | None  # that share of each part's own time; None where parts are not told apart
 
 
-def bandwidth_for(model: MegaByteModel) -> Bandwidth:
+def bandwidth_for(model: ContinuingModel) -> Bandwidth:
     """The bandwidths at which products read the weights of a model, measured now."""
     layers = [layer for layer in linear_layers(model.network).values() if isinstance(layer, QuantizedLinear)]
     formats = sorted({format_of(layer.mode, layer.bits).name for layer in layers})
     return measure_bandwidth(formats, activation_bits=layers[0].activation_bits if layers else 16)
 
 
-def reading_of(model: MegaByteModel, context_bytes: int, bandwidth: Bandwidth) -> tuple[dict[str, float], dict[str, float]]:
+def reading_of(model: ContinuingModel, context_bytes: int, bandwidth: Bandwidth) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes that a byte generated at a context must read, and the seconds that takes, by part.
 
     Raises:
@@ -62,7 +62,7 @@ def reading_of(model: MegaByteModel, context_bytes: int, bandwidth: Bandwidth) -
 
 
 def roofline_of(
-    model: MegaByteModel,
+    model: ContinuingModel,
     context_bytes: int,
     seconds_per_byte: float,
     measured: Mapping[str, float] | None,
@@ -89,7 +89,7 @@ def roofline_of(
     )
 
 
-def _weights_by_format(model: MegaByteModel) -> dict[str | None, dict[str, mx.array]]:
+def _weights_by_format(model: ContinuingModel) -> dict[str | None, dict[str, mx.array]]:
     """The arrays of packed layers by format, and all others, which are there even if empty, under None."""
     packed = {
         path: format_of(layer.mode, layer.bits).name

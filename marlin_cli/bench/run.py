@@ -13,7 +13,6 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from marlin_cli import __version__, console
-from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.held_out import Window, cut, files_by_domain
 from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
@@ -26,6 +25,7 @@ from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.engine.scoring import BYTES_PER_PASS
 from marlin_cli.errors import OutputError, UsageError
@@ -84,7 +84,7 @@ def _run(request: Request, ranks: Ranks) -> Report:
             console.note(f"speed is not measured: {ranks.size} ranks would disturb each other")
             request = dataclasses.replace(request, throughput=None)
     models = [
-        MegaByteModel.from_pretrained(
+        ContinuingModel.from_pretrained(
             name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
         )
         for name in request.models
@@ -124,13 +124,13 @@ class _Scoring:
     reference: MegaByte | None
 
 
-def _prepared(request: Request, settings: QualitySettings, models: Sequence[MegaByteModel]) -> _Scoring:
+def _prepared(request: Request, settings: QualitySettings, models: Sequence[ContinuingModel]) -> _Scoring:
     networks = {label: model.network for label, model in zip(labels_of(request.models), models, strict=True)}
     reference = None
     if settings.reference in request.models:
         reference = models[request.models.index(settings.reference)].network
     elif settings.reference is not None:
-        reference = MegaByteModel.from_pretrained(settings.reference, device=request.device).network
+        reference = ContinuingModel.from_pretrained(settings.reference, device=request.device).network
     windows = cut(files_by_domain(*settings.corpora), settings.windowing)
     check_windows_fit(networks, windows, reference)
     if any(model.cache_bits != CacheBits() for model in models):
@@ -138,7 +138,7 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Mega
     return _Scoring(networks, windows, reference)
 
 
-def _time(models: Sequence[MegaByteModel], settings: ThroughputSettings, roofline: bool) -> list[Throughput]:
+def _time(models: Sequence[ContinuingModel], settings: ThroughputSettings, roofline: bool) -> list[Throughput]:
     total = (settings.bytes_of_run + settings.bytes_of_sweep) * (settings.repeats + 1) * len(models)
     with console.byte_progress("timing", total) as progress:
         speeds = measure_throughput(models, settings, on_bytes=progress.advance)

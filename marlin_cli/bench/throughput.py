@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.greedy import GREEDY, decoded, with_overhead
 from marlin_cli.bench.held_out import files_by_domain
 from marlin_cli.bench.roofline import Roofline
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
@@ -148,7 +148,7 @@ class _Run:
 
 
 def measure_throughput(
-    models: Sequence[MegaByteModel],
+    models: Sequence[ContinuingModel],
     settings: ThroughputSettings,
     clock: Callable[[], float] = time.perf_counter,
     on_bytes: Callable[[int], None] = lambda count: None,
@@ -181,7 +181,7 @@ def measure_throughput(
 
 
 def _in_turn(
-    models: Sequence[MegaByteModel],
+    models: Sequence[ContinuingModel],
     prompts: Sequence[bytes],
     decode_bytes: int,
     settings: ThroughputSettings,
@@ -200,7 +200,7 @@ def _in_turn(
 
 
 def _swept(
-    models: Sequence[MegaByteModel],
+    models: Sequence[ContinuingModel],
     settings: ThroughputSettings,
     clock: Callable[[], float],
     on_bytes: Callable[[int], None],
@@ -228,7 +228,7 @@ def _swept(
     return [tuple(points) for points in found]
 
 
-def check_run_fits(models: Sequence[MegaByteModel], settings: ThroughputSettings) -> None:
+def check_run_fits(models: Sequence[ContinuingModel], settings: ThroughputSettings) -> None:
     """Raise `UsageError` if the bytes of a run do not fit the context of one of the models."""
     for model in models:
         if settings.bytes_of_run > model.config.max_bytes:
@@ -269,7 +269,7 @@ def sample_prompt(size: int, seed: int) -> bytes:
 
 
 def _timed(
-    model: MegaByteModel, prompts: Sequence[bytes], decode_bytes: int, clock: Callable[[], float], energy: EnergyCounter
+    model: ContinuingModel, prompts: Sequence[bytes], decode_bytes: int, clock: Callable[[], float], energy: EnergyCounter
 ) -> _Run:
     held = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -300,7 +300,7 @@ def _timed(
     )
 
 
-def _warm_up(model: MegaByteModel, prompt: bytes, decode_bytes: int) -> dict[str, int]:
+def _warm_up(model: ContinuingModel, prompt: bytes, decode_bytes: int) -> dict[str, int]:
     """A run that is not timed: the most bytes that each level of the cache had in use."""
     state = Lockstep(model.network, [prompt], model.cache_bits)
     mx.eval(state.logits)

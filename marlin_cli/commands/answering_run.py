@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from marlin_cli import console
+from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.api import decode
-from marlin_cli.byt5_model import ByT5Model
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
 from marlin_cli.commands.writers import TerminalView, is_viewed, write_stream
 from marlin_cli.engine.answering import Answer, AnswerLimits
@@ -57,7 +57,7 @@ def inputs_of(text: str | None, file: str | None, hexadecimal: str | None, promp
     return [one_prompt(text, file, hexadecimal)]
 
 
-def run(model: ByT5Model, request: Request, inputs: Iterable[Prompt], batch_size: int) -> None:
+def run(model: AnsweringModel, request: Request, inputs: Iterable[Prompt], batch_size: int) -> None:
     """Answer inputs and write the answers, the n best of an input one after the other.
 
     The only answer to the only input goes out byte by byte, but for beams, which are not known before their end.

@@ -8,10 +8,9 @@ import mlx.core as mx
 from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.commands.calibration_bytes import CalibrationBytes, batches_up_to
+from marlin_cli.commands.calibration_bytes import CalibrationBytes
 from marlin_cli.engine import answer_scoring, scoring
-from marlin_cli.models import build
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Capability, architecture_of, build
 from marlin_cli.quantization.apply import check_method
 from marlin_cli.quantization.automatic import (
     Predict,
@@ -22,13 +21,19 @@ from marlin_cli.quantization.automatic import (
     with_choices,
 )
 from marlin_cli.quantization.encoders import Packed
+from marlin_cli.quantization.feeds import size_bytes
 from marlin_cli.quantization.methods import METHODS
-from marlin_cli.quantization.passes import passes_of
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings
 from marlin_cli.statistics import load_statistics
 from marlin_cli.writing import writing
 
-# Bytes that every choice is scored on, in windows.
+# What a network predicts of a batch, where kernels take rows through a stage or an encoder in one call.
+PREDICTIONS: dict[Capability, Predict] = {
+    Capability.CONTINUES: scoring.log2_predictions,
+    Capability.ANSWERS: answer_scoring.log2_predictions,
+}
+
+# Bytes that every choice is scored on.
 MEASURED_BYTES = 32 << 10
 
 
@@ -56,7 +61,7 @@ def automatic_settings(
     checkpoint = read_checkpoint(locate_model(model), options)
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
     check_target(network, target_bits_per_weight)
-    batches = [batch for _, batch in batches_up_to(network, measured_on, MEASURED_BYTES)]
+    batches = [batch for _, batch in measured_on.up_to(network, MEASURED_BYTES)]
 
     def pack(weight: mx.array, plan: LayerPlan) -> Packed:
         assert plan.format is not None
@@ -66,8 +71,7 @@ def automatic_settings(
             hessian = statistics.hessian(plan.path, domain_weights)
         return METHODS[tried](weight, plan.format, plan.group_size, importance, hessian)
 
-    # Where the kernels run, they take rows through a stage or an encoder in one call.
-    predict: Predict = scoring.log2_predictions if isinstance(network, MegaByte) else answer_scoring.log2_predictions
+    predict = PREDICTIONS[architecture_of(network).capability]
     total = sum(array.size for path, array in checkpoint.weights.items() if array.ndim == 2)
     with console.byte_progress("measuring", total) as progress:
         choices = measure_choices(network, batches, pack, predict, on_choice=lambda choice: progress.advance(choice.weights))
@@ -75,7 +79,7 @@ def automatic_settings(
     mixed = with_choices(settings, chosen)
     made = (
         f"Made by marlin quantize {model} --target-bpw {target_bits_per_weight:g}: {tried},"
-        f" {sum(map(passes_of(network).size_bytes, batches)):,} bytes of {measured_on.names}"
+        f" {sum(map(size_bytes, batches)):,} bytes of {measured_on.names}"
     )
     with writing(recipe) as file:
         file.write_text(recipe_text(mixed, choices, chosen, made), encoding="utf-8")

@@ -4,24 +4,25 @@ import dataclasses
 from collections.abc import Sequence
 
 from marlin_cli import console
+from marlin_cli.api import capability_of
 from marlin_cli.bench import answering_report, answering_run, report
 from marlin_cli.bench import run as megabyte_run
 from marlin_cli.bench.answering_report import AnsweringReport, PairSettings
 from marlin_cli.bench.report import Report, Table
 from marlin_cli.bench.run import Request
-from marlin_cli.checkpoints import architecture_of
-from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_output import Output
 from marlin_cli.errors import UsageError
+from marlin_cli.models import Capability
 from marlin_cli.ranks import is_follower
 
 
 def check_kinds(models: Sequence[str]) -> None:
-    """Raise `UsageError` where some models are ByT5 and some are not: they are measured in different ways."""
-    kinds = {architecture_of(locate_model(name)) == "byt5": name for name in reversed(models)}
-    if len(kinds) == 2:
-        raise UsageError(f"{kinds[True]} is a ByT5 and {kinds[False]} is none; measure models of one kind together")
+    """Raise `UsageError` where some models answer inputs and some continue bytes: they are measured in different ways."""
+    kinds = {capability_of(name): name for name in reversed(models)}
+    if len(kinds) > 1:
+        found = " and ".join(f"{name} {kind.value}" for kind, name in kinds.items())
+        raise UsageError(f"{found}; measure models of one kind together")
 
 
 def run(request: Request, output: Output, against: str | None) -> None:
@@ -46,16 +47,16 @@ def run(request: Request, output: Output, against: str | None) -> None:
 
 
 def _measured(request: Request) -> Report | AnsweringReport:
-    if architecture_of(locate_model(request.models[0])) != "byt5":
+    if capability_of(request.models[0]) is Capability.CONTINUES:
         return megabyte_run.run(request)
     timing = request.throughput
     swept = {} if timing is None else {"--prompt-bytes": timing.sweep_contexts, "--decode-bytes": timing.sweep_decodes}
     for option, lengths in swept.items():
         if lengths:
-            raise UsageError(f"{option}: several lengths have no meaning for ByT5; give one")
+            raise UsageError(f"{option}: several lengths have no meaning for a model that answers; give one")
     asked = request.quality
     quality = None if asked is None else PairSettings(asked.corpora, asked.windowing.max_bytes, asked.reference)
-    assert not isinstance(request.kv_bits, tuple)  # --k-bits and --v-bits are refused for ByT5
+    assert not isinstance(request.kv_bits, tuple)  # --k-bits and --v-bits are refused for models that answer
     return answering_run.run(
         answering_run.AnsweringRequest(
             request.models, request.throughput, quality, request.device, request.kv_bits, request.activation_bits

@@ -15,17 +15,16 @@ from marlin_cli.statistics.show import domain_table, drawings, summarise, tables
 
 if TYPE_CHECKING:
     from marlin_cli.checkpoints import ImportOptions
-    from marlin_cli.models.byt5 import ByT5Config
-    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.models import Network
     from marlin_cli.statistics.run import Measurable
 
 DEFAULT_CORPUS = "default"
-BYT5_WINDOW_BYTES = 1024  # what ByT5 was pre-trained on
+PAIR_BYTES = 1024  # what ByT5 was pre-trained on
 
 
 @dataclass(frozen=True)
 class Input:
-    """What is measured: corpora, or pairs for a ByT5. None and empty are defaults."""
+    """What is measured: corpora, or pairs for models that answer. None and empty are defaults."""
 
     corpora: tuple[str, ...]
     pairs: tuple[str, ...]
@@ -52,11 +51,10 @@ def run(
     """Measure a corpus or pairs in `model`, write the file, and say what was seen. Ranks share it, and rank 0 reports."""
     import mlx.core as mx
 
-    from marlin_cli.api import MegaByteModel
-    from marlin_cli.byt5_model import ByT5Model
-    from marlin_cli.checkpoints import ImportOptions, architecture_of, fingerprint
+    from marlin_cli.api import load
+    from marlin_cli.checkpoints import fingerprint
     from marlin_cli.checkpoints.location import locate_model
-    from marlin_cli.models import Network
+    from marlin_cli.models import Capability, architecture_of
     from marlin_cli.statistics.collect import hessian_channels
     from marlin_cli.statistics.hessians import HessianAccumulator
     from marlin_cli.statistics.run import check_output, unfinished_path
@@ -65,16 +63,9 @@ def run(
     check_output(output, resume=resume)
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
-    network: Network
-    corpus: Measurable
-    if architecture_of(location) == "byt5":
-        if options != ImportOptions():
-            raise UsageError("--import has no meaning for ByT5, the model says all")
-        byt5 = ByT5Model.from_pretrained(location, device=device, dtype=mx.float32)
-        network, corpus = byt5.network, _examples(wanted, byt5.config)
-    else:
-        megabyte = MegaByteModel.from_pretrained(location, device=device, dtype=mx.float32, options=options)
-        network, corpus = megabyte.network, _windows(wanted, megabyte.config)
+    network = load(location, device=device, dtype=mx.float32, options=options).network
+    answers = architecture_of(network).capability is Capability.ANSWERS
+    corpus = (_examples if answers else _windows)(wanted, network)
     total = corpus.total_bytes
     hessians = None
     if hessian:
@@ -132,28 +123,28 @@ def show_file(file: Path, *, json_output: bool) -> None:
         console.table(table.title, table.columns, table.rows, to_stdout=True)
 
 
-def _windows(wanted: Input, config: "MegaByteConfig") -> "Measurable":
+def _windows(wanted: Input, network: "Network") -> "Measurable":
     """Windows of whole patches, as long as asked for and as the context allows; says so if that differs."""
     from marlin_cli.corpus import default_sequence_bytes, open_corpus
+    from marlin_cli.models import architecture_of
 
+    unit, context = architecture_of(network).unit_bytes(network.config), network.config.max_bytes
     corpora = wanted.corpora or (DEFAULT_CORPUS,)
     asked = default_sequence_bytes(corpora) if wanted.sequence_bytes is None else wanted.sequence_bytes
-    fitting = min(asked, config.max_bytes) // config.patch_size * config.patch_size
+    fitting = min(asked, context) // unit * unit
     if not fitting:
-        raise UsageError(f"--seq-bytes {asked} is less than a patch of the model ({config.patch_size} bytes)")
+        raise UsageError(f"--seq-bytes {asked} is less than a patch of the model ({unit} bytes)")
     if fitting != asked:
-        console.note(
-            f"--seq-bytes {asked} is cut to {fitting}: whole patches of {config.patch_size}, context {config.max_bytes}"
-        )
+        console.note(f"--seq-bytes {asked} is cut to {fitting}: whole patches of {unit}, context {context}")
     return open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
 
 
-def _examples(wanted: Input, config: "ByT5Config") -> "Measurable":
+def _examples(wanted: Input, network: "Network") -> "Measurable":
     """Pairs, or windows of corpora with spans taken out."""
     from marlin_cli.corpus import CorruptedCorpus, SpanCorruption, open_corpus, open_pairs
 
-    asked = BYT5_WINDOW_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes
-    fitting = min(asked, config.max_bytes)
+    asked = PAIR_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes
+    fitting = min(asked, network.config.max_bytes)
     if fitting != asked:
         console.note(f"--seq-bytes {asked} is cut to {fitting}, the longest input of the model")
     settings = {"noise_density": wanted.noise_density, "mean_span_bytes": wanted.span_bytes}

@@ -74,18 +74,18 @@ def generate(
 
     require_mlx()
     from marlin_cli import console
-    from marlin_cli.api import MegaByteModel
-    from marlin_cli.byt5_model import ByT5Model
-    from marlin_cli.checkpoints import architecture_of
-    from marlin_cli.checkpoints.location import locate_model
+    from marlin_cli.answering_model import AnsweringModel
+    from marlin_cli.api import capability_of
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
+    from marlin_cli.continuing_model import ContinuingModel
     from marlin_cli.engine.answering import AnswerLimits
     from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.generation import Stopping
     from marlin_cli.engine.sampling import Sampling
+    from marlin_cli.models import Capability
 
     sequences = [bytes_of_argument(text) for text in stop or []]
     sequences += [bytes_of_hex(text, "--stop-hex") for text in stop_hex or []]
@@ -98,7 +98,7 @@ def generate(
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip
-    if architecture_of(locate_model(model)) == "byt5":
+    if capability_of(model) is Capability.ANSWERS:
         from marlin_cli.commands import answering_run
 
         request = answering_run.Request(
@@ -111,11 +111,11 @@ def generate(
             raw=raw,
         )
         inputs = answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts)
-        byt5 = ByT5Model.from_pretrained(model, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
-        answering_run.run(byt5, request, inputs, batch_size)
+        answering = AnsweringModel.from_pretrained(model, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
+        answering_run.run(answering, request, inputs, batch_size)
         return
     prompted = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
-    loaded = MegaByteModel.from_pretrained(
+    loaded = ContinuingModel.from_pretrained(
         model,
         device=device,
         kv_bits=cache_bits,

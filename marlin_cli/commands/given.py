@@ -101,15 +101,17 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
 
 
 def _families_of(path: Path) -> set[Family]:
-    from marlin_cli.checkpoints import architecture_of
+    from marlin_cli.api import capability_of
+    from marlin_cli.models import Capability
 
-    return {Family.BYT5, Family.ENCODER} if architecture_of(path) == "byt5" else {Family.MEGABYTE}
+    answers = capability_of(path) is Capability.ANSWERS
+    return {Family.ANSWERS, Family.ENCODES} if answers else {Family.CONTINUES}
 
 
 def _families_by_weights(path: Path) -> set[Family]:
     from marlin_cli.checkpoints import read_checkpoint
 
-    return {Family.BYT5 if read_checkpoint(path, check_values=False).config.get("decoder_layers") else Family.ENCODER}
+    return {Family.ANSWERS if read_checkpoint(path, check_values=False).config.get("decoder_layers") else Family.ENCODES}
 
 
 def _check_uses(command: str, given: Sequence[str], families: frozenset[Family], models: str = "") -> None:
@@ -117,7 +119,7 @@ def _check_uses(command: str, given: Sequence[str], families: frozenset[Family],
     for option in given:
         reasons = [_refusal(option, USES[command][option].get(family), given) for family in Family if family in families]
         if None not in reasons:
-            named = families - {Family.ENCODER} or families  # a ByT5 whose decoder does not matter
+            named = families - {Family.ENCODES} or families  # where it does not matter whether there is a decoder
             what = " and ".join(family.value for family in Family if family in named)
             raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from marlin_cli import __version__, console
 from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
@@ -9,8 +10,7 @@ from marlin_cli.bench.packing_loss import DomainLoss, loss_by_domain, output_err
 from marlin_cli.bench.packing_page import document_of, sections_of
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.models import Network, build
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Capability, Network, architecture_of, build
 from marlin_cli.ops.device import choose_device
 from marlin_cli.page import render, write_page
 from marlin_cli.quantization.layers import LayerReport
@@ -43,7 +43,7 @@ def write_report(
     """
     original, packed = _network(model, options), _network(str(target), ImportOptions())
     losses = None
-    if isinstance(original, MegaByte) and isinstance(packed, MegaByte):
+    if architecture_of(original).capability is Capability.CONTINUES:
         losses = _losses(original, packed)
     errors = None if statistics is None else output_errors(original, packed, layers, statistics)
     summary = None if statistics is None else summarise(statistics)
@@ -59,7 +59,7 @@ def _network(model: str, options: ImportOptions) -> Network:
     return build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=dtype)
 
 
-def _losses(original: MegaByte, packed: MegaByte) -> dict[str, DomainLoss]:
+def _losses(original: Any, packed: Any) -> dict[str, DomainLoss]:
     windowing = Windowing(min(WINDOW_BYTES, original.config.max_bytes), max_bytes=COMPARED_BYTES)
     windows = cut(files_by_domain(RECIPE), windowing)
     total = sum(window.length for part in windows.values() for window in part)

@@ -16,13 +16,7 @@ from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.export import export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
-from marlin_cli.commands.calibration_bytes import (
-    CalibrationBytes,
-    batch_bytes,
-    batch_size_text,
-    batches_up_to,
-    endless_batches,
-)
+from marlin_cli.commands.calibration_bytes import CalibrationBytes
 from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
@@ -37,12 +31,12 @@ from marlin_cli.quantization.apply import (
     quantize_network,
 )
 from marlin_cli.quantization.distill import distill, settings_for
+from marlin_cli.quantization.feeds import feed_of
 from marlin_cli.quantization.layers import LayerReport, planned
 from marlin_cli.quantization.methods import METHODS, RESCALING
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
 from marlin_cli.quantization.stream import quantize_checkpoint
-from marlin_cli.quantization.windows import WINDOWS_PER_BATCH
 from marlin_cli.statistics import Statistics, load_statistics
 from marlin_cli.writing import scratch_folder
 
@@ -162,17 +156,17 @@ class _Packing:
         how: dict[str, Any] = {"method": self.method, "domain_weights": self.domain_weights, "on_layer": on_layer}
         if not self.steps.sequential_bytes:
             return quantize_network(network, self.settings, self.statistics, **how)
-        batches = batches_up_to(network, self.steps.sequential, self.steps.sequential_bytes)
+        batches = self.steps.sequential.up_to(network, self.steps.sequential_bytes)
         return quantize_sequentially(network, self.settings, batches, **how)
 
 
 def _tuning_batches(network: Network, steps: ByteSteps) -> Iterator[Any]:
     """The batches of distillation, the first of which is there: what cannot be tuned is refused before it is packed."""
-    batches = endless_batches(network, steps.distill)
+    batches = steps.distill.endless(network)
     first = next(batches, None)
     if first is None:
-        needed = f"fewer than {WINDOWS_PER_BATCH} windows of {batch_bytes(network) // WINDOWS_PER_BATCH} bytes"
-        raise UsageError(f"--distill-corpus: {needed} in {steps.distill.names}")
+        needed = feed_of(network).batch_text(network)
+        raise UsageError(f"--distill-corpus: less than one batch ({needed}) in {steps.distill.names}")
     return itertools.chain([first], batches)
 
 
@@ -181,15 +175,17 @@ def _distilled(model: str, options: ImportOptions, result: Quantized, batches: I
     checkpoint = read_checkpoint(locate_model(model), options)
     original = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model, dtype=mx.float32)
     seen: list[float] = []
-    with console.byte_progress("distilling", steps * batch_bytes(original)) as progress:
+    feed = feed_of(original)
+    batch_bytes = feed.batch_bytes(original)
+    with console.byte_progress("distilling", steps * batch_bytes) as progress:
 
         def stepped(step: int, divergence: float) -> None:
             seen.append(divergence)
-            progress.advance(batch_bytes(original))
+            progress.advance(batch_bytes)
 
         tuned = distill(original, result.network, batches, settings_for(original, steps), on_step=stepped)
     console.note(f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits per byte ({len(seen)} steps)")
-    tuning = f"distilled, {len(seen)} steps of {batch_size_text(original)}"
+    tuning = f"distilled, {len(seen)} steps of {feed.batch_text(original)}"
     marlin = {**result.marlin, "method": f"{result.marlin['method']}; {tuning}"}
     return dataclasses.replace(result, network=tuned, marlin=marlin)
 

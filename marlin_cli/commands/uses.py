@@ -11,9 +11,9 @@ from enum import Enum
 class Family(Enum):
     """Kinds of models that take different options; the value is for messages."""
 
-    MEGABYTE = "a MegaByte"
-    BYT5 = "a ByT5"
-    ENCODER = "a ByT5 encoder alone"
+    CONTINUES = "a model that continues bytes"
+    ANSWERS = "a model that answers an input"
+    ENCODES = "an encoder alone"
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Use:
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-MEGABYTE, BYT5, ENCODER = Family
-T5 = (BYT5, ENCODER)
+CONTINUES, ANSWERS, ENCODES = Family
+ENCODER_FIRST = (ANSWERS, ENCODES)
 
 
 def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
@@ -37,7 +37,7 @@ def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...]
 # Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
 # so is a seed that decides nothing, as scripts pass them always. Without any temperature a filter would be a mistake.
 _FILTER = _of(needs=("--temperature",), without=("--beams",))
-_BEAMS = _of(*T5, needs=("--beams",))
+_BEAMS = _of(*ENCODER_FIRST, needs=("--beams",))
 _ONE_PROMPT = ("--prompt", "--prompt-file", "--hex", "--prompts")
 
 
@@ -58,22 +58,22 @@ GENERATE: Mapping[str, Uses] = {
     "--stop": _of(without=("--beams",)),
     "--stop-hex": _of(without=("--beams",)),
     "--kv-bits": _of(),
-    "--k-bits": _of(MEGABYTE),
-    "--v-bits": _of(MEGABYTE),
+    "--k-bits": _of(CONTINUES),
+    "--v-bits": _of(CONTINUES),
     "--activation-bits": _of(),
-    "--beams": _of(*T5),
+    "--beams": _of(*ENCODER_FIRST),
     "--n-best": _BEAMS,
     "--length-penalty": _BEAMS,
     "--early-stopping": _BEAMS,
-    "--max-length": _of(*T5),
-    "--min-length": _of(*T5),
-    "--prefix": _of(*T5),
-    "--input-prefix": _of(*T5),
-    "--sentinel": _of(*T5),
+    "--max-length": _of(*ENCODER_FIRST),
+    "--min-length": _of(*ENCODER_FIRST),
+    "--prefix": _of(*ENCODER_FIRST),
+    "--input-prefix": _of(*ENCODER_FIRST),
+    "--sentinel": _of(*ENCODER_FIRST),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
-    "--import": _of(MEGABYTE),
+    "--import": _of(CONTINUES),
     "--device": _of(),
 }
 
@@ -82,12 +82,12 @@ _MEASURING = ("--show", "--merge")
 CALIBRATE: Mapping[str, Uses] = {
     "MODEL|FILE": _of(without=("--show",)),
     "--corpus": _of(without=(*_MEASURING, "--pairs")),
-    "--pairs": _of(*T5, without=_MEASURING),
+    "--pairs": _of(*ENCODER_FIRST, without=_MEASURING),
     "--output": _of(without=("--show",)),
     "--max-bytes": _of(without=_MEASURING),
     "--seq-bytes": _of(without=_MEASURING),
-    "--noise-density": _of(*T5, without=(*_MEASURING, "--pairs")),
-    "--span-bytes": _of(*T5, without=(*_MEASURING, "--pairs")),
+    "--noise-density": _of(*ENCODER_FIRST, without=(*_MEASURING, "--pairs")),
+    "--span-bytes": _of(*ENCODER_FIRST, without=(*_MEASURING, "--pairs")),
     "--seed": _of(without=_MEASURING),
     "--shard": _of(without=_MEASURING),
     "--resume": _of(without=_MEASURING),  # without a beginning it begins, so that one line does for both
@@ -95,42 +95,42 @@ CALIBRATE: Mapping[str, Uses] = {
     "--merge": _of(without=("--show",)),
     "--show": _of(),
     "--json": _of(),
-    "--import": _of(MEGABYTE, without=_MEASURING),
+    "--import": _of(CONTINUES, without=_MEASURING),
     "--device": _of(without=_MEASURING),
 }
 
 _UNPACKING = ("--dequantize",)
 _PACKING = _of(without=_UNPACKING)
-_OF_MEGABYTE = _of(MEGABYTE, without=_UNPACKING)
+_OF_CONTINUING = _of(CONTINUES, without=_UNPACKING)
 _CALIBRATED = ("--sequential", "--target-bpw")
 
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
-    "--global-bits": _OF_MEGABYTE,
-    "--local-bits": _OF_MEGABYTE,
-    "--encoder-bits": _of(*T5, without=_UNPACKING),
-    "--decoder-bits": _of(BYT5, without=_UNPACKING),
-    "--cross-bits": _of(BYT5, without=_UNPACKING),
-    "--wo-bits": _of(*T5, without=_UNPACKING),
-    "--kv-bits": _of(MEGABYTE, BYT5, without=_UNPACKING),
-    "--balance-keys": _of(MEGABYTE, BYT5, needs=("--stats",), without=_UNPACKING),
-    "--global-format": _OF_MEGABYTE,
-    "--local-format": _OF_MEGABYTE,
+    "--global-bits": _OF_CONTINUING,
+    "--local-bits": _OF_CONTINUING,
+    "--encoder-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
+    "--decoder-bits": _of(ANSWERS, without=_UNPACKING),
+    "--cross-bits": _of(ANSWERS, without=_UNPACKING),
+    "--wo-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
+    "--kv-bits": _of(CONTINUES, ANSWERS, without=_UNPACKING),
+    "--balance-keys": _of(CONTINUES, ANSWERS, needs=("--stats",), without=_UNPACKING),
+    "--global-format": _OF_CONTINUING,
+    "--local-format": _OF_CONTINUING,
     "--group-size": _PACKING,
     "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
     "--method": _PACKING,
     "--domain-weight": _of(needs=("--stats", "--sequential"), without=_UNPACKING),
     "--sequential": _PACKING,
     "--sequential-bytes": _of(needs=("--sequential",)),
-    "--target-bpw": _of(MEGABYTE, BYT5, without=_UNPACKING),
-    "--save-recipe": _of(MEGABYTE, BYT5, needs=("--target-bpw",)),
+    "--target-bpw": _of(CONTINUES, ANSWERS, without=_UNPACKING),
+    "--save-recipe": _of(CONTINUES, ANSWERS, needs=("--target-bpw",)),
     "--calibration-corpus": _of(needs=_CALIBRATED, without=("--calibration-pairs",)),
-    "--calibration-pairs": _of(*T5, needs=_CALIBRATED),
-    "--distill-steps": _of(MEGABYTE, BYT5, without=_UNPACKING),
-    "--distill-corpus": _of(MEGABYTE, BYT5, needs=("--distill-steps",), without=("--distill-pairs",)),
-    "--distill-pairs": _of(BYT5, needs=("--distill-steps",)),
+    "--calibration-pairs": _of(*ENCODER_FIRST, needs=_CALIBRATED),
+    "--distill-steps": _of(CONTINUES, ANSWERS, without=_UNPACKING),
+    "--distill-corpus": _of(CONTINUES, ANSWERS, needs=("--distill-steps",), without=("--distill-pairs",)),
+    "--distill-pairs": _of(ANSWERS, needs=("--distill-steps",)),
     "--recipe": _PACKING,
     "--override": _PACKING,
     "--report": _of(without=(*_UNPACKING, "--dry-run")),
@@ -138,7 +138,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--dry-run": _of(),
     "--dequantize": _of(),
     "--overwrite": _of(needs=("--output",)),
-    "--import": _of(MEGABYTE),
+    "--import": _of(CONTINUES),
     "--json": _of(),
 }
 
@@ -150,26 +150,26 @@ _SCORED = ("--quality",)
 BENCH: Mapping[str, Uses] = {
     "MODEL": _of(without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
-    "--decode-bytes": _of(MEGABYTE, BYT5, without=_NOT_TIMED),
+    "--decode-bytes": _of(CONTINUES, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
-    "--seconds": _of(MEGABYTE, without=_NOT_TIMED),
-    "--roofline": _of(MEGABYTE, without=_NOT_TIMED),
+    "--seconds": _of(CONTINUES, without=_NOT_TIMED),
+    "--roofline": _of(CONTINUES, without=_NOT_TIMED),
     "--no-throughput": _of(without=_NOT_MEASURED),
-    "--quality": _of(MEGABYTE, BYT5, without=_NOT_MEASURED),
-    "--reference": _of(MEGABYTE, BYT5, needs=_SCORED),
-    "--window-bytes": _of(MEGABYTE, needs=_SCORED),
-    "--stride-bytes": _of(MEGABYTE, needs=_SCORED),
-    "--max-bytes-per-file": _of(MEGABYTE, needs=_SCORED),
-    "--max-quality-bytes": _of(MEGABYTE, BYT5, needs=_SCORED),
-    "--resume": _of(MEGABYTE, needs=_SCORED),  # without a beginning it begins, as in calibrate
-    "--reference-cache": _of(MEGABYTE, needs=("--reference",)),
-    # A MegaByte is scored without a cache; a ByT5's answers read one.
+    "--quality": _of(CONTINUES, ANSWERS, without=_NOT_MEASURED),
+    "--reference": _of(CONTINUES, ANSWERS, needs=_SCORED),
+    "--window-bytes": _of(CONTINUES, needs=_SCORED),
+    "--stride-bytes": _of(CONTINUES, needs=_SCORED),
+    "--max-bytes-per-file": _of(CONTINUES, needs=_SCORED),
+    "--max-quality-bytes": _of(CONTINUES, ANSWERS, needs=_SCORED),
+    "--resume": _of(CONTINUES, needs=_SCORED),  # without a beginning it begins, as in calibrate
+    "--reference-cache": _of(CONTINUES, needs=("--reference",)),
+    # What continues bytes is scored without a cache; answers read one.
     "--kv-bits": {
-        MEGABYTE: Use(without=(*_NOTHING_RUN, "--no-throughput")),
-        BYT5: Use(without=_NOT_MEASURED),
+        CONTINUES: Use(without=(*_NOTHING_RUN, "--no-throughput")),
+        ANSWERS: Use(without=_NOT_MEASURED),
     },
-    "--k-bits": _of(MEGABYTE, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--v-bits": _of(MEGABYTE, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--k-bits": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--v-bits": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
     "--activation-bits": _of(without=_NOT_MEASURED),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
@@ -177,14 +177,14 @@ BENCH: Mapping[str, Uses] = {
     "--report": _of(without=_NOT_MEASURED),
     "--plot": _of(without=_NOT_MEASURED),
     "--device": _of(without=("--compare",)),
-    "--against": _of(MEGABYTE, without=_NOT_TIMED),
+    "--against": _of(CONTINUES, without=_NOT_TIMED),
     "--save": _of(without=_NOT_MEASURED),
     "--compare": _of(),
-    "--plan": _of(MEGABYTE, without=("--compare",)),
-    "--context": _of(MEGABYTE, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--plan": _of(CONTINUES, without=("--compare",)),
+    "--context": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
     "--batch": _of(without=_NOT_TIMED),
-    "--bits": _of(MEGABYTE, needs=("--plan",)),
-    "--bandwidth": _of(MEGABYTE, needs=("--plan",)),
+    "--bits": _of(CONTINUES, needs=("--plan",)),
+    "--bandwidth": _of(CONTINUES, needs=("--plan",)),
 }
 
 USES: Mapping[str, Mapping[str, Uses]] = {

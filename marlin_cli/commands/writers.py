@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from marlin_cli.api import MegaByteModel, decode
+from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.generation import Piece, Stopping
 from marlin_cli.engine.sampling import Sampling
 
@@ -74,7 +75,7 @@ class TerminalView:
 
 
 def write_json_lines(
-    model: MegaByteModel,
+    model: ContinuingModel,
     prompts: Sequence[Prompt],
     stopping: Stopping,
     sampling: Sampling,

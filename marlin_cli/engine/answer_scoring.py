@@ -13,7 +13,7 @@ from marlin_cli.engine.scoring import not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory
 from marlin_cli.models.byt5_ids import ids_of_bytes, padded
-from marlin_cli.quantization.pair_batches import PairBatch
+from marlin_cli.models.pair_batch import PairBatch
 
 
 def bits_of_answers(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,23 +12,36 @@ from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import shipped
-from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.architecture import Architecture, Capability, Network
+from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
+from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
-from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.text import quoted
 
-Network: TypeAlias = MegaByte | ByT5
-NetworkConfig: TypeAlias = MegaByteConfig | ByT5Config
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Capability",
+    "Network",
+    "architecture_named",
+    "architecture_of",
+    "build",
+    "config_as_mapping",
+    "fill",
+    "linear_layers",
+    "part_of",
+    "preset",
+    "set_modules",
+    "shared_inputs",
+    "with_weights",
+]
 
-# model_type -> classes of the configuration and of the network.
-ARCHITECTURES: dict[str, tuple[type[Any], type[Any]]] = {
-    "megabyte": (MegaByteConfig, MegaByte),
-    "byt5": (ByT5Config, ByT5),
-}
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
-# First names of paths that are names of parts too; the other layers belong to the global part.
-PARTS = ("middle", "local", "encoder", "decoder")
+
+# model_type -> architecture.
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5)}
 
 # Arrays that a packed linear layer has beside its weight.
 PACKED_SUFFIXES = (".scales", ".biases", ".global_scale")
@@ -55,24 +68,20 @@ def build(
         ConfigError: an unknown architecture or an impossible configuration.
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
-    name = config.get("model_type", "megabyte")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
-        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
-    config_class, network_class = ARCHITECTURES[name]
-    settings = from_mapping(config_class, config, where)
+    architecture = architecture_named(config, where)
+    settings = from_mapping(architecture.config, config, where)
     # Each block begins with a norm. A network of blocks that the file has not is never drafted.
     absent = [path for path in settings.blocks if f"{path}.attention_norm.weight" not in weights]
     if absent:
         found = f"the weight {quoted(f'{absent[0]}.attention_norm.weight')} is missing"
         raise CheckpointError(f"{where}: {found}, with all of {len(absent):,} layers that config.json asks for")
-    network: Network = network_class(settings)
+    network: Network = architecture.network(settings)
     fill(network, weights, quantization, where=where, dtype=dtype)
     return network
 
 
 def fill(
-    network: nn.Module,
+    network: Any,
     weights: Mapping[str, mx.array],
     quantization: Mapping[str, Any] | None = None,
     *,
@@ -107,7 +116,7 @@ def fill(
     network.eval()
 
 
-def preset(name: str) -> NetworkConfig:
+def preset(name: str) -> Any:
     """A shipped configuration without weights, for example `byt5-small`.
 
     Raises:
@@ -117,27 +126,41 @@ def preset(name: str) -> NetworkConfig:
     if name not in known:
         raise ConfigError(f"{name}: no such preset{did_you_mean(name, known)}")
     document = read_json(known[name])
-    config: NetworkConfig = from_mapping(ARCHITECTURES[document["model_type"]][0], document, str(known[name]))
-    return config
+    return from_mapping(ARCHITECTURES[document["model_type"]].config, document, str(known[name]))
 
 
-def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of a network by its path, packed ones included, in the order of the definition."""
-    return {path: module for path, module in reversed(network.named_modules()) if isinstance(module, (Linear, QuantizedLinear))}
+def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
+    """The architecture that a checkpoint's configuration names.
+
+    Raises:
+        ConfigError: an unknown one.
+    """
+    name = config.get("model_type", "megabyte")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
+        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
+    return ARCHITECTURES[name]
 
 
-def part_of(path: str) -> str:
-    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross or head."""
-    if path == "output":
-        return "head"
-    names = path.split(".")
-    if names[0] == "decoder" and "cross" in names:
-        return "cross"
-    # What runs once a patch belongs to the global part, on both sides of its transformer.
-    return names[0] if names[0] in PARTS else "global"
+def architecture_of(network: Network) -> Architecture:
+    """The architecture of a network, which knows its own name."""
+    return ARCHITECTURES[network.config.model_type]
 
 
-def config_as_mapping(config: NetworkConfig) -> dict[str, Any]:
+def with_weights(network: AnyNetwork, weights: Mapping[str, mx.array]) -> AnyNetwork:
+    """A copy of a network without packed layers that has these arrays, all of them, in place of its own."""
+    copy: AnyNetwork = architecture_of(network).network(network.config)
+    copy.load_weights(list(weights.items()))
+    copy.eval()
+    return copy
+
+
+def shared_inputs(network: Network) -> dict[str, str]:
+    """Path of every linear layer -> path of the layer in whose name its input is measured."""
+    return inputs_by_layer(network, architecture_of(network).input_of)
+
+
+def config_as_mapping(config: Any) -> dict[str, Any]:
     """A configuration as plain values for config.json, without the fields that say None."""
     return {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
 
@@ -147,7 +170,7 @@ def _is_castable(path: str, array: mx.array) -> bool:
     return not packed and not path.endswith(".global_scale") and mx.issubdtype(array.dtype, mx.floating)
 
 
-def _swap_packed_layers(network: nn.Module, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str) -> None:
+def _swap_packed_layers(network: Network, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str) -> None:
     """Put a `QuantizedLinear` wherever the weights hold `.scales`."""
     swapped: list[tuple[str, nn.Module]] = []
     for path, module in linear_layers(network).items():
@@ -155,13 +178,3 @@ def _swap_packed_layers(network: nn.Module, arrays: Mapping[str, mx.array], tabl
             own = {name: arrays[f"{path}.{name}"] for name in PACKED_ARRAYS if f"{path}.{name}" in arrays}
             swapped.append((path, packed_layer(module, own, settings_of(path, table), f"{where}: {path!r}")))
     set_modules(network, swapped)
-
-
-def set_modules(network: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
-    """Replace modules by path."""
-    for path, module in modules:
-        *parents, name = path.split(".")
-        holder: Any = network
-        for part in parents:
-            holder = holder[int(part)] if isinstance(holder, list) else holder[part]
-        holder[name] = module

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, QuantizationError, UsageError
-from marlin_cli.models import Network, linear_layers, set_modules
+from marlin_cli.models import Network, architecture_of, linear_layers, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
@@ -41,7 +41,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 class Quantized:
     """A packed copy of a network, its tables for config.json, and a report by layer."""
 
-    network: Network
+    network: Any
     quantization: dict[str, Any]
     marlin: dict[str, Any]
     layers: list[LayerReport]
@@ -196,7 +196,7 @@ def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Netwo
 
 def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> AnyNetwork:
     """A network that shares the arrays of `network`, except in the modules given by path."""
-    copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
+    copy: AnyNetwork = architecture_of(network).network(network.config)
     set_modules(copy, [(path, module) for path, module in linear_layers(network).items()])
     set_modules(copy, list(modules))
     replaced = tuple(f"{path}." for path, _ in modules)

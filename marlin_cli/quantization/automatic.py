@@ -16,14 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import Network, linear_layers
+from marlin_cli.models import Network, architecture_of, linear_layers, shared_inputs
 from marlin_cli.ops import Linear
 from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode
 from marlin_cli.quantization.formats import FORMATS
-from marlin_cli.quantization.passes import passes_of
 from marlin_cli.quantization.plan import KEEP, LayerPlan, QuantizationSettings, plan_layers
-from marlin_cli.statistics.collect import shared_inputs
 
 # Formats that a layer is tried in, next to staying in 16 bits.
 CANDIDATES = ("nvfp4", "mxfp8")
@@ -36,8 +34,8 @@ Predict = Callable[[Any, Any], mx.array]
 
 
 def log2_predictions(network: Network, batch: Any) -> mx.array:
-    """Base-2 logarithms of the probabilities [predictions, vocab] of a batch, see `passes`."""
-    logits = passes_of(network).logits(network, batch)
+    """Base-2 logarithms of the probabilities [predictions, vocab] of a batch, see `feeds`."""
+    logits = architecture_of(network).logits(network, batch)
     return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
 
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import StatisticsError
-from marlin_cli.models import Network
-from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models import Network, architecture_of, with_weights
 from marlin_cli.statistics import Statistics
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
@@ -31,14 +30,13 @@ MOST_EXPONENT = 8
 def with_balanced_keys(network: AnyNetwork, statistics: Statistics) -> AnyNetwork:
     """A copy that computes the same, whose keys have no outlying channels where a packed cache holds them.
 
-    That is the global stage of a MegaByte, and the attention to the encoder of a ByT5.
-
     Raises:
         StatisticsError: the statistics hold no keys of a layer, or keys of another shape.
     """
     parameters = dict(tree_flatten(network.parameters()))
-    shape = _shape_of_keys(network)
-    for path in _cached(network):
+    keys_of = architecture_of(network).packed_keys(network.config)
+    shape = keys_of.heads, keys_of.head_dim
+    for path in keys_of.paths:
         if path not in statistics.totals.keys:
             raise StatisticsError(f"the statistics hold no keys of {path!r}; they belong to another model")
         largest = statistics.totals.keys[path].absolute_maximum.max(axis=0, initial=0.0)
@@ -49,7 +47,7 @@ def with_balanced_keys(network: AnyNetwork, statistics: Statistics) -> AnyNetwor
             )
         # Gains of norms come last where there are any, and all heads share them.
         normed = f"{path}.k_norm.weight" in parameters
-        factors = balancing_factors(largest, shared=normed, **_tied_by_position(network))
+        factors = balancing_factors(largest, rotated=keys_of.rotated, interleaved=keys_of.interleaved, shared=normed)
         queries, keys = (f"{path}.{name}_{'norm' if normed else 'proj'}.weight" for name in "qk")
         if normed:
             for_queries = for_keys = factors[0]
@@ -58,10 +56,7 @@ def with_balanced_keys(network: AnyNetwork, statistics: Statistics) -> AnyNetwor
             for_queries, for_keys = np.repeat(factors, readers, axis=0).reshape(-1), factors.reshape(-1)
         parameters[queries] = _scaled(parameters[queries], for_queries)
         parameters[keys] = _scaled(parameters[keys], np.reciprocal(for_keys))
-    copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
-    copy.load_weights(list(parameters.items()))
-    copy.eval()
-    return copy
+    return with_weights(network, parameters)
 
 
 def balancing_factors(
@@ -86,27 +81,6 @@ def balancing_factors(
     above = np.nan_to_num(exponents - usual[:, None])  # a channel that was never anything but 0 is no outlier
     steps = np.where(above >= np.log2(LEAST_OUTLIER), np.minimum(np.rint(above), MOST_EXPONENT), 0.0)
     return np.broadcast_to(np.exp2(steps).astype(np.float32), (heads, width))
-
-
-def _cached(network: Network) -> list[str]:
-    """Paths of the attentions whose keys `--kv-bits` packs."""
-    if isinstance(network, ByT5):
-        return [f"decoder.layers.{index}.cross" for index in range(network.config.decoder_layers)]
-    return [f"global.layers.{index}.attention" for index in range(network.config.global_layers)]
-
-
-def _shape_of_keys(network: Network) -> tuple[int, int]:
-    """Heads and their width."""
-    if isinstance(network, ByT5):
-        return network.config.heads, network.config.head_dim
-    stage = network.config.stages[0]
-    return stage.kv_heads or stage.heads, stage.width_of_head
-
-
-def _tied_by_position(network: Network) -> dict[str, bool]:
-    if isinstance(network, ByT5):
-        return {}
-    return {"rotated": network.config.stages[0].rope, "interleaved": network.config.rope_interleaved}
 
 
 def _scaled(array: mx.array, factors: npt.NDArray[np.float32]) -> mx.array:

@@ -20,15 +20,13 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import Network, linear_layers, part_of, set_modules
-from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models import Network, architecture_of, linear_layers, part_of, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode, round_e2m1, scalar
 from marlin_cli.quantization.grids import grid_of
 from marlin_cli.quantization.layers import packed_layer, packed_of
-from marlin_cli.quantization.passes import passes_of
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
@@ -44,18 +42,11 @@ class DistillSettings:
     parts: tuple[str, ...] | None = ("local", "head")  # see `models.part_of`; None tunes all
 
 
-# How much shorter the steps of a ByT5 are: packed, its divergence is a thirtieth of a MegaByte's, and Adam's steps, which
-# are as long at any gradient, took it further off than packing had (LOG).
-BYT5_SHARE = 0.05
-
-
 def settings_for(network: Network, steps: int) -> DistillSettings:
-    """So many steps as a network's architecture takes them: of a ByT5 all is tuned, as most is lost in its encoder."""
-    plain = DistillSettings(steps=steps)
-    if not isinstance(network, ByT5):
-        return plain
-    level_rate, scale_rate, free_rate = (BYT5_SHARE * rate for rate in (plain.level_rate, plain.scale_rate, plain.free_rate))
-    return DistillSettings(level_rate, scale_rate, free_rate, steps, parts=None)
+    """So many steps as a network's architecture takes them."""
+    plain, tuning = DistillSettings(steps=steps), architecture_of(network).tuning
+    level_rate, scale_rate, free_rate = (tuning.share * rate for rate in (plain.level_rate, plain.scale_rate, plain.free_rate))
+    return DistillSettings(level_rate, scale_rate, free_rate, steps, tuning.parts)
 
 
 class _TunedLinear(nn.Module):
@@ -165,14 +156,14 @@ def distill(
     Args:
         network: the original, in float32.
         packed: its packed copy.
-        batches: calibration bytes, see `passes`; one a step, as many as `settings.steps` are taken.
+        batches: calibration bytes, see `feeds`; one a step, as many as `settings.steps` are taken.
         on_step: called with the number of the step and its KL divergence in bits a prediction.
 
     Raises:
         QuantizationError: no layer is packed, or the divergence is not finite.
     """
     settings = settings or DistillSettings()
-    logits = passes_of(network).logits
+    logits = architecture_of(network).logits
     original = linear_layers(network)
     tuned = {
         path: _TunedLinear(original[path]["weight"], packed_of(module), module.get("bias"))

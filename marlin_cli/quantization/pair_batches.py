@@ -1,42 +1,16 @@
-"""Inputs with their answers as padded batches, for the steps that run calibration bytes through a ByT5."""
+"""Inputs with their answers as padded batches, for the steps that run calibration bytes through a network that answers."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from marlin_cli.corpus import Example
 from marlin_cli.models.byt5 import ByT5Config
 from marlin_cli.models.byt5_ids import ids_of_bytes, padded
+from marlin_cli.models.pair_batch import PairBatch
 
 # Ids of inputs and answers in a batch, filler among them; a single longer pair is a batch too.
 BATCH_IDS = 8192
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """Pairs that run side by side, teacher-forced.
-
-    Attributes:
-        source: [pairs, total] ids of the inputs and their ends.
-        lengths: [pairs] real ids of each input; None where all are.
-        target: [pairs, rows] ids that the decoder reads, the start first.
-        rows: [pairs] real rows of the decoder for each pair, which predict the answer's bytes and its end.
-        size_bytes: of the corpus that went into them.
-    """
-
-    source: mx.array
-    lengths: mx.array | None
-    target: mx.array
-    rows: npt.NDArray[np.int64]
-    size_bytes: int
-
-    @property
-    def places(self) -> npt.NDArray[np.int64]:
-        """Where the real rows of the decoder stand among all [pairs x rows], pair after pair."""
-        return np.flatnonzero(np.arange(self.target.shape[1]) < self.rows[:, None])
 
 
 def batch_of(examples: Sequence[Example], config: ByT5Config) -> PairBatch:

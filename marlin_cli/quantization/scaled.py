@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from marlin_cli.models import Network
-from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models import Network, architecture_of, with_weights
 from marlin_cli.quantization.encoders import squared_error
 from marlin_cli.quantization.methods.awq import Fold, awq_factors, fold, legal_folds
 from marlin_cli.quantization.methods.gptq import output_error
@@ -91,12 +90,9 @@ def _folded(
             factors.update(dict.fromkeys(found.consumers, np.tile(chosen, found.repeats)))
     if not factors:
         return network, {}
-    copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
-    copy.load_weights(list(parameters.items()))
-    copy.eval()
-    return copy, factors
+    return with_weights(network, parameters), factors
 
 
 def is_gated(network: Network) -> bool:
     """Do the feed-forwards multiply two layers' outputs?"""
-    return network.config.gated_ffn if isinstance(network, ByT5) else network.config.ffn == "swiglu"
+    return architecture_of(network).is_gated(network.config)

@@ -18,18 +18,16 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError, UsageError
-from marlin_cli.models import Network, linear_layers, set_modules
-from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models import Network, architecture_of, linear_layers, set_modules, shared_inputs, with_weights
+from marlin_cli.models.architecture import Piece, State
 from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
 from marlin_cli.quantization.encoders import decode
+from marlin_cli.quantization.feeds import size_bytes
 from marlin_cli.quantization.layers import LayerReport, pack_weight, packed_layer, planned, report_of
 from marlin_cli.quantization.methods import NEED_SEQUENTIAL, WITHOUT_OUTLIERS
 from marlin_cli.quantization.methods.hadamard import rotated
-from marlin_cli.quantization.passes import passes_of
-from marlin_cli.quantization.pieces import Piece, State
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, quantization_table
 from marlin_cli.quantization.scaled import without_outliers
-from marlin_cli.statistics.collect import shared_inputs
 
 Matrix = npt.NDArray[np.float64]
 
@@ -82,7 +80,7 @@ def quantize_sequentially(
     Memory: the rows of one stage in both networks, 8 x width bytes a row; for a local stage and a ByT5 a row is a byte.
 
     Args:
-        batches: (domain, calibration bytes as the architecture reads them, see `passes`).
+        batches: (domain, calibration bytes as the architecture reads them, see `feeds`).
         method: a name in `METHODS` other than awq; gptq+hadamard packs the rotated network.
         domain_weights: share of each domain in the sums; the rows seen of each if None. One that is left out counts
             nothing.
@@ -93,8 +91,8 @@ def quantize_sequentially(
     """
     if settings.balance_keys:
         raise UsageError("--balance-keys takes the keys' ranges from --stats, which --sequential goes without")
-    passes = passes_of(network)
-    sizes = [(domain, passes.size_bytes(batch)) for domain, batch in batches]
+    architecture = architecture_of(network)
+    sizes = [(domain, size_bytes(batch)) for domain, batch in batches]
     weights = _weights(sizes, domain_weights)
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")
@@ -106,7 +104,7 @@ def quantize_sequentially(
     if method in NEED_SEQUENTIAL:
         network = rotated(network)
     run = _Run(network, plans, method, batches, weights, on_layer)
-    for piece in passes.pieces(network):
+    for piece in architecture.pieces(network):
         run.pack_piece(piece)
     embeddings = [path for path, module in network.named_modules() if isinstance(module, nn.Embedding)]
     marlin: dict[str, Any] = {
@@ -116,7 +114,7 @@ def quantize_sequentially(
         "kv_bits": settings.kv_bits,
         "statistics": None,
     }
-    if method in NEED_SEQUENTIAL and isinstance(network, ByT5):
+    if method in NEED_SEQUENTIAL and architecture.shows_states:
         marlin["rotated_states"] = True  # of the encoder: `encode` would give others than the original
     if domain_weights is not None:
         marlin["domain_weights"] = dict(domain_weights)
@@ -142,12 +140,12 @@ def _weights(sizes: Sequence[tuple[str, int]], domain_weights: Mapping[str, floa
 def _input_squares(network: Network, batches: Sequence[Any], weights: Sequence[float]) -> dict[str, npt.NDArray[np.float32]]:
     """The mean square of each input channel [channels] of the network as it is, by the path in whose name it is measured."""
     network = _in_float32(network)
-    passes = passes_of(network)
+    architecture = architecture_of(network)
     used = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight > 0]
-    states = [passes.start(network, batch) for batch, _ in used]
+    states = [architecture.start(network, batch) for batch, _ in used]
     sums: dict[str, npt.NDArray[np.float64]] = {}
     rows = dict.fromkeys(shared_inputs(network).values(), 0.0)
-    for piece in passes.pieces(network):
+    for piece in architecture.pieces(network):
         observers = {source: _Observed(linear_layers(network)[source]) for source in piece.sources}
         set_modules(network, list(observers.items()))
         for index, (_, weight) in enumerate(used):
@@ -182,7 +180,7 @@ class _Run:
         self.plans, self.method, self.on_layer = {plan.path: plan for plan in plans}, method, on_layer
         self.original = linear_layers(network)
         self.teacher, self.student = _in_float32(network), _in_float32(network)
-        start = passes_of(network).start
+        start = architecture_of(network).start
         used = [(batch, weight) for (_, batch), weight in zip(batches, weights, strict=True) if weight > 0]
         # Of each batch in the teacher and in the student.
         self.states: list[tuple[State, State]] = [(start(self.teacher, each), start(self.student, each)) for each, _ in used]
@@ -271,7 +269,4 @@ def _flat(array: mx.array) -> mx.array:
 
 def _in_float32(network: Network) -> Network:
     """A copy whose linear layers are its own, with everything in float32."""
-    copy: Network = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
-    copy.load_weights([(path, array.astype(mx.float32)) for path, array in tree_flatten(network.parameters())])
-    copy.eval()
-    return copy
+    return with_weights(network, {path: array.astype(mx.float32) for path, array in tree_flatten(network.parameters())})

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.corpus import Corpus
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, architecture_of
 
 # Bytes of a window where the network's context holds them, and windows of a batch.
 WINDOW_BYTES = 1024
@@ -16,10 +16,10 @@ WINDOWS_PER_BATCH = 8
 Batch = tuple[str, npt.NDArray[np.uint8]]
 
 
-def window_bytes_of(network: MegaByte) -> int:
-    """Whole patches of at most `WINDOW_BYTES`, within the network's context; at least one patch."""
-    patch = network.config.patch_size
-    return max(min(WINDOW_BYTES, network.config.max_bytes) // patch, 1) * patch
+def window_bytes_of(network: Network) -> int:
+    """Whole units (patches) of at most `WINDOW_BYTES`, within the network's context; at least one."""
+    unit = architecture_of(network).unit_bytes(network.config)
+    return max(min(WINDOW_BYTES, network.config.max_bytes) // unit, 1) * unit
 
 
 def whole_windows(corpus: Corpus, window_bytes: int) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:

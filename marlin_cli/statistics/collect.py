@@ -1,11 +1,9 @@
-"""Measures the activations of one window of bytes in a MegaByte, and what any network's layers see.
-
-It keeps nothing: `data.pool` adds windows up.
-"""
+"""Measures the activations of one window, or of one input and its answer. Keeps nothing: `data.pool` adds them up."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,32 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import StatisticsError
-from marlin_cli.models import Network, linear_layers, part_of, set_modules
-from marlin_cli.models.megabyte import LayerCache, MegaByte, MegaByteConfig
-from marlin_cli.ops import attention, delay_one_row
+from marlin_cli.models import Network, architecture_of, linear_layers, part_of, set_modules, shared_inputs
 from marlin_cli.statistics.data import Moments, Totals
 from marlin_cli.statistics.hessians import HessianAccumulator
 
-# A layer whose input is that of its neighbour, which is measured in its place.
-SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
-
-# Keys and values of a ByT5's input come from the encoder's states in every layer of the decoder: measured in the first.
-ENCODER_STATES = "decoder.layers.0.cross.k_proj"
-
 Kept = dict[str, Moments]
 Record = Callable[[mx.array], None]
-
-
-def shared_inputs(network: Network) -> dict[str, str]:
-    """Path of every linear layer -> path of the layer in whose name its input is measured."""
-    shared = {}
-    for path in linear_layers(network):
-        parent, _, name = path.rpartition(".")
-        if part_of(path) == "cross" and name in ("k_proj", "v_proj"):
-            shared[path] = ENCODER_STATES
-        else:
-            shared[path] = f"{parent}.{SAME_INPUT[name]}" if name in SAME_INPUT else path
-    return shared
 
 
 def hessian_channels(network: Network) -> dict[str, int]:
@@ -51,48 +29,58 @@ def hessian_channels(network: Network) -> dict[str, int]:
     }
 
 
-def rows_of_sequence(path: str, config: MegaByteConfig) -> int:
-    """Rows of a sequence that the inputs of a linear layer are told apart by; 1 where all rows are alike."""
-    part = part_of(path)
-    if part in ("local", "head"):
-        return config.stages[-1].length + (1 if config.layout == "megabyte_pytorch" else 0)
-    if part == "middle":
-        names = path.split(".")
-        # The last token of a sequence is never embedded: it would only predict beyond the end.
-        return config.stages[1 + int(names[1])].length - (1 if names[2] == "patch_projection" else 0)
-    if path == "global_to_local" and config.layout == "paper":
-        return config.patch_size  # a slice of the global state for each byte
-    return 1
+def measure(network: Network, domain: str, window: npt.NDArray[np.uint8], hessians: HessianAccumulator | None = None) -> Totals:
+    """What one window [bytes] does in a network that continues bytes, from an empty context.
 
-
-def measure(
-    network: MegaByte, domain: str, window: npt.NDArray[np.uint8], hessians: HessianAccumulator | None = None
-) -> Totals:
-    """What one window [bytes] does in the network, from an empty context.
-
-    The window is cut to whole patches, so that no filler is measured, and the cut bytes are not counted. Sums over
-    its rows are float32, as the network should be: a window at a time, so that no batch size shows in the numbers.
-    Memory: the activations of one layer, and its attention scores (of the global stage, heads x patches^2).
+    The window is cut to whole units of the architecture (patches), so that no filler is measured, and the cut bytes are
+    not counted. Sums over its rows are float32, as the network should be: a window at a time, so that no batch size
+    shows in the numbers. Memory: the activations of one layer, and its attention scores.
 
     Args:
         hessians: x^T x of every input is added to it.
 
     Raises:
-        StatisticsError: no whole patch, or activations that are not finite.
+        StatisticsError: no whole unit, or activations that are not finite.
     """
-    patch = network.config.patch_size
-    used = len(window) // patch * patch
+    unit = architecture_of(network).unit_bytes(network.config)
+    used = len(window) // unit * unit
     if not used:
-        raise StatisticsError(f"a window of {len(window)} bytes holds no whole patch of {patch}")
+        raise StatisticsError(f"a window of {len(window)} bytes holds no whole patch of {unit}")
+    return _measured(network, domain, window[:used], used, hessians)
+
+
+def measure_pair(
+    network: Network,
+    domain: str,
+    source: bytes,
+    target: bytes,
+    size_bytes: int | None = None,
+    hessians: HessianAccumulator | None = None,
+) -> Totals:
+    """As `measure`, of an input and its answer in a network that answers.
+
+    Args:
+        size_bytes: what counts as measured bytes; both sides' if None.
+    """
+    size = len(source) + len(target) if size_bytes is None else size_bytes
+    return _measured(network, domain, (source, target), size, hessians)
+
+
+def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessians: HessianAccumulator | None) -> Totals:
+    architecture = architecture_of(network)
     inputs: Kept = {}
     keys: Kept = {}
     values: Kept = {}
-    groups = {path: rows_of_sequence(path, network.config) for path in linear_layers(network)}
-    with observed_inputs(network, inputs, domain, hessians, groups):
-        # The logits are never evaluated: each observer evaluates what leads to it.
-        caches = _observing_caches(network, keys, values)
-        network(mx.array(window[:used].astype(np.int32))[None], lambda n, rows: network.stages[n].stack(rows, caches[n]))
-    return Totals({domain: used}, inputs, keys, values)
+
+    def watch(path: str, its_keys: mx.array, its_values: mx.array) -> None:
+        _keep_heads(keys, path, its_keys)
+        _keep_heads(values, path, its_values)
+
+    groups = {path: architecture.rows_of_sequence(path, network.config) for path in linear_layers(network)}
+    with _observed_inputs(network, inputs, domain, hessians, groups):
+        # Nothing is evaluated but by the observers, each of which evaluates what leads to it.
+        architecture.pass_through(network, sample, watch)
+    return Totals({domain: size_bytes}, inputs, keys, values)
 
 
 class _ObservedLinear(nn.Module):
@@ -107,59 +95,32 @@ class _ObservedLinear(nn.Module):
         return self.layer(x)
 
 
-class _ObservingCache:
-    """A `LayerCache` for one call, which shows what a real one would hold after it."""
-
-    offset = 0
-
-    def __init__(self, record_keys: Record, record_values: Record) -> None:
-        self._record_keys, self._record_values = record_keys, record_values
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        self._record_keys(keys)
-        self._record_values(values)
-        return attention(queries, keys, values, scale, window=window)
-
-    def delay(self, slot: int, rows: mx.array) -> mx.array:
-        return delay_one_row(rows)
-
-
 @contextlib.contextmanager
-def observed_inputs(
+def _observed_inputs(
     network: Network,
     kept: Kept,
     domain: str,
-    hessians: HessianAccumulator | None = None,
-    groups: Mapping[str, int] | None = None,
+    hessians: HessianAccumulator | None,
+    groups: Mapping[str, int],
 ) -> Iterator[None]:
     """Inside the block a forward pass of `network` fills `kept`; after it the network is as it was.
 
     Args:
         hessians: x^T x of every input is added to it, for `domain`.
-        groups: rows of a sequence that the inputs of a layer are told apart by, by path; 1 for all if None.
+        groups: rows of a sequence that the inputs of a layer are told apart by, by path.
     """
     layers = linear_layers(network)
     observed = list(dict.fromkeys(shared_inputs(network).values()))
     add_rows = None if hessians is None else partial(_add_rows, hessians, domain)
     observers: list[tuple[str, nn.Module]] = []
     for path in observed:
-        record: Record = partial(_keep_input, kept, path, 1 if groups is None else groups[path], add_rows)
+        record: Record = partial(_keep_input, kept, path, groups[path], add_rows)
         observers.append((path, _ObservedLinear(layers[path], record)))
     try:
         set_modules(network, observers)
         yield
     finally:
         set_modules(network, [(path, layers[path]) for path in observed])
-
-
-def _observing_caches(network: MegaByte, keys: Kept, values: Kept) -> list[list[LayerCache]]:
-    """A cache for each layer of each stage; a forward pass with them fills `keys` and `values`."""
-    names = ["global", *(f"middle.{index}" for index in range(len(network.config.middle))), "local"]
-    caches: list[list[LayerCache]] = []
-    for name, stage in zip(names, network.config.stages, strict=True):
-        paths = [f"{name}.layers.{index}.attention" for index in range(stage.layers)]
-        caches.append([_ObservingCache(partial(keep_heads, keys, path), partial(keep_heads, values, path)) for path in paths])
-    return caches
 
 
 def _keep_input(kept: Kept, path: str, groups: int, add_rows: Callable[[str, mx.array], None] | None, x: mx.array) -> None:
@@ -175,7 +136,7 @@ def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.arr
     hessians.add(path, domain, np.array(rows.astype(mx.float32)))
 
 
-def keep_heads(kept: Kept, path: str, x: mx.array) -> None:
+def _keep_heads(kept: Kept, path: str, x: mx.array) -> None:
     """Keep the sums over batch and rows of x [batch, heads, rows, channels]."""
     heads, channels = x.shape[1], x.shape[-1]
     kept[path] = _moments(x.swapaxes(1, 2).reshape(-1, heads, channels), path)

@@ -8,10 +8,8 @@ from typing import Any, TypeAlias
 
 from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Window
 from marlin_cli.errors import CorpusError, OutputError, StatisticsError
-from marlin_cli.models import Network
-from marlin_cli.models.byt5 import ByT5
-from marlin_cli.statistics.collect import measure, shared_inputs
-from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.models import Capability, Network, architecture_of, shared_inputs
+from marlin_cli.statistics.collect import measure, measure_pair
 from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
@@ -25,7 +23,7 @@ SAVE_EVERY_BYTES = 256 << 10
 # Hessians make large files: writing them may take at most one part in so many of the time.
 SAVE_SHARE = 20
 
-# Windows for a MegaByte, inputs with answers for a ByT5.
+# Windows for networks that continue bytes, inputs with answers for those that answer.
 Measurable: TypeAlias = Corpus | PairCorpus | CorruptedCorpus
 
 
@@ -72,7 +70,7 @@ def calibrate(
 
     Args:
         network: in float32.
-        corpus: windows of bytes for a MegaByte; pairs, or a corrupted corpus, for a ByT5.
+        corpus: what the network's capability takes: windows of bytes; or pairs, or a corrupted corpus.
         model: fingerprint of the model.
         shard: (index, count): measure the windows whose number leaves `index` when divided by `count`. The shards
             of a corpus can be measured anywhere and merged.
@@ -152,7 +150,7 @@ def _calibrated(
                 saving_took = 0.0 if hessians is None else saved_at - started
             on_bytes(count)
         if done is None:
-            raise _nothing(network, run)
+            raise _nothing(network, corpus, run)
         save_statistics(output, done[0])
     except KeyboardInterrupt:
         if done is not None and corpus.resumable and (hessians is None or hessians.consistent):
@@ -162,8 +160,9 @@ def _calibrated(
     return done[0]
 
 
-def _nothing(network: Network, run: Run) -> NothingMeasured:
-    what = "example" if isinstance(network, ByT5) else f"window of {network.config.patch_size} bytes (a patch)"
+def _nothing(network: Network, corpus: Measurable, run: Run) -> NothingMeasured:
+    unit = architecture_of(network).unit_bytes(network.config)
+    what = f"window of {unit} bytes (a patch)" if isinstance(corpus, Corpus) else "example"
     shard = f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else ""
     return NothingMeasured(f"nothing to measure: the corpus has no {what}{shard}")
 
@@ -184,16 +183,16 @@ def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None
 
 def _too_short(network: Network, window: Window | Example) -> bool:
     """Is there less than what the network reads at a time?"""
-    return isinstance(window, Window) and not isinstance(network, ByT5) and len(window.bytes) < network.config.patch_size
+    return isinstance(window, Window) and len(window.bytes) < architecture_of(network).unit_bytes(network.config)
 
 
 def _measured(network: Network, window: Window | Example, hessians: HessianAccumulator | None) -> Totals:
-    if isinstance(network, ByT5):
-        if not isinstance(window, Example):
-            raise TypeError("a ByT5 is measured on inputs with answers, not on windows")
+    answers = architecture_of(network).capability is Capability.ANSWERS
+    if answers != isinstance(window, Example):
+        wanted = "inputs with answers" if answers else "windows"
+        raise TypeError(f"this network is measured on {wanted}, found a {type(window).__name__}")
+    if isinstance(window, Example):
         return measure_pair(network, window.domain, window.source, window.target, window.size_bytes, hessians)
-    if not isinstance(window, Window):
-        raise TypeError("a MegaByte is measured on windows, not on inputs with answers")
     return measure(network, window.domain, window.bytes, hessians)
 
 

@@ -13,8 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from marlin_cli import load
-from marlin_cli.api import MegaByteModel
-from marlin_cli.byt5_model import ByT5Model
+from marlin_cli.api import ByT5Model, MegaByteModel
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.cli import app
 from marlin_cli.errors import AssumptionWarning, CheckpointError, UsageError

@@ -115,7 +115,11 @@ def test_calibrating_on_pairs_and_spans_then_packing_with_what_was_seen(folder, 
 def test_options_of_calibrate_that_contradict(folder, inside, tmp_path):
     (tmp_path / "p.tsv").write_bytes(b"a\tb\n")
     cases = {
-        "--pairs has no meaning for megabyte-demo, a MegaByte": ("megabyte-demo", "--pairs", tmp_path / "p.tsv"),
+        "--pairs has no meaning for megabyte-demo, a model that": (
+            "megabyte-demo",
+            "--pairs",
+            tmp_path / "p.tsv",
+        ),
         "--span-bytes has no meaning for megabyte-demo": ("megabyte-demo", "--span-bytes", 3),
         "--corpus has no meaning beside --pairs": (folder, "--pairs", tmp_path / "p.tsv", "--corpus", "default"),
         "--noise-density must be": (folder, "--noise-density", 2),

@@ -188,7 +188,7 @@ def test_an_option_without_a_use_for_a_model_is_refused(command, option, family,
         arguments += ["--output", "out.safetensors"]
     err = refusal(*marlin(command, models[family], *arguments))
     assert option in err or any(each in err for each in arguments if each.startswith("--")), err
-    assert "has no meaning for" in err and (family.value in err or family is Family.ENCODER and Family.BYT5.value in err)
+    assert "has no meaning for" in err and (family.value in err or family is Family.ENCODES and Family.ANSWERS.value in err)
 
 
 USED = [
@@ -197,7 +197,7 @@ USED = [
     for option, uses in table.items()
     for family in uses
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
-    if not (command == "generate" and family is Family.ENCODER)
+    if not (command == "generate" and family is Family.ENCODES)
     and option not in ("--show", "--merge", "--compare", "--import", "--stats", "--balance-keys", "--dequantize", "--plot")
 ]
 
@@ -219,7 +219,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}
         if "--no-throughput" in arguments:
-            arguments += ["--quality", "SCORED"] if family is not Family.ENCODER else []
+            arguments += ["--quality", "SCORED"] if family is not Family.ENCODES else []
         else:
             arguments += [
                 each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
@@ -228,7 +228,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         "OUT": "out.safetensors" if command == "calibrate" else "out.json" if command == "bench" else "out",
         "PAIRS": "PAIRS.tsv",
     }
-    names["SCORED"] = "TEXT" if family is Family.MEGABYTE else "PAIRS.tsv"
+    names["SCORED"] = "TEXT" if family is Family.CONTINUES else "PAIRS.tsv"
     code, out, err = marlin(command, models[family], *(names.get(each, each) for each in arguments))
     assert code == 0, err
     assert out or any((tmp_path / name).exists() for name in names.values())
@@ -278,7 +278,7 @@ def test_a_second_value_is_refused(command, option, marlin):
 
 def test_a_flag_may_stand_twice_and_repeatable_options_do(models, marlin):
     code, _, err = marlin(
-        "generate", models[Family.MEGABYTE], "-p", "a", "--max-bytes", "1", "--raw", "--raw", "--stop", "x", "--stop", "y"
+        "generate", models[Family.CONTINUES], "-p", "a", "--max-bytes", "1", "--raw", "--raw", "--stop", "x", "--stop", "y"
     )
     assert (code, err) == (0, "")
 
@@ -323,7 +323,7 @@ def test_values_that_no_option_takes(kind, marlin, tmp_path):
 def test_devices_take_what_everybody_writes(marlin, models):
     quick = ("--prompt-bytes", "8", "--decode-bytes", "1", "--repeats", "1", "--device", "cpu")
     outputs = ("--output", "/dev/null", "--format", "json", "--report", "/dev/null")
-    assert marlin("bench", models[Family.MEGABYTE], *quick, *outputs)[0] == 0
+    assert marlin("bench", models[Family.CONTINUES], *quick, *outputs)[0] == 0
 
 
 @pytest.mark.parametrize(

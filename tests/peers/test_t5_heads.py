@@ -10,7 +10,7 @@ from t5_heads import COMBINATIONS, GOLDEN, STORED, VERSIONS
 from typer.testing import CliRunner
 
 from marlin_cli import load
-from marlin_cli.byt5_model import ByT5Model
+from marlin_cli.api import ByT5Model
 from marlin_cli.cli import app
 from marlin_cli.errors import AssumptionWarning
 from marlin_cli.models.byt5 import ByT5, ByT5Config

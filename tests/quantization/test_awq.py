@@ -11,13 +11,13 @@ from mlx.utils import tree_flatten
 from outlier_model import with_outliers
 
 from marlin_cli.errors import QuantizationError, UsageError
-from marlin_cli.models import linear_layers
+from marlin_cli.models import linear_layers, shared_inputs
 from marlin_cli.quantization.apply import plan_network, quantize_network
 from marlin_cli.quantization.layers import pack_layer
 from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import rescaled
-from marlin_cli.statistics.collect import hessian_channels, measure, shared_inputs
+from marlin_cli.statistics.collect import hessian_channels, measure
 from marlin_cli.statistics.data import Moments, Run, Statistics
 from marlin_cli.statistics.hessians import HessianAccumulator
 

@@ -6,13 +6,13 @@ import outlier_model
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from marlin_cli.models import shared_inputs
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.quantization.apply import plan_network, quantize_network
 from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import is_gated, rescaled
-from marlin_cli.statistics.collect import hessian_channels, shared_inputs
-from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.collect import hessian_channels, measure_pair
 from marlin_cli.statistics.data import Run, Statistics
 from marlin_cli.statistics.hessians import HessianAccumulator
 

@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 from marlin_cli.cli import app
 from marlin_cli.engine.cache import PackedKeyValueCache
 from marlin_cli.errors import StatisticsError, UsageError
+from marlin_cli.models import shared_inputs
 from marlin_cli.models.byt5 import ByT5, ByT5Config
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.balanced_keys import balancing_factors, with_balanced_keys
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
-from marlin_cli.statistics.collect import measure, shared_inputs
-from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.collect import measure, measure_pair
 from marlin_cli.statistics.data import Run, Statistics
 
 BYTES = np.random.default_rng(3).integers(0, 256, 96, dtype=np.uint8)

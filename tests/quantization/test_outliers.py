@@ -12,6 +12,7 @@ from outlier_model import with_outliers
 
 from marlin_cli import load
 from marlin_cli.corpus import open_corpus, open_pairs
+from marlin_cli.models import shared_inputs
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.quantization.apply import plan_network, prepared, quantize_network
 from marlin_cli.quantization.methods import outliers
@@ -20,8 +21,7 @@ from marlin_cli.quantization.methods.outliers import outlier_factors
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.scaled import is_gated, without_outliers
 from marlin_cli.quantization.sequential import _input_squares, quantize_sequentially
-from marlin_cli.statistics.collect import hessian_channels, shared_inputs
-from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.collect import hessian_channels, measure_pair
 from marlin_cli.statistics.data import Run, Statistics, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.run import calibrate

@@ -7,17 +7,16 @@ import pytest
 
 from marlin_cli.corpus import Example
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import ARCHITECTURES, linear_layers, part_of
+from marlin_cli.models import ARCHITECTURES, architecture_of, linear_layers, part_of, shared_inputs
+from marlin_cli.quantization.feeds import FEEDS
 from marlin_cli.quantization.pair_batches import BATCH_IDS, batch_of, pair_batches, pair_batches_by_domain
-from marlin_cli.quantization.passes import PASSES, passes_of
-from marlin_cli.statistics.collect import shared_inputs
 
 KINDS = {**byt5_cases.KINDS, "encoder alone": {"decoder_layers": 0}}
 
 
 def through(network, batch):
     """The state behind the last piece."""
-    passes = passes_of(network)
+    passes = architecture_of(network)
     state = passes.start(network, batch)
     for piece in passes.pieces(network):
         state = piece.run(network, state)
@@ -29,7 +28,7 @@ def test_the_pieces_of_a_megabyte_are_the_network(each_network):
     stage = each_network.stages[-1].stack
     rows = through(each_network, windows)["rows"]
     found = each_network.in_order(each_network.head(stage.norm(rows) if "norm" in stage else rows), 3, 48)
-    expected = passes_of(each_network).logits(each_network, windows)
+    expected = architecture_of(each_network).logits(each_network, windows)
     assert mx.array_equal(found.reshape(expected.shape), expected).item()
 
 
@@ -42,13 +41,13 @@ def test_the_pieces_of_a_byt5_are_the_network(changes):
             assert mx.array_equal(network.encoder.norm(rows), network.encode(batch.source, batch.lengths)).item()
             continue
         hidden = network.decoder.norm(rows).reshape(-1, network.config.d_model)[mx.array(batch.places)]
-        assert mx.array_equal(network.head(hidden), passes_of(network).logits(network, batch)).item()
+        assert mx.array_equal(network.head(hidden), architecture_of(network).logits(network, batch)).item()
 
 
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
 def test_every_layer_that_can_be_packed_is_seen_once(changes):
     network = byt5_cases.random_byt5(**changes)
-    sources = [source for piece in passes_of(network).pieces(network) for source in piece.sources]
+    sources = [source for piece in architecture_of(network).pieces(network) for source in piece.sources]
     inputs = {path: source for path, source in shared_inputs(network).items() if part_of(path) != "head"}
     assert sorted(sources) == sorted(set(inputs.values())) and set(inputs) == set(linear_layers(network)) - {"output"}
 
@@ -56,17 +55,17 @@ def test_every_layer_that_can_be_packed_is_seen_once(changes):
 def test_predictions_are_those_of_each_pair_by_itself():
     network = byt5_cases.random_byt5()
     some = byt5_cases.examples(3, 5)
-    alone = [passes_of(network).logits(network, batch_of([each], network.config)) for each in some]
+    alone = [architecture_of(network).logits(network, batch_of([each], network.config)) for each in some]
     batch = batch_of(some, network.config)
     assert batch.lengths is not None and [len(each) for each in alone] == batch.rows.tolist()
-    together = passes_of(network).logits(network, batch)
+    together = architecture_of(network).logits(network, batch)
     np.testing.assert_allclose(np.array(together), np.concatenate([np.array(each) for each in alone]), rtol=1e-3, atol=1e-4)
 
 
 def test_an_encoder_alone_predicts_nothing():
     network = byt5_cases.random_byt5(decoder_layers=0)
     with pytest.raises(QuantizationError, match="encoder alone"):
-        passes_of(network).logits(network, byt5_cases.batches(1, network)[0][1])
+        architecture_of(network).logits(network, byt5_cases.batches(1, network)[0][1])
 
 
 def test_batches_hold_every_pair_once_and_no_more_ids_than_they_may():
@@ -82,5 +81,7 @@ def test_batches_hold_every_pair_once_and_no_more_ids_than_they_may():
     assert domains == sorted(domains) and set(domains) == {"code", "text"}
 
 
-def test_every_architecture_has_its_passes():
-    assert PASSES.keys() == ARCHITECTURES.keys()
+def test_every_architecture_says_what_it_is():
+    for name, architecture in ARCHITECTURES.items():
+        assert architecture.config().model_type == architecture.name == name
+        assert architecture.capability in FEEDS

@@ -10,11 +10,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError, UsageError
+from marlin_cli.models import shared_inputs
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
-from marlin_cli.statistics.collect import hessian_channels, shared_inputs
-from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.collect import hessian_channels, measure_pair
 from marlin_cli.statistics.data import Run, Statistics, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 

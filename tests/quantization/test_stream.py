@@ -10,12 +10,12 @@ from mlx.utils import tree_flatten
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import CheckpointError
-from marlin_cli.models import build, config_as_mapping
+from marlin_cli.models import build, config_as_mapping, shared_inputs
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
 from marlin_cli.quantization.apply import kept_bytes, quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.stream import quantize_checkpoint
-from marlin_cli.statistics.collect import hessian_channels, measure, shared_inputs
+from marlin_cli.statistics.collect import hessian_channels, measure
 from marlin_cli.statistics.data import Run, Statistics
 from marlin_cli.statistics.hessians import HessianAccumulator
 

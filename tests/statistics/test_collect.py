@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from marlin_cli.errors import StatisticsError
-from marlin_cli.models import linear_layers
+from marlin_cli.models import linear_layers, shared_inputs
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear
-from marlin_cli.statistics.collect import measure, shared_inputs
+from marlin_cli.statistics.collect import measure
 from marlin_cli.statistics.data import Moments
 
 WINDOW = np.random.default_rng(3).integers(0, 256, 40, dtype=np.uint8)

@@ -9,11 +9,10 @@ import pytest
 
 from marlin_cli.corpus import CorruptedCorpus, Pair, PairCorpus, open_corpus
 from marlin_cli.errors import StatisticsError
-from marlin_cli.models import linear_layers
+from marlin_cli.models import linear_layers, shared_inputs
 from marlin_cli.ops import Linear
 from marlin_cli.statistics import load_statistics, merge
-from marlin_cli.statistics.collect import hessian_channels, shared_inputs
-from marlin_cli.statistics.collect_pairs import measure_pair
+from marlin_cli.statistics.collect import hessian_channels, measure_pair
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.run import calibrate, unfinished_path
 from marlin_cli.statistics.show import summarise, tables

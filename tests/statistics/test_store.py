@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from marlin_cli.corpus import open_corpus
 from marlin_cli.errors import MarlinError, OutputError, StatisticsError
+from marlin_cli.models import shared_inputs
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
-from marlin_cli.statistics.collect import measure, shared_inputs
+from marlin_cli.statistics.collect import measure
 from marlin_cli.statistics.data import Run, pool
 from marlin_cli.statistics.run import calibrate
 from marlin_cli.statistics.store import METADATA_KEY, load_unfinished, save_unfinished

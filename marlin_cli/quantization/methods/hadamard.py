@@ -1,12 +1,13 @@
 """Rotates the channels of a network by Hadamard matrices of one mxfp4 group, so that no channel of a group stands out.
 
 Norms divide by a root mean square, which a rotation leaves as it is once their gains stand in the layers that follow;
-so the residual stream of each stage (of a ByT5, both in one) can be turned, in what writes it and in what reads it, and
+so the residual stream of each stage can be turned, in what writes it and in what reads it, and
 the values of each head, in `v_proj` and `o_proj`. Nothing is added to the network. What goes into `down_proj` is a
 product of two layers' outputs, which no rotation passes: it stays. (Block rotations for mxfp4: arXiv 2511.04214;
 MR-GPTQ: arXiv 2509.23202.)
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import mlx.core as mx
@@ -15,9 +16,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import Network
-from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models import Network, architecture_of, with_weights
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
@@ -35,59 +34,27 @@ READERS = {
 def rotated(network: AnyNetwork) -> AnyNetwork:
     """A copy that computes the same from rotated weights, in the types they are stored in.
 
-    What a ByT5's encoder hands over is rotated with the rest: the decoder reads it as it did, `encode` alone sees it.
+    What an encoder hands over is rotated with the rest: the decoder reads it as it did, `encode` alone sees it.
 
     Raises:
-        QuantizationError: a MegaByte of another layout than prefix, or with another norm than rmsnorm; a ByT5 whose head
-            is its embedding, whose encoder stands alone or takes maxima; or widths that blocks do not divide.
+        QuantizationError: the architecture cannot be turned as this one is configured; or widths that blocks do not divide.
     """
     stored = dict(tree_flatten(network.parameters()))
     arrays = {path: np.array(array.astype(mx.float32)) for path, array in stored.items()}
-    if isinstance(network, ByT5):
-        _turn_byt5(arrays, network.config)
-    else:
-        _turn_megabyte(arrays, network.config)
-    copy = type(network)(network.config)  # type: ignore[arg-type]  # its own configuration
-    copy.load_weights([(path, mx.array(array).astype(stored[path].dtype)) for path, array in arrays.items()])
-    copy.eval()
-    return copy
-
-
-def _turn_megabyte(arrays: Arrays, config: MegaByteConfig) -> None:
-    if config.layout != "prefix" or config.norm != "rmsnorm":
-        raise QuantizationError(
-            f"only layout prefix with rmsnorm can be rotated; this model has {config.layout} with {config.norm}"
-        )
-    unit = 2 * BLOCK if config.token_shift else BLOCK  # half of the channels may come from another row
-    _check_width("global_dim", config.global_dim, unit)
-    _check_width("local_dim", config.local_dim, unit)
-    for number, (name, reader) in enumerate((("global", "global_to_local"), ("local", "output"))):
-        stage = config.stages[number]
-        for index in range(stage.layers):
-            _turn_block(arrays, f"{name}.layers.{index}", stage.width_of_head)
-        _turn_readers(arrays, f"{name}.norm", [reader])
-        _turn_outputs(arrays, ("patch_projection", "global_to_local")[number])
-        for path in (f"{name}_start", f"{name}_positions.weight", *(["local_byte_embedding.weight"] if number else [])):
-            if path in arrays:
-                arrays[path] = _turned(arrays[path])
-
-
-def _turn_byt5(arrays: Arrays, config: ByT5Config) -> None:
-    if not config.decoder_layers:
-        raise QuantizationError("an encoder alone cannot be rotated: its states are the answer, and would be others")
-    if config.tied_head:
-        raise QuantizationError("a ByT5 with a tied head cannot be rotated: its embedding cannot take the last norm's gain")
-    if config.downsample_factor > 1 and config.pooling == "max":
-        raise QuantizationError("an encoder that pools by the maximum cannot be rotated; one that pools by the mean can")
-    _check_width("d_model", config.d_model, BLOCK)
-    # Encoder and decoder read one embedding, so both streams are turned alike.
-    arrays["embedding.weight"] = _turned(arrays["embedding.weight"])
-    blocks = [path.removesuffix(".attention.q_proj.weight") for path in arrays if path.endswith(".attention.q_proj.weight")]
-    for block in blocks:
-        _turn_block(arrays, block, config.head_dim)
-    reading = [f"{block}.cross.{name}" for block in blocks if block.startswith("decoder.") for name in ("k_proj", "v_proj")]
-    _turn_readers(arrays, "encoder.norm", reading)
-    _turn_readers(arrays, "decoder.norm", ["output"])
+    streams = architecture_of(network).rotation(network.config)
+    unit = 2 * BLOCK if streams.halves else BLOCK
+    for name, width in streams.widths.items():
+        _check_width(name, width, unit)
+    for block, head_width in streams.blocks.items():
+        _turn_block(arrays, block, head_width)
+    for norm, readers in streams.readers.items():
+        _turn_readers(arrays, norm, readers)
+    for layer in streams.writers:
+        _turn_outputs(arrays, layer)
+    for path in streams.rows:
+        if path in arrays:
+            arrays[path] = _turned(arrays[path])
+    return with_weights(network, {path: mx.array(array).astype(stored[path].dtype) for path, array in arrays.items()})
 
 
 def _check_width(name: str, width: int, unit: int) -> None:
@@ -132,7 +99,7 @@ def _turn_outputs(arrays: Arrays, layer: str) -> None:
         arrays[f"{layer}.bias"] = _turned(arrays[f"{layer}.bias"])
 
 
-def _turn_readers(arrays: Arrays, norm: str, readers: list[str]) -> None:
+def _turn_readers(arrays: Arrays, norm: str, readers: Sequence[str]) -> None:
     """Move a norm's gain into the columns of the layers that read its output, so that it becomes 1, and turn these."""
     for layer in readers:
         if f"{layer}.weight" in arrays:

@@ -1,117 +1,53 @@
-"""`ByT5Model`, the Python interface to ByT5: bytes in, bytes, logits or encoder states out."""
+"""`AnsweringModel`, the Python interface to networks that answer an input: bytes in, bytes, logits or states out."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
-from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.checkpoints.writer import write_model
-from marlin_cli.config import check_same
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.errors import CheckpointError, UsageError
-from marlin_cli.models import build, config_as_mapping
-from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.errors import UsageError
+from marlin_cli.model import Model
+from marlin_cli.models import Capability
 from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
-from marlin_cli.ops import round_activations
-from marlin_cli.ops.device import Device, choose_device
+from marlin_cli.ops.device import Device
 
 if TYPE_CHECKING:
     from marlin_cli.quantization.plan import QuantizationSettings
     from marlin_cli.statistics import Statistics
 
 
-class ByT5Model:
-    """A ByT5 ready to run, on one device.
+class AnsweringModel(Model):
+    """A model that answers an input, such as a ByT5; an encoder alone encodes it.
 
     Attributes:
-        network: the MLX module.
-        config: its `ByT5Config`.
-        device: where it runs, and why.
         kv_bits: bits of the keys and values that the decoder reads of an input.
-        quantization: the `quantization` table of its config.json (mlx-lm's convention), or None.
-        marlin: marlin's own table of its config.json, or None.
     """
+
+    capability = Capability.ANSWERS
 
     def __init__(
         self,
-        network: ByT5,
+        network: Any,
         device: Device,
         *,
         kv_bits: int = 16,
         quantization: dict[str, Any] | None = None,
         marlin: dict[str, Any] | None = None,
     ) -> None:
-        self.network = network
-        self.device = device
+        super().__init__(network, device, quantization=quantization, marlin=marlin)
         self.kv_bits = kv_bits
-        self.quantization = quantization
-        self.marlin = marlin
-
-    @property
-    def config(self) -> ByT5Config:
-        return self.network.config
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        config: ByT5Config | None = None,
-        *,
-        device: str = "auto",
-        kv_bits: int | None = None,
-        activation_bits: int = 16,
-        dtype: mx.Dtype | None = None,
-    ) -> "ByT5Model":
-        """Read a Hugging Face folder of ByT5 or one that marlin wrote: a path, a shipped name, or a hub repository.
-
-        Args:
-            config: what the model should be; a checkpoint that says otherwise is refused.
-            device: auto, metal, cuda or cpu.
-            kv_bits: 4, 8 or 16 bits of what the decoder reads of an input; as the checkpoint says if None.
-            activation_bits: 16, or 8 to round what packed layers multiply, which is faster on a CPU and costs some accuracy.
-            dtype: of weights and activations; float32 on a CPU and bfloat16 elsewhere if None.
-
-        Raises:
-            CheckpointError, ConfigError: the checkpoint cannot be used.
-            UsageError: float16, in which T5's feed-forward overflows.
-            BackendError: the device is not there.
-        """
-        if dtype is not None and dtype == mx.float16:
-            raise UsageError("dtype: T5 overflows in float16; use bfloat16 or float32")
-        where = locate_model(str(path))
-        checkpoint = read_checkpoint(where, ImportOptions())
-        chosen = choose_device(device)
-        network = build(
-            checkpoint.config,
-            checkpoint.weights,
-            checkpoint.quantization,
-            where=str(path),
-            dtype=dtype or chosen.dtype or mx.bfloat16,
-        )
-        if not isinstance(network, ByT5):
-            raise CheckpointError(f"{path}: holds a {checkpoint.config.get('model_type', 'megabyte')}, not a ByT5; use load")
-        if config is not None:
-            check_same(network.config, config, str(path))
-        round_activations(network, activation_bits)
-        if kv_bits is None:
-            kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))
-        return cls(network, chosen, kv_bits=kv_bits, quantization=checkpoint.quantization, marlin=checkpoint.marlin)
-
-    @classmethod
-    def from_config(cls, config: ByT5Config, *, seed: int = 0, device: str = "auto") -> "ByT5Model":
-        """A model with random weights, for training, tests and timing."""
-        chosen = choose_device(device)
-        mx.random.seed(seed)
-        return cls(ByT5(config), chosen)
+    def _with_cache(cls, network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any) -> "AnsweringModel":
+        if not isinstance(kv_bits, int):
+            raise UsageError("kv_bits: a model that answers keeps keys and values in one width; give one number")
+        return cls(network, device, kv_bits=kv_bits, **tables)
 
     def generate(
         self,
@@ -257,35 +193,18 @@ class ByT5Model:
         kv_bits: int = 16,
         statistics: "Statistics | None" = None,
         settings: "QuantizationSettings | None" = None,
-    ) -> "ByT5Model":
+    ) -> "AnsweringModel":
         """A copy with packed weights; each part in `bits` unless its own are given, `wo` in 8 at least.
 
         Raises:
             QuantizationError: a layer that cannot be packed so.
         """
-        from marlin_cli.quantization.apply import quantize_network
         from marlin_cli.quantization.plan import QuantizationSettings, format_from_bits
 
         chosen = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits}
         formats = {f"{part}_format": format_from_bits(bits if own is None else own) for part, own in chosen.items()}
         settings = settings or QuantizationSettings(kv_bits=kv_bits, **formats)  # type: ignore[arg-type]
-        result = quantize_network(self.network, settings, statistics)
-        return ByT5Model(
-            result.network,
-            self.device,
-            kv_bits=settings.kv_bits,
-            quantization=result.quantization,
-            marlin={**lasting(self.marlin), **result.marlin},
-        )
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a folder with config.json and model.safetensors, in one step.
-
-        Raises:
-            OutputError: the folder exists, or cannot be written.
-        """
-        weights = dict(tree_flatten(self.network.parameters()))
-        write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
+        return self._packed(settings, statistics)
 
     def _source(self, data: bytes, *, sentinels: bool = False) -> list[int]:
         """The ids of an input: its bytes and the end."""

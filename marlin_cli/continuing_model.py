@@ -1,0 +1,126 @@
+"""`ContinuingModel`, the Python interface to networks that continue bytes: logits, bits per byte, the bytes that follow."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.engine.generation import Piece, Stopping, generate
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.scoring import bits_of
+from marlin_cli.errors import UsageError
+from marlin_cli.model import Model
+from marlin_cli.models import Capability
+from marlin_cli.ops.device import Device
+
+if TYPE_CHECKING:
+    from marlin_cli.quantization.plan import QuantizationSettings
+    from marlin_cli.statistics import Statistics
+
+# Windows of `bits_per_byte` unless the caller says otherwise, in bytes.
+SCORING_WINDOW_BYTES = 2048
+
+
+class ContinuingModel(Model):
+    """A model that continues bytes, such as a MegaByte.
+
+    Attributes:
+        cache_bits: bits of the cache's keys and values (of a MegaByte, the global one).
+    """
+
+    capability = Capability.CONTINUES
+
+    def __init__(
+        self,
+        network: Any,
+        device: Device,
+        *,
+        cache_bits: CacheBits | None = None,
+        quantization: dict[str, Any] | None = None,
+        marlin: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(network, device, quantization=quantization, marlin=marlin)
+        self.cache_bits = cache_bits or CacheBits()
+
+    @classmethod
+    def _with_cache(cls, network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any) -> "ContinuingModel":
+        bits = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
+        return cls(network, device, cache_bits=CacheBits(*bits), **tables)
+
+    def logits(self, data: bytes) -> mx.array:
+        """Logits [len(data), vocab] float32: row i is the distribution of byte i given the bytes before it.
+
+        Raises:
+            UsageError: more bytes than the model's context.
+        """
+        if len(data) > self.config.max_bytes:
+            raise UsageError(f"{len(data)} bytes do not fit the model's context of {self.config.max_bytes}")
+        return self.network(mx.array(np.frombuffer(data, dtype=np.uint8).astype(np.int32))[None])[0]
+
+    def bits_per_byte(self, data: bytes, window_bytes: int | None = None) -> float:
+        """Mean bits that a byte of `data` costs, in disjoint windows, each from an empty context.
+
+        Raises:
+            UsageError: no bytes.
+        """
+        if not data:
+            raise UsageError("bits_per_byte needs at least one byte")
+        window = min(window_bytes or SCORING_WINDOW_BYTES, self.config.max_bytes)
+        return float(bits_of(self.network, np.frombuffer(data, dtype=np.uint8), window).mean())
+
+    def generate(
+        self,
+        prompt: bytes,
+        max_bytes: int = 256,
+        temperature: float = 0.0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[bytes] = (),
+    ) -> bytes:
+        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them."""
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        return b"".join(piece.data for piece in self.pieces([prompt], Stopping(max_bytes, tuple(stop)), sampling))
+
+    def generate_stream(
+        self,
+        prompt: bytes,
+        max_bytes: int = 256,
+        temperature: float = 0.0,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[bytes] = (),
+    ) -> Iterator[int]:
+        """The bytes of `generate`, each (an int) as soon as it is decoded."""
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        for piece in self.pieces([prompt], Stopping(max_bytes, tuple(stop)), sampling):
+            yield from piece.data
+
+    def pieces(self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling) -> Iterator[Piece]:
+        """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`."""
+        return generate(self.network, prompts, stopping, sampling, self.cache_bits)
+
+    def quantize(
+        self,
+        global_bits: int = 4,
+        local_bits: int = 8,
+        kv_bits: int = 16,
+        *,
+        statistics: "Statistics | None" = None,
+        settings: "QuantizationSettings | None" = None,
+    ) -> "ContinuingModel":
+        """A copy with packed weights. `settings` says more than bits, and stands in for them when given.
+
+        Raises:
+            QuantizationError: a layer that cannot be packed so.
+        """
+        from marlin_cli.quantization.plan import settings_from_bits
+
+        return self._packed(settings or settings_from_bits(global_bits, local_bits, kv_bits), statistics)

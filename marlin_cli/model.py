@@ -1,0 +1,135 @@
+"""`Model`: what all models have in common, whatever they do with bytes: reading, packing and writing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.checkpoints.writer import write_model
+from marlin_cli.config import check_same
+from marlin_cli.engine.heads import with_heads
+from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.models import ARCHITECTURES, Capability, architecture_named, build, config_as_mapping
+from marlin_cli.ops import round_activations
+from marlin_cli.ops.device import Device, choose_device
+
+if TYPE_CHECKING:
+    from marlin_cli.quantization.plan import QuantizationSettings
+    from marlin_cli.statistics import Statistics
+
+AnyModel = TypeVar("AnyModel", bound="Model")
+
+
+class Model:
+    """A network ready to run, on one device. What it does with bytes is said by the classes below this one.
+
+    Attributes:
+        network: the MLX module.
+        device: where it runs, and why.
+        quantization: the `quantization` table of its config.json (mlx-lm's convention), or None.
+        marlin: marlin's own table of its config.json, or None.
+    """
+
+    capability: ClassVar[Capability]
+
+    def __init__(
+        self,
+        network: Any,
+        device: Device,
+        *,
+        quantization: dict[str, Any] | None = None,
+        marlin: dict[str, Any] | None = None,
+    ) -> None:
+        self.network = network
+        self.device = device
+        self.quantization = quantization
+        self.marlin = marlin
+
+    @property
+    def config(self) -> Any:
+        """The network's configuration, of its architecture's own class."""
+        return self.network.config
+
+    @classmethod
+    def from_pretrained(
+        cls: type[AnyModel],
+        path: str | Path,
+        config: Any = None,
+        *,
+        device: str = "auto",
+        kv_bits: int | tuple[int, int] | None = None,
+        activation_bits: int = 16,
+        dtype: mx.Dtype | None = None,
+        options: ImportOptions | None = None,
+    ) -> AnyModel:
+        """Read any supported checkpoint: a path, the name of a shipped model, or a repository on the hub.
+
+        Args:
+            config: what the model should be; a checkpoint that says otherwise is refused.
+            device: auto, metal, cuda or cpu.
+            kv_bits: 4, 8 or 16 bits of the keys and values that are kept (of a MegaByte, in the global cache, a pair for
+                keys and values; of a ByT5, what the decoder reads of an input); as the checkpoint says if None.
+            activation_bits: 16, or 8 to round what packed layers multiply, which is faster on a CPU and costs some accuracy.
+            dtype: of weights and activations; float32 on a CPU and as the architecture has it elsewhere if None.
+            options: what a foreign checkpoint does not reveal. What is assumed where it says nothing is an
+                `AssumptionWarning`, and stands in `marlin["assumed"]`.
+
+        Raises:
+            CheckpointError, ConfigError: the checkpoint cannot be used, or does something else with bytes.
+            UsageError: a type in which the network overflows.
+            BackendError: the device is not there.
+        """
+        where = locate_model(str(path))
+        checkpoint = read_checkpoint(where, with_heads(where, options or ImportOptions()))
+        chosen = choose_device(device)
+        architecture = architecture_named(checkpoint.config, str(path))
+        if architecture.capability is not cls.capability:
+            found = f"{architecture.title}, which {architecture.capability.value}"
+            raise CheckpointError(f"{path}: holds a {found}; take load, or name a model that {cls.capability.value}")
+        if architecture.overflows_in_float16 and dtype == mx.float16:
+            raise UsageError(f"dtype: a {architecture.title} overflows in float16; use bfloat16 or float32")
+        wanted = dtype or chosen.dtype or (mx.bfloat16 if architecture.overflows_in_float16 else None)
+        network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=wanted)
+        if config is not None:
+            check_same(network.config, config, str(path))
+        round_activations(network, activation_bits)
+        if kv_bits is None:
+            kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))
+        return cls._with_cache(network, chosen, kv_bits, quantization=checkpoint.quantization, marlin=checkpoint.marlin)
+
+    @classmethod
+    def from_config(cls: type[AnyModel], config: Any, *, seed: int = 0, device: str = "auto") -> AnyModel:
+        """A model with random weights, for training, tests and timing."""
+        chosen = choose_device(device)
+        mx.random.seed(seed)
+        return cls(ARCHITECTURES[config.model_type].network(config), chosen)
+
+    @classmethod
+    def _with_cache(
+        cls: type[AnyModel], network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any
+    ) -> AnyModel:
+        raise NotImplementedError
+
+    def _packed(self: AnyModel, settings: "QuantizationSettings", statistics: "Statistics | None") -> AnyModel:
+        """A copy with packed weights.
+
+        Raises:
+            QuantizationError: a layer that cannot be packed so.
+        """
+        from marlin_cli.quantization.apply import quantize_network
+
+        result = quantize_network(self.network, settings, statistics)
+        tables = {"quantization": result.quantization, "marlin": {**lasting(self.marlin), **result.marlin}}
+        return self._with_cache(result.network, self.device, settings.kv_bits, **tables)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write a folder with config.json and model.safetensors, in one step.
+
+        Raises:
+            OutputError: the folder exists, or cannot be written.
+        """
+        weights = dict(tree_flatten(self.network.parameters()))
+        write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)

@@ -1,0 +1,171 @@
+"""What an architecture is to the rest of the house: its classes, what its networks can do, and what each step asks of it.
+
+Calibration, packing, rotation, tuning and measuring know no architecture: what they need is data or a function here,
+which stands with the network. Adding one is a file with an `Architecture` in it, and a line in `models.ARCHITECTURES`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+class Network(Protocol):
+    """What every network is: an MLX module that knows its configuration, with `model_type` and `max_bytes` in it."""
+
+    config: Any
+
+    def parameters(self) -> dict[str, Any]:
+        """The arrays, as a tree."""
+
+    def named_modules(self) -> list[tuple[str, Any]]:
+        """The modules with their paths, the inner ones first."""
+
+    def load_weights(self, weights: list[tuple[str, mx.array]], strict: bool = True) -> Any:
+        """Take arrays by path."""
+
+    def update(self, parameters: dict[str, Any]) -> Any:
+        """Take arrays as a tree, all of them or some."""
+
+    def eval(self) -> Any:
+        """Not training."""
+
+
+class Capability(str, Enum):
+    """What a network does with bytes; commands ask for one of these."""
+
+    CONTINUES = "continues"  # bytes: predicts the next one
+    ANSWERS = "answers"  # an input, or where it has no decoder encodes it
+
+
+# What a batch has become so far, by name. `rows` [.., channels] is what the next block reads; `real`, where there is
+# filler, says which of the rows before their last axis are none.
+State = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a batch passes at once: a block, or what leads to one.
+
+    Attributes:
+        run: (network, state of a batch) -> its state after the piece. The state that is given is not changed.
+        sources: the inputs of the piece's linear layers in the order in which they come about, by `shared_inputs`.
+        adds: layers of a block whose outputs are added to its rows, in that order.
+    """
+
+    run: Callable[[Any, State], State]
+    sources: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedKeys:
+    """The attentions whose keys a cache of few bits holds, all of one shape.
+
+    Attributes:
+        rotated: do positions rotate channels, in pairs of the two halves of a head (interleaved: of neighbours)?
+    """
+
+    paths: tuple[str, ...]
+    heads: int
+    head_dim: int
+    rotated: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The residual streams of a network, for turning their channels: what writes to them and what reads them.
+
+    Attributes:
+        widths: of the streams, by the names of their fields; blocks of channels divide them.
+        blocks: path -> width of a head.
+        readers: norm -> layers that read its output, beside those of the blocks.
+        writers: layers whose outputs are a stream, beside those of the blocks.
+        rows: arrays [.., channels] that are a stream: embeddings, positions, start vectors.
+        halves: may half of a row's channels come from another row (token shift)?
+    """
+
+    widths: Mapping[str, int]
+    blocks: Mapping[str, int]
+    readers: Mapping[str, tuple[str, ...]]
+    writers: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    halves: bool = False
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How distillation treats an architecture.
+
+    Attributes:
+        share: how long its steps are, in parts of the usual ones.
+        parts: what is tuned, see `models.part_of`; None: all.
+    """
+
+    share: float = 1.0
+    parts: tuple[str, ...] | None = ("local", "head")
+
+
+# A layer whose input is that of its neighbour, which is measured in its place.
+SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
+
+
+def neighbour_with_same_input(path: str) -> str:
+    """The layer in whose name the input of the layer `path` is measured."""
+    parent, _, name = path.rpartition(".")
+    return f"{parent}.{SAME_INPUT[name]}" if name in SAME_INPUT else path
+
+
+def _all_alike(path: str, config: Any) -> int:
+    return 1
+
+
+# (path of an attention, keys, values), both [batch, heads, rows, head_dim].
+Watch = Callable[[str, mx.array, mx.array], None]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture; what a batch is (windows of bytes, or pairs), follows from its capability.
+
+    Attributes:
+        name: the `model_type` of config.json.
+        title: what messages call it.
+        capability: what its networks do with bytes.
+        pass_through: (network, sample, watch) runs the network on one sample (a window [bytes], or an input and its answer)
+            from an empty context, and shows what caches would hold; nothing needs to be evaluated.
+        start: (network, batch) -> the state that the first piece takes.
+        pieces: (network) -> its pieces in the order in which a batch passes them.
+        logits: (network, batch) -> [predictions, vocab] float32, without those of filler; it can be differentiated.
+        rotation: (config) -> its streams; raises `QuantizationError` where they cannot be turned.
+        packed_keys: (config) -> the attentions that `--kv-bits` is about.
+        is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
+        unit_bytes: (config) -> bytes that pass together; a sample is cut to a multiple of it.
+        input_of: (path of a layer) -> path of the layer in whose name its input is measured.
+        rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
+        shows_states: does the network hand out rows of its stream, which a rotation changes?
+        overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
+        tuning: how distillation treats it.
+    """
+
+    name: str
+    title: str
+    config: type[Any]
+    network: type[Any]
+    capability: Capability
+    pass_through: Callable[[Any, Any, Watch], None]
+    start: Callable[[Any, Any], State]
+    pieces: Callable[[Any], list[Piece]]
+    logits: Callable[[Any, Any], mx.array]
+    rotation: Callable[[Any], Rotation]
+    packed_keys: Callable[[Any], PackedKeys]
+    is_gated: Callable[[Any], bool]
+    unit_bytes: Callable[[Any], int] = lambda config: 1
+    input_of: Callable[[str], str] = neighbour_with_same_input
+    rows_of_sequence: Callable[[str, Any], int] = _all_alike
+    shows_states: bool = False
+    overflows_in_float16: bool = False
+    tuning: Tuning = field(default_factory=Tuning)

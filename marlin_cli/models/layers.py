@@ -1,0 +1,43 @@
+"""The linear layers of any network: finding them by path, telling their parts and inputs, and replacing them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.nn as nn
+
+from marlin_cli.models.architecture import Network
+from marlin_cli.ops import Linear, QuantizedLinear
+
+# First names of paths that are names of parts too; the other layers belong to the global part.
+PARTS = ("middle", "local", "encoder", "decoder")
+
+
+def linear_layers(network: Network) -> dict[str, nn.Module]:
+    """Every linear layer of a network by its path, packed ones included, in the order of the definition."""
+    return {path: module for path, module in reversed(network.named_modules()) if isinstance(module, (Linear, QuantizedLinear))}
+
+
+def part_of(path: str) -> str:
+    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross or head."""
+    if path == "output":
+        return "head"
+    names = path.split(".")
+    if names[0] == "decoder" and "cross" in names:
+        return "cross"
+    # What runs once a patch belongs to the global part, on both sides of its transformer.
+    return names[0] if names[0] in PARTS else "global"
+
+
+def inputs_by_layer(network: Network, input_of: Callable[[str], str]) -> dict[str, str]:
+    """Path of every linear layer -> path of the layer in whose name its input is measured."""
+    return {path: input_of(path) for path in linear_layers(network)}
+
+
+def set_modules(network: Network, modules: list[tuple[str, nn.Module]]) -> None:
+    """Replace modules by path."""
+    for path, module in modules:
+        *parents, name = path.split(".")
+        holder: Any = network
+        for part in parents:
+            holder = holder[int(part)] if isinstance(holder, list) else holder[part]
+        holder[name] = module
