@@ -221,11 +221,14 @@ class Downsampling(nn.Module):
         self.conv = Linear(config.downsample_factor * config.d_model, config.d_model)
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Molecules [n, total // factor, d_model] of characters [n, total, d_model], not yet through the norm."""
+    def windows(self, x: mx.array) -> mx.array:
+        """Rows [n, total // factor, factor * d_model] of characters [n, total, d_model]; the last ones may be left out."""
         n, total, d_model = x.shape
         whole = total // self.factor
-        windows = x[:, : whole * self.factor].reshape(n, whole, self.factor * d_model)
+        return x[:, : whole * self.factor].reshape(n, whole, self.factor * d_model)
+
+    def __call__(self, windows: mx.array) -> mx.array:
+        """Molecules [n, windows, d_model], not yet through the norm."""
         return ACTIVATIONS[self.activation](self.conv(windows))
 
 
@@ -238,12 +241,15 @@ class Upsampling(nn.Module):
         self.conv = Linear(config.upsample_width * 2 * config.d_model, config.d_model)
         self.norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
-    def __call__(self, characters: mx.array, molecules: mx.array) -> mx.array:
-        """Rows [n, total, d_model] of both, one molecule to each character."""
+    def windows(self, characters: mx.array, molecules: mx.array) -> mx.array:
+        """What stands around each character, of rows [n, total, d_model] of both: [n, total, kernel * 2 * d_model]."""
         total = characters.shape[1]
         before = (self.kernel - 1) // 2
         both = mx.pad(mx.concatenate([characters, molecules], axis=-1), [(0, 0), (before, self.kernel - 1 - before), (0, 0)])
-        windows = mx.concatenate([both[:, shift : shift + total] for shift in range(self.kernel)], axis=-1)
+        return mx.concatenate([both[:, shift : shift + total] for shift in range(self.kernel)], axis=-1)
+
+    def __call__(self, windows: mx.array) -> mx.array:
+        """Rows [n, total, d_model]."""
         return self.norm(ACTIVATIONS[self.activation](self.conv(windows)))
 
 
@@ -299,11 +305,19 @@ class Canine(nn.Module):
         """Everything up to the last of the deep layers; arguments as of a call."""
         characters = self.local.first(self.embedding(ids, types), lengths)
         down = self.local.down
-        molecules = down.norm(mx.concatenate([characters[:, :1], down(characters)[:, :-1]], axis=1))
-        counts = None if lengths is None else mx.minimum(-(-lengths // down.factor), molecules.shape[1])
+        molecules = self.molecules(characters, down(down.windows(characters)))
+        counts = None if lengths is None else self.molecule_lengths(lengths, molecules.shape[1])
         for layer in self.layers:
             molecules = layer(molecules, counts)
         return Deep(characters, molecules)
+
+    def molecules(self, characters: mx.array, convolved: mx.array) -> mx.array:
+        """What the deep layers read, [n, total // factor, d_model]: the mark at the start, then all molecules but the last."""
+        return self.local.down.norm(mx.concatenate([characters[:, :1], convolved[:, :-1]], axis=1))
+
+    def molecule_lengths(self, lengths: mx.array, most: int) -> mx.array:
+        """How many of `most` molecules the deep layers see, of so many real characters: [n]."""
+        return mx.minimum(-(-lengths // self.config.downsample_factor), most)
 
     def pooled(self, deep: Deep) -> mx.array:
         """One vector an input: [n, d_model]."""
@@ -311,9 +325,13 @@ class Canine(nn.Module):
 
     def states(self, deep: Deep, lengths: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; those of padding mean nothing."""
-        total, factor = deep.characters.shape[1], self.config.downsample_factor
-        molecules = mx.repeat(deep.molecules[:, 1:], factor, axis=1)
+        up = self.local.up
+        windows = up.windows(deep.characters, self.repeated(deep.molecules, deep.characters.shape[1]))
+        return self.local.last(up(windows), lengths)
+
+    def repeated(self, molecules: mx.array, total: int) -> mx.array:
+        """A molecule for each of `total` characters: [n, total, d_model]."""
+        factor = self.config.downsample_factor
         # The last one also stands for the characters of the molecule that was left out, and for those after it.
-        rest = mx.repeat(deep.molecules[:, -1:], factor + total % factor, axis=1)
-        molecules = mx.concatenate([molecules, rest], axis=1)
-        return self.local.last(self.local.up(deep.characters, molecules), lengths)
+        rest = mx.repeat(molecules[:, -1:], factor + total % factor, axis=1)
+        return mx.concatenate([mx.repeat(molecules[:, 1:], factor, axis=1), rest], axis=1)

@@ -154,9 +154,21 @@ class LaCanine(nn.Module):
     def states(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; those of padding mean nothing."""
         characters = self.local.first(self.embedding(ids, None), lengths)
-        down, factor = self.local.down, self.config.downsample_factor
-        molecules = down.norm(down(characters))
-        counts = None if lengths is None else -(-lengths // factor)
+        down, up = self.local.down, self.local.up
+        molecules = self.molecules(characters, down(down.windows(characters)))
+        counts = None if lengths is None else self.molecule_lengths(lengths, molecules.shape[1])
         for layer in self.layers:
             molecules = layer(molecules, counts)
-        return self.local.last(self.local.up(characters, mx.repeat(molecules, factor, axis=1)), lengths)
+        return self.local.last(up(up.windows(characters, self.repeated(molecules, characters.shape[1]))), lengths)
+
+    def molecules(self, characters: mx.array, convolved: mx.array) -> mx.array:
+        """What the deep layers read, [n, total / factor, d_model]."""
+        return self.local.down.norm(convolved)
+
+    def molecule_lengths(self, lengths: mx.array, most: int) -> mx.array:
+        """How many of `most` molecules the deep layers see, of so many real characters: [n]."""
+        return -(-lengths // self.config.downsample_factor)
+
+    def repeated(self, molecules: mx.array, total: int) -> mx.array:
+        """A molecule for each of `total` characters: [n, total, d_model]."""
+        return mx.repeat(molecules, self.config.downsample_factor, axis=1)
