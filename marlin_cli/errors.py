@@ -29,6 +29,10 @@ class CorpusError(MarlinError):
     """A corpus can not be found, read or decompressed, or holds no bytes."""
 
 
+class InputError(MarlinError):
+    """What a model is given cannot be read as the model reads it: not text, too long, too short, no such character."""
+
+
 class StatisticsError(MarlinError):
     """A statistics file is damaged or belongs to another model or run."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints import gguf_t5, hugging_face, megabyte_pytorch, native, paper
+from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, read_foreign, weights_file
 from marlin_cli.documents import read_json
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
@@ -28,7 +28,15 @@ __all__ = [
 ]
 
 # Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
-WITH_CONFIG = {"gguf_t5": gguf_t5, "hugging_face": hugging_face, "native": native}
+WITH_CONFIG = {
+    "gguf_t5": gguf_t5,
+    "canine": canine,
+    "la_canine": la_canine,
+    "gbst": gbst,
+    "bygpt5": bygpt5,  # before hugging_face, whose T5 some of them say they are
+    "hugging_face": hugging_face,
+    "native": native,
+}
 
 # Foreign layouts that the names of the tensors tell.
 IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}

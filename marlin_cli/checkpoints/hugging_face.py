@@ -77,7 +77,7 @@ def read(path: Path) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     document = read_object(folder / CONFIG)
-    config, flags = _config(folder, document), head_flags(document, folder / CONFIG)
+    config, flags = config_from(folder, document), head_flags(document, folder / CONFIG)
     tensors: dict[str, mx.array] = {}
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
@@ -183,7 +183,7 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
+def config_from(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """marlin's configuration from transformers': known keys alone, the rest says nothing about the network."""
     where = folder / CONFIG
     config: dict[str, Any] = {"model_type": "byt5"}

@@ -29,12 +29,14 @@ class FusedByT5:
         """See `ByT5.encode`; an encoder that pools stays with the graph."""
         if self._encoder is None:
             return self._network.encode(ids, lengths)
-        return self._encoder(self._network.embedding(ids), None, _listed(lengths))
+        network = self._network
+        return self._encoder(network.rows(ids, lengths), None, _listed(network.state_lengths(lengths)))
 
     def answers(self, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int) -> "FusedAnswers":
-        """Decoding state over the encoder's states [n, total, d_model], with `answers` answers to each input."""
+        """Decoding state over the encoder's states [n, states, d_model], with `answers` answers to each input."""
         config = self._network.config
-        memory = self._decoder.remember(states, _listed(lengths), 32 if memory_bits == 16 else memory_bits)
+        real = _listed(self._network.state_lengths(lengths))
+        memory = self._decoder.remember(states, real, 32 if memory_bits == 16 else memory_bits)
         cache = self._module.StackCache(
             config.decoder_layers, states.shape[0] * answers, config.heads, config.head_dim, 32, 32, SELF_CACHE_ROWS, []
         )

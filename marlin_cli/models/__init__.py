@@ -28,6 +28,7 @@ __all__ = [
     "architecture_of",
     "build",
     "config_as_mapping",
+    "fill",
     "linear_layers",
     "part_of",
     "preset",
@@ -75,6 +76,23 @@ def build(
         found = f"the weight {quoted(f'{absent[0]}.attention_norm.weight')} is missing"
         raise CheckpointError(f"{where}: {found}, with all of {len(absent):,} layers that config.json asks for")
     network: Network = architecture.network(settings)
+    fill(network, weights, quantization, where=where, dtype=dtype)
+    return network
+
+
+def fill(
+    network: Any,
+    weights: Mapping[str, mx.array],
+    quantization: Mapping[str, Any] | None = None,
+    *,
+    where: str,
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Give a network of any architecture its weights; see `build` for the arguments.
+
+    Raises:
+        CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
+    """
     arrays = {
         path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
         for path, array in weights.items()
@@ -96,7 +114,6 @@ def build(
             )
     network.load_weights(list(arrays.items()))
     network.eval()
-    return network
 
 
 def preset(name: str) -> Any:

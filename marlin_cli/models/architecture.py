@@ -38,6 +38,7 @@ class Capability(str, Enum):
 
     CONTINUES = "continues"  # bytes: predicts the next one
     ANSWERS = "answers"  # an input, or where it has no decoder encodes it
+    ENCODES = "encodes"  # a text: states, vectors, labels
 
 
 # What a batch has become so far, by name. `rows` [.., channels] is what the next block reads; `real`, where there is

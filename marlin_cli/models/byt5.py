@@ -396,10 +396,19 @@ class ByT5(nn.Module):
 
     def encode(self, source: mx.array, lengths: mx.array | None = None) -> mx.array:
         """The encoder's states [n, total, d_model] of ids [n, total]; those of filler mean nothing."""
-        return self.encoder(self.embedding(source), lengths)
+        return self.encoder(self.rows(source, lengths), self.state_lengths(lengths))
+
+    def rows(self, source: mx.array, lengths: mx.array | None) -> mx.array:
+        """What the encoder reads of ids [n, total]: [n, states, d_model]."""
+        return self.embedding(source)
+
+    def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
+        """The real states of inputs with so many real ids: [n]."""
+        return lengths
 
     def memory(self, states: mx.array, lengths: mx.array | None = None) -> list[PlainMemory]:
-        """What each decoder layer reads of the encoder's states [n, total, d_model]."""
+        """What each decoder layer reads of the encoder's states [n, states, d_model] of inputs with so many real ids."""
+        lengths = self.state_lengths(lengths)
         return [PlainMemory(*layer.cross.keys_values(states), lengths) for layer in self.decoder.layers]
 
     def decode(self, target: mx.array, memory: Sequence[Memory], caches: Sequence[SelfCache] | None = None) -> mx.array:

@@ -1,0 +1,309 @@
+"""What CANINE makes of texts: states, vectors, labels, spans and answers. A text gives the same alone and in a batch.
+
+Its states depend on how far an input is padded, as those of the reference do. So nothing is padded unless `pad_to` says
+so, to the length that a checkpoint was used with, and texts share a batch only where they are equally long then.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.engine.spans import Span, span_at
+from marlin_cli.errors import InputError, UsageError
+from marlin_cli.models.canine import Canine, Head
+from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to, with_marks
+
+# Positions in one pass: bounds the memory of activations.
+POSITIONS_AT_ONCE = 1 << 14
+
+Floats = npt.NDArray[np.float32]
+
+# UTF-8, or its code points; and one such text, or a pair.
+One: TypeAlias = "bytes | list[int]"
+Text: TypeAlias = "One | tuple[One, One]"
+
+ANSWER = "answer"  # the label of its spans
+
+
+class Label(NamedTuple):
+    """What a whole text is, and how sure that is: a probability, or the value itself of a regression."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are looked for.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    best: int = 1  # answers to return
+    longest: int = 128  # characters of an answer
+    window_positions: int = 2048  # question, context and marks that are read at once
+    stride_characters: int = 128  # from the beginning of a window of a longer context to that of the next
+
+    def __post_init__(self) -> None:
+        if min(self.best, self.longest, self.window_positions, self.stride_characters) < 1:
+            raise UsageError("best, longest, window_positions and stride_characters must be at least 1")
+
+
+class _Input(NamedTuple):
+    """A text as the network reads it."""
+
+    ids: Ids
+    types: Ids
+
+
+def encode(network: Canine, texts: Sequence[Text], pad_to: int | None = None) -> list[mx.array]:
+    """The states of each text's positions, marks included and padding not: [positions, d_model] float32.
+
+    Args:
+        pad_to: positions to which each text is padded; see this file's first lines.
+
+    Raises:
+        InputError: a text that is no UTF-8 or has an id that is no code point, too long, or too short without padding.
+    """
+    inputs = [_input(network, text) for text in texts]
+
+    def states(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network.states(network.deep(ids, lengths, types), lengths).astype(mx.float32)
+
+    return [row[: len(each.ids)] for row, each in zip(_run(network, inputs, pad_to, states), inputs, strict=True)]
+
+
+def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) -> mx.array:
+    """One vector a text: [texts, d_model] float32; see `encode`.
+
+    Raises:
+        UsageError: the checkpoint has no pooler.
+    """
+    if not network.config.pooler:
+        raise UsageError("this CANINE has no pooler, the layer that makes one vector of a text; take its states")
+    inputs = [_input(network, text) for text in texts]
+
+    def vectors(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network.pooled(network.deep(ids, lengths, types)).astype(mx.float32)
+
+    rows = _run(network, inputs, pad_to, vectors)
+    return mx.stack(rows) if rows else mx.zeros((0, network.config.d_model))
+
+
+def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) -> list[list[Label]]:
+    """Every label with its score, the best first, of each text or pair; see `encode`.
+
+    Raises:
+        UsageError: the network does not classify texts.
+    """
+    _check_head(network, "sequence")
+    logits = _logits(network, [_input(network, text) for text in texts], pad_to)
+    found = []
+    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": _softmax, "several_labels": _sigmoid}
+    meaning = meanings.get(network.config.problem, np.asarray)
+    for row in logits:
+        scores = meaning(row)
+        order = np.argsort(-scores, kind="stable")
+        found.append([Label(network.config.labels[index], float(scores[index])) for index in order])
+    return found
+
+
+def label(network: Canine, texts: Sequence[bytes], pad_to: int | None = None) -> list[list[Span]]:
+    """The labelled spans of each text: all of it where the network classifies texts, else what `tag` finds.
+
+    Raises:
+        UsageError: the network has no labels.
+    """
+    if network.config.head != "sequence":
+        return tag(network, texts, pad_to)
+    best = [labels[0] for labels in classify(network, texts, pad_to)]
+    return [
+        [Span(name, score, 0, len(text), 0, len(characters_of(text).ids))]
+        for text, (name, score) in zip(texts, best, strict=True)
+    ]
+
+
+def tag(
+    network: Canine,
+    texts: Sequence[bytes],
+    pad_to: int | None = None,
+    *,
+    outside: Sequence[str] = ("O",),
+    merge: bool = True,
+    marks: bool = True,
+) -> list[list[Span]]:
+    """The labelled spans of each text; see `encode`.
+
+    Args:
+        outside: labels that say nothing.
+        merge: neighbours of one label are one span with the mean of their scores; `B-` begins another, `I-` goes on.
+        marks: does the text stand between CANINE's marks, as the checkpoint was tuned?
+
+    Raises:
+        UsageError: the network does not label characters.
+    """
+    _check_head(network, "token")
+    characters = [characters_of(text) for text in texts]
+    plain = [_Input(each.ids, np.zeros_like(each.ids)) for each in characters]
+    inputs = [_Input(*with_marks(each.ids)) for each in characters] if marks else plain
+    found = []
+    for each, logits in zip(characters, _logits(network, inputs, pad_to), strict=True):
+        own = logits[1 : len(each.ids) + 1] if marks else logits[: len(each.ids)]
+        found.append(_spans(network.config.labels, _softmax(own), each, outside, merge))
+    return found
+
+
+def answers(
+    network: Canine, question: bytes, context: bytes, settings: AnswerSettings | None = None, pad_to: int | None = None
+) -> list[Span]:
+    """Spans of the context that answer the question, the best first; see `encode`.
+
+    The score is the probability of the first character times that of the last, each over the characters of the context
+    that stand in one window; a long context is read in windows that overlap.
+
+    Raises:
+        UsageError: the network does not answer, or the question leaves no room for the context.
+        InputError: an empty context.
+    """
+    _check_head(network, "answer")
+    settings = settings or AnswerSettings()
+    asked, given = characters_of(question, "the question"), characters_of(context, "the context")
+    if not len(given.ids):
+        raise InputError("the context is empty; there is nothing to answer from")
+    room = min(settings.window_positions, network.config.longest, pad_to or network.config.longest) - len(asked.ids) - 3
+    if room < 1:
+        raise UsageError(f"the question has {len(asked.ids):,} characters, which leaves no room for the context")
+    starts = [0]
+    while starts[-1] + room < len(given.ids):
+        starts.append(starts[-1] + settings.stride_characters)
+    inputs = [_Input(*with_marks(asked.ids, given.ids[start : start + room], network.config.second_type)) for start in starts]
+    best: dict[tuple[int, int], float] = {}
+    for start, logits in zip(starts, _logits(network, inputs, pad_to), strict=True):
+        offset = len(asked.ids) + 2
+        own = logits[offset : offset + min(room, len(given.ids) - start)]
+        for (first, end), score in _best_pairs(_softmax(own[:, 0]), _softmax(own[:, 1]), settings):
+            place = (start + first, start + end)
+            best[place] = max(best.get(place, 0.0), score)
+    ordered = sorted(best.items(), key=lambda item: -item[1])[: settings.best]
+    return [span_at(ANSWER, score, first, end, given.starts) for (first, end), score in ordered]
+
+
+def choose(network: Canine, text: bytes, choices: Sequence[bytes], pad_to: int | None = None) -> Floats:
+    """The probability of each choice to go with the text: [choices]; see `encode`.
+
+    The choices are one batch in the reference, so without `pad_to` they are padded to the longest.
+
+    Raises:
+        UsageError: the network does not choose.
+    """
+    _check_head(network, "choice")
+    inputs = [_input(network, (text, choice)) for choice in choices]
+    if not inputs:
+        return np.zeros(0, dtype=np.float32)
+    longest = max(len(each.ids) for each in inputs)
+    return _softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
+
+
+def _check_head(network: Canine, head: Head) -> None:
+    does = {
+        "none": "has no head and encodes", "sequence": "classifies texts", "token": "labels characters",
+        "answer": "answers questions", "choice": "chooses between texts",
+    }  # fmt: skip
+    if network.config.head != head:
+        raise UsageError(f"this CANINE {does[network.config.head]}; what was asked for needs one that {does[head]}")
+
+
+def _input(network: Canine, text: Text) -> _Input:
+    if not isinstance(text, tuple):
+        return _Input(*with_marks(_ids(text, "the input")))
+    first, second = (_ids(one, where) for one, where in zip(text, ("the first text", "the second text"), strict=True))
+    return _Input(*with_marks(first, second, network.config.second_type))
+
+
+def _ids(text: One, where: str) -> Ids:
+    return characters_of(text, where).ids if isinstance(text, bytes) else checked_ids(text, where)
+
+
+def _logits(network: Canine, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
+    return [np.array(row) for row in _run(network, inputs, pad_to, network)]
+
+
+def _run(
+    network: Canine,
+    inputs: Sequence[_Input],
+    pad_to: int | None,
+    function: Callable[[mx.array, mx.array | None, mx.array], mx.array],
+) -> list[mx.array]:
+    """The rows of `function(ids, lengths, types)` for each input, in batches of equal length with padding."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, each in enumerate(inputs):
+        groups[_length(network, len(each.ids), pad_to)].append(index)
+    rows: dict[int, mx.array] = {}
+    for length, members in groups.items():
+        step = max(1, POSITIONS_AT_ONCE // length)
+        for start in range(0, len(members), step):
+            some = members[start : start + step]
+            counts = [len(inputs[index].ids) for index in some]
+            lengths = None if min(counts) == length else mx.array(counts)
+            ids, types = (padded_to([inputs[index][part] for index in some], length) for part in (0, 1))
+            result = function(ids, lengths, types)
+            mx.eval(result)
+            rows |= {index: result[place] for place, index in enumerate(some)}
+    return [rows[index] for index in range(len(inputs))]
+
+
+def _length(network: Canine, positions: int, pad_to: int | None) -> int:
+    least, most = network.config.downsample_factor, network.config.longest
+    if pad_to is not None and not least <= pad_to <= most:
+        raise UsageError(f"pad_to must be from {least} to {most:,}, found {pad_to}")
+    if positions > (pad_to or most):
+        raise InputError(f"the text takes {positions:,} positions with its marks, and there are {pad_to or most:,}; shorten it")
+    if (pad_to or positions) < least:
+        raise InputError(
+            f"the text takes {positions} positions with its marks, CANINE needs {least}; pad it (pad_to, 4 or more)"
+        )
+    return pad_to or positions
+
+
+def _spans(labels: Sequence[str], scores: Floats, text: Characters, outside: Sequence[str], merge: bool) -> list[Span]:
+    """Spans from the labels' probabilities [characters, labels]."""
+    best = scores.argmax(axis=-1) if len(scores) else np.zeros(0, dtype=np.int64)
+    names = [labels[index] for index in best]
+    kinds = [name[2:] if name[:2] in ("B-", "I-") else name for name in names]
+    spans = []
+    first = 0
+    for end in range(1, len(names) + 1):
+        goes_on = merge and end < len(names) and kinds[end] == kinds[first] and not names[end].startswith("B-")
+        if goes_on:
+            continue
+        if names[first] not in outside:
+            label = kinds[first] if merge else names[first]
+            score = float(scores[np.arange(first, end), best[first:end]].mean())
+            spans.append(span_at(label, score, first, end, text.starts))
+        first = end
+    return spans
+
+
+def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[tuple[tuple[int, int], float]]:
+    """The likeliest (first, end) of spans that are not too long, and their probabilities."""
+    found: list[tuple[tuple[int, int], float]] = []
+    for more in range(min(settings.longest, len(begins))):
+        products = begins[: len(begins) - more] * ends[more:]
+        for first in np.argsort(-products, kind="stable")[: settings.best]:
+            found.append(((int(first), int(first) + more + 1), float(products[first])))
+    return sorted(found, key=lambda item: -item[1])[: settings.best]
+
+
+def _softmax(x: Floats) -> Floats:
+    grown = np.exp(x - x.max(axis=-1, keepdims=True)) if x.size else x
+    return grown / grown.sum(axis=-1, keepdims=True) if x.size else x
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-x)), dtype=np.float32)

@@ -1,0 +1,108 @@
+"""What calibration, packing, rotation and tuning ask of a ByGPT5; see `models.architecture`. It reads windows of bytes."""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from marlin_cli.errors import QuantizationError
+from marlin_cli.models.architecture import Architecture, Capability, PackedKeys, Piece, Rotation, State, Watch
+from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
+from marlin_cli.models.byt5_ids import FIRST_BYTE
+
+Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
+
+# Layers of a block whose inputs are measured, in the order in which they come about.
+SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
+
+
+def ids_of(network: ByGPT5, windows: Windows) -> mx.array:
+    """What the network reads of windows: the mark of a beginning where it leads every text, and then one byte less."""
+    ids = windows.astype(np.int32) + FIRST_BYTE
+    if network.config.starts_all:
+        ids = np.pad(ids, ((0, 0), (1, 0)), constant_values=network.config.start_id)[:, :-1]
+    return mx.array(ids)
+
+
+def pass_through(network: ByGPT5, window: npt.NDArray[np.uint8], watch: Watch) -> None:
+    """Run a window [bytes] through the network, whose caches only show what they would hold."""
+    caches = [_WatchedCache(watch, f"{block}.attention") for block in network.config.blocks]
+    network(ids_of(network, window[None]), caches)
+
+
+class _WatchedCache:
+    """A `SelfCache` for one call, which shows what a real one would hold after it."""
+
+    def __init__(self, watch: Watch, path: str) -> None:
+        self._watch, self._path = watch, path
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._watch(self._path, keys, values)
+        return keys, values
+
+
+def start(network: ByGPT5, batch: Windows) -> State:
+    """The state of windows before the first piece."""
+    return {"rows": network.embedding(ids_of(network, batch))}
+
+
+def pieces(network: ByGPT5) -> list[Piece]:
+    """The blocks."""
+    return [
+        Piece(
+            partial(_run_block, index=index),
+            tuple(f"{block}.{source}" for source in SOURCES),
+            (f"{block}.attention.o_proj", f"{block}.ffn.down_proj"),
+        )
+        for index, block in enumerate(network.config.blocks)
+    ]
+
+
+def logits(network: ByGPT5, batch: Windows) -> mx.array:
+    """Logits [predictions, vocab] float32 of what follows every id."""
+    found = network(ids_of(network, batch))
+    return found.reshape(-1, found.shape[-1])
+
+
+def rotation(config: ByGPT5Config) -> Rotation:
+    """The stream of the decoder.
+
+    Raises:
+        QuantizationError: a head that is the embedding.
+    """
+    if config.tied_head:
+        raise QuantizationError("a ByGPT5 with a tied head cannot be rotated: its embedding cannot take the last norm's gain")
+    return Rotation(
+        widths={"d_model": config.d_model},
+        blocks=dict.fromkeys(config.blocks, config.head_dim),
+        readers={"decoder.norm": ("output",)},
+        rows=("embedding.weight",),
+    )
+
+
+def packed_keys(config: ByGPT5Config) -> PackedKeys:
+    """Those of every layer."""
+    return PackedKeys(tuple(f"{block}.attention" for block in config.blocks), config.heads, config.head_dim)
+
+
+def _run_block(network: ByGPT5, state: State, index: int) -> State:
+    decoder = network.decoder
+    return {**state, "rows": decoder.layers[index](state["rows"], decoder.relative_bias(), None)}
+
+
+BYGPT5 = Architecture(
+    name="bygpt5",
+    title="ByGPT5",
+    config=ByGPT5Config,
+    network=ByGPT5,
+    capability=Capability.CONTINUES,
+    pass_through=pass_through,
+    start=start,
+    pieces=pieces,
+    logits=logits,
+    rotation=rotation,
+    packed_keys=packed_keys,
+    is_gated=lambda config: config.gated_ffn,
+    overflows_in_float16=True,  # as a ByT5
+)
