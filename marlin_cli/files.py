@@ -66,6 +66,18 @@ def check_regular(path: Path, error: type[MarlinError]) -> None:
         raise error(f"{path}: is a {_kind(mode)}, expected a file")
 
 
+def check_utf8_name(path: Path, error: type[MarlinError]) -> None:
+    """See that MLX can take the name of a file: it reads and writes only those that are UTF-8.
+
+    Raises:
+        MarlinError: as `error`: the path is of other bytes.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise error(f"{path}: the path is not UTF-8, and MLX takes no other; rename it, or link to it") from None
+
+
 def _kind(mode: int) -> str:
     kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
     return next((name for name, test in kinds.items() if test(mode)), "device")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import check_regular
+from marlin_cli.files import check_regular, check_utf8_name
 from marlin_cli.text import one_line, quoted
 
 # Types that the format has and MLX has not; float8 of other kinds than E4M3 and E8M0 among them.
@@ -68,10 +68,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The arrays of a safetensors file (`mlx.core.array`, read when first used) and its metadata.
 
     Raises:
-        CheckpointError: see `safetensors_header`; or a dtype that MLX does not have.
+        CheckpointError: see `safetensors_header`; or a dtype or a name of a file that MLX does not take.
     """
     import mlx.core as mx
 
+    check_utf8_name(path, CheckpointError)
     tensors, metadata = safetensors_header(path)
     for name, entry in tensors.items():
         if entry["dtype"] in MLX_LACKS:

@@ -13,12 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from marlin_cli.errors import OutputError
+from marlin_cli.files import check_utf8_name
 
 # How the names of folders end that are being written, and those of files before their suffix.
 UNFINISHED = ".unfinished"
 
 # What a model folder of marlin's consists of: all that --overwrite takes the place of.
 MODEL_FILES = ("config.json", "tokenizer_config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
+
+# What a model of anybody's could not be read without. Statistics may lie beside it, under other names.
+MODEL_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 @contextlib.contextmanager
@@ -87,7 +92,8 @@ def writing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     put there meanwhile stays, and this one is lost.
 
     Raises:
-        OutputError: `path` exists and `overwrite` is off or it holds other files, or the folder cannot be written.
+        OutputError: `path` exists and `overwrite` is off or it holds other files, or the folder cannot be written; or its
+            name is not UTF-8.
     """
     path = _followed(path)
     check_output_folder(path, overwrite=overwrite)
@@ -207,6 +213,7 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: see `writing_folder`.
     """
+    check_utf8_name(path, OutputError)
     if path.exists():
         if not overwrite:
             raise OutputError(f"{path}: already exists; name another folder or pass --overwrite")
@@ -223,6 +230,16 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
                 " move it, or name another folder"
             )
     check_output_parent(path)
+
+
+def is_part_of_a_model(path: Path) -> bool:
+    """Is there a file at `path`, or where a link there leads, without which the model in its folder could not be read?"""
+    path = Path(os.path.realpath(path))
+    return (
+        path.is_file()
+        and path.with_name("config.json").is_file()
+        and any(path.match(pattern) for pattern in (*MODEL_CONFIGS, *MODEL_WEIGHTS))
+    )
 
 
 def _is_of_a_model(path: Path) -> bool:

@@ -264,3 +264,9 @@ def test_the_folder_marlin_stands_in_is_replaced_too(name, tmp_path, monkeypatch
         (folder / "config.json").write_text("new")
     assert os.listdir(tmp_path) == ["model"]
     assert (tmp_path / "model" / "config.json").read_text() == "new"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_a_name_that_mlx_does_not_take_is_refused_before_the_work(tmp_path):
+    with pytest.raises(OutputError, match="the path is not UTF-8"), writing_folder(tmp_path / os.fsdecode(b"\xff")):
+        pytest.fail("it has begun")

@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperOption
 from marlin_cli.commands.uses import USES, Family, Use
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
+from marlin_cli.writing import is_part_of_a_model
 
 # Options whose text is what a model reads or writes: it may be empty, and of any length.
 TEXTS = ("--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix")
@@ -155,7 +156,7 @@ def _check_values(given: Mapping[str, Any]) -> None:
 
 
 def _check_files(given: Mapping[str, Any]) -> None:
-    """Raise `UsageError` where two outputs are one file, or an output is what is read."""
+    """Raise `UsageError` where two outputs are one file, or an output is what is read or a part of a model."""
     outputs = [(option, Path(given[option])) for option in OUTPUTS if option in given]
     for (one, path), (other, same) in combinations(outputs, 2):
         if _are_same(path, same):
@@ -165,6 +166,8 @@ def _check_files(given: Mapping[str, Any]) -> None:
         for other, same in inputs:
             if same.exists() and _are_same(path, same) and (one, other) != ("--output", "MODEL"):
                 raise UsageError(f"{one} {path} would replace what {other} names; write to another file")
+        if is_part_of_a_model(path):
+            raise UsageError(f"{one} {path} would replace a part of the model there; write to another file")
 
 
 def _are_same(one: Path, other: Path) -> bool:

@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex
@@ -28,7 +28,7 @@ class Prompt:
 
     data: bytes
     name: Any = None
-    where: str = "the prompt"
+    where: str = field(default="the prompt", compare=False)
 
     def check_fits(self, most_bytes: int) -> None:
         """Raise `UsageError` for more bytes than the model reads."""
@@ -100,9 +100,7 @@ def _written_back(name: Any, where: str) -> Any:
     try:
         json.dumps(name, allow_nan=False)
     except ValueError:
-        raise UsageError(
-            f"{where}: id holds a number that is not finite, which JSON does not have; name it otherwise"
-        ) from None
+        raise UsageError(f"{where}: id holds a number that is not finite, as JSON has none; name it otherwise") from None
     return name
 
 

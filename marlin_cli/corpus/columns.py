@@ -51,7 +51,7 @@ def find_only_column(rows: Iterable[tuple[str, Mapping[str, Held]]]) -> str | No
     """
     text: dict[str, str] = {}  # column -> where it was first seen
     nested: tuple[str, str, str] | None = None  # where, column, type
-    seen: dict[str, None] = {}
+    seen: dict[str, str] = {}  # column -> the type that was first seen there
     where = first = None
     for where, held in rows:
         first = where if first is None else first
@@ -59,7 +59,7 @@ def find_only_column(rows: Iterable[tuple[str, Mapping[str, Held]]]) -> str | No
             return None
         for name, (kind, type_name) in held.items():
             if len(seen) <= _MOST_LISTED:
-                seen.setdefault(name)
+                seen.setdefault(name, type_name)
             if kind is Kind.TEXT and len(text) < 2:
                 text.setdefault(name, where)
             if kind is Kind.NESTED and nested is None:
@@ -76,7 +76,8 @@ def find_only_column(rows: Iterable[tuple[str, Mapping[str, Held]]]) -> str | No
         return next(iter(text))
     names = ", ".join([*map(quoted, list(seen)[:_MOST_LISTED]), *(["..."] if len(seen) > _MOST_LISTED else [])])
     if not text:
-        raise CorpusError(f"{first}: no column holds text or bytes; found {names or 'no columns'}")
+        kinds = ", ".join(f"{quoted(name)} ({seen[name]})" for name in list(seen)[:_MOST_LISTED])
+        raise CorpusError(f"{first}: no column holds text or bytes; found {kinds or 'no columns'}")
     raise CorpusError(f"{list(text.values())[1]}: which column holds the bytes? Found {names}; name it text")
 
 

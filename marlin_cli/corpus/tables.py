@@ -29,6 +29,8 @@ TABLE_SUFFIXES = (*LINES_SUFFIXES, PARQUET_SUFFIX)
 
 # How tables begin that lie under other names: Parquet, the same encrypted, Arrow's own files.
 TABLE_BEGINNINGS = {b"PAR1\x15": "a Parquet table", b"PARE": "an encrypted Parquet table", b"ARROW1\0\0": "an Arrow table"}
+# How each message of a stream of Arrow's begins, which other bytes do too: it counts beside the name alone.
+ARROW_STREAM = b"\xff\xff\xff\xff"
 
 PARQUET_BUFFER_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 16
@@ -151,6 +153,8 @@ def refuse_disguised(path: Path, file: IO[bytes]) -> None:
         CorpusError: they are.
     """
     head = file.peek(8)[:8]  # type: ignore[attr-defined]
+    if path.suffix.lower() == ".arrow" and head.startswith(ARROW_STREAM):
+        head = b"ARROW1\0\0"  # as `datasets` writes them
     for beginning, what in TABLE_BEGINNINGS.items():
         if head.startswith(beginning):
             raise CorpusError(

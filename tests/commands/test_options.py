@@ -308,6 +308,8 @@ NUMBERS = {
     "bytes that are no UTF-8": (["generate", "--device", os.fsdecode(b"\xff\x1b[31m")], "--device"),
     "one output for two": (["bench", "--output", "x.json", "--save", "./x.json"], "--output and --save both name x.json"),
     "an output that is read": (["bench", "--quality", "name=TEXT", "--save", "TEXT"], "would replace what --quality names"),
+    "statistics over weights": (["calibrate", "-o", "model/model.safetensors"], "a part of the model there"),
+    "results over a configuration": (["bench", "--save", "LINK"], "--save LINK would replace a part of the model there"),
     "sums over a part": (["calibrate", "--merge", "TEXT", "b", "-o", "TEXT"], "would replace what MODEL|FILE names"),
 }  # fmt: skip
 
@@ -315,6 +317,10 @@ NUMBERS = {
 @pytest.mark.parametrize("kind", NUMBERS)
 def test_values_that_no_option_takes(kind, marlin, tmp_path):
     (tmp_path / "TEXT").write_bytes(b"text")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).touch()
+    (tmp_path / "LINK").symlink_to(tmp_path / "model" / "config.json")
     arguments, words = NUMBERS[kind]
     err = refusal(*marlin(*arguments))
     assert words in err and len(err) < 1300 and "\x1b" not in err, err

@@ -196,7 +196,7 @@ def test_text_of_json_lines_is_its_utf_8(rows, expected):
         (b"3\n", "line 1 is not a JSON object"),
         (b'{"text": "x"}\n{"text": 5}', "line 2: 'text' is int, expected text"),
         (b'{"a": "x", "b": "y"}', "which column holds the bytes\\? Found 'a', 'b'; name it text"),
-        (b'{"a": 1}', "no column holds text or bytes; found 'a'"),
+        (b'{"a": 1}', "no column holds text or bytes; found 'a' \\(int\\)"),
         (b"{}", "found no columns"),
     ],
 )

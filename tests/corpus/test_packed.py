@@ -122,7 +122,12 @@ def test_tables_under_other_names_are_named_and_kept_in_binary_data():
     write("table.parquet.gz", gzip.compress(Path("table.pq").read_bytes()))
     with pyarrow.ipc.new_file("table.arrow", table.schema) as sink:
         sink.write_table(table)
-    for name, what in (("table.pq", "a Parquet table"), ("table.parquet.gz", "a Parquet table"), ("table.arrow", "an Arrow")):
+    with pyarrow.ipc.new_stream("stream.arrow", table.schema) as sink:
+        sink.write_table(table)
+    parquet, arrow = "a Parquet table", "an Arrow table"
+    for name, what in (
+        ("table.pq", parquet), ("table.parquet.gz", parquet), ("table.arrow", arrow), ("stream.arrow", arrow)
+    ):  # fmt: skip
         refused(name, f"is {what}.*, which is read from unpacked .parquet files alone")
         (window,) = open_corpus([f"binary={name}"], sequence_bytes=1 << 20)
         assert window.bytes.tobytes() == Path(name).read_bytes()
