@@ -104,8 +104,8 @@ def models(tmp_path_factory):
     sizes = {"patch_size": 4, "max_bytes": 96, "global_layers": 1, "local_layers": 1}
     wide = {f"{part}_{name}": value for part in ("global", "local") for name, value in (("dim", 32), ("heads", 1))}
     network = MegaByteModel(_network(MegaByteConfig(**sizes, **wide)), choose_device("cpu"))
-    network.save(folder / "megabyte")
-    for name, layers in (("byt5", 1), ("encoder", 0)):
+    network.save(folder / "continues")
+    for name, layers in (("answers", 1), ("encodes", 0)):
         config = ByT5Config(d_model=32, ffn_dim=32, heads=1, head_dim=32, encoder_layers=1, decoder_layers=layers)
         model = ByT5Model.from_config(config, device="cpu")
         mx.random.seed(1)

@@ -17,8 +17,8 @@ from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
 STAGE = {"length": 2, "layers": 1, "dim": 8, "heads": 1, "ffn_dim": 8}
 NUMBERS = [
     (name, field.name)
-    for name, (config, _) in ARCHITECTURES.items()
-    for field in dataclasses.fields(config)
+    for name, architecture in ARCHITECTURES.items()
+    for field in dataclasses.fields(architecture.config)
     if ("int" in str(field.type) or "float" in str(field.type)) and not field.name.endswith("_id")
 ]
 
@@ -27,7 +27,7 @@ NUMBERS = [
 @pytest.mark.parametrize("value", [10**13, -1, 10**300])
 def test_every_number_of_a_configuration_has_bounds(architecture, field, value):
     with pytest.raises(ConfigError, match=field.removeprefix("global_").removeprefix("local_")) as caught:
-        from_mapping(ARCHITECTURES[architecture][0], {field: value}, "config.json")
+        from_mapping(ARCHITECTURES[architecture].config, {field: value}, "config.json")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
