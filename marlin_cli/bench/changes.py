@@ -95,8 +95,30 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     except (ArithmeticError, ValueError, RecursionError):
         raise UsageError("--compare: numbers of the results lie too far apart to be compared") from None
     if not found:
-        raise UsageError("--compare: the results have nothing in common but models; measure both with the same settings")
+        raise UsageError(
+            "--compare: the results have nothing in common but models; measure both with the same settings"
+            + (f" (now {other})" if (other := _other_settings(old, new)) else "")
+        )
     yield from found
+
+
+def left_out(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What `changes` compares nothing of: models that are in one result alone, settings that differ; empty if nothing."""
+    before, after = ([model["model"] for model in each["models"]] for each in (old, new))
+    alone = {"only in the old result": set(before) - set(after), "only in the new one": set(after) - set(before)}
+    said = [f"{where}: {', '.join(map(quoted, sorted(names)))}" for where, names in alone.items() if names]
+    other = _other_settings(old, new)
+    return "; ".join([*said, *([f"not compared, as the settings differ: {other}"] if other else [])])
+
+
+def _other_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The settings that differ, each with both values."""
+    found = []
+    for group in ("throughput_settings", "quality_settings"):
+        before, after = old.get(group) or {}, new.get(group) or {}
+        names = [name for name in sorted(before.keys() & after.keys()) if before[name] != after[name] and name != "reference"]
+        found += [f"{name} {quoted(before[name])} and {quoted(after[name])}" for name in names]
+    return ", ".join(found)
 
 
 @dataclass(frozen=True)

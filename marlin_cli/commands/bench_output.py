@@ -71,12 +71,14 @@ class Output:
 
 def compare_results(old: str, new: str, output: Output) -> None:
     """What changed between two files of results."""
-    from marlin_cli.bench.changes import changes, read_result, rendered_changes, table_of_changes
+    from marlin_cli.bench.changes import changes, left_out, read_result, rendered_changes, table_of_changes
 
     before, after = read_result(Path(old)), read_result(Path(new))
     if before.get("machine") != after.get("machine"):
         console.note("the results are of different machines, devices or versions")
     found = list(changes(before, after))
+    if said := left_out(before, after):
+        console.note(said)
     output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
 
 

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from marlin_cli.bench.changes import _student, changes, paired_ratio, read_result, rendered_changes, table_of_pairs
+from marlin_cli.bench.changes import _student, changes, left_out, paired_ratio, read_result, rendered_changes, table_of_pairs
 from marlin_cli.errors import UsageError
 
 
@@ -284,3 +284,14 @@ def test_files_that_are_none_are_a_line_that_names_them(hazard, tmp_path):
 def test_the_end_of_a_large_file_is_read(tmp_path):
     (tmp_path / "file").write_bytes(b"x" * (17 << 20) + b"\n" + json.dumps(document()).encode() + b"\n\n")
     assert read_result(tmp_path / "file")["models"]
+
+
+def test_what_is_not_compared_is_told():
+    old, new = document(), document()
+    assert left_out(old, new) == ""
+    new["models"] += document(name="other\x1b")["models"]
+    new["throughput_settings"] = {**old["throughput_settings"], "prompt_bytes": 7}
+    old["throughput_settings"]["prompt_bytes"] = 5
+    assert left_out(old, new) == (
+        r"only in the new one: 'other\x1b'; not compared, as the settings differ: prompt_bytes 5 and 7"
+    )
