@@ -34,7 +34,7 @@ def calibrate(
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write (.safetensors); it replaces one that is there.")
+        str | None, typer.Option("--output", "-o", help="File to write (.safetensors); it replaces statistics that are there.")
     ] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Stop after so many bytes of the corpus, e.g. 2M.")] = None,
     seq_bytes: Annotated[

@@ -12,7 +12,7 @@ from marlin_cli.models import Capability, Network, architecture_of, shared_input
 from marlin_cli.statistics.collect import measure, measure_pair
 from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
-from marlin_cli.statistics.store import load_statistics, load_unfinished, save_statistics, save_unfinished
+from marlin_cli.statistics.store import holds_statistics, load_statistics, load_unfinished, save_statistics, save_unfinished
 from marlin_cli.text import one_line, quoted
 from marlin_cli.writing import check_output_parent, claimed
 
@@ -40,10 +40,13 @@ def check_output(output: Path, *, resume: bool) -> None:
     """Raise now what `calibrate` would raise after the model is read.
 
     Raises:
-        OutputError: the output cannot be written, or an unfinished run is there and `resume` is off.
+        OutputError: the output cannot be written or is a file of another kind, or an unfinished run is there and `resume`
+            is off.
     """
     if output.is_dir():
         raise OutputError(f"{output}: is a folder; name a file to write")
+    if output.is_file() and not holds_statistics(output):
+        raise OutputError(f"{output}: is there and holds no statistics, which alone are replaced; name another file")
     check_output_parent(output)
     unfinished = unfinished_path(output)
     if unfinished.exists() and not resume:

@@ -59,6 +59,14 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     _save(path, statistics, None)
 
 
+def holds_statistics(path: Path) -> bool:
+    """Is this file one that `save_statistics` wrote, by what its header says? An empty one has nothing to lose."""
+    try:
+        return not path.stat().st_size or METADATA_KEY in open_arrays(path).metadata
+    except (StatisticsError, OSError):
+        return False
+
+
 def load_statistics(path: Path) -> Statistics:
     """Read and check finished statistics.
 

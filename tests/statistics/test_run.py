@@ -292,3 +292,13 @@ def test_kill_9_leaves_no_half_file(moment: str, network: MegaByte, sources: lis
     calibrate(network, corpus_of(sources), output, model=MODEL, resume=True)
     assert output.read_bytes() == whole.read_bytes()
     assert not unfinished_path(output).exists()
+
+
+def test_only_statistics_are_replaced(network: MegaByte, sources: list[str], output: Path) -> None:
+    output.write_bytes(b"somebody's notes")
+    with pytest.raises(OutputError, match="holds no statistics, which alone are replaced"):
+        calibrate(network, corpus_of(sources), output, model=MODEL)
+    assert output.read_bytes() == b"somebody's notes"
+    output.unlink()
+    for _ in range(2):
+        calibrate(network, corpus_of(sources), output, model=MODEL)
