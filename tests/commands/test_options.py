@@ -21,7 +21,7 @@ COMMANDS = get_command(cli.app).commands
 # What stands after an option that takes a value, and what it needs beside it.
 VALUES = {
     "--prompt": "ab",
-    "--prompt-file": "TEXT",
+    "--prompt-file": "SHORT",
     "--hex": "61",
     "--prompts": "PROMPTS",
     "--max-bytes": "4",
@@ -83,7 +83,7 @@ VALUES = {
     "--window-bytes": "32",
     "--stride-bytes": "32",
     "--max-bytes-per-file": "64",
-    "--max-quality-bytes": "64",
+    "--max-quality-bytes": "1k",
     "--reference-cache": "0",
     "--format": "json",
     "--plot": "plot.svg",
@@ -197,8 +197,8 @@ USED = [
     for option, uses in table.items()
     for family in uses
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
-    if not (command == "generate" and family is Family.ENCODES)
-    and option not in ("--show", "--merge", "--compare", "--import", "--stats", "--balance-keys", "--dequantize", "--plot")
+    if not (family is Family.ENCODES and (command == "generate" or option == "--no-throughput"))
+    and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
 ]
 
 
@@ -208,9 +208,12 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     (tmp_path / "TEXT").write_bytes(b"some bytes of text\n" * 400)
     (tmp_path / "PAIRS.tsv").write_bytes(b"source\ttarget\n" * 40)
     (tmp_path / "PROMPTS").write_bytes(b'"ab"\n')
+    (tmp_path / "SHORT").write_bytes(b"ab")
     arguments = _arguments(command, option, models[family])
     if "--output" not in arguments and command in ("calibrate", "quantize"):
         arguments += ["--output", "OUT"]
+    if "--sequential" in arguments and "--sequential-bytes" not in arguments:
+        arguments += ["--sequential-bytes", "2k"]
     if command == "calibrate":
         arguments = [*arguments, *([] if "--max-bytes" in arguments else ["--max-bytes", "256"])]
         arguments += [] if {"--corpus", "--pairs"} & {*arguments} else ["--corpus", "TEXT"]
@@ -219,17 +222,27 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}
         if "--no-throughput" in arguments:
-            arguments += ["--quality", "SCORED"] if family is not Family.ENCODES else []
+            arguments += ["--quality", "SCORED"] if "--quality" not in arguments else []
         else:
             arguments += [
                 each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
             ]
+    if "--quality" in arguments and family is Family.CONTINUES and "--window-bytes" not in arguments:
+        arguments += ["--window-bytes", "64"]  # of a context of 96
+    if "--export" in arguments:
+        arguments += ["--local-bits", "4"] if family is Family.CONTINUES else ["--wo-bits", "4"]
     names = {
         "OUT": "out.safetensors" if command == "calibrate" else "out.json" if command == "bench" else "out",
         "PAIRS": "PAIRS.tsv",
+        "STATS": "STATS.safetensors",
     }
     names["SCORED"] = "TEXT" if family is Family.CONTINUES else "PAIRS.tsv"
-    code, out, err = marlin(command, models[family], *(names.get(each, each) for each in arguments))
+    if "STATS" in arguments:
+        made = ("--corpus", tmp_path / "TEXT", "--max-bytes", "256", "--output", "STATS.safetensors")
+        code, _, err = marlin("calibrate", models[family], *made)
+        assert code == 0, err
+    model = [] if "--kernels" in arguments else [models[family]]
+    code, out, err = marlin(command, *model, *(names.get(each, each) for each in arguments))
     assert code == 0, err
     assert out or any((tmp_path / name).exists() for name in names.values())
 
