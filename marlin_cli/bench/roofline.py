@@ -78,6 +78,9 @@ def roofline_of(
         predicted: see `prediction.predicted_seconds`.
     """
     read, seconds = reading_of(model, context_bytes, bandwidth)
+    reached = None
+    if measured is not None:  # a part that none of a few bytes passed took no time
+        reached = {part: seconds[part] / measured[part] for part in seconds if measured[part] > 0}
     return Roofline(
         copy_bytes_per_second=bandwidth.copy,
         matvec_bytes_per_second={"dense": bandwidth.matvec, **bandwidth.packed},
@@ -85,7 +88,7 @@ def roofline_of(
         read_seconds_by_part=seconds,
         predicted_seconds_by_part=predicted,
         share=sum(seconds.values()) / seconds_per_byte,
-        bandwidth_reached=None if measured is None else {part: seconds[part] / measured[part] for part in seconds},
+        bandwidth_reached=reached,
     )
 
 

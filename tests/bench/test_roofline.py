@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.bandwidth import Bandwidth
 from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
-from marlin_cli.bench.roofline import bandwidth_for, roofline_of
+from marlin_cli.bench.roofline import bandwidth_for, reading_of, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
 from marlin_cli.engine.decoding import CacheBits
@@ -60,6 +60,13 @@ def test_the_bandwidth_that_each_part_reaches(model):
 
 
 @pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_a_part_that_no_byte_passed_reaches_nothing(model):
+    """One byte in the middle of a patch, say."""
+    _, reading = reading_of(model, 16, BANDWIDTH)
+    found = roofline_of(model, 16, 1.0, {**dict.fromkeys(reading, 1.0), "global": 0.0}, BANDWIDTH)
+    assert found.bandwidth_reached is not None and found.bandwidth_reached.keys() == reading.keys() - {"global"}
+
+
 def test_predictions_have_the_parts_that_are_measured(model):
     [speed] = measure_throughput([model], ThroughputSettings(20, 9, 1))
     [predicted] = predicted_seconds(model.config, layer_shapes(model.network), [24], model.cache_bits)
