@@ -15,13 +15,11 @@ class _Quoting(reprlib.Repr):
         self.maxlevel, self.maxstring, self.maxother = 3, MOST_QUOTED, MOST_QUOTED
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = 4
 
-    def repr_str(self, value: str, level: int) -> str:
-        """The beginning of a text."""
+    def repr_str(self, value: str | bytes, level: int) -> str:
+        """The beginning of a text, or of bytes."""
         return repr(value) if len(value) <= self.maxstring else repr(value[: self.maxstring - 3]) + "..."
 
-    def repr_bytes(self, value: bytes, level: int) -> str:
-        """The beginning of bytes."""
-        return repr(value) if len(value) <= self.maxstring else repr(value[: self.maxstring - 3]) + "..."
+    repr_bytes = repr_str
 
     def repr_int(self, value: int, level: int) -> str:
         """The digits; Python refuses to write more than some thousands of them."""

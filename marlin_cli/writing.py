@@ -281,10 +281,8 @@ def _rename_to_nothing(source: Path, target: Path) -> None:
     try:
         if not _renamed(source, target, _NO_REPLACE):
             source.rename(target)  # fails too where a folder with files in it has the name
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise OutputError(f"{target}: another run wrote it meanwhile; name another folder or pass --overwrite") from None
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
             raise
         raise OutputError(f"{target}: another run wrote it meanwhile; name another folder or pass --overwrite") from None
 

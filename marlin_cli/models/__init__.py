@@ -43,9 +43,6 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 # model_type -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5)}
 
-# Arrays that a packed linear layer has beside its weight.
-PACKED_SUFFIXES = (".scales", ".biases", ".global_scale")
-
 
 def build(
     config: Mapping[str, Any],
