@@ -8,10 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache, PackedKeyValueCache, check_cache_bits
-from marlin_cli.engine.cuda_patches import Patch, patch_decoder
+from marlin_cli.engine.cuda_patches import Patch
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.engine.scoring import not_finite
+from marlin_cli.engine.whole_patches import patch_decoder
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, Stack, StageConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.

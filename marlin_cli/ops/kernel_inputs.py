@@ -65,7 +65,7 @@ def page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
     """In the order of PAGE_INPUTS. Dense rows have no scales; a stand-in of as many axes takes their place."""
     inputs: list[mx.array] = []
     for page in (keys, values):
-        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, _no_scales()]
+        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, no_scales().reshape(1, 1, 1, -1)]
     return inputs
 
 
@@ -80,9 +80,25 @@ def unread() -> mx.array:
     return mx.zeros((1,), dtype=mx.int32)
 
 
+def no_scales() -> mx.array:
+    """A stand-in for scales that are not there: [8] uint8."""
+    return nothing(mx.uint8)
+
+
 @functools.cache
-def _no_scales() -> mx.array:
-    return mx.zeros((1, 1, 1, FEWEST_ON_DEVICE), dtype=mx.uint8)
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """A stand-in, in the device's address space, for an input of a type that a variant of a kernel does not read: [8]."""
+    return mx.zeros((FEWEST_ON_DEVICE,), dtype=dtype)
+
+
+def on_device(array: mx.array) -> mx.array:
+    """The array, of at least the elements that MLX leaves in the device's address space; more rows, which nothing reads."""
+    if array.size >= FEWEST_ON_DEVICE:
+        return array
+    axis = max(array.ndim - 2, 0)
+    a_row = array.size // array.shape[axis]
+    more = -(-FEWEST_ON_DEVICE // a_row)
+    return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
 
 
 @functools.lru_cache(maxsize=64)

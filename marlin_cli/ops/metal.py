@@ -10,11 +10,11 @@ from typing import Literal
 import mlx.core as mx
 
 from marlin_cli.ops.kernel_inputs import (
-    FEWEST_ON_DEVICE,
     FLOATS,
     alike,
     factor_input,
     integers,
+    on_device,
     page_inputs,
     row_count,
     shared_rows,
@@ -55,7 +55,7 @@ def attention(
     tile = tile_of(shared_rows(queries, kv_heads))
     tiles = tile_count(queries, kv_heads)
     simdgroups = 1 if total <= SHORT_SEQUENCE else _simdgroups(head_dim)
-    bias = queries if relative_bias is None else _on_device(relative_bias.astype(queries.dtype).reshape(-1))
+    bias = queries if relative_bias is None else on_device(relative_bias.astype(queries.dtype).reshape(-1))
     most = 0 if relative_bias is None else relative_bias.shape[1] // 2
     sizes = [heads, kv_heads, rows, total, causal, -1 if window is None else window]
     sizes += [left_padding is not None, lengths is not None, most]
@@ -258,7 +258,7 @@ def _cross_attention(
 
 
 def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
-    return [_on_device(array) for array in page_inputs(keys, values)]
+    return [on_device(array) for array in page_inputs(keys, values)]
 
 
 def _parts(
@@ -323,13 +323,3 @@ def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
         dtypes=[queries.dtype],
     )
     return out
-
-
-def _on_device(array: mx.array) -> mx.array:
-    """The array, of at least the elements that MLX leaves in the device's address space; more rows, which nothing reads."""
-    if array.size >= FEWEST_ON_DEVICE:
-        return array
-    axis = max(array.ndim - 2, 0)
-    a_row = array.size // array.shape[axis]
-    more = -(-FEWEST_ON_DEVICE // a_row)
-    return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
