@@ -1,10 +1,13 @@
 """Layers, rows and caches that the kernels of a step of decoding are checked with, and the same in float32."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
+from metal_text import barriers_of, without_barrier
 
 from marlin_cli.models.megabyte import VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
@@ -126,3 +129,18 @@ def close(found: mx.array, expected: mx.array, dtype: mx.Dtype) -> None:
     assert found.shape == expected.shape and mx.isfinite(found).all()
     off = mx.abs(found.astype(mx.float32) - expected).max().item()
     assert off <= TOLERANCES[dtype] * mx.abs(expected).max().item(), off
+
+
+def check_barrier(call: Callable[..., object], number: int) -> None:
+    """A launch whose text lacks its barrier `number` depends on the order of threads; `call` takes the change of texts."""
+    cut = []
+
+    def without(text: str) -> str:
+        if number >= len(barriers_of(text)):
+            return text
+        cut.append(number)
+        return without_barrier(text, number)
+
+    with pytest.raises(AssertionError, match="order-dependent|events: ended"):
+        call(change=without)
+    assert cut

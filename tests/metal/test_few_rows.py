@@ -190,3 +190,72 @@ def test_result(emulated, call, case, kernels, dtype):
 @every_case(fast=False)
 def test_sanitized(emulated, call, case, kernels, dtype):
     check(emulated, call, case, kernels, dtype, sanitized=True)
+
+
+# Barriers of the whole text, of which the first two stand in the part that all share: before the mean, and before the squares.
+BARRIERS = {
+    "linear, squares": (linear, NORMS["rmsnorm"], 1),
+    "linear, mean": (linear, NORMS["layernorm"], 0),
+    "linear, squares off the mean": (linear, NORMS["variance"], 1),
+    "feed-forward": (feed_forward, NORMS["rmsnorm"], 1),
+    "feed-forward, mean": (feed_forward, NORMS["layernorm"], 0),
+    "projections": (projections, NORMS["rmsnorm"], 1),
+    "projections, mean": (projections, NORMS["variance"], 0),
+    "attention to the tail": (attention, TAILS["last row, grouped heads"], 2),
+    "joined attention": (attention, CACHES["several splits"], 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "case", "number"), BARRIERS.values(), ids=BARRIERS.keys())
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_barriers(emulated, call, case, number, dtype):
+    """Each one, cut out, is missed."""
+    cases.check_barrier(lambda **how: emulated(call(case, dtype)[0], **how), number)
+
+
+@pytest.mark.slow
+def test_the_barrier_of_cache_attention(emulated):
+    cases.check_barrier(lambda **how: emulated(attention(CACHES["several splits"], mx.bfloat16)[0], **how), 0)
+
+
+# What leaves each kernel to compile and free of races: the reference alone can tell.
+WRONG = {
+    "no factor": (linear, PRODUCTS["a factor"], "lane) * factors[0];", "lane);"),
+    "a stream's neighbour": (
+        linear,
+        PRODUCTS["three streams, ragged"],
+        "const int stream = first + lane / ROWS, row",
+        "const int stream = first + (TILE - 1 - lane / ROWS) % TILE, row",
+    ),
+    "up for gate": (feed_forward, FEED_FORWARDS["nvfp4"], "MARLIN_WEIGHTS(weights, gate)", "MARLIN_WEIGHTS(weights, up)"),
+    "turned the other way": (projections, PROJECTIONS["rotated"], "one * cosine - other * sine", "one * cosine + other * sine"),
+    "a row early": (projections, PROJECTIONS["rotated"], "float(counts[0] + at", "float(counts[0] + at - 1"),
+    "a row is not seen": (attention, TAILS["nvfp4"], "seen = counts[1] + 1;", "seen = counts[1];"),
+    "the tail is not seen": (attention, CACHES["nvfp4"], "in_tail ? counts[1] + 1", "in_tail ? 0"),
+    "rows that are not there": (
+        attention,
+        CACHES["splits without rows"],
+        "metal::min(counts[0], (split + 1) * rows_a_split)",
+        "metal::min(capacity, (split + 1) * rows_a_split)",
+    ),
+    "parts of unequal peaks": (attention, CACHES["several splits"], "stats[(at * HEADS + head) * 2] - peak", "0.0f"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "case", "right", "wrong"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_kernel_is_found(emulated, call, case, right, wrong):
+    """The table of cases is not blind to it."""
+    edited = []
+
+    def edit(text: str) -> str:
+        edited.append(right in text)
+        return text.replace(right, wrong)
+
+    twin, exact, _ = call(case, mx.float32)
+    found = emulated(twin, change=edit)
+    assert any(edited)
+    with pytest.raises(AssertionError):
+        for result, expected in zip(found.result, exact(), strict=True):
+            cases.close(result, expected, mx.float32)
