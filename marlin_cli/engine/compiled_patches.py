@@ -129,8 +129,10 @@ class CompiledPatches:
 
         self._empty_global, self._empty_local = empty(config.stages[0], TAIL_ROWS), empty(config.stages[-1], config.patch_size)
         self._no_ids = mx.zeros((self._streams, config.patch_size), dtype=mx.int32)
+        positions = self._network.stages[-1].positions
+        self._first_position = None if positions is None else mx.contiguous(positions.weight[:1])
         self._places = [Place(mx.array([0, row], dtype=mx.int32), None) for row in range(config.patch_size)]
-        mx.eval([self._empty_global, self._empty_local, self._no_ids, self._places])
+        mx.eval([self._empty_global, self._empty_local, self._no_ids, self._places, self._first_position])
 
     def _filters_of(self, sampling: Sampling) -> mx.array:
         if sampling not in self._filters:
@@ -167,7 +169,7 @@ class CompiledPatches:
     def _local_steps(self, condition: mx.array, drawing: Drawing) -> mx.array:
         """The ids [streams, patch_size] of the patch that `condition` [streams, 1, dim] leads."""
         network, stage = self._network, self._network.stages[-1]
-        rows = network.leading_row(1, condition.shape[0], condition, None)[:, 0]
+        rows = condition[:, 0] if self._first_position is None else condition[:, 0] + self._first_position
         norm, positions = _norm(network.config, stage.stack.norm), None if stage.positions is None else stage.positions.weight
         ids, tails = self._no_ids, list(self._empty_local)
         for number, place in enumerate(self._places):

@@ -88,7 +88,9 @@ def no_scales() -> mx.array:
 @functools.cache
 def nothing(dtype: mx.Dtype) -> mx.array:
     """A stand-in, in the device's address space, for an input of a type that a variant of a kernel does not read: [8]."""
-    return mx.zeros((FEWEST_ON_DEVICE,), dtype=dtype)
+    made = mx.zeros((FEWEST_ON_DEVICE,), dtype=dtype)
+    mx.eval(made)  # or a graph that is traced here would make it anew, in a launch
+    return made
 
 
 def on_device(array: mx.array) -> mx.array:
