@@ -218,7 +218,9 @@ def main() -> None:
         linear_in_layers(lambda n: of_patches(network(1, n))[1].total() - of_patches(network(1, n))[0].total()),
     ]
     print("whole patches: a patch of %d bytes %d a layer + %d; a global step %d a layer + %d" % (patch, *after[0], *after[1]))
-    print("what is launched, a byte:", dict(of_operations(network(2, 2))[0]), "and a patch:", dict(of_patches(network(2, 2))[1]))
+    print(
+        "what is launched, a byte:", dict(of_operations(network(2, 2))[0]), "and a patch:", dict(of_patches(network(2, 2))[1])
+    )
     for name, shape in {"demo's": (2, 6), "166 M": (4, 12)}.items():
         times = [seconds(network(*shape), whole, options.rounds) for whole in (False, True)]
         print(

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.ops import reference
+from marlin_cli.ops.reference import KeyValueRows
+
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu,
 }  # fmt: skip
@@ -109,6 +112,25 @@ def attention_out(
         bias = reading.relative_bias[:, mx.clip(positions - position, -most, most) + most].astype(queries.dtype)
         mask = mx.where(seen, bias[None, :, None], mx.finfo(queries.dtype).min)
     out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=reading.scale, mask=mask)
+    return residual + reading.out(out.reshape(queries.shape[0], -1))
+
+
+def memory_attention_out(
+    queries: mx.array,
+    keys: KeyValueRows,
+    values: KeyValueRows,
+    lengths: mx.array | None,
+    reading: Reading,
+    residual: mx.array,
+) -> mx.array:
+    """residual + attention of a row of each stream over another sequence, through a linear layer: [streams, width].
+
+    Args:
+        queries: [streams, heads, 1, head_dim].
+        keys, values: [streams, heads, total, head_dim], dense or packed.
+        lengths: [streams] how many rows of the other sequence are real; all if None.
+    """
+    out = reference.paged_attention(queries, [keys], [values], reading.scale, causal=False, lengths=lengths)
     return residual + reading.out(out.reshape(queries.shape[0], -1))
 
 

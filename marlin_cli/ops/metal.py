@@ -247,14 +247,22 @@ def _cross_attention(
     queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None
 ) -> mx.array:
     """Attention that hides nothing, over one array of keys and one of values, split along its rows."""
+    splits = -(-row_count(keys) // _rows_a_split(queries, keys, row_count(keys)))
+    part = cross_parts(queries, keys, values, scale, lengths, splits == 1)
+    return part[0].reshape(queries.shape) if splits == 1 else _combine([part], queries)
+
+
+def cross_parts(
+    queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None, final: bool
+) -> list[mx.array]:
+    """What splits of the keys have seen, and their peaks and weights, see `_parts`; `final` only where there is one split."""
     total, kv_heads = row_count(keys), stored(keys).shape[1]
     rows_a_split = _rows_a_split(queries, keys, total)
-    splits = -(-total // rows_a_split)
     queries = mx.contiguous(queries)
     sizes = [queries.shape[1], kv_heads, queries.shape[2], total, rows_a_split, lengths is not None]
     inputs = [queries, *_page_inputs(keys, values), integers(lengths), factor_input(scale), mx.array(sizes, dtype=mx.int32)]
-    part = _parts("flash_attention_cross_asymmetric", inputs, queries, keys, values, splits, splits == 1)
-    return part[0].reshape(queries.shape) if splits == 1 else _combine([part], queries)
+    splits = -(-total // rows_a_split)
+    return _parts("flash_attention_cross_asymmetric", inputs, queries, keys, values, splits, final)
 
 
 def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.ops import metal
 from marlin_cli.ops.few_rows import Drawing, Norm, Place, Projections, Reading, Tail
 from marlin_cli.ops.kernel_inputs import FLOATS, integers, no_scales, nothing, on_device, tile_of
 from marlin_cli.ops.kernel_source import launch
 from marlin_cli.ops.layers import Linear, QuantizedLinear
 from marlin_cli.ops.metal_kernels import kernel
+from marlin_cli.ops.reference import KeyValueRows
 
 PIECE = 8  # values of a row that a lane multiplies at once
 MOST_STREAMS = 8  # rows of x that share a weight's decoding; more of them are for MLX's matrix units
@@ -87,48 +89,101 @@ def takes_projections(x: mx.array, norm: Norm, parts: Projections, tail: Tail, p
 def attention_out(
     queries: mx.array, stored: Tail | None, tail: Tail, place: Place, reading: Reading, residual: mx.array
 ) -> mx.array:
-    """See `few_rows.attention_out`: a launch where nothing is stored, else two."""
+    """See `few_rows.attention_out`: a launch where a short tail is all there is, and nothing hides it, else two."""
+    plain = place.left_padding is None and reading.window is None and reading.relative_bias is None
+    if stored is not None or not plain or tail.keys.shape[2] > MOST_TAIL_ROWS:
+        return _joined(*_cache_attention(queries, stored or tail, tail, place, reading), queries, reading, residual)
     streams, heads, _, head_dim = queries.shape
-    width, kv_heads, tail_rows = heads * head_dim, tail.keys.shape[1], tail.keys.shape[2]
     layer = _read(reading.out, queries.dtype)
-    tile = _tile(streams)
-    while tile * width > MOST_SHARED:
-        tile //= 2
-    rows = _rows(layer.out_rows, tile)
-    variant = {
-        "T": queries.dtype, **_template(layer), "TILE": tile, "ROWS": rows, "SIMDGROUPS": SIMDGROUPS,
-        "HEAD_DIM": head_dim, "WIDTH": width,
-    }  # fmt: skip
-    how: dict[str, Any] = {
-        **_grid(layer.out_rows, rows, streams, tile), "shapes": [residual.shape], "dtypes": [residual.dtype],
-    }  # fmt: skip
-    if stored is None and reading.relative_bias is None:
-        sizes = [streams, heads, kv_heads, tail_rows, layer.out_rows]
-        inputs = [queries, on_device(tail.keys), on_device(tail.values), *layer.arrays, residual, place.counts]
-        inputs += [_floats([reading.scale, layer.factor]), _integers(sizes)]
-        return launch(kernel("tail_attention_linear"), inputs, variant, **how)[0]
-    parts, stats = _cache_attention(queries, stored or tail, tail, place, reading)
-    sizes = [parts.shape[0], streams, layer.out_rows]
-    inputs = [parts, stats, *layer.arrays, residual, _floats([layer.factor]), _integers(sizes)]
-    return launch(kernel("joined_linear"), inputs, variant, **how)[0]
+    tile, rows, variant = _shared(layer, queries)
+    sizes = [streams, heads, tail.keys.shape[1], tail.keys.shape[2], layer.out_rows]
+    (out,) = launch(
+        kernel("tail_attention_linear"),
+        [
+            queries, on_device(tail.keys), on_device(tail.values), *layer.arrays, residual, place.counts,
+            _floats([reading.scale, layer.factor]), _integers(sizes),
+        ],
+        variant,
+        **_grid(layer.out_rows, rows, streams, tile),
+        shapes=[residual.shape],
+        dtypes=[residual.dtype],
+    )  # fmt: skip
+    return out
 
 
 def takes_attention_out(
     queries: mx.array, stored: Tail | None, tail: Tail, place: Place, reading: Reading, residual: mx.array
 ) -> bool:
-    """Heads of whole pieces up to 256; where nothing is stored, a short tail without window, padding and bias."""
-    _, heads, _, head_dim = queries.shape
-    plain = place.left_padding is None and reading.window is None and reading.relative_bias is None
+    """Rows of one type."""
+    same = all(array.dtype == queries.dtype for array in (*tail, *(stored or tail)))
+    return same and _takes_reading(queries, reading, residual)
+
+
+def memory_attention_out(
+    queries: mx.array,
+    keys: KeyValueRows,
+    values: KeyValueRows,
+    lengths: mx.array | None,
+    reading: Reading,
+    residual: mx.array,
+) -> mx.array:
+    """See `few_rows.memory_attention_out`: two launches."""
+    parts, stats = metal.cross_parts(queries, keys, values, reading.scale, lengths, final=False)
+    return _joined(parts, stats, queries, reading, residual)
+
+
+def takes_memory_attention_out(
+    queries: mx.array,
+    keys: KeyValueRows,
+    values: KeyValueRows,
+    lengths: mx.array | None,
+    reading: Reading,
+    residual: mx.array,
+) -> bool:
+    """What `metal.paged_attention` takes of few rows."""
+    known = metal.takes_paged_attention(queries, [keys], [values], reading.scale, causal=False, lengths=lengths)
+    return known and _takes_reading(queries, reading, residual)
+
+
+def _takes_reading(queries: mx.array, reading: Reading, residual: mx.array) -> bool:
+    """Heads of whole pieces up to 256, and no more of them than a threadgroup holds."""
+    streams, heads, _, head_dim = queries.shape
     return (
-        0 < queries.shape[0] <= MOST_STREAMS
+        0 < streams <= MOST_STREAMS
         and queries.dtype in FLOATS
+        and residual.dtype == queries.dtype
         and head_dim % PIECE == 0
         and head_dim <= 32 * PIECE
         and heads * head_dim <= MOST_SHARED
-        and (stored is not None or (plain and tail.keys.shape[2] <= MOST_TAIL_ROWS))
-        and all(array.dtype == queries.dtype for array in (*tail, *(stored or tail), residual))
         and _takes_layers([reading.out], queries, biased=False)
     )
+
+
+def _joined(parts: mx.array, stats: mx.array, queries: mx.array, reading: Reading, residual: mx.array) -> mx.array:
+    """What splits have seen, as one, through the linear layer after it."""
+    layer = _read(reading.out, queries.dtype)
+    tile, rows, variant = _shared(layer, queries)
+    sizes = [parts.shape[0], queries.shape[0], layer.out_rows]
+    (out,) = launch(
+        kernel("joined_linear"),
+        [parts, stats, *layer.arrays, residual, _floats([layer.factor]), _integers(sizes)],
+        variant,
+        **_grid(layer.out_rows, rows, queries.shape[0], tile),
+        shapes=[residual.shape],
+        dtypes=[residual.dtype],
+    )
+    return out
+
+
+def _shared(layer: _Weights, queries: mx.array) -> tuple[int, int, dict[str, Any]]:
+    """Tile and rows of a kernel whose threadgroups hold the attention of a tile, and its template."""
+    streams, heads, _, head_dim = queries.shape
+    tile = _tile(streams)
+    while tile * heads * head_dim > MOST_SHARED:
+        tile //= 2
+    rows = _rows(layer.out_rows, tile)
+    sizes = {"TILE": tile, "ROWS": rows, "SIMDGROUPS": SIMDGROUPS, "HEAD_DIM": head_dim, "WIDTH": heads * head_dim}
+    return tile, rows, {"T": queries.dtype, **_template(layer), **sizes}
 
 
 def feed_forward(x: mx.array, norm: Norm, gate: nn.Module | None, up: nn.Module, activation: str) -> mx.array:

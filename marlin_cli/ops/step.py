@@ -21,6 +21,9 @@ def _on_metal(plain: Callable[P, R], twin: Callable[P, R], takes: Callable[P, bo
 
 projections = _on_metal(few_rows.projections, metal_few_rows.projections, metal_few_rows.takes_projections)
 attention_out = _on_metal(few_rows.attention_out, metal_few_rows.attention_out, metal_few_rows.takes_attention_out)
+memory_attention_out = _on_metal(
+    few_rows.memory_attention_out, metal_few_rows.memory_attention_out, metal_few_rows.takes_memory_attention_out
+)
 feed_forward = _on_metal(few_rows.feed_forward, metal_few_rows.feed_forward, metal_few_rows.takes_feed_forward)
 linear_added = _on_metal(few_rows.linear_added, metal_few_rows.linear_added, metal_few_rows.takes_linear_added)
 normed_linear = _on_metal(few_rows.normed_linear, metal_few_rows.normed_linear, metal_few_rows.takes_normed_linear)

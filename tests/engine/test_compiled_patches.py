@@ -74,7 +74,7 @@ def test_greedy_bytes(network, prompt_bytes, by_patches, monkeypatch):
     assert found == by_operations(monkeypatch, network, prompts, Sampling())
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.3, marks=pytest.mark.slow)])
 def test_compiled(random_network, small_sizes, temperature, by_patches, monkeypatch):
     """On a CPU a C++ compiler takes its time for it, so there are few of these."""
     network = random_network(MegaByteConfig(**{**small_sizes, "max_bytes": 400}))

@@ -12,6 +12,7 @@ from metal_text import barriers_of, without_barrier
 from marlin_cli.models.megabyte import VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.few_rows import Norm, Place, Projections, Reading, Tail
+from marlin_cli.ops.reference import KeyValueRows, Packed, pack_rows
 
 # Group, bits and mode as `mx.quantize` has them.
 FORMATS: dict[str, tuple[int, int, str] | None] = {
@@ -46,6 +47,8 @@ class Case:
     window: int | None = None
     left_padding: tuple[int, ...] | None = None
     most: int | None = None  # of the relative bias
+    memory: tuple[int, int, int] | None = None  # rows of another sequence, bits of its keys and of its values
+    lengths: tuple[int, ...] | None = None  # real ones of these rows
     # Feed-forward.
     gated: bool = True
     activation: str = "silu"
@@ -108,6 +111,16 @@ def tail(case: Case, dtype: mx.Dtype, count: int | None = None, seed: int = 7) -
     shape = (case.streams, case.kv_heads, count or case.tail_rows, case.head_dim)
     made = Tail(*(mx.random.normal(shape, key=key).astype(dtype) for key in mx.random.split(mx.random.key(seed), 2)))
     return made, Tail(*(array.astype(mx.float32) for array in made))
+
+
+def memory(case: Case, dtype: mx.Dtype) -> tuple[list[KeyValueRows], list[KeyValueRows]]:
+    """Keys and values of another sequence, dense or packed, and the same dense rows in float32."""
+    assert case.memory is not None
+    total, *bits = case.memory
+    shape = (case.streams, case.heads, total, case.head_dim)
+    made = [mx.random.normal(shape, key=key).astype(dtype) for key in mx.random.split(mx.random.key(11), 2)]
+    rows = [each if n == 16 else pack_rows(each.astype(mx.float32), n) for each, n in zip(made, bits, strict=True)]
+    return rows, [each if isinstance(each, Packed) else each.astype(mx.float32) for each in rows]
 
 
 def place(case: Case) -> Place:

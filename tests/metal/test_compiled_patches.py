@@ -1,4 +1,4 @@
-"""Whole patches by the Metal kernels of a step, on the emulator: the bytes of decoding operation by operation, and the launches."""
+"""Whole patches by the Metal kernels of a step, on the emulator: the bytes of decoding by operations, and the launches."""
 
 from collections import Counter
 
@@ -17,8 +17,9 @@ from marlin_cli.quantization.plan import QuantizationSettings
 pytestmark = pytest.mark.metal
 
 SIZES = {
-    "patch_size": 4, "max_bytes": 96, "global_layers": 2, "global_dim": 64, "global_heads": 2, "local_layers": 1, "local_dim": 32,
-    "local_heads": 2,
+    "patch_size": 4, "max_bytes": 96,
+    "global_layers": 2, "global_dim": 64, "global_heads": 2,
+    "local_layers": 1, "local_dim": 32, "local_heads": 2,
 }  # fmt: skip
 SHAPES = {
     "prefix": ({}, "nvfp4", {}),

@@ -61,12 +61,24 @@ CACHES = {
     "window": Case(before=150, capacity=256, window=20, at=2, heads=3, kv_heads=1),
     "window within the tail": Case(before=150, capacity=256, window=1, at=5),
     "padding": Case(streams=3, before=40, capacity=64, left_padding=(0, 41, 7), head_dim=64, heads=5, kv_heads=5),
+    "a tail with a bias alone": Case(at=5, most=4),
+    "a tail with padding alone": Case(streams=2, at=5, left_padding=(1, 4)),
+    "a long tail alone": Case(tail_rows=70, at=66),
     "relative bias": Case(streams=2, before=140, capacity=160, at=4, most=9, head_dim=64),
     "relative bias, fewer than 8 elements": Case(before=2, capacity=8, heads=1, kv_heads=1, most=1, head_dim=16, width=5),
     "grouped heads, ragged tile": Case(heads=7, kv_heads=1, head_dim=40, before=17, capacity=17),
     "widest head": Case(heads=1, kv_heads=1, head_dim=256, before=70, capacity=80, at=7),
     "a factor": Case(format="nvfp4", factor=0.3, before=9, capacity=20),
 }  # fmt: skip
+
+MEMORIES = {
+    "plain": Case(streams=2, memory=(40, 16, 16), lengths=(3, 40), head_dim=64, heads=3, fast=True),
+    "packed": Case(memory=(300, 4, 8), format="nvfp4"),
+    "one row": Case(memory=(1, 16, 16), head_dim=16, width=33),
+}
+
+# Fewer of them, as these kernels are compiled for the others.
+ADDED = {name: PRODUCTS[name] for name in ("dense", "nvfp4", "int8", "three streams, ragged", "fewer than 8 elements")}
 
 
 def linear(case: Case, dtype: mx.Dtype) -> tuple[Callable, Callable, bool]:
@@ -151,14 +163,28 @@ def attention(case: Case, dtype: mx.Dtype) -> tuple[Callable, Callable, bool]:
     )
 
 
+def memory(case: Case, dtype: mx.Dtype) -> tuple[Callable, Callable, bool]:
+    queries = cases.rows(case, dtype, case.heads * case.head_dim).reshape(case.streams, case.heads, 1, case.head_dim)
+    (rows, exact_rows), (reading, exact) = cases.memory(case, dtype), cases.reading(case, dtype)
+    lengths, residual = None if case.lengths is None else mx.array(case.lengths), cases.rows(case, dtype, seed=6)
+    arguments = queries, *rows, lengths, reading, residual
+    wide = queries.astype(mx.float32), *exact_rows, lengths, exact, residual.astype(mx.float32)
+    return (
+        lambda: [metal_few_rows.memory_attention_out(*arguments)],
+        lambda: [few_rows.memory_attention_out(*wide)],
+        metal_few_rows.takes_memory_attention_out(*arguments),
+    )
+
+
 PARTS: dict[str, tuple[Callable, Mapping[str, Case], set[str]]] = {
     "normed_linear": (linear, LINEARS, {"norm_linear"}),
     "head": (head, NORMS, {"norm_linear"}),
-    "linear_added": (added, PRODUCTS, {"norm_linear"}),
+    "linear_added": (added, ADDED, {"norm_linear"}),
     "feed_forward": (feed_forward, FEED_FORWARDS, {"norm_feed_forward"}),
     "projections": (projections, PROJECTIONS, {"norm_projections"}),
     "tail": (attention, TAILS, {"tail_attention_linear"}),
     "cache": (attention, CACHES, {"cache_attention", "joined_linear"}),
+    "memory": (memory, MEMORIES, {"flash_attention_cross_asymmetric", "joined_linear"}),
 }
 
 
