@@ -156,10 +156,10 @@ OPERATIONS = {
     "flash_attention_cross_asymmetric": ("cpu", "metal", "cuda"),
     "patch_embed": ("metal", "cuda"),
     "strided_pool": ("metal", "cuda"),
-    "stack": ("cpu",),
-    "answer_decode": ("cpu",),
+    "stack": ("cpu", "metal"),
+    "answer_decode": ("cpu", "metal"),
     "sequence_costs": ("cpu",),
-    "local_patch_decode": ("cpu",),
+    "local_patch_decode": ("cpu", "metal"),
 }
 
 

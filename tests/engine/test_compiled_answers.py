@@ -97,7 +97,7 @@ def test_compiled(by_steps, monkeypatch):
 def test_whole_answers(network, by_steps, monkeypatch):
     def answers():
         pieces = answer(network, SOURCES, AnswerLimits(max_length=20), Sampling(1.0, top_k=30, seed=4))
-        return [news for news in pieces]
+        return list(pieces)
 
     found = answers()
     monkeypatch.setattr(encoder_decoder, "gpu", lambda: None)

@@ -188,12 +188,12 @@ PARTS: dict[str, tuple[Callable, Mapping[str, Case], set[str]]] = {
 }
 
 
-def every_case(fast: bool) -> pytest.MarkDecorator:
-    """Every case of every part in every type; where `fast`, the plain suite has some, in bfloat16."""
+def every_case(dtypes: Mapping[str, mx.Dtype], fast: bool) -> pytest.MarkDecorator:
+    """Every case of every part in these types; where `fast`, the plain suite has some, in bfloat16."""
     given = []
     for part, (call, table, kernels) in PARTS.items():
         for name, case in table.items():
-            for label, dtype in DTYPES.items():
+            for label, dtype in dtypes.items():
                 marks = () if fast and case.fast and dtype == mx.bfloat16 else (pytest.mark.slow,)
                 given.append(pytest.param(call, case, kernels, dtype, id=f"{part}-{name}-{label}", marks=marks))
     return pytest.mark.parametrize(("call", "case", "kernels", "dtype"), given)
@@ -208,12 +208,12 @@ def check(emulated, call: Callable, case: Case, kernels: set[str], dtype: mx.Dty
         cases.close(result, expected, dtype if result.dtype == dtype else mx.float32)
 
 
-@every_case(fast=True)
+@every_case(DTYPES, fast=True)
 def test_result(emulated, call, case, kernels, dtype):
     check(emulated, call, case, kernels, dtype)
 
 
-@every_case(fast=False)
+@every_case({"bfloat16": mx.bfloat16}, fast=False)
 def test_sanitized(emulated, call, case, kernels, dtype):
     check(emulated, call, case, kernels, dtype, sanitized=True)
 
@@ -285,3 +285,39 @@ def test_a_wrong_kernel_is_found(emulated, call, case, right, wrong):
     with pytest.raises(AssertionError):
         for result, expected in zip(found.result, exact(), strict=True):
             cases.close(result, expected, mx.float32)
+
+
+@pytest.mark.parametrize("name", ["normed_linear", "feed_forward", "projections"])
+def test_a_nan_stays_in_its_stream(emulated, name):
+    case = Case(streams=3, base=1e4)
+    x, (norm, _), (parts, _) = cases.rows(case, mx.float32), cases.norm(case, mx.float32), cases.projections(case, mx.float32)
+    x[1, 5] = float("nan")
+    up, gate = (cases.layer(case, mx.float32, 64, seed=seed)[0] for seed in (1, 4))
+    call = {
+        "normed_linear": lambda: metal_few_rows.normed_linear(x, norm, up, None, mx.float32),
+        "feed_forward": lambda: metal_few_rows.feed_forward(x, norm, gate, up, "silu"),
+        "projections": lambda: metal_few_rows.projections(x, norm, parts, cases.tail(case, mx.float32)[0], cases.place(case))[
+            0
+        ],
+    }[name]
+    found = mx.isnan(emulated(call).result.reshape(3, -1))
+    assert found[1].all() and not found[0].any() and not found[2].any()
+
+
+@pytest.mark.parametrize("table", [TAILS["first row"], CACHES["several splits"]], ids=["tail", "cache"])
+def test_rows_that_are_not_there_are_not_read(emulated, table):
+    """What stands behind the new row, and behind the rows of the storage, may be anything."""
+    queries = cases.rows(table, mx.float32, table.heads * table.head_dim).reshape(table.streams, table.heads, 1, -1)
+    stored = None if table.capacity is None else cases.tail(table, mx.float32, table.capacity, seed=8)[0]
+    tail, place, reading = cases.tail(table, mx.float32)[0], cases.place(table), cases.reading(table, mx.float32)[0]
+    residual = cases.rows(table, mx.float32, seed=6)
+    expected = few_rows.attention_out(queries, stored, tail, place, reading, residual)
+
+    def spoilt(rows: few_rows.Tail | None, count: int) -> few_rows.Tail | None:
+        if rows is None:
+            return None
+        there = mx.arange(rows.keys.shape[2])[:, None] < count
+        return few_rows.Tail(*(mx.where(there, array, mx.array(float("nan"))) for array in rows))
+
+    given = queries, spoilt(stored, table.before), spoilt(tail, table.at + 1), place, reading, residual
+    cases.close(emulated(lambda: metal_few_rows.attention_out(*given)).result, expected, mx.float32)
