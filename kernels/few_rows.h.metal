@@ -14,32 +14,38 @@ enum Activation { SILU, GELU, GELU_TANH, RELU };
 // W[rows, depth] of one layer. A piece of a row is `values` times its scale; of int4 and int8, its zero is added to each.
 template <typename T, int KIND, int GROUP>
 struct Weights {
+  static constant constexpr bool AFFINE = KIND == INT4 || KIND == INT8;
+  static constant constexpr int WORDS = KIND == MXFP8 || KIND == INT8 ? 2 : 1;  // of a piece
+
   const device uint32_t* words;
-  const device uint8_t* scales;
+  const device metal::conditional_t<AFFINE, T, uint8_t>* scales;
   const device T* zeros;
-  static constant constexpr bool AFFINE = false;
 
   METAL_FUNC void load(int row, int piece, int depth, thread float (&values)[PIECE], thread float& scale, thread float& zero) const {
-    const int64_t at = int64_t(row) * (depth / PIECE) + piece;
-    const uint code = scales[int64_t(row) * (depth / GROUP) + piece * PIECE / GROUP];
-    if (KIND == MXFP8) {
-      const uint pair[2] = {words[2 * at], words[2 * at + 1]};
-      MARLIN_UNROLL
-      for (int i = 0; i < 4; i++) {
-        const float2 two = from_e4m3_pair(pair[i / 2], i % 2);
-        values[i / 2 * 4 + i % 2] = two.x;
-        values[i / 2 * 4 + i % 2 + 2] = two.y;
-      }
-    } else {
-      const uint word = words[at];
-      MARLIN_UNROLL
-      for (int p = 0; p < 4; p++) {
-        const float2 two = from_e2m1_pair(word, p);
+    const device uint32_t* from = words + (int64_t(row) * (depth / PIECE) + piece) * WORDS;
+    const int64_t group = int64_t(row) * (depth / GROUP) + piece * PIECE / GROUP;
+    const uint first = from[0], second = from[WORDS - 1];
+    MARLIN_UNROLL
+    for (int p = 0; p < 4; p++) {
+      if (KIND == INT4) {
+        values[p] = float(first >> (4 * p) & 15);
+        values[p + 4] = float(first >> (4 * p + 16) & 15);
+      } else if (KIND == INT8) {
+        values[p] = float(first >> (8 * p) & 255);
+        values[p + 4] = float(second >> (8 * p) & 255);
+      } else if (KIND == MXFP8) {
+        const float2 two = from_e4m3_pair(p < 2 ? first : second, p % 2);
+        values[p / 2 * 4 + p % 2] = two.x;
+        values[p / 2 * 4 + p % 2 + 2] = two.y;
+      } else {
+        const float2 two = from_e2m1_pair(first, p);
         values[p] = two.x;
         values[p + 4] = two.y;
       }
     }
-    scale = KIND == NVFP4 ? from_e4m3(code) : from_e8m0(code);
+    const float number = float(scales[group]);
+    scale = AFFINE ? number : KIND == NVFP4 ? from_e4m3(uint(number)) : from_e8m0(uint(number));
+    if (AFFINE) zero = float(zeros[group]);
   }
 };
 
@@ -57,29 +63,6 @@ struct Weights<T, DENSE, GROUP> {
     scale = 1.0f;
   }
 };
-
-template <typename T, int GROUP, int BITS>
-struct WholeNumbers {
-  const device uint32_t* words;
-  const device T* scales;
-  const device T* zeros;
-  static constant constexpr bool AFFINE = true;
-
-  METAL_FUNC void load(int row, int piece, int depth, thread float (&values)[PIECE], thread float& scale, thread float& zero) const {
-    constexpr int A_WORD = 32 / BITS;
-    const device uint32_t* from = words + int64_t(row) * (depth / A_WORD) + piece * PIECE / A_WORD;
-    MARLIN_UNROLL
-    for (int i = 0; i < PIECE; i++) values[i] = float(from[i / A_WORD] >> (i % A_WORD * BITS) & ((1u << BITS) - 1));
-    const int64_t group = int64_t(row) * (depth / GROUP) + piece * PIECE / GROUP;
-    scale = float(scales[group]);
-    zero = float(zeros[group]);
-  }
-};
-
-template <typename T, int GROUP>
-struct Weights<T, INT4, GROUP> : WholeNumbers<T, GROUP, 4> {};
-template <typename T, int GROUP>
-struct Weights<T, INT8, GROUP> : WholeNumbers<T, GROUP, 8> {};
 
 // Sets the Weights of a layer to arrays of a kernel, which are named after it.
 #define MARLIN_WEIGHTS(weights, layer)   \
