@@ -70,8 +70,8 @@ def answers(ranks: Ranks, folder: Path, **options: Any) -> None:
 
 
 def job_together(folder: Path) -> None:
-    from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
-    from marlin_cli.bench.quality import measure_quality
+    from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
+    from marlin_cli.quality.quality import measure_quality
 
     seen: list[int] = []
     with joined() as ranks:

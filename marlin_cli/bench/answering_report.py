@@ -4,9 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from marlin_cli.bench.answering_speed import AnsweringSpeed
-from marlin_cli.bench.estimates import Estimate
 from marlin_cli.bench.machine import Machine
-from marlin_cli.bench.pairs import PairQuality, PairScore
 from marlin_cli.bench.report import (
     PERCENTILES,
     Measurement,
@@ -23,6 +21,8 @@ from marlin_cli.bench.report import (
     weights_table,
 )
 from marlin_cli.bench.throughput import ThroughputSettings
+from marlin_cli.quality.estimates import Estimate
+from marlin_cli.quality.pairs import PairQuality, PairScore
 
 ALL_PAIRS = "all"
 

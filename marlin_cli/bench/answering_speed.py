@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.answering_model import AnsweringModel
-from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.greedy import GREEDY
+from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.throughput import ThroughputSettings, sample_prompt
 from marlin_cli.engine.encoder_decoder import AnswerState, encode
 from marlin_cli.engine.sampling import draw

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.packing_loss import DomainLoss
 from marlin_cli.page import Bars, Block, Grid, Histogram, Plot, Point, Section, Text
+from marlin_cli.quality.packing_loss import DomainLoss
 from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.quantization.reports import by_part, worst_layers
 from marlin_cli.statistics.show import LayerRange, Summary

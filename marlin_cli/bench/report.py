@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from marlin_cli.bench.estimates import Estimate, Percentiles, Spread
-from marlin_cli.bench.held_out import Windowing
 from marlin_cli.bench.machine import Machine
-from marlin_cli.bench.quality import Comparison, Quality, Score
 from marlin_cli.bench.roofline import Roofline
 from marlin_cli.bench.sizes import PARTS
+from marlin_cli.bench.spreads import Percentiles, Spread
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.quality.estimates import Estimate
+from marlin_cli.quality.held_out import Windowing
+from marlin_cli.quality.quality import Comparison, Quality, Score
 from marlin_cli.text import one_line, printable
 
 FORMAT_VERSION = 2  # of the JSON document

@@ -13,12 +13,8 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from marlin_cli import __version__, console
-from marlin_cli.bench.held_out import Window, cut, files_by_domain
-from marlin_cli.bench.journal import Journal
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
-from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
-from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.bench.report import ModelReport, QualitySettings, Report
 from marlin_cli.bench.roofline import bandwidth_for, roofline_of
 from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
@@ -31,6 +27,10 @@ from marlin_cli.engine.scoring import BYTES_PER_PASS
 from marlin_cli.errors import OutputError, UsageError
 from marlin_cli.files import user_cache
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.quality.held_out import Window, cut, files_by_domain
+from marlin_cli.quality.journal import Journal
+from marlin_cli.quality.quality import Quality, check_windows_fit, measure_quality
+from marlin_cli.quality.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.ranks import Ranks, joined
 
 # Interquartile range over median of decode speeds, beyond which a run is said to be noisy.

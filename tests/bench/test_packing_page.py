@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from marlin_cli.bench.packing_loss import DomainLoss
 from marlin_cli.bench.packing_page import document_of, sections_of
 from marlin_cli.page import Grid, Text
+from marlin_cli.quality.packing_loss import DomainLoss
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.quantization.plan import LayerPlan

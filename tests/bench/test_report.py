@@ -6,10 +6,7 @@ import json
 
 import pytest
 
-from marlin_cli.bench.estimates import Estimate, Percentiles, spread_of
-from marlin_cli.bench.held_out import Windowing
 from marlin_cli.bench.machine import Machine
-from marlin_cli.bench.quality import Comparison, Quality, Score
 from marlin_cli.bench.report import (
     RENDERINGS,
     ModelReport,
@@ -22,8 +19,12 @@ from marlin_cli.bench.report import (
     to_markdown,
     to_tables,
 )
+from marlin_cli.bench.spreads import Percentiles, spread_of
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.quality.estimates import Estimate
+from marlin_cli.quality.held_out import Windowing
+from marlin_cli.quality.quality import Comparison, Quality, Score
 
 BESIDE = Comparison(Estimate(0.0125, 0.002), Estimate(0.03, 0.001), 0.01, 0.4, 1.5, Estimate(0.975, 0.004))
 CODE = Score(4096, 2, 10240.0, Estimate(2.5, 0.25), BESIDE)

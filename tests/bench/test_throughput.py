@@ -9,8 +9,8 @@ import pytest
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench import throughput
 from marlin_cli.bench.energy import EnergyCounter
-from marlin_cli.bench.estimates import percentiles_of
 from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32
+from marlin_cli.bench.spreads import percentiles_of
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput, sample_prompt
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.sampling import sample

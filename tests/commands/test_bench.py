@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from marlin_cli.api import MegaByteModel
-from marlin_cli.bench import quality
 from marlin_cli.bench.bandwidth import Bandwidth
 from marlin_cli.cli import app
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
+from marlin_cli.quality import quality
 
 QUICK = ["--prompt-bytes", "20", "--decode-bytes", "5", "--repeats", "2", "--device", "cpu"]
 

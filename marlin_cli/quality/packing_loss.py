@@ -8,12 +8,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.bench.held_out import Window
-from marlin_cli.bench.quality import check_windows_fit, kl_divergence
 from marlin_cli.engine.scoring import log2_probabilities
 from marlin_cli.models import Network, linear_layers
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import QuantizedLinear
+from marlin_cli.quality.held_out import Window
+from marlin_cli.quality.quality import check_windows_fit, kl_divergence
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, packed_of
 from marlin_cli.statistics import Statistics

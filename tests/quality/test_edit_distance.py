@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from marlin_cli.bench.edit_distance import edit_distance
+from marlin_cli.quality.edit_distance import edit_distance
 
 
 def by_table(found, wanted):

@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.bench.byte_classes import BYTE_CLASSES, MARGIN_BYTES, classes_of
-from marlin_cli.bench.estimates import Estimate, Floats, ratio, stratified
-from marlin_cli.bench.held_out import Window
-from marlin_cli.bench.journal import Journal
-from marlin_cli.bench.pass_sums import ALL, FIRST_CLASS, FIRST_POSITION, Groups, PassSums, from_bytes, to_bytes
 from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities, not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.quality.byte_classes import BYTE_CLASSES, MARGIN_BYTES, classes_of
+from marlin_cli.quality.estimates import Estimate, Floats, ratio, stratified
+from marlin_cli.quality.held_out import Window
+from marlin_cli.quality.journal import Journal
+from marlin_cli.quality.pass_sums import ALL, FIRST_CLASS, FIRST_POSITION, Groups, PassSums, from_bytes, to_bytes
 from marlin_cli.ranks import ALONE, Ranks
 from marlin_cli.text import quoted
 

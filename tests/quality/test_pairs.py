@@ -8,12 +8,12 @@ import pytest
 from mlx.utils import tree_map
 
 from marlin_cli import ByT5Config, ByT5Model
-from marlin_cli.bench import pairs as pairs_module
 from marlin_cli.bench.answering_speed import measure_answering
-from marlin_cli.bench.pairs import Answers, answers_to, measure_pairs, quality_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.corpus import Pair
 from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.quality import pairs as pairs_module
+from marlin_cli.quality.pairs import Answers, answers_to, measure_pairs, quality_of
 
 PAIRS = [
     Pair(b"first input", b"an answer", "a"), Pair(b"", b"x", "b"), Pair(b"\xff\x00", b"\xfe", "a"),

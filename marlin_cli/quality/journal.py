@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from marlin_cli import console
-from marlin_cli.bench.pass_sums import PassSums, from_bytes, to_bytes
+from marlin_cli.quality.pass_sums import PassSums, from_bytes, to_bytes
 
 SAVE_EVERY_SECONDS = 10.0
 

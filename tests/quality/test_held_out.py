@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 
-from marlin_cli.bench.held_out import Window, Windowing, cut, files_by_domain
 from marlin_cli.errors import CorpusError, UsageError
+from marlin_cli.quality.held_out import Window, Windowing, cut, files_by_domain
 
 
 @pytest.fixture

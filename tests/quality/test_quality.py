@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from marlin_cli.bench import quality
-from marlin_cli.bench.byte_classes import BYTE_CLASSES, classes_of
-from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
-from marlin_cli.bench.journal import Journal
-from marlin_cli.bench.quality import kl_divergence, measure_quality
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.quality import quality
+from marlin_cli.quality.byte_classes import BYTE_CLASSES, classes_of
+from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
+from marlin_cli.quality.journal import Journal
+from marlin_cli.quality.quality import kl_divergence, measure_quality
 
 WINDOW = 48
 

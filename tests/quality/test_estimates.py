@@ -1,11 +1,11 @@
-"""Spreads and standard errors, against textbook cases and a bootstrap."""
+"""Standard errors, against textbook cases and a bootstrap."""
 
 import math
 
 import numpy as np
 import pytest
 
-from marlin_cli.bench.estimates import Estimate, ratio, spread_of, stratified
+from marlin_cli.quality.estimates import Estimate, ratio, stratified
 
 
 def test_a_ratio_of_equal_sizes_has_the_standard_error_of_a_mean():
@@ -43,15 +43,3 @@ def test_strata_weigh_by_size_and_what_lies_between_them_is_no_error():
 
 def test_strata_with_an_unknown_error_leave_it_unknown():
     assert stratified([Estimate(2.0, None), Estimate(4.0, 0.1)], [1, 1]) == Estimate(3.0, None)
-
-
-def test_a_spread_keeps_the_order_of_its_samples():
-    spread = spread_of([4.0, 1.0, 2.0, 3.0, 100.0])
-    assert (spread.median, spread.minimum, spread.maximum) == (3.0, 1.0, 100.0)
-    assert spread.interquartile_range == 2.0  # one disturbed repeat does not show
-    assert spread.samples == (4.0, 1.0, 2.0, 3.0, 100.0)
-
-
-def test_the_relative_range_is_of_the_middle_half():
-    assert spread_of([90.0, 100.0, 110.0, 100.0, 100.0]).relative_range == 0.0
-    assert spread_of([80.0, 90.0, 100.0, 110.0, 120.0]).relative_range == pytest.approx(0.2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from marlin_cli.bench.byte_classes import BYTE_CLASSES, classes_of
+from marlin_cli.quality.byte_classes import BYTE_CLASSES, classes_of
 
 
 def names(data: bytes) -> list[str]:

@@ -6,9 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from marlin_cli.bench import journal as journal_module
-from marlin_cli.bench.journal import Journal
-from marlin_cli.bench.pass_sums import PassSums, from_bytes, to_bytes
+from marlin_cli.quality import journal as journal_module
+from marlin_cli.quality.journal import Journal
+from marlin_cli.quality.pass_sums import PassSums, from_bytes, to_bytes
 
 
 class Clock:

@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
-from marlin_cli.bench.quality import measure_quality
-from marlin_cli.bench.reference_cache import ReferenceCache
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
+from marlin_cli.quality.quality import measure_quality
+from marlin_cli.quality.reference_cache import ReferenceCache
 
 DATA = np.arange(12, dtype=np.uint8).reshape(2, 6)
 ENTRY_BYTES = 2 * 6 * 256 * 4 + 128 + 32

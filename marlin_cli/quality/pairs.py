@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.answering_model import AnsweringModel
-from marlin_cli.bench.edit_distance import edit_distance
-from marlin_cli.bench.estimates import Estimate, Floats, ratio
 from marlin_cli.corpus import Pair
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
+from marlin_cli.quality.edit_distance import edit_distance
+from marlin_cli.quality.estimates import Estimate, Floats, ratio
 
 # Bytes of inputs and answers, filler among them, that are scored side by side.
 BYTES_PER_PASS = 8192

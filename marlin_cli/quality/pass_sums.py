@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.bench.byte_classes import BYTE_CLASSES
-from marlin_cli.bench.estimates import Floats
+from marlin_cli.quality.byte_classes import BYTE_CLASSES
+from marlin_cli.quality.estimates import Floats
 
 # Groups: all bytes, then each class of bytes, then each position in a patch.
 ALL = 0
