@@ -12,7 +12,6 @@ from marlin_cli.bench.answering_report import AnsweringModelReport, AnsweringRep
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.run import labels_of
-from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
@@ -20,6 +19,7 @@ from marlin_cli.corpus import Pair, read_pairs
 from marlin_cli.corpus.examples import split_domain
 from marlin_cli.corpus.pairs import locate_pairs
 from marlin_cli.errors import UsageError
+from marlin_cli.prediction.sizes import bytes_by_part, weights_by_part
 from marlin_cli.quality.pairs import PairQuality, check_pairs_fit, measure_pairs
 
 

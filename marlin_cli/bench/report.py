@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from marlin_cli.bench.machine import Machine
-from marlin_cli.bench.roofline import Roofline
-from marlin_cli.bench.sizes import PARTS
 from marlin_cli.bench.spreads import Percentiles, Spread
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.prediction.roofline import Roofline
+from marlin_cli.prediction.sizes import PARTS
 from marlin_cli.quality.estimates import Estimate
 from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quality.quality import Comparison, Quality, Score

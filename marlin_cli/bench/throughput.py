@@ -25,14 +25,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.bench.energy import EnergyCounter
-from marlin_cli.bench.greedy import GREEDY, decoded, with_overhead
-from marlin_cli.bench.roofline import Roofline
 from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
+from marlin_cli.prediction.greedy import GREEDY, decoded, with_overhead
+from marlin_cli.prediction.roofline import Roofline
 from marlin_cli.quality.held_out import files_by_domain
 
 SAMPLE = "calibration/sample"  # the shipped bytes that prompts are taken from

@@ -19,10 +19,6 @@ def show_plan(
         MarlinError: a model that cannot be read or is no MegaByte, or options that do not fit it.
     """
     from marlin_cli import console
-    from marlin_cli.bench.arithmetic import costs_of, stored_bits
-    from marlin_cli.bench.bandwidth import measure_bandwidth
-    from marlin_cli.bench.prediction import at_bits, layer_shapes, predicted_seconds
-    from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32, elements_by_part
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import parse_sizes
@@ -32,6 +28,10 @@ def show_plan(
     from marlin_cli.models import build
     from marlin_cli.models.megabyte import MegaByteConfig
     from marlin_cli.ops.device import choose_device
+    from marlin_cli.prediction.arithmetic import costs_of, stored_bits
+    from marlin_cli.prediction.bandwidth import measure_bandwidth
+    from marlin_cli.prediction.prediction import at_bits, layer_shapes, predicted_seconds
+    from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, elements_by_part
 
     if isinstance(cache_bits, tuple):
         if cache_bits[0] != cache_bits[1]:

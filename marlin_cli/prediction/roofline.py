@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.bench.arithmetic import costs_of
-from marlin_cli.bench.bandwidth import Bandwidth, measure_bandwidth
-from marlin_cli.bench.greedy import PARTS
-from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.models import linear_layers
 from marlin_cli.ops import QuantizedLinear
+from marlin_cli.prediction.arithmetic import costs_of
+from marlin_cli.prediction.bandwidth import Bandwidth, measure_bandwidth
+from marlin_cli.prediction.greedy import PARTS
+from marlin_cli.prediction.sizes import bytes_by_part
 from marlin_cli.quantization.formats import format_of
 
 

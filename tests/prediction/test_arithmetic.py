@@ -2,9 +2,9 @@
 
 import pytest
 
-from marlin_cli.bench.arithmetic import attention_pairs, cache_bytes, costs_of
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByteConfig, StageConfig
+from marlin_cli.prediction.arithmetic import attention_pairs, cache_bytes, costs_of
 
 GIB, KIB = 1 << 30, 1 << 10
 

@@ -20,14 +20,14 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.bench.bandwidth import again
-from marlin_cli.bench.greedy import PARTS, decoded, with_overhead
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import kernel_product
 from marlin_cli.models import linear_layers, part_of
 from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
+from marlin_cli.prediction.bandwidth import again
+from marlin_cli.prediction.greedy import PARTS, decoded, with_overhead
 from marlin_cli.quantization.encoders import Packed, mlx_encode
 from marlin_cli.quantization.formats import FORMATS, default_format, format_of
 from marlin_cli.quantization.layers import packed_layer

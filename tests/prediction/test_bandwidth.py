@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from marlin_cli.bench.bandwidth import measure_bandwidth
+from marlin_cli.prediction.bandwidth import measure_bandwidth
 
 
 @pytest.mark.parametrize("activation_bits", [16, 8])

@@ -3,9 +3,15 @@
 import pytest
 
 from marlin_cli.api import MegaByteModel
-from marlin_cli.bench import prediction
-from marlin_cli.bench.greedy import decoded
-from marlin_cli.bench.prediction import (
+from marlin_cli.engine import decoding
+from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.models import linear_layers, part_of
+from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.ops import cpu
+from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction import prediction
+from marlin_cli.prediction.greedy import decoded
+from marlin_cli.prediction.prediction import (
     DecodingProbe,
     LayerShape,
     at_bits,
@@ -14,13 +20,7 @@ from marlin_cli.bench.prediction import (
     miniature_of,
     predicted_seconds,
 )
-from marlin_cli.bench.sizes import bytes_by_part
-from marlin_cli.engine import decoding
-from marlin_cli.engine.decoding import CacheBits, Lockstep
-from marlin_cli.models import linear_layers, part_of
-from marlin_cli.models.megabyte import MegaByteConfig
-from marlin_cli.ops import cpu
-from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction.sizes import bytes_by_part
 
 pytestmark = pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
 

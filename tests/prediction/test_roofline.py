@@ -4,15 +4,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from marlin_cli.api import MegaByteModel
-from marlin_cli.bench.bandwidth import Bandwidth
-from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
-from marlin_cli.bench.roofline import bandwidth_for, reading_of, roofline_of
-from marlin_cli.bench.sizes import bytes_by_part
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
 from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction.bandwidth import Bandwidth
+from marlin_cli.prediction.prediction import layer_shapes, predicted_seconds
+from marlin_cli.prediction.roofline import bandwidth_for, reading_of, roofline_of
+from marlin_cli.prediction.sizes import bytes_by_part
 
 BANDWIDTH = Bandwidth(10.0, 1000.0, {"nvfp4": 100.0})
 
@@ -77,7 +77,9 @@ def test_predictions_have_the_parts_that_are_measured(model):
 
 def test_the_formats_of_the_model_are_measured(model, monkeypatch):
     asked = []
-    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: asked.append((*given, named)))
+    monkeypatch.setattr(
+        "marlin_cli.prediction.roofline.measure_bandwidth", lambda *given, **named: asked.append((*given, named))
+    )
     bandwidth_for(model)
     bandwidth_for(model.quantize(global_bits=4, local_bits=4))
     assert asked == [([], {"activation_bits": 16}), (["nvfp4"], {"activation_bits": 16})]

@@ -1,4 +1,4 @@
-"""Greedy decoding as bench times it: steps of the likeliest bytes, and where the kernels spent the time."""
+"""Greedy decoding as it is timed: steps of the likeliest bytes, and where the kernels spent the time."""
 
 from collections.abc import Iterator, Mapping
 
