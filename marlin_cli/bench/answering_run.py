@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.answering_model import AnsweringModel
-from marlin_cli.bench.answering_report import AnsweringModelReport, AnsweringReport, PairSettings
+from marlin_cli.bench.answering_result import AnsweringModelReport, AnsweringReport, PairSettings
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.run import labels_of

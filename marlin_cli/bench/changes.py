@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.report import Table, csv_rows, markdown_of
+from marlin_cli.bench.forms import Table, csv_rows, markdown_of
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
 from marlin_cli.files import check_regular

@@ -9,9 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from marlin_cli import console
-from marlin_cli.bench.answering_report import AnsweringReport
+from marlin_cli.bench.answering_result import AnsweringReport
 from marlin_cli.bench.changes import MOST_RESULT_BYTES
-from marlin_cli.bench.report import Report, to_json
+from marlin_cli.bench.forms import to_json
+from marlin_cli.bench.result import Report
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import OutputError
@@ -64,7 +65,7 @@ def _after_torn_line(path: Path, descriptor: int) -> bytes:
     return b"\n"
 
 
-# How a result begins: see `report.to_json`.
+# How a result begins: see `forms.to_json`.
 _BEGINNING = b'{"format_version": '
 
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import __version__, console
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
-from marlin_cli.bench.report import ModelReport, QualitySettings, Report
+from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model

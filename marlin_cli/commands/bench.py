@@ -122,7 +122,7 @@ def bench(
     from marlin_cli.errors import UsageError
 
     require_mlx()
-    from marlin_cli.bench.report import QualitySettings
+    from marlin_cli.bench.result import QualitySettings
     from marlin_cli.bench.run import Request
     from marlin_cli.bench.throughput import ThroughputSettings
     from marlin_cli.commands import bench_run

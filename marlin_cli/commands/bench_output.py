@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlin_cli import console
-from marlin_cli.bench.answering_report import AnsweringReport
-from marlin_cli.bench.report import Report, Table
+from marlin_cli.bench.answering_result import AnsweringReport
+from marlin_cli.bench.forms import Table
+from marlin_cli.bench.result import Report
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_pictures import Pictures
 from marlin_cli.errors import UsageError

@@ -7,8 +7,9 @@ from marlin_cli import console
 from marlin_cli.api import capability_of
 from marlin_cli.bench import answering_report, answering_run, report
 from marlin_cli.bench import run as megabyte_run
-from marlin_cli.bench.answering_report import AnsweringReport, PairSettings
-from marlin_cli.bench.report import Report, Table
+from marlin_cli.bench.answering_result import AnsweringReport, PairSettings
+from marlin_cli.bench.forms import Table
+from marlin_cli.bench.result import Report
 from marlin_cli.bench.run import Request
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_output import Output

@@ -6,19 +6,11 @@ import json
 
 import pytest
 
+from marlin_cli.bench.forms import to_json, to_jsonl
 from marlin_cli.bench.machine import Machine
-from marlin_cli.bench.report import (
-    RENDERINGS,
-    ModelReport,
-    QualitySettings,
-    Report,
-    measurements,
-    to_csv,
-    to_json,
-    to_jsonl,
-    to_markdown,
-    to_tables,
-)
+from marlin_cli.bench.measurements import measurements
+from marlin_cli.bench.report import RENDERINGS, to_csv, to_markdown, to_tables
+from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.spreads import Percentiles, spread_of
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.engine.decoding import CacheBits
