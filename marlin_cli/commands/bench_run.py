@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from marlin_cli import console
 from marlin_cli.api import capability_of
-from marlin_cli.bench import answering_report, answering_run, report
+from marlin_cli.bench import answering_run
 from marlin_cli.bench import run as megabyte_run
 from marlin_cli.bench.answering_result import AnsweringReport, PairSettings
-from marlin_cli.bench.forms import Table
 from marlin_cli.bench.result import Report
 from marlin_cli.bench.run import Request
 from marlin_cli.commands.bench_format import Format
@@ -16,6 +15,8 @@ from marlin_cli.commands.bench_output import Output
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Capability
 from marlin_cli.ranks import is_follower
+from marlin_cli.reports import answering_report, report
+from marlin_cli.reports.forms import Table
 
 
 def check_kinds(models: Sequence[str]) -> None:
@@ -40,7 +41,7 @@ def run(request: Request, output: Output, against: str | None) -> None:
         return
     output.write(found, request.models, lambda form: _rendered(found, form))
     if against is not None and isinstance(found, Report):
-        from marlin_cli.bench.changes import table_of_pairs
+        from marlin_cli.reports.changes import table_of_pairs
 
         pairs = table_of_pairs(dataclasses.asdict(found), against)
         console.table(pairs.title, pairs.columns, pairs.rows, to_stdout=output.form is Format.table)

@@ -350,7 +350,7 @@ def test_a_file_that_cannot_take_a_line_stays_as_it_was(models, tmp_path, monkey
         left[0] -= len(part)
         return write(descriptor, part)
 
-    monkeypatch.setattr("marlin_cli.bench.results.os.write", full)
+    monkeypatch.setattr("marlin_cli.reports.results.os.write", full)
     result = invoke(models[0], *QUICK, "--save", file)
     assert isinstance(result.exception, OutputError) and "results: cannot write: No space left" in str(result.exception)
     assert left == [0] and file.read_bytes() == before

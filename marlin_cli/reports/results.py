@@ -10,13 +10,13 @@ from pathlib import Path
 
 from marlin_cli import console
 from marlin_cli.bench.answering_result import AnsweringReport
-from marlin_cli.bench.changes import MOST_RESULT_BYTES
-from marlin_cli.bench.forms import to_json
 from marlin_cli.bench.result import Report
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import OutputError
 from marlin_cli.files import sha256_of_file
+from marlin_cli.reports.changes import MOST_RESULT_BYTES
+from marlin_cli.reports.forms import to_json
 
 
 def append_result(path: Path, report: Report | AnsweringReport, models: Sequence[str]) -> None:

@@ -6,10 +6,7 @@ import json
 
 import pytest
 
-from marlin_cli.bench.forms import to_json, to_jsonl
 from marlin_cli.bench.machine import Machine
-from marlin_cli.bench.measurements import measurements
-from marlin_cli.bench.report import RENDERINGS, to_csv, to_markdown, to_tables
 from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.spreads import Percentiles, spread_of
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
@@ -17,6 +14,9 @@ from marlin_cli.engine.decoding import CacheBits
 from marlin_cli.quality.estimates import Estimate
 from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quality.quality import Comparison, Quality, Score
+from marlin_cli.reports.forms import to_json, to_jsonl
+from marlin_cli.reports.measurements import measurements
+from marlin_cli.reports.report import RENDERINGS, to_csv, to_markdown, to_tables
 
 BESIDE = Comparison(Estimate(0.0125, 0.002), Estimate(0.03, 0.001), 0.01, 0.4, 1.5, Estimate(0.975, 0.004))
 CODE = Score(4096, 2, 10240.0, Estimate(2.5, 0.25), BESIDE)

@@ -4,8 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from marlin_cli.bench.answering_result import AnsweringReport, PairSettings
 from marlin_cli.bench.answering_speed import AnsweringSpeed
-from marlin_cli.bench.common_tables import PERCENTILES, machine_table, percentiles, range_of, weights_table
-from marlin_cli.bench.forms import (
+from marlin_cli.bench.throughput import ThroughputSettings
+from marlin_cli.quality.estimates import Estimate
+from marlin_cli.quality.pairs import PairQuality, PairScore
+from marlin_cli.reports.common_tables import PERCENTILES, machine_table, percentiles, range_of, weights_table
+from marlin_cli.reports.forms import (
     Measurement,
     Table,
     csv_of,
@@ -15,9 +18,6 @@ from marlin_cli.bench.forms import (
     to_json,
     to_jsonl,
 )
-from marlin_cli.bench.throughput import ThroughputSettings
-from marlin_cli.quality.estimates import Estimate
-from marlin_cli.quality.pairs import PairQuality, PairScore
 
 ALL_PAIRS = "all"
 

@@ -9,8 +9,8 @@ import os
 import numpy as np
 import pytest
 
-from marlin_cli.bench.changes import _student, changes, left_out, paired_ratio, read_result, rendered_changes, table_of_pairs
 from marlin_cli.errors import UsageError
+from marlin_cli.reports.changes import _student, changes, left_out, paired_ratio, read_result, rendered_changes, table_of_pairs
 
 
 def document(speed=1.0, bits=1.0, noise=0.01, seed=0, name="m"):

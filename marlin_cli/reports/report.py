@@ -1,11 +1,11 @@
 """The result of a bench run over models that continue bytes in each form: JSON, JSON lines, CSV, and tables. Pure functions."""
 
-from marlin_cli.bench.common_tables import machine_table, weights_table
-from marlin_cli.bench.forms import Table, csv_of, markdown_of, to_json, to_jsonl
-from marlin_cli.bench.measurements import measurements
-from marlin_cli.bench.quality_tables import quality_tables
 from marlin_cli.bench.result import Report
-from marlin_cli.bench.speed_tables import roofline_table, speed_table, sweep_table
+from marlin_cli.reports.common_tables import machine_table, weights_table
+from marlin_cli.reports.forms import Table, csv_of, markdown_of, to_json, to_jsonl
+from marlin_cli.reports.measurements import measurements
+from marlin_cli.reports.quality_tables import quality_tables
+from marlin_cli.reports.speed_tables import roofline_table, speed_table, sweep_table
 
 
 def to_csv(report: Report) -> str:

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from marlin_cli.bench.page import charts_in, charts_of, sections_of
 from marlin_cli.errors import UsageError
 from marlin_cli.page import Bars, Plot, Point, render
 from marlin_cli.page.figure import write_figure
+from marlin_cli.reports.page import charts_in, charts_of, sections_of
 
 
 def spread(median):

@@ -1,10 +1,10 @@
 """The tables of speed: at one length of the prompt, by context and number of streams, and beside what reading takes."""
 
-from marlin_cli.bench.common_tables import PERCENTILES, percentiles, range_of
-from marlin_cli.bench.forms import Table
 from marlin_cli.bench.result import Report
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.prediction.roofline import Roofline
+from marlin_cli.reports.common_tables import PERCENTILES, percentiles, range_of
+from marlin_cli.reports.forms import Table
 
 
 def speed_table(report: Report, settings: ThroughputSettings) -> Table:

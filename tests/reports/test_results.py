@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from marlin_cli.bench import results
-from marlin_cli.bench.results import append_result
+from marlin_cli.reports import results
+from marlin_cli.reports.results import append_result
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from marlin_cli.bench.forms import Table, csv_rows, markdown_of
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
 from marlin_cli.files import check_regular
+from marlin_cli.reports.forms import Table, csv_rows, markdown_of
 from marlin_cli.text import one_line, quoted
 
 # The longest line of a file of results that is read: a sweep of twenty models takes some hundred thousand bytes.

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from marlin_cli.bench.forms import Table
-from marlin_cli.bench.measurements import groups_of, scores_of
 from marlin_cli.bench.result import QualitySettings
 from marlin_cli.quality.estimates import Estimate
 from marlin_cli.quality.quality import Comparison, Quality, Score
+from marlin_cli.reports.forms import Table
+from marlin_cli.reports.measurements import groups_of, scores_of
 
 
 def quality_tables(name: str, quality: Quality, settings: QualitySettings) -> list[Table]:

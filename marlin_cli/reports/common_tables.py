@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from marlin_cli.bench.forms import Table
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.spreads import Percentiles, Spread
 from marlin_cli.prediction.sizes import PARTS
+from marlin_cli.reports.forms import Table
 
 PERCENTILES = "50 %, 90 %, 99 %, longest"
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from marlin_cli.bench.forms import Measurement, measurement_of_spread, measurements_of_percentiles
 from marlin_cli.bench.result import Report
 from marlin_cli.bench.throughput import Throughput
 from marlin_cli.quality.estimates import Estimate
 from marlin_cli.quality.quality import Quality, Score
+from marlin_cli.reports.forms import Measurement, measurement_of_spread, measurements_of_percentiles
 
 ALL_DOMAINS = "all"
 

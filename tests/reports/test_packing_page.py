@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from marlin_cli.bench.packing_page import document_of, sections_of
 from marlin_cli.page import Grid, Text
 from marlin_cli.quality.packing_loss import DomainLoss
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.quantization.plan import LayerPlan
+from marlin_cli.reports.packing_page import document_of, sections_of
 from marlin_cli.statistics.show import Summary
 
 LAYER = LayerReport(LayerPlan("local.up", "local", 32, 32, FORMATS["nvfp4"], 16), 2048, 576, 1024.0, 10.24, 20.48)
