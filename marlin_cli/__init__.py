@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from marlin_cli.version import __version__ as __version__
+
 __all__ = [
     "AnsweringModel",
     "ByT5Config",

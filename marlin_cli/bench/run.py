@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from marlin_cli import __version__, console
+from marlin_cli import console
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
@@ -32,6 +32,7 @@ from marlin_cli.quality.journal import Journal
 from marlin_cli.quality.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.quality.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.ranks import Ranks, joined
+from marlin_cli.version import __version__
 
 # Interquartile range over median of decode speeds, beyond which a run is said to be noisy.
 NOISY = 0.1

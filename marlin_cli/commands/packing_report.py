@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marlin_cli import __version__, console
+from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.models import Capability, Network, architecture_of, build
@@ -16,6 +16,7 @@ from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.reports.packing_page import document_of, sections_of
 from marlin_cli.statistics import Statistics
 from marlin_cli.statistics.show import summarise
+from marlin_cli.version import __version__
 
 # The bytes on which both models are compared: at most so many of a recipe, and of a window.
 RECIPE = "default"
