@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction.prediction import DecodingProbe, layer_shapes

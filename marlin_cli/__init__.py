@@ -19,7 +19,7 @@ __all__ = [
 if TYPE_CHECKING:
     from marlin_cli.api import MegaByteModel, decode, encode, load
     from marlin_cli.models.byt5 import ByT5Config
-    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
     require_mlx()
     if name == "MegaByteConfig":
-        from marlin_cli.models.megabyte import MegaByteConfig
+        from marlin_cli.models.megabyte_config import MegaByteConfig
 
         return MegaByteConfig
     if name == "ByT5Config":

@@ -28,7 +28,8 @@ def network() -> Any:
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
     sizes = {"global_layers": 1, "global_dim": 32, "global_heads": 2, "local_layers": 1, "local_dim": 16, "local_heads": 2}
     mx.random.seed(0)

@@ -26,7 +26,7 @@ def show_plan(
     from marlin_cli.engine.decoding import CacheBits
     from marlin_cli.errors import UsageError
     from marlin_cli.models import build
-    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.models.megabyte_config import MegaByteConfig
     from marlin_cli.ops.device import choose_device
     from marlin_cli.prediction.arithmetic import costs_of, stored_bits
     from marlin_cli.prediction.bandwidth import measure_bandwidth

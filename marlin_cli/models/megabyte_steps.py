@@ -19,7 +19,9 @@ from marlin_cli.models.architecture import (
     neighbour_with_same_input,
 )
 from marlin_cli.models.layers import inputs_by_layer, part_of
-from marlin_cli.models.megabyte import LayerCache, MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
+from marlin_cli.models.megabyte_layers import LayerCache
 from marlin_cli.ops import attention, delay_one_row
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from marlin_cli.errors import UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 # Bits of a number as it is kept, its share of the scale included: float32, 16-bit floats, mxfp8 and nvfp4.
 STORED_BITS = {32: 32.0, 16: 16.0, 8: 8.25, 4: 4.5}

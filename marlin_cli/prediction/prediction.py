@@ -23,7 +23,8 @@ import mlx.nn as nn
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import kernel_product
 from marlin_cli.models import linear_layers, part_of
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.prediction.bandwidth import again

@@ -14,7 +14,7 @@ from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput, 
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32

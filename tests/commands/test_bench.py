@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from marlin_cli.api import MegaByteModel
 from marlin_cli.cli import app
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction.bandwidth import Bandwidth

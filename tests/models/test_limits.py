@@ -9,10 +9,10 @@ import pytest
 
 from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.models import ARCHITECTURES, build, config_as_mapping
+from marlin_cli.models import ARCHITECTURES, build, config_as_mapping, megabyte_config
 from marlin_cli.models import byt5 as byt5_model
-from marlin_cli.models import megabyte as megabyte_model
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 STAGE = {"length": 2, "layers": 1, "dim": 8, "heads": 1, "ffn_dim": 8}
 NUMBERS = [
@@ -41,9 +41,9 @@ def test_stages_between_have_bounds_too(field, value):
 @pytest.mark.parametrize(
     ("limits", "config"),
     [
-        (megabyte_model.LIMITS, MegaByteConfig()),
+        (megabyte_config.LIMITS, MegaByteConfig()),
         (byt5_model.LIMITS, byt5_model.ByT5Config()),
-        (megabyte_model.STAGE_LIMITS, StageConfig(**STAGE)),
+        (megabyte_config.STAGE_LIMITS, StageConfig(**STAGE)),
     ],
 )
 def test_nan_and_infinity_are_within_no_bounds(limits, config):

@@ -3,7 +3,7 @@
 import pytest
 
 from marlin_cli.errors import UsageError
-from marlin_cli.models.megabyte import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.prediction.arithmetic import attention_pairs, cache_bytes, costs_of
 
 GIB, KIB = 1 << 30, 1 << 10

@@ -6,7 +6,7 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.models import linear_layers, part_of
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction import prediction

@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
 from marlin_cli.engine.decoding import CacheBits
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction.bandwidth import Bandwidth

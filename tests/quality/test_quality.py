@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError, UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quality import quality
 from marlin_cli.quality.byte_classes import BYTE_CLASSES, classes_of
 from marlin_cli.quality.held_out import Windowing, cut, files_by_domain

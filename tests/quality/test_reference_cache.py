@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
 from marlin_cli.quality.quality import measure_quality
 from marlin_cli.quality.reference_cache import ReferenceCache
