@@ -18,7 +18,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from marlin_cli.api import MegaByteModel, decode, encode, load
-    from marlin_cli.models.byt5 import ByT5Config
+    from marlin_cli.models.byt5_config import ByT5Config
     from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
         return MegaByteConfig
     if name == "ByT5Config":
-        from marlin_cli.models.byt5 import ByT5Config
+        from marlin_cli.models.byt5_config import ByT5Config
 
         return ByT5Config
     from marlin_cli import api

@@ -54,7 +54,8 @@ def answers(ranks: Ranks, folder: Path, **options: Any) -> None:
     from mlx.utils import tree_map
 
     from marlin_cli.corpus import CorruptedCorpus, Pair, PairCorpus, open_corpus
-    from marlin_cli.models.byt5 import ByT5, ByT5Config
+    from marlin_cli.models.byt5 import ByT5
+    from marlin_cli.models.byt5_config import ByT5Config
     from marlin_cli.statistics.shared_run import calibrate_together
 
     mx.random.seed(0)
