@@ -10,7 +10,7 @@ GREEDY = Sampling(temperature=0.0)
 OVERHEAD = "overhead"  # what decoding takes beyond its parts: Python, the graph between stages, waiting
 
 # The parts of decoding, in the order in which tables and charts have them.
-PARTS = ("global", "global cache", "middle", "local", "local cache", "head", "sampling", OVERHEAD)
+PARTS = ("global", "global cache", "middle", "local", "local cache", "decoder", "decoder cache", "head", "sampling", OVERHEAD)
 
 
 def decoded(state: Lockstep, count: int) -> Iterator[int]:

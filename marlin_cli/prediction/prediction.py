@@ -22,9 +22,7 @@ import mlx.nn as nn
 
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import kernel_product
-from marlin_cli.models import linear_layers, part_of
-from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.models import ARCHITECTURES, CachedStack, decoding_of, linear_layers, part_of
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.prediction.bandwidth import again
@@ -35,8 +33,6 @@ from marlin_cli.quantization.layers import packed_layer
 
 # Random weights of one stage at most; of a larger stage the first layers stand for all.
 LIMIT_BYTES = 1 << 30
-
-NARROW = 16  # the widths of the miniature
 
 ROUNDS, PATCHES_OF_A_ROUND = 5, 8
 
@@ -60,14 +56,14 @@ class LayerShape:
 
 
 def predicted_seconds(
-    config: MegaByteConfig, shapes: Sequence[LayerShape], contexts: Sequence[int], cache_bits: CacheBits
+    config: Any, shapes: Sequence[LayerShape], contexts: Sequence[int], cache_bits: CacheBits
 ) -> list[dict[str, float]] | None:
     """Seconds of a byte by part at each context, by operations that are timed now; None where `can_predict` says no."""
-    if not can_predict():
+    if not can_predict(config):
         return None
     probe = DecodingProbe(config, shapes, contexts, cache_bits)
     for _ in range(ROUNDS):
-        probe.run(min(PATCHES_OF_A_ROUND, config.max_bytes // config.patch_size))
+        probe.run(min(PATCHES_OF_A_ROUND, config.max_bytes // unit_bytes(config)))
     return [probe.seconds_by_part(context) for context in contexts]
 
 
@@ -101,18 +97,18 @@ def layer_shapes(network: nn.Module) -> list[LayerShape]:
 
 
 class DecodingProbe:
-    """Times what decoding one stream of a MegaByte is made of, on the CPU kernels.
+    """Times what decoding one stream is made of, on the CPU kernels.
 
     Args:
         shapes: of its linear layers, see `layer_shapes`.
         contexts: in bytes; for each a prediction is made.
-        cache_bits: of its global cache.
+        cache_bits: of the keys and values of the whole context.
         clock: seconds, from any start.
     """
 
     def __init__(
         self,
-        config: MegaByteConfig,
+        config: Any,
         shapes: Sequence[LayerShape],
         contexts: Sequence[int],
         cache_bits: CacheBits | None = None,
@@ -120,41 +116,45 @@ class DecodingProbe:
     ) -> None:
         module = kernels()[0]
         assert module is not None
-        self._config, self._clock = config, clock
+        decoding = decoding_of(config)
+        assert decoding.miniature is not None
+        self._unit, self._clock = unit_bytes(config), clock
         # Layers of a part by how often a patch passes through them.
         chains: dict[tuple[str, int], list[LayerShape]] = {}
         for shape in shapes:
-            chains.setdefault((part_of(shape.path), _passes(config, shape.path)), []).append(shape)
+            chains.setdefault((part_of(shape.path), self._unit // decoding.layer_bytes(shape.path, config)), []).append(shape)
         bits = cache_bits or CacheBits()
         widths = [32 if each == 16 else each for each in (bits.keys, bits.values)]
-        first, *finer = config.stages
-        window = config.attention_window
-        self._global = {
-            context: _attention(module, first, context // config.patch_size, window, widths) for context in contexts
-        }
+        first, *finer = decoding.stacks(config)
+        self._level = f"{first.level} cache"
+        self._kept = {context: _attention(module, first, context // first.row_bytes, widths) for context in contexts}
         # A row of a sequence sees half of the others on average.
         local = [
-            (_attention(module, stage, stage.length // 2, None, [32, 32]), config.patch_size // config.bytes_per_token(number))
-            for number, stage in enumerate(finer, start=1)
+            (
+                f"{stack.level} cache",
+                _attention(module, stack, (stack.sequence_rows or 0) // 2, [32, 32]),
+                self._unit // stack.row_bytes,
+            )
+            for stack in finer
         ]
         self._probes: list[tuple[str, _Probe, int]] = [
             *((part, _Products(module, chain), passes) for (part, passes), chain in chains.items()),
-            *(("local cache", probe, passes) for probe, passes in local),
+            *local,
         ]
-        self._miniature = MegaByte(miniature_of(config))
+        self._miniature = ARCHITECTURES[config.model_type].network(decoding.miniature(config))
         mx.eval(self._miniature.parameters())
         self._observed: list[tuple[dict[str, float], dict[int, float]]] = []
 
     def run(self, patches: int) -> None:
         """Time the operations of so many patches: one observation."""
-        size = self._config.patch_size
+        size = self._unit
         state = Lockstep(self._miniature, [bytes(size)])
         for _ in decoded(state, size):  # the first patch begins otherwise than those after it
             pass
         parts: dict[str, float] = dict.fromkeys([part for part, _, _ in self._probes], 0.0)
-        attention = dict.fromkeys(self._global, 0.0)
+        attention = dict.fromkeys(self._kept, 0.0)
         for _ in range(patches):
-            for context, probe in self._global.items():
+            for context, probe in self._kept.items():
                 attention[context] += probe.seconds()
             for step in range(size):
                 for part, each, passes in self._probes:
@@ -169,7 +169,7 @@ class DecodingProbe:
 
     def observed(self, context_bytes: int) -> list[dict[str, float]]:
         """Seconds of a byte at one of the contexts, in the parts that bench measures, by observation."""
-        each = [{**parts, "global cache": attention[context_bytes]} for parts, attention in self._observed]
+        each = [{**parts, self._level: attention[context_bytes]} for parts, attention in self._observed]
         return [{part: parts[part] for part in PARTS if part in parts} for parts in each]
 
     def seconds_by_part(self, context_bytes: int) -> dict[str, float]:
@@ -179,11 +179,11 @@ class DecodingProbe:
     def _around_a_patch(self, state: Lockstep) -> Mapping[str, float]:
         """What the miniature takes for a patch, less what its attention and its head do."""
         before, start = state.part_seconds, self._clock()
-        for _ in decoded(state, self._config.patch_size):
+        for _ in decoded(state, self._unit):
             pass
         found = with_overhead(before, state.part_seconds, self._clock() - start)
         assert found is not None
-        return {part: seconds for part, seconds in found.items() if part not in ("head", "global cache", "local cache")}
+        return {part: seconds for part, seconds in found.items() if part != "head" and not part.endswith(" cache")}
 
 
 class _Probe(Protocol):
@@ -226,46 +226,16 @@ def _encoded(columns: int, depth: int, format: str, group_size: int) -> Packed:
     return mlx_encode(mx.random.normal((columns, depth), key=mx.random.key(0)), FORMATS[format], group_size)
 
 
-def _attention(module: Any, stage: StageConfig, rows: int, window: int | None, bits: Sequence[int]) -> Any:
-    seen = -1 if window is None else window
-    kv_heads = stage.kv_heads or stage.heads
-    return module.AttentionProbe(stage.layers, stage.heads, kv_heads, stage.width_of_head, rows, seen, *bits)
+def _attention(module: Any, stack: CachedStack, rows: int, bits: Sequence[int]) -> Any:
+    seen = -1 if stack.window is None else stack.window
+    return module.AttentionProbe(stack.layers, stack.heads, stack.kv_heads, stack.head_dim, rows, seen, *bits)
 
 
-def _passes(config: MegaByteConfig, path: str) -> int:
-    """How often a patch passes through a layer."""
-    part = part_of(path)
-    if part == "global":
-        return 1
-    if part == "middle":
-        return config.patch_size // config.bytes_per_token(1 + int(path.split(".")[1]))
-    return config.patch_size
+def unit_bytes(config: Any) -> int:
+    """Bytes after which decoding is where it was: of a MegaByte a patch."""
+    return ARCHITECTURES[config.model_type].unit_bytes(config)
 
 
-def miniature_of(config: MegaByteConfig) -> MegaByteConfig:
-    """The same model, as narrow as its layout lets it be."""
-    paper = config.layout == "paper"  # where a patch is as wide as its bytes
-    return dataclasses.replace(
-        config,
-        max_bytes=config.max_bytes + 2 * config.patch_size,
-        byte_dim=NARROW,
-        global_dim=NARROW * config.patch_size if paper else NARROW,
-        global_heads=1,
-        global_kv_heads=None,
-        global_head_dim=None,
-        global_ffn_dim=NARROW,
-        middle=tuple(
-            dataclasses.replace(stage, dim=NARROW, heads=1, kv_heads=None, head_dim=None, ffn_dim=NARROW)
-            for stage in config.middle
-        ),
-        local_dim=NARROW,
-        local_heads=1,
-        local_kv_heads=None,
-        local_head_dim=None,
-        local_ffn_dim=NARROW,
-    )
-
-
-def can_predict() -> bool:
-    """Do the CPU kernels decode on this device, so that operations can be timed apart?"""
-    return mx.default_device() == mx.Device(mx.cpu) and kernels()[0] is not None
+def can_predict(config: Any) -> bool:
+    """Do the CPU kernels decode such a model on this device, so that operations can be timed apart?"""
+    return decoding_of(config).miniature is not None and mx.default_device() == mx.Device(mx.cpu) and kernels()[0] is not None

@@ -20,8 +20,13 @@ def speed_table(report: Report, settings: ThroughputSettings) -> Table:
         ["time to first byte, ms", *(range_of(result.time_to_first_byte_seconds, 1000) for result in results)],
         [f"a byte, ms: {PERCENTILES}", *(percentiles(result.byte_latency_seconds) for result in results)],
         [f"a patch, ms: {PERCENTILES}", *(percentiles(result.patch_latency_seconds) for result in results)],
-        ["global cache, bytes", *(f"{result.cache_bytes['global']:,}" for result in results)],
-        ["local cache, bytes", *(f"{result.cache_bytes['local']:,}" for result in results)],
+        *(
+            [
+                f"{level} cache, bytes",
+                *(f"{result.cache_bytes[level]:,}" if level in result.cache_bytes else "" for result in results),
+            ]
+            for level in dict.fromkeys(level for result in results for level in result.cache_bytes)
+        ),
         ["working memory, bytes", *(f"{result.working_memory_bytes:,}" for result in results)],
     ]
     if any(result.joules_per_byte is not None for result in results):

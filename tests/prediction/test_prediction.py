@@ -7,6 +7,7 @@ from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.models import linear_layers, part_of
 from marlin_cli.models.megabyte_config import MegaByteConfig
+from marlin_cli.models.megabyte_decoding import miniature_of
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction import prediction
@@ -17,7 +18,6 @@ from marlin_cli.prediction.prediction import (
     at_bits,
     can_predict,
     layer_shapes,
-    miniature_of,
     predicted_seconds,
 )
 from marlin_cli.prediction.sizes import bytes_by_part
@@ -45,8 +45,8 @@ def counted(monkeypatch):
         made["products"].append((shapes, Counting(sum(shape.columns * shape.depth for shape in shapes))))
         return made["products"][-1][1]
 
-    def attention(module, stage, rows, window, bits):
-        made["attention"].append((stage, rows, window, bits, Counting(stage.layers * rows)))
+    def attention(module, stack, rows, bits):
+        made["attention"].append((rows, stack.window, bits, Counting(stack.layers * rows)))
         return made["attention"][-1][-1]
 
     monkeypatch.setattr(prediction, "_Products", products)
@@ -95,7 +95,7 @@ def test_a_patch_passes_the_global_layers_once_and_the_local_ones_for_each_byte(
     assert found["head"] == weights["head"]
     first, *finer = config.stages
     short, long = counted["attention"][:2]
-    assert [each[1:4] for each in (short, long)] == [
+    assert [each[:3] for each in (short, long)] == [
         (8 // config.patch_size, config.attention_window, [4, 8]), (24 // config.patch_size, config.attention_window, [4, 8]),
     ]  # fmt: skip
     assert found["global cache"] == first.layers * (24 // config.patch_size) / config.patch_size
@@ -159,9 +159,9 @@ def test_a_miniature_decodes_to_the_end_of_the_context(each_network):
 def test_nothing_is_predicted_without_kernels(random_network, small_sizes, monkeypatch):
     network = random_network(MegaByteConfig(**small_sizes))
     arguments = network.config, layer_shapes(network), [8, 16], CacheBits()
-    assert can_predict() and len(predicted_seconds(*arguments)) == 2
+    assert can_predict(network.config) and len(predicted_seconds(*arguments)) == 2
     monkeypatch.setattr(prediction, "kernels", lambda: (None, "none"))
-    assert not can_predict() and predicted_seconds(*arguments) is None
+    assert not can_predict(network.config) and predicted_seconds(*arguments) is None
 
 
 def test_shapes_at_other_bits():
