@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities, not_finite
 from marlin_cli.errors import UsageError
+from marlin_cli.models import architecture_of
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.quality.byte_classes import BYTE_CLASSES, MARGIN_BYTES, classes_of
 from marlin_cli.quality.estimates import Estimate, Floats, ratio, stratified
@@ -168,7 +169,7 @@ def _measured(
         expected = kept(data, lambda: log2_probabilities(reference, ids))[:, context:]
     results = []
     for name, network in networks.items():
-        patch_size = network.config.patch_size
+        patch_size = architecture_of(network).unit_bytes(network.config)
         positions = np.broadcast_to(np.arange(context, data.shape[1]) % patch_size, classes.shape)
         groups = Groups(classes, positions, patch_size)
         if expected is None:
@@ -186,7 +187,7 @@ def _measured(
 
 def _fits(found: Sequence[PassSums], networks: Mapping[str, MegaByte], batch: Sequence[Window], reference: object) -> bool:
     """Are these the sums of such a pass?"""
-    groups = [FIRST_POSITION + network.config.patch_size for network in networks.values()]
+    groups = [FIRST_POSITION + architecture_of(network).unit_bytes(network.config) for network in networks.values()]
     alike = len(found) == len(groups) and all(
         sums.bytes.shape == (len(batch), count) and bool(len(sums.kl)) == (reference is not None)
         for sums, count in zip(found, groups, strict=True)

@@ -3,6 +3,10 @@
 import pytest
 
 from marlin_cli.errors import UsageError
+from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models.bygpt5 import ByGPT5Config
+from marlin_cli.models.bygpt5_steps import BYGPT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.prediction.arithmetic import attention_pairs, cache_bytes, costs_of
 
@@ -56,6 +60,21 @@ def test_stages_between_count_once_in_their_sequences():
     )  # fmt: skip
     assert attention_pairs(config, 1024) == 64**2 + 64 * 4**2 + 256 * 4**2
     assert costs_of(config, {"middle": 800.0}, 1024).read_bytes["middle"] == 200.0
+
+
+def test_a_model_without_patches_reads_all_of_its_weights_and_rows_for_each_byte(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "bygpt5", BYGPT5)
+    config = ByGPT5Config(layers=4, heads=6, head_dim=64, max_bytes=1024)
+    costs = costs_of(config, {"decoder": 1e6, "head": 1e3, "embeddings": 1e9}, 1000)
+    assert costs.attention_pairs == costs.flat_attention_pairs == 1000**2
+    rows = 2 * 4 * 6 * 64 * 1000 * 2
+    assert costs.cache_bytes == {"decoder": rows} and costs.flat_cache_bytes == rows
+    assert costs.read_bytes == {"decoder": 1e6, "head": 1e3, "decoder cache": rows}
+
+
+def test_an_architecture_that_does_not_say_is_refused():
+    with pytest.raises(UsageError, match="the arithmetic of a ByT5 is not known"):
+        costs_of(ByT5Config(), {}, 16)
 
 
 @pytest.mark.parametrize("context", [0, 8193])
