@@ -32,7 +32,7 @@ class AnsweringModelReport:
 
 @dataclass(frozen=True)
 class AnsweringReport:
-    """One run of `marlin bench` over ByT5 models."""
+    """One run of `marlin bench` over models that answer."""
 
     machine: Machine
     throughput_settings: ThroughputSettings | None

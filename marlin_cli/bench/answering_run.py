@@ -1,4 +1,4 @@
-"""One run of `marlin bench` over ByT5 models: loaded, checked against what is asked of them, then timed and scored."""
+"""One run of `marlin bench` over models that answer: loaded, checked against what is asked of them, then timed and scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""One run of `marlin bench`: models are loaded, checked against what is asked of them, then timed and scored."""
+"""One run of `marlin bench` over models that continue bytes: loaded, checked against what is asked, then timed and scored."""
 
 import contextlib
 import dataclasses

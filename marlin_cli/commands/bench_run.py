@@ -1,4 +1,4 @@
-"""What `marlin bench` does once its options are read: one run over MegaByte models or over ByT5 models, one delivery."""
+"""What `marlin bench` does once its options are read: one run over models that continue bytes, or that answer, one delivery."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from marlin_cli import console
 from marlin_cli.api import capability_of
 from marlin_cli.bench import answering_run
-from marlin_cli.bench import run as megabyte_run
+from marlin_cli.bench import run as continuing_run
 from marlin_cli.bench.answering_result import AnsweringReport, PairSettings
 from marlin_cli.bench.result import Report
 from marlin_cli.bench.run import Request
@@ -50,7 +50,7 @@ def run(request: Request, output: Output, against: str | None) -> None:
 
 def _measured(request: Request) -> Report | AnsweringReport:
     if capability_of(request.models[0]) is Capability.CONTINUES:
-        return megabyte_run.run(request)
+        return continuing_run.run(request)
     timing = request.throughput
     swept = {} if timing is None else {"--prompt-bytes": timing.sweep_contexts, "--decode-bytes": timing.sweep_decodes}
     for option, lengths in swept.items():
