@@ -32,8 +32,10 @@ from marlin_cli.engine.compiled_patches import CompiledPatches
 from marlin_cli.engine.decoding import GraphCache, Lockstep
 from marlin_cli.engine.encoder_decoder import AnswerState, GraphAnswers
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import dispatch, metal_kernels
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings

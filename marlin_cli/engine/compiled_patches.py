@@ -16,7 +16,9 @@ from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.cuda_patches import Patch
 from marlin_cli.engine.fused import NORMS
 from marlin_cli.engine.sampling import Noise, Sampling, filter_numbers, sample
-from marlin_cli.models.megabyte import Block, MegaByte, MegaByteConfig, Stage, StageConfig
+from marlin_cli.models.megabyte import MegaByte, Stage
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_layers import Block
 from marlin_cli.ops import step
 from marlin_cli.ops.few_rows import Drawing, Norm, Place, Projections, Reading, Tail
 from marlin_cli.ops.metal_few_rows import MOST_STREAMS, MOST_TAIL_ROWS

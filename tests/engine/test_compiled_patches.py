@@ -10,7 +10,7 @@ from marlin_cli.engine.compiled_patches import TAIL_ROWS, CompiledPatches, compi
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import metal_few_rows
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.formats import FORMATS

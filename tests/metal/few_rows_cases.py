@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from metal_text import barriers_of, without_barrier
 
-from marlin_cli.models.megabyte import VarianceNorm
+from marlin_cli.models.megabyte_layers import VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.few_rows import Norm, Place, Projections, Reading, Tail
 from marlin_cli.ops.reference import KeyValueRows, Packed, pack_rows

@@ -9,7 +9,7 @@ import pytest
 from marlin_cli.engine import decoding, whole_patches
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import dispatch
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
