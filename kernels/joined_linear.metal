@@ -1,5 +1,5 @@
 // Joins what splits of the keys have seen, then a linear layer and the residual: out = attention @ W^T * factor + added.
-// Every threadgroup joins all heads, which costs less than a launch.
+// Every threadgroup joins all heads again, to save a launch.
 //
 // inputs   parts[splits, streams, WIDTH] float32, not divided by their weights; stats[splits, streams, heads, 2] float32: peak, to
 //          the base 2, and weight; layer_words, layer_scales, layer_zeros: W, see few_rows.h.metal; added[streams, out_rows] T

@@ -1,5 +1,5 @@
 // Attention of one row of each stream over the few rows of its tail, then a linear layer and the residual:
-// out = attention @ W^T * factor + added. Every threadgroup attends for all heads, which costs less than a launch.
+// out = attention @ W^T * factor + added. Every threadgroup attends for all heads again, to save a launch.
 //
 // inputs   queries[streams, heads, HEAD_DIM]; keys, values[streams, kv_heads, tail_rows, HEAD_DIM] T
 //          layer_words, layer_scales, layer_zeros: W, see few_rows.h.metal; added[streams, out_rows] T
