@@ -21,13 +21,9 @@
   const int position = counts[0] + counts[1], base = in_tail ? counts[0] : 0;
 
   const int64_t of_stream = int64_t(stream) * kv_heads + kv_head;
-  marlin::Rows<T, 0> key_rows, value_rows;
-  key_rows.data = in_tail ? keys + of_stream * tail_rows * HEAD_DIM : stored_keys + of_stream * capacity * HEAD_DIM;
-  key_rows.row_stride = HEAD_DIM;
-  key_rows.value_stride = 1;
-  value_rows.data = in_tail ? values + of_stream * tail_rows * HEAD_DIM : stored_values + of_stream * capacity * HEAD_DIM;
-  value_rows.row_stride = HEAD_DIM;
-  value_rows.value_stride = 1;
+  const int64_t place = of_stream * (in_tail ? tail_rows : capacity) * HEAD_DIM;
+  const marlin::Rows<T, 0> key_rows = {(in_tail ? keys : stored_keys) + place, nullptr, HEAD_DIM, 1, 0, 0};
+  const marlin::Rows<T, 0> value_rows = {(in_tail ? values : stored_values) + place, nullptr, HEAD_DIM, 1, 0, 0};
 
   const marlin::Interval seen = marlin::sight(position, sizes[6] ? left_padding[stream] : 0, position + 1, true, sizes[5]);
   marlin::Tile<HEAD_DIM, TILE> tile;

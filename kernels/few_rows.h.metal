@@ -199,6 +199,18 @@ METAL_FUNC float own_sum(thread const float (&sums)[TILE][ROWS], int lane) {
   return own;
 }
 
+// Of the products of all rows of x with `ROWS` rows of W, the first one and on, the one that a lane is to write: see own_sum. Rows
+// beyond the last of W repeat it.
+template <int TILE, int ROWS, typename X, typename W>
+METAL_FUNC float own_product(thread const X& x, thread const W& weights, int first_row, int out_rows, int depth, int lane) {
+  int rows[ROWS];
+  MARLIN_UNROLL
+  for (int r = 0; r < ROWS; r++) rows[r] = metal::min(first_row + r, out_rows - 1);
+  float sums[TILE][ROWS];
+  multiply<TILE, ROWS>(x, weights, rows, depth, lane, sums);
+  return own_sum<TILE, ROWS>(sums, lane);
+}
+
 METAL_FUNC float erf(float x) {  // which Metal has not; by a series of Numerical Recipes, 1.2e-7 off at most
   const float t = 1.0f / (1.0f + 0.5f * metal::abs(x));
   const float series = -1.26551223f + t * (1.00002368f + t * (0.37409196f + t * (0.09678418f + t * (-0.18628806f

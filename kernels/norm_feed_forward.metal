@@ -19,20 +19,14 @@
   const int first_row = (threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup) * ROWS;
   const int stream = first + lane / ROWS, row = first_row + lane % ROWS;
   const bool writing = lane < TILE * ROWS && stream < streams && row < out_rows;
-  int of_weights[ROWS];
-  MARLIN_UNROLL
-  for (int r = 0; r < ROWS; r++) of_weights[r] = metal::min(first_row + r, out_rows - 1);
   marlin::Weights<T, KIND, GROUP> weights;
-  float sums[TILE][ROWS];
 
   MARLIN_WEIGHTS(weights, up)
-  marlin::multiply<TILE, ROWS>(x, weights, of_weights, depth, lane, sums);
-  float value = marlin::own_sum<TILE, ROWS>(sums, lane) * factors[0];
+  float value = marlin::own_product<TILE, ROWS>(x, weights, first_row, out_rows, depth, lane) * factors[0];
   if (HAS_BIAS && writing) value += float(up_bias[row]);
   if (GATED) {
     MARLIN_WEIGHTS(weights, gate)
-    marlin::multiply<TILE, ROWS>(x, weights, of_weights, depth, lane, sums);
-    float gate = marlin::own_sum<TILE, ROWS>(sums, lane) * factors[1];
+    float gate = marlin::own_product<TILE, ROWS>(x, weights, first_row, out_rows, depth, lane) * factors[1];
     if (HAS_BIAS && writing) gate += float(gate_bias[row]);
     value *= marlin::activated(gate, ACTIVATION);
   } else {

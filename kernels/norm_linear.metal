@@ -21,12 +21,7 @@
   const int first_row = (threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup) * ROWS;
   marlin::Weights<T, KIND, GROUP> weights;
   MARLIN_WEIGHTS(weights, layer)
-  int of_weights[ROWS];
-  MARLIN_UNROLL
-  for (int r = 0; r < ROWS; r++) of_weights[r] = metal::min(first_row + r, out_rows - 1);
-  float sums[TILE][ROWS];
-  marlin::multiply<TILE, ROWS>(x, weights, of_weights, depth, lane, sums);
-  float value = marlin::own_sum<TILE, ROWS>(sums, lane) * factors[0];
+  float value = marlin::own_product<TILE, ROWS>(x, weights, first_row, out_rows, depth, lane) * factors[0];
 
   const int stream = first + lane / ROWS, row = first_row + lane % ROWS;
   if (lane < TILE * ROWS && stream < streams && row < out_rows) {

@@ -18,13 +18,8 @@
   for (int task = simdgroup; task < TILE * heads; task += SIMDGROUPS) {
     const int head = task % heads, kv_head = head / (heads / kv_heads), stream = metal::min(first + task / heads, streams - 1);
     const int64_t base = (int64_t(stream) * kv_heads + kv_head) * tail_rows * HEAD_DIM;
-    marlin::Rows<T, 0> key_rows, value_rows;
-    key_rows.data = keys + base;
-    key_rows.row_stride = HEAD_DIM;
-    key_rows.value_stride = 1;
-    value_rows.data = values + base;
-    value_rows.row_stride = HEAD_DIM;
-    value_rows.value_stride = 1;
+    const marlin::Rows<T, 0> key_rows = {keys + base, nullptr, HEAD_DIM, 1, 0, 0};
+    const marlin::Rows<T, 0> value_rows = {values + base, nullptr, HEAD_DIM, 1, 0, 0};
     marlin::Tile<HEAD_DIM, 1> tile;
     tile.start(lane);
     const device T* query = queries + (int64_t(stream) * heads + head) * HEAD_DIM;
@@ -42,12 +37,7 @@
   const int first_row = (threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup) * ROWS;
   marlin::Weights<T, KIND, GROUP> weights;
   MARLIN_WEIGHTS(weights, layer)
-  int of_weights[ROWS];
-  MARLIN_UNROLL
-  for (int r = 0; r < ROWS; r++) of_weights[r] = metal::min(first_row + r, out_rows - 1);
-  float sums[TILE][ROWS];
-  marlin::multiply<TILE, ROWS>(x, weights, of_weights, WIDTH, lane, sums);
-  const float value = marlin::own_sum<TILE, ROWS>(sums, lane) * factors[1];
+  const float value = marlin::own_product<TILE, ROWS>(x, weights, first_row, out_rows, WIDTH, lane) * factors[1];
   const int stream = first + lane / ROWS, row = first_row + lane % ROWS;
   if (lane < TILE * ROWS && stream < streams && row < out_rows) {
     const int64_t place = int64_t(stream) * out_rows + row;

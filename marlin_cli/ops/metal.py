@@ -27,7 +27,7 @@ from marlin_cli.ops.kernel_source import launch
 from marlin_cli.ops.metal_kernels import PAGES_A_LAUNCH, kernel
 from marlin_cli.ops.reference import KeyValueRows, Packed
 
-PIECE = 8  # values of a head that one lane holds
+PIECE = 8  # values of a row, of a head or of weights, that a lane holds at once
 MOST_SHARED_ROWS = 16  # rows of queries that read the same keys; more of them are for the matrix units
 PREFILL_ROWS, PREFILL_KEYS = 32, 32  # that a threadgroup of the prefill kernel has at once
 MOST_PREFILL_HEAD_DIM = 128  # by registers and threadgroup memory

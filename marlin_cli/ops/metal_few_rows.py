@@ -1,20 +1,20 @@
 """Metal twins of `few_rows`: which kernel, which variant of it and which grid, for up to eight streams."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.ops import metal
 from marlin_cli.ops.few_rows import Drawing, Norm, Place, Projections, Reading, Tail
-from marlin_cli.ops.kernel_inputs import FLOATS, integers, no_scales, nothing, on_device, tile_of
+from marlin_cli.ops.kernel_inputs import FLOATS, integers, nothing, on_device, tile_of
 from marlin_cli.ops.kernel_source import launch
-from marlin_cli.ops.layers import Linear, QuantizedLinear
+from marlin_cli.ops.metal import PIECE
 from marlin_cli.ops.metal_kernels import kernel
+from marlin_cli.ops.metal_layers import LayerInputs, read_layer, takes_layers
 from marlin_cli.ops.reference import KeyValueRows
 
-PIECE = 8  # values of a row that a lane multiplies at once
 MOST_STREAMS = 8  # rows of x that share a weight's decoding; more of them are for MLX's matrix units
 MOST_SHARED = 6144  # floats of attention that a threadgroup holds, in 24 KiB
 MOST_TAIL_ROWS = 64  # that every threadgroup of a linear layer attends to again
@@ -24,32 +24,15 @@ MANY_ROWS = 2048  # of W, from which on a simdgroup has four at once
 COPIES = 4  # threadgroups that copy a tail
 DRAWING_THREADS = 256
 SPLIT_ROWS, MOST_SPLITS = 128, 8  # of a cache: rows that are worth a threadgroup, and parts that are worth joining
-KINDS = ("dense", "nvfp4", "mxfp4", "mxfp8", "int4", "int8")  # as `Kind` in few_rows.h.metal
 NORMS = ("none", "rmsnorm", "layernorm", "variance")  # as `NormKind`
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # as `Activation`
-
-
-class _Weights(NamedTuple):
-    """A linear layer as the kernels read it."""
-
-    kind: int
-    group: int
-    arrays: list[mx.array]  # words, scales, zeros
-    bias: mx.array | None
-    factor: float
-    out_rows: int
-    depth: int
-
-    @property
-    def format(self) -> tuple[int, int, int]:
-        return self.kind, self.group, self.depth
 
 
 def projections(x: mx.array, norm: Norm, parts: Projections, tail: Tail, place: Place) -> tuple[mx.array, Tail]:
     """See `few_rows.projections`."""
     streams, depth = x.shape
     heads, kv_heads, head_dim = parts.heads, parts.kv_heads, parts.head_dim
-    layers = [_read(layer, x.dtype) for layer in (parts.query, parts.key, parts.value)]
+    layers = [read_layer(layer, x.dtype) for layer in (parts.query, parts.key, parts.value)]
     out_rows = sum(layer.out_rows for layer in layers)
     tile = _tile(streams)
     rows = _rows(out_rows, tile)
@@ -64,7 +47,7 @@ def projections(x: mx.array, norm: Norm, parts: Projections, tail: Tail, place: 
             _floats(factors), _integers(sizes),
         ],
         {
-            "T": x.dtype, **_template(layers[0]), "NORM": NORMS.index(norm.kind), "TILE": tile, "ROWS": rows,
+            "T": x.dtype, **layers[0].template, "NORM": NORMS.index(norm.kind), "TILE": tile, "ROWS": rows,
             "SIMDGROUPS": SIMDGROUPS, "HEAD_DIM": head_dim, "ROTATION": rotation,
         },
         **_grid(out_rows, rows, streams, tile, COPIES),
@@ -81,7 +64,7 @@ def takes_projections(x: mx.array, norm: Norm, parts: Projections, tail: Tail, p
         _takes_rows(x, norm)
         and parts.head_norms is None
         and parts.head_dim % PIECE == 0
-        and _takes_layers(layers, x, biased=False)
+        and takes_layers(layers, x, biased=False)
         and tail.keys.dtype == tail.values.dtype == x.dtype
     )
 
@@ -94,7 +77,7 @@ def attention_out(
     if stored is not None or not plain or tail.keys.shape[2] > MOST_TAIL_ROWS:
         return _joined(*_cache_attention(queries, stored or tail, tail, place, reading), queries, reading, residual)
     streams, heads, _, head_dim = queries.shape
-    layer = _read(reading.out, queries.dtype)
+    layer = read_layer(reading.out, queries.dtype)
     tile, rows, variant = _shared(layer, queries)
     sizes = [streams, heads, tail.keys.shape[1], tail.keys.shape[2], layer.out_rows]
     (out,) = launch(
@@ -155,13 +138,13 @@ def _takes_reading(queries: mx.array, reading: Reading, residual: mx.array) -> b
         and head_dim % PIECE == 0
         and head_dim <= 32 * PIECE
         and heads * head_dim <= MOST_SHARED
-        and _takes_layers([reading.out], queries, biased=False)
+        and takes_layers([reading.out], queries, biased=False)
     )
 
 
 def _joined(parts: mx.array, stats: mx.array, queries: mx.array, reading: Reading, residual: mx.array) -> mx.array:
     """What splits have seen, as one, through the linear layer after it."""
-    layer = _read(reading.out, queries.dtype)
+    layer = read_layer(reading.out, queries.dtype)
     tile, rows, variant = _shared(layer, queries)
     sizes = [parts.shape[0], queries.shape[0], layer.out_rows]
     (out,) = launch(
@@ -175,7 +158,7 @@ def _joined(parts: mx.array, stats: mx.array, queries: mx.array, reading: Readin
     return out
 
 
-def _shared(layer: _Weights, queries: mx.array) -> tuple[int, int, dict[str, Any]]:
+def _shared(layer: LayerInputs, queries: mx.array) -> tuple[int, int, dict[str, Any]]:
     """Tile and rows of a kernel whose threadgroups hold the attention of a tile, and its template."""
     streams, heads, _, head_dim = queries.shape
     tile = _tile(streams)
@@ -183,14 +166,14 @@ def _shared(layer: _Weights, queries: mx.array) -> tuple[int, int, dict[str, Any
         tile //= 2
     rows = _rows(layer.out_rows, tile)
     sizes = {"TILE": tile, "ROWS": rows, "SIMDGROUPS": SIMDGROUPS, "HEAD_DIM": head_dim, "WIDTH": heads * head_dim}
-    return tile, rows, {"T": queries.dtype, **_template(layer), **sizes}
+    return tile, rows, {"T": queries.dtype, **layer.template, **sizes}
 
 
 def feed_forward(x: mx.array, norm: Norm, gate: nn.Module | None, up: nn.Module, activation: str) -> mx.array:
     """See `few_rows.feed_forward`."""
     streams, depth = x.shape
-    layer = _read(up, x.dtype)
-    other = layer if gate is None else _read(gate, x.dtype)
+    layer = read_layer(up, x.dtype)
+    other = layer if gate is None else read_layer(gate, x.dtype)
     tile = _tile(streams)
     rows = _rows(layer.out_rows, tile)
     biases = [nothing(x.dtype) if each.bias is None else on_device(each.bias) for each in (layer, other)]
@@ -201,7 +184,7 @@ def feed_forward(x: mx.array, norm: Norm, gate: nn.Module | None, up: nn.Module,
             _floats([layer.factor, other.factor, norm.module.eps]), _integers([streams, depth, layer.out_rows]),
         ],
         {
-            "T": x.dtype, **_template(layer), "NORM": NORMS.index(norm.kind), "TILE": tile, "ROWS": rows,
+            "T": x.dtype, **layer.template, "NORM": NORMS.index(norm.kind), "TILE": tile, "ROWS": rows,
             "SIMDGROUPS": SIMDGROUPS, "GATED": gate is not None, "ACTIVATION": ACTIVATIONS.index(activation),
             "HAS_BIAS": layer.bias is not None,
         },
@@ -215,7 +198,7 @@ def feed_forward(x: mx.array, norm: Norm, gate: nn.Module | None, up: nn.Module,
 def takes_feed_forward(x: mx.array, norm: Norm, gate: nn.Module | None, up: nn.Module, activation: str) -> bool:
     """Two layers of one format, both with a bias or both without."""
     layers = [up] if gate is None else [up, gate]
-    return activation in ACTIVATIONS and _takes_rows(x, norm) and _takes_layers(layers, x)
+    return activation in ACTIVATIONS and _takes_rows(x, norm) and takes_layers(layers, x)
 
 
 def linear_added(x: mx.array, layer: nn.Module, residual: mx.array) -> mx.array:
@@ -225,7 +208,7 @@ def linear_added(x: mx.array, layer: nn.Module, residual: mx.array) -> mx.array:
 
 def takes_linear_added(x: mx.array, layer: nn.Module, residual: mx.array) -> bool:
     """Rows of one type."""
-    return _takes_rows(x, None) and residual.dtype == x.dtype and _takes_layers([layer], x)
+    return _takes_rows(x, None) and residual.dtype == x.dtype and takes_layers([layer], x)
 
 
 def normed_linear(x: mx.array, norm: Norm, layer: nn.Module, added: mx.array | None, dtype: mx.Dtype) -> mx.array:
@@ -236,7 +219,7 @@ def normed_linear(x: mx.array, norm: Norm, layer: nn.Module, added: mx.array | N
 def takes_normed_linear(x: mx.array, norm: Norm, layer: nn.Module, added: mx.array | None, dtype: mx.Dtype) -> bool:
     """Rows of one type."""
     same = added is None or added.dtype == x.dtype
-    return same and dtype in FLOATS and _takes_rows(x, norm) and _takes_layers([layer], x)
+    return same and dtype in FLOATS and _takes_rows(x, norm) and takes_layers([layer], x)
 
 
 def draw_embed(
@@ -303,7 +286,7 @@ def _linear(
     x: mx.array, norm: Norm | None, layer: nn.Module, added: mx.array | None, of_each: bool, dtype: mx.Dtype
 ) -> mx.array:
     streams, depth = x.shape
-    weights = _read(layer, x.dtype)
+    weights = read_layer(layer, x.dtype)
     tile = _tile(streams)
     rows = _rows(weights.out_rows, tile)
     absent = nothing(x.dtype)
@@ -316,7 +299,7 @@ def _linear(
             _integers([streams, depth, weights.out_rows, of_each]),
         ],
         {
-            "T": x.dtype, "OUT": dtype, **_template(weights), "NORM": 0 if norm is None else NORMS.index(norm.kind),
+            "T": x.dtype, "OUT": dtype, **weights.template, "NORM": 0 if norm is None else NORMS.index(norm.kind),
             "TILE": tile, "ROWS": rows, "SIMDGROUPS": SIMDGROUPS, "HAS_BIAS": weights.bias is not None,
             "HAS_ADDED": added is not None,
         },
@@ -325,39 +308,6 @@ def _linear(
         dtypes=[dtype],
     )  # fmt: skip
     return out
-
-
-def _read(layer: nn.Module, dtype: mx.Dtype) -> _Weights:
-    """What `_takes_layers` takes."""
-    bias = layer.get("bias")
-    if isinstance(layer, Linear):
-        rows, depth = layer.weight.shape
-        return _Weights(0, 1, [on_device(layer.weight), no_scales(), nothing(dtype)], bias, 1.0, rows, depth)
-    assert isinstance(layer, QuantizedLinear)
-    affine = layer.mode == "affine"
-    kind = f"int{layer.bits}" if affine else layer.mode
-    zeros = on_device(layer["biases"]) if affine else nothing(dtype)
-    factor = float(layer["global_scale"].item()) if "global_scale" in layer else 1.0
-    words, scales = on_device(layer["weight"]), on_device(layer["scales"])
-    rows, depth = layer["weight"].shape[0], layer["weight"].shape[1] * 32 // layer.bits
-    return _Weights(KINDS.index(kind), layer.group_size, [words, scales, zeros], bias, factor, rows, depth)
-
-
-def _takes_layers(layers: list[nn.Module], x: mx.array, biased: bool = True) -> bool:
-    """Whether the kernels know the layers, which are of one format; a bias only where it is `biased`, and of all or none."""
-    for layer in layers:
-        if type(layer) is Linear:
-            known = layer.weight.dtype == x.dtype
-        else:
-            known = type(layer) is QuantizedLinear and layer.activation_bits == 16
-            known = known and (f"int{layer.bits}" if layer.mode == "affine" else layer.mode) in KINDS
-            known = known and layer["scales"].dtype == (x.dtype if layer.mode == "affine" else mx.uint8)
-        bias = layer.get("bias")
-        if not known or (bias is not None and (not biased or bias.dtype != x.dtype)):
-            return False
-    read = [_read(layer, x.dtype) for layer in layers]
-    whole = all(each.depth % PIECE == 0 and (each.kind == 0 or each.group % PIECE == 0) for each in read)
-    return whole and len({each.format for each in read}) == 1 and len({each.bias is None for each in read}) == 1
 
 
 def _takes_rows(x: mx.array, norm: Norm | None) -> bool:
@@ -381,10 +331,6 @@ def _grid(out_rows: int, rows: int, streams: int, tile: int, more: int = 0) -> d
     threadgroups = -(-out_rows // (rows * SIMDGROUPS)) + more
     threads = SIMDGROUPS * 32
     return {"grid": (threadgroups * threads, -(-streams // tile), 1), "threadgroup": (threads, 1, 1)}
-
-
-def _template(layer: _Weights) -> dict[str, Any]:
-    return {"KIND": layer.kind, "GROUP": layer.group}
 
 
 def _floats(values: list[float]) -> mx.array:
