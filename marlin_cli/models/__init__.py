@@ -12,7 +12,7 @@ from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import shipped
-from marlin_cli.models.architecture import Architecture, Capability, Network
+from marlin_cli.models.architecture import Architecture, Capability, Continuing, Network, Reading
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
@@ -23,11 +23,14 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Capability",
+    "Continuing",
     "Network",
+    "Reading",
     "architecture_named",
     "architecture_of",
     "build",
     "config_as_mapping",
+    "continuing_of",
     "fill",
     "linear_layers",
     "part_of",
@@ -142,6 +145,13 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
 def architecture_of(network: Network) -> Architecture:
     """The architecture of a network, which knows its own name."""
     return ARCHITECTURES[network.config.model_type]
+
+
+def continuing_of(network: Network) -> Continuing:
+    """How a network continues bytes, which is what it does."""
+    found = architecture_of(network).continuing
+    assert found is not None
+    return found
 
 
 def with_weights(network: AnyNetwork, weights: Mapping[str, mx.array]) -> AnyNetwork:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
 from marlin_cli.models.limits import Limits, check_limits
-from marlin_cli.ops import Linear, attention, strided_pool
+from marlin_cli.ops import Linear, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 from marlin_cli.text import quoted
@@ -117,8 +117,12 @@ class ByT5Config:
 class SelfCache(Protocol):
     """Keys and values of the rows that one decoder layer has seen."""
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Add rows [n, heads, rows, head_dim]; all rows so far."""
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> mx.array:
+        """Add rows of keys and values; the queries of these rows read all so far. All are [n, heads, rows, head_dim].
+
+        Args:
+            bias: [heads, 2 * most + 1], see `RelativeBias`.
+        """
 
 
 class Memory(Protocol):
@@ -228,8 +232,7 @@ class DecoderAttention(Attention):
         queries = self._heads(self.q_proj(x))
         if cache is None:
             return self._joined(relative_attention(queries, keys, values, bias, causal=True))
-        keys, values = cache.append(keys, values)
-        return self._joined(attention(queries, keys, values, 1.0, causal=True, relative_bias=bias))
+        return self._joined(cache.attend(queries, keys, values, bias))
 
 
 class CrossAttention(Attention):

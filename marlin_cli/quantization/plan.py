@@ -106,9 +106,14 @@ def _bits(name: str) -> int:
     return 16 if name == KEEP else FORMATS[name].bits
 
 
-def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16) -> QuantizationSettings:
+def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16, decoder_bits: int = 4) -> QuantizationSettings:
     """Settings that name bit widths alone."""
-    return QuantizationSettings(format_from_bits(global_bits), format_from_bits(local_bits), kv_bits=kv_bits)
+    return QuantizationSettings(
+        format_from_bits(global_bits),
+        format_from_bits(local_bits),
+        decoder_format=format_from_bits(decoder_bits),
+        kv_bits=kv_bits,
+    )
 
 
 def load_recipe(name: str) -> QuantizationSettings:
