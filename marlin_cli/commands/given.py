@@ -107,11 +107,14 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
 
 
 def _families_of(path: Path) -> set[Family]:
-    from marlin_cli.api import capability_of
-    from marlin_cli.models import Capability
+    """Those that the model may be of, as far as config.json tells."""
+    from marlin_cli.api import architecture_at
+    from marlin_cli.models import Reading
 
-    answers = capability_of(path) is Capability.ANSWERS
-    return {Family.ANSWERS, Family.ENCODES} if answers else {Family.CONTINUES}
+    found = architecture_at(path).continuing
+    if found is None:
+        return {Family.ANSWERS, Family.ENCODES}
+    return {Family.CONTINUES if found.reading is Reading.PATCHES else Family.BYTEWISE}
 
 
 def _families_by_weights(path: Path) -> set[Family]:

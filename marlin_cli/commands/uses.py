@@ -11,7 +11,8 @@ from enum import Enum
 class Family(Enum):
     """Kinds of models that take different options; the value is for messages."""
 
-    CONTINUES = "a model that continues bytes"
+    CONTINUES = "a model that continues bytes"  # by patches
+    BYTEWISE = "a model that continues bytes one by one"
     ANSWERS = "a model that answers an input"
     ENCODES = "an encoder alone"
 
@@ -26,7 +27,8 @@ class Use:
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-CONTINUES, ANSWERS, ENCODES = Family
+CONTINUES, BYTEWISE, ANSWERS, ENCODES = Family
+CONTINUING = (CONTINUES, BYTEWISE)
 ENCODER_FIRST = (ANSWERS, ENCODES)
 
 
@@ -58,8 +60,8 @@ GENERATE: Mapping[str, Uses] = {
     "--stop": _of(without=("--beams",)),
     "--stop-hex": _of(without=("--beams",)),
     "--kv-bits": _of(),
-    "--k-bits": _of(CONTINUES),
-    "--v-bits": _of(CONTINUES),
+    "--k-bits": _of(*CONTINUING),
+    "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),
     "--beams": _of(*ENCODER_FIRST),
     "--n-best": _BEAMS,
@@ -69,7 +71,7 @@ GENERATE: Mapping[str, Uses] = {
     "--min-length": _of(*ENCODER_FIRST),
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
-    "--sentinel": _of(*ENCODER_FIRST),
+    "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
@@ -101,35 +103,35 @@ CALIBRATE: Mapping[str, Uses] = {
 
 _UNPACKING = ("--dequantize",)
 _PACKING = _of(without=_UNPACKING)
-_OF_CONTINUING = _of(CONTINUES, without=_UNPACKING)
+_OF_PATCHES = _of(CONTINUES, without=_UNPACKING)
 _CALIBRATED = ("--sequential", "--target-bpw")
 
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
-    "--global-bits": _OF_CONTINUING,
-    "--local-bits": _OF_CONTINUING,
+    "--global-bits": _OF_PATCHES,
+    "--local-bits": _OF_PATCHES,
     "--encoder-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
-    "--decoder-bits": _of(ANSWERS, without=_UNPACKING),
+    "--decoder-bits": _of(BYTEWISE, ANSWERS, without=_UNPACKING),
     "--cross-bits": _of(ANSWERS, without=_UNPACKING),
-    "--wo-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
-    "--kv-bits": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--balance-keys": _of(CONTINUES, ANSWERS, needs=("--stats",), without=_UNPACKING),
-    "--global-format": _OF_CONTINUING,
-    "--local-format": _OF_CONTINUING,
+    "--wo-bits": _of(BYTEWISE, *ENCODER_FIRST, without=_UNPACKING),
+    "--kv-bits": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
+    "--balance-keys": _of(*CONTINUING, ANSWERS, needs=("--stats",), without=_UNPACKING),
+    "--global-format": _OF_PATCHES,
+    "--local-format": _OF_PATCHES,
     "--group-size": _PACKING,
     "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
     "--method": _PACKING,
     "--domain-weight": _of(needs=("--stats", "--sequential"), without=_UNPACKING),
     "--sequential": _PACKING,
     "--sequential-bytes": _of(needs=("--sequential",)),
-    "--target-bpw": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--save-recipe": _of(CONTINUES, ANSWERS, needs=("--target-bpw",)),
+    "--target-bpw": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
+    "--save-recipe": _of(*CONTINUING, ANSWERS, needs=("--target-bpw",)),
     "--calibration-corpus": _of(needs=_CALIBRATED, without=("--calibration-pairs",)),
     "--calibration-pairs": _of(*ENCODER_FIRST, needs=_CALIBRATED),
-    "--distill-steps": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--distill-corpus": _of(CONTINUES, ANSWERS, needs=("--distill-steps",), without=("--distill-pairs",)),
+    "--distill-steps": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
+    "--distill-corpus": _of(*CONTINUING, ANSWERS, needs=("--distill-steps",), without=("--distill-pairs",)),
     "--distill-pairs": _of(ANSWERS, needs=("--distill-steps",)),
     "--recipe": _PACKING,
     "--override": _PACKING,

@@ -5,6 +5,7 @@ import sys
 
 import mlx.core as mx
 import pytest
+from decoder_cases import random_bygpt5
 from mlx.utils import tree_map
 from typer.main import get_command
 
@@ -12,8 +13,11 @@ from marlin_cli import ByT5Config, ByT5Model, MegaByteModel, cli
 from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
 from marlin_cli.commands.options import parse_import_options, parse_size
-from marlin_cli.commands.uses import USES, Family
+from marlin_cli.commands.uses import CONTINUING, USES, Family
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.errors import UsageError
+from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 
@@ -112,6 +116,8 @@ def models(tmp_path_factory):
         mx.random.seed(1)
         model.network.update(tree_map(lambda a: mx.random.normal(a.shape) * a.shape[-1] ** -0.5, model.network.parameters()))
         model.save(folder / name)
+    bytewise = random_bygpt5(d_model=32, heads=1, head_dim=32, layers=1, max_bytes=96)
+    ContinuingModel(bytewise, choose_device("cpu")).save(folder / "bytewise")
     return {family: folder / family.name.lower() for family in Family}
 
 
@@ -126,6 +132,7 @@ def _network(config):
 def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ARCHITECTURES, "bygpt5", BYGPT5)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["marlin", *map(str, arguments)])
@@ -199,6 +206,7 @@ USED = [
     for family in uses
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
     if not (family is Family.ENCODES and (command == "generate" or option == "--no-throughput"))
+    and not (family is Family.BYTEWISE and command == "bench")  # which measures patches as yet
     and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
 ]
 
@@ -228,7 +236,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
             arguments += [
                 each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
             ]
-    if "--quality" in arguments and family is Family.CONTINUES and "--window-bytes" not in arguments:
+    if "--quality" in arguments and family in CONTINUING and "--window-bytes" not in arguments:
         arguments += ["--window-bytes", "64"]  # of a context of 96
     if "--export" in arguments:
         arguments += ["--local-bits", "4"] if family is Family.CONTINUES else ["--wo-bits", "4"]
@@ -237,7 +245,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         "PAIRS": "PAIRS.tsv",
         "STATS": "STATS.safetensors",
     }
-    names["SCORED"] = "TEXT" if family is Family.CONTINUES else "PAIRS.tsv"
+    names["SCORED"] = "TEXT" if family in CONTINUING else "PAIRS.tsv"
     if "STATS" in arguments:
         made = ("--corpus", tmp_path / "TEXT", "--max-bytes", "256", "--output", "STATS.safetensors")
         code, _, err = marlin("calibrate", models[family], *made)
