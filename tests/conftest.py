@@ -13,8 +13,8 @@ from mlx.utils import tree_map
 
 from marlin_cli import MegaByteModel
 from marlin_cli.models import ARCHITECTURES
-from marlin_cli.models.byt5 import ByT5Config
-from marlin_cli.models.megabyte import MegaByteConfig, StageConfig
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 

@@ -18,7 +18,7 @@ from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES
 from marlin_cli.models.bygpt5_steps import BYGPT5
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 
 COMMANDS = get_command(cli.app).commands
