@@ -7,6 +7,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from marlin_cli import cli, load
 from marlin_cli.api import MODELS
@@ -49,12 +50,13 @@ def test_cached_decoding_is_the_full_pass(each_continuing):
     way, continuing = way_of(each_continuing), continuing_of(each_continuing)
     ids = continuing.ids(each_continuing.config, DATA, False)
     full = model_of(each_continuing).logits(DATA)
-    for start in (0, 1, 5):
+    for start in (1, 5, 17):
         state = way.begin(each_continuing, [ids[:start]], None)
         for position in range(start, len(ids)):
             assert mx.allclose(state.logits[0], full[position], atol=1e-4), (start, position)
             state.push(mx.array([ids[position]]))
         assert state.positions == [len(ids)] and sum(state.cache_bytes.values()) > 0
+    assert mx.allclose(way.begin(each_continuing, [ids[:0]], None).logits[0], full[0], atol=1e-4)
 
 
 def test_what_is_predicted_does_not_see_what_follows(each_continuing):
@@ -148,7 +150,7 @@ def test_a_saved_model_is_the_model(each_tiny, tmp_path):
 def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in a folder with a corpus and pairs: what it printed; it must succeed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(b"some bytes of text\n" * 1000)
+    (tmp_path / "text").write_bytes(b"16 bytes a line\n" * 1000)  # any window of 64 bytes is like the others
     (tmp_path / "pairs.tsv").write_bytes("".join(f"source {n}\ttarget\n" for n in range(40)).encode())
 
     def run(*arguments, stdin=os.devnull):
@@ -194,6 +196,33 @@ def test_every_command(each_tiny, tmp_path, marlin):
     assert marlin("generate", "plain", "--max-bytes", "4", stdin="prompts") == marlin(
         "generate", "plain", "--max-bytes", "4", "--batch-size", "1", stdin="prompts"
     )
+
+
+def test_bench(each_tiny, tmp_path, marlin):
+    """Speed, plan and roofline where its arithmetic is known, and quality beside a packed copy of itself."""
+    model = model_of(each_tiny)
+    model.save(tmp_path / "model")
+    model.quantize().save(tmp_path / "packed")
+    answers = architecture_of(each_tiny).continuing is None
+    timed = ("--prompt-bytes", "8", "--decode-bytes", "8", "--repeats", "1", *(() if answers else ("--roofline",)))
+    found = json.loads(marlin("bench", "model", *timed, "--format", "json"))["models"][0]
+    assert sum(found["weights"].values()) == sum(array.size for _, array in tree_flatten(each_tiny.parameters()))
+    quality = ("--quality", "pairs.tsv" if answers else "text", "--max-quality-bytes", "1k")
+    windows = () if answers else ("--window-bytes", "64")
+    found = json.loads(
+        marlin("bench", "packed", "model", "--no-throughput", *quality, *windows, "--reference", "model", "--format", "json")
+    )
+    if answers:
+        assert found["models"][0]["quality"] is not None
+        return
+    packed, own = (each["quality"]["all_domains"] for each in found["models"])
+    window = (tmp_path / "text").read_bytes()[:64]
+    assert own["bits_per_byte"]["value"] == pytest.approx(model.bits_per_byte(window), rel=1e-5)
+    assert own["against_reference"]["kl_bits_per_byte"]["value"] == 0 < packed["against_reference"]["kl_bits_per_byte"]["value"]
+    plan = marlin("bench", "model", "--plan", "--bandwidth", "10", "--context", "32")
+    assert "reading a byte takes" in plan
+    marlin("quantize", "model", "-o", "out", "--report", "page.html")
+    assert "KL divergence" in (tmp_path / "page.html").read_text()
 
 
 def test_a_rotated_model_or_why_not(each_tiny):

@@ -19,9 +19,11 @@ class Continuation(Protocol):
     """Decoding state of a batch of streams of one phase (see `Way`).
 
     Attributes:
+        config: of the network.
         positions: ids of each stream so far.
     """
 
+    config: Any
     positions: list[int]
 
     @property
@@ -88,3 +90,13 @@ WAYS: dict[Reading, Way] = {
 def way_of(network: Network) -> Way:
     """How a network that continues bytes is decoded and scored."""
     return WAYS[continuing_of(network).reading]
+
+
+def begin(network: Network, prompts: Sequence[bytes], cache_bits: CacheBits | None = None) -> Continuation:
+    """The state of a batch of prompts of one phase.
+
+    Raises:
+        UsageError: `cache_bits` do not fit the network.
+    """
+    ids = [continuing_of(network).ids(network.config, prompt, False) for prompt in prompts]
+    return way_of(network).begin(network, ids, cache_bits)

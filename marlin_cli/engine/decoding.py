@@ -7,8 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.cache import CacheBits as CacheBits
-from marlin_cli.engine.cache import KeyValueCache, PackedKeyValueCache, check_cache_bits
+from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
 from marlin_cli.engine.cuda_patches import Patch, patch_decoder
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse

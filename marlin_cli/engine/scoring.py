@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.continuation import way_of
-from marlin_cli.engine.finite import not_finite as not_finite
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.models import Network, continuing_of
 
 # Bytes scored in one forward pass; bounds the memory of activations. Kernels that keep no logits take more.

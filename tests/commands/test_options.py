@@ -206,7 +206,6 @@ USED = [
     for family in uses
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
     if not (family is Family.ENCODES and (command == "generate" or option == "--no-throughput"))
-    and not (family is Family.BYTEWISE and command == "bench")  # which measures patches as yet
     and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
 ]
 
