@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 
 from marlin_cli import MegaByteModel
 from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
@@ -62,6 +63,7 @@ PACKABLE = {
 # A tiny configuration of each architecture, in sizes that every format packs: tests/test_tiny_models.py runs everything on it.
 CONTINUING = {
     "megabyte": MegaByteConfig(**PACKABLE),
+    "bygpt5": ByGPT5Config(**T5, layers=1, max_bytes=96),
 }
 ANSWERING = {
     "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),

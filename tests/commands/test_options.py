@@ -16,8 +16,6 @@ from marlin_cli.commands.options import parse_import_options, parse_size
 from marlin_cli.commands.uses import CONTINUING, USES, Family
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.errors import UsageError
-from marlin_cli.models import ARCHITECTURES
-from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 
@@ -132,7 +130,6 @@ def _network(config):
 def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ARCHITECTURES, "bygpt5", BYGPT5)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["marlin", *map(str, arguments)])

@@ -14,17 +14,12 @@ from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
-from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models import preset
 from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.bygpt5_steps import BYGPT5 as ARCHITECTURE
 from marlin_cli.ops.device import choose_device
 
 DATA = "Bytes, é 東\x00.".encode()
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "bygpt5", ARCHITECTURE)
 
 
 def model_of(network):
@@ -187,6 +182,12 @@ def test_numbers_that_are_none(sampling):
         list(generate(network, [b"a"], Stopping(4), sampling))
     with pytest.raises(CheckpointError, match="not finite"):
         bits_of(network, np.frombuffer(DATA, dtype=np.uint8), 5)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("small", 4), ("base", 6), ("medium", 12)])
+def test_presets(name, layers):
+    config = preset(f"bygpt5-{name}")
+    assert isinstance(config, ByGPT5Config) and (config.layers, config.vocab_size) == (layers, 384)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from marlin_cli.config import from_mapping
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.models import ARCHITECTURES, fill
+from marlin_cli.models import fill
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
-from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.gbst import Gbst, GbstConfig
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -41,11 +40,6 @@ BLOCKS = {
     "those of gbswt5": ((1, 0), (2, 0), (3, 0), (4, 0), (6, 0), (9, 0)),
     "with offsets": ((1, 0), (3, 1), (4, 2), (2, 1)),
 }
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(ARCHITECTURES, "bygpt5", BYGPT5)
 
 
 def random_t5(kind):
