@@ -15,6 +15,7 @@ from marlin_cli import MegaByteModel
 from marlin_cli.models import ARCHITECTURES
 from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.gbst import GbstConfig
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
@@ -67,6 +68,7 @@ CONTINUING = {
 }
 ANSWERING = {
     "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),
+    "gbst": GbstConfig(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96, block_sizes=(1, 2, 3, 4), bytes_in_row=3),
 }
 
 

@@ -17,6 +17,7 @@ from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine_steps import CANINE, LA_CANINE
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
+from marlin_cli.models.gbst_steps import GBST
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
@@ -50,7 +51,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 # model_type -> architecture.
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5, BYGPT5, CANINE, LA_CANINE)}
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5, BYGPT5, GBST, CANINE, LA_CANINE)}
 
 
 def build(

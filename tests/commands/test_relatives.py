@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from decoder_cases import bygpt5_folder, random_bygpt5
+from decoder_cases import bygpt5_folder, gbst_folder, random_bygpt5, random_gbst
 from safetensors.numpy import load_file, save_file
 
 from marlin_cli import cli, load
@@ -115,3 +115,70 @@ def test_a_bygpt5_whose_tensors_do_not_fit(bygpt5, marlin):
         change(tensors)
         save_file(tensors, bygpt5 / "model.safetensors")
         assert words in refusal(*marlin("generate", "bygpt5", "-p", "a"))
+
+
+@pytest.fixture
+def gbst(tmp_path):
+    return gbst_folder(tmp_path / "gbst", random_gbst(head_dim=32))
+
+
+def test_a_gbst_answers_every_input(gbst, marlin, tmp_path):
+    model = load(gbst, device="cpu")
+    inputs = (b"ab", b"\xff\0", b"", b"a longer one than the others")
+    lines = [json.dumps({"prompt_hex": each.hex()}) for each in inputs]
+    (tmp_path / "prompts").write_text("\n".join(lines))
+    code, out, err = marlin("generate", gbst, "--prompts", "prompts", "--max-bytes", "6")
+    assert (code, err) == (0, "")
+    found = [base64.b64decode(json.loads(line)["bytes_base64"]) for line in out.splitlines()]
+    assert found == [model.generate(each, 6) for each in inputs]
+    assert model.encode(b"seven b").shape == (3, 32) and model.logits(b"ab", b"xy").shape == (3, 384)
+    code, out, _ = marlin(
+        "generate", gbst, "-p", "ab", "--beams", "3", "--n-best", "2", "--kv-bits", "8", "--max-bytes", "4", "--json"
+    )
+    assert code == 0 and len(out.splitlines()) == 2
+
+
+def test_a_gbst_is_not_rotated(gbst, marlin, tmp_path):
+    (tmp_path / "pairs.tsv").write_bytes(b"source\ttarget\n" * 40)
+    how = ("--method", "gptq+hadamard", "--sequential", "--sequential-bytes", "500", "--calibration-pairs", "pairs.tsv")
+    assert "a GBST cannot be rotated" in refusal(*marlin("quantize", "gbst", "-o", "out", *how))
+    assert "--global-bits has no meaning for gbst" in refusal(*marlin("quantize", "gbst", "-o", "out", "--global-bits", "4"))
+
+
+GBST_CONFIGS = {
+    "blocks that are none": ({"subword_blocks": "all"}, "subword_blocks"),
+    "a block of nothing": ({"subword_blocks": [[0, 0]]}, "block_sizes"),
+    "an offset beyond its block": ({"subword_blocks": [[1, 0], [2, 2]]}, "block_offsets"),
+    "blocks with a multiple beyond memory": ({"subword_blocks": [[n, 0] for n in (64, 81, 125, 49)]}, "common multiple"),
+    "blocks beyond memory": ({"subword_blocks": None, "max_subword_block_size": 1 << 40}, "block_sizes"),
+    "another kernel": ({"subword_blocks": [[1, 0], [5, 0]]}, "has shape"),
+    "more bytes in a row than in a block": ({"downsample_factor": 9}, "bytes_in_row"),
+    "no bytes in a row": ({"downsample_factor": 0}, "bytes_in_row"),
+    "layers beyond memory": ({"num_layers": 1 << 40}, "layers"),
+    "a width beyond memory": ({"d_model": 1 << 40}, "d_model"),
+    "another model": ({"model_type": "t5"}, "encoder.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", GBST_CONFIGS)
+def test_a_gbst_whose_config_does_not_fit(kind, marlin, tmp_path):
+    changes, words = GBST_CONFIGS[kind]
+    folder = gbst_folder(tmp_path / "model", random_gbst(), **changes)
+    err = refusal(*marlin("generate", folder, "-p", "a", "--max-bytes", "2"))
+    assert words in err and "model" in err
+
+
+def test_a_gbst_whose_tensors_do_not_fit(gbst, marlin):
+    whole = load_file(gbst / "model.safetensors")
+    front = "encoder.embed_tokens"
+    for change, words in (
+        (lambda tensors: tensors.pop(f"{front}.cand_scoring.0.bias"), "cand_scoring"),
+        (lambda tensors: tensors.update({f"{front}.cand_scoring.0.weight": tensors["shared.weight"]}), "cand_scoring"),
+        (lambda tensors: tensors.update({f"{front}.embeds.weight": tensors["shared.weight"] + 1}), "the same table"),
+        (lambda tensors: tensors[f"{front}.positional_convol.2.proj.bias"].__setitem__(0, float("inf")), "infinity"),
+        (lambda tensors: tensors.pop("decoder.block.0.layer.1.EncDecAttention.k.weight"), "EncDecAttention"),
+    ):
+        tensors = {name: tensor.copy() for name, tensor in whole.items()}
+        change(tensors)
+        save_file(tensors, gbst / "model.safetensors")
+        assert words in refusal(*marlin("generate", "gbst", "-p", "a"))
