@@ -145,6 +145,7 @@ class Architecture:
         rotation: (config) -> its streams; raises `QuantizationError` where they cannot be turned.
         packed_keys: (config) -> the attentions that `--kv-bits` is about.
         is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
+        norms_lead: do the norms of a block stand before its layers, which alone read them? Else they follow a sum.
         unit_bytes: (config) -> bytes that pass together, of a text characters; less of them is no sample. Of what
             continues bytes a sample is cut to a multiple of it.
         most_bytes: (config) -> bytes that the network takes at once, whatever they are.
@@ -168,6 +169,7 @@ class Architecture:
     rotation: Callable[[Any], Rotation]
     packed_keys: Callable[[Any], PackedKeys]
     is_gated: Callable[[Any], bool]
+    norms_lead: bool = True
     unit_bytes: Callable[[Any], int] = lambda config: 1
     most_bytes: Callable[[Any], int] = lambda config: int(config.max_bytes)
     input_of: Callable[[str], str] = neighbour_with_same_input
