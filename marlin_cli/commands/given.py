@@ -163,7 +163,7 @@ def _check_uses(
             raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
         wanted = {part for use in uses if use is not None for part in use.parts}
         if parts is not None and wanted and not wanted & parts:
-            raise UsageError(f"{option} has no meaning for {models}, which has no such part but {', '.join(sorted(parts))}")
+            raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}")
 
 
 def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:
