@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from marlin_cli.models.decoding_shape import DecodingShape
+
 
 class Network(Protocol):
     """What every network is: an MLX module that knows its configuration, with `model_type` in it."""
@@ -151,6 +153,7 @@ class Architecture:
         most_bytes: (config) -> bytes that the network takes at once, whatever they are.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
+        decoding: what decoding is made of, by shape; None where its costs and times are not known.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
@@ -174,6 +177,7 @@ class Architecture:
     most_bytes: Callable[[Any], int] = lambda config: int(config.max_bytes)
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
+    decoding: DecodingShape | None = None
     shows_states: bool = False
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)

@@ -17,7 +17,7 @@ from marlin_cli.commands.uses import MODELS, SERVED_BY, USES, Family
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine_steps import CANINE
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.ops.device import choose_device
 
