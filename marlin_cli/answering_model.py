@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AnsweringModel(Model):
-    """A model that answers an input, such as a ByT5; an encoder alone encodes it.
+    """A model that answers an input, such as a ByT5 or a GBST; an encoder alone encodes it.
 
     Attributes:
         kv_bits: bits of the keys and values that the decoder reads of an input.
@@ -174,14 +174,17 @@ class AnsweringModel(Model):
         return self.bits(source, target) / len(target)
 
     def encode(self, data: bytes) -> mx.array:
-        """The encoder's states [len(data), d_model] of an input; that of the end, which it reads too, is left out.
+        """The encoder's states [states, d_model] of an input, one a byte, or one for all bytes of a GBST's row.
+
+        The end of an input, which is read too, has no state of its own here.
 
         Raises:
             UsageError: an input longer than `max_bytes`; or states that gptq+hadamard rotated, which mean nothing outside.
         """
         if (self.marlin or {}).get("rotated_states"):
             raise UsageError("gptq+hadamard has rotated this model's encoder states; encode with one packed by another method")
-        return encode(self.network, mx.array([self._source(data)]))[0, : len(data)]
+        count = self.network.state_lengths(mx.array([len(data)])).item()
+        return encode(self.network, mx.array([self._source(data)]))[0, :count]
 
     def encode_many(self, texts: Sequence[bytes]) -> list[mx.array]:
         """As `encode`, of each input."""
