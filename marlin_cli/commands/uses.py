@@ -14,7 +14,8 @@ class Family(Enum):
     CONTINUES = "a model that continues bytes"  # by patches
     BYTEWISE = "a model that continues bytes one by one"
     ANSWERS = "a model that answers an input"
-    ENCODES = "an encoder alone"
+    ENCODER_ALONE = "an encoder alone"  # of a model that answers
+    ENCODES = "a model that encodes texts"
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,23 @@ class Use:
 
     needs: tuple[str, ...] = ()  # one of these is given too
     without: tuple[str, ...] = ()  # none of these is
+    parts: tuple[str, ...] = ()  # the model has layers in one of these, see `models.part_of`
 
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-CONTINUES, BYTEWISE, ANSWERS, ENCODES = Family
+CONTINUES, BYTEWISE, ANSWERS, ENCODER_ALONE, ENCODES = Family
 CONTINUING = (CONTINUES, BYTEWISE)
-ENCODER_FIRST = (ANSWERS, ENCODES)
+ENCODER_FIRST = (ANSWERS, ENCODER_ALONE)
+READS_BYTES = (*CONTINUING, *ENCODER_FIRST)
+PREDICTS = (*CONTINUING, ANSWERS, ENCODES)  # an ENCODES without a head says so itself
+
+# Whom to ask instead, where a command has no use for a family.
+SERVED_BY = {ENCODES: "marlin label and marlin encode"}
 
 
-def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
-    return dict.fromkeys(families or Family, Use(needs, without))
+def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = (), parts: tuple[str, ...] = ()) -> Uses:
+    return dict.fromkeys(families or Family, Use(needs, without, parts))
 
 
 # Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
@@ -47,9 +54,10 @@ def _prompt(option: str) -> Uses:
     return _of(without=tuple(each for each in _ONE_PROMPT if each != option))
 
 
-# An encoder alone is refused by the model itself, which alone knows without another look at its weights.
+# An encoder alone is refused by the model itself, which alone knows without another look at its weights. `_of()` is for
+# every family that the command serves: those of its MODEL.
 GENERATE: Mapping[str, Uses] = {
-    "MODEL": _of(),
+    "MODEL": _of(*READS_BYTES),
     **{option: _prompt(option) for option in _ONE_PROMPT},
     "--max-bytes": _of(without=("--max-length",)),
     "--temperature": _of(),  # 0 with --beams is what beams do
@@ -97,50 +105,56 @@ CALIBRATE: Mapping[str, Uses] = {
     "--merge": _of(without=("--show",)),
     "--show": _of(),
     "--json": _of(),
-    "--import": _of(CONTINUES, without=_MEASURING),
+    "--import": _of(CONTINUES, ENCODES, without=_MEASURING),
     "--device": _of(without=_MEASURING),
 }
 
 _UNPACKING = ("--dequantize",)
 _PACKING = _of(without=_UNPACKING)
-_OF_PATCHES = _of(CONTINUES, without=_UNPACKING)
+
+
+def _part(*parts: str, of: tuple[Family, ...] = ()) -> Uses:
+    return _of(*of, without=_UNPACKING, parts=parts)
+
+
 _CALIBRATED = ("--sequential", "--target-bpw")
 
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
-    "--global-bits": _OF_PATCHES,
-    "--local-bits": _OF_PATCHES,
-    "--encoder-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
-    "--decoder-bits": _of(BYTEWISE, ANSWERS, without=_UNPACKING),
-    "--cross-bits": _of(ANSWERS, without=_UNPACKING),
-    "--wo-bits": _of(BYTEWISE, *ENCODER_FIRST, without=_UNPACKING),
+    "--global-bits": _part("global"),
+    "--local-bits": _part("local"),
+    "--encoder-bits": _part("encoder"),
+    "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
+    "--cross-bits": _part("cross", of=(ANSWERS,)),
+    "--wo-bits": _part("encoder", "decoder"),
     "--kv-bits": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
     "--balance-keys": _of(*CONTINUING, ANSWERS, needs=("--stats",), without=_UNPACKING),
-    "--global-format": _OF_PATCHES,
-    "--local-format": _OF_PATCHES,
+    "--global-format": _part("global"),
+    "--local-format": _part("local"),
     "--group-size": _PACKING,
     "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
     "--method": _PACKING,
     "--domain-weight": _of(needs=("--stats", "--sequential"), without=_UNPACKING),
     "--sequential": _PACKING,
     "--sequential-bytes": _of(needs=("--sequential",)),
-    "--target-bpw": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
-    "--save-recipe": _of(*CONTINUING, ANSWERS, needs=("--target-bpw",)),
+    "--target-bpw": _of(*PREDICTS, without=_UNPACKING),
+    "--save-recipe": _of(*PREDICTS, needs=("--target-bpw",)),
     "--calibration-corpus": _of(needs=_CALIBRATED, without=("--calibration-pairs",)),
     "--calibration-pairs": _of(*ENCODER_FIRST, needs=_CALIBRATED),
-    "--distill-steps": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
-    "--distill-corpus": _of(*CONTINUING, ANSWERS, needs=("--distill-steps",), without=("--distill-pairs",)),
+    "--distill-steps": _of(*PREDICTS, without=_UNPACKING),
+    "--distill-corpus": _of(*PREDICTS, needs=("--distill-steps",), without=("--distill-pairs",)),
     "--distill-pairs": _of(ANSWERS, needs=("--distill-steps",)),
     "--recipe": _PACKING,
     "--override": _PACKING,
     "--report": _of(without=(*_UNPACKING, "--dry-run")),
-    "--export": _PACKING,
+    # Nothing but marlin would read texts' networks so, and transformers take one for a CANINE of its own without weights.
+    "--export": _of(*READS_BYTES, without=_UNPACKING),
     "--dry-run": _of(),
     "--dequantize": _of(),
     "--overwrite": _of(needs=("--output",)),
-    "--import": _of(CONTINUES),
+    "--import": _of(CONTINUES, ENCODES),
     "--json": _of(),
 }
 
@@ -150,7 +164,7 @@ _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
 BENCH: Mapping[str, Uses] = {
-    "MODEL": _of(without=_NOTHING_RUN),
+    "MODEL": _of(*READS_BYTES, without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
@@ -188,6 +202,8 @@ BENCH: Mapping[str, Uses] = {
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
 }
+
+MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves
 
 USES: Mapping[str, Mapping[str, Uses]] = {
     "calibrate": CALIBRATE,
