@@ -158,11 +158,12 @@ def test_a_saved_encoder_is_the_model(each_encoding, tmp_path):
 
 def test_every_command_for_encoders(each_encoding, tmp_path, marlin):
     model_of(each_encoding).save(tmp_path / "model")
-    marlin("calibrate", "model", "--corpus", "text", "--max-bytes", "512", "--hessian", "-o", "stats.safetensors")
+    (tmp_path / "few").write_bytes(b"16 bytes a line\n" * 24)
+    marlin("calibrate", "model", "--corpus", "few", "--hessian", "-o", "stats.safetensors")
     for method, options in METHODS.items():
         if "--kv-bits" in options:
             continue  # there is no cache
-        given = [each.replace("INPUT", "corpus").replace("DATA", "text") for each in options]
+        given = [each.replace("INPUT", "corpus").replace("DATA", "few") for each in options]
         how = ("--method", method.partition(",")[0], *given)
         report = json.loads(marlin("quantize", "model", *how, "-o", "out", "--overwrite", "--json"))
         packed = {part["part"] for part in report["parts"] if part["format"] != "16-bit"}
