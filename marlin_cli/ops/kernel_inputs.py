@@ -65,7 +65,7 @@ def page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
     """In the order of PAGE_INPUTS. Dense rows have no scales; a stand-in of as many axes takes their place."""
     inputs: list[mx.array] = []
     for page in (keys, values):
-        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, no_scales().reshape(1, 1, 1, -1)]
+        inputs += [page.packed, page.scales] if isinstance(page, Packed) else [page, _no_scales()]
     return inputs
 
 
@@ -77,20 +77,24 @@ def integers(values: mx.array | None) -> mx.array:
 @functools.cache
 def unread() -> mx.array:
     """A stand-in for an input that a variant of a kernel does not read: [1] int32."""
-    return mx.zeros((1,), dtype=mx.int32)
+    return _made(mx.zeros((1,), dtype=mx.int32))
 
 
-def no_scales() -> mx.array:
-    """A stand-in for scales that are not there: [8] uint8."""
-    return nothing(mx.uint8)
+@functools.cache
+def _no_scales() -> mx.array:
+    return _made(mx.zeros((1, 1, 1, FEWEST_ON_DEVICE), dtype=mx.uint8))
 
 
 @functools.cache
 def nothing(dtype: mx.Dtype) -> mx.array:
     """A stand-in, in the device's address space, for an input of a type that a variant of a kernel does not read: [8]."""
-    made = mx.zeros((FEWEST_ON_DEVICE,), dtype=dtype)
-    mx.eval(made)  # or a graph that is traced here would make it anew, in a launch
-    return made
+    return _made(mx.zeros((FEWEST_ON_DEVICE,), dtype=dtype))
+
+
+def _made(array: mx.array) -> mx.array:
+    """The array, evaluated: a graph that is traced where it is made would make it again in each call, by a launch."""
+    mx.eval(array)
+    return array
 
 
 def on_device(array: mx.array) -> mx.array:

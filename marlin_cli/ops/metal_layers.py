@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.ops.kernel_inputs import no_scales, nothing, on_device
+from marlin_cli.ops.kernel_inputs import nothing, on_device
 from marlin_cli.ops.layers import Linear, QuantizedLinear
 from marlin_cli.ops.metal import PIECE
 
@@ -38,7 +38,7 @@ def read_layer(layer: nn.Module, dtype: mx.Dtype) -> LayerInputs:
     bias = layer.get("bias")
     if isinstance(layer, Linear):
         rows, depth = layer.weight.shape
-        return LayerInputs(0, 1, [on_device(layer.weight), no_scales(), nothing(dtype)], bias, 1.0, rows, depth)
+        return LayerInputs(0, 1, [on_device(layer.weight), nothing(mx.uint8), nothing(dtype)], bias, 1.0, rows, depth)
     assert isinstance(layer, QuantizedLinear)
     affine = layer.mode == "affine"
     kind = f"int{layer.bits}" if affine else layer.mode
