@@ -1,11 +1,12 @@
-// A stack of transformer layers as one call, over many sequences at once or over one row after another: MegaByte's blocks, and
-// T5's with their relative bias and their reading of another sequence.
+// A stack of transformer layers as one call, over many sequences at once or over one row after another: MegaByte's blocks,
+// T5's with their relative bias and their reading of another sequence, and BERT's, whose norms follow the sums.
 #pragma once
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "activations.hpp"
 #include "flash_attention.hpp"
 #include "part_seconds.hpp"
 
@@ -47,9 +48,12 @@ class Norm {
   Norm(NormKind kind, const mlx::core::array& weight, const std::optional<mlx::core::array>& bias, float eps);
   // `out` may be `x`; both have rows of the weight's length one after another.
   void operator()(const float* x, float* out, int64_t rows) const;
+  // x becomes the norm of x + added.
+  void of_sum(float* x, const float* added, int64_t rows) const;
+  // One row, on the thread that asks.
+  void row(const float* x, float* out) const;
 
  private:
-  void row(const float* x, float* out) const;
 
   NormKind kind_;
   std::vector<mlx::core::array> held_;
@@ -58,12 +62,15 @@ class Norm {
   float eps_;
 };
 
-enum class Activation { swiglu, gelu, gelu_tanh, relu, silu };
-
 // What a layer reads another sequence with.
 struct CrossAttention {
   Norm norm;
   Product q_proj, k_proj, v_proj, o_proj;
+};
+
+// A bottleneck after the feed-forward, behind its norm once more.
+struct Adapter {
+  Product down_proj, up_proj;
 };
 
 struct Layer {
@@ -74,6 +81,7 @@ struct Layer {
   std::optional<Product> gate_proj;
   Product up_proj, down_proj;
   std::optional<CrossAttention> cross;
+  std::optional<Adapter> adapter;  // where norms follow
 };
 
 struct StackShape {
@@ -84,6 +92,8 @@ struct StackShape {
   bool rope_interleaved, token_shift;
   Activation activation;
   bool causal;
+  bool norms_follow;         // the norm of a part is that of the sum, not of what goes in
+  int64_t block;             // rows see those of their own block of so many; -1: of all
 };
 
 // What a stack remembers of the rows it has seen.
@@ -158,7 +168,7 @@ class Stack {
   std::vector<Layer> layers_;
   std::optional<Norm> norm_;
   StackShape shape_;
-  int64_t dim_, ffn_dim_;
+  int64_t dim_, ffn_dim_, hidden_dim_;  // hidden: the widest rows between two products
   std::vector<float> frequencies_;
   std::optional<mlx::core::array> relative_bias_;
 };
