@@ -136,7 +136,7 @@ NB_MODULE(marlin_cpu, m) {
            "rows"_a, "window"_a, "key_bits"_a, "value_bits"_a)
       .def("seconds", &marlin::AttentionProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
   m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawing"_a, "noise"_a.none());
-  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a,
+  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a.none(),
         nb::call_guard<nb::gil_scoped_release>());
   m.def("sequence_costs", &marlin::sequence_costs, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a, "expected"_a,
         nb::call_guard<nb::gil_scoped_release>());

@@ -15,7 +15,7 @@ CharacterNetwork: TypeAlias = "Canine | LaCanine"
 
 
 class FusedCanine:
-    """The kernels' own copies of a network's parts; they share its arrays, but for the convolution back. Made by `fuse_canine`."""
+    """The kernels' own copies of a network's parts, made by `fuse_canine`; they share its arrays but for the convolution back."""
 
     def __init__(self, network: CharacterNetwork, module: Any) -> None:
         self._network, self._module = network, module
@@ -28,7 +28,11 @@ class FusedCanine:
         leads = isinstance(network, Canine)  # the mark at the start leads the molecules
         self._first = _stack(module, network, [local.first], config.block_characters)
         self._down = module.CharacterDown(
-            kernel_product(module, local.down.conv), kernel_norm(module, local.down.norm), config.downsample_factor, activation, leads
+            kernel_product(module, local.down.conv),
+            kernel_norm(module, local.down.norm),
+            config.downsample_factor,
+            activation,
+            leads,
         )
         self._deep = _stack(module, network, network.layers)
         self._up = module.CharacterUp(
@@ -48,7 +52,7 @@ class FusedCanine:
 
     def states(self, deep: Deep, lengths: mx.array | None = None) -> mx.array:
         """See `Canine.states`."""
-        return self._last(self._module.up_characters(self._up, *deep), None, _listed(lengths))  # type: ignore[no-any-return]
+        return self._last(self._module.up_characters(self._up, *deep), None, _listed(lengths))
 
 
 def fuse_canine(network: CharacterNetwork) -> FusedCanine | None:
@@ -58,10 +62,12 @@ def fuse_canine(network: CharacterNetwork) -> FusedCanine | None:
     blocks = [network.local.first, *network.layers, network.local.last]
     convolutions = [network.local.down.conv, network.local.up.conv]
     parts = [part for block in blocks for part in _parts(block)] + convolutions
-    known = all(type(block.attention) is Attention for block in blocks) and all(type(part) in (Linear, QuantizedLinear) for part in parts)
+    known = all(type(part) in (Linear, QuantizedLinear) for part in parts)
+    known = known and all(type(block.attention) is Attention for block in blocks)
     inside = [network.embedding, *blocks, *convolutions, network.local.down.norm, network.local.up.norm]
-    floats = [array for part in inside for path, array in tree_flatten(part.parameters()) if not _is_packed(path, array)]
-    if not known or any(array.dtype != mx.float32 for array in floats) or not _splits(network.local.up.conv, network.config.d_model):
+    arrays = [named for part in inside for named in tree_flatten(part.parameters())]
+    known = known and all(array.dtype == mx.float32 or _is_packed(path, array) for path, array in arrays)
+    if not known or not _splits(network.local.up.conv, network.config.d_model):
         return None
     module = kernels()[0]
     return None if module is None else FusedCanine(network, module)
@@ -107,7 +113,7 @@ def _splits(conv: Linear | QuantizedLinear, d_model: int) -> bool:
 
 
 def _window_products(module: Any, conv: Linear | QuantizedLinear, width: int) -> list[Any]:
-    """The convolution back as two products, over characters and over molecules, whose rows are the window's positions in turn."""
+    """The convolution back as two products, over characters and molecules, whose rows are the window's positions in turn."""
 
     def half(array: mx.array, which: int) -> mx.array:
         rows = array.shape[0]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.byt5_ids import FIRST_SPECIAL
 from marlin_cli.models.limits import Limits, check_limits
-from marlin_cli.ops import Linear, attention, strided_pool
+from marlin_cli.ops import Linear, activation, attention, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 from marlin_cli.text import quoted
@@ -252,10 +252,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        activation = {"gelu_tanh": nn.gelu_approx, "gelu": nn.gelu, "relu": nn.relu, "silu": nn.silu}[self.activation]
         if "gate_proj" in self:
-            return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(activation(self.up_proj(x)))
+            return self.down_proj(activation(self.gate_proj(x), self.activation) * self.up_proj(x))
+        return self.down_proj(activation(self.up_proj(x), self.activation))
 
 
 # Block

@@ -6,7 +6,6 @@ The reference's habits are kept since weights were tuned under them: the last mo
 the start, and the molecules' lengths are counted as if it did not, so the last real one of a padded input is unseen.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,17 +14,13 @@ import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.limits import Limits, check_limits
-from marlin_cli.ops import Linear
+from marlin_cli.ops import Linear, activation
 from marlin_cli.ops.long_attention import cross_attention
+from marlin_cli.ops.reference import Activation
 
 # Config
 
 Head = Literal["none", "sequence", "token", "answer", "choice"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu, "silu": nn.silu,
-}  # fmt: skip
 
 # Hash function i takes ((id + 1) * PRIMES[i]) modulo the number of buckets.
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
@@ -170,7 +165,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(ffn_dim, d_model)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        return self.down_proj(activation(self.up_proj(x), self.activation))
 
 
 # Block
@@ -229,7 +224,7 @@ class Downsampling(nn.Module):
 
     def __call__(self, windows: mx.array) -> mx.array:
         """Molecules [n, windows, d_model], not yet through the norm."""
-        return ACTIVATIONS[self.activation](self.conv(windows))
+        return activation(self.conv(windows), self.activation)
 
 
 class Upsampling(nn.Module):
@@ -250,7 +245,7 @@ class Upsampling(nn.Module):
 
     def __call__(self, windows: mx.array) -> mx.array:
         """Rows [n, total, d_model]."""
-        return self.norm(ACTIVATIONS[self.activation](self.conv(windows)))
+        return self.norm(activation(self.conv(windows), self.activation))
 
 
 class Local(nn.Module):

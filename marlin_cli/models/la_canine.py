@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
-from marlin_cli.models.canine import ACTIVATIONS, Attention, Block, CharacterShape, Downsampling, Embedding, Upsampling
+from marlin_cli.models.canine import Attention, Block, CharacterShape, Downsampling, Embedding, Upsampling
 from marlin_cli.models.limits import check_limits
-from marlin_cli.ops import Linear
+from marlin_cli.ops import Linear, activation
 from marlin_cli.text import quoted
 
 PADDING = -1  # the id of padding
@@ -97,7 +97,7 @@ class Adapter(nn.Module):
         self.up_proj = Linear(config.adapter_dim, config.d_model)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.up_proj(ACTIVATIONS[self.activation](self.down_proj(x)))
+        return self.up_proj(activation(self.down_proj(x), self.activation))
 
 
 class AdaptedBlock(Block):

@@ -1,0 +1,86 @@
+"""ByGPT5 in single calls: equal to the graph of operations, dense and packed, over prompts and steps, as streams leave."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from decoder_cases import random_bygpt5
+from packed_layers import packed
+
+from marlin_cli.engine import fused_bygpt5
+from marlin_cli.engine.encoder_decoder import GrowingCache
+from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
+from marlin_cli.ops import cpu
+from marlin_cli.quantization.formats import FORMATS
+
+pytestmark = pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+
+KINDS = {
+    "gated": {},
+    "relu, tied and scaled": {"activation": "relu", "gated_ffn": False, "tied_head": True, "scaled_head": True},
+    "near rows": {"relative_buckets": 8, "relative_distance": 16, "heads": 3},
+}
+EACH_KIND = pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS.keys())
+
+
+def ids_of(streams, rows):
+    return mx.array(np.random.default_rng(rows).integers(0, 384, (streams, rows)).astype(np.int32))
+
+
+def close(found, expected, tolerance=2e-5):
+    assert found.shape == expected.shape
+    assert mx.abs(found - expected).max() < tolerance * mx.abs(expected).max()
+
+
+@EACH_KIND
+@pytest.mark.parametrize(("streams", "rows"), [(1, 1), (1, 300), (3, 70)])
+def test_logits_equal_the_graph(changes, streams, rows):
+    network = random_bygpt5(**changes)
+    close(fuse_bygpt5(network).logits(ids_of(streams, rows)), network(ids_of(streams, rows)))
+
+
+@EACH_KIND
+@pytest.mark.parametrize(("streams", "prompt"), [(1, 1), (1, 130), (4, 63)])
+def test_steps_equal_the_graph(changes, streams, prompt, monkeypatch):
+    """A prompt, in parts too, then row by row, beyond a page of the cache; streams leave and change places half-way."""
+    monkeypatch.setattr(fused_bygpt5, "ROWS_AT_ONCE", 50)
+    network = random_bygpt5(**changes)
+    ids = ids_of(streams, prompt + 70)
+    state, caches = fuse_bygpt5(network).new_rows(streams, 16, 16), [GrowingCache() for _ in range(network.config.layers)]
+    close(state.read(ids[:, :prompt]), network(ids[:, :prompt], caches)[:, -1])
+    for step in range(prompt, prompt + 70):
+        if streams > 1 and step == prompt + 40:
+            kept = [2, 0]
+            ids = ids[mx.array(kept)]
+            state.keep(kept)
+            for cache in caches:
+                cache.keep(mx.array(kept))
+        close(state.read(ids[:, step : step + 1]), network(ids[:, step : step + 1], caches)[:, -1])
+        assert state.nbytes == sum(cache.nbytes for cache in caches)
+
+
+@pytest.mark.parametrize("format", FORMATS.keys())
+def test_packed_weights_equal_the_graph(format):
+    network = packed(random_bygpt5(d_model=64), format)
+    ids = ids_of(2, 40)
+    expected = network(ids)
+    close(fuse_bygpt5(network).logits(ids), expected, tolerance=1e-4)
+    state = fuse_bygpt5(network).new_rows(2, 16, 16)
+    state.read(ids[:, :39])
+    close(state.read(ids[:, 39:]), expected[:, -1], tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.05), (4, 0.4)])
+def test_packed_caches_are_near_and_smaller(bits, tolerance):
+    network = random_bygpt5(head_dim=32)
+    ids = ids_of(2, 90)
+    plain, state = (fuse_bygpt5(network).new_rows(2, each, each) for each in (16, bits))
+    expected, found = plain.read(ids), state.read(ids)
+    assert 0 < mx.abs(found - expected).max() < tolerance * mx.abs(expected).max()
+    assert state.nbytes < plain.nbytes * (bits + 1) / 32
+
+
+def test_what_the_kernels_do_not_know_stays_with_the_graph():
+    assert fuse_bygpt5(random_bygpt5()) is not None
+    half = random_bygpt5()
+    half.set_dtype(mx.bfloat16)
+    assert fuse_bygpt5(half) is None
