@@ -15,7 +15,7 @@ CharacterNetwork: TypeAlias = "Canine | LaCanine"
 
 
 class FusedCanine:
-    """The kernels' own copies of a network's parts, made by `fuse_canine`; they share its arrays but for the convolution back."""
+    """The kernels' own copies of a network's parts. They share all arrays but the convolution back. Made by `fuse_canine`."""
 
     def __init__(self, network: CharacterNetwork, module: Any) -> None:
         self._network, self._module = network, module
