@@ -9,7 +9,8 @@ import mlx.nn as nn
 from marlin_cli.engine.fused import kernel_norm, kernel_product
 from marlin_cli.models import bygpt5
 from marlin_cli.models.bygpt5 import ByGPT5
-from marlin_cli.models.byt5 import Attention, ByT5, ByT5Config, Decoder, DecoderBlock, Encoder, EncoderBlock
+from marlin_cli.models.byt5 import Attention, ByT5, Decoder, DecoderBlock, Encoder, EncoderBlock
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
