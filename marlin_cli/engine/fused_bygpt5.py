@@ -5,8 +5,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, kernel_head, kernel_stack, knows_stack
 from marlin_cli.models.bygpt5 import ByGPT5
+from marlin_cli.models.byt5_ids import FIRST_BYTE
 from marlin_cli.ops.cpu import kernels
 
 # Rows that are read at once: bounds what a layer has between two products.
@@ -25,10 +27,28 @@ class FusedByGPT5:
         """See `ByGPT5.__call__`, of texts from their beginning: [n, rows, vocab] float32 of ids [n, rows]."""
         return self._predicted(self._stack(self._network.embedding(ids), None))
 
-    def new_rows(self, streams: int, key_bits: int, value_bits: int) -> "FusedRows":
-        """The state of so many texts that have no ids yet; bits of the cache's keys and values: 4, 8 or 16."""
+    def predictions(self, windows: mx.array) -> mx.array:
+        """See `ByGPT5.predictions`."""
+        return self._network.predictions(windows, self.logits)
+
+    def costs(self, windows: mx.array) -> mx.array:
+        """What each byte of windows [n, length] costs, in nats: [n, length] float32."""
+        config, table = self._network.config, self._network.embedding.weight
+        ids = windows.astype(mx.int32) + FIRST_BYTE
+        led = config.starts_all or ids.shape[1] == 1  # does the mark lead all bytes, or the first one alone?
+        rest = ids if led else ids[:, 1:]
+        lead = mx.full((len(ids),), config.start_id) if led else ids[:, 0]
+        no_additions = mx.zeros((1, rest.shape[1] - 1, config.d_model))
+        nats: mx.array = self._module.sequence_costs(self._stack, table, self._head, table[lead], no_additions, rest, rest)
+        if led:
+            return nats
+        logits = self.logits(mx.array([[config.start_id]]))[0, 0]
+        return mx.concatenate([mx.logsumexp(logits) - logits[ids[:, :1]], nats], axis=1)
+
+    def new_rows(self, streams: int, cache_bits: CacheBits) -> "FusedRows":
+        """The state of so many texts that have no ids yet."""
         config = self._network.config
-        bits = [32 if wanted == 16 else wanted for wanted in (key_bits, value_bits)]
+        bits = [32 if wanted == 16 else wanted for wanted in (cache_bits.keys, cache_bits.values)]
         cache = self._module.StackCache(config.layers, streams, config.heads, config.head_dim, *bits, SELF_CACHE_ROWS, [])
         return FusedRows(self, cache)
 
@@ -50,7 +70,7 @@ class FusedByGPT5:
 
 
 class FusedRows:
-    """What the network remembers of a batch of texts, in the kernels' own pages."""
+    """What the network remembers of a batch of texts, in the kernels' own pages; an `engine.byte_decoding.Rows`."""
 
     def __init__(self, fused: FusedByGPT5, cache: Any) -> None:
         self._fused, self._cache = fused, cache
@@ -69,9 +89,10 @@ class FusedRows:
         self._cache.keep(list(streams))
 
 
-def fuse_bygpt5(network: ByGPT5) -> FusedByGPT5 | None:
-    """The fused network, or None where the kernels do not run or do not know a layer of it."""
-    if mx.default_device() != mx.Device(mx.cpu) or not knows_stack(network, [network.decoder]):
+def fuse_bygpt5(network: Any) -> FusedByGPT5 | None:
+    """The fused network, or None where it is another, or the kernels do not run or do not know a layer of it."""
+    known = isinstance(network, ByGPT5) and knows_stack(network, [network.decoder])
+    if mx.default_device() != mx.Device(mx.cpu) or not known:
         return None
     module = kernels()[0]
     return None if module is None else FusedByGPT5(network, module)

@@ -1,17 +1,28 @@
 """CANINE and LA-CANINE in a few calls of the CPU kernels: no graph, no operation at a time. None of it on a GPU."""
 
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from marlin_cli.engine.fused import kernel_norm, kernel_product
-from marlin_cli.models.canine import PRIMES, Attention, Block, Canine, Deep
-from marlin_cli.models.la_canine import LaCanine
+from marlin_cli.models.canine import PRIMES, Attention, Block, Deep
+from marlin_cli.models.canine_steps import CharacterNetwork
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
-CharacterNetwork: TypeAlias = "Canine | LaCanine"
+
+class CanineRunner(Protocol):
+    """What runs a network: itself, an operation at a time, or the kernels. Arguments as of `Canine`."""
+
+    def __call__(self, ids: mx.array, lengths: mx.array | None, types: mx.array | None) -> mx.array:
+        """The head's scores, float32."""
+
+    def encode(self, ids: mx.array, lengths: mx.array | None, types: mx.array | None) -> mx.array:
+        """The characters' states [n, total, d_model]."""
+
+    def deep(self, ids: mx.array, lengths: mx.array | None, types: mx.array | None) -> Deep:
+        """Everything up to the last of the deep layers."""
 
 
 class FusedCanine:
@@ -25,7 +36,7 @@ class FusedCanine:
             embedding.positions.weight, kernel_norm(module, embedding.norm),
         )  # fmt: skip
         activation = module.Activation[config.activation]
-        leads = isinstance(network, Canine)  # the mark at the start leads the molecules
+        leads = network.mark_leads
         self._first = _stack(module, network, [local.first], config.block_characters)
         self._down = module.CharacterDown(
             kernel_product(module, local.down.conv),
@@ -41,6 +52,14 @@ class FusedCanine:
         )  # fmt: skip
         self._last = _stack(module, network, [local.last])
 
+    def __call__(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """See `Canine.__call__`."""
+        return self._network.scores(self.deep(ids, lengths, types), lengths, self.states)
+
+    def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """See `Canine.encode`."""
+        return self.states(self.deep(ids, lengths, types), lengths)
+
     def deep(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> Deep:
         """See `Canine.deep`."""
         kinds = None if types is None else types.astype(mx.int32)
@@ -53,6 +72,11 @@ class FusedCanine:
     def states(self, deep: Deep, lengths: mx.array | None = None) -> mx.array:
         """See `Canine.states`."""
         return self._last(self._module.up_characters(self._up, *deep), None, _listed(lengths))
+
+
+def runner_of(network: CharacterNetwork) -> CanineRunner:
+    """The kernels where they run and know the network, else the network."""
+    return fuse_canine(network) or network
 
 
 def fuse_canine(network: CharacterNetwork) -> FusedCanine | None:

@@ -6,13 +6,15 @@ The reference's habits are kept since weights were tuned under them: the last mo
 the start, and the molecules' lengths are counted as if it did not, so the last real one of a padded input is unseen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
+from marlin_cli.models.canine_ids import PAD, Ids, with_marks
 from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear, activation
 from marlin_cli.ops.long_attention import cross_attention
@@ -52,6 +54,9 @@ class CharacterShape:
     hash_buckets: int = 16384  # rows of each, and of the table of positions
     block_characters: int = 128  # the first layer sees disjoint blocks of so many
 
+    marks: ClassVar[bool] = True  # do CANINE's marks stand around a text?
+    padding: ClassVar[int] = PAD  # the id of padding
+
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
         for name in ("heads", "hash_functions"):
@@ -67,6 +72,10 @@ class CharacterShape:
     def longest(self) -> int:
         """Positions that have an embedding."""
         return min(self.max_characters, self.hash_buckets)
+
+    def length_of(self, positions: int) -> int:
+        """Positions that an input with so many real ones has at least."""
+        return positions
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,15 @@ class CanineConfig(CharacterShape):
     def head_rows(self) -> int:
         """Scores that the head gives each input or character."""
         return {"none": 0, "sequence": len(self.labels), "token": len(self.labels), "answer": 2, "choice": 1}[self.head]
+
+    @property
+    def scores_texts(self) -> bool:
+        """Does the head read the vector of a text, not its states?"""
+        return self.head in ("sequence", "choice")
+
+    def input_of(self, first: Ids, second: Ids | None = None) -> tuple[Ids, Ids]:
+        """Ids and types, both [positions], of a text or a pair of texts, with their marks."""
+        return with_marks(first, second, self.second_type)
 
 
 # Attention
@@ -182,7 +200,14 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
     def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
-        x = self.attention_norm(x + self.attention(x, lengths))
+        return self.fed(self.attended(x, lengths))
+
+    def attended(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        """The first half: attention is added, and a norm follows the sum."""
+        return self.attention_norm(x + self.attention(x, lengths))
+
+    def fed(self, x: mx.array) -> mx.array:
+        """The second half, likewise."""
         return self.ffn_norm(x + self.ffn(x))
 
 
@@ -266,11 +291,16 @@ class Deep(NamedTuple):
     molecules: mx.array  # [n, total // factor, d_model]
 
 
+States: TypeAlias = Callable[[Deep, "mx.array | None"], mx.array]  # as `Canine.states`
+
+
 # Model
 
 
 class Canine(nn.Module):
     """The network: ids in; states, one vector an input, or a head's scores out."""
+
+    mark_leads = True  # the mark at the start takes a molecule's place, before all others
 
     def __init__(self, config: CanineConfig) -> None:
         super().__init__()
@@ -292,9 +322,11 @@ class Canine(nn.Module):
             lengths: [n] real ids of each input; the rest, at its end, is padding. All of them if None.
             types: [n, total] kinds of text; 0 if None.
         """
-        deep = self.deep(ids, lengths, types)
-        whole = self.config.head in ("sequence", "choice")
-        return self.output(self.pooled(deep) if whole else self.states(deep, lengths)).astype(mx.float32)
+        return self.scores(self.deep(ids, lengths, types), lengths, self.states)
+
+    def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """The characters' states [n, total, d_model]; arguments as of a call."""
+        return self.states(self.deep(ids, lengths, types), lengths)
 
     def deep(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> Deep:
         """Everything up to the last of the deep layers; arguments as of a call."""
@@ -317,6 +349,10 @@ class Canine(nn.Module):
     def pooled(self, deep: Deep) -> mx.array:
         """One vector an input: [n, d_model]."""
         return mx.tanh(self.pooler(deep.molecules[:, 0]))
+
+    def scores(self, deep: Deep, lengths: mx.array | None, states: States) -> mx.array:
+        """See a call; `states(deep, lengths)` runs what is left of the network where the head reads characters."""
+        return self.output(self.pooled(deep) if self.config.scores_texts else states(deep, lengths)).astype(mx.float32)
 
     def states(self, deep: Deep, lengths: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; those of padding mean nothing."""

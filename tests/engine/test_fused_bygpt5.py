@@ -7,7 +7,8 @@ from decoder_cases import random_bygpt5
 from packed_layers import packed
 
 from marlin_cli.engine import fused_bygpt5
-from marlin_cli.engine.encoder_decoder import GrowingCache
+from marlin_cli.engine.byte_decoding import GraphRows
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.ops import cpu
 from marlin_cli.quantization.formats import FORMATS
@@ -39,23 +40,36 @@ def test_logits_equal_the_graph(changes, streams, rows):
 
 
 @EACH_KIND
+@pytest.mark.parametrize("bits", [CacheBits(), CacheBits(8, 8)], ids=["float32", "8 bits"])
 @pytest.mark.parametrize(("streams", "prompt"), [(1, 1), (1, 130), (4, 63)])
-def test_steps_equal_the_graph(changes, streams, prompt, monkeypatch):
+def test_steps_equal_the_graph(changes, bits, streams, prompt, monkeypatch):
     """A prompt, in parts too, then row by row, beyond a page of the cache; streams leave and change places half-way."""
     monkeypatch.setattr(fused_bygpt5, "ROWS_AT_ONCE", 50)
-    network = random_bygpt5(**changes)
+    network = random_bygpt5(**changes, head_dim=32)
     ids = ids_of(streams, prompt + 70)
-    state, caches = fuse_bygpt5(network).new_rows(streams, 16, 16), [GrowingCache() for _ in range(network.config.layers)]
-    close(state.read(ids[:, :prompt]), network(ids[:, :prompt], caches)[:, -1])
+    state, graph = fuse_bygpt5(network).new_rows(streams, bits), GraphRows(network, bits)
+    tolerance = 2e-5 if bits == CacheBits() else 1e-2  # a key that rounds the other way
+    close(state.read(ids[:, :prompt]), graph.read(ids[:, :prompt]), tolerance)
     for step in range(prompt, prompt + 70):
         if streams > 1 and step == prompt + 40:
             kept = [2, 0]
             ids = ids[mx.array(kept)]
             state.keep(kept)
-            for cache in caches:
-                cache.keep(mx.array(kept))
-        close(state.read(ids[:, step : step + 1]), network(ids[:, step : step + 1], caches)[:, -1])
-        assert state.nbytes == sum(cache.nbytes for cache in caches)
+            graph.keep(kept)
+        close(state.read(ids[:, step : step + 1]), graph.read(ids[:, step : step + 1]), tolerance)
+        assert state.nbytes == graph.nbytes
+
+
+@EACH_KIND
+@pytest.mark.parametrize("starts_all", [False, True])
+@pytest.mark.parametrize(("streams", "length"), [(1, 1), (3, 1), (1, 2), (3, 40), (5, 150)])
+def test_predictions_and_costs_equal_the_graph(changes, starts_all, streams, length):
+    network = random_bygpt5(**changes, starts_all=starts_all)
+    windows = mx.array(np.random.default_rng(length).integers(0, 256, (streams, length)).astype(np.int32))
+    fused, expected = fuse_bygpt5(network), network.predictions(windows)
+    close(fused.predictions(windows), expected)
+    chosen = mx.take_along_axis(expected, windows[..., None] + 3, axis=-1)[..., 0]
+    close(fused.costs(windows), mx.logsumexp(expected, axis=-1) - chosen)
 
 
 @pytest.mark.parametrize("format", FORMATS.keys())
@@ -64,7 +78,7 @@ def test_packed_weights_equal_the_graph(format):
     ids = ids_of(2, 40)
     expected = network(ids)
     close(fuse_bygpt5(network).logits(ids), expected, tolerance=1e-4)
-    state = fuse_bygpt5(network).new_rows(2, 16, 16)
+    state = fuse_bygpt5(network).new_rows(2, CacheBits())
     state.read(ids[:, :39])
     close(state.read(ids[:, 39:]), expected[:, -1], tolerance=1e-4)
 
@@ -73,7 +87,7 @@ def test_packed_weights_equal_the_graph(format):
 def test_packed_caches_are_near_and_smaller(bits, tolerance):
     network = random_bygpt5(head_dim=32)
     ids = ids_of(2, 90)
-    plain, state = (fuse_bygpt5(network).new_rows(2, each, each) for each in (16, bits))
+    plain, state = (fuse_bygpt5(network).new_rows(2, CacheBits(each, each)) for each in (16, bits))
     expected, found = plain.read(ids), state.read(ids)
     assert 0 < mx.abs(found - expected).max() < tolerance * mx.abs(expected).max()
     assert state.nbytes < plain.nbytes * (bits + 1) / 32

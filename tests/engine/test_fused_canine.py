@@ -8,7 +8,6 @@ from canine_cases import batch, random_canine, random_la_canine
 from packed_layers import packed
 
 from marlin_cli.engine.fused_canine import fuse_canine
-from marlin_cli.models.canine import Canine
 from marlin_cli.ops import cpu, round_activations
 from marlin_cli.quantization.formats import FORMATS
 
@@ -38,17 +37,14 @@ NETWORKS = {
 
 def given(network, lengths, total):
     """Ids, lengths and, of a CANINE, types; and which positions are real."""
-    leads = isinstance(network, Canine)
-    ids, mask = batch(lengths, total, 0 if leads else -1)
-    types = mx.array((np.arange(total) > total // 2).astype(np.int32) + np.zeros_like(ids)) if leads else None
+    ids, mask = batch(lengths, total, network.config.padding)
+    types = mx.array((np.arange(total) > total // 2).astype(np.int32) + np.zeros_like(ids)) if network.mark_leads else None
     return mx.array(ids), None if set(lengths) == {total} else mx.array(lengths), types, mask
 
 
 def states_of(network, ids, lengths, types):
-    if isinstance(network, Canine):
-        deep = network.deep(ids, lengths, types)
-        return network.states(deep, lengths), deep.molecules[:, 0]
-    return network.states(ids, lengths), None
+    deep = network.deep(ids, lengths, types)
+    return network.states(deep, lengths), deep.molecules[:, 0]
 
 
 def assert_equal(network, lengths, total, tolerance=1e-5):
@@ -60,8 +56,7 @@ def assert_equal(network, lengths, total, tolerance=1e-5):
     expected = np.array(expected)[mask]
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
-    if first is not None:  # what the pooler reads
-        assert mx.abs(deep.molecules[:, 0] - first).max() < tolerance * mx.abs(first).max()
+    assert mx.abs(deep.molecules[:, 0] - first).max() < tolerance * mx.abs(first).max()  # what the pooler reads
 
 
 @pytest.mark.parametrize(("make", "changes", "cases"), NETWORKS.values(), ids=NETWORKS.keys())
