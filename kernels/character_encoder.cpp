@@ -21,7 +21,8 @@ void over_parts(int64_t count, const Body& body) {
   }
 }
 
-void add(float* to, const float* from, int64_t count) {
+// Without threads: of one row.
+void add_row(float* to, const float* from, int64_t count) {
   for (int64_t k = 0; k < count; k += LANES) {
     const int64_t left = count - k;
     store_some(load_some(to + k, left) + load_some(from + k, left), to + k, left);
@@ -51,8 +52,8 @@ void CharacterEmbedding::operator()(const int32_t* ids, const int32_t* types, fl
       float* row = out + m * dim_;
       for (size_t n = 0; n < tables_.size(); n++)
         std::copy_n(tables_[n] + (int64_t(ids[m]) + 1) * primes_[n] % buckets_ * columns_, columns_, row + int64_t(n) * columns_);
-      add(row, types_ + (types ? types[m] * dim_ : 0), dim_);
-      add(row, positions_ + m % total * dim_, dim_);
+      add_row(row, types_ + (types ? types[m] * dim_ : 0), dim_);
+      add_row(row, positions_ + m % total * dim_, dim_);
       norm_.row(row, row);
     }
   });
@@ -115,8 +116,8 @@ void CharacterUp::rows(const float* characters, const float* molecules, float* o
       for (int64_t n = 0; n < width_; n++) {
         const int64_t position = t - before + n;
         if (position < 0 || position >= total) continue;
-        add(row, of_characters + (position - low) * wide + n * dim_, dim_);
-        add(row, of_molecules + (molecule_of(position, count) - first_molecule) * wide + n * dim_, dim_);
+        add_row(row, of_characters + (position - low) * wide + n * dim_, dim_);
+        add_row(row, of_molecules + (molecule_of(position, count) - first_molecule) * wide + n * dim_, dim_);
       }
       activate(activation_, row, nullptr, row, dim_);
       norm_.row(row, row);
