@@ -7,9 +7,12 @@ from decoder_cases import random_bygpt5
 from packed_layers import packed
 
 from marlin_cli.engine import fused_bygpt5
-from marlin_cli.engine.byte_decoding import GraphRows
+from marlin_cli.engine.byte_decoding import ByteByByte, GraphRows
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
+from marlin_cli.engine.fused_bygpt5 import FusedRows, fuse_bygpt5
+from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.scoring import bits_of
 from marlin_cli.ops import cpu
 from marlin_cli.quantization.formats import FORMATS
 
@@ -91,6 +94,26 @@ def test_packed_caches_are_near_and_smaller(bits, tolerance):
     expected, found = plain.read(ids), state.read(ids)
     assert 0 < mx.abs(found - expected).max() < tolerance * mx.abs(expected).max()
     assert state.nbytes < plain.nbytes * (bits + 1) / 32
+
+
+def test_streams_and_scores_run_in_the_kernels(monkeypatch):
+    """Prompts of two lengths and bits of windows: the same as by the graph, from the places that choose."""
+    network, prompts = random_bygpt5(), [b"one prompt", b"a longer one", b"ten  bytes"]
+    data = np.frombuffer(b"bytes that are scored, in windows", dtype=np.uint8)
+
+    def run():
+        pieces = list(generate(network, prompts, Stopping(20), Sampling()))
+        return [b"".join(piece.data for piece in pieces if piece.stream == stream) for stream in range(3)], bits_of(
+            network, data, 10
+        )
+
+    assert isinstance(ByteByByte(network, [[5, 6]])._rows, FusedRows)
+    texts, bits = run()
+    monkeypatch.setattr("marlin_cli.engine.fused_bygpt5.kernels", lambda: (None, "no compiler"))
+    assert isinstance(ByteByByte(network, [[5, 6]])._rows, GraphRows)
+    expected, costs = run()
+    assert texts == expected and any(texts)
+    assert np.allclose(bits, costs, atol=1e-4)
 
 
 def test_what_the_kernels_do_not_know_stays_with_the_graph():

@@ -7,7 +7,9 @@ import pytest
 from canine_cases import batch, random_canine, random_la_canine
 from packed_layers import packed
 
-from marlin_cli.engine.fused_canine import fuse_canine
+from marlin_cli.engine import characters
+from marlin_cli.engine.fused_canine import FusedCanine, fuse_canine, runner_of
+from marlin_cli.engine.sentences import SplitSettings, boundary_scores, ids_of_pieces
 from marlin_cli.ops import cpu, round_activations
 from marlin_cli.quantization.formats import FORMATS
 
@@ -98,6 +100,27 @@ def test_rounded_activations_equal_the_graph(format):
     round_activations(network, 16)
     exact, _ = states_of(network, ids, None, types)
     assert mx.abs(expected - exact).mean() > 2 * mx.abs(found - expected).mean()  # it is rounding that they share
+
+
+def test_texts_run_in_the_kernels(monkeypatch):
+    """Whatever is asked of a model: the same as by the graph, from one place that chooses."""
+    texts = ["Žluťoučký kůň".encode(), b"a text of another length", b"texts"]
+    labels = {"head": "token", "labels": ("O", "B-A", "I-A")}
+    networks = random_canine(), random_canine(**labels), random_canine(head="sequence", labels=("A", "B")), random_la_canine()
+    split = SplitSettings(window_characters=16, stride_characters=8)
+    asked = (
+        lambda: [np.array(rows) for rows in characters.encode(networks[0], texts)],
+        lambda: [np.array(characters.pooled(networks[0], texts, pad_to=64))],
+        lambda: [np.array([span.score for spans in characters.tag(networks[1], texts) for span in spans])],
+        lambda: [np.array([each.score for found in characters.classify(networks[2], texts) for each in found])],
+        lambda: [scores for _, scores in boundary_scores(networks[3], ids_of_pieces(texts), split)],
+    )
+    assert all(isinstance(runner_of(network), FusedCanine) for network in networks)
+    fused = [ask() for ask in asked]
+    monkeypatch.setattr("marlin_cli.engine.fused_canine.kernels", lambda: (None, "no compiler"))
+    assert all(runner_of(network) is network for network in networks)
+    for one, other in zip(fused, (ask() for ask in asked), strict=True):
+        assert all(np.allclose(*pair, atol=1e-4) for pair in zip(one, other, strict=True))
 
 
 def test_what_the_kernels_do_not_know_stays_with_the_graph(monkeypatch):
