@@ -2,6 +2,8 @@
 // taken by all threads together.
 #include "character_encoder.hpp"
 
+#include <stdexcept>
+
 #include "common.hpp"
 
 namespace marlin {
@@ -38,7 +40,7 @@ mx::array result(const std::vector<float>& values, int64_t sequences, int64_t ro
 CharacterEmbedding::CharacterEmbedding(const std::vector<mx::array>& tables, const std::vector<int>& primes, const mx::array& types,
                                        const mx::array& positions, Norm norm)
     : primes_(primes.begin(), primes.end()), buckets_(tables.at(0).shape(0)), columns_(tables[0].shape(1)),
-      dim_(int64_t(tables.size()) * columns_), norm_(std::move(norm)) {
+      dim_(int64_t(tables.size()) * columns_), most_(positions.shape(0)), norm_(std::move(norm)) {
   held_.reserve(tables.size() + 2);
   const auto hold = [this](const mx::array& each) { return held_.emplace_back(in_memory(each)).data<float>(); };
   for (const auto& table : tables) tables_.push_back(hold(table));
@@ -130,6 +132,7 @@ mx::array embed_characters(const CharacterEmbedding& embedding, const mx::array&
   std::optional<mx::array> kinds;
   if (types) kinds = in_memory(*types);
   const int64_t sequences = ids.shape(0), total = ids.shape(1);
+  if (total > embedding.positions()) throw std::invalid_argument("more positions than have an embedding");
   std::vector<float> rows(sequences * total * embedding.dim());
   embedding(input.data<int32_t>(), kinds ? kinds->data<int32_t>() : nullptr, rows.data(), sequences, total);
   return result(rows, sequences, total, embedding.dim());
@@ -138,6 +141,7 @@ mx::array embed_characters(const CharacterEmbedding& embedding, const mx::array&
 mx::array down_characters(const CharacterDown& down, const mx::array& characters) {
   const auto input = in_memory(characters);
   const int64_t sequences = characters.shape(0), total = characters.shape(1), dim = characters.shape(2);
+  if (total < down.factor()) throw std::invalid_argument("fewer characters than a molecule has");
   std::vector<float> rows(sequences * (total / down.factor()) * dim);
   down(input.data<float>(), rows.data(), sequences, total);
   return result(rows, sequences, total / down.factor(), dim);

@@ -17,13 +17,14 @@ class CharacterEmbedding {
   // ids and types [sequences, total] -> [sequences, total, dim]; all types 0 if null.
   void operator()(const int32_t* ids, const int32_t* types, float* out, int64_t sequences, int64_t total) const;
   int64_t dim() const { return dim_; }
+  int64_t positions() const { return most_; }
 
  private:
   std::vector<mlx::core::array> held_;
   std::vector<const float*> tables_;
   std::vector<int64_t> primes_;
   const float *types_, *positions_;
-  int64_t buckets_, columns_, dim_;
+  int64_t buckets_, columns_, dim_, most_;
   Norm norm_;
 };
 
@@ -69,7 +70,8 @@ class CharacterUp {
   bool leads_;
 };
 
-// For the bindings: ids and types [n, total] int32 -> [n, total, dim].
+// For the bindings; std::invalid_argument for more positions than there are, or fewer than a molecule has.
+// ids and types [n, total] int32 -> [n, total, dim].
 mlx::core::array embed_characters(const CharacterEmbedding& embedding, const mlx::core::array& ids, const std::optional<mlx::core::array>& types);
 // characters [n, total, dim] -> molecules [n, total / factor, dim]
 mlx::core::array down_characters(const CharacterDown& down, const mlx::core::array& characters);

@@ -83,6 +83,12 @@ def test_more_rows_than_a_convolution_takes_at_once():
     assert_equal(random_canine(hash_buckets=2048, max_characters=2048), (1300, 1029), 1300)
 
 
+@pytest.mark.parametrize(("total", "message"), [(3, "fewer characters"), (257, "more positions")])
+def test_a_length_that_no_input_has_reads_no_memory(total, message):
+    with pytest.raises(ValueError, match=message):
+        fuse_canine(random_canine()).deep(mx.ones((1, total), dtype=mx.int32))
+
+
 @pytest.mark.parametrize("format", FORMATS.keys())
 @pytest.mark.parametrize(("lengths", "total"), [((131,), 131), ((3, 127, 129), 132)])
 def test_packed_weights_equal_the_graph(format, lengths, total):
