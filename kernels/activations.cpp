@@ -4,7 +4,7 @@
 namespace marlin {
 
 void activate(Activation kind, const float* x, const float* gate, float* to, int64_t count) {
-  constexpr int64_t AT_ONCE = 1024, WORK_OF_A_VALUE = 16;
+  constexpr int64_t AT_ONCE = 4096, WORK_OF_A_VALUE = 16;  // a row of most models is too little to wake a thread
   over_threads((count + AT_ONCE - 1) / AT_ONCE, AT_ONCE * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
     const int64_t end = std::min(count, last * AT_ONCE);
     for (int64_t k = first * AT_ONCE; k < end; k += LANES) {
