@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.spans import Span, span_at
+from marlin_cli.engine.spans import Span, labelled_runs, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine import Canine, Head
 from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to, with_marks
@@ -105,7 +105,7 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
     _check_head(network, "sequence")
     logits = _logits(network, [_input(network, text) for text in texts], pad_to)
     found = []
-    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": _softmax, "several_labels": _sigmoid}
+    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": softmax, "several_labels": _sigmoid}
     meaning = meanings.get(network.config.problem, np.asarray)
     for row in logits:
         scores = meaning(row)
@@ -155,7 +155,7 @@ def tag(
     found = []
     for each, logits in zip(characters, _logits(network, inputs, pad_to), strict=True):
         own = logits[1 : len(each.ids) + 1] if marks else logits[: len(each.ids)]
-        found.append(_spans(network.config.labels, _softmax(own), each, outside, merge))
+        found.append(_spans(network.config.labels, softmax(own), each, outside, merge))
     return found
 
 
@@ -187,7 +187,7 @@ def answers(
     for start, logits in zip(starts, _logits(network, inputs, pad_to), strict=True):
         offset = len(asked.ids) + 2
         own = logits[offset : offset + min(room, len(given.ids) - start)]
-        for (first, end), score in _best_pairs(_softmax(own[:, 0]), _softmax(own[:, 1]), settings):
+        for (first, end), score in _best_pairs(softmax(own[:, 0]), softmax(own[:, 1]), settings):
             place = (start + first, start + end)
             best[place] = max(best.get(place, 0.0), score)
     ordered = sorted(best.items(), key=lambda item: -item[1])[: settings.best]
@@ -207,7 +207,7 @@ def choose(network: Canine, text: bytes, choices: Sequence[bytes], pad_to: int |
     if not inputs:
         return np.zeros(0, dtype=np.float32)
     longest = max(len(each.ids) for each in inputs)
-    return _softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
+    return softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
 
 
 def _check_head(network: Canine, head: Head) -> None:
@@ -273,21 +273,7 @@ def _length(network: Canine, positions: int, pad_to: int | None) -> int:
 
 def _spans(labels: Sequence[str], scores: Floats, text: Characters, outside: Sequence[str], merge: bool) -> list[Span]:
     """Spans from the labels' probabilities [characters, labels]."""
-    best = scores.argmax(axis=-1) if len(scores) else np.zeros(0, dtype=np.int64)
-    names = [labels[index] for index in best]
-    kinds = [name[2:] if name[:2] in ("B-", "I-") else name for name in names]
-    spans = []
-    first = 0
-    for end in range(1, len(names) + 1):
-        goes_on = merge and end < len(names) and kinds[end] == kinds[first] and not names[end].startswith("B-")
-        if goes_on:
-            continue
-        if names[first] not in outside:
-            label = kinds[first] if merge else names[first]
-            score = float(scores[np.arange(first, end), best[first:end]].mean())
-            spans.append(span_at(label, score, first, end, text.starts))
-        first = end
-    return spans
+    return [span_at(*run, text.starts) for run in labelled_runs(labels, scores, outside, merge)]
 
 
 def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[tuple[tuple[int, int], float]]:
@@ -298,11 +284,6 @@ def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[
         for first in np.argsort(-products, kind="stable")[: settings.best]:
             found.append(((int(first), int(first) + more + 1), float(products[first])))
     return sorted(found, key=lambda item: -item[1])[: settings.best]
-
-
-def _softmax(x: Floats) -> Floats:
-    grown = np.exp(x - x.max(axis=-1, keepdims=True)) if x.size else x
-    return grown / grown.sum(axis=-1, keepdims=True) if x.size else x
 
 
 def _sigmoid(x: Floats) -> Floats:

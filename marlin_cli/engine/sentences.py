@@ -47,6 +47,7 @@ class SplitSettings:
 def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings) -> Iterator[tuple[Span, bytes]]:
     """The sentences of a stream of UTF-8, as soon as they are sure: where each lies, and its bytes.
 
+    A sentence is sure when all windows that hold its end have been read; an empty piece is a pause, see `boundary_scores`.
     White space after a sentence belongs to it; all sentences together are the text. The score is that of the first
     character that ends the sentence, and of the last one where the text or `most_characters` ends it.
 
@@ -61,7 +62,7 @@ def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSetting
 
 
 def ids_of_pieces(pieces: Iterable[bytes], where: str = "the input") -> Iterator[Ids]:
-    """The characters of a stream, which may be cut within one.
+    """The characters of a stream, which may be cut within one; none for an empty piece.
 
     Raises:
         InputError: it is no UTF-8; `where` begins the line.
@@ -73,7 +74,7 @@ def ids_of_pieces(pieces: Iterable[bytes], where: str = "the input") -> Iterator
             held = len(decoder.getstate()[0])
             text = decoder.decode(piece)
             taken += len(piece)
-            if text:
+            if text or not piece:
                 yield np.frombuffer(text.encode("utf-32-le"), dtype="<i4").astype(np.int32)
         held, piece = len(decoder.getstate()[0]), b""
         decoder.decode(b"", final=True)
@@ -87,6 +88,9 @@ def boundary_scores(
     network: LaCanine, pieces: Iterable[Ids], settings: SplitSettings
 ) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
     """Characters in order, and for each the probability that it ends a sentence.
+
+    Many windows are read at once where the stream has them. An empty piece says that the next one has to be waited for:
+    what is sure by then comes before it.
 
     Windows overlap; the last one is moved back to end with the text. What they say is added and averaged in 16 bits,
     as wtpsplit does: it decides which scores lie above a threshold.
@@ -112,9 +116,11 @@ def boundary_scores(
             piece = next(stream, None)
             if piece is None:
                 ended = True
-            else:
+            elif len(piece):
                 waiting.append(piece)
                 held += len(piece)
+            elif held > start + window:
+                break
         ids = np.concatenate(waiting)
         sums, counts = (np.append(each, np.zeros(held - len(each), dtype=np.float16)) for each in (sums, counts))
         starts = list(range(start, max(start, held - window), stride))

@@ -63,6 +63,7 @@ class ByT5Config:
     answer_end_ids: tuple[int, ...] | None = None  # each of them ends an answer; end_id alone unless given
     pad_id: int = 0
     max_bytes: int = 32768  # longest input
+    labels: tuple[str, ...] = ()  # of the rows of a head that labels bytes; an encoder alone may have one
 
     downsample_factor: int = 1  # bytes in a row of the upper encoder layers; 1 for every published checkpoint
     pooling: Literal["mean", "max"] = "mean"
@@ -78,6 +79,8 @@ class ByT5Config:
             for value in values:
                 if not 0 <= value < self.vocab_size:
                     raise ConfigError(f"{name} must be below vocab_size ({self.vocab_size}), found {quoted(value)}")
+        if self.labels and self.decoder_layers:
+            raise ConfigError(f"labels go with an encoder alone, found {len(self.labels)} with a decoder")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ConfigError(f"relative_buckets must be a multiple of 4, found {self.relative_buckets}")
         if self.relative_distance <= self.relative_buckets // 2:
@@ -382,6 +385,8 @@ class ByT5(nn.Module):
             self.decoder = Decoder(config)
             if not config.tied_head:
                 self.output = Linear(config.d_model, config.vocab_size, bias=False)
+        elif config.labels:
+            self.output = Linear(config.d_model, len(config.labels))
 
     def __call__(self, source: mx.array, target: mx.array, lengths: mx.array | None = None) -> mx.array:
         """Logits [n, rows, vocab] float32 of what follows each id of `target`, all of it given.
@@ -405,6 +410,10 @@ class ByT5(nn.Module):
     def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
         """The real states of inputs with so many real ids: [n]."""
         return lengths
+
+    def label_scores(self, states: mx.array) -> mx.array:
+        """Scores [.., labels] float32 of an encoder's states [.., d_model], before a softmax."""
+        return self.output(states).astype(mx.float32)
 
     def memory(self, states: mx.array, lengths: mx.array | None = None) -> list[PlainMemory]:
         """What each decoder layer reads of the encoder's states [n, states, d_model] of inputs with so many real ids."""
