@@ -218,6 +218,24 @@ class AnsweringModel(Model):
             self._check_length(text)
         return byte_states.tag(self.network, texts, outside=outside, merge=merge)
 
+    def encode_many(self, texts: Sequence[bytes]) -> list[mx.array]:
+        """As `encode`, of each input."""
+        return [self.encode(text) for text in texts]
+
+    def pooled(self, data: bytes) -> mx.array:
+        """One vector for an input, the mean of its states: [d_model] float32. Nothing was trained to make one.
+
+        Raises:
+            UsageError: see `encode`; or no bytes, which have no mean.
+        """
+        if not data:
+            raise UsageError("an empty input has no states and so no mean of them; leave it out")
+        return self.encode(data).astype(mx.float32).mean(axis=0)
+
+    def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
+        """As `pooled`, of each input: [inputs, d_model]."""
+        return mx.stack([self.pooled(text) for text in texts]) if texts else mx.zeros((0, self.config.d_model))
+
     def quantize(
         self,
         bits: int = 4,

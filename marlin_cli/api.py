@@ -1,6 +1,7 @@
 """The Python interface: `load` a model, then ask it for what it can do, or for a packed copy of itself."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -8,15 +9,19 @@ from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.checkpoints import ImportOptions, architecture_of
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
+from marlin_cli.encoding_model import EncodingModel
 from marlin_cli.models import Capability, architecture_named
 
 # The design document's names of the first models of each kind.
 MegaByteModel = ContinuingModel
 ByT5Model = AnsweringModel
 
-MODELS: dict[Capability, type[ContinuingModel] | type[AnsweringModel]] = {
+AnyModel: TypeAlias = ContinuingModel | AnsweringModel | EncodingModel
+
+MODELS: dict[Capability, type[AnyModel]] = {
     Capability.CONTINUES: ContinuingModel,
     Capability.ANSWERS: AnsweringModel,
+    Capability.ENCODES: EncodingModel,
 }
 
 
@@ -48,7 +53,7 @@ def load(
     activation_bits: int = 16,
     dtype: mx.Dtype | None = None,
     options: ImportOptions | None = None,
-) -> ContinuingModel | AnsweringModel:
+) -> AnyModel:
     """Read any supported model; see `Model.from_pretrained`. What it can do is said by its class."""
     found = MODELS[capability_of(path)]
     return found.from_pretrained(

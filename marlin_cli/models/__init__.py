@@ -14,6 +14,7 @@ from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.files import shipped
 from marlin_cli.models.architecture import Architecture, Capability, Network
 from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.canine_steps import CANINE, LA_CANINE
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
@@ -41,7 +42,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 # model_type -> architecture.
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5)}
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5, CANINE, LA_CANINE)}
 
 
 def build(

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 
 class Network(Protocol):
-    """What every network is: an MLX module that knows its configuration, with `model_type` and `max_bytes` in it."""
+    """What every network is: an MLX module that knows its configuration, with `model_type` in it."""
 
     config: Any
 
@@ -145,6 +145,7 @@ class Architecture:
         packed_keys: (config) -> the attentions that `--kv-bits` is about.
         is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
         unit_bytes: (config) -> bytes that pass together; a sample is cut to a multiple of it.
+        most_bytes: (config) -> bytes that the network takes at once, whatever they are.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
@@ -165,6 +166,7 @@ class Architecture:
     packed_keys: Callable[[Any], PackedKeys]
     is_gated: Callable[[Any], bool]
     unit_bytes: Callable[[Any], int] = lambda config: 1
+    most_bytes: Callable[[Any], int] = lambda config: int(config.max_bytes)
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
     shows_states: bool = False

@@ -8,12 +8,13 @@ the start, and the molecules' lengths are counted as if it did not, so the last 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
+from marlin_cli.models.canine_ids import PAD, Ids, with_marks
 from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.long_attention import cross_attention
@@ -57,6 +58,9 @@ class CharacterShape:
     hash_buckets: int = 16384  # rows of each, and of the table of positions
     block_characters: int = 128  # the first layer sees disjoint blocks of so many
 
+    marks: ClassVar[bool] = True  # do CANINE's marks stand around a text?
+    padding: ClassVar[int] = PAD  # the id of padding
+
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
         for name in ("heads", "hash_functions"):
@@ -72,6 +76,10 @@ class CharacterShape:
     def longest(self) -> int:
         """Positions that have an embedding."""
         return min(self.max_characters, self.hash_buckets)
+
+    def length_of(self, positions: int) -> int:
+        """Positions that an input with so many real ones has at least."""
+        return positions
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,10 @@ class CanineConfig(CharacterShape):
     def head_rows(self) -> int:
         """Scores that the head gives each input or character."""
         return {"none": 0, "sequence": len(self.labels), "token": len(self.labels), "answer": 2, "choice": 1}[self.head]
+
+    def input_of(self, first: Ids, second: Ids | None = None) -> tuple[Ids, Ids]:
+        """Ids and types, both [positions], of a text or a pair of texts, with their marks."""
+        return with_marks(first, second, self.second_type)
 
 
 # Attention
@@ -300,6 +312,10 @@ class Canine(nn.Module):
         deep = self.deep(ids, lengths, types)
         whole = self.config.head in ("sequence", "choice")
         return self.output(self.pooled(deep) if whole else self.states(deep, lengths)).astype(mx.float32)
+
+    def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """The characters' states [n, total, d_model]; arguments as of a call."""
+        return self.states(self.deep(ids, lengths, types), lengths)
 
     def deep(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> Deep:
         """Everything up to the last of the deep layers; arguments as of a call."""

@@ -1,7 +1,6 @@
 """What calibration and packing ask of CANINE and LA-CANINE; see `models.architecture`. They read texts, padded or not."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -10,31 +9,14 @@ import mlx.core as mx
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models.architecture import Architecture, Capability, PackedKeys, Piece, Rotation, State, Watch
 from marlin_cli.models.canine import Block, Canine, CanineConfig, CharacterShape
-from marlin_cli.models.canine_ids import characters_of, with_marks
 from marlin_cli.models.la_canine import LaCanine, LaCanineConfig
+from marlin_cli.models.text_batch import TextBatch, batch_of
 
 CharacterNetwork: TypeAlias = "Canine | LaCanine"
 
 # Layers of a block whose inputs are measured, in the order in which they come about; the last two where there are adapters.
 SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj", "adapter.down_proj", "adapter.up_proj")
 ADDS = ("attention.o_proj", "ffn.down_proj", "adapter.up_proj")
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Texts that run side by side.
-
-    Attributes:
-        ids: [texts, total] code points, marks included where the network has them.
-        lengths: [texts] real ids of each; None where all are.
-        types: [texts, total] kinds of text; None: all 0.
-        size_bytes: of the corpus that went into them.
-    """
-
-    ids: mx.array
-    lengths: mx.array | None
-    types: mx.array | None
-    size_bytes: int
 
 
 def start(network: CharacterNetwork, batch: TextBatch) -> State:
@@ -120,12 +102,8 @@ def pass_through(network: CharacterNetwork, sample: bytes, watch: Watch) -> None
     Raises:
         InputError: it is no UTF-8.
     """
-    ids = characters_of(sample).ids
-    if isinstance(network, LaCanine):
-        network.states(mx.array(ids[: len(ids) // network.config.downsample_factor * network.config.downsample_factor])[None])
-    else:
-        deep = network.deep(mx.array(with_marks(ids)[0])[None])
-        network.states(deep)
+    batch = batch_of([sample], network.config)
+    network.encode(batch.ids, batch.lengths)
 
 
 def rotation(config: CharacterShape) -> Rotation:
@@ -156,6 +134,7 @@ def _architecture(name: str, title: str, config: type, network: Callable[..., ob
         rotation=rotation,
         packed_keys=packed_keys,
         is_gated=lambda config: False,
+        most_bytes=lambda config: config.longest - (2 if config.marks else 0),  # a character has one at least
         shows_states=True,
     )
 

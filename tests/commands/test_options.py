@@ -9,8 +9,9 @@ from mlx.utils import tree_map
 from typer.main import get_command
 
 from marlin_cli import ByT5Config, ByT5Model, MegaByteModel, cli
+from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
-from marlin_cli.commands.options import parse_size
+from marlin_cli.commands.options import parse_import_options, parse_size
 from marlin_cli.commands.uses import USES, Family
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte import MegaByteConfig
@@ -351,6 +352,13 @@ def test_devices_take_what_everybody_writes(marlin, models):
 )
 def test_sizes_are_exact(text, size):
     assert parse_size(text, "--x") == size
+
+
+def test_the_code_of_a_language_is_text():
+    """YAML takes no for false, and 16 for a number."""
+    assert parse_import_options(["language=no"]).language == "no"
+    assert parse_import_options(["language=16"]).language == "16"
+    assert parse_import_options(["rope=no", "heads=2"]) == ImportOptions(rope=False, heads=2)
 
 
 @pytest.mark.parametrize("text", ["1e400", "-1", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 5000, str(1 << 63), "nan", ""])
