@@ -11,7 +11,7 @@ from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_wit
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.engine.spans import OUTSIDE, Span
+from marlin_cli.engine.spans import OUTSIDE, Place, Span
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model
 from marlin_cli.models import Capability
@@ -189,7 +189,13 @@ class AnsweringModel(Model):
         for text in texts:
             self._check_length(text)
         found = byte_states.states(self.network, texts)
-        return [rows if marks else rows[: len(text)] for rows, text in zip(found, texts, strict=True)]
+        if marks:
+            return list(found)
+        return [rows[: byte_states.rows_of(self.network, len(text))] for rows, text in zip(found, texts, strict=True)]
+
+    def places(self, data: bytes) -> list[Place]:
+        """What each row of `encode(data, marks=True)` stands for: a byte, or the end."""
+        return byte_states.places(self.network, data)
 
     def pooled(self, data: bytes) -> mx.array:
         """One vector for an input, the mean of its states and its end's: [d_model] float32. Nothing was trained to make one.
@@ -217,24 +223,6 @@ class AnsweringModel(Model):
         for text in texts:
             self._check_length(text)
         return byte_states.tag(self.network, texts, outside=outside, merge=merge)
-
-    def encode_many(self, texts: Sequence[bytes]) -> list[mx.array]:
-        """As `encode`, of each input."""
-        return [self.encode(text) for text in texts]
-
-    def pooled(self, data: bytes) -> mx.array:
-        """One vector for an input, the mean of its states: [d_model] float32. Nothing was trained to make one.
-
-        Raises:
-            UsageError: see `encode`; or no bytes, which have no mean.
-        """
-        if not data:
-            raise UsageError("an empty input has no states and so no mean of them; leave it out")
-        return self.encode(data).astype(mx.float32).mean(axis=0)
-
-    def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
-        """As `pooled`, of each input: [inputs, d_model]."""
-        return mx.stack([self.pooled(text) for text in texts]) if texts else mx.zeros((0, self.config.d_model))
 
     def quantize(
         self,

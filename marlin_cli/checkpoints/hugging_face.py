@@ -230,8 +230,8 @@ def _check_head(path: Path, tensors: Mapping[str, mx.array]) -> None:
         for prefix, kind in OTHER_HEADS.items():
             if name.startswith(prefix):
                 raise CheckpointError(
-                    f"{path}: holds a {kind}, whose head reads the decoder; marlin runs T5 that answers, encodes, or labels bytes"
-                    " (T5ForTokenClassification)"
+                    f"{path}: holds a {kind}, whose head reads the decoder; marlin runs T5 that answers, encodes, or"
+                    " labels bytes (T5ForTokenClassification)"
                 )
 
 

@@ -75,7 +75,7 @@ def _write_lines(model: AnyEncoder, texts: Iterable[Text], request: Request) -> 
                 write_line(head_of(index, text), vector=array)
             else:
                 head, counted = name_of(index, text), characters_in(text.data) is not None
-                for position, (place, row) in enumerate(zip(model.places(text.data, len(array)), array, strict=True)):
+                for position, (place, row) in enumerate(zip(model.places(text.data), array, strict=True)):
                     write_line({**head, "position": position, **_shown(place, counted)}, state=row)
             index += 1
         sys.stdout.buffer.flush()

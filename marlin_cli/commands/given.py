@@ -14,13 +14,24 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from marlin_cli.commands.uses import USES, Family, Use
+from marlin_cli.commands.uses import CANINE, OF_HEAD, USES, Family, Use, families_of
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 from marlin_cli.writing import is_part_of_a_model
 
 # Options whose text is what a model reads or writes: it may be empty, and of any length.
-TEXTS = ("--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix")
+TEXTS = (
+    "--prompt",
+    "--second",
+    "--question",
+    "--choice",
+    "--outside",
+    "--hex",
+    "--stop",
+    "--stop-hex",
+    "--prefix",
+    "--input-prefix",
+)
 
 # Characters of any other value; systems take no longer paths.
 LONGEST_VALUE = 4096
@@ -107,17 +118,25 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
 
 
 def _families_of(path: Path) -> set[Family]:
-    from marlin_cli.api import capability_of
-    from marlin_cli.models import Capability
+    """Those that the model may be of, as far as config.json tells."""
+    from marlin_cli.checkpoints import architecture_of
+    from marlin_cli.models import Capability, architecture_named
 
-    answers = capability_of(path) is Capability.ANSWERS
+    architecture = architecture_named({"model_type": architecture_of(path)}, str(path))
+    if architecture.capability is Capability.ENCODES:
+        return {OF_HEAD[head] for head in architecture.config.kinds_of_head}
+    answers = architecture.capability is Capability.ANSWERS
     return {Family.ANSWERS, Family.ENCODES} if answers else {Family.CONTINUES}
 
 
 def _families_by_weights(path: Path) -> set[Family]:
+    """The one that it is of."""
     from marlin_cli.checkpoints import read_checkpoint
 
-    return {Family.ANSWERS if read_checkpoint(path, check_values=False).config.get("decoder_layers") else Family.ENCODES}
+    config = read_checkpoint(path, check_values=False).config
+    if "head" in config:
+        return {OF_HEAD[config["head"]]}
+    return {Family.ANSWERS if config.get("decoder_layers") else Family.ENCODES}
 
 
 def _check_uses(command: str, given: Sequence[str], families: frozenset[Family], models: str = "") -> None:
@@ -125,9 +144,25 @@ def _check_uses(command: str, given: Sequence[str], families: frozenset[Family],
     for option in given:
         reasons = [_refusal(option, USES[command][option].get(family), given) for family in Family if family in families]
         if None not in reasons:
-            named = families - {Family.ENCODES} or families  # where it does not matter whether there is a decoder
-            what = " and ".join(family.value for family in Family if family in named)
-            raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
+            subject = option if option.startswith("-") else f"marlin {command}"
+            said = next(filter(None, reasons), "")
+            if not said:
+                said = f"has no meaning for {models}, {' and '.join(_named(families))}"
+                said += "" if option.startswith("-") else f"; {_served(families)} take it"
+            raise UsageError(f"{subject} {said}")
+
+
+def _named(families: frozenset[Family]) -> list[str]:
+    """Families for a message; where several of one architecture are left, what tells them apart does not matter."""
+    with_heads = families & set(CANINE)
+    named = [family.value for family in Family if family in (families - {Family.ENCODES} or families) - with_heads]
+    return named + ([family.value for family in with_heads] if len(with_heads) == 1 else ["a CANINE"] * bool(with_heads))
+
+
+def _served(families: frozenset[Family]) -> str:
+    """The commands that take a model of one of these families."""
+    *others, last = (command for command in USES if families & families_of(command))
+    return f"marlin {', '.join(others)} and {last}" if others else f"marlin {last}"
 
 
 def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:

@@ -23,23 +23,19 @@ AnyLabelling: TypeAlias = AnsweringModel | EncodingModel
 
 @dataclass(frozen=True)
 class Request:
-    """How texts are labelled, and what of it is written.
-
-    Raises:
-        UsageError: a number out of its range.
-    """
+    """How texts are labelled, and what of it is written."""
 
     best: int | None  # labels or choices of a text; all of them if None
-    threshold: float  # what has a lower score is left out
+    threshold: float | None  # what has a lower score is left out; nothing if None
     outside: tuple[str, ...]  # labels that say nothing
     merge: bool  # are neighbours of one label one span?
     pad_to: int | None
     answers: AnswerSettings
     batch_size: int
 
-    def __post_init__(self) -> None:
-        if self.best is not None and self.best < 1:
-            raise UsageError(f"--best must be at least 1, found {self.best}")
+    def keeps(self, score: float) -> bool:
+        """Is something of this score shown?"""
+        return self.threshold is None or score >= self.threshold
 
 
 def run(model: AnyLabelling, texts: Iterable[Text], request: Request) -> None:
@@ -148,13 +144,16 @@ Finder = Callable[[Any, Sequence[Text], Request], Iterator[dict[str, Any]]]
 
 def _classified(model: EncodingModel, batch: Sequence[Text], request: Request) -> Iterator[dict[str, Any]]:
     for labels in model.classify_many([_with_second(text) for text in batch], pad_to=request.pad_to):
-        kept = [each._asdict() for each in labels if each.score >= request.threshold]
+        kept = [each._asdict() for each in labels if request.keeps(each.score)]
         yield {"labels": kept[: request.best]}
 
 
 def _tagged(model: AnyLabelling, batch: Sequence[Text], request: Request) -> Iterator[dict[str, Any]]:
-    padding = {} if isinstance(model, AnsweringModel) else {"pad_to": request.pad_to}
-    found = model.tag_many([text.data for text in batch], outside=request.outside, merge=request.merge, **padding)
+    data = [text.data for text in batch]
+    if isinstance(model, AnsweringModel):
+        found = model.tag_many(data, outside=request.outside, merge=request.merge)
+    else:
+        found = model.tag_many(data, pad_to=request.pad_to, outside=request.outside, merge=request.merge)
     for text, spans in zip(batch, found, strict=True):
         yield _spans(text, spans, request)
 
@@ -177,7 +176,7 @@ def _chosen(model: EncodingModel, batch: Sequence[Text], request: Request) -> It
         kept = [
             {"choice": choice, "score": float(scores[choice]), "text": decode(choices[choice])}
             for choice in order
-            if scores[choice] >= request.threshold
+            if request.keeps(float(scores[choice]))
         ]
         yield {"choices": kept[: request.best]}
 
@@ -187,5 +186,5 @@ _FINDERS: Mapping[str, Finder] = {"sequence": _classified, "token": _tagged, "an
 
 def _spans(text: Text, spans: Sequence[Span], request: Request) -> dict[str, Any]:
     counted = characters_in(text.data) is not None
-    kept = [span for span in spans if span.score >= request.threshold]
+    kept = [span for span in spans if request.keeps(span.score)]
     return {"spans": [span_as_mapping(span, text.data[span.first_byte : span.end_byte], counted=counted) for span in kept]}

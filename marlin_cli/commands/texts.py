@@ -53,9 +53,12 @@ class Sources:
     @property
     def is_pipe(self) -> bool:
         """Does nothing name a text, and is there a pipe?"""
-        return (self.text, self.file, self.hexadecimal, self.rows) == (None,) * 4 and not (
-            sys.stdin is None or sys.stdin.isatty()
-        )
+        return not self.is_named and not (sys.stdin is None or sys.stdin.isatty())
+
+    @property
+    def is_named(self) -> bool:
+        """Does an option name a text?"""
+        return (self.text, self.file, self.hexadecimal, self.rows) != (None,) * 4
 
 
 def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterable[Text]:
@@ -66,8 +69,10 @@ def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterabl
         tabs: a line of a pipe is a pair, with a tab in between.
 
     Raises:
-        UsageError: two texts, one that cannot be read, or a line that is none.
+        UsageError: two texts, one that cannot be read, or none; or a line that is none.
     """
+    if not sources.is_named and not sources.is_pipe:
+        raise UsageError("there is no text: give -p, --prompt-file or --prompts, or a pipe")
     if sources.rows is not None:
         return _of_rows(sources.rows, _opened(sources.rows), beside)
     if not sources.is_pipe:

@@ -3,7 +3,7 @@
 An option counts as given when it stands on the command line, with its default value too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -14,6 +14,12 @@ class Family(Enum):
     CONTINUES = "a model that continues bytes"
     ANSWERS = "a model that answers an input"
     ENCODES = "an encoder alone"
+    READS = "a CANINE without a head"
+    CLASSIFIES = "a CANINE that classifies texts"
+    TAGS = "a CANINE that labels characters"
+    FINDS = "a CANINE that answers questions"
+    CHOOSES = "a CANINE that chooses between texts"
+    SPLITS = "an LA-CANINE"
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,25 @@ class Use:
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-CONTINUES, ANSWERS, ENCODES = Family
+CONTINUES, ANSWERS, ENCODES, READS, CLASSIFIES, TAGS, FINDS, CHOOSES, SPLITS = Family
 ENCODER_FIRST = (ANSWERS, ENCODES)
+BYTES = (CONTINUES, *ENCODER_FIRST)
+
+# CANINE and LA-CANINE, by the names of their heads.
+OF_HEAD: Mapping[str, Family] = {
+    "none": READS, "sequence": CLASSIFIES, "token": TAGS, "answer": FINDS, "choice": CHOOSES, "sentence": SPLITS,
+}  # fmt: skip
+CHARACTERS = tuple(OF_HEAD.values())
+CANINE = tuple(family for family in CHARACTERS if family is not SPLITS)
 
 
 def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
     return dict.fromkeys(families or Family, Use(needs, without))
+
+
+def _table(families: Sequence[Family], rows: Mapping[str, Uses]) -> Mapping[str, Uses]:
+    """The options of a command that serves some families alone."""
+    return {option: {each: use for each, use in uses.items() if each in families} for option, uses in rows.items()}
 
 
 # Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
@@ -46,7 +65,7 @@ def _prompt(option: str) -> Uses:
 
 
 # An encoder alone is refused by the model itself, which alone knows without another look at its weights.
-GENERATE: Mapping[str, Uses] = {
+GENERATE: Mapping[str, Uses] = _table(BYTES, {
     "MODEL": _of(),
     **{option: _prompt(option) for option in _ONE_PROMPT},
     "--max-bytes": _of(without=("--max-length",)),
@@ -75,11 +94,11 @@ GENERATE: Mapping[str, Uses] = {
     "--json": _of(),  # what --prompts writes anyway
     "--import": _of(CONTINUES),
     "--device": _of(),
-}
+})  # fmt: skip
 
 _MEASURING = ("--show", "--merge")
 
-CALIBRATE: Mapping[str, Uses] = {
+CALIBRATE: Mapping[str, Uses] = _table(BYTES, {
     "MODEL|FILE": _of(without=("--show",)),
     "--corpus": _of(without=(*_MEASURING, "--pairs")),
     "--pairs": _of(*ENCODER_FIRST, without=_MEASURING),
@@ -97,7 +116,7 @@ CALIBRATE: Mapping[str, Uses] = {
     "--json": _of(),
     "--import": _of(CONTINUES, without=_MEASURING),
     "--device": _of(without=_MEASURING),
-}
+})  # fmt: skip
 
 _UNPACKING = ("--dequantize",)
 _PACKING = _of(without=_UNPACKING)
@@ -105,7 +124,7 @@ _OF_CONTINUING = _of(CONTINUES, without=_UNPACKING)
 _CALIBRATED = ("--sequential", "--target-bpw")
 
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
-QUANTIZE: Mapping[str, Uses] = {
+QUANTIZE: Mapping[str, Uses] = _table(BYTES, {
     "MODEL": _of(),
     "--output": _of(),
     "--global-bits": _OF_CONTINUING,
@@ -140,14 +159,14 @@ QUANTIZE: Mapping[str, Uses] = {
     "--overwrite": _of(needs=("--output",)),
     "--import": _of(CONTINUES),
     "--json": _of(),
-}
+})  # fmt: skip
 
 _NOTHING_RUN = ("--kernels", "--compare")
 _NOT_MEASURED = (*_NOTHING_RUN, "--plan")
 _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
-BENCH: Mapping[str, Uses] = {
+BENCH: Mapping[str, Uses] = _table(BYTES, {
     "MODEL": _of(without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(CONTINUES, ANSWERS, without=_NOT_TIMED),
@@ -185,11 +204,56 @@ BENCH: Mapping[str, Uses] = {
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(CONTINUES, needs=("--plan",)),
     "--bandwidth": _of(CONTINUES, needs=("--plan",)),
-}
+})  # fmt: skip
+
+# What a text is labelled by; a ByT5 without labels, and a CANINE without a head, are refused by the command itself.
+LABEL: Mapping[str, Uses] = _table((*ENCODER_FIRST, *CHARACTERS), {
+    "MODEL": _of(),
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--tabs": _of(CLASSIFIES, without=_ONE_PROMPT),
+    "--second": _of(CLASSIFIES, without=("--tabs",)),
+    "--question": _of(FINDS),
+    "--choice": _of(CHOOSES),
+    "--language": _of(SPLITS),
+    "--threshold": _of(ENCODES, CLASSIFIES, TAGS, FINDS, CHOOSES, SPLITS),
+    "--best": _of(CLASSIFIES, FINDS, CHOOSES),
+    "--outside": _of(ENCODES, TAGS),
+    "--no-merge": _of(ENCODES, TAGS),
+    "--pad-to": _of(CLASSIFIES, TAGS, FINDS, CHOOSES),
+    "--window": _of(FINDS, SPLITS),
+    "--stride": _of(FINDS, SPLITS),
+    "--longest": _of(FINDS, SPLITS),
+    "--lines": _of(SPLITS, without=("--prompts",)),
+    "--raw": _of(SPLITS, needs=("--lines",)),
+    "--batch-size": _of(ENCODES, CLASSIFIES, TAGS, FINDS, CHOOSES),
+    "--activation-bits": _of(),
+    "--dtype": _of(),
+    "--device": _of(),
+})  # fmt: skip
+
+ENCODE: Mapping[str, Uses] = _table((*ENCODER_FIRST, *CHARACTERS), {
+    "MODEL": _of(),
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--pool": _of(),
+    "--output": _of(),
+    "--pad-to": _of(*CHARACTERS),
+    "--language": _of(SPLITS),
+    "--batch-size": _of(),
+    "--activation-bits": _of(),
+    "--dtype": _of(),
+    "--device": _of(),
+})  # fmt: skip
 
 USES: Mapping[str, Mapping[str, Uses]] = {
     "calibrate": CALIBRATE,
     "quantize": QUANTIZE,
     "generate": GENERATE,
+    "label": LABEL,
+    "encode": ENCODE,
     "bench": BENCH,
 }
+
+
+def families_of(command: str) -> frozenset[Family]:
+    """The models that a command serves: those of its first argument."""
+    return frozenset(next(iter(USES[command].values())))

@@ -25,8 +25,9 @@ def states(network: ByT5, inputs: Sequence[bytes]) -> Iterator[mx.array]:
         rows = encode(network, ids, lengths).astype(mx.float32)
         real = None if lengths is None else network.state_lengths(lengths)
         mx.eval(rows)
-        for index in range(len(batch)):
-            yield rows[index] if real is None else rows[index, : int(real[index].item())]
+        counts: list[int] = [rows.shape[1]] * len(batch) if real is None else real.tolist()  # type: ignore[assignment]
+        for row, count in zip(rows, counts, strict=True):
+            yield row[:count]
 
 
 def tag(network: ByT5, inputs: Sequence[bytes], *, outside: Sequence[str] = OUTSIDE, merge: bool = True) -> list[list[Span]]:
@@ -53,9 +54,15 @@ def tag(network: ByT5, inputs: Sequence[bytes], *, outside: Sequence[str] = OUTS
     return found
 
 
-def places(data: bytes, count: int) -> list[Place]:
-    """What each of `count` states of an input stands for: a byte, or several where the front end joins them; then the end."""
-    joined = -(-(len(data) + 1) // count)
+def rows_of(network: ByT5, ids: int) -> int:
+    """How many states an input of so many ids has."""
+    counts = network.state_lengths(mx.array([ids]))
+    return ids if counts is None else int(np.array(counts)[0])
+
+
+def places(network: ByT5, data: bytes) -> list[Place]:
+    """What each state of an input stands for: a byte, or several where a front end joins them; then the end."""
+    joined = -(-(len(data) + 1) // rows_of(network, len(data) + 1))
     held_by = character_of_bytes(data)
     found = []
     for first in range(0, len(data) + 1, joined):

@@ -8,13 +8,14 @@ LA-CANINE, which cuts texts and does it in `sentences`, there are states alone.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.spans import Span, labelled_runs, softmax, span_at
+from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of
 from marlin_cli.models.canine import Canine
@@ -85,6 +86,26 @@ def encode(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None 
     return [row[: len(each.ids)] for row, each in zip(_run(network, inputs, pad_to, states), inputs, strict=True)]
 
 
+def check(network: CharacterNetwork, text: Text, pad_to: int | None = None, where: str = "") -> None:
+    """See that the network reads a text; `where` begins what is said of one that it does not.
+
+    Raises:
+        InputError, UsageError: see `encode`.
+    """
+    _length(network, len(_input(network, text, where).ids), pad_to, f"{where}: the text" if where else "the text")
+
+
+def places(network: CharacterNetwork, text: bytes) -> list[Place]:
+    """What each position of a text's states stands for: its characters, and the marks around them where there are any.
+
+    Raises:
+        InputError: the text is no UTF-8.
+    """
+    starts = characters_of(text).starts.tolist()
+    found = [Place(None, first, end, index, index + 1) for index, (first, end) in enumerate(pairwise(starts))]
+    return [Place("[CLS]"), *found, Place("[SEP]")] if network.config.marks else found
+
+
 def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) -> mx.array:
     """One vector a text: [texts, d_model] float32; see `encode`.
 
@@ -140,7 +161,7 @@ def tag(
     texts: Sequence[bytes],
     pad_to: int | None = None,
     *,
-    outside: Sequence[str] = ("O",),
+    outside: Sequence[str] = OUTSIDE,
     merge: bool = True,
     marks: bool = True,
 ) -> list[list[Span]]:
@@ -229,10 +250,11 @@ def _this(network: CharacterNetwork) -> str:
     return f"this {architecture_of(network).title}"
 
 
-def _input(network: CharacterNetwork, text: Text) -> _Input:
+def _input(network: CharacterNetwork, text: Text, where: str = "") -> _Input:
     if not isinstance(text, tuple):
-        return _Input(*network.config.input_of(_ids(text, "the input")))
-    first, second = (_ids(one, where) for one, where in zip(text, ("the first text", "the second text"), strict=True))
+        return _Input(*network.config.input_of(_ids(text, where or "the input")))
+    named = (f"{where}: {one}" if where else one for one in ("the first text", "the second text"))
+    first, second = (_ids(one, name) for one, name in zip(text, named, strict=True))
     return _Input(*network.config.input_of(first, second))
 
 
@@ -269,7 +291,7 @@ def _run(
     return [rows[index] for index in range(len(inputs))]
 
 
-def _length(network: CharacterNetwork, positions: int, pad_to: int | None) -> int:
+def _length(network: CharacterNetwork, positions: int, pad_to: int | None, where: str = "the text") -> int:
     config = network.config
     least, most = config.downsample_factor, config.longest
     if pad_to is not None and not least <= pad_to <= most:
@@ -278,13 +300,11 @@ def _length(network: CharacterNetwork, positions: int, pad_to: int | None) -> in
         raise UsageError(f"pad_to must be a multiple of {least} for {_this(network)}, found {pad_to}")
     marks = " with its marks" if config.marks else ""
     if positions > (pad_to or most):
-        raise InputError(f"the text takes {positions:,} positions{marks}, and there are {pad_to or most:,}; shorten it")
+        raise InputError(f"{where} takes {positions:,} positions{marks}, and there are {pad_to or most:,}; shorten it")
     length = pad_to or config.length_of(positions)
     if length < least:
         title = architecture_of(network).title
-        raise InputError(
-            f"the text takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, {least} or more)"
-        )
+        raise InputError(f"{where} takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, {least} or more)")
     return length
 
 
