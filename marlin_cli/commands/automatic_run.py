@@ -16,6 +16,7 @@ from marlin_cli.quantization.automatic import (
     Predict,
     check_target,
     choose,
+    log2_predictions,
     measure_choices,
     recipe_text,
     with_choices,
@@ -31,6 +32,7 @@ from marlin_cli.writing import writing
 PREDICTIONS: dict[Capability, Predict] = {
     Capability.CONTINUES: scoring.log2_predictions,
     Capability.ANSWERS: answer_scoring.log2_predictions,
+    Capability.ENCODES: log2_predictions,
 }
 
 # Bytes that every choice is scored on.

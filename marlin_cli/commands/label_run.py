@@ -92,15 +92,10 @@ def head_of_model(model: AnyLabelling) -> str:
     Raises:
         UsageError: it labels nothing; the line says which command serves it.
     """
-    if isinstance(model, AnsweringModel):
-        if model.config.labels:
-            return "token"
-        does = "answers an input: marlin generate does that, and marlin encode gives its encoder's states"
-        if not model.config.decoder_layers:
-            does = "encodes: marlin encode gives its states"
-        raise UsageError(f"the model has no labels; it {does}")
-    if model.config.head not in _FINDERS:
-        raise UsageError("the model has no labels; it encodes: marlin encode gives its states and vectors")
+    if isinstance(model, AnsweringModel) and model.config.labels:
+        return "token"
+    if isinstance(model, AnsweringModel) or model.config.head not in _FINDERS:
+        raise UsageError("the model has no head that labels; it encodes, and marlin encode gives its states")
     return str(model.config.head)
 
 

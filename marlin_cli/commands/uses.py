@@ -3,7 +3,7 @@
 An option counts as given when it stands on the command line, with its default value too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,13 +13,8 @@ class Family(Enum):
 
     CONTINUES = "a model that continues bytes"
     ANSWERS = "a model that answers an input"
-    ENCODES = "an encoder alone"
-    READS = "a CANINE without a head"
-    CLASSIFIES = "a CANINE that classifies texts"
-    TAGS = "a CANINE that labels characters"
-    FINDS = "a CANINE that answers questions"
-    CHOOSES = "a CANINE that chooses between texts"
-    SPLITS = "an LA-CANINE"
+    ENCODER_ALONE = "an encoder alone"  # of a model that answers
+    ENCODES = "a model that encodes texts"
 
 
 @dataclass(frozen=True)
@@ -28,29 +23,42 @@ class Use:
 
     needs: tuple[str, ...] = ()  # one of these is given too
     without: tuple[str, ...] = ()  # none of these is
+    parts: tuple[str, ...] = ()  # the model has layers in one of these, see `models.part_of`
+    heads: tuple[str, ...] = ()  # of what encodes texts: the model has one of these, see HEADS
 
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-CONTINUES, ANSWERS, ENCODES, READS, CLASSIFIES, TAGS, FINDS, CHOOSES, SPLITS = Family
-ENCODER_FIRST = (ANSWERS, ENCODES)
-BYTES = (CONTINUES, *ENCODER_FIRST)
+CONTINUES, ANSWERS, ENCODER_ALONE, ENCODES = Family
+ENCODER_FIRST = (ANSWERS, ENCODER_ALONE)
+READS_BYTES = (CONTINUES, ANSWERS, ENCODER_ALONE)
+PREDICTS = (CONTINUES, ANSWERS, ENCODES)  # an ENCODES without a head says so itself
 
-# CANINE and LA-CANINE, by the names of their heads.
-OF_HEAD: Mapping[str, Family] = {
-    "none": READS, "sequence": CLASSIFIES, "token": TAGS, "answer": FINDS, "choice": CHOOSES, "sentence": SPLITS,
-}  # fmt: skip
-CHARACTERS = tuple(OF_HEAD.values())
-CANINE = tuple(family for family in CHARACTERS if family is not SPLITS)
+# Whom to ask instead, where a command has no use for a family.
+SERVED_BY = {
+    CONTINUES: "marlin generate",
+    ANSWERS: "marlin generate and marlin encode",
+    ENCODES: "marlin label and marlin encode",
+}
+
+# The heads of what encodes texts, and what a model with each does, for messages.
+HEADS = {
+    "none": "encodes texts and has no head",
+    "sequence": "classifies texts",
+    "token": "labels characters",
+    "answer": "answers questions",
+    "choice": "chooses between texts",
+    "sentence": "finds the ends of sentences",
+}
 
 
-def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
-    return dict.fromkeys(families or Family, Use(needs, without))
+def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = (), parts: tuple[str, ...] = ()) -> Uses:
+    return dict.fromkeys(families or Family, Use(needs, without, parts))
 
 
-def _table(families: Sequence[Family], rows: Mapping[str, Uses]) -> Mapping[str, Uses]:
-    """The options of a command that serves some families alone."""
-    return {option: {each: use for each, use in uses.items() if each in families} for option, uses in rows.items()}
+def _heads(*heads: str, of: tuple[Family, ...] = (), needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
+    """A use for what encodes texts and has one of these heads; and for other families."""
+    return {**dict.fromkeys(of, Use(needs, without)), ENCODES: Use(needs, without, heads=heads)}
 
 
 # Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
@@ -64,9 +72,10 @@ def _prompt(option: str) -> Uses:
     return _of(without=tuple(each for each in _ONE_PROMPT if each != option))
 
 
-# An encoder alone is refused by the model itself, which alone knows without another look at its weights.
-GENERATE: Mapping[str, Uses] = _table(BYTES, {
-    "MODEL": _of(),
+# An encoder alone is refused by the model itself, which alone knows without another look at its weights. `_of()` is for
+# every family that the command serves: those of its MODEL.
+GENERATE: Mapping[str, Uses] = {
+    "MODEL": _of(*READS_BYTES),
     **{option: _prompt(option) for option in _ONE_PROMPT},
     "--max-bytes": _of(without=("--max-length",)),
     "--temperature": _of(),  # 0 with --beams is what beams do
@@ -94,11 +103,51 @@ GENERATE: Mapping[str, Uses] = _table(BYTES, {
     "--json": _of(),  # what --prompts writes anyway
     "--import": _of(CONTINUES),
     "--device": _of(),
-})  # fmt: skip
+}
+
+_CUT = ("answer", "sentence")  # heads that read a long text in windows
+_AT_ONCE = ("sequence", "token", "answer", "choice")  # heads that read texts in batches
+
+LABEL: Mapping[str, Uses] = {
+    "MODEL": _of(ENCODER_ALONE, ENCODES),  # one without a head is refused by the command
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--tabs": _heads("sequence", without=_ONE_PROMPT),
+    "--second": _heads("sequence", without=("--tabs",)),
+    "--question": _heads("answer"),
+    "--choice": _heads("choice"),
+    "--language": _heads("sentence"),
+    "--threshold": _of(),
+    "--best": _heads("sequence", "answer", "choice"),
+    "--outside": _heads("token", of=(ENCODER_ALONE,)),
+    "--no-merge": _heads("token", of=(ENCODER_ALONE,)),
+    "--pad-to": _heads(*_AT_ONCE),
+    "--window": _heads(*_CUT),
+    "--stride": _heads(*_CUT),
+    "--longest": _heads(*_CUT),
+    "--lines": _heads("sentence", without=("--prompts",)),
+    "--raw": _heads("sentence", needs=("--lines",)),
+    "--batch-size": _heads(*_AT_ONCE, of=(ENCODER_ALONE,)),
+    "--activation-bits": _of(),
+    "--dtype": _of(),
+    "--device": _of(),
+}
+
+ENCODE: Mapping[str, Uses] = {
+    "MODEL": _of(*ENCODER_FIRST, ENCODES),
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--pool": _of(),
+    "--output": _of(),
+    "--pad-to": _of(ENCODES),
+    "--language": _heads("sentence"),
+    "--batch-size": _of(),
+    "--activation-bits": _of(),
+    "--dtype": _of(),
+    "--device": _of(),
+}
 
 _MEASURING = ("--show", "--merge")
 
-CALIBRATE: Mapping[str, Uses] = _table(BYTES, {
+CALIBRATE: Mapping[str, Uses] = {
     "MODEL|FILE": _of(without=("--show",)),
     "--corpus": _of(without=(*_MEASURING, "--pairs")),
     "--pairs": _of(*ENCODER_FIRST, without=_MEASURING),
@@ -114,41 +163,46 @@ CALIBRATE: Mapping[str, Uses] = _table(BYTES, {
     "--merge": _of(without=("--show",)),
     "--show": _of(),
     "--json": _of(),
-    "--import": _of(CONTINUES, without=_MEASURING),
+    "--import": _of(CONTINUES, ENCODES, without=_MEASURING),
     "--device": _of(without=_MEASURING),
-})  # fmt: skip
+}
 
 _UNPACKING = ("--dequantize",)
 _PACKING = _of(without=_UNPACKING)
-_OF_CONTINUING = _of(CONTINUES, without=_UNPACKING)
+
+
+def _part(*parts: str, of: tuple[Family, ...] = ()) -> Uses:
+    return _of(*of, without=_UNPACKING, parts=parts)
+
+
 _CALIBRATED = ("--sequential", "--target-bpw")
 
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
-QUANTIZE: Mapping[str, Uses] = _table(BYTES, {
+QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
-    "--global-bits": _OF_CONTINUING,
-    "--local-bits": _OF_CONTINUING,
-    "--encoder-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
-    "--decoder-bits": _of(ANSWERS, without=_UNPACKING),
-    "--cross-bits": _of(ANSWERS, without=_UNPACKING),
-    "--wo-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
+    "--global-bits": _part("global"),
+    "--local-bits": _part("local"),
+    "--encoder-bits": _part("encoder"),
+    "--decoder-bits": _part("decoder", of=(CONTINUES, ANSWERS)),
+    "--cross-bits": _part("cross", of=(ANSWERS,)),
+    "--wo-bits": _part("encoder", "decoder"),
     "--kv-bits": _of(CONTINUES, ANSWERS, without=_UNPACKING),
     "--balance-keys": _of(CONTINUES, ANSWERS, needs=("--stats",), without=_UNPACKING),
-    "--global-format": _OF_CONTINUING,
-    "--local-format": _OF_CONTINUING,
+    "--global-format": _part("global"),
+    "--local-format": _part("local"),
     "--group-size": _PACKING,
     "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
     "--method": _PACKING,
     "--domain-weight": _of(needs=("--stats", "--sequential"), without=_UNPACKING),
     "--sequential": _PACKING,
     "--sequential-bytes": _of(needs=("--sequential",)),
-    "--target-bpw": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--save-recipe": _of(CONTINUES, ANSWERS, needs=("--target-bpw",)),
+    "--target-bpw": _of(*PREDICTS, without=_UNPACKING),
+    "--save-recipe": _of(*PREDICTS, needs=("--target-bpw",)),
     "--calibration-corpus": _of(needs=_CALIBRATED, without=("--calibration-pairs",)),
     "--calibration-pairs": _of(*ENCODER_FIRST, needs=_CALIBRATED),
-    "--distill-steps": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--distill-corpus": _of(CONTINUES, ANSWERS, needs=("--distill-steps",), without=("--distill-pairs",)),
+    "--distill-steps": _of(*PREDICTS, without=_UNPACKING),
+    "--distill-corpus": _of(*PREDICTS, needs=("--distill-steps",), without=("--distill-pairs",)),
     "--distill-pairs": _of(ANSWERS, needs=("--distill-steps",)),
     "--recipe": _PACKING,
     "--override": _PACKING,
@@ -157,17 +211,17 @@ QUANTIZE: Mapping[str, Uses] = _table(BYTES, {
     "--dry-run": _of(),
     "--dequantize": _of(),
     "--overwrite": _of(needs=("--output",)),
-    "--import": _of(CONTINUES),
+    "--import": _of(CONTINUES, ENCODES),
     "--json": _of(),
-})  # fmt: skip
+}
 
 _NOTHING_RUN = ("--kernels", "--compare")
 _NOT_MEASURED = (*_NOTHING_RUN, "--plan")
 _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
-BENCH: Mapping[str, Uses] = _table(BYTES, {
-    "MODEL": _of(without=_NOTHING_RUN),
+BENCH: Mapping[str, Uses] = {
+    "MODEL": _of(*READS_BYTES, without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(CONTINUES, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
@@ -204,45 +258,9 @@ BENCH: Mapping[str, Uses] = _table(BYTES, {
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(CONTINUES, needs=("--plan",)),
     "--bandwidth": _of(CONTINUES, needs=("--plan",)),
-})  # fmt: skip
+}
 
-# What a text is labelled by; a ByT5 without labels, and a CANINE without a head, are refused by the command itself.
-LABEL: Mapping[str, Uses] = _table((*ENCODER_FIRST, *CHARACTERS), {
-    "MODEL": _of(),
-    **{option: _prompt(option) for option in _ONE_PROMPT},
-    "--tabs": _of(CLASSIFIES, without=_ONE_PROMPT),
-    "--second": _of(CLASSIFIES, without=("--tabs",)),
-    "--question": _of(FINDS),
-    "--choice": _of(CHOOSES),
-    "--language": _of(SPLITS),
-    "--threshold": _of(ENCODES, CLASSIFIES, TAGS, FINDS, CHOOSES, SPLITS),
-    "--best": _of(CLASSIFIES, FINDS, CHOOSES),
-    "--outside": _of(ENCODES, TAGS),
-    "--no-merge": _of(ENCODES, TAGS),
-    "--pad-to": _of(CLASSIFIES, TAGS, FINDS, CHOOSES),
-    "--window": _of(FINDS, SPLITS),
-    "--stride": _of(FINDS, SPLITS),
-    "--longest": _of(FINDS, SPLITS),
-    "--lines": _of(SPLITS, without=("--prompts",)),
-    "--raw": _of(SPLITS, needs=("--lines",)),
-    "--batch-size": _of(ENCODES, CLASSIFIES, TAGS, FINDS, CHOOSES),
-    "--activation-bits": _of(),
-    "--dtype": _of(),
-    "--device": _of(),
-})  # fmt: skip
-
-ENCODE: Mapping[str, Uses] = _table((*ENCODER_FIRST, *CHARACTERS), {
-    "MODEL": _of(),
-    **{option: _prompt(option) for option in _ONE_PROMPT},
-    "--pool": _of(),
-    "--output": _of(),
-    "--pad-to": _of(*CHARACTERS),
-    "--language": _of(SPLITS),
-    "--batch-size": _of(),
-    "--activation-bits": _of(),
-    "--dtype": _of(),
-    "--device": _of(),
-})  # fmt: skip
+MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves
 
 USES: Mapping[str, Mapping[str, Uses]] = {
     "calibrate": CALIBRATE,
@@ -252,8 +270,3 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "encode": ENCODE,
     "bench": BENCH,
 }
-
-
-def families_of(command: str) -> frozenset[Family]:
-    """The models that a command serves: those of its first argument."""
-    return frozenset(next(iter(USES[command].values())))

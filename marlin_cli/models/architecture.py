@@ -136,6 +136,7 @@ class Architecture:
         name: the `model_type` of config.json.
         title: what messages call it.
         capability: what its networks do with bytes.
+        parts: those that layers may belong to, beside the head; see `models.part_of`.
         pass_through: (network, sample, watch) runs the network on one sample (a window [bytes], or an input and its answer)
             from an empty context, and shows what caches would hold; nothing needs to be evaluated.
         start: (network, batch) -> the state that the first piece takes.
@@ -144,7 +145,8 @@ class Architecture:
         rotation: (config) -> its streams; raises `QuantizationError` where they cannot be turned.
         packed_keys: (config) -> the attentions that `--kv-bits` is about.
         is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
-        unit_bytes: (config) -> bytes that pass together; a sample is cut to a multiple of it.
+        unit_bytes: (config) -> bytes that pass together, of a text characters; less of them is no sample. Of what
+            continues bytes a sample is cut to a multiple of it.
         most_bytes: (config) -> bytes that the network takes at once, whatever they are.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
@@ -158,6 +160,7 @@ class Architecture:
     config: type[Any]
     network: type[Any]
     capability: Capability
+    parts: frozenset[str]
     pass_through: Callable[[Any, Any, Watch], None]
     start: Callable[[Any, Any], State]
     pieces: Callable[[Any], list[Piece]]

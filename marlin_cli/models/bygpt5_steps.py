@@ -97,6 +97,7 @@ BYGPT5 = Architecture(
     config=ByGPT5Config,
     network=ByGPT5,
     capability=Capability.CONTINUES,
+    parts=frozenset({"decoder"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,

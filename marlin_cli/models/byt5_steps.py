@@ -210,6 +210,7 @@ BYT5 = Architecture(
     config=ByT5Config,
     network=ByT5,
     capability=Capability.ANSWERS,
+    parts=frozenset({"encoder", "decoder", "cross"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,

@@ -7,15 +7,17 @@ from typing import TypeAlias
 import mlx.core as mx
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models.architecture import Architecture, Capability, PackedKeys, Piece, Rotation, State, Watch
+from marlin_cli.models.architecture import Architecture, Capability, PackedKeys, Piece, Rotation, State, Tuning, Watch
 from marlin_cli.models.canine import Block, Canine, CanineConfig, CharacterShape
 from marlin_cli.models.la_canine import LaCanine, LaCanineConfig
-from marlin_cli.models.text_batch import TextBatch, batch_of
+from marlin_cli.models.text_batch import TextBatch, alone
 
 CharacterNetwork: TypeAlias = "Canine | LaCanine"
 
 # Layers of a block whose inputs are measured, in the order in which they come about; the last two where there are adapters.
 SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj", "adapter.down_proj", "adapter.up_proj")
+NEVER = -1e4  # the score of what is no candidate; it is finite, so that nothing times it is 0
+
 ADDS = ("attention.o_proj", "ffn.down_proj", "adapter.up_proj")
 
 
@@ -81,19 +83,46 @@ def _with_lengths(state: State, lengths: mx.array | None) -> State:
 
 
 def logits(network: CharacterNetwork, batch: TextBatch) -> mx.array:
-    """The head's scores [predictions, rows] float32, of texts or of their real characters.
+    """What the head predicts, as distributions [predictions, values] float32 before a softmax.
+
+    A label of a text or character is one of its labels; of those that stand side by side, and of the end of a sentence,
+    each is a yes or no; the beginning and the end of an answer are one of the characters, and a choice is one of the texts.
 
     Raises:
-        QuantizationError: no head, so that nothing is predicted.
+        QuantizationError: no head, or one of values, so that nothing is predicted.
     """
-    if "output" not in network:
+    head = network.config.head
+    if head == "none":
         raise QuantizationError("this CANINE has no head and predicts nothing that could be measured; compare its states")
-    types = () if isinstance(network, LaCanine) else (batch.types,)
-    scores = network(batch.ids, batch.lengths, *types)
-    if scores.ndim == 3 and batch.lengths is not None:
-        counts: list[int] = batch.lengths.tolist()  # type: ignore[assignment]
-        return mx.concatenate([row[:count] for row, count in zip(scores, counts, strict=True)])
-    return scores.reshape(-1, scores.shape[-1])
+    if isinstance(network, LaCanine):
+        return _yes_or_no(_real(network(batch.ids, batch.lengths), batch)[:, :1])
+    scores = network(batch.ids, batch.lengths, batch.types)
+    if head == "sequence" and network.config.problem == "regression":
+        raise QuantizationError("this CANINE's head gives values, not probabilities that could be compared; compare its states")
+    if head == "sequence":
+        return _yes_or_no(scores) if network.config.problem == "several_labels" else scores
+    if head == "choice":
+        return scores.reshape(1, -1)
+    if head == "token":
+        return _real(scores, batch)
+    if batch.lengths is not None:
+        real = mx.arange(scores.shape[1]) < batch.lengths[:, None]
+        scores = mx.where(real[..., None], scores, NEVER)
+    return scores.swapaxes(1, 2).reshape(-1, scores.shape[1])
+
+
+def _yes_or_no(scores: mx.array) -> mx.array:
+    """Each score as that of one of two: [scores, 2]."""
+    flat = scores.reshape(-1, 1)
+    return mx.concatenate([mx.zeros_like(flat), flat], axis=-1)
+
+
+def _real(rows: mx.array, batch: TextBatch) -> mx.array:
+    """Rows [real characters, channels] of [texts, total, channels]."""
+    if batch.lengths is None:
+        return rows.reshape(-1, rows.shape[-1])
+    counts: list[int] = batch.lengths.tolist()  # type: ignore[assignment]
+    return mx.concatenate([row[:count] for row, count in zip(rows, counts, strict=True)])
 
 
 def pass_through(network: CharacterNetwork, sample: bytes, watch: Watch) -> None:
@@ -102,8 +131,7 @@ def pass_through(network: CharacterNetwork, sample: bytes, watch: Watch) -> None
     Raises:
         InputError: it is no UTF-8.
     """
-    batch = batch_of([sample], network.config)
-    network.encode(batch.ids, batch.lengths)
+    network.encode(alone(sample, network.config))
 
 
 def rotation(config: CharacterShape) -> Rotation:
@@ -127,6 +155,7 @@ def _architecture(name: str, title: str, config: type, network: Callable[..., ob
         config=config,
         network=network,  # type: ignore[arg-type]
         capability=Capability.ENCODES,
+        parts=frozenset({"global", "local"}),
         pass_through=pass_through,
         start=start,
         pieces=pieces,
@@ -134,8 +163,10 @@ def _architecture(name: str, title: str, config: type, network: Callable[..., ob
         rotation=rotation,
         packed_keys=packed_keys,
         is_gated=lambda config: False,
+        unit_bytes=lambda config: int(config.downsample_factor),
         most_bytes=lambda config: config.longest - (2 if config.marks else 0),  # a character has one at least
         shows_states=True,
+        tuning=Tuning(share=0.05, parts=None),  # as ByT5, whose encoder is the nearest relative
     )
 
 

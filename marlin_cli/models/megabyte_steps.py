@@ -165,6 +165,7 @@ MEGABYTE = Architecture(
     config=MegaByteConfig,
     network=MegaByte,
     capability=Capability.CONTINUES,
+    parts=frozenset({"global", "middle", "local"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,

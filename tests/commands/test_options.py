@@ -2,22 +2,31 @@
 
 import os
 import sys
+from typing import get_args
 
 import mlx.core as mx
 import pytest
+from canine_cases import random_canine, random_la_canine
 from mlx.utils import tree_map
 from typer.main import get_command
 
-from marlin_cli import ByT5Config, ByT5Model, MegaByteModel, cli
+from marlin_cli import ByT5Config, ByT5Model, EncodingModel, MegaByteModel, cli
 from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
 from marlin_cli.commands.options import parse_import_options, parse_size
-from marlin_cli.commands.uses import USES, Family
+from marlin_cli.commands.uses import HEADS, MODELS, SERVED_BY, USES, Family
 from marlin_cli.errors import UsageError
+from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.canine import Head
+from marlin_cli.models.canine_steps import CANINE
 from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.ops.device import choose_device
 
 COMMANDS = get_command(cli.app).commands
+
+# Commands that have no shipped model of their own.
+NEED_A_MODEL = ("quantize", "label", "encode")
 
 # What stands after an option that takes a value, and what it needs beside it.
 VALUES = {
@@ -95,6 +104,17 @@ VALUES = {
     "--batch": "1",
     "--bits": "4",
     "--bandwidth": "9",
+    **dict.fromkeys(("--second", "--question", "--choice"), "abc"),
+    "--language": "cs",
+    "--threshold": "0.1",
+    "--best": "1",
+    "--outside": "O",
+    "--pad-to": "64",
+    "--window": "64",
+    "--stride": "32",
+    "--longest": "9",
+    "--dtype": "bfloat16",
+    "--pool": "mean",
 }
 
 
@@ -106,13 +126,20 @@ def models(tmp_path_factory):
     wide = {f"{part}_{name}": value for part in ("global", "local") for name, value in (("dim", 32), ("heads", 1))}
     network = MegaByteModel(_network(MegaByteConfig(**sizes, **wide)), choose_device("cpu"))
     network.save(folder / "continues")
-    for name, layers in (("answers", 1), ("encodes", 0)):
-        config = ByT5Config(d_model=32, ffn_dim=32, heads=1, head_dim=32, encoder_layers=1, decoder_layers=layers)
+    for name, layers in (("answers", 1), ("encoder_alone", 0)):
+        sizes = {"d_model": 32, "ffn_dim": 32, "heads": 1, "head_dim": 32, "encoder_layers": 1, "decoder_layers": layers}
+        config = ByT5Config(**sizes, labels=() if layers else ("O", "A"))
         model = ByT5Model.from_config(config, device="cpu")
         mx.random.seed(1)
         model.network.update(tree_map(lambda a: mx.random.normal(a.shape) * a.shape[-1] ** -0.5, model.network.parameters()))
         model.save(folder / name)
-    return {family: folder / family.name.lower() for family in Family}
+    device = choose_device("cpu")
+    for head in get_args(Head):
+        labels = ("O", "A", "B") if head in ("sequence", "token") else ()
+        EncodingModel(random_canine(layers=1, head=head, labels=labels), device).save(folder / head)
+    EncodingModel(random_la_canine(layers=1, adapter_dim=32, language="cs"), device).save(folder / "sentence")
+    by_head = {head: folder / head for head in HEADS}
+    return {family: folder / family.name.lower() for family in Family} | {Family.ENCODES: by_head["token"]} | by_head
 
 
 def _network(config):
@@ -127,9 +154,9 @@ def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
+    def run(*arguments, stdin=os.devnull):
         monkeypatch.setattr(sys, "argv", ["marlin", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", open(os.devnull))
+        monkeypatch.setattr(sys, "stdin", open(stdin))
         with pytest.raises(SystemExit) as caught:
             cli.main()
         captured = capfd.readouterr()
@@ -171,13 +198,42 @@ def _arguments(command, option, model, seen=()):
     return [option, *value, *(others[0] if others else [])]
 
 
+# Families that a command serves, and the architectures of the small models.
+SERVED = {command: next(table[each] for each in MODELS if each in table).keys() for command, table in USES.items()}
+ARCHITECTURE = {
+    Family.CONTINUES: MEGABYTE, Family.ANSWERS: BYT5, Family.ENCODER_ALONE: BYT5, Family.ENCODES: CANINE,
+}  # fmt: skip
+
+
+def has_part(use, family):
+    return not use.parts or ARCHITECTURE[family].parts & {*use.parts}
+
+
+def has_head(use, family):
+    return not use.heads or ("token" if family is Family.ENCODES else family) in use.heads
+
+
 REFUSED = [
     (command, option, family)
     for command, table in USES.items()
     for option, uses in table.items()
     for family in Family
-    if family not in uses
+    if family in SERVED[command] and not (family in uses and has_part(uses[family], family) and has_head(uses[family], family))
+] + [
+    (command, option, head)
+    for command, table in USES.items()
+    for option, uses in table.items()
+    for head in HEADS
+    if Family.ENCODES in uses and not has_head(uses[Family.ENCODES], head)
 ]
+
+
+@pytest.mark.parametrize(
+    ("command", "family"), [(command, family) for command in USES for family in Family if family not in SERVED[command]]
+)
+def test_a_command_names_those_that_serve_a_model_which_it_does_not(command, family, models, marlin):
+    err = refusal(*marlin(command, models[family], *(("--output", "x") if command in ("calibrate", "quantize") else ())))
+    assert f"{models[family]}: is {family.value}, for which marlin {command} has no use; ask {SERVED_BY[family]}" in err
 
 
 @pytest.mark.parametrize(("command", "option", "family"), REFUSED)
@@ -189,16 +245,24 @@ def test_an_option_without_a_use_for_a_model_is_refused(command, option, family,
         arguments += ["--output", "out.safetensors"]
     err = refusal(*marlin(command, models[family], *arguments))
     assert option in err or any(each in err for each in arguments if each.startswith("--")), err
-    assert "has no meaning for" in err and (family.value in err or family is Family.ENCODES and Family.ANSWERS.value in err)
+    assert "has no meaning for" in err and (
+        (HEADS[family] if family in HEADS else family.value) in err
+        or HEADS["token"] in err
+        or "which has no such part" in err
+        or (family is Family.ENCODER_ALONE and Family.ANSWERS.value in err)
+    )
 
 
 USED = [
     (command, option, family)
     for command, table in USES.items()
     for option, uses in table.items()
-    for family in uses
+    for family, use in [*uses.items(), *((head, uses[Family.ENCODES]) for head in HEADS if Family.ENCODES in uses)]
+    if (family in HEADS and command in ("label", "encode") and (command, family) != ("label", "none"))
+    or (family in SERVED[command] and has_part(use, family))
+    if has_head(use, family)
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
-    if not (family is Family.ENCODES and (command == "generate" or option == "--no-throughput"))
+    if not (family is Family.ENCODER_ALONE and (command == "generate" or option == "--no-throughput"))
     and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
 ]
 
@@ -210,6 +274,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     (tmp_path / "PAIRS.tsv").write_bytes(b"source\ttarget\n" * 40)
     (tmp_path / "PROMPTS").write_bytes(b'"ab"\n')
     (tmp_path / "SHORT").write_bytes(b"ab")
+    (tmp_path / "TABS").write_bytes(b"ab\tcd\n")
     arguments = _arguments(command, option, models[family])
     if "--output" not in arguments and command in ("calibrate", "quantize"):
         arguments += ["--output", "OUT"]
@@ -228,12 +293,24 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
             arguments += [
                 each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
             ]
+    stdin = os.devnull
+    if command in ("label", "encode"):
+        head = "token" if family is Family.ENCODES else family
+        beside = {"answer": ["--question", "ab"], "choice": ["--choice", "ab"]}.get(head, [])
+        arguments += beside if command == "label" and option not in beside else []
+        if "--tabs" in arguments:
+            stdin = "TABS"
+        elif not {"--prompt", "--prompt-file", "--hex", "--prompts"} & {*arguments}:
+            arguments += ["--prompt", "abcd"]
+        pads = USES[command]["--pad-to"].get(Family.ENCODES)
+        if "--pad-to" not in arguments and head in HEADS and has_head(pads, head):
+            arguments += ["--pad-to", "16"]
     if "--quality" in arguments and family is Family.CONTINUES and "--window-bytes" not in arguments:
         arguments += ["--window-bytes", "64"]  # of a context of 96
     if "--export" in arguments:
-        arguments += ["--local-bits", "4"] if family is Family.CONTINUES else ["--wo-bits", "4"]
+        arguments += ["--wo-bits" if family in (Family.ANSWERS, Family.ENCODER_ALONE) else "--local-bits", "4"]
     names = {
-        "OUT": "out.safetensors" if command == "calibrate" else "out.json" if command == "bench" else "out",
+        "OUT": {"calibrate": "out.safetensors", "bench": "out.json", "encode": "out.npy"}.get(command, "out"),
         "PAIRS": "PAIRS.tsv",
         "STATS": "STATS.safetensors",
     }
@@ -243,7 +320,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         code, _, err = marlin("calibrate", models[family], *made)
         assert code == 0, err
     model = [] if "--kernels" in arguments else [models[family]]
-    code, out, err = marlin(command, *model, *(names.get(each, each) for each in arguments))
+    code, out, err = marlin(command, *model, *(names.get(each, each) for each in arguments), stdin=stdin)
     assert code == 0, err
     assert out or any((tmp_path / name).exists() for name in names.values())
 
@@ -260,7 +337,7 @@ BESIDE = [
 @pytest.mark.parametrize(("command", "option", "other"), BESIDE)
 def test_an_option_without_a_use_beside_another_is_refused(command, option, other, marlin):
     own = _arguments(command, option, "m") if option.startswith("--") else ["m"]
-    own += ["m"] if command == "quantize" else []
+    own += ["m"] if command in NEED_A_MODEL else []
     err = refusal(*marlin(command, *own, *_arguments(command, other, "m")[: 1 + len(VALUES.get(other, "").split())]))
     assert "has no meaning beside" in err or "needs" in err
 
@@ -270,7 +347,7 @@ NEEDS = [(command, option) for command, table in USES.items() for option, uses i
 
 @pytest.mark.parametrize(("command", "option"), NEEDS)
 def test_an_option_without_what_it_needs_is_refused(command, option, marlin):
-    model = ["m"] if command == "quantize" else []
+    model = ["m"] if command in NEED_A_MODEL else []
     own = _arguments(command, option, "m")[: 1 if options_of(command)[option].is_flag else 2]
     assert f"{option} needs --" in refusal(*marlin(command, *model, *own))
 
@@ -285,7 +362,7 @@ ONCE = [
 
 @pytest.mark.parametrize(("command", "option"), ONCE)
 def test_a_second_value_is_refused(command, option, marlin):
-    model = ["m"] if command == "quantize" else []
+    model = ["m"] if command in NEED_A_MODEL else []
     value = [option, *VALUES[option].split()]
     assert f"{option} is given 2 times" in refusal(*marlin(command, *model, *value, *value))
 

@@ -85,3 +85,12 @@ def test_every_architecture_says_what_it_is():
     for name, architecture in ARCHITECTURES.items():
         assert architecture.config().model_type == architecture.name == name
         assert architecture.capability in FEEDS
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_parts_of_an_architecture_are_those_of_its_layers(name):
+    small = {"megabyte": {}, "byt5": {"encoder_layers": 1, "decoder_layers": 1}}
+    architecture = ARCHITECTURES[name]
+    network = architecture.network(architecture.config(**small.get(name, {"layers": 1})))
+    found = {part_of(path) for path in linear_layers(network)} - {"head"}
+    assert found <= architecture.parts and architecture.parts - found <= {"middle"}
