@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # Options whose text is what a model reads or writes: it may be empty, and of any length.
 TEXTS = (
-    "--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix", "--second", "--question", "--choice", "--outside",
+    "--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix",
+    "--second", "--question", "--choice", "--outside",
 )  # fmt: skip
 
 # Characters of any other value; systems take no longer paths.
