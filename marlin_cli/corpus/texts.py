@@ -1,6 +1,8 @@
 """Streams of texts, for networks that read characters: the windows of a corpus, cut where characters begin and end."""
 
+import codecs
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 from marlin_cli.corpus.stream import Corpus
 from marlin_cli.errors import CorpusError
 
-LONGEST_CHARACTER = 4  # bytes of UTF-8
+GOES_ON = 3  # bytes of a character after its first, at most
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,13 @@ class TextCorpus:
 
 def whole_characters(window: bytes) -> bytes | None:
     """A window of a longer text without the parts of characters at its ends; None if the rest is no UTF-8."""
-    first = next((at for at in range(min(LONGEST_CHARACTER, len(window))) if not _goes_on(window[at])), len(window))
-    # The last character may lack bytes that its first one announces.
-    for length in range(1, min(LONGEST_CHARACTER, len(window) - first) + 1):
-        lead = window[len(window) - length]
-        if not _goes_on(lead):
-            announced = 1 if lead < 0x80 else 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            window = window[: len(window) - length] if length < announced else window
-            break
-    data = window[first:]
+    first = sum(1 for _ in itertools.takewhile(_goes_on, window[:GOES_ON]))
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        data.decode("utf-8")
+        decoder.decode(window[first:])
     except UnicodeDecodeError:
         return None
-    return data
+    return window[first : len(window) - len(decoder.getstate()[0])]
 
 
 def _goes_on(byte: int) -> bool:

@@ -113,6 +113,11 @@ class CanineConfig(CharacterShape):
         """Scores that the head gives each input or character."""
         return {"none": 0, "sequence": len(self.labels), "token": len(self.labels), "answer": 2, "choice": 1}[self.head]
 
+    @property
+    def scores_texts(self) -> bool:
+        """Does the head read the vector of a text, not its states?"""
+        return self.head in ("sequence", "choice")
+
     def input_of(self, first: Ids, second: Ids | None = None) -> tuple[Ids, Ids]:
         """Ids and types, both [positions], of a text or a pair of texts, with their marks."""
         return with_marks(first, second, self.second_type)
@@ -312,8 +317,8 @@ class Canine(nn.Module):
             types: [n, total] kinds of text; 0 if None.
         """
         deep = self.deep(ids, lengths, types)
-        whole = self.config.head in ("sequence", "choice")
-        return self.output(self.pooled(deep) if whole else self.states(deep, lengths)).astype(mx.float32)
+        scored = self.pooled(deep) if self.config.scores_texts else self.states(deep, lengths)
+        return self.output(scored).astype(mx.float32)
 
     def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; arguments as of a call."""

@@ -126,12 +126,19 @@ def _real(rows: mx.array, batch: TextBatch) -> mx.array:
 
 
 def pass_through(network: CharacterNetwork, sample: bytes, watch: Watch) -> None:
-    """Run a text; nothing is cached.
+    """Run a text through every layer, also where the head reads no states; nothing is cached.
 
     Raises:
         InputError: it is no UTF-8.
     """
-    network.encode(alone(sample, network.config))
+    ids = alone(sample, network.config)
+    if isinstance(network, LaCanine):
+        network(ids)
+        return
+    deep = network.deep(ids)
+    states = network.states(deep)
+    if network.config.head_rows:
+        network.output(network.pooled(deep) if network.config.scores_texts else states)
 
 
 def rotation(config: CharacterShape) -> Rotation:
