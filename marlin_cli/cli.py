@@ -12,7 +12,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from marlin_cli import __version__
 from marlin_cli.commands.bench import bench
 from marlin_cli.commands.calibrate import calibrate
 from marlin_cli.commands.encode import encode
@@ -22,6 +21,7 @@ from marlin_cli.commands.label import label
 from marlin_cli.commands.quantize import quantize
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
 from marlin_cli.text import one_line
+from marlin_cli.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

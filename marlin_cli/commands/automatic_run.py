@@ -86,5 +86,5 @@ def automatic_settings(
     with writing(recipe) as file:
         file.write_text(recipe_text(mixed, choices, chosen, made), encoding="utf-8")
     expected = sum(choice.divergence[chosen[choice.paths[0]]] for choice in choices)
-    console.note(f"{recipe}: the formats chosen; together they should cost a KL divergence of {expected:.5f} bits per byte")
+    console.note(f"{recipe}: the formats chosen; together they should cost a KL divergence of {expected:.5f} bits a prediction")
     return mixed

@@ -191,7 +191,7 @@ def _check_uses(
             raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
         wanted = {part for use in uses if use is not None for part in use.parts}
         if parts is not None and wanted and not wanted & parts:
-            raise UsageError(f"{option} has no meaning for {models}, which has no such part but {', '.join(sorted(parts))}")
+            raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}")
         fitting = {head for use in uses if use is not None for head in use.heads}
         if heads and fitting and not fitting & heads:
             does = " and ".join(HEADS[head] for head in HEADS if head in heads)

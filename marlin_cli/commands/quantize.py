@@ -11,8 +11,12 @@ def quantize(
     command_line: typer.Context,
     model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
-    global_bits: Annotated[int | None, typer.Option(help="Bits of the global part: 4, 8 or 16. Default 4.")] = None,
-    local_bits: Annotated[int | None, typer.Option(help="Bits of the local part: 4, 8 or 16. Default 8.")] = None,
+    global_bits: Annotated[
+        int | None, typer.Option(help="Bits of the global part, of CANINE the deep layers: 4, 8 or 16. Default 4.")
+    ] = None,
+    local_bits: Annotated[
+        int | None, typer.Option(help="Bits of the local part, of CANINE what runs over characters: 4, 8 or 16. Default 8.")
+    ] = None,
     encoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the encoder. Default 4.")] = None,
     decoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the decoder. Default 4.")] = None,
     cross_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the attention between them. Default 4.")] = None,

@@ -207,7 +207,8 @@ QUANTIZE: Mapping[str, Uses] = {
     "--recipe": _PACKING,
     "--override": _PACKING,
     "--report": _of(without=(*_UNPACKING, "--dry-run")),
-    "--export": _PACKING,
+    # Nothing but marlin would read texts' networks so, and transformers take one for a CANINE of its own without weights.
+    "--export": _of(*READS_BYTES, without=_UNPACKING),
     "--dry-run": _of(),
     "--dequantize": _of(),
     "--overwrite": _of(needs=("--output",)),

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from marlin_cli.models.decoding_shape import DecodingShape
+
 
 class Network(Protocol):
     """What every network is: an MLX module that knows its configuration, with `model_type` in it."""
@@ -145,11 +147,13 @@ class Architecture:
         rotation: (config) -> its streams; raises `QuantizationError` where they cannot be turned.
         packed_keys: (config) -> the attentions that `--kv-bits` is about.
         is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
+        norms_lead: do the norms of a block stand before its layers, which alone read them? Else they follow a sum.
         unit_bytes: (config) -> bytes that pass together, of a text characters; less of them is no sample. Of what
             continues bytes a sample is cut to a multiple of it.
         most_bytes: (config) -> bytes that the network takes at once, whatever they are.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
+        decoding: what decoding is made of, by shape; None where its costs and times are not known.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
@@ -168,10 +172,12 @@ class Architecture:
     rotation: Callable[[Any], Rotation]
     packed_keys: Callable[[Any], PackedKeys]
     is_gated: Callable[[Any], bool]
+    norms_lead: bool = True
     unit_bytes: Callable[[Any], int] = lambda config: 1
     most_bytes: Callable[[Any], int] = lambda config: int(config.max_bytes)
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
+    decoding: DecodingShape | None = None
     shows_states: bool = False
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)

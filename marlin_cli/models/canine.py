@@ -206,7 +206,14 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
     def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
-        x = self.attention_norm(x + self.attention(x, lengths))
+        return self.fed(self.attended(x, lengths))
+
+    def attended(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        """The first half: attention is added, and a norm follows the sum."""
+        return self.attention_norm(x + self.attention(x, lengths))
+
+    def fed(self, x: mx.array) -> mx.array:
+        """The second half, likewise."""
         return self.ffn_norm(x + self.ffn(x))
 
 

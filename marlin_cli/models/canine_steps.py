@@ -14,8 +14,13 @@ from marlin_cli.models.text_batch import TextBatch, alone
 
 CharacterNetwork: TypeAlias = "Canine | LaCanine"
 
-# Layers of a block whose inputs are measured, in the order in which they come about; the last two where there are adapters.
-SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj", "adapter.down_proj", "adapter.up_proj")
+# Methods of a block, in their order -> layers whose inputs are measured, of which the last adds to the block's rows.
+PARTS = {
+    "attended": ("attention.q_proj", "attention.o_proj"),
+    "fed": ("ffn.up_proj", "ffn.down_proj"),
+    "adapted": ("adapter.down_proj", "adapter.up_proj"),
+}
+
 NEVER = -1e4  # the score of what is no candidate; it is finite, so that nothing times it is 0
 
 ADDS = ("attention.o_proj", "ffn.down_proj", "adapter.up_proj")
@@ -29,22 +34,24 @@ def start(network: CharacterNetwork, batch: TextBatch) -> State:
 
 def pieces(network: CharacterNetwork) -> list[Piece]:
     """The first layer, the convolution down, the deep layers, the convolution back, and the last layer."""
-    deep = [_block(network.layers[index], f"layers.{index}") for index in range(network.config.layers)]
+    deep = [piece for index in range(network.config.layers) for piece in _block(network.layers[index], f"layers.{index}")]
     down, up = Piece(_run_down, ("local.down.conv",)), Piece(_run_up, ("local.up.conv",))
     first, last = _block(network.local.first, "local.first"), _block(network.local.last, "local.last")
-    return [first, Piece(_fold), down, *deep, Piece(_unfold), up, last]
+    return [*first, Piece(_fold), down, *deep, Piece(_unfold), up, *last]
 
 
-def _block(block: Block, path: str) -> Piece:
-    count = len(SOURCES) if "adapter" in block else len(SOURCES) - 2
-    adds = tuple(f"{path}.{name}" for name in ADDS[: 3 if "adapter" in block else 2])
-    return Piece(partial(_run_block, path=path), tuple(f"{path}.{name}" for name in SOURCES[:count]), adds)
+def _block(block: Block, path: str) -> list[Piece]:
+    """The parts of a block, a norm after each: what a layer adds to is the rows that come into its part."""
+    parts = [name for name in PARTS if name != "adapted" or "adapter" in block]
+    layers = {part: tuple(f"{path}.{name}" for name in PARTS[part]) for part in parts}
+    return [Piece(partial(_run_part, path=path, part=part), layers[part], layers[part][-1:]) for part in parts]
 
 
-def _run_block(network: CharacterNetwork, state: State, path: str) -> State:
+def _run_part(network: CharacterNetwork, state: State, path: str, part: str) -> State:
     name, _, last = path.partition(".")
     block = network.layers[int(last)] if name == "layers" else network.local[last]
-    return {**state, "rows": block(state["rows"], state.get("lengths"))}
+    lengths = (state.get("lengths"),) if part == "attended" else ()
+    return {**state, "rows": getattr(block, part)(state["rows"], *lengths)}
 
 
 def _fold(network: CharacterNetwork, state: State) -> State:
@@ -170,6 +177,7 @@ def _architecture(name: str, title: str, config: type, network: Callable[..., ob
         rotation=rotation,
         packed_keys=packed_keys,
         is_gated=lambda config: False,
+        norms_lead=False,
         unit_bytes=lambda config: int(config.downsample_factor),
         most_bytes=lambda config: config.longest - (2 if config.marks else 0),  # a character has one at least
         shows_states=True,

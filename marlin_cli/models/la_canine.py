@@ -139,7 +139,11 @@ class AdaptedBlock(Block):
 
     def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
         x = super().__call__(x, lengths)
-        return self.ffn_norm(x + self.adapter(x)) if "adapter" in self else x
+        return self.adapted(x) if "adapter" in self else x
+
+    def adapted(self, x: mx.array) -> mx.array:
+        """The third part, where there is an adapter."""
+        return self.ffn_norm(x + self.adapter(x))
 
 
 class Local(nn.Module):

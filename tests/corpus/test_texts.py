@@ -19,7 +19,8 @@ def test_every_cut_of_a_text_is_one():
 
 
 @pytest.mark.parametrize(
-    "window", [b"ab\xff", b"\xffab", b"a\xc3b", b"\xf8\x88\x80\x80\x80a", b"ab\x80\x80\x80\x80", b"a\xed\xa0\x80b", b"\xc0\x80ab"]
+    "window",
+    [b"ab\xff", b"\xffab", b"a\xc3b", b"\xf8\x88\x80\x80\x80a", b"ab\x80\x80\x80\x80", b"a\xed\xa0\x80b"],
 )
 def test_what_is_no_text(window):
     assert whole_characters(window) is None
