@@ -67,7 +67,8 @@ def encode(
     if output is not None:
         check_suffix(output)
         check_output_file(output)
-    texts = texts_of(Sources(prompt, prompt_file, hex_prompt, prompts), Beside())
+    sources = Sources(prompt, prompt_file, hex_prompt, prompts)
+    sources.check()
     loaded = load(
         model,
         device=device,
@@ -76,4 +77,4 @@ def encode(
         options=None if language is None else ImportOptions(language=language),
     )
     assert not isinstance(loaded, ContinuingModel)
-    encode_run.run(loaded, texts, encode_run.Request(pool.value, pad_to, batch_size, output))
+    encode_run.run(loaded, texts_of(sources, Beside()), encode_run.Request(pool.value, pad_to, batch_size, output))

@@ -73,7 +73,7 @@ def label(
         question=None if question is None else bytes_of_argument(question),
         choices=tuple(map(bytes_of_argument, choice or [])),
     )
-    found = texts_of(sources, beside, tabs=tabs)
+    sources.check()
     loaded = load(
         model,
         device=device,
@@ -86,7 +86,7 @@ def label(
         split = {"window_characters": window, "stride_characters": stride, "most_characters": longest, "threshold": threshold}
         settings = replace(loaded.split_settings, **_given(split))
         if prompts is not None:
-            label_run.run_sentences(loaded, found, settings)
+            label_run.run_sentences(loaded, texts_of(sources, beside), settings)
             return
         sentences = loaded.sentences(stream_of(sources), settings)
         if lines:
@@ -104,7 +104,7 @@ def label(
         answers=AnswerSettings(**_given(answers)),
         batch_size=batch_size,
     )
-    label_run.run(loaded, found, request)
+    label_run.run(loaded, texts_of(sources, beside, tabs=tabs), request)
 
 
 def _given(sizes: dict[str, Any]) -> dict[str, Any]:

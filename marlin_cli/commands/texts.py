@@ -60,6 +60,18 @@ class Sources:
         """Does an option name a text?"""
         return (self.text, self.file, self.hexadecimal, self.rows) != (None,) * 4
 
+    def check(self) -> None:
+        """See that there is something to read, before a model is read for it.
+
+        Raises:
+            UsageError: there is not.
+        """
+        if not self.is_named and not self.is_pipe:
+            raise UsageError("there is no text: give -p, --prompt-file or --prompts, or a pipe")
+        for file in (self.file, self.rows):
+            if file is not None and file != "-" and not os.access(file, os.R_OK):  # not opened: it may be a pipe
+                raise UsageError(f"{file}: cannot read: it is not there, or not yours to read")
+
 
 def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterable[Text]:
     """The texts, as they come: one by an option, those of JSONL, or the lines of a pipe.
@@ -69,10 +81,8 @@ def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterabl
         tabs: a line of a pipe is a pair, with a tab in between.
 
     Raises:
-        UsageError: two texts, one that cannot be read, or none; or a line that is none.
+        UsageError: two texts, one that cannot be read, or a line that is none.
     """
-    if not sources.is_named and not sources.is_pipe:
-        raise UsageError("there is no text: give -p, --prompt-file or --prompts, or a pipe")
     if sources.rows is not None:
         return _of_rows(sources.rows, _opened(sources.rows), beside)
     if not sources.is_pipe:
@@ -134,7 +144,7 @@ def _of_columns(line: bytes, where: str) -> Text:
 
 
 def _opened(file: str) -> int:
-    """The descriptor of a file, a pipe, or of stdin for `-`; now, as a model is not read for one that is not there."""
+    """The descriptor of a file, a pipe, or of stdin for `-`."""
     if file == "-":
         return sys.stdin.fileno()
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.encoder_decoder import encode
+from marlin_cli.engine.scoring import finite
 from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
@@ -45,7 +46,7 @@ def tag(network: ByT5, inputs: Sequence[bytes], *, outside: Sequence[str] = OUTS
         raise UsageError(f"this ByT5 {does}; what was asked for needs one that labels bytes")
     found = []
     for data, rows in zip(inputs, states(network, inputs), strict=True):
-        scores = softmax(np.array(network.label_scores(rows))[: len(data)])
+        scores = softmax(finite(np.array(network.label_scores(rows)))[: len(data)])
         held_by = character_of_bytes(data)
         found.append([
             Span(run.label, run.score, run.first, run.end, int(held_by[run.first]), int(held_by[run.end - 1]) + 1)
@@ -56,13 +57,12 @@ def tag(network: ByT5, inputs: Sequence[bytes], *, outside: Sequence[str] = OUTS
 
 def rows_of(network: ByT5, ids: int) -> int:
     """How many states an input of so many ids has."""
-    counts = network.state_lengths(mx.array([ids]))
-    return ids if counts is None else int(np.array(counts)[0])
+    return -(-ids // network.ids_in_state)
 
 
 def places(network: ByT5, data: bytes) -> list[Place]:
     """What each state of an input stands for: a byte, or several where a front end joins them; then the end."""
-    joined = -(-(len(data) + 1) // rows_of(network, len(data) + 1))
+    joined = network.ids_in_state
     held_by = character_of_bytes(data)
     found = []
     for first in range(0, len(data) + 1, joined):

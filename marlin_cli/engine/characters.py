@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.engine.scoring import finite
 from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of
@@ -263,7 +264,7 @@ def _ids(text: One, where: str) -> Ids:
 
 
 def _logits(network: Canine, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
-    return [np.array(row) for row in _run(network, inputs, pad_to, network)]
+    return [finite(np.array(row)) for row in _run(network, inputs, pad_to, network)]
 
 
 def _run(

@@ -79,6 +79,17 @@ def _bits(network: MegaByte, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.f
     return bits
 
 
+def finite(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scores as they are.
+
+    Raises:
+        CheckpointError: they are not finite.
+    """
+    if not np.isfinite(scores).all():
+        raise not_finite()
+    return scores
+
+
 def not_finite(name: str = "the model", what: str = "its predictions") -> CheckpointError:
     """The error of numbers that no network should give."""
     return CheckpointError(f"{name}: {what} are not finite; its weights are damaged or overflow")

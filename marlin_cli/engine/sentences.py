@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.engine.scoring import finite
 from marlin_cli.engine.spans import Span
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine_ids import Ids, padded_to
@@ -147,7 +148,7 @@ def _window_logits(network: LaCanine, windows: list[Ids]) -> npt.NDArray[np.floa
     longest = max(len(window) for window in windows)
     length = -(-longest // factor) * factor
     lengths = mx.array([len(window) for window in windows]) if length != min(len(window) for window in windows) else None
-    return np.array(network(padded_to(windows, length, PADDING), lengths)[:, :longest, 0])
+    return finite(np.array(network(padded_to(windows, length, PADDING), lengths)[:, :longest, 0]))
 
 
 class _Builder:

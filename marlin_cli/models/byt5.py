@@ -312,6 +312,11 @@ class ByT5(nn.Module):
         """What the encoder reads of ids [n, total]: [n, states, d_model]."""
         return self.embedding(source)
 
+    @property
+    def ids_in_state(self) -> int:
+        """Ids that make one state of the encoder."""
+        return 1
+
     def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
         """The real states of inputs with so many real ids: [n]."""
         return lengths

@@ -165,6 +165,11 @@ class Gbst(ByT5):
             lengths = mx.full((source.shape[0],), source.shape[1])
         return self.front(self.embedding(source), lengths)
 
+    @property
+    def ids_in_state(self) -> int:
+        """Ids that make one state of the encoder."""
+        return self.config.bytes_in_row
+
     def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
         """The real states of inputs with so many real ids: [n]."""
         return None if lengths is None else -(-lengths // self.config.bytes_in_row)
