@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class AnsweringModel(Model):
-    """A model that answers an input, such as a ByT5; an encoder alone encodes it.
+    """A model that answers an input, such as a ByT5 or a GBST; an encoder alone encodes it.
 
     Attributes:
         kv_bits: bits of the keys and values that the decoder reads of an input.
@@ -175,7 +175,9 @@ class AnsweringModel(Model):
         return self.bits(source, target) / len(target)
 
     def encode(self, data: bytes, *, marks: bool = False) -> mx.array:
-        """The encoder's states of an input: [len(data), d_model] float32, and with `marks` that of its end after them.
+        """The encoder's states [states, d_model] float32 of an input, one a byte, or one for all bytes of a GBST's row.
+
+        The end of an input, which is read too, has a state of its own, the last, with `marks` alone.
 
         Raises:
             UsageError: an input longer than `max_bytes`; or states that gptq+hadamard rotated, which mean nothing outside.

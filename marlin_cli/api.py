@@ -10,7 +10,7 @@ from marlin_cli.checkpoints import ImportOptions, architecture_of
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.encoding_model import EncodingModel
-from marlin_cli.models import Capability, architecture_named
+from marlin_cli.models import Architecture, Capability, architecture_named
 
 # The design document's names of the first models of each kind.
 MegaByteModel = ContinuingModel
@@ -35,14 +35,19 @@ def decode(data: bytes, errors: str = "replace") -> str:
     return data.decode("utf-8", errors=errors)
 
 
-def capability_of(path: str | Path) -> Capability:
-    """What the model at a path (a shipped name, a repository on the hub) does with bytes. No weight is read.
+def architecture_at(path: str | Path) -> Architecture:
+    """The architecture of the model at a path (a shipped name, a repository on the hub). No weight is read.
 
     Raises:
         CheckpointError, ConfigError: there is no model, or its configuration is damaged.
     """
     where = locate_model(str(path))
-    return architecture_named({"model_type": architecture_of(where)}, str(path)).capability
+    return architecture_named({"model_type": architecture_of(where)}, str(path))
+
+
+def capability_of(path: str | Path) -> Capability:
+    """What the model at a path does with bytes; see `architecture_at`."""
+    return architecture_at(path).capability
 
 
 def load(

@@ -142,7 +142,8 @@ def _windows(wanted: Input, network: "Network") -> "Measurable":
     if not fitting:
         raise UsageError(f"--seq-bytes {asked} is less than a patch of the model ({unit} bytes)")
     if fitting != asked:
-        console.note(f"--seq-bytes {asked} is cut to {fitting}: whole patches of {unit}, context {context}")
+        whole = "" if unit == 1 else f"whole patches of {unit}, "
+        console.note(f"--seq-bytes {asked} is cut to {fitting}: {whole}context {context}")
     return open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
 
 

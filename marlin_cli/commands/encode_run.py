@@ -16,7 +16,7 @@ from marlin_cli.commands.pipes import as_they_come
 from marlin_cli.commands.texts import Text
 from marlin_cli.commands.vector_files import Floats, writing_vectors
 from marlin_cli.encoding_model import EncodingModel
-from marlin_cli.engine.scoring import not_finite
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.spans import Place
 from marlin_cli.errors import UsageError
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -18,9 +18,6 @@ from marlin_cli.commands.uses import HEADS, MODELS, SERVED_BY, USES, Family, Use
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 from marlin_cli.writing import is_part_of_a_model
-
-if TYPE_CHECKING:
-    from marlin_cli.models import Architecture
 
 # Options whose text is what a model reads or writes: it may be empty, and of any length.
 TEXTS = (
@@ -98,6 +95,7 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
         UsageError: there is such an option, or the command has no use for a model.
         MarlinError: a model that is not there or cannot be read.
     """
+    from marlin_cli.api import architecture_at
     from marlin_cli.checkpoints.location import locate_model
 
     command, given = context.info_name or "", list(options_given(context))
@@ -114,7 +112,7 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
             _check_served(command, found, model)
         families |= found
         heads |= possible
-        parts |= _architecture(path).parts
+        parts |= architecture_at(path).parts
     _check_uses(command, given, frozenset(families), " and ".join(models[:2]), frozenset(parts), frozenset(heads))
 
 
@@ -132,27 +130,22 @@ def _check_served(command: str, families: set[Family], model: str) -> None:
         raise UsageError(f"{model}: is {family.value}, for which marlin {command} has no use; ask {SERVED_BY[family]}")
 
 
-def _architecture(path: Path) -> "Architecture":
-    from marlin_cli.checkpoints import architecture_of
-    from marlin_cli.models import architecture_named
-
-    return architecture_named({"model_type": architecture_of(path)}, str(path))
-
-
 def _families_of(path: Path) -> set[Family]:
-    from marlin_cli.models import Capability
+    """Those that the model may be of, as far as config.json tells."""
+    from marlin_cli.api import architecture_at
+    from marlin_cli.models import Capability, Reading
 
-    families = {
-        Capability.CONTINUES: {Family.CONTINUES},
-        Capability.ANSWERS: {Family.ANSWERS, Family.ENCODER_ALONE},
-        Capability.ENCODES: {Family.ENCODES},
-    }
-    return families[_architecture(path).capability]
+    found = architecture_at(path)
+    if found.continuing is not None:
+        return {Family.CONTINUES if found.continuing.reading is Reading.PATCHES else Family.BYTEWISE}
+    return {Family.ENCODES} if found.capability is Capability.ENCODES else {Family.ANSWERS, Family.ENCODER_ALONE}
 
 
 def _heads_of(path: Path) -> set[str]:
     """The heads that the architecture of what encodes texts may have; of another none."""
-    return set(getattr(_architecture(path).config, "kinds_of_head", ()))
+    from marlin_cli.api import architecture_at
+
+    return set(getattr(architecture_at(path).config, "kinds_of_head", ()))
 
 
 def _seen_in_weights(path: Path) -> tuple[set[Family], set[str]]:

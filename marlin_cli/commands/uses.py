@@ -11,7 +11,8 @@ from enum import Enum
 class Family(Enum):
     """Kinds of models that take different options; the value is for messages."""
 
-    CONTINUES = "a model that continues bytes"
+    CONTINUES = "a model that continues bytes"  # by patches
+    BYTEWISE = "a model that continues bytes one by one"
     ANSWERS = "a model that answers an input"
     ENCODER_ALONE = "an encoder alone"  # of a model that answers
     ENCODES = "a model that encodes texts"
@@ -29,14 +30,16 @@ class Use:
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-CONTINUES, ANSWERS, ENCODER_ALONE, ENCODES = Family
+CONTINUES, BYTEWISE, ANSWERS, ENCODER_ALONE, ENCODES = Family
+CONTINUING = (CONTINUES, BYTEWISE)
 ENCODER_FIRST = (ANSWERS, ENCODER_ALONE)
-READS_BYTES = (CONTINUES, ANSWERS, ENCODER_ALONE)
-PREDICTS = (CONTINUES, ANSWERS, ENCODES)  # an ENCODES without a head says so itself
+READS_BYTES = (*CONTINUING, *ENCODER_FIRST)
+PREDICTS = (*CONTINUING, ANSWERS, ENCODES)  # an ENCODES without a head says so itself
 
 # Whom to ask instead, where a command has no use for a family.
 SERVED_BY = {
     CONTINUES: "marlin generate",
+    BYTEWISE: "marlin generate",
     ANSWERS: "marlin generate and marlin encode",
     ENCODES: "marlin label and marlin encode",
 }
@@ -86,8 +89,8 @@ GENERATE: Mapping[str, Uses] = {
     "--stop": _of(without=("--beams",)),
     "--stop-hex": _of(without=("--beams",)),
     "--kv-bits": _of(),
-    "--k-bits": _of(CONTINUES),
-    "--v-bits": _of(CONTINUES),
+    "--k-bits": _of(*CONTINUING),
+    "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),
     "--beams": _of(*ENCODER_FIRST),
     "--n-best": _BEAMS,
@@ -97,7 +100,7 @@ GENERATE: Mapping[str, Uses] = {
     "--min-length": _of(*ENCODER_FIRST),
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
-    "--sentinel": _of(*ENCODER_FIRST),
+    "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
@@ -184,11 +187,11 @@ QUANTIZE: Mapping[str, Uses] = {
     "--global-bits": _part("global"),
     "--local-bits": _part("local"),
     "--encoder-bits": _part("encoder"),
-    "--decoder-bits": _part("decoder", of=(CONTINUES, ANSWERS)),
+    "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
     "--cross-bits": _part("cross", of=(ANSWERS,)),
     "--wo-bits": _part("encoder", "decoder"),
-    "--kv-bits": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--balance-keys": _of(CONTINUES, ANSWERS, needs=("--stats",), without=_UNPACKING),
+    "--kv-bits": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
+    "--balance-keys": _of(*CONTINUING, ANSWERS, needs=("--stats",), without=_UNPACKING),
     "--global-format": _part("global"),
     "--local-format": _part("local"),
     "--group-size": _PACKING,
@@ -224,26 +227,26 @@ _SCORED = ("--quality",)
 BENCH: Mapping[str, Uses] = {
     "MODEL": _of(*READS_BYTES, without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
-    "--decode-bytes": _of(CONTINUES, ANSWERS, without=_NOT_TIMED),
+    "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
-    "--seconds": _of(CONTINUES, without=_NOT_TIMED),
-    "--roofline": _of(CONTINUES, without=_NOT_TIMED),
+    "--seconds": _of(*CONTINUING, without=_NOT_TIMED),
+    "--roofline": _of(*CONTINUING, without=_NOT_TIMED),
     "--no-throughput": _of(without=_NOT_MEASURED),
-    "--quality": _of(CONTINUES, ANSWERS, without=_NOT_MEASURED),
-    "--reference": _of(CONTINUES, ANSWERS, needs=_SCORED),
-    "--window-bytes": _of(CONTINUES, needs=_SCORED),
-    "--stride-bytes": _of(CONTINUES, needs=_SCORED),
-    "--max-bytes-per-file": _of(CONTINUES, needs=_SCORED),
-    "--max-quality-bytes": _of(CONTINUES, ANSWERS, needs=_SCORED),
-    "--resume": _of(CONTINUES, needs=_SCORED),  # without a beginning it begins, as in calibrate
-    "--reference-cache": _of(CONTINUES, needs=("--reference",)),
+    "--quality": _of(*CONTINUING, ANSWERS, without=_NOT_MEASURED),
+    "--reference": _of(*CONTINUING, ANSWERS, needs=_SCORED),
+    "--window-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
+    "--max-quality-bytes": _of(*CONTINUING, ANSWERS, needs=_SCORED),
+    "--resume": _of(*CONTINUING, needs=_SCORED),  # without a beginning it begins, as in calibrate
+    "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
     # What continues bytes is scored without a cache; answers read one.
     "--kv-bits": {
-        CONTINUES: Use(without=(*_NOTHING_RUN, "--no-throughput")),
+        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
         ANSWERS: Use(without=_NOT_MEASURED),
     },
-    "--k-bits": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--v-bits": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
     "--activation-bits": _of(without=_NOT_MEASURED),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
@@ -251,14 +254,14 @@ BENCH: Mapping[str, Uses] = {
     "--report": _of(without=_NOT_MEASURED),
     "--plot": _of(without=_NOT_MEASURED),
     "--device": _of(without=("--compare",)),
-    "--against": _of(CONTINUES, without=_NOT_TIMED),
+    "--against": _of(*CONTINUING, without=_NOT_TIMED),
     "--save": _of(without=_NOT_MEASURED),
     "--compare": _of(),
-    "--plan": _of(CONTINUES, without=("--compare",)),
-    "--context": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--plan": _of(*CONTINUING, without=("--compare",)),
+    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
     "--batch": _of(without=_NOT_TIMED),
-    "--bits": _of(CONTINUES, needs=("--plan",)),
-    "--bandwidth": _of(CONTINUES, needs=("--plan",)),
+    "--bits": _of(*CONTINUING, needs=("--plan",)),
+    "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
 }
 
 MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.encoder_decoder import encode
-from marlin_cli.engine.scoring import finite
+from marlin_cli.engine.finite import finite
 from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.scoring import finite
+from marlin_cli.engine.finite import finite
 from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of

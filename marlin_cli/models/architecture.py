@@ -4,7 +4,7 @@ Calibration, packing, rotation, tuning and measuring know no architecture: what 
 which stands with the network. Adding one is a file with an `Architecture` in it, and a line in `models.ARCHITECTURES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -41,6 +41,35 @@ class Capability(str, Enum):
     CONTINUES = "continues"  # bytes: predicts the next one
     ANSWERS = "answers"  # an input, or where it has no decoder encodes it
     ENCODES = "encodes"  # a text: states, vectors, labels
+
+
+class Reading(str, Enum):
+    """What a network that continues bytes takes at a step; `engine.continuation` has a way of decoding for each."""
+
+    PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
+    BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
+
+
+@dataclass(frozen=True)
+class Continuing:
+    """How networks continue bytes: what decoding and scoring ask of them.
+
+    Attributes:
+        predictions: (network, windows of bytes [n, length]) -> logits [n, length, vocab] float32, of which row i is of byte
+            i given those before it. Byte b has column first_byte + b.
+        ids: (config, prompt, sentinels) -> what the network reads of a prompt, an id a byte; with `sentinels`, texts that
+            stand for other ids are read as these.
+        ends: (config) -> ids that end a text.
+        first_byte: id of the byte 0.
+        sentinel: (id) -> the text that stands for an id that is neither a byte nor an end.
+    """
+
+    reading: Reading
+    predictions: Callable[[Any, mx.array], mx.array]
+    ids: Callable[[Any, bytes, bool], Sequence[int]]
+    ends: Callable[[Any], Container[int]]
+    first_byte: int = 0
+    sentinel: Callable[[int], bytes] = lambda value: b""
 
 
 # What a batch has become so far, by name. `rows` [.., channels] is what the next block reads; `real`, where there is
@@ -157,6 +186,7 @@ class Architecture:
         shows_states: does the network hand out rows of its stream, which a rotation changes?
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
+        continuing: how its networks continue bytes, where that is what they do.
     """
 
     name: str
@@ -181,3 +211,4 @@ class Architecture:
     shows_states: bool = False
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)
+    continuing: Continuing | None = None

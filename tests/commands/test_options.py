@@ -7,6 +7,7 @@ from typing import get_args
 import mlx.core as mx
 import pytest
 from canine_cases import random_canine, random_la_canine
+from decoder_cases import random_bygpt5
 from mlx.utils import tree_map
 from typer.main import get_command
 
@@ -14,8 +15,10 @@ from marlin_cli import ByT5Config, ByT5Model, EncodingModel, MegaByteModel, cli
 from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
 from marlin_cli.commands.options import parse_import_options, parse_size
-from marlin_cli.commands.uses import HEADS, MODELS, SERVED_BY, USES, Family
+from marlin_cli.commands.uses import CONTINUING, HEADS, MODELS, SERVED_BY, USES, Family
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.errors import UsageError
+from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine import Head
 from marlin_cli.models.canine_steps import CANINE
@@ -138,6 +141,8 @@ def models(tmp_path_factory):
         labels = ("O", "A", "B") if head in ("sequence", "token") else ()
         EncodingModel(random_canine(layers=1, head=head, labels=labels), device).save(folder / head)
     EncodingModel(random_la_canine(layers=1, adapter_dim=32, language="cs"), device).save(folder / "sentence")
+    bytewise = random_bygpt5(d_model=32, heads=1, head_dim=32, layers=1, max_bytes=96)
+    ContinuingModel(bytewise, device).save(folder / "bytewise")
     by_head = {head: folder / head for head in HEADS}
     return {family: folder / family.name.lower() for family in Family} | {Family.ENCODES: by_head["token"]} | by_head
 
@@ -201,7 +206,8 @@ def _arguments(command, option, model, seen=()):
 # Families that a command serves, and the architectures of the small models.
 SERVED = {command: next(table[each] for each in MODELS if each in table).keys() for command, table in USES.items()}
 ARCHITECTURE = {
-    Family.CONTINUES: MEGABYTE, Family.ANSWERS: BYT5, Family.ENCODER_ALONE: BYT5, Family.ENCODES: CANINE,
+    Family.CONTINUES: MEGABYTE, Family.BYTEWISE: BYGPT5,
+    Family.ANSWERS: BYT5, Family.ENCODER_ALONE: BYT5, Family.ENCODES: CANINE,
 }  # fmt: skip
 
 
@@ -305,16 +311,16 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         pads = USES[command]["--pad-to"].get(Family.ENCODES)
         if "--pad-to" not in arguments and head in HEADS and has_head(pads, head):
             arguments += ["--pad-to", "16"]
-    if "--quality" in arguments and family is Family.CONTINUES and "--window-bytes" not in arguments:
+    if "--quality" in arguments and family in CONTINUING and "--window-bytes" not in arguments:
         arguments += ["--window-bytes", "64"]  # of a context of 96
     if "--export" in arguments:
-        arguments += ["--wo-bits" if family in (Family.ANSWERS, Family.ENCODER_ALONE) else "--local-bits", "4"]
+        arguments += ["--local-bits" if family is Family.CONTINUES else "--wo-bits", "4"]
     names = {
         "OUT": {"calibrate": "out.safetensors", "bench": "out.json", "encode": "out.npy"}.get(command, "out"),
         "PAIRS": "PAIRS.tsv",
         "STATS": "STATS.safetensors",
     }
-    names["SCORED"] = "TEXT" if family is Family.CONTINUES else "PAIRS.tsv"
+    names["SCORED"] = "TEXT" if family in CONTINUING else "PAIRS.tsv"
     if "STATS" in arguments:
         made = ("--corpus", tmp_path / "TEXT", "--max-bytes", "256", "--output", "STATS.safetensors")
         code, _, err = marlin("calibrate", models[family], *made)
