@@ -74,6 +74,10 @@ class EncodingModel(Model):
         """As `pooled`, of each text: [texts, d_model]."""
         return characters.pooled(self.network, texts, pad_to)
 
+    def scores_many(self, texts: Sequence[Text], *, pad_to: int | None = None) -> list[Floats]:
+        """What the head gives each text [rows], or its positions [positions, rows], before it becomes probabilities."""
+        return characters.scores(self.network, texts, pad_to)
+
     def classify(self, data: Text, *, pad_to: int | None = None) -> list[Label]:
         """Every label of a text or pair with its score, the best first."""
         return self.classify_many([data], pad_to=pad_to)[0]

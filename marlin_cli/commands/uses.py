@@ -225,21 +225,22 @@ _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
 BENCH: Mapping[str, Uses] = {
-    "MODEL": _of(*READS_BYTES, without=_NOTHING_RUN),
+    "MODEL": _of(without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
     "--seconds": _of(*CONTINUING, without=_NOT_TIMED),
     "--roofline": _of(*CONTINUING, without=_NOT_TIMED),
     "--no-throughput": _of(without=_NOT_MEASURED),
-    "--quality": _of(*CONTINUING, ANSWERS, without=_NOT_MEASURED),
-    "--reference": _of(*CONTINUING, ANSWERS, needs=_SCORED),
-    "--window-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--quality": _of(*PREDICTS, without=_NOT_MEASURED),
+    "--reference": _of(*PREDICTS, needs=_SCORED),
+    "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED),
     "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
     "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
-    "--max-quality-bytes": _of(*CONTINUING, ANSWERS, needs=_SCORED),
+    "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED),
     "--resume": _of(*CONTINUING, needs=_SCORED),  # without a beginning it begins, as in calibrate
     "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
+    "--language": _heads("sentence", without=_NOT_MEASURED),
     # What continues bytes is scored without a cache; answers read one.
     "--kv-bits": {
         **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),

@@ -22,6 +22,7 @@ from marlin_cli.models import architecture_of
 from marlin_cli.models.canine import Canine
 from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to
 from marlin_cli.models.canine_steps import CharacterNetwork
+from marlin_cli.models.la_canine import LaCanine
 
 # Positions in one pass: bounds the memory of activations.
 POSITIONS_AT_ONCE = 1 << 14
@@ -236,6 +237,23 @@ def choose(network: Canine, text: bytes, choices: Sequence[bytes], pad_to: int |
         return np.zeros(0, dtype=np.float32)
     longest = max(len(each.ids) for each in inputs)
     return softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
+
+
+def scores(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None = None) -> list[Floats]:
+    """What the head gives each text [rows], or its positions [positions, rows], before it becomes probabilities; see `encode`.
+
+    Raises:
+        UsageError: the network has no head.
+    """
+    if network.config.head == "none":
+        raise UsageError(f"{_this(network)} has no head, and so no scores; take its states")
+    inputs = [_input(network, text) for text in texts]
+
+    def run(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network(ids, lengths) if isinstance(network, LaCanine) else network(ids, lengths, types)
+
+    rows = [finite(np.array(row)) for row in _run(network, inputs, pad_to, run)]
+    return [row[: len(each.ids)] if row.ndim > 1 else row for row, each in zip(rows, inputs, strict=True)]
 
 
 def _check_head(network: CharacterNetwork, head: str) -> None:

@@ -56,8 +56,15 @@ def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSetting
         InputError: the stream is no UTF-8.
         UsageError: a window that the network cannot read.
     """
+    yield from sentences_of(boundary_scores(network, ids_of_pieces(pieces), settings), settings)
+
+
+def sentences_of(
+    scored: Iterable[tuple[Ids, npt.NDArray[np.float32]]], settings: SplitSettings
+) -> Iterator[tuple[Span, bytes]]:
+    """As `sentences`, of what `boundary_scores` gives."""
     builder = _Builder(settings)
-    for ids, scores in boundary_scores(network, ids_of_pieces(pieces), settings):
+    for ids, scores in scored:
         yield from builder.take(ids, scores)
     yield from builder.finish()
 

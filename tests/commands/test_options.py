@@ -264,7 +264,8 @@ USED = [
     for command, table in USES.items()
     for option, uses in table.items()
     for family, use in [*uses.items(), *((head, uses[Family.ENCODES]) for head in HEADS if Family.ENCODES in uses)]
-    if (family in HEADS and command in ("label", "encode") and (command, family) != ("label", "none"))
+    if (command in ("label", "encode") and family in HEADS and (command, family) != ("label", "none"))
+    or (command == "bench" and family in ("none", "sentence"))
     or (family in SERVED[command] and has_part(use, family))
     if has_head(use, family)
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
@@ -291,13 +292,14 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         arguments += [] if {"--corpus", "--pairs"} & {*arguments} else ["--corpus", "TEXT"]
     if command == "generate" and not {"--max-bytes", "--max-length"} & {*arguments}:
         arguments += ["--max-bytes", "3"]
+    kind = Family.ENCODES if family in HEADS else family
     if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}
         if "--no-throughput" in arguments:
             arguments += ["--quality", "SCORED"] if "--quality" not in arguments else []
         else:
             arguments += [
-                each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
+                each for pair in timed.items() if pair[0] not in arguments and kind in USES[command][pair[0]] for each in pair
             ]
     stdin = os.devnull
     if command in ("label", "encode"):
@@ -311,6 +313,9 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         pads = USES[command]["--pad-to"].get(Family.ENCODES)
         if "--pad-to" not in arguments and head in HEADS and has_head(pads, head):
             arguments += ["--pad-to", "16"]
+    texts = family is Family.ENCODES or family in HEADS
+    if "--quality" in arguments and texts and "--reference" not in arguments:
+        arguments += ["--reference", str(models[family])]
     if "--quality" in arguments and family in CONTINUING and "--window-bytes" not in arguments:
         arguments += ["--window-bytes", "64"]  # of a context of 96
     if "--export" in arguments:
@@ -320,7 +325,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         "PAIRS": "PAIRS.tsv",
         "STATS": "STATS.safetensors",
     }
-    names["SCORED"] = "TEXT" if family in CONTINUING else "PAIRS.tsv"
+    names["SCORED"] = "TEXT" if family in CONTINUING or texts else "PAIRS.tsv"
     if "STATS" in arguments:
         made = ("--corpus", tmp_path / "TEXT", "--max-bytes", "256", "--output", "STATS.safetensors")
         code, _, err = marlin("calibrate", models[family], *made)
