@@ -15,7 +15,9 @@ from marlin_cli import MegaByteModel
 from marlin_cli.models import ARCHITECTURES
 from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.canine import CanineConfig
 from marlin_cli.models.gbst import GbstConfig
+from marlin_cli.models.la_canine import LaCanineConfig
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
@@ -70,6 +72,14 @@ ANSWERING = {
     "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),
     "gbst": GbstConfig(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96, block_sizes=(1, 2, 3, 4), bytes_in_row=3),
 }
+CHARACTERS = {
+    "d_model": 32, "ffn_dim": 64, "heads": 2, "layers": 1, "hash_functions": 4, "hash_buckets": 128, "max_characters": 128,
+    "block_characters": 16,
+}  # fmt: skip
+ENCODING = {
+    "canine": CanineConfig(**CHARACTERS, head="token", labels=("O", "A", "B")),
+    "la_canine": LaCanineConfig(**CHARACTERS, adapter_dim=32, language="cs"),
+}
 
 
 def random_weights(config: Any, seed: int = 0) -> Any:
@@ -111,6 +121,11 @@ def each_continuing(request):
 
 @pytest.fixture(params=ANSWERING.values(), ids=ANSWERING.keys())
 def each_answering(request):
+    return random_weights(request.param)
+
+
+@pytest.fixture(params=ENCODING.values(), ids=ENCODING.keys())
+def each_encoding(request):
     return random_weights(request.param)
 
 

@@ -131,6 +131,48 @@ def test_bits_of_an_answer(each_answering):
     assert model.bits(b"source", b"to") == pytest.approx(costs.sum(), abs=1e-4)
 
 
+# Encoding
+
+
+def test_a_text_is_encoded_alone_as_in_a_batch(each_encoding):
+    model = model_of(each_encoding)
+    texts = [DATA, b"abcd", "ěščř ž".encode()]
+    for text, rows in zip(texts, model.encode_many(texts), strict=True):
+        assert mx.allclose(model.encode(text), rows, atol=1e-5)
+        assert len(rows) == len(text.decode()) + 2 * each_encoding.config.marks
+
+
+def test_labels_lie_in_the_text(each_encoding):
+    for span in model_of(each_encoding).label(DATA):
+        assert DATA[span.first_byte : span.end_byte].decode() == DATA.decode()[span.first_character : span.end_character] != ""
+
+
+def test_a_saved_encoder_is_the_model(each_encoding, tmp_path):
+    model = model_of(each_encoding)
+    for name, each in (("model", model), ("packed", model.quantize())):
+        each.save(tmp_path / name)
+        again = load(tmp_path / name, device="cpu")
+        assert type(again) is type(model) and again.config == model.config
+        assert mx.array_equal(again.encode(DATA), each.encode(DATA)) and again.label(DATA) == each.label(DATA)
+
+
+def test_every_command_for_encoders(each_encoding, tmp_path, marlin):
+    model_of(each_encoding).save(tmp_path / "model")
+    (tmp_path / "few").write_bytes(b"16 bytes a line\n" * 24)
+    marlin("calibrate", "model", "--corpus", "few", "--hessian", "-o", "stats.safetensors")
+    for method, options in METHODS.items():
+        if "--kv-bits" in options:
+            continue  # there is no cache
+        given = [each.replace("INPUT", "corpus").replace("DATA", "few") for each in options]
+        how = ("--method", method.partition(",")[0], *given)
+        report = json.loads(marlin("quantize", "model", *how, "-o", "out", "--overwrite", "--json"))
+        packed = {part["part"] for part in report["parts"] if part["format"] != "16-bit"}
+        assert packed == {"global", "local"}, (method, report)
+        assert load("out", device="cpu").encode(DATA).shape[1] == 32
+    marlin("quantize", "out", "--dequantize", "-o", "plain")
+    assert load("plain", device="cpu").quantization is None
+
+
 # All
 
 
