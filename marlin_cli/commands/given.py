@@ -187,8 +187,10 @@ def _check_uses(
             raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}")
         fitting = {head for use in uses if use is not None for head in use.heads}
         if heads and fitting and not fitting & heads:
-            does = " and ".join(HEADS[head] for head in HEADS if head in heads)
-            raise UsageError(f"{option} has no meaning for {models}, which {does}")
+            does = [HEADS[head] for head in HEADS if head in heads]
+            said = f", which {does[0]}" if len(does) == 1 else ""
+            wanted_of = " or ".join(HEADS[head] for head in HEADS if head in fitting)
+            raise UsageError(f"{option} has no meaning for {models}{said}; it is for one that {wanted_of}")
 
 
 def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:
