@@ -248,11 +248,7 @@ def scores(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None 
     if network.config.head == "none":
         raise UsageError(f"{_this(network)} has no head, and so no scores; take its states")
     inputs = [_input(network, text) for text in texts]
-
-    def run(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network(ids, lengths) if isinstance(network, LaCanine) else network(ids, lengths, types)
-
-    rows = [finite(np.array(row)) for row in _run(network, inputs, pad_to, run)]
+    rows = _logits(network, inputs, pad_to)
     return [row[: len(each.ids)] if row.ndim > 1 else row for row, each in zip(rows, inputs, strict=True)]
 
 
@@ -281,8 +277,11 @@ def _ids(text: One, where: str) -> Ids:
     return characters_of(text, where).ids if isinstance(text, bytes) else checked_ids(text, where)
 
 
-def _logits(network: Canine, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
-    return [finite(np.array(row)) for row in _run(network, inputs, pad_to, network)]
+def _logits(network: CharacterNetwork, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
+    def run(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network(ids, lengths) if isinstance(network, LaCanine) else network(ids, lengths, types)
+
+    return [finite(np.array(row)) for row in _run(network, inputs, pad_to, run)]
 
 
 def _run(
