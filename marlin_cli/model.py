@@ -87,9 +87,9 @@ class Model:
         Args:
             config: what the model should be; a checkpoint that says otherwise is refused.
             device: auto, metal, cuda or cpu.
-            kv_bits: 4, 8 or 16 bits of the keys and values that are kept (of a MegaByte, in the global cache, a pair for
-                keys and values; of a ByT5, what the decoder reads of an input); as the checkpoint says if None. Refused by
-                networks that keep none.
+            kv_bits: 4, 8 or 16 bits of the keys and values that are kept (of a model that continues bytes, those
+                of the whole context, and a pair for keys and values; of one that answers, what the decoder reads of an
+                input); as the checkpoint says if None. Refused by networks that keep none.
             activation_bits: 16, or 8 to round what packed layers multiply, which is faster on a CPU and costs some accuracy.
             dtype: of weights and activations; float32 on a CPU and as the architecture has it elsewhere if None.
             options: what a foreign checkpoint does not reveal. What is assumed where it says nothing is an

@@ -18,6 +18,7 @@ from marlin_cli.models.canine_ids import PAD, Ids, with_marks
 from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.long_attention import cross_attention
+from marlin_cli.text import quoted
 
 # Config
 
@@ -102,7 +103,7 @@ class CanineConfig(CharacterShape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.second_type < self.types:
-            raise ConfigError(f"second_type must be below types ({self.types}), found {self.second_type}")
+            raise ConfigError(f"second_type must be below types ({self.types}), found {quoted(self.second_type)}")
         if bool(self.labels) != (self.head in ("sequence", "token")):
             raise ConfigError(f"labels go with the heads sequence and token, found {len(self.labels)} with {self.head}")
         if self.head in ("sequence", "choice") and not self.pooler:
