@@ -78,3 +78,5 @@ def test_rows_of_several_bytes():
         assert b"".join(data[place.first_byte : place.end_byte] for place in found) == data
         assert len(found) == len(next(byte_states.states(network, [data])))
         assert (found[-1].mark is None) == bool(len(data) % 3)
+    with pytest.raises(ConfigError, match="labels are of bytes"):
+        GbstConfig(**SIZES, labels=("O",))
