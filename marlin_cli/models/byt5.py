@@ -293,6 +293,8 @@ class ByT5(nn.Module):
             self.decoder = Decoder(config)
             if not config.tied_head:
                 self.output = Linear(config.d_model, config.vocab_size, bias=False)
+        elif config.labels:
+            self.output = Linear(config.d_model, len(config.labels))
 
     def __call__(self, source: mx.array, target: mx.array, lengths: mx.array | None = None) -> mx.array:
         """Logits [n, rows, vocab] float32 of what follows each id of `target`, all of it given.
@@ -313,9 +315,18 @@ class ByT5(nn.Module):
         """What the encoder reads of ids [n, total]: [n, states, d_model]."""
         return self.embedding(source)
 
+    @property
+    def ids_in_state(self) -> int:
+        """Ids that make one state of the encoder."""
+        return 1
+
     def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
         """The real states of inputs with so many real ids: [n]."""
         return lengths
+
+    def label_scores(self, states: mx.array) -> mx.array:
+        """Scores [.., labels] float32 of an encoder's states [.., d_model], before a softmax."""
+        return self.output(states).astype(mx.float32)
 
     def memory(self, states: mx.array, lengths: mx.array | None = None) -> list[PlainMemory]:
         """What each decoder layer reads of the encoder's states [n, states, d_model] of inputs with so many real ids."""

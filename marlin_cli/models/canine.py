@@ -8,7 +8,7 @@ the start, and the molecules' lengths are counted as if it did not, so the last 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,6 +97,8 @@ class CanineConfig(CharacterShape):
     labels: tuple[str, ...] = ()  # of the rows of the head, for sequence and token
     problem: Literal["one_label", "several_labels", "regression"] = "one_label"  # what scores of sequences mean
     second_type: int = 1  # the type of the second text of a pair; transformers from 5 on prepares pairs with 0
+
+    kinds_of_head: ClassVar[tuple[str, ...]] = get_args(Head)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,6 +40,7 @@ class LaCanineConfig(CharacterShape):
     marks: ClassVar[bool] = False
     padding: ClassVar[int] = PADDING
     head: ClassVar[str] = "sentence"
+    kinds_of_head: ClassVar[tuple[str, ...]] = ("sentence",)
     pooler: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
