@@ -8,37 +8,45 @@ namespace marlin {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NOTHING_SEEN = -1e30f;  // a running maximum before the first key; finite, so that differences are numbers
 
-template <typename T>
-__device__ __forceinline__ void load_piece(const T* from, float (&values)[8]) {
-  const uint4* words = reinterpret_cast<const uint4*>(from);
+// COUNT (2, 4 or 8) values side by side, past the first cache.
+template <typename From, int COUNT>
+__device__ __forceinline__ void load_values(const From* from, float (&values)[COUNT]) {
+  constexpr int WORDS = COUNT * sizeof(From) / 4;
+  uint32_t words[WORDS];
+  if constexpr (WORDS % 4 == 0) {
 #pragma unroll
-  for (int half = 0; half < int(sizeof(T)) / 2; half++) {
-    const uint4 four = __ldcg(words + half);
-    const uint32_t each[4] = {four.x, four.y, four.z, four.w};
+    for (int i = 0; i < WORDS; i += 4) {
+      const uint4 four = __ldcg(reinterpret_cast<const uint4*>(from) + i / 4);
+      words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+    }
+  } else if constexpr (WORDS == 2) {
+    const uint2 two = __ldcg(reinterpret_cast<const uint2*>(from));
+    words[0] = two.x, words[1] = two.y;
+  } else {
+    words[0] = __ldcg(reinterpret_cast<const uint32_t*>(from));
+  }
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if constexpr (sizeof(T) == 4) {
-        values[half * 4 + i] = __uint_as_float(each[i]);
-      } else {
-        values[2 * i] = __uint_as_float(each[i] << 16);
-        values[2 * i + 1] = __uint_as_float(each[i] & 0xffff0000u);
-      }
+  for (int i = 0; i < WORDS; i++) {
+    if constexpr (sizeof(From) == 4) {
+      values[i] = __uint_as_float(words[i]);
+    } else {
+      values[2 * i] = __uint_as_float(words[i] << 16), values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
   }
 }
 
 // Cosines and sines of one position: [head_dim / 2][2].
-__device__ __forceinline__ void fill_rotation(float* rotation, int half, float log2_theta, int position, int first, int stride) {
-  for (int i = first; i < half; i += stride) {
+__device__ __forceinline__ void fill_rotation(float* rotation, float log2_theta, int position, int first, int stride) {
+  constexpr int HALF = HEAD_DIM / 2;
+  for (int i = first; i < HALF; i += stride) {
     float sine, cosine;
-    sincosf(float(position) * exp2f(-log2_theta * float(i) / float(half)), &sine, &cosine);
+    sincosf(float(position) * exp2f(-log2_theta * float(i) / float(HALF)), &sine, &cosine);
     rotation[2 * i] = cosine, rotation[2 * i + 1] = sine;
   }
 }
 
-template <typename T, int HEAD_DIM>
 struct Head {
-  static constexpr int LANES = HEAD_DIM / 8, GROUPS = 32 / LANES;
+  static constexpr int LANES = HEAD_DIM / 8, CROWD = 32 / LANES;  // lanes of a group, groups of a warp
   float query[8], key[8], value[8], seen[8];
   float peak, weight;
 
@@ -51,9 +59,9 @@ struct Head {
     return value;
   }
 
-  // Normalise (where there is a weight) and rotate (where there is a rotation) a head that lies in its lanes.
-  static __device__ __forceinline__ void prepare(float (&x)[8], const T* norm, float eps, const float* rotation, bool interleaved) {
-    if (norm != nullptr) {
+  // Normalise (where there is a weight) and rotate a head that lies in its lanes.
+  static __device__ __forceinline__ void prepare(float (&x)[8], const T* norm, float eps, const float* rotation) {
+    if constexpr (QK_NORM) {
       float squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; i++) squares += x[i] * x[i];
@@ -61,21 +69,20 @@ struct Head {
 #pragma unroll
       for (int i = 0; i < 8; i++) x[i] *= factor * to_float(norm[piece() * 8 + i]);
     }
-    if (rotation == nullptr) return;
-    if (interleaved) {
+    if constexpr (ROTATES && INTERLEAVED) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const float cosine = rotation[piece() * 8 + i], sine = rotation[piece() * 8 + i + 1], first = x[i], second = x[i + 1];
         x[i] = first * cosine - second * sine, x[i + 1] = first * sine + second * cosine;
       }
-      return;
-    }
-    const bool upper = piece() >= LANES / 2;
-    const float* own = rotation + piece() % (LANES / 2) * 16;
+    } else if constexpr (ROTATES) {
+      const bool upper = piece() >= LANES / 2;
+      const float* own = rotation + piece() % (LANES / 2) * 16;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float other = __shfl_xor_sync(0xffffffff, x[i], LANES / 2);
-      x[i] = x[i] * own[2 * i] + (upper ? other : -other) * own[2 * i + 1];
+      for (int i = 0; i < 8; i++) {
+        const float other = __shfl_xor_sync(0xffffffff, x[i], LANES / 2);
+        x[i] = x[i] * own[2 * i] + (upper ? other : -other) * own[2 * i + 1];
+      }
     }
   }
 
@@ -86,10 +93,10 @@ struct Head {
     __device__ __forceinline__ void load(const T* from_keys, const T* from_values, int base, int end, int warps) {
 #pragma unroll
       for (int u = 0; u < 2; u++) {
-        if (base + u * warps * GROUPS >= end) break;
-        const int64_t row = min(base + u * warps * GROUPS + group(), end - 1);
-        load_piece(from_keys + row * HEAD_DIM + piece() * 8, keys[u]);
-        load_piece(from_values + row * HEAD_DIM + piece() * 8, values[u]);
+        if (base + u * warps * CROWD >= end) break;
+        const int64_t row = min(base + u * warps * CROWD + group(), end - 1);
+        load_values(from_keys + row * HEAD_DIM + piece() * 8, keys[u]);
+        load_values(from_values + row * HEAD_DIM + piece() * 8, values[u]);
       }
     }
   };
@@ -101,12 +108,12 @@ struct Head {
     peak = NOTHING_SEEN, weight = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
-    for (int base = first + warp * GROUPS; base < end; base += 2 * warps * GROUPS) {
-      if (base > first + warp * GROUPS) some.load(keys, values, base, end, warps);
+    for (int base = first + warp * CROWD; base < end; base += 2 * warps * CROWD) {
+      if (base > first + warp * CROWD) some.load(keys, values, base, end, warps);
 #pragma unroll
       for (int u = 0; u < 2; u++) {
-        if (base + u * warps * GROUPS >= end) break;
-        take(some.keys[u], some.values[u], base + u * warps * GROUPS + group() < end);
+        if (base + u * warps * CROWD >= end) break;
+        take(some.keys[u], some.values[u], base + u * warps * CROWD + group() < end);
       }
     }
     if (with_new) take(key, value, group() == 0);  // the same for all lanes

@@ -77,8 +77,9 @@ class Lockstep:
         rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
         self._fused = fuse(network) if rotated else None
         self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
-        self._ahead: tuple[Patch, Noise] | None = None  # a patch that has been queued before it was asked for
-        self._in_place = False  # whether the GPU has changed the global cache since MLX knew it
+        self._ahead: Patch | None = None  # a patch that has been queued before it was asked for
+        # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
+        self._in_place: tuple[Patch, np.ndarray, Sampling, Noise] | None = None
         self._states = [_StageState() for _ in self.config.stages]
         # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], filler patches [streams].
         self._patch: mx.array
@@ -105,7 +106,7 @@ class Lockstep:
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use by part: `global` and `local` (all finer stages; of a sequence decoded in one call, the most in it)."""
-        if self._on_gpu is not None and self._in_place:
+        if self._on_gpu is not None and self._in_place is not None:
             self._on_gpu.count(self._layers_in_place())
         by_stage = [0 if state.cache is None else state.cache.nbytes for state in self._states]
         return {"global": by_stage[0], "local": sum(by_stage[1:]) or self._sequence_cache_bytes}
@@ -195,27 +196,27 @@ class Lockstep:
 
     def _whole_patch(self, sampling: Sampling, noise: Noise, most: int) -> np.ndarray:
         """The next patch, all of it decoded on the GPU; if another whole one may follow, that is queued before this is read."""
-        patch_size, state = self.config.patch_size, self._states[1]
-        room = self.config.max_bytes - max(self.positions) - patch_size
-        patch = self._queue(sampling, noise, room > 0) if self._ahead is None else self._ahead[0]
-        self._ahead, self._in_place = None, True
-        assert self._on_gpu is not None
-        self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
-        if patch.condition is None:
-            ids = self._on_gpu.read(patch)
-            self._append(mx.array(ids))
-            return ids
-        self.positions = [position + patch_size for position in self.positions]
-        self._states[0].tokens += 1
-        self._before_patch, state.condition = patch.ids[:, -1], patch.condition
-        if min(most - patch_size, room) >= patch_size:
-            self._ahead = self._queue(sampling, noise, room > patch_size), noise
-        return self._on_gpu.read(patch)
-
-    def _queue(self, sampling: Sampling, noise: Noise, more: bool) -> Patch:
-        condition = self._states[1].condition
+        patch_size, condition = self.config.patch_size, self._states[1].condition
         assert self._on_gpu is not None and condition is not None
-        return self._on_gpu.queue(condition, self._layers_in_place(), self._left_padding, sampling, noise, more)
+        if self._in_place is not None and self._in_place[2:] != (sampling, noise):
+            self._settle()
+        room = self.config.max_bytes - max(self.positions) - patch_size
+        layers = self._layers_in_place()
+        if self._in_place is None:
+            self._on_gpu.enter(condition, layers, self._left_padding)
+        patch = self._on_gpu.queue(layers, sampling, noise, room > 0) if self._ahead is None else self._ahead
+        self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
+        self._ahead = None
+        if patch.more and min(most - patch_size, room) >= patch_size:
+            self._ahead = self._on_gpu.queue(layers, sampling, noise, room > patch_size)
+        ids = self._on_gpu.read(patch)
+        self._in_place = patch, ids, sampling, noise
+        self.positions = [position + patch_size for position in self.positions]
+        if patch.more:
+            self._states[0].tokens += 1
+        else:
+            self._settle()
+        return ids
 
     def _layers_in_place(self) -> list[KeyValueCache]:
         cache = self._states[0].cache
@@ -224,12 +225,19 @@ class Lockstep:
 
     def _settle(self) -> None:
         """Before MLX goes on where the GPU has been: take back what was queued too far, and wait for what changes in place."""
-        if self._on_gpu is None or not self._in_place:
+        if self._on_gpu is None or self._in_place is None:
             return
+        patch, ids, sampling, noise = self._in_place
         if self._ahead is not None:
-            self._on_gpu.take_back(*self._ahead)
+            self._on_gpu.take_back(self._ahead, sampling)
         self._on_gpu.settle(self._layers_in_place())
-        self._ahead, self._in_place = None, False
+        self._on_gpu.give_back_noise(noise)
+        self._ahead, self._in_place = None, None
+        if patch.more:
+            self._before_patch, self._states[1].condition = mx.array(ids[:, -1]), self._on_gpu.condition(patch)
+        else:  # the context is full
+            self.positions = [position - ids.shape[1] for position in self.positions]
+            self._append(mx.array(ids))
 
     def _append(self, ids: mx.array) -> None:
         """Append ids [streams, n] that end no later than the open sequence of the last stage."""
