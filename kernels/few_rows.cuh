@@ -350,16 +350,19 @@ __device__ __forceinline__ void send_for(Weights& weights, const Linear* linears
   }
 }
 
-// The tile of a phase into the second-level cache.
+// The tiles of a phase into the second-level cache.
 template <int PART>
-__device__ __forceinline__ void send_tile_to_cache(const Linear* linears) {
+__device__ __forceinline__ void send_tiles_to_cache(const Linear* linears) {
   using Own = Job<PART>;
   constexpr uint32_t BYTES = TILE_ROWS * (Own::DEPTH >> Own::LOG_VALUES) * 16;
-  int tile = Team<PART>::tile(0);
-  if (tile >= Own::TILES || Team<PART>::thread() >= Own::LAYERS_BESIDE) return;
-  const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread();
-  if ((tile + 1) * TILE_ROWS > rows_of<PART>(layer)) return;
-  send_to_cache(linears[layer].weight + size_t(tile) * (BYTES / 4), BYTES);
+  if (Team<PART>::thread() >= Own::LAYERS_BESIDE) return;
+#pragma unroll
+  for (int round = 0; round < Own::rounds(); round++) {
+    int tile = Team<PART>::tile(round);
+    if (tile >= Own::TILES) return;
+    const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread();
+    if ((tile + 1) * TILE_ROWS <= rows_of<PART>(layer)) send_to_cache(linears[layer].weight + size_t(tile) * (BYTES / 4), BYTES);
+  }
 }
 
 // A job by all blocks; `weights` has begun with the team's first tile, and x stands there for all threads of the block.

@@ -8,30 +8,57 @@ namespace marlin {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NOTHING_SEEN = -1e30f;  // a running maximum before the first key; finite, so that differences are numbers
 
-// COUNT (2, 4 or 8) values side by side, past the first cache.
+// COUNT (2, 4 or 8) values side by side, on their way until they are asked for: what is asked for too early is waited for.
 template <typename From, int COUNT>
-__device__ __forceinline__ void load_values(const From* from, float (&values)[COUNT]) {
-  constexpr int WORDS = COUNT * sizeof(From) / 4;
+struct Loaded {
+  static constexpr int WORDS = COUNT * sizeof(From) / 4;
   uint32_t words[WORDS];
-  if constexpr (WORDS % 4 == 0) {
+
+  // PAST_FIRST: not from the first cache, which does not know what other blocks have written.
+  template <bool PAST_FIRST>
+  __device__ __forceinline__ void load(const From* from) {
+    if constexpr (WORDS % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < WORDS; i += 4) {
-      const uint4 four = __ldcg(reinterpret_cast<const uint4*>(from) + i / 4);
-      words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-    }
-  } else if constexpr (WORDS == 2) {
-    const uint2 two = __ldcg(reinterpret_cast<const uint2*>(from));
-    words[0] = two.x, words[1] = two.y;
-  } else {
-    words[0] = __ldcg(reinterpret_cast<const uint32_t*>(from));
-  }
-#pragma unroll
-  for (int i = 0; i < WORDS; i++) {
-    if constexpr (sizeof(From) == 4) {
-      values[i] = __uint_as_float(words[i]);
+      for (int i = 0; i < WORDS; i += 4) {
+        const uint4* place = reinterpret_cast<const uint4*>(from) + i / 4;
+        const uint4 four = PAST_FIRST ? __ldcg(place) : *place;
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+      }
+    } else if constexpr (WORDS == 2) {
+      const uint2* place = reinterpret_cast<const uint2*>(from);
+      const uint2 two = PAST_FIRST ? __ldcg(place) : *place;
+      words[0] = two.x, words[1] = two.y;
     } else {
-      values[2 * i] = __uint_as_float(words[i] << 16), values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      const uint32_t* place = reinterpret_cast<const uint32_t*>(from);
+      words[0] = PAST_FIRST ? __ldcg(place) : *place;
     }
+  }
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(From) == 4) return __uint_as_float(words[i]);
+    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
+};
+
+template <bool PAST_FIRST = true, typename From, int COUNT>
+__device__ __forceinline__ void load_values(const From* from, float (&values)[COUNT]) {
+  Loaded<From, COUNT> loaded;
+  loaded.template load<PAST_FIRST>(from);
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) values[i] = loaded[i];
+}
+
+// Eight values side by side to memory.
+template <typename To>
+__device__ __forceinline__ void store_values(To* to, const float (&values)[8]) {
+  if constexpr (sizeof(To) == 2) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int p = 0; p < 4; p++) pairs[p] = pair_of<false>(values[2 * p], values[2 * p + 1]);
+    *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+  } else {
+    reinterpret_cast<float4*>(to)[0] = float4{values[0], values[1], values[2], values[3]};
+    reinterpret_cast<float4*>(to)[1] = float4{values[4], values[5], values[6], values[7]};
   }
 }
 
@@ -88,15 +115,16 @@ struct Head {
 
   // Two keys and values of each group, on their way.
   struct Rows {
-    float keys[2][8], values[2][8];
+    Loaded<T, 8> keys[2], values[2];
 
+    // A local stage's rows are this warp's own.
     __device__ __forceinline__ void load(const T* from_keys, const T* from_values, int base, int end, int warps) {
 #pragma unroll
       for (int u = 0; u < 2; u++) {
         if (base + u * warps * CROWD >= end) break;
         const int64_t row = min(base + u * warps * CROWD + group(), end - 1);
-        load_values(from_keys + row * HEAD_DIM + piece() * 8, keys[u]);
-        load_values(from_values + row * HEAD_DIM + piece() * 8, values[u]);
+        keys[u].template load<IS_GLOBAL>(from_keys + row * HEAD_DIM + piece() * 8);
+        values[u].template load<IS_GLOBAL>(from_values + row * HEAD_DIM + piece() * 8);
       }
     }
   };
@@ -108,15 +136,12 @@ struct Head {
     peak = NOTHING_SEEN, weight = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
-    for (int base = first + warp * CROWD; base < end; base += 2 * warps * CROWD) {
-      if (base > first + warp * CROWD) some.load(keys, values, base, end, warps);
-#pragma unroll
-      for (int u = 0; u < 2; u++) {
-        if (base + u * warps * CROWD >= end) break;
-        take(some.keys[u], some.values[u], base + u * warps * CROWD + group() < end);
-      }
+    int base = first + warp * CROWD;
+    take(some, base, end, warps, with_new);
+    for (base += 2 * warps * CROWD; base < end; base += 2 * warps * CROWD) {
+      some.load(keys, values, base, end, warps);
+      take(some, base, end, warps, false);
     }
-    if (with_new) take(key, value, group() == 0);  // the same for all lanes
 #pragma unroll
     for (int offset = LANES; offset < 32; offset *= 2) {
       const float other_peak = __shfl_xor_sync(0xffffffff, peak, offset), highest = fmaxf(peak, other_peak);
@@ -129,17 +154,37 @@ struct Head {
   }
 
  private:
-  __device__ __forceinline__ void take(const float (&k)[8], const float (&v)[8], bool there) {
-    float score = 0.0f;
+  // Some rows, and the new one, together: what one needs does not wait for another.
+  __device__ __forceinline__ void take(const Rows& some, int base, int end, int warps, bool with_new) {
+    float scores[3];
+    bool there[3];
 #pragma unroll
-    for (int i = 0; i < 8; i++) score += query[i] * k[i];
-    score = sum_of_group(score);
-    if (!there) return;  // whole groups alike, and no exchange follows
-    const float highest = fmaxf(peak, score), shrink = exp2f(peak - highest), share = exp2f(score - highest);
-    weight = weight * shrink + share;
+    for (int u = 0; u < 3; u++) {
+      there[u] = u < 2 ? base + u * warps * CROWD + group() < end : with_new && group() == 0;
+      scores[u] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) seen[i] = seen[i] * shrink + share * v[i];
-    peak = highest;
+      for (int i = 0; i < 8; i++) scores[u] += query[i] * (u < 2 ? some.keys[u < 2 ? u : 0][i] : key[i]);
+    }
+#pragma unroll
+    for (int offset = 1; offset < LANES; offset *= 2) {
+#pragma unroll
+      for (int u = 0; u < 3; u++) scores[u] += __shfl_xor_sync(0xffffffff, scores[u], offset);
+    }
+    float highest = peak;
+#pragma unroll
+    for (int u = 0; u < 3; u++) highest = there[u] ? fmaxf(highest, scores[u]) : highest;
+    const float shrink = exp2f(peak - highest);
+    weight *= shrink, peak = highest;
+#pragma unroll
+    for (int i = 0; i < 8; i++) seen[i] *= shrink;
+#pragma unroll
+    for (int u = 0; u < 3; u++) {
+      if (!there[u]) continue;  // what stands there may be no number
+      const float share = exp2f(scores[u] - highest);
+      weight += share;
+#pragma unroll
+      for (int i = 0; i < 8; i++) seen[i] += share * (u < 2 ? some.values[u < 2 ? u : 0][i] : value[i]);
+    }
   }
 };
 

@@ -38,7 +38,7 @@ constexpr int SEEN = HEAD_DIM + 4, QUERIES = HEADS * HEAD_DIM, KEYS = KV_HEADS *
 constexpr int QUERY_HEADS = HEADS / KV_HEADS;  // that share a head of the cache
 // In a local stage a warp attends alone to a head, of all heads in each block or of one; it has its cache for itself, in memory
 // that nobody else reads. In a global stage all warps of a block share a head's rows.
-constexpr bool ALONE = !IS_GLOBAL && TAGGED && STREAMS * HEADS <= 2 * WARPS;
+constexpr bool ALONE = !IS_GLOBAL && STREAMS * HEADS <= 2 * WARPS;
 constexpr int CELLS_A_KEPT_PAIR = X_PARTS == 1 ? 1 : 2;
 // Of x in a phase with a norm: values that a lane takes at once, and that a warp does.
 constexpr int NORMED_VALUES = TAGGED ? 2 : 8, SEGMENT = 32 * NORMED_VALUES, SEGMENTS = (DIM + SEGMENT - 1) / SEGMENT;
@@ -67,9 +67,12 @@ __device__ __forceinline__ void put_kept(void* to, int place, float value, bool 
 // Which values of rows of x a thread brings: OWN times COUNT side by side, by warps, a segment of a row each.
 template <int PART, int COUNT>
 struct Share {
+  static constexpr bool KEPT = X_PARTS == 1 && (PART == DOWN || PART == OUT);  // 16 bits each
   static constexpr int WIDTH = WIDTHS[PART], SEGMENT = 32 * COUNT, SEGMENTS = (WIDTH + SEGMENT - 1) / SEGMENT;
+  static constexpr bool ONE_COLUMN = WARPS % SEGMENTS == 0;  // a thread's items are of one column
   static constexpr int ITEMS = STREAMS * SEGMENTS, OWN = (ITEMS + WARPS - 1) / WARPS;
-  static constexpr int AT_ONCE = TAGGED ? OWN : OWN < 2 ? OWN : 2;  // with a barrier before them loads need not all be under way
+  // Loads take long, so many are under way; with a barrier before them they need not all be looked at together.
+  static constexpr int MOST = KEPT ? 8 : 4, AT_ONCE = TAGGED || OWN < MOST ? OWN : MOST;
   int row[AT_ONCE], column[AT_ONCE], segment[AT_ONCE];
   bool there[AT_ONCE];
 
@@ -87,6 +90,7 @@ struct Machine {
   Stage* stage;
   Layer* layers;
   float *rotations, *squares, *means, *partial, *joining;  // [streams][head_dim], [2][streams][SEGMENTS], .., see `multiply`, [WARPS][SEEN]
+  float* staged;                                           // [streams][QKV_ROW] where each block attends to all heads
   int* chosen;                                             // [16]
   uint4* memory;                                           // of x, X_BUFFERS times BUFFER pieces; of scores of ids
   Grid grid;
@@ -108,6 +112,7 @@ struct Machine {
     float* floats = reinterpret_cast<float*>(shared + (WORDS * 8 + 15) / 16 * 16);
     memory = reinterpret_cast<uint4*>(floats), floats += MEMORY_BYTES / 4;
     partial = floats, floats += PARTIAL_FLOATS;
+    staged = floats, floats += ALONE ? STREAMS * QKV_ROW : 0;
     rotations = floats, floats += STREAMS * HEAD_DIM;
     joining = floats, floats += WARPS * SEEN;
     chosen = reinterpret_cast<int*>(floats), floats += MOST_ROWS;
@@ -182,11 +187,13 @@ struct Machine {
 #pragma unroll
     for (int begin = 0; begin < Mine::OWN; begin += Mine::AT_ONCE) {
       const Mine mine(begin);
-      float values[Mine::AT_ONCE][COUNT] = {}, weights[NORMED ? Mine::AT_ONCE : 1][COUNT];
+      constexpr int COLUMNS = NORMED && !Mine::ONE_COLUMN ? Mine::AT_ONCE : 1;
+      float values[Mine::AT_ONCE][COUNT] = {};
+      Loaded<T, COUNT> weights[COLUMNS];
       if constexpr (NORMED) {
 #pragma unroll
-        for (int n = 0; n < Mine::AT_ONCE; n++) {
-          if (mine.there[n]) load_values(norm + mine.column[n], weights[n]);
+        for (int n = 0; n < COLUMNS; n++) {
+          if (mine.there[n]) weights[n].template load<false>(norm + mine.column[n]);
         }
       }
       load(mine, values);
@@ -200,7 +207,7 @@ struct Machine {
 #pragma unroll
           for (int i = 0; i < COUNT; i++) {
             if (mine.there[n]) sum += (values[n][i] - mean) * (values[n][i] - mean);
-            values[n][i] = (values[n][i] - (NORM_KIND == LAYER ? mean : 0.0f)) * weights[n][i];
+            values[n][i] = (values[n][i] - (NORM_KIND == LAYER ? mean : 0.0f)) * weights[Mine::ONE_COLUMN ? 0 : n][i];
           }
           sum = sum_of_warp(sum);
           if (lane == 0 && mine.there[n]) squares_of<PART>()[mine.row[n] * SEGMENTS + mine.segment[n]] = sum;
@@ -246,9 +253,15 @@ struct Machine {
         if (mine.there[n]) values[n][0] = __uint_as_float(bits[n][0]), values[n][1] = __uint_as_float(bits[n][1]);
       }
     } else {
+      Loaded<float, COUNT> loaded[Mine::AT_ONCE];
 #pragma unroll
       for (int n = 0; n < Mine::AT_ONCE; n++) {
-        if (mine.there[n]) load_values(static_cast<const float*>(from) + mine.row[n] * Mine::WIDTH + mine.column[n], values[n]);
+        if (mine.there[n]) loaded[n].template load<true>(static_cast<const float*>(from) + mine.row[n] * Mine::WIDTH + mine.column[n]);
+      }
+#pragma unroll
+      for (int n = 0; n < Mine::AT_ONCE; n++) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) values[n][i] = mine.there[n] ? loaded[n][i] : 0.0f;
       }
     }
   }
@@ -279,9 +292,16 @@ struct Machine {
       bring<PART, 2>(nullptr, [&](const auto& mine, auto& values) { load_floats(from, mine, values); });
     } else {
       bring<PART, 8>(nullptr, [&](const auto& mine, auto& values) {
+        using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
+        Loaded<Kept, 8> loaded[Mine::AT_ONCE];
 #pragma unroll
-        for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
-          if (mine.there[n]) load_values(static_cast<const Kept*>(from) + mine.row[n] * Job<PART>::WIDTH + mine.column[n], values[n]);
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+          if (mine.there[n]) loaded[n].template load<true>(static_cast<const Kept*>(from) + mine.row[n] * Mine::WIDTH + mine.column[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) values[n][i] = mine.there[n] ? loaded[n][i] : 0.0f;
         }
       });
     }
@@ -309,12 +329,49 @@ struct Machine {
     }
   }
 
+  // All q, k and v to `staged`, by all threads.
+  __device__ __forceinline__ void stage_qkv() {
+    constexpr int PAIRS = STREAMS * QKV_ROW / 2, OWN = (PAIRS + THREADS - 1) / THREADS;
+    float2* to = reinterpret_cast<float2*>(staged);
+    if constexpr (TAGGED) {
+      const Cell* cells[OWN];
+      bool there[OWN];
+      uint32_t bits[OWN][2];
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        const int pair = int(threadIdx.x) + n * THREADS;
+        cells[n] = static_cast<const Cell*>(stage->qkv) + 2 * pair, there[n] = pair < PAIRS;
+      }
+      read_cells(grid, cells, there, phase, bits);
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        if (there[n]) to[threadIdx.x + n * THREADS] = float2{__uint_as_float(bits[n][0]), __uint_as_float(bits[n][1])};
+      }
+    } else {
+      Loaded<float, 2> loaded[OWN];
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        const int pair = int(threadIdx.x) + n * THREADS;
+        if (pair < PAIRS) loaded[n].template load<true>(static_cast<const float*>(stage->qkv) + 2 * pair);
+      }
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        if (int(threadIdx.x) + n * THREADS < PAIRS) to[threadIdx.x + n * THREADS] = float2{loaded[n][0], loaded[n][1]};
+      }
+    }
+  }
+
   // A head's query, and its new key and value as a cache would give them back.
   __device__ __forceinline__ void prepare(Head& head, const Layer& layer, int stream, int number) {
     const int at = Head::piece() * 8, kv_head = number / QUERY_HEADS;
-    load_three(
-        stream, {number * HEAD_DIM + at, QUERIES + kv_head * HEAD_DIM + at, QUERIES + KEYS + kv_head * HEAD_DIM + at}, head.query,
-        head.key, head.value);
+    const int columns[3] = {number * HEAD_DIM + at, QUERIES + kv_head * HEAD_DIM + at, QUERIES + KEYS + kv_head * HEAD_DIM + at};
+    if constexpr (ALONE) {
+      const float* row = staged + stream * QKV_ROW;
+      load_values<false>(row + columns[0], head.query), load_values<false>(row + columns[1], head.key);
+      load_values<false>(row + columns[2], head.value);
+    } else {
+      load_three(stream, columns, head.query, head.key, head.value);
+    }
     const float* rotation = rotations + stream * HEAD_DIM;
     Head::prepare(head.query, layer.query_norm, stage->eps, rotation);
     Head::prepare(head.key, layer.key_norm, stage->eps, rotation);
@@ -329,20 +386,21 @@ struct Machine {
   static __device__ __forceinline__ void remember(const Head& head, T* keys, T* values, int seen) {
     if (Head::group() > 0) return;
     const int64_t place = int64_t(seen) * HEAD_DIM + Head::piece() * 8;
-#pragma unroll
-    for (int i = 0; i < 8; i++) keys[place + i] = from_float<T>(head.key[i]), values[place + i] = from_float<T>(head.value[i]);
+    store_values(keys + place, head.key), store_values(values + place, head.value);
   }
 
-  // A head of a stream in a local stage, by a warp, which has a cache for it.
-  __device__ __forceinline__ void attend_by_warp(Head& head, const Layer& layer, int task, int seen) {
-    const int64_t own = int64_t((ALONE ? int(blockIdx.x) * STREAMS * HEADS : 0) + task) * stage->capacity * HEAD_DIM;
-    T *keys = layer.keys + own, *values = layer.values + own;
-    Head::Rows some;
-    some.load(keys, values, 0, seen, 1);
+  // Where a warp of a local stage keeps the rows of a head of a stream.
+  __device__ __forceinline__ int64_t own_rows(int task) const {
+    return int64_t((ALONE ? int(blockIdx.x) * STREAMS * HEADS : 0) + task) * stage->capacity * HEAD_DIM;
+  }
+
+  // A head of a stream in a local stage, by a warp; `some` rows are on their way.
+  __device__ __forceinline__ void attend_by_warp(Head& head, Head::Rows& some, const Layer& layer, int task, int seen) {
+    T *keys = layer.keys + own_rows(task), *values = layer.values + own_rows(task);
     prepare(head, layer, task / HEADS, task % HEADS);
     head.see(some, keys, values, 0, seen, 0, 1, true);
     remember(head, keys, values, seen);
-    const float share = 1.0f / head.weight;
+    const float share = X_PARTS == 1 ? __fdividef(1.0f, head.weight) : 1.0f / head.weight;
 #pragma unroll
     for (int i = 0; i < 8; i++) head.seen[i] *= share;
   }
@@ -351,10 +409,16 @@ struct Machine {
   __device__ __forceinline__ void attend_alone(const Layer& layer, int seen) {
     using Own = Job<OUT>;
     const Operand<OUT> x = operand<OUT>();
+    const int first = threadIdx.x / 32;
+    Head::Rows some;
+    if (first < STREAMS * HEADS) some.load(layer.keys + own_rows(first), layer.values + own_rows(first), 0, seen, 1);
     clear_rest<OUT>();
-    for (int task = threadIdx.x / 32; task < STREAMS * HEADS; task += WARPS) {
+    stage_qkv();
+    __syncthreads();
+    for (int task = first; task < STREAMS * HEADS; task += WARPS) {
+      if (task > first) some.load(layer.keys + own_rows(task), layer.values + own_rows(task), 0, seen, 1);
       Head head;
-      attend_by_warp(head, layer, task, seen);
+      attend_by_warp(head, some, layer, task, seen);
       if (Head::group() > 0) continue;
 #pragma unroll
       for (int side = 0; side < Own::SIDES; side++) {
@@ -369,8 +433,10 @@ struct Machine {
   // The same with a warp of the whole grid for each.
   __device__ __forceinline__ void attend_by_warps(const Layer& layer, int seen) {
     for (int task = threadIdx.x / 32 * BLOCKS + blockIdx.x; task < STREAMS * HEADS; task += WARPS * BLOCKS) {
+      Head::Rows some;
+      some.load(layer.keys + own_rows(task), layer.values + own_rows(task), 0, seen, 1);
       Head head;
-      attend_by_warp(head, layer, task, seen);
+      attend_by_warp(head, some, layer, task, seen);
       if (Head::group() > 0) continue;
       const int place = task / HEADS * QUERIES + task % HEADS * HEAD_DIM + Head::piece() * 8;
 #pragma unroll
@@ -387,10 +453,23 @@ struct Machine {
     }
   }
 
-  // Heads of streams and splits of their rows in a global stage, a block each.
+  // Heads of streams and splits of their rows in a global stage, a crew of warps of a block each: as many as leave a crew for each,
+  // or two warps.
+  static constexpr int TASKS = STREAMS * HEADS * SPLITS;
+  static constexpr int CREW = TASKS <= BLOCKS || WARPS < 4 ? WARPS : TASKS <= 2 * BLOCKS || WARPS < 8 ? WARPS / 2 : WARPS / 4;
+
   __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
-    const int warp = threadIdx.x / 32;
-    for (int task = blockIdx.x; task < STREAMS * HEADS * SPLITS; task += BLOCKS) {
+    constexpr int CREWS = WARPS / CREW;
+    const int crew = threadIdx.x / 32 / CREW, warp = threadIdx.x / 32 % CREW;
+    float* joining = this->joining + crew * CREW * SEEN;
+    auto synchronize = [&] {
+      if constexpr (CREWS == 1) {
+        __syncthreads();
+      } else {
+        synchronize_team(1 + crew, CREW * 32);
+      }
+    };
+    for (int task = crew * BLOCKS + blockIdx.x; task < TASKS; task += CREWS * BLOCKS) {
       const int split = task % SPLITS, number = task / SPLITS % HEADS, stream = task / SPLITS / HEADS;
       int start = padding == nullptr ? 0 : padding[stream];
       if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
@@ -398,27 +477,27 @@ struct Machine {
       const int end = start + int(int64_t(count) * (split + 1) / SPLITS);
       const int64_t cache = int64_t(stream * KV_HEADS + number / QUERY_HEADS) * stage->capacity * HEAD_DIM;
       T *keys = layer.keys + cache, *values = layer.values + cache;
-      const bool with_new = split == SPLITS - 1 && warp == WARPS - 1;
+      const bool with_new = split == SPLITS - 1 && warp == CREW - 1;
       Head::Rows some;
-      some.load(keys, values, first + warp * Head::CROWD, end, WARPS);
+      some.load(keys, values, first + warp * Head::CROWD, end, CREW);
       Head head;
       prepare(head, layer, stream, number);
-      head.see(some, keys, values, first, end, warp, WARPS, with_new);
+      head.see(some, keys, values, first, end, warp, CREW, with_new);
       if (with_new && number % QUERY_HEADS == 0) remember(head, keys, values, seen);
       if (Head::group() == 0) {
 #pragma unroll
         for (int i = 0; i < 8; i++) joining[warp * SEEN + Head::piece() * 8 + i] = head.seen[i];
         joining[warp * SEEN + HEAD_DIM] = head.peak, joining[warp * SEEN + HEAD_DIM + 1] = head.weight;
       }
-      __syncthreads();
+      synchronize();
       constexpr int WHOLE_WARPS = (HEAD_DIM + 31) / 32 * 32;
-      for (int i = threadIdx.x; i < WHOLE_WARPS; i += THREADS) {
+      for (int i = threadIdx.x % (CREW * 32); i < WHOLE_WARPS; i += CREW * 32) {
         float peak = NOTHING_SEEN, weight = 0.0f, seen_here = 0.0f;
         const int place = min(i, HEAD_DIM - 1);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, joining[w * SEEN + HEAD_DIM]);
+        for (int w = 0; w < CREW; w++) peak = fmaxf(peak, joining[w * SEEN + HEAD_DIM]);
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) {
+        for (int w = 0; w < CREW; w++) {
           const float share_of_warp = exp2f(joining[w * SEEN + HEAD_DIM] - peak);
           weight += share_of_warp * joining[w * SEEN + HEAD_DIM + 1], seen_here += share_of_warp * joining[w * SEEN + place];
         }
@@ -430,7 +509,7 @@ struct Machine {
           if (i == 0) put_float(stage->parts, task * SEEN + HEAD_DIM + 1, weight, phase + 1);
         }
       }
-      __syncthreads();
+      synchronize();
     }
   }
 
@@ -607,7 +686,7 @@ struct Machine {
   // The weights of a phase after the next one, where they do not stay in the second-level cache anyway.
   template <int PART>
   __device__ __forceinline__ void send_ahead(const Linear* linears) const {
-    if constexpr (IS_GLOBAL) send_tile_to_cache<PART>(linears);
+    if constexpr (IS_GLOBAL) send_tiles_to_cache<PART>(linears);
   }
 };
 

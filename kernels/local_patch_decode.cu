@@ -3,15 +3,15 @@
 //
 // model: Stage and Layers; lead[streams, dim]: the row that leads; added[steps in all, dim]: what is added to lead and to the
 // embedding of the id before each later row; given[streams, known]: ids that stand there already, fed and not drawn, or null;
-// noise[steps, vocab], or null for the likeliest ids; filters: temperature, top_p, min_p, top_k; ids[streams, steps]: drawn after
-// the known ones; number: of the launch, which the host finds with the ids in its mailbox, all -1 where a wait was given up;
-// first_phase: more than the number of any phase of the launches before.
+// noise[steps, vocab], or null for the likeliest ids; temperature, top_p, min_p, top_k: filters; ids[streams, PATCH]: the known
+// ones and those drawn; number: of the launch, which the host finds with the drawn ids [streams, steps] in its mailbox, -2 where
+// logits are no numbers, all -1 where a wait was given up; first_phase: more than the number of any phase of the launches before.
 
 extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_decode(
     const uint8_t* model, const marlin::T* lead, const marlin::T* added, const int32_t* given, const float* noise, int32_t* ids,
     float temperature, float top_p, float min_p, int top_k, int known, int steps, int number, unsigned first_phase) {
   using namespace marlin;
-  constexpr int VOCAB = Job<LAST>::HEIGHT, MAIL_SLOTS = 4, MAIL_WORDS = 2048, SCORES = (VOCAB + 63) / 64;
+  constexpr int VOCAB = Job<LAST>::HEIGHT, MAIL_SLOTS = 4, MAIL_WORDS = 2048, GAVE_UP = -1, NOT_FINITE = -2, SCORES = (VOCAB + 63) / 64;
   Machine machine(model, first_phase);
   const Stage& stage = *machine.stage;
   int32_t* mail = stage.mailbox + number % MAIL_SLOTS * MAIL_WORDS;
@@ -46,6 +46,13 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
       }
       float highest = nothing;
       int id = VOCAB;
+      bool finite = true, any = false;  // all below infinity, and some above minus that
+#pragma unroll
+      for (int n = 0; n < SCORES; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) finite = finite && scores[n][i] < -nothing, any = any || scores[n][i] > nothing;
+      }
+      finite = __all_sync(0xffffffff, finite) && __any_sync(0xffffffff, any);
       if (noise != nullptr) {
         float* scaled = reinterpret_cast<float*>(machine.memory) + stream * VOCAB;
 #pragma unroll
@@ -98,15 +105,15 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
       }
       best_of_warp(highest, id);
       if (lane == 0) {
-        machine.chosen[stream] = id;
-        if (blockIdx.x == 0) ids[stream * steps + step - known] = mail[1 + stream * steps + step - known] = id;
+        machine.chosen[stream] = finite ? id : 0;
+        if (blockIdx.x == 0) ids[stream * PATCH + step] = id, mail[1 + stream * steps + step - known] = finite ? id : NOT_FINITE;
       }
     }
   };
   // Everything in the mailbox is there for the host that finds the number. For thread 0 of block 0, after the others.
   auto post = [&] {
     if (machine.grid.failed()) {
-      for (int i = 0; i < STREAMS * steps; i++) ids[i] = mail[1 + i] = -1;
+      for (int i = 0; i < STREAMS * steps; i++) mail[1 + i] = GAVE_UP;
     }
     __threadfence_system();
     *static_cast<volatile int32_t*>(mail) = number;
@@ -115,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
   auto fresh = [&](int step, int row, int column, auto& values) {
     constexpr int COUNT = sizeof(values) / sizeof(float);
     float more[COUNT];
-    load_values(step == 0 ? lead + row * DIM + column : stage.table + int64_t(machine.chosen[row]) * DIM + column, values);
-    load_values(added + step * DIM + column, more);
+    load_values<false>(step == 0 ? lead + row * DIM + column : stage.table + int64_t(machine.chosen[row]) * DIM + column, values);
+    load_values<false>(added + step * DIM + column, more);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) values[i] += more[i];
   };
@@ -133,7 +140,9 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
     if (step > known) {
       draw(step - 1);
     } else if (step > 0 && threadIdx.x < STREAMS) {
-      machine.chosen[threadIdx.x] = given[threadIdx.x * known + step - 1];
+      const int id = given[threadIdx.x * known + step - 1];
+      machine.chosen[threadIdx.x] = id;
+      if (blockIdx.x == 0) ids[threadIdx.x * PATCH + step - 1] = id;
     }
     __syncthreads();
     // What the first o_proj is added to.

@@ -1,8 +1,9 @@
 """Decoding of whole patches on an NVIDIA GPU: two launches a patch, ids and conditions stay on the device. Prefix layout alone.
 
-`patch_decoder` chooses: what it does not take, and every part of a patch, goes operation by operation (`decoding`).
+`patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,13 +12,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from marlin_cli import console
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.scoring import not_finite
+from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import Block, MegaByte, Stack, StageConfig, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Memory, Queue
-from marlin_cli.ops.cuda_mailbox import MOST_IDS
+from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
 from marlin_cli.ops.cuda_stages import LayerArrays, LinearArrays, StageArrays, StageOnDevice, dense_arrays, takes_stage
 from marlin_cli.ops.dispatch import gpu
 
@@ -34,6 +38,7 @@ class Patch(NamedTuple):
     number: int  # of the launch; see `PatchDecoder.read`
     slot: int  # where its ids and the condition of the patch that follows are
     more: bool  # whether that condition is made
+    steps: int  # ids drawn
 
 
 class PatchDecoder:
@@ -59,11 +64,23 @@ class PatchDecoder:
 
     def keep(self, streams: int) -> None:
         """Go on with fewer streams, all that was queued being settled."""
-        self._make(streams, self._global.known, self._local.known)
+        self._wanted = streams  # they may well go on elsewhere, and other kernels take a while
 
-    def enter(self, condition: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
-        """Go on from what MLX has made: the condition [streams, 1, dim] of the next patch, and caches of what came before."""
-        mx.eval(condition)
+    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+        """Go on from what MLX has made.
+
+        Args:
+            condition: [streams, 1, dim] of the open patch.
+            given: [streams, n] ids that stand in it already.
+            caches: of what came before it.
+            padding: [streams] filler rows of the caches.
+        """
+        if self._wanted != self._streams:
+            self._make(self._wanted, self._global.known, self._local.known)
+        mx.eval(condition, given)
+        self._known = given.shape[1]
+        if self._known:
+            self._queue.write(self._given.address, np.array(given, dtype=np.int32).tobytes())
         self._queue.write(self._condition_of(SLOTS - 1), _bytes_of(condition))
         self._lead = self._condition_of(SLOTS - 1)
         self._slot = 0
@@ -74,10 +91,13 @@ class PatchDecoder:
 
     def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
         """Queue the next patch, and the global step after it if there is to be `more`."""
-        drawn = self._noise.take(noise, self._steps) if sampling.temperature else 0
+        known, steps = self._known, self._steps - self._known
+        self._known = 0
+        drawn = self._noise.take(noise, steps) if sampling.temperature else 0
         filters = sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k
         ids, slot = self._ids_of(self._slot), self._slot
-        number = self._local.decode_sequence(self._lead, self._added_there.address, 0, drawn, filters, 0, self._steps, ids)
+        given = self._given.address if known else 0
+        number = self._local.decode_sequence(self._lead, self._added_there.address, given, drawn, filters, known, steps, ids)
         if more:
             if self._room == 0:
                 self.settle(caches)
@@ -86,16 +106,20 @@ class PatchDecoder:
             self._global.step(ids, self._rows, self._padding.address if self._padded else 0, self._lead)
             self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
         self._slot = (slot + 1) % SLOTS
-        return Patch(number, slot, more)
+        return Patch(number, slot, more, steps)
 
     def read(self, patch: Patch) -> np.ndarray:
-        """The ids [streams, patch_size] of a patch, waited for.
+        """The ids [streams, steps] drawn in a patch, waited for.
 
         Raises:
             BackendError: the GPU did not finish it.
+            CheckpointError: some were predicted by what is no number.
         """
         assert self._local.mailbox is not None
-        return self._local.mailbox.read(patch.number, self._streams, self._steps)
+        ids = self._local.mailbox.read(patch.number, self._streams, patch.steps)
+        if (ids == NOT_FINITE).any():
+            raise not_finite()
+        return ids
 
     def condition(self, patch: Patch) -> mx.array:
         """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one."""
@@ -105,10 +129,10 @@ class PatchDecoder:
             return mx.array(np.frombuffer(data, np.float32).reshape(shape))
         return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(dtype)
 
-    def take_back(self, patch: Patch, sampling: Sampling) -> None:
-        """Forget the patch that was queued last."""
+    def take_back(self, patch: Patch, sampling: Sampling, steps: int) -> None:
+        """Forget the last steps of the patch that was queued last, and what followed it."""
         if sampling.temperature:
-            self._noise.give_back(self._steps)
+            self._noise.give_back(steps)
         if patch.more:
             self._rows, self._room, self._uncounted = self._rows - 1, self._room + 1, self._uncounted - 1
 
@@ -136,7 +160,7 @@ class PatchDecoder:
         self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
 
     def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
-        self._streams = streams
+        self._streams = self._wanted = streams
         self._global = StageOnDevice(self._stages[0], streams, self._steps, self._queue, global_known)
         self._local = StageOnDevice(self._stages[1], streams, self._steps, self._queue, local_known)
         both = self._global, self._local
@@ -149,8 +173,8 @@ class PatchDecoder:
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
         self._added_there = self._queue.allocate(self._added.nbytes)
         self._queue.write(self._added_there.address, _bytes_of(self._added))
-        self._padding = self._queue.allocate(4 * streams)
-        self._padded, self._room, self._lead, self._slot = False, 0, 0, 0
+        self._padding, self._given = self._queue.allocate(4 * streams), self._queue.allocate(self._ids_bytes)
+        self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
 
     @staticmethod
     def _apart(size: int) -> int:
@@ -220,7 +244,16 @@ def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     shape = (network.config.patch_size, last.config.dim)
     dtype = last.byte_embedding.weight.dtype
     added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
-    return PatchDecoder((stages[0], stages[1]), added, streams)
+    try:
+        return PatchDecoder((stages[0], stages[1]), added, streams)
+    except BackendError as error:
+        _say_once(f"patches are decoded operation by operation: {error}")
+        return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    console.note(message)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:

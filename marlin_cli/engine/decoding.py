@@ -80,6 +80,7 @@ class Lockstep:
         self._ahead: Patch | None = None  # a patch that has been queued before it was asked for
         # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
         self._in_place: tuple[Patch, np.ndarray, Sampling, Noise] | None = None
+        self._live: list[int] | None = None  # of the streams that the GPU goes on with, those that are still asked for
         self._states = [_StageState() for _ in self.config.stages]
         # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], filler patches [streams].
         self._patch: mx.array
@@ -134,11 +135,12 @@ class Lockstep:
         """
         if max(self.positions) >= self.config.max_bytes:
             return
+        if self._on_gpu is not None and self._logits is None:
+            return  # what decodes whole patches looks at all logits itself
         finest = self._states[self._last]
         before = self._logits, finest.cache, self._fed, self._sequence_cache_bytes
         finite = mx.isfinite(mx.logsumexp(self.logits, axis=-1)).all().item()
-        in_one_call = self._fused is not None or self._on_gpu is not None
-        if in_one_call and before[0] is None and before[1] is None:
+        if self._fused is not None and before[0] is None and before[1] is None:
             # As it was: with logits at hand the next ids would be drawn one at a time.
             self._logits, finest.cache, self._fed, self._sequence_cache_bytes = before
         if not finite:
@@ -150,8 +152,8 @@ class Lockstep:
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
         steps = length - tokens + (1 if self._lucid else 0)
         steps = min(steps, most, self.config.max_bytes - max(self.positions))
-        if self._on_gpu is not None and self._logits is None and tokens == 0 and steps == length:
-            return self._whole_patch(sampling, noise, most)
+        if self._on_gpu is not None and self._logits is None and steps > 0:
+            return self._whole_patch(sampling, noise, steps, most)
         self._settle()
         if self._fused is None or self._logits is not None or steps < 1:
             step_noise = noise.take(1)[0] if sampling.temperature else None
@@ -178,10 +180,17 @@ class Lockstep:
 
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
-        if self._on_gpu is not None:
-            self._settle()
-            self._on_gpu.keep(len(streams))
         self.positions = [self.positions[stream] for stream in streams]
+        if self._in_place is not None:
+            live = self._live or range(self._in_place[1].shape[0])
+            self._live = [live[stream] for stream in streams]
+        else:
+            self._keep(streams)
+
+    def _keep(self, streams: Sequence[int]) -> None:
+        """Drop all that is known of other streams, but for their positions."""
+        if self._on_gpu is not None:
+            self._on_gpu.keep(len(streams))
         chosen = mx.array(list(streams))
         self._patch, self._before_patch = self._patch[chosen], self._before_patch[chosen]
         self._filler = [self._filler[stream] for stream in streams]
@@ -194,29 +203,45 @@ class Lockstep:
             if state.condition is not None:
                 state.condition = state.condition[chosen]
 
-    def _whole_patch(self, sampling: Sampling, noise: Noise, most: int) -> np.ndarray:
-        """The next patch, all of it decoded on the GPU; if another whole one may follow, that is queued before this is read."""
-        patch_size, condition = self.config.patch_size, self._states[1].condition
-        assert self._on_gpu is not None and condition is not None
+    def _whole_patch(self, sampling: Sampling, noise: Noise, steps: int, most: int) -> np.ndarray:
+        """The next `steps` ids of the open patch, all of which is decoded on the GPU.
+
+        If another patch may follow, of at most `most` ids in all, that is queued before this one is read.
+        """
+        assert self._on_gpu is not None
         if self._in_place is not None and self._in_place[2:] != (sampling, noise):
             self._settle()
-        room = self.config.max_bytes - max(self.positions) - patch_size
-        layers = self._layers_in_place()
+        patch_size, finest, layers = self.config.patch_size, self._states[self._last], self._layers_in_place()
+        lacking = patch_size - finest.tokens
+        room = self.config.max_bytes - max(self.positions) - lacking
         if self._in_place is None:
-            self._on_gpu.enter(condition, layers, self._left_padding)
-        patch = self._on_gpu.queue(layers, sampling, noise, room > 0) if self._ahead is None else self._ahead
+            assert finest.condition is not None
+            self._on_gpu.enter(finest.condition, self._tail(), layers, self._left_padding)
+        patch = self._ahead or self._on_gpu.queue(layers, sampling, noise, steps == lacking and room > 0)
         self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
         self._ahead = None
-        if patch.more and min(most - patch_size, room) >= patch_size:
-            self._ahead = self._on_gpu.queue(layers, sampling, noise, room > patch_size)
+        if patch.more and steps == lacking and min(most - steps, room) > 0:
+            whole = most - steps >= patch_size and room > patch_size
+            self._ahead = self._on_gpu.queue(layers, sampling, noise, whole)
         ids = self._on_gpu.read(patch)
+        given = ids if self._live is None else ids[self._live]
+        if steps < lacking:
+            self._on_gpu.take_back(patch, sampling, lacking - steps)
+            if self._in_place is None:
+                self._on_gpu.settle(layers)
+                self._on_gpu.give_back_noise(noise)
+            self._settle()
+            self._append(mx.array(given[:, :steps]))
+            return given[:, :steps]
+        if finest.tokens and patch.more:
+            self._patch, finest.tokens, finest.cache, self._fed = self._patch[:, :0], 0, None, 0
         self._in_place = patch, ids, sampling, noise
-        self.positions = [position + patch_size for position in self.positions]
+        self.positions = [position + steps for position in self.positions]
         if patch.more:
             self._states[0].tokens += 1
         else:
             self._settle()
-        return ids
+        return given
 
     def _layers_in_place(self) -> list[KeyValueCache]:
         cache = self._states[0].cache
@@ -229,13 +254,17 @@ class Lockstep:
             return
         patch, ids, sampling, noise = self._in_place
         if self._ahead is not None:
-            self._on_gpu.take_back(self._ahead, sampling)
+            self._on_gpu.take_back(self._ahead, sampling, self.config.patch_size)
         self._on_gpu.settle(self._layers_in_place())
         self._on_gpu.give_back_noise(noise)
-        self._ahead, self._in_place = None, None
+        live, self._ahead, self._in_place, self._live = self._live, None, None, None
         if patch.more:
             self._before_patch, self._states[1].condition = mx.array(ids[:, -1]), self._on_gpu.condition(patch)
-        else:  # the context is full
+        if live is not None:
+            self._patch = mx.zeros((ids.shape[0], 0), dtype=mx.int32)
+            self._keep(live)
+            ids = ids[live]
+        if not patch.more:  # the context is full
             self.positions = [position - ids.shape[1] for position in self.positions]
             self._append(mx.array(ids))
 

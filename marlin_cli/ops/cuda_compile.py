@@ -1,4 +1,4 @@
-"""Compiles the text of a CUDA kernel by NVRTC, which MLX's CUDA packages bring, and keeps what comes out in the user's cache."""
+"""Compiles the text of a CUDA kernel by NVRTC, which MLX's CUDA packages bring, and keeps the outcome in the user's cache."""
 
 import ctypes
 import functools
@@ -36,12 +36,17 @@ def compiled(texts: Sequence[str]) -> list[bytes]:
     found = [_kept(folder, key) for key in keys]
     missing = [i for i, code in enumerate(found) if code is None]
     if missing:
-        console.note("compiling the GPU's kernels for this model, once for this machine (a few seconds)")
+        _announce()
         with ThreadPoolExecutor(len(missing)) as pool:
             for i, code in zip(missing, pool.map(compile_text, [texts[i] for i in missing]), strict=True):
                 found[i] = code
                 _keep(folder, keys[i], code)
     return [code for code in found if code is not None]
+
+
+@functools.cache
+def _announce() -> None:
+    console.note("compiling the GPU's kernels for this model, once for this machine (a few seconds)")
 
 
 def compile_text(text: str, architecture: str | None = None) -> bytes:
@@ -61,7 +66,9 @@ def compile_text(text: str, architecture: str | None = None) -> bytes:
     try:
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if library.nvrtcCompileProgram(program, len(options), given):
-            raise BackendError(f"a GPU kernel does not compile: {one_line(_log_of(program))[:300]}; use MARLIN_KERNELS=reference")
+            raise BackendError(
+                f"a GPU kernel does not compile: {one_line(_log_of(program))[:300]}; use MARLIN_KERNELS=reference"
+            )
         size = ctypes.c_size_t()
         _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         code = ctypes.create_string_buffer(size.value)

@@ -39,6 +39,7 @@ class Queue:
         self._context = _context()
         self._stream = ctypes.c_void_p()
         _check(_driver().cuStreamCreate(ctypes.byref(self._stream), NON_BLOCKING), "makes no stream")
+        weakref.finalize(self, _driver().cuStreamDestroy_v2, self._stream).atexit = False
 
     def allocate(self, size: int) -> "Memory":
         """Zeroed memory of the device."""
@@ -83,6 +84,7 @@ class Queue:
             )
             _check(code, f"does not launch {name}")
 
+        weakref.finalize(launch, _driver().cuModuleUnload, module).atexit = False
         return launch
 
 

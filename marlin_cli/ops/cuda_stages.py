@@ -13,24 +13,26 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, shared_memory
-from marlin_cli.ops.cuda_kernels import ADDRESSES_A_LAUNCH, kernel
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
 from marlin_cli.ops.cuda_text import constants, text
+from marlin_cli.ops.kernel_source import code
 
 KINDS = ("dense", "nvfp4", "mxfp4", "mxfp8", "int4", "int8")  # as `Kind` in few_rows.cuh
 LANE_VALUES = {"dense": 8, "nvfp4": 32, "mxfp4": 32, "mxfp8": 16, "int4": 32, "int8": 16}
 NORM_KINDS = ("rmsnorm", "layernorm", "variance")  # as `NormKind` in few_rows_stage.cuh
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu", "silu")
 HEAD_DIMS = (16, 32, 64, 128, 256)
-WARPS = 16  # of a block, which has a multiprocessor to itself
-LOADS = 4  # of 16 bytes of weights that a lane has under way
+WARPS = 8  # of a block, which has a multiprocessor to itself
+LOADS = 8  # of 16 bytes of weights that a lane has under way
+CROWDED, WIDE = 8, 1024  # with more streams and wider rows than these, half as many loads leave registers for the rest
 MOST_STREAMS = 16  # rows of a product of the matrix units
-MOST_TAGGED_STREAMS = 4  # with more, a barrier costs less than cells, which take twice the room
+MOST_LOOKS = 50_000  # of all blocks at the values of rows of x: more cost more than a barrier
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
-PARTS = ("first", "qkv", "out", "up", "down", "last")  # as `Part` in few_rows.cuh
+ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 
 # Bytes of the records as few_rows_stage.cuh lays them out.
 STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 184, 328, 40
@@ -168,13 +170,19 @@ def shared_bytes(stage: StageArrays, streams: int) -> int:
     record = -(-(STAGE_BYTES + LAYER_BYTES * len(stage.layers)) // 16) * 16
     segments = streams * -(-stage.dim // (64 if tagged else 256))
     partial = WARPS * 2 * streams * 8 * 2
-    floats = partial + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
+    staged = streams * (stage.heads + 2 * stage.kv_heads) * stage.head_dim if _attends_alone(stage, streams) else 0
+    floats = partial + staged + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
     return record + _memory_bytes(stage, streams) + 4 * floats
 
 
 def is_tagged(stage: StageArrays, streams: int) -> bool:
     """Whether values carry the number of their phase, see few_rows_stage.cuh."""
-    return streams <= MOST_TAGGED_STREAMS and stage.last.rows % 2 == 0
+    return streams * stage.dim * blocks_of(stage) <= MOST_LOOKS and stage.last.rows % 2 == 0
+
+
+def _attends_alone(stage: StageArrays, streams: int) -> bool:
+    """Whether each block does all attention itself, see few_rows_stage.cuh."""
+    return stage.first is None and streams * stage.heads <= 2 * WARPS
 
 
 def _memory_bytes(stage: StageArrays, streams: int) -> int:
@@ -204,7 +212,8 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
     within = [any(each.bias is not None for layer in beside for each in layer[part]) for part in range(4)]
     biased = [stage.first is not None and stage.first.bias is not None, *within, stage.last.bias is not None]
     values = {
-        "X_PARTS": 1 if stage.table.dtype == mx.bfloat16 else 3, "WARPS": WARPS, "LOADS": LOADS, "BLOCKS": blocks,
+        "X_PARTS": 1 if stage.table.dtype == mx.bfloat16 else 3, "WARPS": WARPS, "BLOCKS": blocks,
+        "LOADS": LOADS // 2 if streams > CROWDED and stage.dim > WIDE else LOADS,
         "IS_GLOBAL": stage.first is not None, "TAGGED": is_tagged(stage, streams), "STREAMS": streams,
         "LAYERS": len(stage.layers), "DIM": stage.dim, "HEADS": stage.heads, "KV_HEADS": stage.kv_heads,
         "HEAD_DIM": stage.head_dim, "FFN_DIM": stage.ffn_dim, "PATCH": steps, "BYTE_WIDTH": stage.table.shape[1],
@@ -212,7 +221,8 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
         "ACTIVATION": ACTIVATIONS.index(stage.activation), "ROTATES": bool(stage.theta), "INTERLEAVED": stage.interleaved,
         "QK_NORM": stage.layers[0].query_norm is not None, "MEMORY_BYTES": _memory_bytes(stage, streams),
         "KINDS": kinds, "GROUPS": [1 if part is None else part.group for part in parts],
-        "WIDTHS": [8 if part is None else part.width for part in parts], "ROWS": [8 if part is None else part.rows for part in parts],
+        "WIDTHS": [8 if part is None else part.width for part in parts],
+        "ROWS": [8 if part is None else part.rows for part in parts],
         "HAS_BIAS": biased, "ALL_KINDS": sum(1 << kind for kind in set(kinds[0 if stage.first is not None else 1 :])),
     }  # fmt: skip
     return constants(stage.table.dtype, values)
@@ -234,14 +244,12 @@ class StageOnDevice:
         known: addresses of the stage's own arrays, if they have been asked for.
     """
 
-    def __init__(
-        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None
-    ) -> None:
+    def __init__(self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None) -> None:
         self.stage, self.streams, self._queue = stage, streams, queue
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
-        self.blocks = min(multiprocessors(), _most_blocks(stage))
+        self.blocks = blocks_of(stage)
         sizes = sizes_of(stage, streams, self.blocks, steps)
         self.text = text(kernel_name(stage), sizes)
         self._launch: Launcher | None = None
@@ -254,10 +262,10 @@ class StageOnDevice:
         self._phases_a_launch = (5 * len(stage.layers) + 3) * (steps if stage.first is None else 1)
         self._phase = 0
 
-    def load(self, code: bytes) -> None:
+    def load(self, machine_code: bytes) -> None:
         """Take the machine code of `text`."""
         size = shared_bytes(self.stage, self.streams)
-        self._launch = self._queue.load(code, kernel_name(self.stage), self.blocks, WARPS * 32, size)
+        self._launch = self._queue.load(machine_code, kernel_name(self.stage), self.blocks, WARPS * 32, size)
 
     def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]]) -> None:
         """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type; changed in place."""
@@ -277,12 +285,11 @@ class StageOnDevice:
         self._caches = []
 
     def own_caches(self, rows: int) -> None:
-        """Caches of this stage's own, for sequences of at most `rows` rows: one for each head, and each block where it has all."""
+        """Caches of this stage's own, for sequences of at most `rows` rows: each head's, by block where each has all heads."""
         stage = self.stage
-        alone = is_tagged(stage, self.streams) and self.streams * stage.heads <= 2 * WARPS
         one = self.streams * stage.heads * rows * stage.head_dim * stage.table.dtype.size
         self._own_cache_bytes = 2 * len(stage.layers) * one
-        copies = self.blocks if alone else 1
+        copies = self.blocks if _attends_alone(stage, self.streams) else 1
         self._own_cache = self._queue.allocate(copies * self._own_cache_bytes)
         self._record([self._own_cache.address + copies * one * i for i in range(2 * len(stage.layers))], rows)
 
@@ -290,7 +297,7 @@ class StageOnDevice:
         self, lead: int, added: int, given: int, noise: int, filters: tuple[float, float, float, int], known: int, steps: int,
         ids: int,
     ) -> int:  # fmt: skip
-        """Draw the ids that follow some that are known in a sequence of the last stage; the mailbox has them by the number returned.
+        """Draw the ids that follow known ones in a sequence of the last stage; the mailbox has them by the number returned.
 
         Args:
             lead: address of [streams, dim]: the row that leads.
@@ -298,14 +305,17 @@ class StageOnDevice:
             given: of [streams, known] int32: ids that stand in the sequence already; 0 where there are none.
             noise: of [steps, vocab] float32 where an id is drawn; 0 takes the likeliest.
             filters: temperature, top_p, min_p and top_k.
-            ids: of [streams, steps] int32: the drawn ones, all -1 where blocks gave up waiting for each other.
+            ids: of [streams, patch] int32: known ones and drawn ones.
         """
         assert self._launch is not None and self.mailbox is not None and self.streams * steps <= MOST_IDS
         number = self.mailbox.next()
         *floats, top_k = filters
         pointers = (self._places[-1], lead, added, given, noise, ids)
         self._launch(
-            *map(c_uint64, pointers), *map(c_float, floats), *map(c_int32, (top_k, known, steps, number)), c_uint32(self._next())
+            *map(c_uint64, pointers),
+            *map(c_float, floats),
+            *map(c_int32, (top_k, known, steps, number)),
+            c_uint32(self._next()),
         )
         return number
 
@@ -374,11 +384,11 @@ def _linear_bytes(linear: LinearArrays, known: Iterator[int]) -> bytes:
     return struct.pack("<4Qfi", *(next(known) for _ in range(4)), linear.factor, 0)
 
 
-def _most_blocks(stage: StageArrays) -> int:
-    """Blocks beyond which some have nothing to multiply in any phase."""
+def blocks_of(stage: StageArrays) -> int:
+    """A block for each multiprocessor, but none that had nothing to multiply in any phase."""
     tiles = [sum(-(-each.rows // 8) for each in layer.qkv) for layer in stage.layers]
     tiles += [-(-linear.rows // 8) for linear in stage.linears()]
-    return max(tiles)
+    return min(multiprocessors(), max(tiles))
 
 
 def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
@@ -388,13 +398,15 @@ def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
     found: list[int] = []
     for start in range(0, len(present), ADDRESSES_A_LAUNCH):
         some = present[start : start + ADDRESSES_A_LAUNCH]
-        (out,) = kernel("addresses")(
+        (out,) = mx.fast.precompiled_cuda_kernel(
+            name="addresses",
+            compiled_source=compiled([code("addresses.cu")])[0],
             inputs=some + some[:1] * (ADDRESSES_A_LAUNCH - len(some)),
-            template=[],
-            grid=(32, 1, 1),
-            threadgroup=(32, 1, 1),
             output_shapes=[(ADDRESSES_A_LAUNCH,)],
             output_dtypes=[mx.int64],
+            scalars=[],
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
         )
         found += np.array(out)[: len(some)].tolist()
     places = iter(found)

@@ -1,4 +1,4 @@
-"""The text of a CUDA kernel that takes a stage whole: sizes and kinds as constants, then the files that go before it, then itself."""
+"""The text of a CUDA kernel that takes a stage whole: sizes and kinds as constants, what goes before it, and itself."""
 
 from collections.abc import Mapping
 

@@ -156,11 +156,14 @@ OPERATIONS = {
     "flash_attention_cross_asymmetric": ("cpu", "metal", "cuda"),
     "patch_embed": ("metal", "cuda"),
     "strided_pool": ("metal", "cuda"),
-    "stack": ("cpu",),
+    "stack": ("cpu", "cuda"),
     "answer_decode": ("cpu",),
     "sequence_costs": ("cpu",),
-    "local_patch_decode": ("cpu",),
+    "local_patch_decode": ("cpu", "cuda"),
 }
+
+
+WHOLE_PATCHES = ("stack", "local_patch_decode")  # which have kernels of another kind on an NVIDIA GPU
 
 
 def choices() -> list[Choice]:
@@ -176,7 +179,9 @@ def choices() -> list[Choice]:
     here = device != "cpu" or kernels()[0] is not None
     chosen = []
     for op, twins in OPERATIONS.items():
-        if device in twins:
+        if device == "cuda" and op in WHOLE_PATCHES:
+            chosen.append(Choice(op, device, "a launch a patch, up to 16 streams; compiled once for each shape and kept"))
+        elif device in twins:
             chosen.append(Choice(op, device if here else "reference", why))
         else:
             chosen.append(Choice(op, "reference", f"MLX's own: no {device} twin is faster"))

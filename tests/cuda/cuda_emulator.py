@@ -166,7 +166,7 @@ class OwnQueue:
     """`cuda_driver.Queue` without a GPU: what is queued is done at once. Its machine code is the kernel's text."""
 
     backwards = False
-    edit: Callable[[str], str] = staticmethod(str)
+    edit: Callable[[str], str] = staticmethod(lambda text: text.replace("2000000000ull", "60000000000ull"))  # a busy machine
 
     def allocate(self, size: int) -> OwnMemory:
         return OwnMemory(size)

@@ -251,6 +251,12 @@ inline int __shfl_xor_sync(uint32_t, int value, int offset) {
   return int(exchange<1>({uint32_t(value)})[current->lane ^ offset][0]);
 }
 
+inline bool __all_sync(uint32_t, bool value) {
+  const uint32_t(*given)[MOST_WORDS] = exchange<1>({uint32_t(value)});
+  return std::all_of(given, given + LANES, [](const uint32_t(&each)[MOST_WORDS]) { return each[0] != 0; });
+}
+inline bool __any_sync(uint32_t mask, bool value) { return !__all_sync(mask, !value); }
+
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline float __expf(float value) { return std::exp(value); }
