@@ -81,13 +81,11 @@ class PatchDecoder:
         self._known = given.shape[1]
         if self._known:
             self._queue.write(self._given.address, np.array(given, dtype=np.int32).tobytes())
-        self._queue.write(self._condition_of(SLOTS - 1), _bytes_of(condition))
-        self._lead = self._condition_of(SLOTS - 1)
-        self._slot = 0
+        self._slot, self._entered = 0, mx.contiguous(condition)
         if padding is not None:
             self._queue.write(self._padding.address, np.array(padding, dtype=np.int32).tobytes())
         self._padded = padding is not None
-        self._give_room(caches)
+        (self._lead,) = self._give_room(caches, self._entered)
 
     def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
         """Queue the next patch, and the global step after it if there is to be `more`."""
@@ -146,18 +144,17 @@ class PatchDecoder:
         """Wait for all that has been queued: before MLX reads or writes the caches, which it does not know to have changed."""
         self.count(caches)
         self._queue.wait()
-        self._global.forget_caches()
         self._room = 0
 
     def give_back_noise(self, noise: Noise) -> None:
         """Give back what was drawn ahead and not used."""
         self._noise.close(noise)
 
-    def _give_room(self, caches: Sequence[KeyValueCache]) -> None:
+    def _give_room(self, caches: Sequence[KeyValueCache], *others: mx.array) -> list[int]:
         storage = [cache.with_room() for cache in caches]
-        self._global.set_caches(storage)
-        mx.synchronize()
+        found = self._global.set_caches(storage, *others)
         self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
+        return found
 
     def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
         self._streams = self._wanted = streams
