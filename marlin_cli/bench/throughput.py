@@ -25,15 +25,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.bench.energy import EnergyCounter
-from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
-from marlin_cli.bench.greedy import GREEDY, decoded, with_overhead
-from marlin_cli.bench.held_out import files_by_domain
-from marlin_cli.bench.roofline import Roofline
+from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.engine.decoding import Lockstep
+from marlin_cli.engine.continuation import begin
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
+from marlin_cli.models import architecture_of
+from marlin_cli.prediction.greedy import GREEDY, decoded, with_overhead
+from marlin_cli.prediction.roofline import Roofline
+from marlin_cli.quality.held_out import files_by_domain
 
 SAMPLE = "calibration/sample"  # the shipped bytes that prompts are taken from
 
@@ -121,7 +122,7 @@ class Throughput:
     cache_bytes: dict[str, int]  # by level, the most that was in use after any byte
     working_memory_bytes: int  # the most that MLX held during a run beyond what it held before: caches, activations
     byte_latency_seconds: Percentiles | None = None
-    patch_latency_seconds: Percentiles | None = None  # None: no whole patch was decoded
+    patch_latency_seconds: Percentiles | None = None  # None: no whole patch was decoded, or there are none
     joules_per_byte: float | None = None  # decoding; None where the system does not tell
     sweep: tuple[SweepPoint, ...] = ()
     roofline: Roofline | None = None  # where it was asked for
@@ -175,7 +176,7 @@ def measure_throughput(
     runs = _in_turn(models, [prompt], settings.decode_bytes, settings, clock, on_bytes, energy)
     sweeps = _swept(models, settings, clock, on_bytes, energy)
     return [
-        _summary(own, settings, model.config.patch_size, cache, sweep)
+        _summary(own, settings, architecture_of(model.network).unit_bytes(model.config), cache, sweep)
         for model, own, cache, sweep in zip(models, runs, caches, sweeps, strict=True)
     ]
 
@@ -274,7 +275,7 @@ def _timed(
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     start = clock()
-    state = Lockstep(model.network, prompts, model.cache_bits)
+    state = begin(model.network, prompts, model.cache_bits)
     mx.eval(state.logits)
     read = clock()
     ids = sample(state.logits, GREEDY, None)
@@ -302,7 +303,7 @@ def _timed(
 
 def _warm_up(model: ContinuingModel, prompt: bytes, decode_bytes: int) -> dict[str, int]:
     """A run that is not timed: the most bytes that each level of the cache had in use."""
-    state = Lockstep(model.network, [prompt], model.cache_bits)
+    state = begin(model.network, [prompt], model.cache_bits)
     mx.eval(state.logits)
     most = state.cache_bytes
     for _ in decoded(state, decode_bytes + 1):
@@ -338,7 +339,7 @@ def _summary(
     cache_bytes: dict[str, int],
     sweep: tuple[SweepPoint, ...],
 ) -> Throughput:
-    patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)]
+    patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)] if patch_size > 1 else []
     joules = [run.joules for run in runs if run.joules is not None]
     total = sum(run.decoded_bytes for run in runs)
     return Throughput(

@@ -3,12 +3,15 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from marlin_cli.checkpoints import ImportOptions
 
 # The shipped model that commands use when none is named.
@@ -16,8 +19,19 @@ DEFAULT_MODEL = "megabyte-demo"
 
 IMPORT_HELP = (
     "What a foreign checkpoint does not reveal: heads (a number, or auto: a trial on sample bytes), head_dim, max_bytes,"
-    " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); repeatable."
+    " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); of an LA-CANINE the"
+    " language. Repeatable."
 )
+
+
+class Precision(str, Enum):
+    """Types that weights and activations may have; auto is what suits the device."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LARGEST_SIZE = (1 << 63) - 1
@@ -59,6 +73,14 @@ def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None
     return (both if k_bits is None else k_bits, both if v_bits is None else v_bits)
 
 
+def dtype_of(precision: Precision) -> "mx.Dtype | None":
+    """MLX's type of this name; None for the one that suits the device."""
+    import mlx.core as mx
+
+    types = {Precision.float32: mx.float32, Precision.bfloat16: mx.bfloat16, Precision.float16: mx.float16}
+    return types.get(precision)
+
+
 def bytes_of_argument(text: str) -> bytes:
     """The bytes that a shell passed as an argument, also where they are not UTF-8."""
     return os.fsencode(text)
@@ -98,14 +120,16 @@ def parse_import_options(texts: Sequence[str] | None) -> "ImportOptions":
     from marlin_cli.config import from_mapping
     from marlin_cli.documents import parse_yaml
 
-    values = {}
+    texts_alone = [name for name, hint in get_type_hints(ImportOptions).items() if hint == str | None]
+    values: dict[str, Any] = {}
     for text in texts or []:
         name, separator, value = text.partition("=")
         if not separator:
             raise UsageError(f"--import {quoted(text)} is not NAME=VALUE, for example heads=8")
         if name in values:
             raise UsageError(f"--import {quoted(text)}: {name} has two values; give one")
-        values[name] = parse_yaml(value, f"--import {quoted(text)}", UsageError)
+        # YAML takes the code of Norwegian, no, for false.
+        values[name] = value if name in texts_alone else parse_yaml(value, f"--import {quoted(text)}", UsageError)
     try:
         return from_mapping(ImportOptions, values, "--import")
     except ConfigError as error:

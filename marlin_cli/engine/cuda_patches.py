@@ -14,10 +14,12 @@ import numpy as np
 
 from marlin_cli import console
 from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.engine.scoring import not_finite
 from marlin_cli.errors import BackendError
-from marlin_cli.models.megabyte import Block, MegaByte, Stack, StageConfig, VarianceNorm
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import StageConfig
+from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Memory, Queue

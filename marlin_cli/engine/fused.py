@@ -8,7 +8,9 @@ import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.models.megabyte import Block, MegaByte, MegaByteConfig, Stack, StageConfig, VarianceNorm
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
@@ -50,6 +52,10 @@ class FusedStages:
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
         return self._stacks[number](rows, None)
+
+    def predictions(self, windows: mx.array) -> mx.array:
+        """Logits [n, length, vocab] float32 of windows [n, length], as the network itself gives them."""
+        return self._network(windows, self.run_stage)
 
     def new_cache(self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int) -> "FusedCache":
         """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing."""

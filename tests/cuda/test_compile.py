@@ -8,7 +8,8 @@ import pytest
 from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
 
 from marlin_cli.engine.cuda_patches import global_stage, local_stage
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cuda, cuda_stages, cuda_text
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, SOURCES
 from marlin_cli.quantization.apply import quantize_network
