@@ -11,7 +11,7 @@ from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_deco
 from marlin_cli.engine.decoding import CacheBits, GraphCache, Lockstep
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.errors import BackendError
+from marlin_cli.errors import BackendError, CheckpointError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cuda_mailbox, cuda_stages
@@ -227,6 +227,16 @@ def test_a_block_that_does_not_come_is_an_error(monkeypatch):
     monkeypatch.setattr(decoding, "fuse", lambda network: None)
     with pytest.raises(BackendError, match="blocks did not all run at once"):
         list(generate(network_of(), [b"abcd"], Stopping(max_bytes=8), Sampling()))
+
+
+def test_what_is_no_number_is_an_error(monkeypatch):
+    """Logits never leave the GPU, so the kernels look at them."""
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    network = network_of()
+    weight = network.output.weight
+    network.output.weight = mx.where(mx.arange(weight.shape[0])[:, None] == 200, mx.nan, weight)
+    with pytest.raises(CheckpointError, match="not finite"):
+        list(generate(network, [b"abcd"], Stopping(max_bytes=8), Sampling()))
 
 
 @pytest.mark.slow
