@@ -5,7 +5,8 @@
 // embedded) and multiplies; the weights of the next one are on their way before its x is there.
 // With few streams (TAGGED) what a phase gives lies in cells that carry its number, and whoever needs them looks until they are
 // there; a block without a tile reads nothing. Nothing is overwritten too early: a phase that writes a place again comes after
-// one that needed all that every reader of the place gave. With more streams a barrier stands between phases, as cells take twice the room.
+// one that needed all that every reader of the place gave. With more streams a barrier stands between phases: all blocks look at
+// the same cells, and each look that comes too early is another load.
 // Norms multiply x by their weight before the product and by the row's own factor after it, so that x is read once.
 // Rows of x are in the registers of the threads that write them too: nobody reads them to add to them.
 
@@ -442,9 +443,11 @@ struct Machine {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         if constexpr (TAGGED && X_PARTS == 1) {
-          store_one(static_cast<Cell*>(stage->attended) + (place + i) / 2, cell_of(pair_of<false>(head.seen[i], head.seen[i + 1]), phase + 1));
+          const uint32_t pair = pair_of<false>(head.seen[i], head.seen[i + 1]);
+          store_one(static_cast<Cell*>(stage->attended) + (place + i) / 2, cell_of(pair, phase + 1));
         } else if constexpr (TAGGED) {
-          put_float(stage->attended, place + i, head.seen[i], phase + 1), put_float(stage->attended, place + i + 1, head.seen[i + 1], phase + 1);
+          put_float(stage->attended, place + i, head.seen[i], phase + 1);
+          put_float(stage->attended, place + i + 1, head.seen[i + 1], phase + 1);
         } else {
           Kept* to = static_cast<Kept*>(stage->attended) + place + i;
           to[0] = from_float<Kept>(head.seen[i]), to[1] = from_float<Kept>(head.seen[i + 1]);

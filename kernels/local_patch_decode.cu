@@ -11,7 +11,8 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
     const uint8_t* model, const marlin::T* lead, const marlin::T* added, const int32_t* given, const float* noise, int32_t* ids,
     float temperature, float top_p, float min_p, int top_k, int known, int steps, int number, unsigned first_phase) {
   using namespace marlin;
-  constexpr int VOCAB = Job<LAST>::HEIGHT, MAIL_SLOTS = 4, MAIL_WORDS = 2048, GAVE_UP = -1, NOT_FINITE = -2, SCORES = (VOCAB + 63) / 64;
+  constexpr int VOCAB = Job<LAST>::HEIGHT, MAIL_SLOTS = 4, MAIL_WORDS = 2048, GAVE_UP = -1, NOT_FINITE = -2;
+  constexpr int SCORES = (VOCAB + 63) / 64;
   Machine machine(model, first_phase);
   const Stage& stage = *machine.stage;
   int32_t* mail = stage.mailbox + number % MAIL_SLOTS * MAIL_WORDS;
@@ -99,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
         for (int n = 0; n < SCORES; n++) {
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            if (64 * n + 2 * lane + i < VOCAB && (id == VOCAB || scores[n][i] > highest)) highest = scores[n][i], id = 64 * n + 2 * lane + i;
+            const int other = 64 * n + 2 * lane + i;
+            if (other < VOCAB && (id == VOCAB || scores[n][i] > highest)) highest = scores[n][i], id = other;
           }
         }
       }

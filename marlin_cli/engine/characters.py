@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.finite import finite
+from marlin_cli.engine.fused_canine import CanineRunner, runner_of
 from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of
 from marlin_cli.models.canine import Canine
 from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to
 from marlin_cli.models.canine_steps import CharacterNetwork
-from marlin_cli.models.la_canine import LaCanine
 
 # Positions in one pass: bounds the memory of activations.
 POSITIONS_AT_ONCE = 1 << 14
@@ -82,8 +82,8 @@ def encode(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None 
     """
     inputs = [_input(network, text) for text in texts]
 
-    def states(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network.encode(ids, lengths, types).astype(mx.float32)
+    def states(runner: CanineRunner, ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return runner.encode(ids, lengths, types).astype(mx.float32)
 
     return [row[: len(each.ids)] for row, each in zip(_run(network, inputs, pad_to, states), inputs, strict=True)]
 
@@ -118,8 +118,8 @@ def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) ->
         raise UsageError(f"{_this(network)} has no pooler, the layer that makes one vector of a text; take its states")
     inputs = [_input(network, text) for text in texts]
 
-    def vectors(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network.pooled(network.deep(ids, lengths, types)).astype(mx.float32)
+    def vectors(runner: CanineRunner, ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network.pooled(runner.deep(ids, lengths, types)).astype(mx.float32)
 
     rows = _run(network, inputs, pad_to, vectors)
     return mx.stack(rows) if rows else mx.zeros((0, network.config.d_model))
@@ -278,8 +278,8 @@ def _ids(text: One, where: str) -> Ids:
 
 
 def _logits(network: CharacterNetwork, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
-    def run(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network(ids, lengths) if isinstance(network, LaCanine) else network(ids, lengths, types)
+    def run(runner: CanineRunner, ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return runner(ids, lengths, types)
 
     return [finite(np.array(row)) for row in _run(network, inputs, pad_to, run)]
 
@@ -288,9 +288,10 @@ def _run(
     network: CharacterNetwork,
     inputs: Sequence[_Input],
     pad_to: int | None,
-    function: Callable[[mx.array, mx.array | None, mx.array], mx.array],
+    function: Callable[[CanineRunner, mx.array, mx.array | None, mx.array], mx.array],
 ) -> list[mx.array]:
-    """The rows of `function(ids, lengths, types)` for each input, in batches of equal length with padding."""
+    """The rows of `function(runner, ids, lengths, types)` for each input, in batches of equal length with padding."""
+    runner = runner_of(network)
     groups: dict[int, list[int]] = defaultdict(list)
     for index, each in enumerate(inputs):
         groups[_length(network, len(each.ids), pad_to)].append(index)
@@ -303,7 +304,7 @@ def _run(
             lengths = None if min(counts) == length else mx.array(counts)
             ids = padded_to([inputs[index].ids for index in some], length, network.config.padding)
             types = padded_to([inputs[index].types for index in some], length, 0)
-            result = function(ids, lengths, types)
+            result = function(runner, ids, lengths, types)
             mx.eval(result)
             rows |= {index: result[place] for place, index in enumerate(some)}
     return [rows[index] for index in range(len(inputs))]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.finite import finite
+from marlin_cli.engine.fused_canine import CanineRunner, runner_of
 from marlin_cli.engine.spans import Span
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine_ids import Ids, padded_to
@@ -103,7 +104,7 @@ def boundary_scores(
     Windows overlap; the last one is moved back to end with the text. What they say is added and averaged in 16 bits,
     as wtpsplit does: it decides which scores lie above a threshold.
     """
-    config = network.config
+    config, runner = network.config, runner_of(network)
     window, stride = settings.window_characters, settings.stride_characters
     if window > config.longest or window % config.downsample_factor:
         raise UsageError(
@@ -136,7 +137,7 @@ def boundary_scores(
             starts.append(max(held - window, 0))
         for first in range(0, len(starts), settings.windows_at_once):
             some = starts[first : first + settings.windows_at_once]
-            logits = _window_logits(network, [ids[at : at + window] for at in some])
+            logits = _window_logits(runner, config.downsample_factor, [ids[at : at + window] for at in some])
             for at, row in zip(some, logits, strict=True):
                 sums[at : at + window] += row[: len(sums) - at]
                 counts[at : at + window] += np.float16(1)
@@ -149,13 +150,12 @@ def boundary_scores(
         start = (starts[-1] + stride if starts else start) - final
 
 
-def _window_logits(network: LaCanine, windows: list[Ids]) -> npt.NDArray[np.float32]:
+def _window_logits(runner: CanineRunner, factor: int, windows: list[Ids]) -> npt.NDArray[np.float32]:
     """Scores [windows, longest] of a sentence's end, before a sigmoid; all windows but a text's only one are equally long."""
-    factor = network.config.downsample_factor
     longest = max(len(window) for window in windows)
     length = -(-longest // factor) * factor
     lengths = mx.array([len(window) for window in windows]) if length != min(len(window) for window in windows) else None
-    return finite(np.array(network(padded_to(windows, length, PADDING), lengths)[:, :longest, 0]))
+    return finite(np.array(runner(padded_to(windows, length, PADDING), lengths, None)[:, :longest, 0]))
 
 
 class _Builder:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.models.byt5_config import ByT5Config
-from marlin_cli.ops import Linear, strided_pool
+from marlin_cli.ops import Linear, activation, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 
@@ -163,10 +163,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        activation = {"gelu_tanh": nn.gelu_approx, "gelu": nn.gelu, "relu": nn.relu, "silu": nn.silu}[self.activation]
         if "gate_proj" in self:
-            return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(activation(self.up_proj(x)))
+            return self.down_proj(activation(self.gate_proj(x), self.activation) * self.up_proj(x))
+        return self.down_proj(activation(self.up_proj(x), self.activation))
 
 
 # Block
