@@ -15,6 +15,7 @@ namespace marlin {
 namespace {
 
 int thread_count = 1;
+bool rows_are_exact = false;
 
 // TOGETHER rows of weights against ROWS rows of x. Weights are read once for all rows of x; several rows of weights at once
 // keep more of them on their way from memory, and more sums in flight than the latency of one.
@@ -71,10 +72,13 @@ void up_to_eight(const float* x, const float* weight, float* out, int64_t rows, 
 }  // namespace
 
 void multiply_dense(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {
-  if (rows > FEW) return product({x, depth}, {weight, depth}, out, columns, rows, columns, depth);
+  if (rows > FEW && !exact_rows()) return product({x, depth}, {weight, depth}, out, columns, rows, columns, depth);
+  constexpr int64_t COLUMNS_AT_ONCE = 48;  // which stay in the second cache while all rows of x pass them
+  const int64_t most = rows > FEW ? COLUMNS_AT_ONCE : columns;
   over_threads(columns, rows * depth, [&](int64_t first, int64_t last) {
-    for (int64_t m = 0; m < rows; m += AT_ONCE)
-      up_to_eight(x + m * depth, weight, out + m * columns, std::min(AT_ONCE, rows - m), columns, depth, first, last);
+    for (int64_t n = first; n < last; n += most)
+      for (int64_t m = 0; m < rows; m += AT_ONCE)
+        up_to_eight(x + m * depth, weight, out + m * columns, std::min(AT_ONCE, rows - m), columns, depth, n, std::min(last, n + most));
   });
 }
 
@@ -96,6 +100,10 @@ class Linear : public CpuPrimitive {
 }  // namespace
 
 int threads() { return thread_count; }
+
+bool exact_rows() { return rows_are_exact; }
+
+void set_exact_rows(bool exact) { rows_are_exact = exact; }
 
 void set_threads(int count) {
   thread_count = count;

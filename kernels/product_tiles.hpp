@@ -1,4 +1,5 @@
-// Matrix products in tiles of registers, for processors with 512-bit vectors. Others have OpenBLAS, which is good there.
+// Matrix products in tiles of registers. Dense ones for processors with 512-bit vectors: AVX2 has OpenBLAS, which is good there, and tiles
+// for panels that are decoded out of packed weights.
 //
 // A tile is up to six rows of `a` by four vectors of columns: its sums stay in registers over the whole depth, and ten values
 // are read for 24 products of vectors (what bounds OpenBLAS's kernels here is reading, not multiplying). `b` comes as a panel,
@@ -6,15 +7,21 @@
 #pragma once
 #include <type_traits>
 
-#include "common.hpp"
+#include "threads.hpp"
 #include "linear.hpp"
 
-#if MARLIN_AVX512
+#if MARLIN_AVX512 || MARLIN_AVX2
+#define MARLIN_TILES 1
 namespace marlin::tiles {
 
-constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;   // of a tile: 24 sums, four vectors of b and a value of a fill the registers
+#if MARLIN_AVX512
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;  // of a tile: 24 sums, four vectors of b and a value of a fill the registers
+constexpr int64_t DEPTH = 128;                  // of a panel: 32 KiB
+#else
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 1;  // twelve registers of sums, two of b and one of a
+constexpr int64_t DEPTH = 256;                  // of a panel: 16 KiB
+#endif
 constexpr int64_t WIDTH = MOST_VECTORS * LANES;  // columns of a panel
-constexpr int64_t DEPTH = 128;                   // of a panel: 32 KiB
 constexpr int64_t ROWS_OF_A_COPY = 384;          // fewer, and b is turned oftener; more, and the copy leaves the second cache
 
 // out[ROWS, columns] (+)= a[ROWS, depth] @ panel[depth, VECTORS * 16]; the last vector has the columns that are left.
@@ -92,6 +99,7 @@ void tiles_of_rows(Strided a, Strided panel, float* out, int64_t out_stride, int
 
 inline void pass(Strided a, Strided panel, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, bool adding,
                  const Ahead& ahead) {
+  if constexpr (MOST_VECTORS == 1) return tiles_of_rows<1>(a, panel, out, out_stride, rows, columns, depth, adding, ahead);
   switch ((columns + LANES - 1) / LANES) {
     case 1: return tiles_of_rows<1>(a, panel, out, out_stride, rows, columns, depth, adding, ahead);
     case 2: return tiles_of_rows<2>(a, panel, out, out_stride, rows, columns, depth, adding, ahead);
@@ -100,6 +108,7 @@ inline void pass(Strided a, Strided panel, float* out, int64_t out_stride, int64
   }
 }
 
+#if MARLIN_AVX512
 // Sixteen rows of sixteen floats, turned: four rounds in which pairs of vectors trade halves.
 inline void transpose(__m512 (&row)[LANES]) {
   __m512 pairs[LANES], fours[LANES];
@@ -197,6 +206,8 @@ inline void add_product(Strided a, Strided b, float* out, int64_t out_stride, in
     }
   }
 }
+
+#endif
 
 }  // namespace marlin::tiles
 #endif
