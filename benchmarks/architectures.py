@@ -20,14 +20,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.bench.arithmetic import cache_bytes, costs_of
 from marlin_cli.bench.throughput import sample_prompt
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models import part_of
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, default_ffn_dim
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, default_ffn_dim
 from marlin_cli.ops.cpu import kernels, thread_count
+from marlin_cli.prediction.arithmetic import cache_bytes, costs_of
 
 BYTES_PER_TOKEN = 4
 SUBWORDS = 32000

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from marlin_cli import ByT5Model
-from marlin_cli.bench.estimates import ratio
-from marlin_cli.bench.pairs import Answers, answers_to, bits_of_pairs, quality_of
 from marlin_cli.corpus import CorruptedCorpus, Pair, open_corpus, open_pairs
 from marlin_cli.files import shipped
+from marlin_cli.quality.estimates import ratio
+from marlin_cli.quality.pairs import Answers, answers_to, bits_of_pairs, quality_of
 from marlin_cli.quantization.apply import dequantize_network, quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.statistics import Statistics

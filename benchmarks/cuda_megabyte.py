@@ -22,7 +22,8 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import settings_from_bits

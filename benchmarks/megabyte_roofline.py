@@ -25,7 +25,8 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models import part_of
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.cpu import kernels, thread_count
 from marlin_cli.ops.device import choose_device
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from published import machine
 
-from marlin_cli.bench.estimates import ratio
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.quality.estimates import ratio
 
 WINDOW_BYTES = 2048
 

@@ -3,7 +3,7 @@
     python benchmarks/predicted_time.py [--sizes 20M,60M,150M] [--bytes 64] [--rounds 7]
 
 Random MegaByte models in float32 and with a 4-bit global and an 8-bit local part, after a prompt of 512 bytes. The prediction
-is made of operations timed alone (see marlin_cli/bench/prediction.py), in turn with decoding, so that a slow spell of the
+is made of operations timed alone (see marlin_cli/prediction/prediction.py), in turn with decoding, so that a slow spell of the
 machine falls on both; the model itself takes no part in it. Beside it stands what reading alone takes at the bandwidth of this
 machine's products.
 """
@@ -14,12 +14,13 @@ from statistics import median
 import mlx.core as mx
 
 from marlin_cli.api import MegaByteModel
-from marlin_cli.bench.prediction import DecodingProbe, layer_shapes
-from marlin_cli.bench.roofline import bandwidth_for, reading_of
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction.prediction import DecodingProbe, layer_shapes
+from marlin_cli.prediction.roofline import bandwidth_for, reading_of
 
 PROMPT_BYTES = 512
 

@@ -19,7 +19,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from marlin_cli.models import config_as_mapping
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 SIZES = {
     "0.1B": MegaByteConfig(global_layers=8, global_dim=1024, local_layers=4, local_dim=512),

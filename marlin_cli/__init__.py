@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from marlin_cli.version import __version__ as __version__
+
 __all__ = [
     "AnsweringModel",
     "ByT5Config",
@@ -17,8 +18,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from marlin_cli.api import MegaByteModel, decode, encode, load
-    from marlin_cli.models.byt5 import ByT5Config
-    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.models.byt5_config import ByT5Config
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
 def __getattr__(name: str) -> Any:
@@ -29,11 +30,11 @@ def __getattr__(name: str) -> Any:
 
     require_mlx()
     if name == "MegaByteConfig":
-        from marlin_cli.models.megabyte import MegaByteConfig
+        from marlin_cli.models.megabyte_config import MegaByteConfig
 
         return MegaByteConfig
     if name == "ByT5Config":
-        from marlin_cli.models.byt5 import ByT5Config
+        from marlin_cli.models.byt5_config import ByT5Config
 
         return ByT5Config
     from marlin_cli import api

@@ -12,7 +12,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from marlin_cli import __version__
 from marlin_cli.commands.bench import bench
 from marlin_cli.commands.calibrate import calibrate
 from marlin_cli.commands.generate import generate
@@ -20,6 +19,7 @@ from marlin_cli.commands.given import Command
 from marlin_cli.commands.quantize import quantize
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
 from marlin_cli.text import one_line
+from marlin_cli.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -5,7 +5,8 @@ import numpy as np
 from mlx.utils import tree_map
 
 from marlin_cli.corpus import Example
-from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.pair_batch import PairBatch
 from marlin_cli.quantization.pair_batches import pair_batches_by_domain
 

@@ -11,7 +11,8 @@ import pytest  # noqa: E402
 from mlx.utils import tree_map
 
 from marlin_cli import MegaByteModel
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 

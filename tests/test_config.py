@@ -5,8 +5,8 @@ import pytest
 from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.config import check_same, from_mapping
 from marlin_cli.errors import ConfigError
-from marlin_cli.models.byt5 import ByT5Config
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
 def test_fields_that_were_not_asked_for_may_differ():

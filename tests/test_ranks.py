@@ -28,7 +28,8 @@ def network() -> Any:
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
     sizes = {"global_layers": 1, "global_dim": 32, "global_heads": 2, "local_layers": 1, "local_dim": 16, "local_heads": 2}
     mx.random.seed(0)
@@ -53,7 +54,8 @@ def answers(ranks: Ranks, folder: Path, **options: Any) -> None:
     from mlx.utils import tree_map
 
     from marlin_cli.corpus import CorruptedCorpus, Pair, PairCorpus, open_corpus
-    from marlin_cli.models.byt5 import ByT5, ByT5Config
+    from marlin_cli.models.byt5 import ByT5
+    from marlin_cli.models.byt5_config import ByT5Config
     from marlin_cli.statistics.shared_run import calibrate_together
 
     mx.random.seed(0)
@@ -70,8 +72,8 @@ def answers(ranks: Ranks, folder: Path, **options: Any) -> None:
 
 
 def job_together(folder: Path) -> None:
-    from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
-    from marlin_cli.bench.quality import measure_quality
+    from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
+    from marlin_cli.quality.quality import measure_quality
 
     seen: list[int] = []
     with joined() as ranks:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from marlin_cli import load
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.models import config_as_mapping
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
 @pytest.fixture

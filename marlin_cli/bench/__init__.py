@@ -1,1 +1,1 @@
-"""Measurements of models: how fast they run, what they weigh, and how well they predict held-out bytes."""
+"""Runs of `marlin bench`: models are timed and scored, and what was measured becomes a result."""

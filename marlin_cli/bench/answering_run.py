@@ -1,4 +1,4 @@
-"""One run of `marlin bench` over ByT5 models: loaded, checked against what is asked of them, then timed and scored."""
+"""One run of `marlin bench` over models that answer: loaded, checked against what is asked of them, then timed and scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +8,10 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.answering_model import AnsweringModel
-from marlin_cli.bench.answering_report import AnsweringModelReport, AnsweringReport, PairSettings
+from marlin_cli.bench.answering_result import AnsweringModelReport, AnsweringReport, PairSettings
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
-from marlin_cli.bench.pairs import PairQuality, check_pairs_fit, measure_pairs
 from marlin_cli.bench.run import labels_of
-from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
@@ -21,6 +19,8 @@ from marlin_cli.corpus import Pair, read_pairs
 from marlin_cli.corpus.examples import split_domain
 from marlin_cli.corpus.pairs import locate_pairs
 from marlin_cli.errors import UsageError
+from marlin_cli.prediction.sizes import bytes_by_part, weights_by_part
+from marlin_cli.quality.pairs import PairQuality, check_pairs_fit, measure_pairs
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.answering_model import AnsweringModel
-from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
-from marlin_cli.bench.greedy import GREEDY
+from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.throughput import ThroughputSettings, sample_prompt
 from marlin_cli.engine.encoder_decoder import AnswerState, encode
 from marlin_cli.engine.sampling import draw
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import ids_of_bytes
+from marlin_cli.prediction.greedy import GREEDY
 
 BATCH_SIZES = (1, 8)
 

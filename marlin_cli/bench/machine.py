@@ -9,9 +9,9 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
-from marlin_cli import __version__
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.ops.device import Device
+from marlin_cli.version import __version__
 
 
 @dataclass(frozen=True)

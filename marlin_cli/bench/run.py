@@ -1,4 +1,4 @@
-"""One run of `marlin bench`: models are loaded, checked against what is asked of them, then timed and scored."""
+"""One run of `marlin bench` over models that continue bytes: loaded, checked against what is asked, then timed and scored."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,9 @@ from pathlib import Path
 
 from mlx.utils import tree_flatten
 
-from marlin_cli import __version__, console
-from marlin_cli.bench.held_out import Window, cut, files_by_domain
-from marlin_cli.bench.journal import Journal
+from marlin_cli import console
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
-from marlin_cli.bench.prediction import layer_shapes, predicted_seconds
-from marlin_cli.bench.quality import Quality, check_windows_fit, measure_quality
-from marlin_cli.bench.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
-from marlin_cli.bench.report import ModelReport, QualitySettings, Report
-from marlin_cli.bench.roofline import bandwidth_for, roofline_of
-from marlin_cli.bench.sizes import bytes_by_part, weights_by_part
+from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
@@ -31,7 +24,15 @@ from marlin_cli.engine.scoring import BYTES_PER_PASS
 from marlin_cli.errors import OutputError, UsageError
 from marlin_cli.files import user_cache
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.prediction.prediction import layer_shapes, predicted_seconds
+from marlin_cli.prediction.roofline import bandwidth_for, roofline_of
+from marlin_cli.prediction.sizes import bytes_by_part, weights_by_part
+from marlin_cli.quality.held_out import Window, cut, files_by_domain
+from marlin_cli.quality.journal import Journal
+from marlin_cli.quality.quality import Quality, check_windows_fit, measure_quality
+from marlin_cli.quality.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.ranks import Ranks, joined
+from marlin_cli.version import __version__
 
 # Interquartile range over median of decode speeds, beyond which a run is said to be noisy.
 NOISY = 0.1

@@ -25,15 +25,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from marlin_cli.bench.energy import EnergyCounter
-from marlin_cli.bench.estimates import Percentiles, Spread, percentiles_of, spread_of
-from marlin_cli.bench.greedy import GREEDY, decoded, with_overhead
-from marlin_cli.bench.held_out import files_by_domain
-from marlin_cli.bench.roofline import Roofline
+from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
+from marlin_cli.models import architecture_of
+from marlin_cli.prediction.greedy import GREEDY, decoded, with_overhead
+from marlin_cli.prediction.roofline import Roofline
+from marlin_cli.quality.held_out import files_by_domain
 
 SAMPLE = "calibration/sample"  # the shipped bytes that prompts are taken from
 
@@ -175,7 +176,7 @@ def measure_throughput(
     runs = _in_turn(models, [prompt], settings.decode_bytes, settings, clock, on_bytes, energy)
     sweeps = _swept(models, settings, clock, on_bytes, energy)
     return [
-        _summary(own, settings, model.config.patch_size, cache, sweep)
+        _summary(own, settings, architecture_of(model.network).unit_bytes(model.config), cache, sweep)
         for model, own, cache, sweep in zip(models, runs, caches, sweeps, strict=True)
     ]
 

@@ -8,13 +8,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli import __version__
 from marlin_cli.checkpoints import hugging_face, native, nvfp4
 from marlin_cli.checkpoints.t5_ends import TOKENIZER_CONFIG, tokenizer_config
 from marlin_cli.checkpoints.t5_head import HEAD
 from marlin_cli.errors import CheckpointError
 from marlin_cli.tensor_files import write_safetensors
 from marlin_cli.text import quoted
+from marlin_cli.version import __version__
 from marlin_cli.writing import writing_folder
 
 EXPORTS = (nvfp4.COMPRESSED_TENSORS,)

@@ -122,12 +122,12 @@ def bench(
     from marlin_cli.errors import UsageError
 
     require_mlx()
-    from marlin_cli.bench.held_out import Windowing
-    from marlin_cli.bench.report import QualitySettings
+    from marlin_cli.bench.result import QualitySettings
     from marlin_cli.bench.run import Request
     from marlin_cli.bench.throughput import ThroughputSettings
     from marlin_cli.commands import bench_run
     from marlin_cli.commands.bench_output import Output, compare_results, show_kernels
+    from marlin_cli.quality.held_out import Windowing
 
     if kernels:
         return show_kernels(device)

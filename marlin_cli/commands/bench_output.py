@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from marlin_cli import console
-from marlin_cli.bench.answering_report import AnsweringReport
-from marlin_cli.bench.report import Report, Table
+from marlin_cli.bench.answering_result import AnsweringReport
+from marlin_cli.bench.result import Report
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_pictures import Pictures
 from marlin_cli.errors import UsageError
+from marlin_cli.reports.forms import Table
 from marlin_cli.writing import check_output_file, writing
 
 
@@ -49,7 +50,7 @@ class Output:
         """
         self.pictures.write(json.loads(rendered("json")))
         if self.save is not None:
-            from marlin_cli.bench.results import append_result
+            from marlin_cli.reports.results import append_result
 
             append_result(self.save, report, models)
             console.note(f"added to {self.save}")
@@ -71,7 +72,7 @@ class Output:
 
 def compare_results(old: str, new: str, output: Output) -> None:
     """What changed between two files of results."""
-    from marlin_cli.bench.changes import changes, left_out, read_result, rendered_changes, table_of_changes
+    from marlin_cli.reports.changes import changes, left_out, read_result, rendered_changes, table_of_changes
 
     before, after = read_result(Path(old)), read_result(Path(new))
     if before.get("machine") != after.get("machine"):

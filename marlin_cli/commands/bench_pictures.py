@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlin_cli import __version__, console
-from marlin_cli.bench.page import charts_in, labels_of, sections_of
+from marlin_cli import console
 from marlin_cli.page import render, write_page
 from marlin_cli.page.figure import check_figure_path, write_figure
+from marlin_cli.reports.page import charts_in, labels_of, sections_of
+from marlin_cli.version import __version__
 from marlin_cli.writing import check_output_file
 
 

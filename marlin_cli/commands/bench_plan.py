@@ -16,22 +16,21 @@ def show_plan(
     """Print a table a model. The bandwidth is measured unless it is given, and then operations are too, where that can be done.
 
     Raises:
-        MarlinError: a model that cannot be read or is no MegaByte, or options that do not fit it.
+        MarlinError: a model that cannot be read or does not continue bytes, or options that do not fit it.
     """
     from marlin_cli import console
-    from marlin_cli.bench.arithmetic import costs_of, stored_bits
-    from marlin_cli.bench.bandwidth import measure_bandwidth
-    from marlin_cli.bench.prediction import at_bits, layer_shapes, predicted_seconds
-    from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32, elements_by_part
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import parse_sizes
     from marlin_cli.config import from_mapping
     from marlin_cli.engine.decoding import CacheBits
     from marlin_cli.errors import UsageError
-    from marlin_cli.models import build
-    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.models import architecture_named, build
     from marlin_cli.ops.device import choose_device
+    from marlin_cli.prediction.arithmetic import costs_of, stored_bits
+    from marlin_cli.prediction.bandwidth import measure_bandwidth
+    from marlin_cli.prediction.prediction import at_bits, layer_shapes, predicted_seconds
+    from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, elements_by_part
 
     if isinstance(cache_bits, tuple):
         if cache_bits[0] != cache_bits[1]:
@@ -42,9 +41,10 @@ def show_plan(
     plans = []
     for name in names:
         checkpoint = read_checkpoint(locate_model(name))
-        if checkpoint.config.get("model_type") != "megabyte":
-            raise UsageError(f"--plan: {name} is no MegaByte; its arithmetic is known for that alone")
-        config = from_mapping(MegaByteConfig, checkpoint.config, name)
+        architecture = architecture_named(checkpoint.config, name)
+        if architecture.decoding is None:
+            raise UsageError(f"--plan: {name} is a {architecture.title}; arithmetic is known of models that continue bytes")
+        config = from_mapping(architecture.config, checkpoint.config, name)
         # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
         here = gigabytes_per_second is None and (chosen := choose_device(device)).name == "cpu"
         floats = 32 if here else 16
@@ -77,7 +77,7 @@ def show_plan(
             ["ratio", *(f"{each.flat_attention_pairs / each.attention_pairs:.1f}" for each in costs)],
             *(
                 [f"{level} cache, bytes", *(f"{each.cache_bytes[level]:,.0f}" for each in costs)]
-                for level in ("global", "local")
+                for level in costs[0].cache_bytes
             ),
             ["of a flat byte model, 16 bits", *(f"{each.flat_cache_bytes:,.0f}" for each in costs)],
             *([f"read a byte: {part}", *(f"{each.read_bytes[part]:,.0f}" for each in costs)] for part in costs[0].read_bytes),

@@ -1,20 +1,22 @@
-"""What `marlin bench` does once its options are read: one run over MegaByte models or over ByT5 models, one delivery."""
+"""What `marlin bench` does once its options are read: one run over models that continue bytes, or that answer, one delivery."""
 
 import dataclasses
 from collections.abc import Sequence
 
 from marlin_cli import console
 from marlin_cli.api import capability_of
-from marlin_cli.bench import answering_report, answering_run, report
-from marlin_cli.bench import run as megabyte_run
-from marlin_cli.bench.answering_report import AnsweringReport, PairSettings
-from marlin_cli.bench.report import Report, Table
+from marlin_cli.bench import answering_run
+from marlin_cli.bench import run as continuing_run
+from marlin_cli.bench.answering_result import AnsweringReport, PairSettings
+from marlin_cli.bench.result import Report
 from marlin_cli.bench.run import Request
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_output import Output
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Capability
 from marlin_cli.ranks import is_follower
+from marlin_cli.reports import answering_report, report
+from marlin_cli.reports.forms import Table
 
 
 def check_kinds(models: Sequence[str]) -> None:
@@ -39,7 +41,7 @@ def run(request: Request, output: Output, against: str | None) -> None:
         return
     output.write(found, request.models, lambda form: _rendered(found, form))
     if against is not None and isinstance(found, Report):
-        from marlin_cli.bench.changes import table_of_pairs
+        from marlin_cli.reports.changes import table_of_pairs
 
         pairs = table_of_pairs(dataclasses.asdict(found), against)
         console.table(pairs.title, pairs.columns, pairs.rows, to_stdout=output.form is Format.table)
@@ -48,7 +50,7 @@ def run(request: Request, output: Output, against: str | None) -> None:
 
 def _measured(request: Request) -> Report | AnsweringReport:
     if capability_of(request.models[0]) is Capability.CONTINUES:
-        return megabyte_run.run(request)
+        return continuing_run.run(request)
     timing = request.throughput
     swept = {} if timing is None else {"--prompt-bytes": timing.sweep_contexts, "--decode-bytes": timing.sweep_decodes}
     for option, lengths in swept.items():

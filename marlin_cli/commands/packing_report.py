@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from marlin_cli import __version__, console
-from marlin_cli.bench.held_out import Windowing, cut, files_by_domain
-from marlin_cli.bench.packing_loss import DomainLoss, loss_by_domain, output_errors
-from marlin_cli.bench.packing_page import document_of, sections_of
+from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.models import Capability, Network, architecture_of, build
 from marlin_cli.ops.device import choose_device
 from marlin_cli.page import render, write_page
+from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
+from marlin_cli.quality.packing_loss import DomainLoss, loss_by_domain, output_errors
 from marlin_cli.quantization.layers import LayerReport
+from marlin_cli.reports.packing_page import document_of, sections_of
 from marlin_cli.statistics import Statistics
 from marlin_cli.statistics.show import summarise
+from marlin_cli.version import __version__
 
 # The bytes on which both models are compared: at most so many of a recipe, and of a window.
 RECIPE = "default"

@@ -60,7 +60,7 @@ class Rows:
 
 
 class KeyValueCache:
-    """Keys and values of one layer in the network's own type; a `marlin_cli.models.megabyte.LayerCache`.
+    """Keys and values of one layer in the network's own type; a `marlin_cli.models.megabyte_layers.LayerCache`.
 
     Args:
         left_padding: [batch] filler rows at the start of each sequence; None for none.

@@ -13,7 +13,9 @@ import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.models.megabyte import Block, MegaByte, Stack, StageConfig, VarianceNorm
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import StageConfig
+from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cuda_mailbox import MOST_IDS
 from marlin_cli.ops.cuda_stages import LayerArrays, LinearArrays, StageArrays, StageOnDevice, dense_arrays, takes_stage

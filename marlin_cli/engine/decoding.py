@@ -12,7 +12,9 @@ from marlin_cli.engine.cuda_patches import Patch, patch_decoder
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.engine.scoring import not_finite
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, Stack, StageConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_layers import Stack
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512

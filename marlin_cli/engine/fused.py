@@ -8,7 +8,9 @@ import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.models.megabyte import Block, MegaByte, MegaByteConfig, Stack, StageConfig, VarianceNorm
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 

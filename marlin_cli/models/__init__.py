@@ -10,10 +10,11 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.documents import read_json
-from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.files import shipped
 from marlin_cli.models.architecture import Architecture, Capability, Network
 from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
@@ -22,12 +23,15 @@ from marlin_cli.text import quoted
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "CachedStack",
     "Capability",
+    "DecodingShape",
     "Network",
     "architecture_named",
     "architecture_of",
     "build",
     "config_as_mapping",
+    "decoding_of",
     "fill",
     "linear_layers",
     "part_of",
@@ -142,6 +146,18 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
 def architecture_of(network: Network) -> Architecture:
     """The architecture of a network, which knows its own name."""
     return ARCHITECTURES[network.config.model_type]
+
+
+def decoding_of(config: Any) -> DecodingShape:
+    """What decoding with a network of this configuration is made of.
+
+    Raises:
+        UsageError: its architecture does not say.
+    """
+    architecture = ARCHITECTURES[config.model_type]
+    if architecture.decoding is None:
+        raise UsageError(f"the arithmetic of a {architecture.title} is not known: it is of models that continue bytes")
+    return architecture.decoding
 
 
 def with_weights(network: AnyNetwork, weights: Mapping[str, mx.array]) -> AnyNetwork:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from marlin_cli.models.decoding_shape import DecodingShape
+
 
 class Network(Protocol):
     """What every network is: an MLX module that knows its configuration, with `model_type` and `max_bytes` in it."""
@@ -147,6 +149,7 @@ class Architecture:
         unit_bytes: (config) -> bytes that pass together; a sample is cut to a multiple of it.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
+        decoding: what decoding is made of, by shape; None where its costs and times are not known.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
@@ -167,6 +170,7 @@ class Architecture:
     unit_bytes: Callable[[Any], int] = lambda config: 1
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
+    decoding: DecodingShape | None = None
     shows_states: bool = False
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)

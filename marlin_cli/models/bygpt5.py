@@ -7,7 +7,8 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.models.byt5 import ByT5Config, DecoderAttention, FeedForward, RelativeBias, SelfCache
+from marlin_cli.models.byt5 import DecoderAttention, FeedForward, RelativeBias, SelfCache
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.limits import check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.dispatch import linear

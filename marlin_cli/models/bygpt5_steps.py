@@ -10,6 +10,7 @@ from marlin_cli.errors import QuantizationError
 from marlin_cli.models.architecture import Architecture, Capability, PackedKeys, Piece, Rotation, State, Watch
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
 from marlin_cli.models.byt5_ids import FIRST_BYTE
+from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
@@ -86,6 +87,11 @@ def packed_keys(config: ByGPT5Config) -> PackedKeys:
     return PackedKeys(tuple(f"{block}.attention" for block in config.blocks), config.heads, config.head_dim)
 
 
+def stacks(config: ByGPT5Config) -> tuple[CachedStack, ...]:
+    """The decoder, which keeps a row a byte."""
+    return (CachedStack("decoder", config.layers, config.heads, config.heads, config.head_dim),)
+
+
 def _run_block(network: ByGPT5, state: State, index: int) -> State:
     decoder = network.decoder
     return {**state, "rows": decoder.layers[index](state["rows"], decoder.relative_bias(), None)}
@@ -103,6 +109,7 @@ BYGPT5 = Architecture(
     logits=logits,
     rotation=rotation,
     packed_keys=packed_keys,
+    decoding=DecodingShape(stacks),
     is_gated=lambda config: config.gated_ffn,
     overflows_in_float16=True,  # as a ByT5
 )

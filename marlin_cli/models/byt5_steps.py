@@ -21,7 +21,8 @@ from marlin_cli.models.architecture import (
     Watch,
     neighbour_with_same_input,
 )
-from marlin_cli.models.byt5 import ByT5, ByT5Config, DownsamplingEncoder, PlainMemory
+from marlin_cli.models.byt5 import ByT5, DownsamplingEncoder, PlainMemory
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.byt5_ids import ids_of_bytes
 from marlin_cli.models.layers import inputs_by_layer, part_of
 from marlin_cli.models.pair_batch import PairBatch

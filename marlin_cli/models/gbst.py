@@ -14,7 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
-from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.ops import Linear, strided_pool
 from marlin_cli.ops.long_attention import cross_attention
 from marlin_cli.text import quoted

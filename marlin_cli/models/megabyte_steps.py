@@ -19,7 +19,10 @@ from marlin_cli.models.architecture import (
     neighbour_with_same_input,
 )
 from marlin_cli.models.layers import inputs_by_layer, part_of
-from marlin_cli.models.megabyte import LayerCache, MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
+from marlin_cli.models.megabyte_decoding import MEGABYTE_DECODING
+from marlin_cli.models.megabyte_layers import LayerCache
 from marlin_cli.ops import attention, delay_one_row
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
@@ -174,4 +177,5 @@ MEGABYTE = Architecture(
     is_gated=lambda config: config.ffn == "swiglu",
     unit_bytes=lambda config: config.patch_size,
     rows_of_sequence=rows_of_sequence,
+    decoding=MEGABYTE_DECODING,
 )

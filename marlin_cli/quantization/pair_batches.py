@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from marlin_cli.corpus import Example
-from marlin_cli.models.byt5 import ByT5Config
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.byt5_ids import ids_of_bytes, padded
 from marlin_cli.models.pair_batch import PairBatch
 

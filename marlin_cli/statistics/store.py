@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli import __version__
 from marlin_cli.config import from_mapping
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import ConfigError, StatisticsError
@@ -21,6 +20,7 @@ from marlin_cli.statistics.possible import check_domains, check_hessian, check_m
 from marlin_cli.statistics.stored_arrays import StoredArrays, open_arrays
 from marlin_cli.tensor_files import write_safetensors
 from marlin_cli.text import quoted
+from marlin_cli.version import __version__
 from marlin_cli.writing import writing
 
 FORMAT_VERSION = 1

@@ -9,15 +9,15 @@ import pytest
 from marlin_cli.api import MegaByteModel
 from marlin_cli.bench import throughput
 from marlin_cli.bench.energy import EnergyCounter
-from marlin_cli.bench.estimates import percentiles_of
-from marlin_cli.bench.sizes import bytes_by_part, bytes_in_float32
+from marlin_cli.bench.spreads import percentiles_of
 from marlin_cli.bench.throughput import ThroughputSettings, measure_throughput, sample_prompt
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32
 
 SETTINGS = ThroughputSettings(prompt_bytes=20, decode_bytes=9, repeats=3)
 

@@ -10,9 +10,9 @@ import pytest
 from paired_losses import KeptLosses
 
 from marlin_cli import ByT5Model
-from marlin_cli.bench.pairs import bits_of_pairs
 from marlin_cli.corpus import Pair
 from marlin_cli.ops.device import choose_device
+from marlin_cli.quality.pairs import bits_of_pairs
 from marlin_cli.quantization.apply import dequantize_network, quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 

@@ -7,7 +7,7 @@ import pytest
 import quantization_quality as quality
 from published import machine
 
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 SMALL = MegaByteConfig(
     patch_size=4, max_bytes=96, global_layers=1, global_dim=64, global_heads=2, local_layers=1, local_dim=32, local_heads=2

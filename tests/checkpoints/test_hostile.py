@@ -17,7 +17,8 @@ from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import build, config_as_mapping
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 TINY = MegaByteConfig(
     patch_size=4, max_bytes=64, global_layers=1, global_dim=16, global_heads=2, global_ffn_dim=16,

@@ -18,8 +18,9 @@ from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.cli import app
 from marlin_cli.errors import AssumptionWarning, CheckpointError, UsageError
 from marlin_cli.models import build, linear_layers, set_modules
-from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import packed_of

@@ -10,13 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from marlin_cli.api import MegaByteModel
-from marlin_cli.bench import quality
-from marlin_cli.bench.bandwidth import Bandwidth
 from marlin_cli.cli import app
 from marlin_cli.errors import CheckpointError, CorpusError, OutputError, UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction.bandwidth import Bandwidth
+from marlin_cli.quality import quality
 
 QUICK = ["--prompt-bytes", "20", "--decode-bytes", "5", "--repeats", "2", "--device", "cpu"]
 
@@ -233,7 +233,7 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
 
 @pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
 def test_a_plan_predicts_from_operations_of_this_machine(models, monkeypatch):
-    monkeypatch.setattr("marlin_cli.bench.bandwidth.measure_bandwidth", lambda: Bandwidth(2e12, 1e12))
+    monkeypatch.setattr("marlin_cli.prediction.bandwidth.measure_bandwidth", lambda: Bandwidth(2e12, 1e12))
     monkeypatch.setattr("marlin_cli.bench.throughput.Lockstep", lambda *given: pytest.fail("the model was run"))
     text = run(models[0], "--plan", "--context", "16,32", "--bits", "4", "--device", "cpu").stdout
     rows = {line.split("  ")[0]: line.split()[-2:] for line in text.splitlines() if "predicted, us" in line}
@@ -244,7 +244,7 @@ def test_a_plan_predicts_from_operations_of_this_machine(models, monkeypatch):
 
 
 def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
-    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
+    monkeypatch.setattr("marlin_cli.prediction.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
     speed = document(models[0], *QUICK, "--roofline")["models"][0]["throughput"]
     result = speed["roofline"]
     assert result["copy_bytes_per_second"] == 2e12 and result["matvec_bytes_per_second"] == {"dense": 1e12}
@@ -262,9 +262,9 @@ def test_the_roofline_is_measured_where_asked_for(models, monkeypatch):
 
 
 def test_parts_that_are_not_told_apart_are_unknown(models, monkeypatch):
-    monkeypatch.setattr("marlin_cli.bench.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
+    monkeypatch.setattr("marlin_cli.prediction.roofline.measure_bandwidth", lambda *given, **named: Bandwidth(2e12, 1e12))
     monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
-    monkeypatch.setattr("marlin_cli.bench.prediction.kernels", lambda: (None, "none"))
+    monkeypatch.setattr("marlin_cli.prediction.prediction.kernels", lambda: (None, "none"))
     lines = run(models[0], *QUICK, "--roofline").stdout.splitlines()
     assert [line.split()[-2:] for line in lines if line.startswith("local cache ")][-1] == ["unknown", "unknown"]
 
@@ -350,7 +350,7 @@ def test_a_file_that_cannot_take_a_line_stays_as_it_was(models, tmp_path, monkey
         left[0] -= len(part)
         return write(descriptor, part)
 
-    monkeypatch.setattr("marlin_cli.bench.results.os.write", full)
+    monkeypatch.setattr("marlin_cli.reports.results.os.write", full)
     result = invoke(models[0], *QUICK, "--save", file)
     assert isinstance(result.exception, OutputError) and "results: cannot write: No space left" in str(result.exception)
     assert left == [0] and file.read_bytes() == before

@@ -9,7 +9,7 @@ import pytest
 
 from marlin_cli import cli, load
 from marlin_cli.api import MegaByteModel
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 from marlin_cli.statistics import load_statistics
 from marlin_cli.statistics import run as run_module

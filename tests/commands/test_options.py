@@ -13,7 +13,7 @@ from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
 from marlin_cli.commands.options import parse_size
 from marlin_cli.commands.uses import USES, Family
 from marlin_cli.errors import UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 
 COMMANDS = get_command(cli.app).commands

@@ -10,7 +10,7 @@ import pytest
 
 from marlin_cli import load
 from marlin_cli.api import MegaByteModel
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 from marlin_cli.statistics import load_statistics
 

@@ -14,7 +14,8 @@ from marlin_cli.engine.decoding import CacheBits, GraphCache, Lockstep
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cuda_mailbox, cuda_stages
 from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
 from marlin_cli.quantization.apply import quantize_network

@@ -7,7 +7,7 @@ import pytest
 from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.errors import UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 TOLERANCE = 1e-5
 

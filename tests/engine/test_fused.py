@@ -9,7 +9,7 @@ from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.formats import FORMATS

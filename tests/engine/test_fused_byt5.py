@@ -11,7 +11,8 @@ from marlin_cli.engine.answering import AnswerLimits, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.fused_byt5 import FusedAnswers, fuse_byt5
-from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.byt5_ids import padded
 from marlin_cli.ops import cpu
 from marlin_cli.quantization.apply import quantize_network

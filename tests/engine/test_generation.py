@@ -7,7 +7,7 @@ import pytest
 from marlin_cli.engine.generation import StopMatcher, Stopping, generate
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.errors import UsageError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
 def run(network, prompts, stopping, sampling=None):

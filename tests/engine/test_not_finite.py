@@ -17,7 +17,8 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models.byt5_ids import ids_of_bytes
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 MESSAGE = "the model: its predictions are not finite; its weights are damaged or overflow"
 SAMPLINGS = [Sampling(), Sampling(temperature=0.8, top_p=0.9, top_k=40, min_p=0.01)]

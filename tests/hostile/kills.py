@@ -251,7 +251,8 @@ def _prepare(root: Path, corpus_bytes: int) -> None:
     from marlin_cli.checkpoints.writer import write_model
     from marlin_cli.config import from_mapping
     from marlin_cli.models import config_as_mapping
-    from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
     (root / "tmp").mkdir()
     mx.random.seed(0)

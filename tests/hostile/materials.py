@@ -53,7 +53,8 @@ def prepare(folder: Path) -> Path:
     from marlin_cli.checkpoints.writer import write_model
     from marlin_cli.config import from_mapping
     from marlin_cli.models import config_as_mapping
-    from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, document in NATIVE.items():

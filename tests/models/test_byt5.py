@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from marlin_cli.errors import ConfigError
 from marlin_cli.models import byt5, preset
-from marlin_cli.models.byt5 import ByT5, ByT5Config, buckets_by_distance
+from marlin_cli.models.byt5 import ByT5, buckets_by_distance
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.ops import Linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 

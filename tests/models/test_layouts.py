@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.models.megabyte import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 BYTES = 48
 PATCH = 8

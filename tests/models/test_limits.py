@@ -9,10 +9,11 @@ import pytest
 
 from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
-from marlin_cli.models import ARCHITECTURES, build, config_as_mapping
-from marlin_cli.models import byt5 as byt5_model
-from marlin_cli.models import megabyte as megabyte_model
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig, StageConfig
+from marlin_cli.models import ARCHITECTURES, build, byt5_config, config_as_mapping, megabyte_config
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 STAGE = {"length": 2, "layers": 1, "dim": 8, "heads": 1, "ffn_dim": 8}
 NUMBERS = [
@@ -41,9 +42,9 @@ def test_stages_between_have_bounds_too(field, value):
 @pytest.mark.parametrize(
     ("limits", "config"),
     [
-        (megabyte_model.LIMITS, MegaByteConfig()),
-        (byt5_model.LIMITS, byt5_model.ByT5Config()),
-        (megabyte_model.STAGE_LIMITS, StageConfig(**STAGE)),
+        (megabyte_config.LIMITS, MegaByteConfig()),
+        (byt5_config.LIMITS, ByT5Config()),
+        (megabyte_config.STAGE_LIMITS, StageConfig(**STAGE)),
     ],
 )
 def test_nan_and_infinity_are_within_no_bounds(limits, config):
@@ -82,7 +83,7 @@ def test_layers_that_the_file_has_not_are_never_drafted(small_sizes, monkeypatch
 
 def test_the_blocks_of_a_configuration_are_those_of_its_network(each_config):
     networks = [MegaByte(each_config)]
-    networks += [byt5_model.ByT5(byt5_model.ByT5Config(d_model=8, ffn_dim=8, heads=1, head_dim=8, downsample_factor=factor))
+    networks += [ByT5(ByT5Config(d_model=8, ffn_dim=8, heads=1, head_dim=8, downsample_factor=factor))
                  for factor in (1, 2)]  # fmt: skip
     for network in networks:
         norms = [path for path, _ in network.named_modules() if path.endswith("attention_norm")]

@@ -9,7 +9,7 @@ import pytest
 from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.models import build, config_as_mapping, linear_layers
-from marlin_cli.models.megabyte import MegaByteConfig, default_ffn_dim
+from marlin_cli.models.megabyte_config import MegaByteConfig, default_ffn_dim
 
 GOLDEN_LENGTHS = (1, 7, 8, 9, 100, 511, 1500)
 

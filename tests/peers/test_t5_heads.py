@@ -13,7 +13,8 @@ from marlin_cli import load
 from marlin_cli.api import ByT5Model
 from marlin_cli.cli import app
 from marlin_cli.errors import AssumptionWarning
-from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.ops.device import choose_device
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.automatic import Choice, check_target, choose, measure_choices, recipe_text, with_choices
 from marlin_cli.quantization.methods.mse import mse

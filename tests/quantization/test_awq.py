@@ -114,7 +114,7 @@ def test_without_statistics(method, network_of_64):
 
 @pytest.fixture
 def network_of_64(random_network):
-    from marlin_cli.models.megabyte import MegaByteConfig
+    from marlin_cli.models.megabyte_config import MegaByteConfig
 
     network = random_network(
         MegaByteConfig(

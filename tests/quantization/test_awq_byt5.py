@@ -7,7 +7,8 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from marlin_cli.models import shared_inputs
-from marlin_cli.models.byt5 import ByT5, ByT5Config
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.quantization.apply import plan_network, quantize_network
 from marlin_cli.quantization.methods.awq import legal_folds
 from marlin_cli.quantization.plan import QuantizationSettings

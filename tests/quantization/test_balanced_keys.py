@@ -10,8 +10,9 @@ from marlin_cli.cli import app
 from marlin_cli.engine.cache import PackedKeyValueCache
 from marlin_cli.errors import StatisticsError, UsageError
 from marlin_cli.models import shared_inputs
-from marlin_cli.models.byt5 import ByT5, ByT5Config
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.balanced_keys import balancing_factors, with_balanced_keys
 from marlin_cli.quantization.plan import QuantizationSettings

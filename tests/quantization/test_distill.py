@@ -9,7 +9,7 @@ import pytest
 
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models import linear_layers
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.distill import DistillSettings, differentiable_linear, distill, settings_for

@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.methods.hadamard import hadamard, rotated
 from marlin_cli.quantization.plan import QuantizationSettings

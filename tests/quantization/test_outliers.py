@@ -13,7 +13,7 @@ from outlier_model import with_outliers
 from marlin_cli import load
 from marlin_cli.corpus import open_corpus, open_pairs
 from marlin_cli.models import shared_inputs
-from marlin_cli.models.megabyte import MegaByteConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quantization.apply import plan_network, prepared, quantize_network
 from marlin_cli.quantization.methods import outliers
 from marlin_cli.quantization.methods.awq import legal_folds

@@ -6,7 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models.megabyte import MegaByteConfig, StageConfig
+from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially

@@ -11,7 +11,8 @@ from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import build, config_as_mapping, shared_inputs
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quantization.apply import kept_bytes, quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.stream import quantize_checkpoint

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from marlin_cli.models.megabyte import MegaByte, MegaByteConfig
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 
 @pytest.fixture

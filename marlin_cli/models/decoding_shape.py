@@ -1,0 +1,49 @@
+"""What decoding one stream of bytes is made of, by a network's shape: the arithmetic of costs and times asks no more."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CachedStack:
+    """Layers that keep keys and values.
+
+    Attributes:
+        level: of the cache that their rows count as.
+        row_bytes: bytes that a row stands for.
+        sequence_rows: rows of a sequence, after which the next begins anew; None: the rows of the whole context are kept,
+            in as few bits as `--kv-bits` says.
+        window: rows back that attention sees; None: all.
+    """
+
+    level: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    row_bytes: int = 1
+    sequence_rows: int | None = None
+    window: int | None = None
+
+
+def _each_byte(config: Any) -> Mapping[str, int]:
+    return {}
+
+
+@dataclass(frozen=True)
+class DecodingShape:
+    """See `models.architecture.Architecture.decoding`.
+
+    Attributes:
+        stacks: (config) -> the stacks that keep keys and values, coarse to fine; the first keeps the whole context.
+        part_bytes: (config) -> bytes from one pass through a part of the network to the next; 1 where it is not named.
+        layer_bytes: (path of a layer, config) -> the same of a linear layer.
+        miniature: (config) -> the same model, as narrow as its layout lets it be, with a little more context: what it takes is
+            all that decoding does beside products and attention. None: the time of a byte is not predicted.
+    """
+
+    stacks: Callable[[Any], tuple[CachedStack, ...]]
+    part_bytes: Callable[[Any], Mapping[str, int]] = _each_byte
+    layer_bytes: Callable[[str, Any], int] = lambda path, config: 1
+    miniature: Callable[[Any], Any] | None = None

@@ -1,0 +1,63 @@
+"""The tables of quality, of one model: scores by domain, by class of bytes and by position in the patch."""
+
+from collections.abc import Sequence
+
+from marlin_cli.bench.result import QualitySettings
+from marlin_cli.quality.estimates import Estimate
+from marlin_cli.quality.quality import Comparison, Quality, Score
+from marlin_cli.reports.forms import Table
+from marlin_cli.reports.measurements import groups_of, scores_of
+
+
+def quality_tables(name: str, quality: Quality, settings: QualitySettings) -> list[Table]:
+    """The scores of the domains, and where there are any those of classes and positions."""
+    tables = [_by_domain(name, quality, settings)]
+    if groups := groups_of(quality):
+        title = f"Quality of {name} by kind of byte and by position in the patch, all domains as one sample"
+        tables.append(_scores_table(title, "bytes that are", groups, settings))
+    return tables
+
+
+def _by_domain(name: str, quality: Quality, settings: QualitySettings) -> Table:
+    title = (
+        f"Quality of {name} on {', '.join(settings.corpora)}: total bits over total bytes, {_windows(settings)},"
+        " standard errors over windows"
+    )
+    if settings.reference is not None:
+        title += (
+            f"\nagainst {settings.reference}: difference of bits/byte; KL(reference || model) in bits/byte, its mean,"
+            " median, 99 % and maximum; share of bytes with the same likeliest one"
+        )
+    return _scores_table(title, "domain", scores_of(quality), settings)
+
+
+def _windows(settings: QualitySettings) -> str:
+    windowing = settings.windowing
+    if windowing.stride == windowing.window_bytes:
+        return f"disjoint windows of {windowing.window_bytes:,} bytes"
+    return f"windows of {windowing.window_bytes:,} bytes every {windowing.stride:,}, each byte scored once"
+
+
+def _scores_table(title: str, first: str, scores: Sequence[tuple[str, Score]], settings: QualitySettings) -> Table:
+    columns = [first, "bytes", "windows", "bits/byte", "s.e."]
+    if settings.reference is not None:
+        columns += ["difference", "s.e.", "KL", "s.e.", "median", "99 %", "max", "top-1"]
+    rows = []
+    for name, score in scores:
+        row = [name, f"{score.bytes:,}", f"{score.windows:,}", *_with_error(score.bits_per_byte, ".5f")]
+        rows.append(row + (_beside(score.against_reference) if score.against_reference is not None else []))
+    return Table(title, columns, rows)
+
+
+def _beside(result: Comparison) -> list[str]:
+    return [
+        *_with_error(result.bits_per_byte_difference, "+.5f"),
+        *_with_error(result.kl_bits_per_byte, ".3g"),
+        *(f"{bits:.3g}" for bits in (result.kl_median_bits, result.kl_percentile_99_bits, result.kl_maximum_bits)),
+        f"{100 * result.top1_agreement.value:.2f} %",
+    ]
+
+
+def _with_error(estimate: Estimate, form: str) -> list[str]:
+    error = estimate.standard_error
+    return [format(estimate.value, form), "" if error is None else format(error, form.removeprefix("+"))]
