@@ -36,7 +36,7 @@ inline __attribute__((always_inline)) Numbers dot(const Numbers& sums, const Cod
     return {dot<SMALL>(sums.low, weights.low, x.low), dot<SMALL>(sums.high, weights.high, x.high)};
   } else {
 #if MARLIN_VNNI
-    return Numbers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(weights), __m512i(x)));
+    return add_quads(sums, weights, x);
 #elif MARLIN_AVX512
     // Two products fit 16 bits: 2 * 128 * 127 at most. An unsigned and a signed factor: the sign moves over to x.
     const __mmask64 negative = _mm512_movepi8_mask(__m512i(weights));

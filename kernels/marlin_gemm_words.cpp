@@ -92,7 +92,7 @@ struct Way {
       lines = (w.row_bytes + REGISTER - 1) / REGISTER;
       groups = lines * UNITS_OF_LINE / SPAN;
       words.of(rows * lines * PARTS * 2 * REGISTER);
-      units.resize(std::max<size_t>(units.size(), rows * groups + DWORDS));
+      units.resize(std::max<size_t>(units.size(), rows * groups));
       if (Format::affine) sums.resize(std::max<size_t>(sums.size(), rows * w.groups()));
     }
     int16_t* row(int64_t m) { return reinterpret_cast<int16_t*>(words.data()) + m * lines * PARTS * REGISTER; }
@@ -141,7 +141,7 @@ struct Way {
     const float* units[ROWS];
     for (int m = 0; m < ROWS; m++) x[m] = laid.row(m0 + m), units[m] = laid.units.data() + (m0 + m) * laid.groups;
     RegisterFloats sums[TOGETHER][ROWS] = {};
-    float scales[TOGETHER][LANES + DWORDS];  // and what a register reads beyond
+    float scales[TOGETHER][ROWS][LANES + DWORDS];  // times what 2^14 is worth; and what a register reads beyond
     // SPAN lines from `line` on, whose scales begin at `place` of those at hand.
     const auto step = [&](int64_t line, int64_t place, auto all) __attribute__((always_inline)) {
       RegisterIntegers upper[TOGETHER][ROWS] = {}, lower[TOGETHER][ROWS] = {};
@@ -183,21 +183,22 @@ struct Way {
       }
 #pragma GCC unroll 2
       for (int m = 0; m < ROWS; m++) {
-        const float* own = units[m] + line / SPAN * UNITS_OF_LINE;
-        const RegisterFloats unit = UNITS_OF_LINE > 1 ? spread<std::min(LANES_OF_GROUP, DWORDS)>(own) : splat_as<RegisterFloats>(*own);
 #pragma GCC unroll 4
         for (int n = 0; n < TOGETHER; n++) {
-          const RegisterFloats scale =
-              UNITS_OF_LINE > 1 ? spread<std::min(LANES_OF_GROUP, DWORDS)>(scales[n] + place) : splat_as<RegisterFloats>(scales[n][place]);
+          const float* own = scales[n][m] + place;
+          const RegisterFloats scale = UNITS_OF_LINE > 1 ? spread<std::min(LANES_OF_GROUP, DWORDS)>(own) : splat_as<RegisterFloats>(*own);
           const RegisterFloats both = converted<RegisterFloats>(upper[n][m]) + converted<RegisterFloats>(lower[n][m]) * (1.0f / (1 << DIGIT));
-          sums[n][m] += both * unit * scale;
+          sums[n][m] += both * scale;
         }
       }
     };
     for (int64_t first = 0; first < laid.lines; first += LINES_OF_SCALES) {
       const int64_t group = first * WEIGHTS / Format::GROUP, last = std::min(first + LINES_OF_SCALES, whole_lines);
 #pragma GCC unroll 4
-      for (int n = 0; n < TOGETHER; n++) store(Format::scales(rows[n], group, groups - group), scales[n]);
+      for (int n = 0; n < TOGETHER; n++) {
+        const Vector own = Format::scales(rows[n], group, groups - group);
+        for (int m = 0; m < ROWS; m++) store(own * load_some(units[m] + group, groups - group), scales[n][m]);
+      }
       int64_t line = first, place = 0;
       for (; line < last; line += SPAN, place += UNITS_OF_LINE) step(line, place, std::true_type{});
       if constexpr (SPAN == 1)

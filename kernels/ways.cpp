@@ -92,7 +92,7 @@ void set_ways(Kind kind, int activation_bits, bool large, const std::vector<std:
     if (found == NAMES.end()) throw std::invalid_argument("no way of multiplying is called " + name);
     own.emplace_back(most > 0 ? most : ANY, Way(found - NAMES.begin()));
   }
-  table()[int(kind)][activation_bits == 8][large] = std::move(own);
+  table()[int(kind)][activation_bits == 8 && has_whole_weights(kind)][large] = std::move(own);
 }
 
 }  // namespace marlin

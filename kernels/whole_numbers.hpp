@@ -6,9 +6,9 @@
 
 #include "packed_columns.hpp"
 
-#if MARLIN_AVX512 && defined(__AVX512VNNI__)
+#if (MARLIN_AVX512 && defined(__AVX512VNNI__)) || (MARLIN_AVX2 && (defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))))
 #define MARLIN_VNNI 1
-#if defined(__AVX512VBMI__)
+#if MARLIN_AVX512 && defined(__AVX512VBMI__)
 #define MARLIN_VNNI_BYTES 1  // fixed point in digits of a byte (marlin_gemm_fixed.cpp), elsewhere in words (marlin_gemm_words.cpp)
 #endif
 #endif
@@ -29,14 +29,29 @@ using RegisterWords = RegisterOf<uint16_t, REGISTER>::type;
 using RegisterIntegers = RegisterOf<int32_t, REGISTER>::type;
 using RegisterFloats = RegisterOf<float, REGISTER>::type;
 
+#if MARLIN_VNNI
+// sums[i] + the products of unsigned bytes of a, 4i .. 4i + 3, and signed ones of b.
+inline __attribute__((always_inline)) RegisterIntegers add_quads(RegisterIntegers sums, RegisterBytes a, RegisterBytes b) {
+#if MARLIN_AVX512
+  return RegisterIntegers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(a), __m512i(b)));
+#elif defined(__AVXVNNI__)
+  return RegisterIntegers(_mm256_dpbusd_avx_epi32(__m256i(sums), __m256i(a), __m256i(b)));
+#else
+  return RegisterIntegers(_mm256_dpbusd_epi32(__m256i(sums), __m256i(a), __m256i(b)));
+#endif
+}
+#endif
+
 // sums[i] + the products of signed words 2i and 2i + 1.
 inline __attribute__((always_inline)) RegisterIntegers add_pairs(RegisterIntegers sums, RegisterWords a, RegisterWords b) {
-#if MARLIN_VNNI
+#if MARLIN_VNNI && MARLIN_AVX512
   return RegisterIntegers(_mm512_dpwssd_epi32(__m512i(sums), __m512i(a), __m512i(b)));
 #elif MARLIN_AVX512
   return sums + RegisterIntegers(_mm512_madd_epi16(__m512i(a), __m512i(b)));
 #elif MARLIN_AVX2 && defined(__AVXVNNI__)
   return RegisterIntegers(_mm256_dpwssd_avx_epi32(__m256i(sums), __m256i(a), __m256i(b)));
+#elif MARLIN_VNNI
+  return RegisterIntegers(_mm256_dpwssd_epi32(__m256i(sums), __m256i(a), __m256i(b)));
 #elif MARLIN_AVX2
   return sums + RegisterIntegers(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #elif MARLIN_NEON

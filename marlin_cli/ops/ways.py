@@ -1,7 +1,8 @@
 """Which way of multiplying packed weights a product takes: shipped by class of processor, or measured here by `make tune`.
 
-Where several ways compete (kernels/ways.hpp), rows of x decide: "1 fixed, 4 registers, panels" is fixed point for one row, registers for
-up to four, panels for more. Each format has such a line for 16 and 8 bits of activations, and for small matrices and large ones.
+Where several ways compete (kernels/ways.hpp), rows of x decide: "1 fixed, 4 registers, panels" is fixed point for one row,
+registers for up to four, panels for more. Each format has such a line for 16 and 8 bits of activations, and for small matrices
+and large ones.
 """
 
 from pathlib import Path
@@ -85,7 +86,7 @@ def parse(line: Any, here: set[str], where: str) -> Choices:
 
 
 def line_of(best: dict[int, str]) -> str:
-    """The line that says which way was the fastest at each number of rows: a way holds until another was measured to be faster."""
+    """The line that says which way was the fastest at each number of rows: a way holds until another one is faster."""
     parts: list[tuple[int, str]] = []
     for rows, way in sorted(best.items()):
         if parts and parts[-1][1] == way:

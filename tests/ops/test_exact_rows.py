@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from byt5_cases import random_byt5
+
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.generation import Stopping, generate
@@ -12,9 +12,9 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.dispatch import attention, linear, paged_attention
+from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.encoders import encode
 from marlin_cli.quantization.formats import FORMATS
-from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 
 MODULE = cpu.kernels()[0]
@@ -69,7 +69,8 @@ def test_a_row_of_a_packed_product_is_the_same_bits_in_every_batch(format, depth
     biases = packed.biases.astype(mx.float32) if floats else None
     kind = getattr(MODULE.Kind, format.name)
     assert_rows_alike(
-        lambda x: MODULE.marlin_gemm(x, packed.weight, scales, biases, kind, packed.group_size, activation_bits), extreme_rows(depth)
+        lambda x: MODULE.marlin_gemm(x, packed.weight, scales, biases, kind, packed.group_size, activation_bits),
+        extreme_rows(depth),
     )
 
 
@@ -90,7 +91,10 @@ def test_attention_of_a_sequence_is_the_same_bits_behind_padding_and_in_parts(wi
     def behind(rows, seed):
         return np.concatenate([random(1, heads, padding, width, seed=seed), rows], axis=2)
 
-    pages = [[mx.array(behind(rows, 5)[:, :, start : start + 128]) for start in range(0, length + padding, 128)] for rows in (keys, values)]
+    pages = [
+        [mx.array(behind(rows, 5)[:, :, start : start + 128]) for start in range(0, length + padding, 128)]
+        for rows in (keys, values)
+    ]
     for first in (0, 1, 200, 299):
         found = paged_attention(mx.array(queries[:, :, first:]), *pages, 0.2, window=window, left_padding=mx.array([padding]))
         assert np.array_equal(np.array(found), whole[:, :, first:])
@@ -124,7 +128,9 @@ def test_a_stream_has_the_same_logits_and_bytes_alone_as_in_a_batch(random_netwo
     prompts = PROMPTS[:streams]
     alike = [prompt for prompt in prompts if len(prompt) % network.config.patch_size == 1]  # as much of a patch is left of each
     logits = np.array(Lockstep(network, alike).logits)
-    assert all(np.array_equal(np.array(Lockstep(network, [prompt]).logits)[0], row) for prompt, row in zip(alike, logits, strict=True))
+    assert all(
+        np.array_equal(np.array(Lockstep(network, [prompt]).logits)[0], row) for prompt, row in zip(alike, logits, strict=True)
+    )
     assert generated(prompts) == [generated([prompt])[0] for prompt in prompts]
 
 

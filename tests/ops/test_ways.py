@@ -1,4 +1,4 @@
-"""Tables of ways of multiplying: what lines say, what is refused, and every way that this processor has against the exact product."""
+"""Tables of ways of multiplying: what lines say, what is refused, and every way of this processor against the exact product."""
 
 import mlx.core as mx
 import numpy as np
