@@ -11,17 +11,22 @@ inline __m128i codes_of_groups(const Packed& row, int64_t group, int64_t count) 
   return _mm_maskz_loadu_epi8(__mmask16(count >= LANES ? 0xffff : (1 << count) - 1), row.codes + group);
 #else
   if (count >= LANES) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row.codes + group));
-  // Eights, fours, twos and one: of sizes that are known, for anything else is a call.
-  alignas(16) uint8_t codes[LANES] = {};
-  int64_t done = 0;
-  const auto copy = [&]<int64_t SIZE>(std::integral_constant<int64_t, SIZE>) {
-    if (count & SIZE) std::memcpy(codes + done, row.codes + group + done, SIZE), done += SIZE;
-  };
-  copy(std::integral_constant<int64_t, 8>{});
-  copy(std::integral_constant<int64_t, 4>{});
-  copy(std::integral_constant<int64_t, 2>{});
-  copy(std::integral_constant<int64_t, 1>{});
-  return _mm_load_si128(reinterpret_cast<const __m128i*>(codes));
+  // Two loads that overlap, of a size that is known: a copy through memory waits for its stores.
+  const uint8_t* from = row.codes + group;
+  uint64_t lower = 0, upper = 0;
+  if (count >= 8) {
+    std::memcpy(&lower, from, 8);
+    std::memcpy(&upper, from + count - 8, 8);
+    upper = count == 8 ? 0 : upper >> (8 * (LANES - count));
+  } else if (count >= 4) {
+    uint32_t first, last;
+    std::memcpy(&first, from, 4);
+    std::memcpy(&last, from + count - 4, 4);
+    lower = first | uint64_t(last) << (8 * (count - 4));
+  } else {
+    for (int64_t g = 0; g < count; g++) lower |= uint64_t(from[g]) << (8 * g);
+  }
+  return _mm_set_epi64x(int64_t(upper), int64_t(lower));
 #endif
 }
 inline Vector e4m3_of_groups(const Packed& row, int64_t group, int64_t count) {

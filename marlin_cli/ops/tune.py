@@ -28,7 +28,8 @@ PACKING: dict[str, dict[str, Any]] = {
 ROWS = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128)
 SHAPES = {"small": (768, 768), "large": (1536, 3584)}  # columns and depth of the weight
 ROUNDS = 5
-HOPELESS = 2.0  # a way so many times slower than the best is not tried with more rows
+HOPELESS = 2.0  # a way so many times slower than the best is not tried with more rows, unless it is
+FOR_MANY_ROWS = ("panels", "tiles", "whole_columns")
 NO_FASTER = 0.97  # another way has to win by so much
 SECONDS_A_TURN = 2e-3
 
@@ -79,7 +80,7 @@ def fastest_ways(module: Any, name: str, activation_bits: int, size: str) -> dic
         fastest = min(ways, key=took.__getitem__)
         if before in took and took[fastest] > NO_FASTER * took[before]:
             fastest = before
-        ways = [way for way in ways if took[way] < HOPELESS * took[fastest] or way in ("panels", "tiles")]
+        ways = [way for way in ways if took[way] < HOPELESS * took[fastest] or way in FOR_MANY_ROWS]
         best[rows] = before = fastest
     return best
 
