@@ -1,4 +1,4 @@
-"""marlin: calibrate, quantise and run byte-level language models (MegaByte, ByT5) on MLX."""
+"""marlin: calibrate, quantise and run byte-level language models (MegaByte, ByT5, CANINE) on MLX."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ __all__ = [
     "ByT5Config",
     "ByT5Model",
     "ContinuingModel",
+    "EncodingModel",
     "MegaByteConfig",
     "MegaByteModel",
     "decode",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AnsweringModel(Model):
-    """A model that answers an input, such as a ByT5; an encoder alone encodes it.
+    """A model that answers an input, such as a ByT5 or a GBST; an encoder alone encodes it.
 
     Attributes:
         kv_bits: bits of the keys and values that the decoder reads of an input.
@@ -174,14 +174,35 @@ class AnsweringModel(Model):
         return self.bits(source, target) / len(target)
 
     def encode(self, data: bytes) -> mx.array:
-        """The encoder's states [len(data), d_model] of an input; that of the end, which it reads too, is left out.
+        """The encoder's states [states, d_model] of an input, one a byte, or one for all bytes of a GBST's row.
+
+        The end of an input, which is read too, has no state of its own here.
 
         Raises:
             UsageError: an input longer than `max_bytes`; or states that gptq+hadamard rotated, which mean nothing outside.
         """
         if (self.marlin or {}).get("rotated_states"):
             raise UsageError("gptq+hadamard has rotated this model's encoder states; encode with one packed by another method")
-        return encode(self.network, mx.array([self._source(data)]))[0, : len(data)]
+        count = self.network.state_lengths(mx.array([len(data)])).item()
+        return encode(self.network, mx.array([self._source(data)]))[0, :count]
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[mx.array]:
+        """As `encode`, of each input."""
+        return [self.encode(text) for text in texts]
+
+    def pooled(self, data: bytes) -> mx.array:
+        """One vector for an input, the mean of its states: [d_model] float32. Nothing was trained to make one.
+
+        Raises:
+            UsageError: see `encode`; or no bytes, which have no mean.
+        """
+        if not data:
+            raise UsageError("an empty input has no states and so no mean of them; leave it out")
+        return self.encode(data).astype(mx.float32).mean(axis=0)
+
+    def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
+        """As `pooled`, of each input: [inputs, d_model]."""
+        return mx.stack([self.pooled(text) for text in texts]) if texts else mx.zeros((0, self.config.d_model))
 
     def quantize(
         self,

@@ -1,6 +1,7 @@
 """The Python interface: `load` a model, then ask it for what it can do, or for a packed copy of itself."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -8,15 +9,19 @@ from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.checkpoints import ImportOptions, architecture_of
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.models import Capability, architecture_named
+from marlin_cli.encoding_model import EncodingModel
+from marlin_cli.models import Architecture, Capability, architecture_named
 
 # The design document's names of the first models of each kind.
 MegaByteModel = ContinuingModel
 ByT5Model = AnsweringModel
 
-MODELS: dict[Capability, type[ContinuingModel] | type[AnsweringModel]] = {
+AnyModel: TypeAlias = ContinuingModel | AnsweringModel | EncodingModel
+
+MODELS: dict[Capability, type[AnyModel]] = {
     Capability.CONTINUES: ContinuingModel,
     Capability.ANSWERS: AnsweringModel,
+    Capability.ENCODES: EncodingModel,
 }
 
 
@@ -30,14 +35,19 @@ def decode(data: bytes, errors: str = "replace") -> str:
     return data.decode("utf-8", errors=errors)
 
 
-def capability_of(path: str | Path) -> Capability:
-    """What the model at a path (a shipped name, a repository on the hub) does with bytes. No weight is read.
+def architecture_at(path: str | Path) -> Architecture:
+    """The architecture of the model at a path (a shipped name, a repository on the hub). No weight is read.
 
     Raises:
         CheckpointError, ConfigError: there is no model, or its configuration is damaged.
     """
     where = locate_model(str(path))
-    return architecture_named({"model_type": architecture_of(where)}, str(path)).capability
+    return architecture_named({"model_type": architecture_of(where)}, str(path))
+
+
+def capability_of(path: str | Path) -> Capability:
+    """What the model at a path does with bytes; see `architecture_at`."""
+    return architecture_at(path).capability
 
 
 def load(
@@ -48,7 +58,7 @@ def load(
     activation_bits: int = 16,
     dtype: mx.Dtype | None = None,
     options: ImportOptions | None = None,
-) -> ContinuingModel | AnsweringModel:
+) -> AnyModel:
     """Read any supported model; see `Model.from_pretrained`. What it can do is said by its class."""
     found = MODELS[capability_of(path)]
     return found.from_pretrained(

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.generation import Piece, Stopping, generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model
-from marlin_cli.models import Capability
+from marlin_cli.models import Capability, continuing_of
 from marlin_cli.ops.device import Device
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ SCORING_WINDOW_BYTES = 2048
 
 
 class ContinuingModel(Model):
-    """A model that continues bytes, such as a MegaByte.
+    """A model that continues bytes, such as a MegaByte or a ByGPT5.
 
     Attributes:
         cache_bits: bits of the cache's keys and values (of a MegaByte, the global one).
@@ -52,12 +52,15 @@ class ContinuingModel(Model):
     def logits(self, data: bytes) -> mx.array:
         """Logits [len(data), vocab] float32: row i is the distribution of byte i given the bytes before it.
 
+        Byte b has column b of a MegaByte, and b + 3 of a ByGPT5.
+
         Raises:
             UsageError: more bytes than the model's context.
         """
         if len(data) > self.config.max_bytes:
             raise UsageError(f"{len(data)} bytes do not fit the model's context of {self.config.max_bytes}")
-        return self.network(mx.array(np.frombuffer(data, dtype=np.uint8).astype(np.int32))[None])[0]
+        window = mx.array(np.frombuffer(data, dtype=np.uint8).astype(np.int32))[None]
+        return continuing_of(self.network).predictions(self.network, window)[0]
 
     def bits_per_byte(self, data: bytes, window_bytes: int | None = None) -> float:
         """Mean bits that a byte of `data` costs, in disjoint windows, each from an empty context.
@@ -81,10 +84,11 @@ class ContinuingModel(Model):
         min_p: float = 0.0,
         seed: int = 0,
         stop: Sequence[bytes] = (),
+        sentinels: bool = False,
     ) -> bytes:
-        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them."""
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        return b"".join(piece.data for piece in self.pieces([prompt], Stopping(max_bytes, tuple(stop)), sampling))
+        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them; see `pieces`."""
+        sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
+        return b"".join(piece.data for piece in self.pieces([prompt], stopping, sampling, sentinels=sentinels))
 
     def generate_stream(
         self,
@@ -97,15 +101,22 @@ class ContinuingModel(Model):
         min_p: float = 0.0,
         seed: int = 0,
         stop: Sequence[bytes] = (),
+        sentinels: bool = False,
     ) -> Iterator[int]:
         """The bytes of `generate`, each (an int) as soon as it is decoded."""
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        for piece in self.pieces([prompt], Stopping(max_bytes, tuple(stop)), sampling):
+        sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
+        for piece in self.pieces([prompt], stopping, sampling, sentinels=sentinels):
             yield from piece.data
 
-    def pieces(self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling) -> Iterator[Piece]:
-        """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`."""
-        return generate(self.network, prompts, stopping, sampling, self.cache_bits)
+    def pieces(
+        self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling, *, sentinels: bool = False
+    ) -> Iterator[Piece]:
+        """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`.
+
+        Args:
+            sentinels: `<extra_id_N>` stands for that special id of a ByGPT5, in a prompt and in what follows it.
+        """
+        return generate(self.network, prompts, stopping, sampling, self.cache_bits, sentinels=sentinels)
 
     def quantize(
         self,
@@ -113,14 +124,17 @@ class ContinuingModel(Model):
         local_bits: int = 8,
         kv_bits: int = 16,
         *,
+        decoder_bits: int = 4,
         statistics: "Statistics | None" = None,
         settings: "QuantizationSettings | None" = None,
     ) -> "ContinuingModel":
         """A copy with packed weights. `settings` says more than bits, and stands in for them when given.
+
+        A MegaByte has a global and a local part, a ByGPT5 a decoder; bits of another part say nothing.
 
         Raises:
             QuantizationError: a layer that cannot be packed so.
         """
         from marlin_cli.quantization.plan import settings_from_bits
 
-        return self._packed(settings or settings_from_bits(global_bits, local_bits, kv_bits), statistics)
+        return self._packed(settings or settings_from_bits(global_bits, local_bits, kv_bits, decoder_bits), statistics)

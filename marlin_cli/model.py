@@ -1,7 +1,8 @@
 """`Model`: what all models have in common, whatever they do with bytes: reading, packing and writing."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
     from marlin_cli.statistics import Statistics
 
 AnyModel = TypeVar("AnyModel", bound="Model")
+
+
+class Encodes(Protocol):
+    """What models have that make states and vectors of an input, whatever else they do with it."""
+
+    def encode(self, data: bytes) -> mx.array:
+        """The states of an input: [rows, d_model] float32."""
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[mx.array]:
+        """As `encode`, of each input."""
+
+    def pooled(self, data: bytes) -> mx.array:
+        """One vector for an input: [d_model] float32."""
+
+    def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
+        """As `pooled`, of each input: [inputs, d_model]."""
 
 
 class Model:
@@ -70,8 +87,9 @@ class Model:
         Args:
             config: what the model should be; a checkpoint that says otherwise is refused.
             device: auto, metal, cuda or cpu.
-            kv_bits: 4, 8 or 16 bits of the keys and values that are kept (of a MegaByte, in the global cache, a pair for
-                keys and values; of a ByT5, what the decoder reads of an input); as the checkpoint says if None.
+            kv_bits: 4, 8 or 16 bits of the keys and values that are kept (of a model that continues bytes, those
+                of the whole context, and a pair for keys and values; of one that answers, what the decoder reads of an
+                input); as the checkpoint says if None. Refused by networks that keep none.
             activation_bits: 16, or 8 to round what packed layers multiply, which is faster on a CPU and costs some accuracy.
             dtype: of weights and activations; float32 on a CPU and as the architecture has it elsewhere if None.
             options: what a foreign checkpoint does not reveal. What is assumed where it says nothing is an
@@ -79,7 +97,7 @@ class Model:
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be used, or does something else with bytes.
-            UsageError: a type in which the network overflows.
+            UsageError: a type in which the network overflows, or bits of what it does not keep.
             BackendError: the device is not there.
         """
         where = locate_model(str(path))
@@ -95,6 +113,8 @@ class Model:
         network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=wanted)
         if config is not None:
             check_same(network.config, config, str(path))
+        if kv_bits not in (None, 16, (16, 16)) and not architecture.packed_keys(network.config).paths:
+            raise UsageError(f"kv_bits: this {architecture.title} keeps no keys and values; leave it out")
         round_activations(network, activation_bits)
         if kv_bits is None:
             kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))

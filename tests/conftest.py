@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # products on an NVIDIA GPU to float32's precision; read at the first of them
 
@@ -11,7 +12,12 @@ import pytest  # noqa: E402
 from mlx.utils import tree_map
 
 from marlin_cli import MegaByteModel
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models.bygpt5 import ByGPT5Config
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.canine import CanineConfig
+from marlin_cli.models.gbst import GbstConfig
+from marlin_cli.models.la_canine import LaCanineConfig
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
@@ -51,10 +57,35 @@ CONFIGS = {
 }
 
 
-def random_weights(config: MegaByteConfig, seed: int = 0) -> MegaByte:
+T5 = {"d_model": 32, "ffn_dim": 64, "heads": 1, "head_dim": 32}
+PACKABLE = {
+    **SMALL, "global_heads": 1, "global_layers": 1, "local_layers": 1, "local_dim": 32, "local_heads": 1,
+    "global_ffn_dim": 64, "local_ffn_dim": 64,
+}  # fmt: skip
+
+# A tiny configuration of each architecture, in sizes that every format packs: tests/test_tiny_models.py runs everything on it.
+CONTINUING = {
+    "megabyte": MegaByteConfig(**PACKABLE),
+    "bygpt5": ByGPT5Config(**T5, layers=1, max_bytes=96),
+}
+ANSWERING = {
+    "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),
+    "gbst": GbstConfig(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96, block_sizes=(1, 2, 3, 4), bytes_in_row=3),
+}
+CHARACTERS = {
+    "d_model": 32, "ffn_dim": 64, "heads": 2, "layers": 1, "hash_functions": 4, "hash_buckets": 128, "max_characters": 128,
+    "block_characters": 16,
+}  # fmt: skip
+ENCODING = {
+    "canine": CanineConfig(**CHARACTERS, head="token", labels=("O", "A", "B")),
+    "la_canine": LaCanineConfig(**CHARACTERS, adapter_dim=32, language="cs"),
+}
+
+
+def random_weights(config: Any, seed: int = 0) -> Any:
     """A network whose every parameter, norms and start vectors included, is random."""
     mx.random.seed(seed)
-    network = MegaByte(config)
+    network: Any = ARCHITECTURES[config.model_type].network(config)
     network.update(
         tree_map(lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5),
                  network.parameters())
@@ -81,6 +112,26 @@ def each_config(request):
 @pytest.fixture
 def each_network(each_config):
     return random_weights(each_config)
+
+
+@pytest.fixture(params=CONTINUING.values(), ids=CONTINUING.keys())
+def each_continuing(request):
+    return random_weights(request.param)
+
+
+@pytest.fixture(params=ANSWERING.values(), ids=ANSWERING.keys())
+def each_answering(request):
+    return random_weights(request.param)
+
+
+@pytest.fixture(params=ENCODING.values(), ids=ENCODING.keys())
+def each_encoding(request):
+    return random_weights(request.param)
+
+
+@pytest.fixture(params={**CONTINUING, **ANSWERING}.values(), ids={**CONTINUING, **ANSWERING}.keys())
+def each_tiny(request):
+    return random_weights(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings
-from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quality.quality import Quality
 

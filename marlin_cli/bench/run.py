@@ -19,11 +19,11 @@ from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_ru
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.engine.decoding import CacheBits
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.scoring import BYTES_PER_PASS
 from marlin_cli.errors import OutputError, UsageError
 from marlin_cli.files import user_cache
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network
 from marlin_cli.prediction.prediction import layer_shapes, predicted_seconds
 from marlin_cli.prediction.roofline import bandwidth_for, roofline_of
 from marlin_cli.prediction.sizes import bytes_by_part, weights_by_part
@@ -120,9 +120,9 @@ def _run(request: Request, ranks: Ranks) -> Report:
 class _Scoring:
     """The arguments of `measure_quality`."""
 
-    networks: dict[str, MegaByte]
+    networks: dict[str, Network]
     windows: dict[str, list[Window]]
-    reference: MegaByte | None
+    reference: Network | None
 
 
 def _prepared(request: Request, settings: QualitySettings, models: Sequence[ContinuingModel]) -> _Scoring:

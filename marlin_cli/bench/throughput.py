@@ -27,7 +27,7 @@ import mlx.core as mx
 from marlin_cli.bench.energy import EnergyCounter
 from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.engine.decoding import Lockstep
+from marlin_cli.engine.continuation import begin
 from marlin_cli.engine.sampling import sample
 from marlin_cli.errors import CorpusError, UsageError
 from marlin_cli.files import shipped
@@ -122,7 +122,7 @@ class Throughput:
     cache_bytes: dict[str, int]  # by level, the most that was in use after any byte
     working_memory_bytes: int  # the most that MLX held during a run beyond what it held before: caches, activations
     byte_latency_seconds: Percentiles | None = None
-    patch_latency_seconds: Percentiles | None = None  # None: no whole patch was decoded
+    patch_latency_seconds: Percentiles | None = None  # None: no whole patch was decoded, or there are none
     joules_per_byte: float | None = None  # decoding; None where the system does not tell
     sweep: tuple[SweepPoint, ...] = ()
     roofline: Roofline | None = None  # where it was asked for
@@ -275,7 +275,7 @@ def _timed(
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     start = clock()
-    state = Lockstep(model.network, prompts, model.cache_bits)
+    state = begin(model.network, prompts, model.cache_bits)
     mx.eval(state.logits)
     read = clock()
     ids = sample(state.logits, GREEDY, None)
@@ -303,7 +303,7 @@ def _timed(
 
 def _warm_up(model: ContinuingModel, prompt: bytes, decode_bytes: int) -> dict[str, int]:
     """A run that is not timed: the most bytes that each level of the cache had in use."""
-    state = Lockstep(model.network, [prompt], model.cache_bits)
+    state = begin(model.network, [prompt], model.cache_bits)
     mx.eval(state.logits)
     most = state.cache_bytes
     for _ in decoded(state, decode_bytes + 1):
@@ -339,7 +339,7 @@ def _summary(
     cache_bytes: dict[str, int],
     sweep: tuple[SweepPoint, ...],
 ) -> Throughput:
-    patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)]
+    patches = [seconds for run in runs for seconds in _patch_seconds(run, settings, patch_size)] if patch_size > 1 else []
     joules = [run.joules for run in runs if run.joules is not None]
     total = sum(run.decoded_bytes for run in runs)
     return Throughput(

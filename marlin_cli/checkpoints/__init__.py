@@ -41,6 +41,16 @@ WITH_CONFIG = {
 # Foreign layouts that the names of the tensors tell.
 IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}
 
+# The architecture of each layout with a configuration but marlin's own, which names it.
+ARCHITECTURE_OF = {
+    "gguf_t5": "byt5",
+    "canine": "canine",
+    "la_canine": "la_canine",
+    "gbst": "gbst",
+    "bygpt5": "bygpt5",
+    "hugging_face": "byt5",
+}
+
 # The field of a configuration that each option speaks of. The window stands apart: an option goes before the file.
 FIELD_OF_OPTION = {
     "heads": "global_heads",
@@ -77,12 +87,9 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         ConfigError: a configuration that cannot be understood.
     """
     options = options or ImportOptions()
-    with_config = next((each for each in WITH_CONFIG.values() if each.recognises(path)), None)
-    if with_config is not None:
-        checkpoint = with_config.read(path)
-        given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
-        if given:
-            raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, the model says all; leave it out")
+    layout = _layout_with_config(path)
+    if layout is not None:
+        checkpoint = _read_with_config(path, layout, options)
     else:
         foreign, importer = _read_foreign(path, options)
         if options.heads == "auto":
@@ -99,6 +106,24 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
     return checkpoint
 
 
+def _layout_with_config(path: Path) -> str | None:
+    """The name of the layout with a configuration that a model has, None where the names of tensors must tell."""
+    return next((name for name, each in WITH_CONFIG.items() if each.recognises(path)), None)
+
+
+def _read_with_config(path: Path, layout: str, options: ImportOptions) -> Checkpoint:
+    """A model whose configuration tells all but the language."""
+    languages = layout == "la_canine"
+    checkpoint: Checkpoint = la_canine.read(path, options.language) if languages else WITH_CONFIG[layout].read(path)
+    given = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) is not None]
+    if checkpoint.config.get("model_type") == "la_canine" and "language" in given:
+        given.remove("language")
+        la_canine.check_language(checkpoint.config, options.language, str(path))
+    if given:
+        raise CheckpointError(f"{path}: the import option {given[0]} has no meaning here, the model says all; leave it out")
+    return checkpoint
+
+
 def possible_heads(path: Path, options: ImportOptions) -> Iterator[tuple[int, Checkpoint]]:
     """Each number of heads that the shapes of a foreign checkpoint allow, and the checkpoint with it; nothing of others.
 
@@ -107,7 +132,7 @@ def possible_heads(path: Path, options: ImportOptions) -> Iterator[tuple[int, Ch
     Raises:
         CheckpointError, ConfigError: as `read_checkpoint`.
     """
-    if any(each.recognises(path) for each in WITH_CONFIG.values()):
+    if _layout_with_config(path) is not None:
         return
     foreign, importer = _read_foreign(path, options)
     for heads in importer.possible_heads(foreign):
@@ -176,22 +201,27 @@ def architecture_of(path: Path) -> str:
     Raises:
         ConfigError: config.json is damaged.
     """
-    if gguf_t5.recognises(path) or hugging_face.recognises(path):
-        return "byt5"
-    folder = path if path.is_dir() else path.parent
-    document = read_json(folder / native.CONFIG) if native.recognises(path) else {}
+    layout = _layout_with_config(path)
+    if layout != "native":
+        return ARCHITECTURE_OF.get(layout or "", "megabyte")
+    document = read_json((path if path.is_dir() else path.parent) / native.CONFIG)
     return str(document.get("model_type", "megabyte")) if isinstance(document, dict) else "megabyte"
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
     """SHA-256 over the names and bytes of a model's files: equal for equal models, wherever they lie.
+
+    Args:
+        options: a language among them takes other weights out of the same files, and counts.
 
     Raises:
         CheckpointError: there is no model, or it cannot be read.
     """
-    with_config = next((each for each in WITH_CONFIG.values() if each.recognises(path)), None)
-    files = [weights_file(path)] if with_config is None else with_config.files(path)
+    layout = _layout_with_config(path)
+    files = [weights_file(path)] if layout is None else WITH_CONFIG[layout].files(path)
     digest = hashlib.sha256()
+    if options is not None and options.language is not None and layout == "la_canine":
+        digest.update(f"language:{options.language}\n".encode())
     try:
         for file in files:
             check_regular(file, CheckpointError)
@@ -202,6 +232,8 @@ def fingerprint(path: Path) -> str:
 
 
 def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
+    if options.language is not None:
+        raise CheckpointError(f"{checkpoint.path}: the import option language has no meaning here; leave it out")
     config = checkpoint.config
     for option, field in FIELD_OF_OPTION.items():
         wanted, found = getattr(options, option), config.get(field)

@@ -59,6 +59,7 @@ class ImportOptions:
     bos_byte: int | None = None  # what leads where no learned pads do (paper, without model_config)
     weights: Copy | None = None  # which of two copies, of which one is the mean over the training
     heads_by_trial: bool | None = None  # the heads were chosen by sample bytes, which is an assumption too
+    language: str | None = None  # whose adapters to take, by its code or the number of its row (la_canine)
 
 
 @dataclass(frozen=True)

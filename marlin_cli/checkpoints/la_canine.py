@@ -89,8 +89,10 @@ def check_language(config: Mapping[str, Any], language: str | None, where: str) 
     """
     if language is None or language == config.get("language"):
         return
-    held = f"the adapters of {config['language']}" if config.get("language") else "no adapters of a language"
-    raise CheckpointError(f"{where}: holds {held}, {quoted(language)} was asked for; read the original again with it")
+    held = config.get("language")
+    if held:
+        raise CheckpointError(f"{where}: holds the adapters of {held}, {quoted(language)} was asked for; take the original")
+    raise CheckpointError(f"{where}: holds no adapters of a language, {quoted(language)} was asked for; leave it out")
 
 
 def _is_unread(name: str) -> bool:
@@ -123,7 +125,7 @@ def _chosen(path: Path, kind: str, language: str | None, languages: int) -> int 
     codes = LANGUAGES if languages == len(LANGUAGES) else ()
     known = ", ".join(codes) if codes else f"the rows 0 to {languages - 1}"
     if language is None:
-        raise CheckpointError(f"{path}: holds adapters of {languages} languages; name one of them: {known}")
+        raise CheckpointError(f"{path}: holds adapters of {languages} languages; name one (--import language=..): {known}")
     if language in codes:
         return codes.index(language)
     if language.isascii() and language.isdecimal() and len(language) < 6 and int(language) < languages:

@@ -16,6 +16,7 @@ from marlin_cli.quantization.automatic import (
     Predict,
     check_target,
     choose,
+    log2_predictions,
     measure_choices,
     recipe_text,
     with_choices,
@@ -31,6 +32,7 @@ from marlin_cli.writing import writing
 PREDICTIONS: dict[Capability, Predict] = {
     Capability.CONTINUES: scoring.log2_predictions,
     Capability.ANSWERS: answer_scoring.log2_predictions,
+    Capability.ENCODES: log2_predictions,
 }
 
 # Bytes that every choice is scored on.
@@ -84,5 +86,5 @@ def automatic_settings(
     with writing(recipe) as file:
         file.write_text(recipe_text(mixed, choices, chosen, made), encoding="utf-8")
     expected = sum(choice.divergence[chosen[choice.paths[0]]] for choice in choices)
-    console.note(f"{recipe}: the formats chosen; together they should cost a KL divergence of {expected:.5f} bits per byte")
+    console.note(f"{recipe}: the formats chosen; together they should cost a KL divergence of {expected:.5f} bits a prediction")
     return mixed

@@ -23,7 +23,7 @@ def show_plan(
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import parse_sizes
     from marlin_cli.config import from_mapping
-    from marlin_cli.engine.decoding import CacheBits
+    from marlin_cli.engine.cache import CacheBits
     from marlin_cli.errors import UsageError
     from marlin_cli.models import architecture_named, build
     from marlin_cli.ops.device import choose_device

@@ -41,7 +41,7 @@ def calibrate(
         str | None,
         typer.Option(
             help="Bytes of a window, or of either side of a pair, at most the model's context. Default: the recipe's, else"
-            " 16384; ByT5: 1024."
+            " 16384; ByT5: 1024; CANINE: 2048."
         ),
     ] = None,
     noise_density: Annotated[float | None, typer.Option(help="ByT5: share of the bytes taken out. Default 0.15.")] = None,
@@ -60,8 +60,8 @@ def calibrate(
 ) -> None:
     """Run a corpus through a model and keep what its layers see: by channel, domain, byte of the patch and head.
 
-    ByT5 reads pairs teacher-forced, or fills gaps in the corpus as in its pre-training. Bytes are never decoded. An
-    interrupted run goes on with --resume and writes the same file.
+    ByT5 reads pairs teacher-forced, or fills gaps in the corpus as in its pre-training. CANINE reads what of the corpus is
+    UTF-8; other windows are left out and counted. An interrupted run goes on with --resume and writes the same file.
     """
     from pathlib import Path
 

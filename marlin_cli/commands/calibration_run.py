@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_CORPUS = "default"
 PAIR_BYTES = 1024  # what ByT5 was pre-trained on
+TEXT_BYTES = 2048  # what CANINE was pre-trained on, where characters have a byte
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def run(
     from marlin_cli.api import load
     from marlin_cli.checkpoints import fingerprint
     from marlin_cli.checkpoints.location import locate_model
+    from marlin_cli.corpus import TextCorpus
     from marlin_cli.models import Capability, architecture_of
     from marlin_cli.statistics.collect import hessian_channels
     from marlin_cli.statistics.hessians import HessianAccumulator
@@ -64,8 +66,8 @@ def run(
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
     network = load(location, device=device, dtype=mx.float32, options=options).network
-    answers = architecture_of(network).capability is Capability.ANSWERS
-    corpus = (_examples if answers else _windows)(wanted, network)
+    corpora = {Capability.CONTINUES: _windows, Capability.ANSWERS: _examples, Capability.ENCODES: _texts}
+    corpus = corpora[architecture_of(network).capability](wanted, network)
     total = corpus.total_bytes
     hessians = None
     if hessian:
@@ -82,7 +84,7 @@ def run(
                 network,
                 corpus,
                 output,
-                model=fingerprint(location),
+                model=fingerprint(location, options),
                 shard=shard,
                 resume=resume,
                 hessians=hessians,
@@ -98,6 +100,8 @@ def run(
             if hessians is not None:
                 hessians.close()
     if statistics is not None:
+        if isinstance(corpus, TextCorpus) and corpus.left_out:
+            console.note(f"{corpus.left_out} window(s) of the corpus are left out: they are no UTF-8")
         _report(statistics, output, json_output=json_output)
 
 
@@ -130,14 +134,16 @@ def _windows(wanted: Input, network: "Network") -> "Measurable":
     from marlin_cli.corpus import default_sequence_bytes, open_corpus
     from marlin_cli.models import architecture_of
 
-    unit, context = architecture_of(network).unit_bytes(network.config), network.config.max_bytes
+    architecture = architecture_of(network)
+    unit, context = architecture.unit_bytes(network.config), architecture.most_bytes(network.config)
     corpora = wanted.corpora or (DEFAULT_CORPUS,)
     asked = default_sequence_bytes(corpora) if wanted.sequence_bytes is None else wanted.sequence_bytes
     fitting = min(asked, context) // unit * unit
     if not fitting:
         raise UsageError(f"--seq-bytes {asked} is less than a patch of the model ({unit} bytes)")
     if fitting != asked:
-        console.note(f"--seq-bytes {asked} is cut to {fitting}: whole patches of {unit}, context {context}")
+        whole = "" if unit == 1 else f"whole patches of {unit}, "
+        console.note(f"--seq-bytes {asked} is cut to {fitting}: {whole}context {context}")
     return open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes)
 
 
@@ -146,9 +152,7 @@ def _examples(wanted: Input, network: "Network") -> "Measurable":
     from marlin_cli.corpus import CorruptedCorpus, SpanCorruption, open_corpus, open_pairs
 
     asked = PAIR_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes
-    fitting = min(asked, network.config.max_bytes)
-    if fitting != asked:
-        console.note(f"--seq-bytes {asked} is cut to {fitting}, the longest input of the model")
+    fitting = _fitting(asked, network)
     settings = {"noise_density": wanted.noise_density, "mean_span_bytes": wanted.span_bytes}
     given = {name: value for name, value in settings.items() if value is not None}
     if not wanted.pairs:
@@ -159,6 +163,25 @@ def _examples(wanted: Input, network: "Network") -> "Measurable":
     if pairs.left_out:
         console.note(f"{pairs.left_out} pair(s) are left out: a side is longer than {fitting} bytes (--seq-bytes)")
     return pairs
+
+
+def _texts(wanted: Input, network: "Network") -> "Measurable":
+    """What of corpora is UTF-8, in windows cut between characters."""
+    from marlin_cli.corpus import TextCorpus, open_corpus
+
+    fitting = _fitting(TEXT_BYTES if wanted.sequence_bytes is None else wanted.sequence_bytes, network)
+    corpora = wanted.corpora or (DEFAULT_CORPUS,)
+    return TextCorpus(open_corpus(corpora, sequence_bytes=fitting, seed=wanted.seed, max_bytes=wanted.max_bytes))
+
+
+def _fitting(asked: int, network: "Network") -> int:
+    """Bytes of an input, at most as many as asked for; says so if the network takes fewer."""
+    from marlin_cli.models import architecture_of
+
+    fitting = min(asked, architecture_of(network).most_bytes(network.config))
+    if fitting != asked:
+        console.note(f"--seq-bytes {asked} is cut to {fitting}, the longest input of the model")
+    return fitting
 
 
 def _report(statistics: Statistics, output: Path, *, json_output: bool) -> None:

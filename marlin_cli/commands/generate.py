@@ -34,7 +34,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before these bytes; repeatable.")] = None,
     stop_hex: Annotated[list[str] | None, typer.Option(help="End before these bytes, in hexadecimal.")] = None,
-    kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Bits of the cache (of a MegaByte, the global one): 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
     activation_bits: Annotated[
@@ -57,7 +57,7 @@ def generate(
         str, typer.Option(help="ByT5: what every input begins with, such as the task or language, '<eng-us>: '.")
     ] = "",
     sentinel: Annotated[
-        bool, typer.Option("--sentinel", help="ByT5: <extra_id_N> stands for that id, in inputs and answers.")
+        bool, typer.Option("--sentinel", help="ByT5, ByGPT5: <extra_id_N> stands for that id, in and out.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 16,
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, on a terminal too.")] = False,
@@ -125,7 +125,7 @@ def generate(
     for each in prompted:
         each.check_fits(loaded.config.max_bytes)
     if json_output or prompts is not None:
-        write_json_lines(loaded, prompted, stopping, sampling, batch_size)
+        write_json_lines(loaded, prompted, stopping, sampling, batch_size, sentinels=sentinel)
     else:
-        summary = write_stream(loaded.pieces([prompted[0].data], stopping, sampling), raw=raw)
+        summary = write_stream(loaded.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel), raw=raw)
         console.note_to_terminal(f"{len(prompted[0].data)} bytes in, {summary}, on {loaded.device.name}")

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from marlin_cli.commands.uses import USES, Family, Use
+from marlin_cli.commands.uses import MODELS, SERVED_BY, USES, Family, Use
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 from marlin_cli.writing import is_part_of_a_model
@@ -92,42 +92,69 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
         UsageError: there is such an option, or the command has no use for a model.
         MarlinError: a model that is not there or cannot be read.
     """
+    from marlin_cli.api import architecture_at
     from marlin_cli.checkpoints.location import locate_model
 
-    table, given = USES[context.info_name or ""], list(options_given(context))
+    command, given = context.info_name or "", list(options_given(context))
+    table = USES[command]
     families: set[Family] = set()
+    parts: set[str] = set()
     for model in models:
         path = locate_model(model)
         candidates = _families_of(path)
+        _check_served(command, candidates, model)
         # Weights alone tell an encoder alone: they are looked at where it matters.
         if any(len(candidates & table[option].keys()) not in (0, len(candidates)) for option in given):
             candidates = _families_by_weights(path)
         families |= candidates
-    _check_uses(context.info_name or "", given, frozenset(families), " and ".join(models[:2]))
+        parts |= architecture_at(path).parts
+    _check_uses(command, given, frozenset(families), " and ".join(models[:2]), frozenset(parts))
+
+
+def _check_served(command: str, families: set[Family], model: str) -> None:
+    """Raise `UsageError` for a model that a command has no use for."""
+    served = next(USES[command][each] for each in MODELS if each in USES[command])
+    if not families & served.keys():
+        (family,) = families
+        raise UsageError(f"{model}: is {family.value}, for which marlin {command} has no use; ask {SERVED_BY[family]}")
 
 
 def _families_of(path: Path) -> set[Family]:
-    from marlin_cli.api import capability_of
-    from marlin_cli.models import Capability
+    """Those that the model may be of, as far as config.json tells."""
+    from marlin_cli.api import architecture_at
+    from marlin_cli.models import Capability, Reading
 
-    answers = capability_of(path) is Capability.ANSWERS
-    return {Family.ANSWERS, Family.ENCODES} if answers else {Family.CONTINUES}
+    found = architecture_at(path)
+    if found.continuing is not None:
+        return {Family.CONTINUES if found.continuing.reading is Reading.PATCHES else Family.BYTEWISE}
+    return {Family.ENCODES} if found.capability is Capability.ENCODES else {Family.ANSWERS, Family.ENCODER_ALONE}
 
 
 def _families_by_weights(path: Path) -> set[Family]:
     from marlin_cli.checkpoints import read_checkpoint
 
-    return {Family.ANSWERS if read_checkpoint(path, check_values=False).config.get("decoder_layers") else Family.ENCODES}
+    decoder = read_checkpoint(path, check_values=False).config.get("decoder_layers")
+    return {Family.ANSWERS if decoder else Family.ENCODER_ALONE}
 
 
-def _check_uses(command: str, given: Sequence[str], families: frozenset[Family], models: str = "") -> None:
-    """Raise `UsageError` for an option that none of `families` has a use for, beside the others that are given."""
+def _check_uses(
+    command: str, given: Sequence[str], families: frozenset[Family], models: str = "", parts: frozenset[str] | None = None
+) -> None:
+    """Raise `UsageError` for an option that none of `families` has a use for, beside the others that are given.
+
+    Args:
+        parts: of the models; None where they are not known.
+    """
     for option in given:
-        reasons = [_refusal(option, USES[command][option].get(family), given) for family in Family if family in families]
+        uses = [USES[command][option].get(family) for family in Family if family in families]
+        reasons = [_refusal(option, use, given) for use in uses]
         if None not in reasons:
-            named = families - {Family.ENCODES} or families  # where it does not matter whether there is a decoder
+            named = families - {Family.ENCODER_ALONE} or families  # where it does not matter whether there is a decoder
             what = " and ".join(family.value for family in Family if family in named)
             raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
+        wanted = {part for use in uses if use is not None for part in use.parts}
+        if parts is not None and wanted and not wanted & parts:
+            raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}")
 
 
 def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:

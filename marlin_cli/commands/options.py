@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.text import quoted
@@ -16,7 +16,8 @@ DEFAULT_MODEL = "megabyte-demo"
 
 IMPORT_HELP = (
     "What a foreign checkpoint does not reveal: heads (a number, or auto: a trial on sample bytes), head_dim, max_bytes,"
-    " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); repeatable."
+    " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); of an LA-CANINE the"
+    " language. Repeatable."
 )
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -98,14 +99,16 @@ def parse_import_options(texts: Sequence[str] | None) -> "ImportOptions":
     from marlin_cli.config import from_mapping
     from marlin_cli.documents import parse_yaml
 
-    values = {}
+    texts_alone = [name for name, hint in get_type_hints(ImportOptions).items() if hint == str | None]
+    values: dict[str, Any] = {}
     for text in texts or []:
         name, separator, value = text.partition("=")
         if not separator:
             raise UsageError(f"--import {quoted(text)} is not NAME=VALUE, for example heads=8")
         if name in values:
             raise UsageError(f"--import {quoted(text)}: {name} has two values; give one")
-        values[name] = parse_yaml(value, f"--import {quoted(text)}", UsageError)
+        # YAML takes the code of Norwegian, no, for false.
+        values[name] = value if name in texts_alone else parse_yaml(value, f"--import {quoted(text)}", UsageError)
     try:
         return from_mapping(ImportOptions, values, "--import")
     except ConfigError as error:

@@ -21,7 +21,7 @@ from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, UsageError
-from marlin_cli.models import Network, build, config_as_mapping
+from marlin_cli.models import Network, architecture_of, build, config_as_mapping
 from marlin_cli.quantization.apply import (
     Quantized,
     check_method,
@@ -167,6 +167,7 @@ def _tuning_batches(network: Network, steps: ByteSteps) -> Iterator[Any]:
     if first is None:
         needed = feed_of(network).batch_text(network)
         raise UsageError(f"--distill-corpus: less than one batch ({needed}) in {steps.distill.names}")
+    architecture_of(network).logits(network, first)  # of a network that predicts nothing; what it gives is not computed
     return itertools.chain([first], batches)
 
 
@@ -184,7 +185,9 @@ def _distilled(model: str, options: ImportOptions, result: Quantized, batches: I
             progress.advance(batch_bytes)
 
         tuned = distill(original, result.network, batches, settings_for(original, steps), on_step=stepped)
-    console.note(f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits per byte ({len(seen)} steps)")
+    console.note(
+        f"KL divergence at the first step {seen[0]:.5f}, at the last {seen[-1]:.5f} bits a prediction ({len(seen)} steps)"
+    )
     tuning = f"distilled, {len(seen)} steps of {feed.batch_text(original)}"
     marlin = {**result.marlin, "method": f"{result.marlin['method']}; {tuning}"}
     return dataclasses.replace(result, network=tuned, marlin=marlin)

@@ -11,14 +11,18 @@ def quantize(
     command_line: typer.Context,
     model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
-    global_bits: Annotated[int | None, typer.Option(help="Bits of the global part: 4, 8 or 16. Default 4.")] = None,
-    local_bits: Annotated[int | None, typer.Option(help="Bits of the local part: 4, 8 or 16. Default 8.")] = None,
+    global_bits: Annotated[
+        int | None, typer.Option(help="Bits of the global part, of CANINE the deep layers: 4, 8 or 16. Default 4.")
+    ] = None,
+    local_bits: Annotated[
+        int | None, typer.Option(help="Bits of the local part, of CANINE what runs over characters: 4, 8 or 16. Default 8.")
+    ] = None,
     encoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the encoder. Default 4.")] = None,
-    decoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the decoder. Default 4.")] = None,
+    decoder_bits: Annotated[int | None, typer.Option(help="ByT5, ByGPT5: bits of the decoder. Default 4.")] = None,
     cross_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the attention between them. Default 4.")] = None,
-    wo_bits: Annotated[int | None, typer.Option(help="ByT5: at least so many for the feed-forward's wo. Default 8.")] = None,
+    wo_bits: Annotated[int | None, typer.Option(help="ByT5, ByGPT5: least bits of the feed-forward's wo. Default 8.")] = None,
     kv_bits: Annotated[
-        int | None, typer.Option(help="Bits of the global cache, or of ByT5's cross cache, when the model runs.")
+        int | None, typer.Option(help="Bits of the cache when the model runs: MegaByte's global one, ByT5's cross cache.")
     ] = None,
     balance_keys: Annotated[
         bool,
@@ -61,7 +65,8 @@ def quantize(
         typer.Option(help="ByT5: pairs instead, as calibrate's --pairs. Without them the corpora lose spans, as there."),
     ] = None,
     distill_steps: Annotated[
-        int, typer.Option(min=0, help="Then tune the local part, or all of a ByT5, by so many steps of 8 KiB; slow.")
+        int,
+        typer.Option(min=0, help="Then tune it (of a MegaByte the local part) by so many steps of 8 KiB; slow."),
     ] = 0,
     distill_corpus: Annotated[
         list[str] | None, typer.Option(help="Bytes to tune on, as calibrate's --corpus. Default: `default`.")

@@ -11,9 +11,11 @@ from enum import Enum
 class Family(Enum):
     """Kinds of models that take different options; the value is for messages."""
 
-    CONTINUES = "a model that continues bytes"
+    CONTINUES = "a model that continues bytes"  # by patches
+    BYTEWISE = "a model that continues bytes one by one"
     ANSWERS = "a model that answers an input"
-    ENCODES = "an encoder alone"
+    ENCODER_ALONE = "an encoder alone"  # of a model that answers
+    ENCODES = "a model that encodes texts"
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,23 @@ class Use:
 
     needs: tuple[str, ...] = ()  # one of these is given too
     without: tuple[str, ...] = ()  # none of these is
+    parts: tuple[str, ...] = ()  # the model has layers in one of these, see `models.part_of`
 
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
 
-CONTINUES, ANSWERS, ENCODES = Family
-ENCODER_FIRST = (ANSWERS, ENCODES)
+CONTINUES, BYTEWISE, ANSWERS, ENCODER_ALONE, ENCODES = Family
+CONTINUING = (CONTINUES, BYTEWISE)
+ENCODER_FIRST = (ANSWERS, ENCODER_ALONE)
+READS_BYTES = (*CONTINUING, *ENCODER_FIRST)
+PREDICTS = (*CONTINUING, ANSWERS, ENCODES)  # an ENCODES without a head says so itself
+
+# Whom to ask instead, where a command has no use for a family.
+SERVED_BY = {ENCODES: "marlin label and marlin encode"}
 
 
-def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
-    return dict.fromkeys(families or Family, Use(needs, without))
+def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = (), parts: tuple[str, ...] = ()) -> Uses:
+    return dict.fromkeys(families or Family, Use(needs, without, parts))
 
 
 # Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
@@ -45,9 +54,10 @@ def _prompt(option: str) -> Uses:
     return _of(without=tuple(each for each in _ONE_PROMPT if each != option))
 
 
-# An encoder alone is refused by the model itself, which alone knows without another look at its weights.
+# An encoder alone is refused by the model itself, which alone knows without another look at its weights. `_of()` is for
+# every family that the command serves: those of its MODEL.
 GENERATE: Mapping[str, Uses] = {
-    "MODEL": _of(),
+    "MODEL": _of(*READS_BYTES),
     **{option: _prompt(option) for option in _ONE_PROMPT},
     "--max-bytes": _of(without=("--max-length",)),
     "--temperature": _of(),  # 0 with --beams is what beams do
@@ -58,8 +68,8 @@ GENERATE: Mapping[str, Uses] = {
     "--stop": _of(without=("--beams",)),
     "--stop-hex": _of(without=("--beams",)),
     "--kv-bits": _of(),
-    "--k-bits": _of(CONTINUES),
-    "--v-bits": _of(CONTINUES),
+    "--k-bits": _of(*CONTINUING),
+    "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),
     "--beams": _of(*ENCODER_FIRST),
     "--n-best": _BEAMS,
@@ -69,7 +79,7 @@ GENERATE: Mapping[str, Uses] = {
     "--min-length": _of(*ENCODER_FIRST),
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
-    "--sentinel": _of(*ENCODER_FIRST),
+    "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
@@ -95,50 +105,56 @@ CALIBRATE: Mapping[str, Uses] = {
     "--merge": _of(without=("--show",)),
     "--show": _of(),
     "--json": _of(),
-    "--import": _of(CONTINUES, without=_MEASURING),
+    "--import": _of(CONTINUES, ENCODES, without=_MEASURING),
     "--device": _of(without=_MEASURING),
 }
 
 _UNPACKING = ("--dequantize",)
 _PACKING = _of(without=_UNPACKING)
-_OF_CONTINUING = _of(CONTINUES, without=_UNPACKING)
+
+
+def _part(*parts: str, of: tuple[Family, ...] = ()) -> Uses:
+    return _of(*of, without=_UNPACKING, parts=parts)
+
+
 _CALIBRATED = ("--sequential", "--target-bpw")
 
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
-    "--global-bits": _OF_CONTINUING,
-    "--local-bits": _OF_CONTINUING,
-    "--encoder-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
-    "--decoder-bits": _of(ANSWERS, without=_UNPACKING),
-    "--cross-bits": _of(ANSWERS, without=_UNPACKING),
-    "--wo-bits": _of(*ENCODER_FIRST, without=_UNPACKING),
-    "--kv-bits": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--balance-keys": _of(CONTINUES, ANSWERS, needs=("--stats",), without=_UNPACKING),
-    "--global-format": _OF_CONTINUING,
-    "--local-format": _OF_CONTINUING,
+    "--global-bits": _part("global"),
+    "--local-bits": _part("local"),
+    "--encoder-bits": _part("encoder"),
+    "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
+    "--cross-bits": _part("cross", of=(ANSWERS,)),
+    "--wo-bits": _part("encoder", "decoder"),
+    "--kv-bits": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
+    "--balance-keys": _of(*CONTINUING, ANSWERS, needs=("--stats",), without=_UNPACKING),
+    "--global-format": _part("global"),
+    "--local-format": _part("local"),
     "--group-size": _PACKING,
     "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
     "--method": _PACKING,
     "--domain-weight": _of(needs=("--stats", "--sequential"), without=_UNPACKING),
     "--sequential": _PACKING,
     "--sequential-bytes": _of(needs=("--sequential",)),
-    "--target-bpw": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--save-recipe": _of(CONTINUES, ANSWERS, needs=("--target-bpw",)),
+    "--target-bpw": _of(*PREDICTS, without=_UNPACKING),
+    "--save-recipe": _of(*PREDICTS, needs=("--target-bpw",)),
     "--calibration-corpus": _of(needs=_CALIBRATED, without=("--calibration-pairs",)),
     "--calibration-pairs": _of(*ENCODER_FIRST, needs=_CALIBRATED),
-    "--distill-steps": _of(CONTINUES, ANSWERS, without=_UNPACKING),
-    "--distill-corpus": _of(CONTINUES, ANSWERS, needs=("--distill-steps",), without=("--distill-pairs",)),
+    "--distill-steps": _of(*PREDICTS, without=_UNPACKING),
+    "--distill-corpus": _of(*PREDICTS, needs=("--distill-steps",), without=("--distill-pairs",)),
     "--distill-pairs": _of(ANSWERS, needs=("--distill-steps",)),
     "--recipe": _PACKING,
     "--override": _PACKING,
     "--report": _of(without=(*_UNPACKING, "--dry-run")),
-    "--export": _PACKING,
+    # Nothing but marlin would read texts' networks so, and transformers take one for a CANINE of its own without weights.
+    "--export": _of(*READS_BYTES, without=_UNPACKING),
     "--dry-run": _of(),
     "--dequantize": _of(),
     "--overwrite": _of(needs=("--output",)),
-    "--import": _of(CONTINUES),
+    "--import": _of(CONTINUES, ENCODES),
     "--json": _of(),
 }
 
@@ -148,28 +164,28 @@ _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
 BENCH: Mapping[str, Uses] = {
-    "MODEL": _of(without=_NOTHING_RUN),
+    "MODEL": _of(*READS_BYTES, without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
-    "--decode-bytes": _of(CONTINUES, ANSWERS, without=_NOT_TIMED),
+    "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
-    "--seconds": _of(CONTINUES, without=_NOT_TIMED),
-    "--roofline": _of(CONTINUES, without=_NOT_TIMED),
+    "--seconds": _of(*CONTINUING, without=_NOT_TIMED),
+    "--roofline": _of(*CONTINUING, without=_NOT_TIMED),
     "--no-throughput": _of(without=_NOT_MEASURED),
-    "--quality": _of(CONTINUES, ANSWERS, without=_NOT_MEASURED),
-    "--reference": _of(CONTINUES, ANSWERS, needs=_SCORED),
-    "--window-bytes": _of(CONTINUES, needs=_SCORED),
-    "--stride-bytes": _of(CONTINUES, needs=_SCORED),
-    "--max-bytes-per-file": _of(CONTINUES, needs=_SCORED),
-    "--max-quality-bytes": _of(CONTINUES, ANSWERS, needs=_SCORED),
-    "--resume": _of(CONTINUES, needs=_SCORED),  # without a beginning it begins, as in calibrate
-    "--reference-cache": _of(CONTINUES, needs=("--reference",)),
+    "--quality": _of(*CONTINUING, ANSWERS, without=_NOT_MEASURED),
+    "--reference": _of(*CONTINUING, ANSWERS, needs=_SCORED),
+    "--window-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
+    "--max-quality-bytes": _of(*CONTINUING, ANSWERS, needs=_SCORED),
+    "--resume": _of(*CONTINUING, needs=_SCORED),  # without a beginning it begins, as in calibrate
+    "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
     # What continues bytes is scored without a cache; answers read one.
     "--kv-bits": {
-        CONTINUES: Use(without=(*_NOTHING_RUN, "--no-throughput")),
+        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
         ANSWERS: Use(without=_NOT_MEASURED),
     },
-    "--k-bits": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--v-bits": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
     "--activation-bits": _of(without=_NOT_MEASURED),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
@@ -177,15 +193,17 @@ BENCH: Mapping[str, Uses] = {
     "--report": _of(without=_NOT_MEASURED),
     "--plot": _of(without=_NOT_MEASURED),
     "--device": _of(without=("--compare",)),
-    "--against": _of(CONTINUES, without=_NOT_TIMED),
+    "--against": _of(*CONTINUING, without=_NOT_TIMED),
     "--save": _of(without=_NOT_MEASURED),
     "--compare": _of(),
-    "--plan": _of(CONTINUES, without=("--compare",)),
-    "--context": _of(CONTINUES, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--plan": _of(*CONTINUING, without=("--compare",)),
+    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
     "--batch": _of(without=_NOT_TIMED),
-    "--bits": _of(CONTINUES, needs=("--plan",)),
-    "--bandwidth": _of(CONTINUES, needs=("--plan",)),
+    "--bits": _of(*CONTINUING, needs=("--plan",)),
+    "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
 }
+
+MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves
 
 USES: Mapping[str, Mapping[str, Uses]] = {
     "calibrate": CALIBRATE,

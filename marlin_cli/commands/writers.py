@@ -80,6 +80,8 @@ def write_json_lines(
     stopping: Stopping,
     sampling: Sampling,
     batch_size: int,
+    *,
+    sentinels: bool = False,
 ) -> None:
     """Write one JSON object a prompt to stdout, in the order of the prompts.
 
@@ -92,7 +94,7 @@ def write_json_lines(
         first_ms: list[float | None] = [None] * len(batch)
         end_ms = [0.0] * len(batch)
         reasons: list[str | None] = [None] * len(batch)
-        for piece in model.pieces([prompt.data for prompt in batch], stopping, sampling):
+        for piece in model.pieces([prompt.data for prompt in batch], stopping, sampling, sentinels=sentinels):
             now_ms = 1000 * (time.perf_counter() - started)
             data[piece.stream] += piece.data
             end_ms[piece.stream] = now_ms

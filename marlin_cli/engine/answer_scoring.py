@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.cache import check_cache_bits
 from marlin_cli.engine.encoder_decoder import PackedMemory, encode
-from marlin_cli.engine.scoring import not_finite
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory
 from marlin_cli.models.byt5_ids import ids_of_bytes, padded

@@ -9,8 +9,8 @@ import numpy as np
 
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling, draw, without
-from marlin_cli.engine.scoring import not_finite
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes

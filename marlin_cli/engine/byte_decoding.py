@@ -1,136 +1,167 @@
-"""A byte decoder without patches (ByGPT5): what it makes of given bytes, and bytes that go on from a prompt."""
+"""Cached decoding of networks that take bytes one after the other (ByGPT5), for streams of equally many bytes."""
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
+from marlin_cli.engine.cache import CacheBits, Pages, check_cache_bits
 from marlin_cli.engine.encoder_decoder import GrowingCache
-from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling, sample
-from marlin_cli.errors import InputError, UsageError
-from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
-from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, ids_of_bytes, ids_with_sentinels
+from marlin_cli.models import Network, architecture_of
+from marlin_cli.models.byt5 import SelfCache
+from marlin_cli.ops import paged_attention
 from marlin_cli.ops.long_attention import SCORES_AT_ONCE
 
 
-def logits_of(network: ByGPT5, data: bytes) -> mx.array:
-    """Logits [bytes, vocab] float32: row i is the distribution of byte i given those before it; byte b has column b + 3.
+class ByteReader(Network, Protocol):
+    """A network that takes a byte at a step. Its configuration has `layers`, `heads`, `vocab_size` and `max_bytes`."""
 
-    Where no mark leads a text, the first row comes of `start_id` alone, and the others of the bytes alone.
+    def led(self, ids: mx.array) -> mx.array:
+        """What it reads of ids [n, total] of texts from their beginning: with whatever comes before them."""
 
-    Raises:
-        InputError: more bytes than the model's context.
-    """
-    ids, config = ids_of_bytes(data), network.config
-    if len(ids) > config.max_bytes:
-        raise InputError(f"the text has {len(ids):,} bytes, the model's context is {config.max_bytes:,}; give fewer")
-    if config.starts_all or len(ids) < 2:
-        return network(mx.array([[config.start_id, *ids]]))[0, : len(ids)]
-    first = network(mx.array([[config.start_id]]))[0]
-    return mx.concatenate([first, network(mx.array([ids[:-1]]))[0]])
+    def decode(self, ids: mx.array, caches: Sequence[SelfCache]) -> mx.array:
+        """Hidden rows [n, rows, width] of ids [n, rows], which follow those in the caches, one a layer."""
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden rows as float32 logits [..., vocab]."""
 
 
-def bits_of(network: ByGPT5, data: bytes, window_bytes: int) -> npt.NDArray[np.float64]:
-    """Bits that each byte costs, in disjoint windows that begin without context: [bytes]."""
-    bits = np.empty(len(data))
-    for start in range(0, len(data), window_bytes):
-        window = data[start : start + window_bytes]
-        logits = logits_of(network, window)
-        chosen = mx.take_along_axis(logits, mx.array(ids_of_bytes(window))[:, None], axis=-1)[:, 0]
-        bits[start : start + len(window)] = np.array(mx.logsumexp(logits, axis=-1) - chosen) / math.log(2)
-    return bits
+class Rows(Protocol):
+    """What a network remembers of a batch of texts, and how it goes on."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values in use."""
+
+    def read(self, ids: mx.array) -> mx.array:
+        """Append ids [n, rows], one row at least: logits [n, vocab] of what follows."""
+
+    def keep(self, streams: Sequence[int]) -> None:
+        """Keep these members of the batch."""
 
 
-def prompt_ids(config: ByGPT5Config, prompt: bytes, *, sentinels: bool = False) -> list[int]:
-    """What the network reads of a prompt; with `sentinels`, `<extra_id_N>` stands for one id (styles of fine-tunes)."""
-    ids = ids_with_sentinels(prompt, config.vocab_size) if sentinels else ids_of_bytes(prompt)
-    return [config.start_id, *ids] if config.starts_all or not ids else ids
+class ByteByByte:
+    """Decoding state of a batch of streams of equally many ids; an `engine.continuation.Continuation`.
 
-
-def generate(network: ByGPT5, prompts: Sequence[Sequence[int]], stopping: Stopping, sampling: Sampling) -> Iterator[Piece]:
-    """Go on from prompts of `prompt_ids`; the pieces of a stream come in order, each byte as soon as it is decoded.
-
-    Streams of equal length share each step. A stream gives the same bytes alone as in a batch. Ids that are no bytes
-    count as one byte and are read on, but give none; an end ends a stream.
+    Args:
+        network: the model.
+        prompts: ids of each stream.
+        cache_bits: of the keys and values of every layer.
 
     Raises:
-        UsageError: a prompt longer than the model's context, or of no ids.
+        UsageError: `cache_bits` do not fit the network.
     """
-    limit = network.config.max_bytes
-    groups: dict[int, list[int]] = defaultdict(list)
-    for stream, prompt in enumerate(prompts):
-        if not prompt or len(prompt) > limit:
-            raise UsageError(f"the prompt has {len(prompt)} ids, but the model's context is 1 to {limit}; give its last ones")
-        if stopping.max_bytes == 0 or len(prompt) >= limit:
-            yield Piece(stream, b"", "length" if stopping.max_bytes == 0 else "context")
-        else:
-            groups[len(prompt)].append(stream)
-    running = [
-        _decode(network, streams, [prompts[stream] for stream in streams], stopping, sampling) for streams in groups.values()
-    ]
-    while running:
-        for group in list(running):
-            pieces = next(group, None)
-            if pieces is None:
-                running.remove(group)
-            else:
-                yield from pieces
+
+    def __init__(self, network: ByteReader, prompts: Sequence[Sequence[int]], cache_bits: CacheBits | None = None) -> None:
+        self.config = network.config
+        bits = cache_bits or CacheBits()
+        if bits != CacheBits():
+            check_cache_bits(bits.keys, bits.values, architecture_of(network).packed_keys(self.config).head_dim)
+        self._rows: Rows = GraphRows(network, bits)
+        self.positions = [len(prompt) for prompt in prompts]
+        ids = mx.array([list(prompt) for prompt in prompts], dtype=mx.int32).reshape(len(prompts), -1)
+        self.logits = self._rows.read(network.led(ids))
+
+    @staticmethod
+    def phase(config: Any, prompt_ids: int) -> int:
+        """Prompts of equal phase can be decoded together."""
+        return prompt_ids
+
+    @property
+    def streams(self) -> int:
+        """Streams in the batch."""
+        return len(self.positions)
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """Bytes in use."""
+        return {"decoder": self._rows.nbytes}
+
+    @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """None: nothing tells parts apart."""
+        return None
+
+    def check_finite(self) -> None:
+        """See that what comes next is predicted by numbers.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        if not mx.isfinite(mx.logsumexp(self.logits, axis=-1)).all().item():
+            raise not_finite()
+
+    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array:
+        """Draw the next id of each stream and append it: [streams, 1]."""
+        ids = sample(self.logits, sampling, noise.take(1)[0] if sampling.temperature else None)
+        self.push(ids)
+        return ids[:, None]
+
+    def push(self, ids: mx.array) -> None:
+        """Append ids [streams] to the streams; at the end of the model's context nothing follows, and `logits` stays."""
+        self.positions = [position + 1 for position in self.positions]
+        if max(self.positions) < self.config.max_bytes:
+            self.logits = self._rows.read(ids[:, None])
+
+    def keep(self, streams: Sequence[int]) -> None:
+        """Go on with these streams alone, in this order."""
+        self.positions = [self.positions[stream] for stream in streams]
+        self.logits = self.logits[mx.array(list(streams))]
+        self._rows.keep(streams)
 
 
-def _decode(
-    network: ByGPT5, streams: list[int], prompts: list[Sequence[int]], stopping: Stopping, sampling: Sampling
-) -> Iterator[list[Piece]]:
-    """Decode streams of equal length: after each step the pieces that it set free."""
-    config = network.config
-    caches = [GrowingCache() for _ in range(config.layers)]
-    logits = _read(network, mx.array(prompts), caches)
-    noise = Noise(sampling.seed, config.vocab_size)
-    matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
-    ends = config.ends
-    room = min(stopping.max_bytes, config.max_bytes - len(prompts[0]))
-    for step in range(1, room + 1):
-        drawn = sample(logits, sampling, noise.take(1)[0] if sampling.temperature else None)
-        chosen: list[int] = drawn.tolist()  # type: ignore[assignment]
-        pieces: list[Piece] = []
-        going: list[int] = []
-        for row, (stream, value) in enumerate(zip(streams, chosen, strict=True)):
-            matcher = matchers[stream]
-            data, stopped, reason = b"", False, None
-            if value not in ends and FIRST_BYTE <= value < FIRST_SPECIAL:
-                data, stopped = matcher.push(value - FIRST_BYTE)
-            if stopped:
-                reason = "stop"
-            elif value in ends:
-                reason = "special"
-            elif step == room:
-                reason = "length" if room == stopping.max_bytes else "context"
-            if reason in ("special", "length", "context"):
-                data += matcher.flush()
-            if data or reason:
-                pieces.append(Piece(stream, data, reason))
-            if reason is None:
-                going.append(row)
-        yield pieces
-        if not going:
-            return
-        if len(going) < len(streams):
-            streams = [streams[row] for row in going]
-            chosen = [chosen[row] for row in going]
-            for cache in caches:
-                cache.keep(mx.array(going))
-        logits = network(mx.array(chosen)[:, None], caches)[:, -1]
+class GraphRows:
+    """`Rows` by the network itself, an operation at a time."""
+
+    def __init__(self, network: ByteReader, bits: CacheBits) -> None:
+        self._network = network
+        self._caches: list[GrowingCache] | list[PackedSelfCache] = (
+            [GrowingCache() for _ in range(network.config.layers)]
+            if bits == CacheBits()
+            else [PackedSelfCache(bits) for _ in range(network.config.layers)]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self._caches)
+
+    def read(self, ids: mx.array) -> mx.array:
+        n, total = ids.shape
+        step = max(1, SCORES_AT_ONCE // (n * self._network.config.heads * total))
+        for start in range(0, total, step):  # blocks whose scores fit the memory
+            hidden = self._network.decode(ids[:, start : start + step], self._caches)
+            if step < total:
+                mx.eval(hidden)
+        return self._network.head(hidden[:, -1])
+
+    def keep(self, streams: Sequence[int]) -> None:
+        for cache in self._caches:
+            cache.keep(mx.array(list(streams)))
 
 
-def _read(network: ByGPT5, ids: mx.array, caches: list[GrowingCache]) -> mx.array:
-    """Logits [n, vocab] after ids [n, total], read into the caches in blocks whose scores fit the memory."""
-    n, total = ids.shape
-    step = max(1, SCORES_AT_ONCE // (n * network.config.heads * total))
-    hidden = mx.zeros((n, 0, network.config.d_model))
-    for start in range(0, total, step):
-        hidden = network.decode(ids[:, start : start + step], caches)
-        mx.eval(hidden)
-    return network.head(hidden[:, -1])
+class PackedSelfCache:
+    """A `marlin_cli.models.byt5.SelfCache` in 4 bits (nvfp4) or 8 (mxfp8), in pages, packed as they come.
+
+    Keys and queries are rotated by a Hadamard matrix per head, as in `cache.PackedKeyValueCache`.
+    """
+
+    def __init__(self, bits: CacheBits) -> None:
+        self._keys, self._values = Pages(bits.keys), Pages(bits.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return self._keys.nbytes + self._values.nbytes
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> mx.array:
+        rotated = self._keys.append(mx.hadamard_transform(keys))
+        return paged_attention(
+            mx.hadamard_transform(queries), rotated, self._values.append(values), 1.0, relative_bias=bias
+        )  # fmt: skip
+
+    def keep(self, rows: mx.array) -> None:
+        """Go on with these sequences, in this order."""
+        self._keys.keep(rows)
+        self._values.keep(rows)

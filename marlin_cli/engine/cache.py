@@ -1,5 +1,7 @@
 """What layers remember while decoding: keys and values, plain or packed, and the rows that a token shift delays."""
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from marlin_cli.errors import UsageError
@@ -11,6 +13,14 @@ ROWS_PER_STEP = 256
 
 # Rows of a page of a packed cache: whole pages are taken, so a stream wastes half of one.
 ROWS_PER_PAGE = 128
+
+
+@dataclass(frozen=True)
+class CacheBits:
+    """Bits of the keys and values that a cache holds; of a MegaByte the global one, as its local cache is a patch long."""
+
+    keys: int = 16
+    values: int = 16
 
 
 class Rows:

@@ -1,7 +1,8 @@
 """What CANINE makes of texts: states, vectors, labels, spans and answers. A text gives the same alone and in a batch.
 
 Its states depend on how far an input is padded, as those of the reference do. So nothing is padded unless `pad_to` says
-so, to the length that a checkpoint was used with, and texts share a batch only where they are equally long then.
+so, to the length that a checkpoint was used with, and texts share a batch only where they are equally long then. Of an
+LA-CANINE, which cuts texts and does it in `sentences`, there are states alone.
 """
 
 from collections import defaultdict
@@ -15,8 +16,10 @@ import numpy.typing as npt
 
 from marlin_cli.engine.spans import Span, span_at
 from marlin_cli.errors import InputError, UsageError
-from marlin_cli.models.canine import Canine, Head
-from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to, with_marks
+from marlin_cli.models import architecture_of
+from marlin_cli.models.canine import Canine
+from marlin_cli.models.canine_ids import Characters, Ids, characters_of, checked_ids, padded_to
+from marlin_cli.models.canine_steps import CharacterNetwork
 
 # Positions in one pass: bounds the memory of activations.
 POSITIONS_AT_ONCE = 1 << 14
@@ -62,19 +65,22 @@ class _Input(NamedTuple):
     types: Ids
 
 
-def encode(network: Canine, texts: Sequence[Text], pad_to: int | None = None) -> list[mx.array]:
+def encode(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None = None) -> list[mx.array]:
     """The states of each text's positions, marks included and padding not: [positions, d_model] float32.
+
+    An LA-CANINE has no marks, and fills the last molecule by itself.
 
     Args:
         pad_to: positions to which each text is padded; see this file's first lines.
 
     Raises:
         InputError: a text that is no UTF-8 or has an id that is no code point, too long, or too short without padding.
+        UsageError: padding to a length that the network cannot have, or a pair where it reads one text at a time.
     """
     inputs = [_input(network, text) for text in texts]
 
     def states(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network.states(network.deep(ids, lengths, types), lengths).astype(mx.float32)
+        return network.encode(ids, lengths, types).astype(mx.float32)
 
     return [row[: len(each.ids)] for row, each in zip(_run(network, inputs, pad_to, states), inputs, strict=True)]
 
@@ -86,7 +92,7 @@ def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) ->
         UsageError: the checkpoint has no pooler.
     """
     if not network.config.pooler:
-        raise UsageError("this CANINE has no pooler, the layer that makes one vector of a text; take its states")
+        raise UsageError(f"{_this(network)} has no pooler, the layer that makes one vector of a text; take its states")
     inputs = [_input(network, text) for text in texts]
 
     def vectors(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
@@ -151,7 +157,7 @@ def tag(
     _check_head(network, "token")
     characters = [characters_of(text) for text in texts]
     plain = [_Input(each.ids, np.zeros_like(each.ids)) for each in characters]
-    inputs = [_Input(*with_marks(each.ids)) for each in characters] if marks else plain
+    inputs = [_Input(*network.config.input_of(each.ids)) for each in characters] if marks else plain
     found = []
     for each, logits in zip(characters, _logits(network, inputs, pad_to), strict=True):
         own = logits[1 : len(each.ids) + 1] if marks else logits[: len(each.ids)]
@@ -182,7 +188,7 @@ def answers(
     starts = [0]
     while starts[-1] + room < len(given.ids):
         starts.append(starts[-1] + settings.stride_characters)
-    inputs = [_Input(*with_marks(asked.ids, given.ids[start : start + room], network.config.second_type)) for start in starts]
+    inputs = [_Input(*network.config.input_of(asked.ids, given.ids[start : start + room])) for start in starts]
     best: dict[tuple[int, int], float] = {}
     for start, logits in zip(starts, _logits(network, inputs, pad_to), strict=True):
         offset = len(asked.ids) + 2
@@ -210,20 +216,24 @@ def choose(network: Canine, text: bytes, choices: Sequence[bytes], pad_to: int |
     return _softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
 
 
-def _check_head(network: Canine, head: Head) -> None:
+def _check_head(network: CharacterNetwork, head: str) -> None:
     does = {
         "none": "has no head and encodes", "sequence": "classifies texts", "token": "labels characters",
-        "answer": "answers questions", "choice": "chooses between texts",
+        "answer": "answers questions", "choice": "chooses between texts", "sentence": "finds the ends of sentences",
     }  # fmt: skip
     if network.config.head != head:
-        raise UsageError(f"this CANINE {does[network.config.head]}; what was asked for needs one that {does[head]}")
+        raise UsageError(f"{_this(network)} {does[network.config.head]}; what was asked for needs one that {does[head]}")
 
 
-def _input(network: Canine, text: Text) -> _Input:
+def _this(network: CharacterNetwork) -> str:
+    return f"this {architecture_of(network).title}"
+
+
+def _input(network: CharacterNetwork, text: Text) -> _Input:
     if not isinstance(text, tuple):
-        return _Input(*with_marks(_ids(text, "the input")))
+        return _Input(*network.config.input_of(_ids(text, "the input")))
     first, second = (_ids(one, where) for one, where in zip(text, ("the first text", "the second text"), strict=True))
-    return _Input(*with_marks(first, second, network.config.second_type))
+    return _Input(*network.config.input_of(first, second))
 
 
 def _ids(text: One, where: str) -> Ids:
@@ -235,7 +245,7 @@ def _logits(network: Canine, inputs: Sequence[_Input], pad_to: int | None) -> li
 
 
 def _run(
-    network: Canine,
+    network: CharacterNetwork,
     inputs: Sequence[_Input],
     pad_to: int | None,
     function: Callable[[mx.array, mx.array | None, mx.array], mx.array],
@@ -251,24 +261,31 @@ def _run(
             some = members[start : start + step]
             counts = [len(inputs[index].ids) for index in some]
             lengths = None if min(counts) == length else mx.array(counts)
-            ids, types = (padded_to([inputs[index][part] for index in some], length) for part in (0, 1))
+            ids = padded_to([inputs[index].ids for index in some], length, network.config.padding)
+            types = padded_to([inputs[index].types for index in some], length, 0)
             result = function(ids, lengths, types)
             mx.eval(result)
             rows |= {index: result[place] for place, index in enumerate(some)}
     return [rows[index] for index in range(len(inputs))]
 
 
-def _length(network: Canine, positions: int, pad_to: int | None) -> int:
-    least, most = network.config.downsample_factor, network.config.longest
+def _length(network: CharacterNetwork, positions: int, pad_to: int | None) -> int:
+    config = network.config
+    least, most = config.downsample_factor, config.longest
     if pad_to is not None and not least <= pad_to <= most:
         raise UsageError(f"pad_to must be from {least} to {most:,}, found {pad_to}")
+    if pad_to is not None and config.length_of(pad_to) != pad_to:
+        raise UsageError(f"pad_to must be a multiple of {least} for {_this(network)}, found {pad_to}")
+    marks = " with its marks" if config.marks else ""
     if positions > (pad_to or most):
-        raise InputError(f"the text takes {positions:,} positions with its marks, and there are {pad_to or most:,}; shorten it")
-    if (pad_to or positions) < least:
+        raise InputError(f"the text takes {positions:,} positions{marks}, and there are {pad_to or most:,}; shorten it")
+    length = pad_to or config.length_of(positions)
+    if length < least:
+        title = architecture_of(network).title
         raise InputError(
-            f"the text takes {positions} positions with its marks, CANINE needs {least}; pad it (pad_to, 4 or more)"
+            f"the text takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, {least} or more)"
         )
-    return pad_to or positions
+    return length
 
 
 def _spans(labels: Sequence[str], scores: Floats, text: Characters, outside: Sequence[str], merge: bool) -> list[Span]:

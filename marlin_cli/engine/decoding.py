@@ -7,25 +7,17 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.cache import KeyValueCache, PackedKeyValueCache, check_cache_bits
+from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
 from marlin_cli.engine.cuda_patches import Patch, patch_decoder
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
-from marlin_cli.engine.scoring import not_finite
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Stack
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512
-
-
-@dataclass(frozen=True)
-class CacheBits:
-    """Bits of the global cache's keys and values. The local cache is a patch long and never packed."""
-
-    keys: int = 16
-    values: int = 16
 
 
 class StageCache(Protocol):
@@ -52,7 +44,7 @@ class _StageState:
 
 
 class Lockstep:
-    """Decoding state of a batch of streams at the same byte of their patches.
+    """Decoding state of a batch of streams at the same byte of their patches; an `engine.continuation.Continuation`.
 
     The global cache persists; the cache of every finer stage is thrown away with its sequence. The last stage runs when
     it is asked: for the `logits` of the next id, or, where the kernels take a whole sequence, by `advance` alone.

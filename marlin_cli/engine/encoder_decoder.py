@@ -10,7 +10,7 @@ from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.models.byt5_ids import padded
-from marlin_cli.ops import paged_attention
+from marlin_cli.ops import attention, paged_attention
 from marlin_cli.ops.reference import pack_rows
 
 
@@ -25,8 +25,9 @@ class GrowingCache:
         """Bytes of the rows in use."""
         return self._keys.nbytes + self._values.nbytes
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return self._keys.append(keys), self._values.append(values)
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> mx.array:
+        everything = self._keys.append(keys), self._values.append(values)
+        return attention(queries, *everything, 1.0, causal=True, relative_bias=bias)
 
     def keep(self, rows: mx.array) -> None:
         """Go on with these sequences, in this order; one may come twice."""

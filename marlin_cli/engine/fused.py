@@ -53,6 +53,10 @@ class FusedStages:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
         return self._stacks[number](rows, None)
 
+    def predictions(self, windows: mx.array) -> mx.array:
+        """Logits [n, length, vocab] float32 of windows [n, length], as the network itself gives them."""
+        return self._network(windows, self.run_stage)
+
     def new_cache(self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int) -> "FusedCache":
         """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing."""
         stage = self._stages[number]

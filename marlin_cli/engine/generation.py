@@ -4,10 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import UsageError
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, continuing_of
 
 
 @dataclass(frozen=True)
@@ -68,34 +69,41 @@ def _overlap(data: bytes, sequence: bytes) -> int:
 
 
 def generate(
-    network: MegaByte,
+    network: Network,
     prompts: Sequence[bytes],
     stopping: Stopping,
     sampling: Sampling,
     cache_bits: CacheBits | None = None,
+    *,
+    sentinels: bool = False,
 ) -> Iterator[Piece]:
     """Decode all prompts side by side; the pieces of a stream come in order, each byte as soon as it is decoded.
 
-    Streams at the same byte of their patches share each step. A stream gives the same bytes alone as in a batch.
+    Streams of equal phase share each step. A stream gives the same bytes alone as in a batch. An id that is neither a
+    byte nor an end counts as a byte and is read on.
+
+    Args:
+        sentinels: texts stand for such ids, in prompts and in what is generated, which else leaves them out.
 
     Raises:
-        UsageError: a prompt longer than the model's context.
+        UsageError: a prompt longer than the model's context, or sentinels where a model has none.
         CheckpointError: predictions that are not finite.
     """
-    limit = network.config.max_bytes
-    for prompt in prompts:
-        if len(prompt) > limit:
+    limit, way = network.config.max_bytes, way_of(network)
+    texts = [continuing_of(network).ids(network.config, prompt, sentinels) for prompt in prompts]
+    for text in texts:
+        if len(text) > limit:
             raise UsageError(
-                f"the prompt has {len(prompt)} bytes, but the model's context is {limit}; give its last {limit} bytes"
+                f"the prompt has {len(text)} bytes, but the model's context is {limit}; give its last {limit} bytes"
             )
-    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
-    for stream, prompt in enumerate(prompts):
-        if stopping.max_bytes == 0 or len(prompt) >= limit:
+    groups: dict[object, list[int]] = defaultdict(list)
+    for stream, text in enumerate(texts):
+        if stopping.max_bytes == 0 or len(text) >= limit:
             yield Piece(stream, b"", "length" if stopping.max_bytes == 0 else "context")
         else:
-            groups[Lockstep.phase(network.config, len(prompt))].append(stream)
+            groups[way.phase(network.config, len(text))].append(stream)
     running = [
-        _decode(network, streams, [prompts[stream] for stream in streams], stopping, sampling, cache_bits)
+        _decode(network, streams, [texts[stream] for stream in streams], stopping, sampling, cache_bits, sentinels)
         for streams in groups.values()
     ]
     while running:
@@ -108,16 +116,19 @@ def generate(
 
 
 def _decode(
-    network: MegaByte,
+    network: Network,
     streams: list[int],
-    prompts: list[bytes],
+    texts: list[Sequence[int]],
     stopping: Stopping,
     sampling: Sampling,
     cache_bits: CacheBits | None,
+    sentinels: bool,
 ) -> Iterator[list[Piece]]:
     """Decode streams of equal phase: after each step the pieces that it set free."""
-    state = Lockstep(network, prompts, cache_bits)
-    noise = Noise(sampling.seed, network.config.vocab_size)
+    config, continuing = network.config, continuing_of(network)
+    ends, first_byte = continuing.ends(config), continuing.first_byte
+    state = way_of(network).begin(network, texts, cache_bits)
+    noise = Noise(sampling.seed, config.vocab_size)
     matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
     decoded = zeros = 0
     check_at = 1  # zeros so far: whatever is no number draws them, and they are seldom else
@@ -135,16 +146,21 @@ def _decode(
             pieces = []
             for row in list(going):
                 stream, value = streams[row], values[row]
-                if value > 255:
-                    pieces.append(Piece(stream, matchers[stream].flush(), "special"))
+                matcher = matchers[stream]
+                if value in ends:
+                    pieces.append(Piece(stream, matcher.flush(), "special"))
                     going.remove(row)
                     continue
-                data, stopped = matchers[stream].push(value)
-                full = starts[stream] + step >= network.config.max_bytes
+                stopped = False
+                if 0 <= value - first_byte < 256:
+                    data, stopped = matcher.push(value - first_byte)
+                else:  # no stop sequence goes on over it
+                    data = matcher.flush() + (continuing.sentinel(value) if sentinels else b"")
+                full = starts[stream] + step >= config.max_bytes
                 reason = "stop" if stopped else "length" if decoded >= stopping.max_bytes else "context" if full else None
                 if reason is not None:
                     going.remove(row)
-                    data += b"" if stopped else matchers[stream].flush()
+                    data += b"" if stopped else matcher.flush()
                 if data or reason:
                     pieces.append(Piece(stream, data, reason))
             yield pieces

@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.fused import fuse
-from marlin_cli.errors import CheckpointError
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.engine.continuation import way_of
+from marlin_cli.engine.finite import not_finite
+from marlin_cli.models import Network, continuing_of
 
 # Bytes scored in one forward pass; bounds the memory of activations. Kernels that keep no logits take more.
 BYTES_PER_PASS = 16384
@@ -22,37 +22,43 @@ def windows_of(total_bytes: int, window_bytes: int) -> Iterator[tuple[int, int]]
         yield start, min(start + window_bytes, total_bytes)
 
 
-def log2_probabilities(network: MegaByte, windows: mx.array) -> mx.array:
+def predictions(network: Network, windows: mx.array) -> mx.array:
+    """Logits [n, length, vocab] float32 of windows of bytes [n, length]: row i predicts byte i from those before it."""
+    fused = way_of(network).fuse(network)
+    return continuing_of(network).predictions(network, windows) if fused is None else fused.predictions(windows)
+
+
+def log2_probabilities(network: Network, windows: mx.array) -> mx.array:
     """Base-2 logarithms of the probabilities of every id at every byte of windows [n, length].
 
     Returns:
         [n, length, vocab] float32; row i is the prediction of byte i from those before it.
     """
-    logits = _logits(network, windows)
+    logits = predictions(network, windows)
     return (logits - mx.logsumexp(logits, axis=-1, keepdims=True)) / math.log(2)
 
 
-def log2_predictions(network: MegaByte, windows: npt.NDArray[np.uint8]) -> mx.array:
+def log2_predictions(network: Network, windows: npt.NDArray[np.uint8]) -> mx.array:
     """`log2_probabilities` of bytes [n, length] as they come from a corpus."""
     return log2_probabilities(network, mx.array(windows.astype(np.int32)))
 
 
-def costs(network: MegaByte, windows: mx.array) -> mx.array:
+def costs(network: Network, windows: mx.array) -> mx.array:
     """Bits that each byte of windows [n, length] costs: [n, length] float32. Kernels keep no distribution of it."""
-    fused = fuse(network)
+    fused = way_of(network).fuse(network)
     if fused is not None and windows.size:
         return fused.costs(windows) / math.log(2)
-    logits = network(windows, None if fused is None else fused.run_stage)
-    chosen = mx.take_along_axis(logits, windows[..., None], axis=-1)[..., 0]
-    return (mx.logsumexp(logits, axis=-1) - chosen) / math.log(2)
+    logits = predictions(network, windows)
+    return (mx.logsumexp(logits, axis=-1) - of_bytes(network, logits, windows)) / math.log(2)
 
 
-def _logits(network: MegaByte, windows: mx.array) -> mx.array:
-    fused = fuse(network)
-    return network(windows, None if fused is None else fused.run_stage)
+def of_bytes(network: Network, rows: mx.array, windows: mx.array) -> mx.array:
+    """Of rows [n, length, vocab] the columns of the bytes of windows [n, length]: [n, length]."""
+    columns = windows.astype(mx.int32) + continuing_of(network).first_byte
+    return mx.take_along_axis(rows, columns[..., None], axis=-1)[..., 0]
 
 
-def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -> npt.NDArray[np.float64]:
+def bits_of(network: Network, data: npt.NDArray[np.uint8], window_bytes: int) -> npt.NDArray[np.float64]:
     """Bits that each byte of `data` [total] costs, in disjoint windows: [total].
 
     Every byte value counts, 0x00 too. Windows of equal length share a pass.
@@ -62,7 +68,8 @@ def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -
     """
     bits = np.empty(len(data), dtype=np.float64)
     full = len(data) // window_bytes
-    per_pass = max(1, (BYTES_PER_PASS if fuse(network) is None else BYTES_PER_FUSED_PASS) // window_bytes)
+    fused = way_of(network).fuse(network)
+    per_pass = max(1, (BYTES_PER_PASS if fused is None else BYTES_PER_FUSED_PASS) // window_bytes)
     for first in range(0, full, per_pass):
         last = min(first + per_pass, full)
         part = data[first * window_bytes : last * window_bytes].reshape(last - first, window_bytes)
@@ -72,13 +79,8 @@ def bits_of(network: MegaByte, data: npt.NDArray[np.uint8], window_bytes: int) -
     return bits
 
 
-def _bits(network: MegaByte, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+def _bits(network: Network, windows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     bits = np.array(costs(network, mx.array(windows.astype(np.int32)))).astype(np.float64)
     if not np.isfinite(bits).all():
         raise not_finite()
     return bits
-
-
-def not_finite(name: str = "the model", what: str = "its predictions") -> CheckpointError:
-    """The error of numbers that no network should give."""
-    return CheckpointError(f"{name}: {what} are not finite; its weights are damaged or overflow")

@@ -12,9 +12,12 @@ from marlin_cli.config import did_you_mean, from_mapping
 from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.files import shipped
-from marlin_cli.models.architecture import Architecture, Capability, Network
+from marlin_cli.models.architecture import Architecture, Capability, Continuing, Network, Reading
+from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.canine_steps import CANINE, LA_CANINE
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
+from marlin_cli.models.gbst_steps import GBST
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
@@ -25,12 +28,15 @@ __all__ = [
     "Architecture",
     "CachedStack",
     "Capability",
+    "Continuing",
     "DecodingShape",
     "Network",
+    "Reading",
     "architecture_named",
     "architecture_of",
     "build",
     "config_as_mapping",
+    "continuing_of",
     "decoding_of",
     "fill",
     "linear_layers",
@@ -45,7 +51,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 # model_type -> architecture.
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5)}
+ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5, BYGPT5, GBST, CANINE, LA_CANINE)}
 
 
 def build(
@@ -146,6 +152,13 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
 def architecture_of(network: Network) -> Architecture:
     """The architecture of a network, which knows its own name."""
     return ARCHITECTURES[network.config.model_type]
+
+
+def continuing_of(network: Network) -> Continuing:
+    """How a network continues bytes, which is what it does."""
+    found = architecture_of(network).continuing
+    assert found is not None
+    return found
 
 
 def decoding_of(config: Any) -> DecodingShape:

@@ -4,7 +4,7 @@ Calibration, packing, rotation, tuning and measuring know no architecture: what 
 which stands with the network. Adding one is a file with an `Architecture` in it, and a line in `models.ARCHITECTURES`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from marlin_cli.models.decoding_shape import DecodingShape
 
 
 class Network(Protocol):
-    """What every network is: an MLX module that knows its configuration, with `model_type` and `max_bytes` in it."""
+    """What every network is: an MLX module that knows its configuration, with `model_type` in it."""
 
     config: Any
 
@@ -41,6 +41,35 @@ class Capability(str, Enum):
     CONTINUES = "continues"  # bytes: predicts the next one
     ANSWERS = "answers"  # an input, or where it has no decoder encodes it
     ENCODES = "encodes"  # a text: states, vectors, labels
+
+
+class Reading(str, Enum):
+    """What a network that continues bytes takes at a step; `engine.continuation` has a way of decoding for each."""
+
+    PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
+    BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
+
+
+@dataclass(frozen=True)
+class Continuing:
+    """How networks continue bytes: what decoding and scoring ask of them.
+
+    Attributes:
+        predictions: (network, windows of bytes [n, length]) -> logits [n, length, vocab] float32, of which row i is of byte
+            i given those before it. Byte b has column first_byte + b.
+        ids: (config, prompt, sentinels) -> what the network reads of a prompt, an id a byte; with `sentinels`, texts that
+            stand for other ids are read as these.
+        ends: (config) -> ids that end a text.
+        first_byte: id of the byte 0.
+        sentinel: (id) -> the text that stands for an id that is neither a byte nor an end.
+    """
+
+    reading: Reading
+    predictions: Callable[[Any, mx.array], mx.array]
+    ids: Callable[[Any, bytes, bool], Sequence[int]]
+    ends: Callable[[Any], Container[int]]
+    first_byte: int = 0
+    sentinel: Callable[[int], bytes] = lambda value: b""
 
 
 # What a batch has become so far, by name. `rows` [.., channels] is what the next block reads; `real`, where there is
@@ -138,6 +167,7 @@ class Architecture:
         name: the `model_type` of config.json.
         title: what messages call it.
         capability: what its networks do with bytes.
+        parts: those that layers may belong to, beside the head; see `models.part_of`.
         pass_through: (network, sample, watch) runs the network on one sample (a window [bytes], or an input and its answer)
             from an empty context, and shows what caches would hold; nothing needs to be evaluated.
         start: (network, batch) -> the state that the first piece takes.
@@ -146,13 +176,17 @@ class Architecture:
         rotation: (config) -> its streams; raises `QuantizationError` where they cannot be turned.
         packed_keys: (config) -> the attentions that `--kv-bits` is about.
         is_gated: (config) -> do the feed-forwards multiply two layers' outputs?
-        unit_bytes: (config) -> bytes that pass together; a sample is cut to a multiple of it.
+        norms_lead: do the norms of a block stand before its layers, which alone read them? Else they follow a sum.
+        unit_bytes: (config) -> bytes that pass together, of a text characters; less of them is no sample. Of what
+            continues bytes a sample is cut to a multiple of it.
+        most_bytes: (config) -> bytes that the network takes at once, whatever they are.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
         decoding: what decoding is made of, by shape; None where its costs and times are not known.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
+        continuing: how its networks continue bytes, where that is what they do.
     """
 
     name: str
@@ -160,6 +194,7 @@ class Architecture:
     config: type[Any]
     network: type[Any]
     capability: Capability
+    parts: frozenset[str]
     pass_through: Callable[[Any, Any, Watch], None]
     start: Callable[[Any, Any], State]
     pieces: Callable[[Any], list[Piece]]
@@ -167,10 +202,13 @@ class Architecture:
     rotation: Callable[[Any], Rotation]
     packed_keys: Callable[[Any], PackedKeys]
     is_gated: Callable[[Any], bool]
+    norms_lead: bool = True
     unit_bytes: Callable[[Any], int] = lambda config: 1
+    most_bytes: Callable[[Any], int] = lambda config: int(config.max_bytes)
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
     decoding: DecodingShape | None = None
     shows_states: bool = False
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)
+    continuing: Continuing | None = None

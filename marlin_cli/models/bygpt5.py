@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from marlin_cli.models.byt5 import DecoderAttention, FeedForward, RelativeBias, SelfCache
 from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.byt5_ids import FIRST_BYTE
 from marlin_cli.models.limits import check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.dispatch import linear
@@ -115,6 +116,24 @@ class ByGPT5(nn.Module):
     def __call__(self, ids: mx.array, caches: Sequence[SelfCache] | None = None) -> mx.array:
         """Logits [n, rows, vocab] float32 of what follows each of ids [n, rows], which follow those in the caches."""
         return self.head(self.decode(ids, caches))
+
+    def predictions(self, windows: mx.array) -> mx.array:
+        """Logits [n, length, vocab] float32 of bytes [n, length]: row i is of byte i given those before it.
+
+        Where no mark leads a text, the first row comes of `start_id` alone, and the others of the bytes alone.
+        """
+        count, total = windows.shape
+        ids = windows.astype(mx.int32) + FIRST_BYTE
+        if self.config.starts_all or total < 2:
+            return self(self.led(ids[:, : max(0, total - 1)]))[:, :total]
+        first = self(self.led(ids[:1, :0]))
+        return mx.concatenate([mx.repeat(first, count, axis=0), self(ids[:, :-1])], axis=1)
+
+    def led(self, ids: mx.array) -> mx.array:
+        """Ids [n, total] of texts with the mark before them where it leads every text, or where they have no ids."""
+        if ids.shape[1] and not self.config.starts_all:
+            return ids
+        return mx.pad(ids, [(0, 0), (1, 0)], constant_values=self.config.start_id)
 
     def decode(self, ids: mx.array, caches: Sequence[SelfCache] | None = None) -> mx.array:
         """Hidden rows [n, rows, d_model] of ids [n, rows], which follow those in the caches, one a layer."""

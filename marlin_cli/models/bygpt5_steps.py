@@ -7,9 +7,21 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models.architecture import Architecture, Capability, PackedKeys, Piece, Rotation, State, Watch
+from marlin_cli.models.architecture import (
+    Architecture,
+    Capability,
+    Continuing,
+    PackedKeys,
+    Piece,
+    Reading,
+    Rotation,
+    State,
+    Tuning,
+    Watch,
+)
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
-from marlin_cli.models.byt5_ids import FIRST_BYTE
+from marlin_cli.models.byt5_ids import FIRST_BYTE, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
+from marlin_cli.models.byt5_steps import WatchedCache
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
@@ -28,19 +40,8 @@ def ids_of(network: ByGPT5, windows: Windows) -> mx.array:
 
 def pass_through(network: ByGPT5, window: npt.NDArray[np.uint8], watch: Watch) -> None:
     """Run a window [bytes] through the network, whose caches only show what they would hold."""
-    caches = [_WatchedCache(watch, f"{block}.attention") for block in network.config.blocks]
+    caches = [WatchedCache(watch, f"{block}.attention") for block in network.config.blocks]
     network(ids_of(network, window[None]), caches)
-
-
-class _WatchedCache:
-    """A `SelfCache` for one call, which shows what a real one would hold after it."""
-
-    def __init__(self, watch: Watch, path: str) -> None:
-        self._watch, self._path = watch, path
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self._watch(self._path, keys, values)
-        return keys, values
 
 
 def start(network: ByGPT5, batch: Windows) -> State:
@@ -97,12 +98,18 @@ def _run_block(network: ByGPT5, state: State, index: int) -> State:
     return {**state, "rows": decoder.layers[index](state["rows"], decoder.relative_bias(), None)}
 
 
+def ids_of_prompt(config: ByGPT5Config, prompt: bytes, sentinels: bool) -> list[int]:
+    """An id a byte; with `sentinels`, `<extra_id_N>` stands for one id (the styles of fine-tuned models)."""
+    return ids_with_sentinels(prompt, config.vocab_size) if sentinels else ids_of_bytes(prompt)
+
+
 BYGPT5 = Architecture(
     name="bygpt5",
     title="ByGPT5",
     config=ByGPT5Config,
     network=ByGPT5,
     capability=Capability.CONTINUES,
+    parts=frozenset({"decoder"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,
@@ -112,4 +119,13 @@ BYGPT5 = Architecture(
     decoding=DecodingShape(stacks),
     is_gated=lambda config: config.gated_ffn,
     overflows_in_float16=True,  # as a ByT5
+    tuning=Tuning(share=0.05, parts=None),  # as a ByT5
+    continuing=Continuing(
+        Reading.BYTES,
+        predictions=lambda network, windows: network.predictions(windows),
+        ids=ids_of_prompt,
+        ends=lambda config: config.ends,
+        first_byte=FIRST_BYTE,
+        sentinel=lambda value: bytes_with_sentinels([value]),
+    ),
 )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.models.byt5_config import ByT5Config
-from marlin_cli.ops import Linear, attention, strided_pool
+from marlin_cli.ops import Linear, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 
@@ -25,8 +25,12 @@ from marlin_cli.ops.long_attention import cross_attention, relative_attention
 class SelfCache(Protocol):
     """Keys and values of the rows that one decoder layer has seen."""
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Add rows [n, heads, rows, head_dim]; all rows so far."""
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> mx.array:
+        """Add rows of keys and values; the queries of these rows read all so far. All are [n, heads, rows, head_dim].
+
+        Args:
+            bias: [heads, 2 * most + 1], see `RelativeBias`.
+        """
 
 
 class Memory(Protocol):
@@ -136,8 +140,7 @@ class DecoderAttention(Attention):
         queries = self._heads(self.q_proj(x))
         if cache is None:
             return self._joined(relative_attention(queries, keys, values, bias, causal=True))
-        keys, values = cache.append(keys, values)
-        return self._joined(attention(queries, keys, values, 1.0, causal=True, relative_bias=bias))
+        return self._joined(cache.attend(queries, keys, values, bias))
 
 
 class CrossAttention(Attention):

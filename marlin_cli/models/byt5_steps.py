@@ -26,6 +26,7 @@ from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.byt5_ids import ids_of_bytes
 from marlin_cli.models.layers import inputs_by_layer, part_of
 from marlin_cli.models.pair_batch import PairBatch
+from marlin_cli.ops.long_attention import relative_attention
 
 # Keys and values of an input come from the encoder's states in every layer of the decoder: measured in the first.
 ENCODER_STATES = "decoder.layers.0.cross.k_proj"
@@ -51,19 +52,19 @@ def pass_through(network: ByT5, sample: tuple[bytes, bytes], watch: Watch) -> No
         memory = network.memory(states)
         for index, each in enumerate(memory):
             watch(f"decoder.layers.{index}.cross", each.keys, each.values)
-        caches = [_WatchedCache(watch, f"decoder.layers.{index}.attention") for index in range(len(memory))]
+        caches = [WatchedCache(watch, f"decoder.layers.{index}.attention") for index in range(len(memory))]
         network.head(network.decode(mx.array([[config.start_id, *ids_of_bytes(target)]]), memory, caches))
 
 
-class _WatchedCache:
+class WatchedCache:
     """A `SelfCache` for one call, which shows what a real one would hold after it."""
 
     def __init__(self, watch: Watch, path: str) -> None:
         self._watch, self._path = watch, path
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> mx.array:
         self._watch(self._path, keys, values)
-        return keys, values
+        return relative_attention(queries, keys, values, bias, causal=True)
 
 
 def start(network: ByT5, batch: PairBatch) -> State:
@@ -209,6 +210,7 @@ BYT5 = Architecture(
     config=ByT5Config,
     network=ByT5,
     capability=Capability.ANSWERS,
+    parts=frozenset({"encoder", "decoder", "cross"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,

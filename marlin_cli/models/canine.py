@@ -8,15 +8,17 @@ the start, and the molecules' lengths are counted as if it did not, so the last 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.errors import ConfigError
+from marlin_cli.models.canine_ids import PAD, Ids, with_marks
 from marlin_cli.models.limits import Limits, check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.ops.long_attention import cross_attention
+from marlin_cli.text import quoted
 
 # Config
 
@@ -57,6 +59,9 @@ class CharacterShape:
     hash_buckets: int = 16384  # rows of each, and of the table of positions
     block_characters: int = 128  # the first layer sees disjoint blocks of so many
 
+    marks: ClassVar[bool] = True  # do CANINE's marks stand around a text?
+    padding: ClassVar[int] = PAD  # the id of padding
+
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
         for name in ("heads", "hash_functions"):
@@ -72,6 +77,10 @@ class CharacterShape:
     def longest(self) -> int:
         """Positions that have an embedding."""
         return min(self.max_characters, self.hash_buckets)
+
+    def length_of(self, positions: int) -> int:
+        """Positions that an input with so many real ones has at least."""
+        return positions
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class CanineConfig(CharacterShape):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.second_type < self.types:
-            raise ConfigError(f"second_type must be below types ({self.types}), found {self.second_type}")
+            raise ConfigError(f"second_type must be below types ({self.types}), found {quoted(self.second_type)}")
         if bool(self.labels) != (self.head in ("sequence", "token")):
             raise ConfigError(f"labels go with the heads sequence and token, found {len(self.labels)} with {self.head}")
         if self.head in ("sequence", "choice") and not self.pooler:
@@ -102,6 +111,15 @@ class CanineConfig(CharacterShape):
     def head_rows(self) -> int:
         """Scores that the head gives each input or character."""
         return {"none": 0, "sequence": len(self.labels), "token": len(self.labels), "answer": 2, "choice": 1}[self.head]
+
+    @property
+    def scores_texts(self) -> bool:
+        """Does the head read the vector of a text, not its states?"""
+        return self.head in ("sequence", "choice")
+
+    def input_of(self, first: Ids, second: Ids | None = None) -> tuple[Ids, Ids]:
+        """Ids and types, both [positions], of a text or a pair of texts, with their marks."""
+        return with_marks(first, second, self.second_type)
 
 
 # Attention
@@ -187,7 +205,14 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
 
     def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
-        x = self.attention_norm(x + self.attention(x, lengths))
+        return self.fed(self.attended(x, lengths))
+
+    def attended(self, x: mx.array, lengths: mx.array | None) -> mx.array:
+        """The first half: attention is added, and a norm follows the sum."""
+        return self.attention_norm(x + self.attention(x, lengths))
+
+    def fed(self, x: mx.array) -> mx.array:
+        """The second half, likewise."""
         return self.ffn_norm(x + self.ffn(x))
 
 
@@ -298,8 +323,12 @@ class Canine(nn.Module):
             types: [n, total] kinds of text; 0 if None.
         """
         deep = self.deep(ids, lengths, types)
-        whole = self.config.head in ("sequence", "choice")
-        return self.output(self.pooled(deep) if whole else self.states(deep, lengths)).astype(mx.float32)
+        scored = self.pooled(deep) if self.config.scores_texts else self.states(deep, lengths)
+        return self.output(scored).astype(mx.float32)
+
+    def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """The characters' states [n, total, d_model]; arguments as of a call."""
+        return self.states(self.deep(ids, lengths, types), lengths)
 
     def deep(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> Deep:
         """Everything up to the last of the deep layers; arguments as of a call."""

@@ -5,18 +5,20 @@ four characters and none left out, and padding that is row 0 of every hash table
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from marlin_cli.errors import ConfigError
+from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.models.canine import ACTIVATIONS, Attention, Block, CharacterShape, Downsampling, Embedding, Upsampling
+from marlin_cli.models.canine_ids import Ids
 from marlin_cli.models.limits import check_limits
 from marlin_cli.ops import Linear
 from marlin_cli.text import quoted
 
-PADDING = -1  # the id of padding
+PADDING = -1
 
 # Config
 
@@ -35,11 +37,35 @@ class LaCanineConfig(CharacterShape):
     language: str = ""  # whose adapters these are; empty for none, or for the mean of all
     lookahead: int | None = None  # molecules after its own that a character sees in the first layer; all if None
 
+    marks: ClassVar[bool] = False
+    padding: ClassVar[int] = PADDING
+    head: ClassVar[str] = "sentence"
+    pooler: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_limits(self, {"rows": (1, 1 << 16), "adapter_dim": (0, self.d_model), "lookahead": (0, 1 << 20)})
         if self.language and not self.adapter_dim:
             raise ConfigError(f"language is {quoted(self.language)}, and adapter_dim says that there are no adapters")
+
+    @property
+    def longest(self) -> int:
+        """Positions that have an embedding, in whole molecules."""
+        return super().longest // self.downsample_factor * self.downsample_factor
+
+    def input_of(self, first: Ids, second: Ids | None = None) -> tuple[Ids, Ids]:
+        """Ids and types, both [positions], of a text, which has no marks.
+
+        Raises:
+            UsageError: there is a second one.
+        """
+        if second is not None:
+            raise UsageError("an LA-CANINE reads one text at a time; what was asked for needs a network that reads pairs")
+        return first, np.zeros_like(first)
+
+    def length_of(self, positions: int) -> int:
+        """Whole molecules."""
+        return -(-positions // self.downsample_factor) * self.downsample_factor
 
 
 # Attention
@@ -112,7 +138,11 @@ class AdaptedBlock(Block):
 
     def __call__(self, x: mx.array, lengths: mx.array | None) -> mx.array:
         x = super().__call__(x, lengths)
-        return self.ffn_norm(x + self.adapter(x)) if "adapter" in self else x
+        return self.adapted(x) if "adapter" in self else x
+
+    def adapted(self, x: mx.array) -> mx.array:
+        """The third part, where there is an adapter."""
+        return self.ffn_norm(x + self.adapter(x))
 
 
 class Local(nn.Module):
@@ -150,6 +180,10 @@ class LaCanine(nn.Module):
             lengths: [n] real ids of each input; all of them if None.
         """
         return self.output(self.states(ids, lengths)).astype(mx.float32)
+
+    def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
+        """As `states`; kinds of text make no difference here."""
+        return self.states(ids, lengths)
 
     def states(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; those of padding mean nothing."""

@@ -24,6 +24,8 @@ def part_of(path: str) -> str:
     names = path.split(".")
     if names[0] == "decoder" and "cross" in names:
         return "cross"
+    if names[0] == "front":  # before an encoder
+        return "encoder"
     # What runs once a patch belongs to the global part, on both sides of its transformer.
     return names[0] if names[0] in PARTS else "global"
 

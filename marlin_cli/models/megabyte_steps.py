@@ -1,18 +1,20 @@
 """What calibration, packing, rotation and tuning ask of a MegaByte; see `models.architecture`."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.errors import QuantizationError
+from marlin_cli.errors import QuantizationError, UsageError
 from marlin_cli.models.architecture import (
     Architecture,
     Capability,
+    Continuing,
     PackedKeys,
     Piece,
+    Reading,
     Rotation,
     State,
     Watch,
@@ -162,12 +164,29 @@ def packed_keys(config: MegaByteConfig) -> PackedKeys:
     )
 
 
+def ids_of_prompt(config: MegaByteConfig, prompt: bytes, sentinels: bool) -> bytes:
+    """The bytes, which are the ids.
+
+    Raises:
+        UsageError: sentinels, of which there are none.
+    """
+    if sentinels:
+        raise UsageError("sentinels: a MegaByte knows none; leave them out")
+    return prompt
+
+
+def ends(config: MegaByteConfig) -> Container[int]:
+    """All ids that are no bytes."""
+    return range(256, config.vocab_size)
+
+
 MEGABYTE = Architecture(
     name="megabyte",
     title="MegaByte",
     config=MegaByteConfig,
     network=MegaByte,
     capability=Capability.CONTINUES,
+    parts=frozenset({"global", "middle", "local"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,
@@ -177,5 +196,6 @@ MEGABYTE = Architecture(
     is_gated=lambda config: config.ffn == "swiglu",
     unit_bytes=lambda config: config.patch_size,
     rows_of_sequence=rows_of_sequence,
+    continuing=Continuing(Reading.PATCHES, lambda network, windows: network(windows), ids_of_prompt, ends),
     decoding=MEGABYTE_DECODING,
 )

@@ -101,22 +101,26 @@ def paged_attention(
     window: int | None = None,
     left_padding: mx.array | None = None,
     lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
 ) -> mx.array:
-    """See `reference.paged_attention`."""
+    """See `reference.paged_attention`; with a relative bias, GPUs run the reference."""
     settings: dict[str, Any] = {"causal": causal, "window": window, "left_padding": left_padding, "lengths": lengths}
+    if gpu() is not None and relative_bias is not None:
+        return reference.paged_attention(queries, keys, values, scale, **settings, relative_bias=relative_bias)
     if gpu() == "metal" and metal.takes_paged_attention(queries, keys, values, scale, **settings):
         return metal.paged_attention(queries, keys, values, scale, **settings)
     if gpu() == "cuda" and cuda.takes_paged_attention(queries, keys, values, scale, **settings):
         return cuda.paged_attention(queries, keys, values, scale, **settings)
-    twin = _cpu_twin(queries, *(page for pages in (keys, values) for page in pages if not isinstance(page, Packed)))
+    bias = [] if relative_bias is None else [relative_bias]
+    twin = _cpu_twin(queries, *(page for pages in (keys, values) for page in pages if not isinstance(page, Packed)), *bias)
     if twin is None:
-        return reference.paged_attention(queries, keys, values, scale, **settings)
+        return reference.paged_attention(queries, keys, values, scale, **settings, relative_bias=relative_bias)
     pages = [
         [(page.packed, page.scales, page.bits) if isinstance(page, Packed) else (page, None, 32) for page in each]
         for each in (keys, values)
     ]
     reach = -1 if window is None else window
-    return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, None)
+    return twin.flash_attention(queries, *pages, scale, causal, reach, left_padding, lengths, relative_bias)
 
 
 def patch_embed(ids: mx.array, table: mx.array) -> mx.array:

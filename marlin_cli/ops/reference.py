@@ -109,6 +109,7 @@ def paged_attention(
     window: int | None = None,
     left_padding: mx.array | None = None,
     lengths: mx.array | None = None,
+    relative_bias: mx.array | None = None,
 ) -> mx.array:
     """`attention` over keys and values that stand in pages, dense or packed: [batch, heads, rows, head_dim].
 
@@ -121,7 +122,7 @@ def paged_attention(
 
     return attention(
         queries, whole(keys), whole(values), scale,
-        causal=causal, window=window, left_padding=left_padding, lengths=lengths,
+        causal=causal, window=window, left_padding=left_padding, lengths=lengths, relative_bias=relative_bias,
     )  # fmt: skip
 
 

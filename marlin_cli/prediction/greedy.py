@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from marlin_cli.engine.decoding import Lockstep
+from marlin_cli.engine.continuation import Continuation
 from marlin_cli.engine.sampling import Noise, Sampling
 
 GREEDY = Sampling(temperature=0.0)
@@ -13,7 +13,7 @@ OVERHEAD = "overhead"  # what decoding takes beyond its parts: Python, the graph
 PARTS = ("global", "global cache", "middle", "local", "local cache", "decoder", "decoder cache", "head", "sampling", OVERHEAD)
 
 
-def decoded(state: Lockstep, count: int) -> Iterator[int]:
+def decoded(state: Continuation, count: int) -> Iterator[int]:
     """Decode `count` bytes of each stream, as generation does; after each step how many came."""
     noise = Noise(GREEDY.seed, state.config.vocab_size)
     while count > 0:
@@ -26,7 +26,7 @@ def decoded(state: Lockstep, count: int) -> Iterator[int]:
 def with_overhead(
     before: Mapping[str, float] | None, after: Mapping[str, float] | None, seconds: float
 ) -> dict[str, float] | None:
-    """Seconds of each part between two readings of `Lockstep.part_seconds`, and the overhead: together `seconds`.
+    """Seconds of each part between two readings of `Continuation.part_seconds`, and the overhead: together `seconds`.
 
     None where the parts are not told apart.
     """

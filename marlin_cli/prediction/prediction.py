@@ -20,7 +20,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.continuation import Continuation, begin
 from marlin_cli.engine.fused import kernel_product
 from marlin_cli.models import ARCHITECTURES, CachedStack, decoding_of, linear_layers, part_of
 from marlin_cli.ops import Linear, QuantizedLinear
@@ -148,7 +149,7 @@ class DecodingProbe:
     def run(self, patches: int) -> None:
         """Time the operations of so many patches: one observation."""
         size = self._unit
-        state = Lockstep(self._miniature, [bytes(size)])
+        state = begin(self._miniature, [bytes(size)])
         for _ in decoded(state, size):  # the first patch begins otherwise than those after it
             pass
         parts: dict[str, float] = dict.fromkeys([part for part, _, _ in self._probes], 0.0)
@@ -176,7 +177,7 @@ class DecodingProbe:
         """The prediction at one of the contexts: the observation in the middle."""
         return sorted(self.observed(context_bytes), key=lambda parts: sum(parts.values()))[len(self._observed) // 2]
 
-    def _around_a_patch(self, state: Lockstep) -> Mapping[str, float]:
+    def _around_a_patch(self, state: Continuation) -> Mapping[str, float]:
         """What the miniature takes for a patch, less what its attention and its head do."""
         before, start = state.part_seconds, self._clock()
         for _ in decoded(state, self._unit):

@@ -8,9 +8,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.scoring import log2_probabilities
+from marlin_cli.engine.scoring import log2_probabilities, of_bytes
 from marlin_cli.models import Network, linear_layers
-from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import QuantizedLinear
 from marlin_cli.quality.held_out import Window
 from marlin_cli.quality.quality import check_windows_fit, kl_divergence
@@ -50,8 +49,8 @@ class DomainLoss:
 
 
 def loss_by_domain(
-    original: MegaByte,
-    packed: MegaByte,
+    original: Network,
+    packed: Network,
     windows: Mapping[str, Sequence[Window]],
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> dict[str, DomainLoss]:
@@ -68,7 +67,7 @@ def loss_by_domain(
         for window in part:
             ids = mx.array(window.read().astype(np.int32))[None]
             expected, predicted = log2_probabilities(original, ids), log2_probabilities(packed, ids)
-            bits.append((_cost(expected, ids), _cost(predicted, ids)))
+            bits.append((_cost(original, expected, ids), _cost(packed, predicted, ids)))
             divergences.append(np.array(kl_divergence(expected, predicted)[0]))
             on_bytes(window.length)
         costs, lengths = np.array(bits), np.array([window.length for window in part])
@@ -77,10 +76,9 @@ def loss_by_domain(
     return losses
 
 
-def _cost(log2_predictions: mx.array, ids: mx.array) -> float:
-    """Bits that ids [1, length] cost."""
-    chosen = np.array(mx.take_along_axis(log2_predictions, ids[..., None], axis=-1))
-    return -float(chosen.sum(dtype=np.float64))
+def _cost(network: Network, log2_predictions: mx.array, window: mx.array) -> float:
+    """Bits that the bytes of a window [1, length] cost."""
+    return -float(np.array(of_bytes(network, log2_predictions, window)).sum(dtype=np.float64))
 
 
 def output_errors(

@@ -14,10 +14,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities, not_finite
+from marlin_cli.engine.finite import not_finite
+from marlin_cli.engine.scoring import BYTES_PER_PASS, costs, log2_probabilities, of_bytes
 from marlin_cli.errors import UsageError
-from marlin_cli.models import architecture_of
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models import Network, architecture_of, continuing_of
 from marlin_cli.quality.byte_classes import BYTE_CLASSES, MARGIN_BYTES, classes_of
 from marlin_cli.quality.estimates import Estimate, Floats, ratio, stratified
 from marlin_cli.quality.held_out import Window
@@ -70,9 +70,9 @@ class Quality:
 
 
 def measure_quality(
-    networks: Mapping[str, MegaByte],
+    networks: Mapping[str, Network],
     windows: Mapping[str, Sequence[Window]],
-    reference: MegaByte | None = None,
+    reference: Network | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
     *,
     kept_reference: Kept = lambda ids, compute: compute(),
@@ -116,7 +116,7 @@ def measure_quality(
 
 
 def check_windows_fit(
-    networks: Mapping[str, MegaByte], windows: Mapping[str, Sequence[Window]], reference: MegaByte | None
+    networks: Mapping[str, Network], windows: Mapping[str, Sequence[Window]], reference: Network | None
 ) -> None:
     """Raise the `UsageError` that `measure_quality` would raise."""
     longest = max(window.length for part in windows.values() for window in part)
@@ -131,6 +131,8 @@ def check_windows_fit(
                 f"--reference: it predicts {reference.config.vocab_size} ids and {name} {config.vocab_size};"
                 " such distributions cannot be compared"
             )
+        if reference is not None and continuing_of(reference).first_byte != continuing_of(network).first_byte:
+            raise UsageError(f"--reference: its ids are others than those of {name}; such distributions cannot be compared")
 
 
 def kl_divergence(expected: mx.array, predicted: mx.array) -> mx.array:
@@ -152,7 +154,7 @@ def _batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
 
 
 def _measured(
-    networks: Mapping[str, MegaByte], domain: str, batch: Sequence[Window], reference: MegaByte | None, kept: Kept
+    networks: Mapping[str, Network], domain: str, batch: Sequence[Window], reference: Network | None, kept: Kept
 ) -> list[PassSums]:
     """One pass of every network.
 
@@ -163,7 +165,7 @@ def _measured(
     data, classes = _read(batch)
     context = batch[0].context
     ids = mx.array(data.astype(np.int32))
-    scored_ids = ids[:, context:]
+    scored = ids[:, context:]
     expected = None
     if reference is not None:
         expected = kept(data, lambda: log2_probabilities(reference, ids))[:, context:]
@@ -177,15 +179,15 @@ def _measured(
             results.append(_sums(groups, _finite(costs(network, ids)[:, context:], name, of_domain)))
             continue
         predicted = expected if network is reference else log2_probabilities(network, ids)[:, context:]
-        own = _finite(_costs(predicted, scored_ids), name, of_domain)
-        theirs = _finite(_costs(expected, scored_ids), REFERENCE, of_domain)
+        own = _finite(-of_bytes(network, predicted, scored), name, of_domain)
+        theirs = _finite(-of_bytes(network, expected, scored), REFERENCE, of_domain)
         # An id that neither is about may still be none: a divergence sums over all of them.
         _finite(divergences := kl_divergence(expected, predicted), name, of_domain)
         results.append(_compared(_sums(groups, own), groups, predicted, expected, np.array(divergences), theirs))
     return results
 
 
-def _fits(found: Sequence[PassSums], networks: Mapping[str, MegaByte], batch: Sequence[Window], reference: object) -> bool:
+def _fits(found: Sequence[PassSums], networks: Mapping[str, Network], batch: Sequence[Window], reference: object) -> bool:
     """Are these the sums of such a pass?"""
     groups = [FIRST_POSITION + architecture_of(network).unit_bytes(network.config) for network in networks.values()]
     alike = len(found) == len(groups) and all(
@@ -233,11 +235,6 @@ def _compared(
     )
 
 
-def _costs(log2_predictions: mx.array, ids: mx.array) -> mx.array:
-    """Bits that each of ids [n, length] costs."""
-    return -mx.take_along_axis(log2_predictions, ids[..., None], axis=-1)[..., 0]
-
-
 def _finite(bits: mx.array, name: str, what: str) -> Floats:
     """As float64.
 
@@ -272,14 +269,13 @@ def _quality(tallies: Mapping[str, Sequence[PassSums]]) -> Quality:
     domains = {domain: _score(tally) for domain, tally in tallies.items()}
     kl_of_bytes = [sums.kl_of_bytes for sums in passes]
     positions = passes[0].bytes.shape[1] - FIRST_POSITION
+    patches = range(positions if positions > 1 else 0)  # where a patch is one byte, no place tells bytes apart
     classes = {name: _score(passes, FIRST_CLASS + number) for number, name in enumerate(BYTE_CLASSES)}
     return Quality(
         domains,
         _pooled(list(domains.values()), kl_of_bytes),
         byte_classes={name: score for name, score in classes.items() if score.bytes},
-        patch_positions={
-            str(number): score for number in range(positions) if (score := _score(passes, FIRST_POSITION + number)).bytes
-        },
+        patch_positions={str(number): score for number in patches if (score := _score(passes, FIRST_POSITION + number)).bytes},
     )
 
 

@@ -134,7 +134,7 @@ def recipe_text(settings: QuantizationSettings, choices: Sequence[Choice], chose
     """
     import yaml
 
-    lines = [f"# {made}", "# KL divergence in bits per byte when these layers alone are packed; * is what was chosen:"]
+    lines = [f"# {made}", "# KL divergence in bits a prediction when these layers alone are packed; * is what was chosen:"]
     for choice in choices:
         costs = [
             f"{name}{'*' if chosen[choice.paths[0]] == name else ''} {choice.divergence[name]:.6f}"

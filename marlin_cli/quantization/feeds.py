@@ -1,16 +1,18 @@
-"""How calibration bytes come to a network, by what it does with bytes: windows to continue, or inputs with their answers.
+"""How calibration bytes come to a network, by what it does with them: windows to continue, inputs with answers, or texts.
 
-A window is taken once; pairs, which are few, come again and again in another order where steps do not end.
+A window or text is taken once; pairs, which are few, come again and again in another order where steps do not end.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from marlin_cli.corpus import CorruptedCorpus, PairCorpus, open_corpus, open_pairs
+from marlin_cli.corpus import CorruptedCorpus, PairCorpus, TextCorpus, open_corpus, open_pairs
 from marlin_cli.models import Capability, Network, architecture_of
 from marlin_cli.models.pair_batch import PairBatch
+from marlin_cli.models.text_batch import TextBatch
 from marlin_cli.quantization.pair_batches import BATCH_IDS, pair_batches, pair_batches_by_domain
+from marlin_cli.quantization.text_batches import TEXTS_PER_BATCH, text_batches, text_batches_by_domain
 from marlin_cli.quantization.windows import WINDOW_BYTES, WINDOWS_PER_BATCH, batches_by_domain, batches_of, window_bytes_of
 
 # (domain, a batch as `Architecture.start` and `.logits` take it).
@@ -100,7 +102,41 @@ class PairFeed:
         return f"at most {BATCH_IDS} ids of pairs"
 
 
-FEEDS: dict[Capability, Feed] = {Capability.CONTINUES: WindowFeed(), Capability.ANSWERS: PairFeed()}
+class TextFeed:
+    """Texts, for networks that encode them; what of a corpus is no UTF-8 is left out."""
+
+    def by_domain(
+        self, network: Network, corpora: Sequence[str], pairs: Sequence[str], max_bytes: int, note: Callable[[str], None]
+    ) -> Batches:
+        """See `Feed`."""
+        texts = _texts(network, corpora, max_bytes)
+        batches: Batches = [*text_batches_by_domain(texts, network.config)]
+        if texts.left_out:
+            note(f"{texts.left_out} window(s) of the corpus are left out: they are no UTF-8")
+        return batches
+
+    def endless(self, network: Network, corpora: Sequence[str], pairs: Sequence[str]) -> Iterator[Any]:
+        """See `Feed`."""
+        return text_batches(_texts(network, corpora, None), network.config)
+
+    def batch_bytes(self, network: Network) -> int:
+        """See `Feed`."""
+        return TEXTS_PER_BATCH * window_bytes_of(network)
+
+    def sample_text(self, network: Network) -> str:
+        """See `Feed`."""
+        return "text (UTF-8)"
+
+    def batch_text(self, network: Network) -> str:
+        """See `Feed`."""
+        return f"{TEXTS_PER_BATCH} x {window_bytes_of(network)} bytes of text"
+
+
+FEEDS: dict[Capability, Feed] = {
+    Capability.CONTINUES: WindowFeed(),
+    Capability.ANSWERS: PairFeed(),
+    Capability.ENCODES: TextFeed(),
+}
 
 
 def feed_of(network: Network) -> Feed:
@@ -110,7 +146,11 @@ def feed_of(network: Network) -> Feed:
 
 def size_bytes(batch: Any) -> int:
     """Bytes of the corpus that went into a batch."""
-    return batch.size_bytes if isinstance(batch, PairBatch) else batch.size
+    return batch.size_bytes if isinstance(batch, (PairBatch, TextBatch)) else batch.size
+
+
+def _texts(network: Network, corpora: Sequence[str], max_bytes: int | None) -> TextCorpus:
+    return TextCorpus(open_corpus(corpora, sequence_bytes=window_bytes_of(network), seed=0, max_bytes=max_bytes))
 
 
 def _examples(

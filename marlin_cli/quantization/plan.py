@@ -17,6 +17,11 @@ from marlin_cli.quantization.formats import FORMATS, Format, default_format
 KEEP = "16bit"  # the name of "leave it as it is" wherever a format is named
 
 
+# Ends of paths: the last layer of T5's feed-forwards, whose inputs are large, and the front end before an encoder, where
+# small differences of scores decide.
+PROTECTED = (".ffn.down_proj", "front.proj")
+
+
 @dataclass(frozen=True)
 class QuantizationSettings:
     """What to pack, and how. Byte embeddings, norms and the output head are never packed.
@@ -30,7 +35,7 @@ class QuantizationSettings:
     encoder_format: str = "nvfp4"
     decoder_format: str = "nvfp4"
     cross_format: str = "nvfp4"  # the decoder's attention to the encoder
-    wo_format: str = "mxfp8"  # at least so many bits for the last layer of ByT5's feed-forwards, whose inputs are large
+    wo_format: str = "mxfp8"  # at least so many bits for the layers of `PROTECTED` in encoders and decoders
     kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
     balance_keys: bool = False  # scale q_proj and k_proj so that packed keys lose less; needs statistics
     group_size: int | None = None  # of int4 and int8; the others have one size
@@ -55,7 +60,7 @@ class QuantizationSettings:
         """The format of a layer, before overrides."""
         part = part_of(path)
         chosen = self.formats_of([part]).get(part, KEEP)
-        protected = part in ("encoder", "decoder") and path.endswith(".ffn.down_proj")
+        protected = part in ("encoder", "decoder") and path.endswith(PROTECTED)
         return self.wo_format if protected and _bits(chosen) < _bits(self.wo_format) else chosen
 
     def formats_of(self, parts: Iterable[str]) -> dict[str, str]:
@@ -106,9 +111,14 @@ def _bits(name: str) -> int:
     return 16 if name == KEEP else FORMATS[name].bits
 
 
-def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16) -> QuantizationSettings:
+def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16, decoder_bits: int = 4) -> QuantizationSettings:
     """Settings that name bit widths alone."""
-    return QuantizationSettings(format_from_bits(global_bits), format_from_bits(local_bits), kv_bits=kv_bits)
+    return QuantizationSettings(
+        format_from_bits(global_bits),
+        format_from_bits(local_bits),
+        decoder_format=format_from_bits(decoder_bits),
+        kv_bits=kv_bits,
+    )
 
 
 def load_recipe(name: str) -> QuantizationSettings:

@@ -80,7 +80,8 @@ def _folded(
     parameters = dict(tree_flatten(network.parameters()))
     packed = {plan.path: plan for plan in plans if plan.format is not None}
     factors: Factors = {}
-    for found in legal_folds(parameters, gated=is_gated(network)):
+    architecture = architecture_of(network)
+    for found in legal_folds(parameters, gated=is_gated(network), norms_lead=architecture.norms_lead):
         if not all(path in packed for path in found.consumers):
             continue
         weights = [parameters[f"{path}.weight"] for path in found.consumers]

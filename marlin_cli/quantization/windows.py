@@ -18,8 +18,9 @@ Batch = tuple[str, npt.NDArray[np.uint8]]
 
 def window_bytes_of(network: Network) -> int:
     """Whole units (patches) of at most `WINDOW_BYTES`, within the network's context; at least one."""
-    unit = architecture_of(network).unit_bytes(network.config)
-    return max(min(WINDOW_BYTES, network.config.max_bytes) // unit, 1) * unit
+    architecture = architecture_of(network)
+    unit = architecture.unit_bytes(network.config)
+    return max(min(WINDOW_BYTES, architecture.most_bytes(network.config)) // unit, 1) * unit
 
 
 def whole_windows(corpus: Corpus, window_bytes: int) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:

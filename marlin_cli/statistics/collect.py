@@ -1,4 +1,4 @@
-"""Measures the activations of one window, or of one input and its answer. Keeps nothing: `data.pool` adds them up."""
+"""Measures activations of one window, one input with its answer, or one text. Keeps nothing: `data.pool` adds them up."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -64,6 +64,15 @@ def measure_pair(
     """
     size = len(source) + len(target) if size_bytes is None else size_bytes
     return _measured(network, domain, (source, target), size, hessians)
+
+
+def measure_text(network: Network, domain: str, text: bytes, hessians: HessianAccumulator | None = None) -> Totals:
+    """As `measure`, of a text in a network that encodes. Nothing is padded, so that no filler is measured.
+
+    Raises:
+        InputError: it is no UTF-8.
+    """
+    return _measured(network, domain, text, len(text), hessians)
 
 
 def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessians: HessianAccumulator | None) -> Totals:

@@ -1,4 +1,4 @@
-"""One pass over a corpus: windows in, a statistics file out, and the way back into an interrupted pass."""
+"""One pass over a corpus: windows, pairs or texts in, a statistics file out, and the way back into an interrupted pass."""
 
 import time
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Window
+from marlin_cli.corpus import Corpus, CorruptedCorpus, Example, PairCorpus, Text, TextCorpus, Window
 from marlin_cli.errors import CorpusError, OutputError, StatisticsError
 from marlin_cli.models import Capability, Network, architecture_of, shared_inputs
-from marlin_cli.statistics.collect import measure, measure_pair
+from marlin_cli.statistics.collect import measure, measure_pair, measure_text
 from marlin_cli.statistics.data import Run, Statistics, Totals, pool
 from marlin_cli.statistics.hessians import HessianAccumulator
 from marlin_cli.statistics.store import holds_statistics, load_statistics, load_unfinished, save_statistics, save_unfinished
@@ -23,8 +23,15 @@ SAVE_EVERY_BYTES = 256 << 10
 # Hessians make large files: writing them may take at most one part in so many of the time.
 SAVE_SHARE = 20
 
-# Windows for networks that continue bytes, inputs with answers for those that answer.
-Measurable: TypeAlias = Corpus | PairCorpus | CorruptedCorpus
+# Windows for networks that continue bytes, inputs with answers for those that answer, texts for those that encode them.
+Measurable: TypeAlias = Corpus | PairCorpus | CorruptedCorpus | TextCorpus
+Sample: TypeAlias = Window | Example | Text
+
+SAMPLES: dict[Capability, tuple[type[Sample], str]] = {
+    Capability.CONTINUES: (Window, "windows"),
+    Capability.ANSWERS: (Example, "inputs with answers"),
+    Capability.ENCODES: (Text, "texts"),
+}
 
 
 class NothingMeasured(StatisticsError):
@@ -73,7 +80,7 @@ def calibrate(
 
     Args:
         network: in float32.
-        corpus: what the network's capability takes: windows of bytes; or pairs, or a corrupted corpus.
+        corpus: what the network's capability takes: windows of bytes; pairs, or a corrupted corpus; or texts.
         model: fingerprint of the model.
         shard: (index, count): measure the windows whose number leaves `index` when divided by `count`. The shards
             of a corpus can be measured anywhere and merged.
@@ -165,7 +172,9 @@ def _calibrated(
 
 def _nothing(network: Network, corpus: Measurable, run: Run) -> NothingMeasured:
     unit = architecture_of(network).unit_bytes(network.config)
+    texts = f"text (UTF-8) of {unit} characters"
     what = f"window of {unit} bytes (a patch)" if isinstance(corpus, Corpus) else "example"
+    what = texts if isinstance(corpus, TextCorpus) else what
     shard = f" for shard {run.shard_index}/{run.shard_count}" if run.shard_count > 1 else ""
     return NothingMeasured(f"nothing to measure: the corpus has no {what}{shard}")
 
@@ -192,16 +201,20 @@ def _resume(corpus: Measurable, unfinished: Path, state: dict[str, Any]) -> None
         raise StatisticsError(f"{unfinished}: where the corpus was left is damaged ({one_line(error)}); remove it") from None
 
 
-def _too_short(network: Network, window: Window | Example) -> bool:
+def _too_short(network: Network, window: Sample) -> bool:
     """Is there less than what the network reads at a time?"""
-    return isinstance(window, Window) and len(window.bytes) < architecture_of(network).unit_bytes(network.config)
+    unit = architecture_of(network).unit_bytes(network.config)
+    if isinstance(window, Text):
+        return len(window.data.decode()) < unit
+    return isinstance(window, Window) and len(window.bytes) < unit
 
 
-def _measured(network: Network, window: Window | Example, hessians: HessianAccumulator | None) -> Totals:
-    answers = architecture_of(network).capability is Capability.ANSWERS
-    if answers != isinstance(window, Example):
-        wanted = "inputs with answers" if answers else "windows"
+def _measured(network: Network, window: Sample, hessians: HessianAccumulator | None) -> Totals:
+    kind, wanted = SAMPLES[architecture_of(network).capability]
+    if not isinstance(window, kind):
         raise TypeError(f"this network is measured on {wanted}, found a {type(window).__name__}")
+    if isinstance(window, Text):
+        return measure_text(network, window.domain, window.data, hessians)
     if isinstance(window, Example):
         return measure_pair(network, window.domain, window.source, window.target, window.size_bytes, hessians)
     return measure(network, window.domain, window.bytes, hessians)

@@ -42,7 +42,7 @@ def pushed(monkeypatch):
             pushes.extend((id(self.network), value) for value in ids[0].tolist())
             return ids
 
-    monkeypatch.setattr(throughput, "Lockstep", Recorded)
+    monkeypatch.setattr(throughput, "begin", Recorded)
     return pushes
 
 
@@ -67,7 +67,7 @@ class Clock:
             clock.now += choice()
             return sample(*arguments)
 
-        monkeypatch.setattr(throughput, "Lockstep", Timed)
+        monkeypatch.setattr(throughput, "begin", Timed)
         monkeypatch.setattr(throughput, "sample", choose)
 
     def __call__(self):
@@ -127,9 +127,9 @@ def test_parts_are_of_the_repeat_whose_time_is_in_the_middle(model, monkeypatch)
             seen = float(next(reading))
             return {"global": seen, "local": 2 * seen}
 
-    monkeypatch.setattr(throughput, "Lockstep", Told)
+    monkeypatch.setattr(throughput, "begin", Told)
     clock = Clock(monkeypatch, lambda: 1.0, lambda: 1.0, in_turn(*[1.0] * 10, *[9.0] * 9, *[5.0] * 9, *[7.0] * 9))
-    monkeypatch.setattr(throughput.Lockstep, "part_seconds", Told.part_seconds)
+    monkeypatch.setattr(Lockstep, "part_seconds", Told.part_seconds)
     [result] = measure_throughput([model], SETTINGS, clock)
     assert result.decode_seconds_by_part["global"] == 1 / 9 and result.decode_seconds_by_part["local"] == 2 / 9
     assert sum(result.decode_seconds_by_part.values()) == pytest.approx(1 / result.decode_bytes_per_second.median)
@@ -212,7 +212,7 @@ def test_energy_is_that_of_the_decoded_bytes(model, monkeypatch, tmp_path):
             (zone / "energy_uj").write_text(str(used % 1_000_000_000))
             return ids
 
-    monkeypatch.setattr(throughput, "Lockstep", Using)
+    monkeypatch.setattr(throughput, "begin", Using)
     [result] = measure_throughput([model], SETTINGS, energy=EnergyCounter(tmp_path))
     assert result.joules_per_byte == pytest.approx(0.5)
     [result] = measure_throughput([model], SETTINGS, energy=EnergyCounter(tmp_path / "nothing"))

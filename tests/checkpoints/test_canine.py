@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 from torch_writer import tensor, write_zip
 
-from marlin_cli.checkpoints import canine, fingerprint, la_canine, read_checkpoint
+from marlin_cli import load
+from marlin_cli.checkpoints import ImportOptions, architecture_of, canine, fingerprint, la_canine, read_checkpoint
 from marlin_cli.config import from_mapping
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.models import config_as_mapping, linear_layers
@@ -203,7 +204,7 @@ def test_the_mask_says_how_far_ahead_the_first_layer_sees(la_shapes, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "language", "changes", "message"),
     [
-        ("on", None, {}, "holds adapters of 85 languages; name one of them: af, am"),
+        ("on", None, {}, r"holds adapters of 85 languages; name one \(--import language=..\): af, am"),
         ("on", "xx", {}, "has no adapters of 'xx'; known: af, am"),
         ("on", "85", {}, "has no adapters of '85'"),
         ("on", "-1", {}, "has no adapters"),
@@ -230,3 +231,49 @@ def test_a_model_that_holds_another_language():
     la_canine.check_language({"language": "cs"}, None, "model")
     with pytest.raises(CheckpointError, match="^model: holds the adapters of cs, 'de' was asked for"):
         la_canine.check_language({"language": "cs"}, "de", "model")
+
+
+def test_the_language_is_an_import_option(la_shapes, tmp_path):
+    folder = la_folder(tmp_path, la_shapes, "on")
+    assert architecture_of(folder) == "la_canine"
+    czech = load(folder, device="cpu", options=ImportOptions(language="cs"))
+    assert czech.config.language == "cs"
+    german = load(folder, device="cpu", options=ImportOptions(language="de"))
+    assert not mx.allclose(czech.encode(b"text"), german.encode(b"text"), atol=1e-3)
+    with pytest.raises(CheckpointError, match="holds adapters of 85 languages; name one"):
+        load(folder, device="cpu")
+    # Of other statistics, as of another model.
+    prints = {fingerprint(folder, ImportOptions(language=each)) for each in (None, "cs", "de")}
+    assert len(prints) == 3 and fingerprint(folder) in prints
+    # What marlin writes holds one language, and says which.
+    czech.save(tmp_path / "own")
+    assert architecture_of(tmp_path / "own") == "la_canine"
+    own = load(tmp_path / "own", device="cpu", options=ImportOptions(language="cs"))
+    assert mx.array_equal(own.encode(b"text"), czech.encode(b"text"))
+    with pytest.raises(CheckpointError, match="holds the adapters of cs, 'de' was asked for; take the original"):
+        load(tmp_path / "own", device="cpu", options=ImportOptions(language="de"))
+    with pytest.raises(CheckpointError, match="option heads has no meaning here"):
+        load(tmp_path / "own", device="cpu", options=ImportOptions(language="cs", heads=2))
+
+
+@pytest.mark.parametrize("name", ["megabyte-demo", "canine"])
+def test_a_language_for_a_model_that_has_none(name, shapes, tmp_path):
+    path = name if name != "canine" else write_folder(tmp_path / "model", CONFIG, shapes)
+    with pytest.raises(CheckpointError, match="option language has no meaning here"):
+        load(path, device="cpu", options=ImportOptions(language="cs"))
+
+
+def test_what_architectures_folders_are_of(shapes, tmp_path):
+    assert architecture_of(write_folder(tmp_path / "model", CONFIG, shapes)) == "canine"
+    load(tmp_path / "model", device="cpu").save(tmp_path / "own")
+    assert architecture_of(tmp_path / "own") == "canine"
+
+
+def test_a_folder_without_weights(tmp_path):
+    for kind in ("canine", "la-canine"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"model_type": kind}))
+        with pytest.raises(CheckpointError, match="holds none of model.safetensors") as caught:
+            load(folder, device="cpu")
+        assert "\n" not in str(caught.value)

@@ -234,7 +234,7 @@ def test_a_plan_times_nothing_and_follows_the_bits(models):
 @pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
 def test_a_plan_predicts_from_operations_of_this_machine(models, monkeypatch):
     monkeypatch.setattr("marlin_cli.prediction.bandwidth.measure_bandwidth", lambda: Bandwidth(2e12, 1e12))
-    monkeypatch.setattr("marlin_cli.bench.throughput.Lockstep", lambda *given: pytest.fail("the model was run"))
+    monkeypatch.setattr("marlin_cli.bench.throughput.begin", lambda *given: pytest.fail("the model was run"))
     text = run(models[0], "--plan", "--context", "16,32", "--bits", "4", "--device", "cpu").stdout
     rows = {line.split("  ")[0]: line.split()[-2:] for line in text.splitlines() if "predicted, us" in line}
     parts = [float(number.replace(",", "")) for name, (number, _) in rows.items() if not name.endswith("all")]

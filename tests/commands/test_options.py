@@ -5,15 +5,23 @@ import sys
 
 import mlx.core as mx
 import pytest
+from canine_cases import random_canine
+from decoder_cases import random_bygpt5
 from mlx.utils import tree_map
 from typer.main import get_command
 
-from marlin_cli import ByT5Config, ByT5Model, MegaByteModel, cli
+from marlin_cli import ByT5Config, ByT5Model, EncodingModel, MegaByteModel, cli
+from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
-from marlin_cli.commands.options import parse_size
-from marlin_cli.commands.uses import USES, Family
+from marlin_cli.commands.options import parse_import_options, parse_size
+from marlin_cli.commands.uses import CONTINUING, MODELS, SERVED_BY, USES, Family
+from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.errors import UsageError
+from marlin_cli.models.bygpt5_steps import BYGPT5
+from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.canine_steps import CANINE
 from marlin_cli.models.megabyte_config import MegaByteConfig
+from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.ops.device import choose_device
 
 COMMANDS = get_command(cli.app).commands
@@ -105,12 +113,16 @@ def models(tmp_path_factory):
     wide = {f"{part}_{name}": value for part in ("global", "local") for name, value in (("dim", 32), ("heads", 1))}
     network = MegaByteModel(_network(MegaByteConfig(**sizes, **wide)), choose_device("cpu"))
     network.save(folder / "continues")
-    for name, layers in (("answers", 1), ("encodes", 0)):
+    for name, layers in (("answers", 1), ("encoder_alone", 0)):
         config = ByT5Config(d_model=32, ffn_dim=32, heads=1, head_dim=32, encoder_layers=1, decoder_layers=layers)
         model = ByT5Model.from_config(config, device="cpu")
         mx.random.seed(1)
         model.network.update(tree_map(lambda a: mx.random.normal(a.shape) * a.shape[-1] ** -0.5, model.network.parameters()))
         model.save(folder / name)
+    head = {"layers": 1, "head": "token", "labels": ("O", "A", "B")}
+    EncodingModel(random_canine(**head), choose_device("cpu")).save(folder / "encodes")
+    bytewise = random_bygpt5(d_model=32, heads=1, head_dim=32, layers=1, max_bytes=96)
+    ContinuingModel(bytewise, choose_device("cpu")).save(folder / "bytewise")
     return {family: folder / family.name.lower() for family in Family}
 
 
@@ -170,13 +182,33 @@ def _arguments(command, option, model, seen=()):
     return [option, *value, *(others[0] if others else [])]
 
 
+# Families that a command serves, and the architectures of the small models.
+SERVED = {command: next(table[each] for each in MODELS if each in table).keys() for command, table in USES.items()}
+ARCHITECTURE = {
+    Family.CONTINUES: MEGABYTE, Family.BYTEWISE: BYGPT5,
+    Family.ANSWERS: BYT5, Family.ENCODER_ALONE: BYT5, Family.ENCODES: CANINE,
+}  # fmt: skip
+
+
+def has_part(use, family):
+    return not use.parts or ARCHITECTURE[family].parts & {*use.parts}
+
+
 REFUSED = [
     (command, option, family)
     for command, table in USES.items()
     for option, uses in table.items()
     for family in Family
-    if family not in uses
+    if family in SERVED[command] and not (family in uses and has_part(uses[family], family))
 ]
+
+
+@pytest.mark.parametrize(
+    ("command", "family"), [(command, family) for command in USES for family in Family if family not in SERVED[command]]
+)
+def test_a_command_names_those_that_serve_a_model_which_it_does_not(command, family, models, marlin):
+    err = refusal(*marlin(command, models[family], *(("--output", "x") if command in ("calibrate", "quantize") else ())))
+    assert f"{models[family]}: is {family.value}, for which marlin {command} has no use; ask {SERVED_BY[family]}" in err
 
 
 @pytest.mark.parametrize(("command", "option", "family"), REFUSED)
@@ -188,16 +220,19 @@ def test_an_option_without_a_use_for_a_model_is_refused(command, option, family,
         arguments += ["--output", "out.safetensors"]
     err = refusal(*marlin(command, models[family], *arguments))
     assert option in err or any(each in err for each in arguments if each.startswith("--")), err
-    assert "has no meaning for" in err and (family.value in err or family is Family.ENCODES and Family.ANSWERS.value in err)
+    assert "has no meaning for" in err and (
+        family.value in err or ", whose parts are " in err or (family is Family.ENCODER_ALONE and Family.ANSWERS.value in err)
+    )
 
 
 USED = [
     (command, option, family)
     for command, table in USES.items()
     for option, uses in table.items()
-    for family in uses
+    for family, use in uses.items()
+    if family in SERVED[command] and has_part(use, family)
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
-    if not (family is Family.ENCODES and (command == "generate" or option == "--no-throughput"))
+    if not (family is Family.ENCODER_ALONE and (command == "generate" or option == "--no-throughput"))
     and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
 ]
 
@@ -227,16 +262,16 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
             arguments += [
                 each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
             ]
-    if "--quality" in arguments and family is Family.CONTINUES and "--window-bytes" not in arguments:
+    if "--quality" in arguments and family in CONTINUING and "--window-bytes" not in arguments:
         arguments += ["--window-bytes", "64"]  # of a context of 96
     if "--export" in arguments:
-        arguments += ["--local-bits", "4"] if family is Family.CONTINUES else ["--wo-bits", "4"]
+        arguments += ["--local-bits" if family is Family.CONTINUES else "--wo-bits", "4"]
     names = {
         "OUT": "out.safetensors" if command == "calibrate" else "out.json" if command == "bench" else "out",
         "PAIRS": "PAIRS.tsv",
         "STATS": "STATS.safetensors",
     }
-    names["SCORED"] = "TEXT" if family is Family.CONTINUES else "PAIRS.tsv"
+    names["SCORED"] = "TEXT" if family in CONTINUING else "PAIRS.tsv"
     if "STATS" in arguments:
         made = ("--corpus", tmp_path / "TEXT", "--max-bytes", "256", "--output", "STATS.safetensors")
         code, _, err = marlin("calibrate", models[family], *made)
@@ -351,6 +386,13 @@ def test_devices_take_what_everybody_writes(marlin, models):
 )
 def test_sizes_are_exact(text, size):
     assert parse_size(text, "--x") == size
+
+
+def test_the_code_of_a_language_is_text():
+    """YAML takes no for false, and 16 for a number."""
+    assert parse_import_options(["language=no"]).language == "no"
+    assert parse_import_options(["language=16"]).language == "16"
+    assert parse_import_options(["rope=no", "heads=2"]) == ImportOptions(rope=False, heads=2)
 
 
 @pytest.mark.parametrize("text", ["1e400", "-1", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 5000, str(1 << 63), "nan", ""])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from byt5_cases import random_byt5
 
-from marlin_cli.engine import generation
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
@@ -79,7 +78,7 @@ def test_a_check_changes_nothing(each_config: MegaByteConfig, random_network: Ca
 
     def bytes_of(check: Callable[[Lockstep], None]) -> list[tuple[int, bytes]]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation.Lockstep, "check_finite", check)
+            patch.setattr(Lockstep, "check_finite", check)
             pieces = generate(network, [b"abcde", b"x"], Stopping(max_bytes=40), SAMPLINGS[1])
             return [(piece.stream, piece.data) for piece in pieces]
 

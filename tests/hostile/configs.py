@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from .case import Case, text_beside, use_of_model
-from .materials import BYT5, NATIVE, PACKED
+from .materials import BYT5, NATIVE, PACKED, RELATIVES
 from .mutations import ESCAPES, HUGE, changed, json_text, value
 
 # Keys that a good file of the materials may lack.
@@ -23,6 +23,10 @@ T5_KEYS = (
     "quantization_config", "marlin", "model_type", "architectures", "num_decoder_layers", "vocab_size", "d_kv",
     "relative_attention_num_buckets", "relative_attention_max_distance", "eos_token_id", "pad_token_id",
     "decoder_start_token_id",
+)  # fmt: skip
+RELATIVE_KEYS = (
+    *T5_KEYS, "subword_blocks", "max_subword_block_size", "downsample_factor", "score_consensus_attn", "is_decoder",
+    "is_encoder_decoder", "bos_token_id",
 )  # fmt: skip
 HOW_PACKED = ("group_size", "bits", "mode")
 NO_WEIGHTS = b"\x02\0\0\0\0\0\0\0{}"
@@ -42,6 +46,19 @@ def native_config(rng: Random, folder: Path, materials: Path) -> Case:
     return use_of_model(rng, "model", byt5=name.startswith("byt5"))
 
 
+def relative_config(rng: Random, folder: Path, materials: Path) -> Case:
+    """A ByGPT5's and a GBST's, as their authors' code writes it, and a tokenizer's that names the first id."""
+    name = rng.choice(RELATIVES)
+    document = _copy(folder, materials, name)
+    if name == "bygpt5" and rng.random() < 0.2:
+        tokenizer = {"bos_token": rng.choice(("</s>", "<extra_id_9999>", ESCAPES, value(rng))), "add_bos_token": value(rng)}
+        (folder / "model" / "tokenizer_config.json").write_bytes(json_text(rng, tokenizer))
+    else:
+        document = _mutated(rng, document, RELATIVE_KEYS)
+    (folder / "model" / "config.json").write_bytes(json_text(rng, document))
+    return use_of_model(rng, "model", byt5=name == "gbst")
+
+
 def byt5_config(rng: Random, folder: Path, materials: Path) -> Case:
     """A T5's, as transformers writes it."""
     document = _copy(folder, materials, rng.choice(BYT5))
@@ -52,7 +69,7 @@ def byt5_config(rng: Random, folder: Path, materials: Path) -> Case:
 
 def sizes(rng: Random, folder: Path, materials: Path) -> Case:
     """Sizes beyond all memory, with the weights of another model, with none, or with a file that holds none."""
-    document = _copy(folder, materials, rng.choice((*NATIVE, *BYT5)))
+    document = _copy(folder, materials, rng.choice((*NATIVE, *BYT5, *RELATIVES)))
     kind = rng.randrange(3)
     for weights in (*(folder / "model").glob("*.safetensors"), *(folder / "model").glob("*.bin")):
         if kind == 0:

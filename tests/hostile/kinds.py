@@ -2,7 +2,7 @@
 
 from .caches import cache
 from .case import Generator
-from .configs import byt5_config, generation_config, native_config, sizes
+from .configs import byt5_config, generation_config, native_config, relative_config, sizes
 from .corpora import packed, parquet, places, rows
 from .gguf_files import gguf
 from .lines import pairs, prompt_bytes, prompts, results
@@ -17,6 +17,7 @@ KINDS: dict[str, Generator] = {
     "shards": shards,
     "config of a MegaByte": native_config,
     "config of a ByT5": byt5_config,
+    "config of a ByGPT5 or GBST": relative_config,
     "sizes in a config": sizes,
     "generation_config": generation_config,
     "pickle in a zip": zipped,

@@ -35,11 +35,14 @@ NATIVE = {
 }  # fmt: skip
 # Folders of Hugging Face's: one in safetensors with sizes that can be packed, one in a pickle as it is in tests/data.
 BYT5 = ("gated", "relu")
+# Relatives of ByT5, as their authors' code writes them: what continues bytes, and what answers.
+RELATIVES = ("bygpt5", "gbst")
 # Folders that `quantize` writes: marlin's own, llm-compressor's, and a ByT5's.
 PACKED = {
     "packed": ("prefix",),
     "exported": ("prefix", "--export", "compressed-tensors", "--local-bits", "4"),
     "byt5-packed": ("gated",),
+    "bygpt5-packed": ("bygpt5",),
 }
 WIDER = {"d_model": 32, "d_ff": 32, "d_kv": 16}
 PICKLES = ("megabyte_pytorch-2-stages.pt", "megabyte_pytorch-3-stages.pt", "paper.pt")
@@ -64,6 +67,7 @@ def prepare(folder: Path) -> Path:
         network.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.2, network.parameters()))
         write_model(folder / name, config_as_mapping(config), dict(tree_flatten(network.parameters())), None, None)
     _byt5(folder)
+    _relatives(folder)
     for name in PICKLES:
         shutil.copy(DATA / "foreign" / name, folder / name)
     (folder / "text.txt").write_bytes(TEXT)
@@ -101,6 +105,15 @@ def _byt5(folder: Path) -> None:
     draw = np.random.default_rng(0).standard_normal
     shapes = {key: [sides.get(side, side) for side in array.shape] for key, array in load_file(weights).items()}
     save_file({key: (draw(shape) * 0.2).astype("f4") for key, shape in shapes.items()}, weights, {"format": "pt"})
+
+
+def _relatives(folder: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))
+    import decoder_cases
+
+    decoder_cases.bygpt5_folder(folder / "bygpt5", decoder_cases.random_bygpt5(head_dim=32, layers=1))
+    small = {"head_dim": 32, "encoder_layers": 1, "decoder_layers": 1}
+    decoder_cases.gbst_folder(folder / "gbst", decoder_cases.random_gbst(**small))
 
 
 def _gguf(path: Path) -> None:

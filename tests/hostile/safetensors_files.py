@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from .case import Case, text_beside, use_of_model
-from .materials import BYT5, NATIVE, PACKED
+from .materials import BYT5, NATIVE, PACKED, RELATIVES
 from .mutations import ESCAPES, changed, damaged, json_text, value
 
 TYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "U8", "U32", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "f32", "", ESCAPES)
@@ -18,7 +18,7 @@ NOT_NUMBERS = {"F32": struct.pack("<f", float("nan")), "F16": b"\x00\x7e", "BF16
 
 def safetensors(rng: Random, folder: Path, materials: Path) -> Case:
     """One weights file, damaged in its header or its data."""
-    name = rng.choice((*NATIVE, *PACKED, *BYT5))
+    name = rng.choice((*NATIVE, *PACKED, *BYT5, *RELATIVES))
     shutil.copytree(materials / name, folder / "model")
     text_beside(folder)
     path = folder / "model" / "model.safetensors"

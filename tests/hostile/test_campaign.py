@@ -9,7 +9,7 @@ from hostile.campaign import Worker, share, worker
 from hostile.case import Case
 from hostile.judge import BAD, Outcome, verdict
 from hostile.kinds import KINDS
-from hostile.materials import PACKED, prepare
+from hostile.materials import PACKED, RELATIVES, prepare
 
 SEED = 0
 INPUTS = share(400)
@@ -42,7 +42,7 @@ def test_no_input_comes_to_a_bad_end(kind: str, hostile_worker: Worker):
 
 def test_the_files_that_are_damaged_are_good(materials, hostile_worker: Worker, tmp_path):
     """A campaign on files that are refused anyway would find nothing."""
-    models = ["prefix", "paper", "lucid", *PACKED, "gated", "relu", "model.gguf"]
+    models = ["prefix", "paper", "lucid", *PACKED, "gated", "relu", *RELATIVES, "model.gguf"]
     commands = [["generate", str(materials / name), "-p", "ab", "--max-bytes", "4"] for name in models]
     commands += [["quantize", str(materials / name), "--dry-run"] for name in ("prefix", "paper", "lucid", "gated")]
     commands += [["calibrate", "--show", str(materials / f"{name}.safetensors")] for name in ("plain", "hessian", "byt5")]

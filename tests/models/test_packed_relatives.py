@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import fill, linear_layers, part_of
 from marlin_cli.ops import QuantizedLinear
+from marlin_cli.quantization.plan import QuantizationSettings
 
 TABLE = {"group_size": 32, "bits": 8, "mode": "mxfp8"}
 IDS = mx.array([[70, 90, 100, 101, 120, 44, 35, 200]])
@@ -42,6 +43,20 @@ def test_parts_of_canine():
     parts = {part_of(path) for path in linear_layers(random_canine(head="token", labels=("a", "b")))}
     assert parts == {"local", "global", "head"}
     assert part_of("local.up.conv") == "local" and part_of("layers.0.ffn.up_proj") == "global"
+
+
+@pytest.mark.parametrize(
+    ("bits", "formats"),
+    [
+        ({}, {"front.proj": "mxfp8", "encoder.layers.0.ffn.down_proj": "mxfp8", "encoder.layers.0.ffn.up_proj": "nvfp4"}),
+        ({"encoder_format": "16bit"}, {"front.proj": "16bit", "decoder.layers.0.ffn.up_proj": "nvfp4"}),
+        ({"wo_format": "nvfp4"}, {"front.proj": "nvfp4"}),
+    ],
+)
+def test_the_front_of_a_gbst_is_of_its_encoder(bits, formats):
+    settings = QuantizationSettings(**bits)
+    assert {path: settings.format_for(path) for path in formats} == formats
+    assert "front.proj" in linear_layers(random_gbst()) and part_of("front.proj") == part_of("front.score") == "encoder"
 
 
 def test_a_weight_of_another_network():

@@ -133,3 +133,16 @@ def test_its_gradients_are_the_reference_s():
 
     for found, expected in zip(loss(attention)(*arrays), loss(reference.attention)(*arrays), strict=True):
         assert mx.abs(found - expected).max().item() < 1e-4 < mx.abs(expected).max().item()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_packed_pages_with_a_bias_by_distance(rows):
+    """As the reference has it, over pages of which one is packed."""
+    mx.random.seed(0)
+    queries, dense = mx.random.normal((2, 3, rows, 64)), mx.random.normal((2, 3, 40, 64))
+    bias = mx.random.normal((3, 2 * 9 + 1))
+    pages = [reference.pack_rows(dense[:, :, :25], 8), dense[:, :, 25:]]
+    found = paged_attention(queries, pages, pages, 1.0, relative_bias=bias)
+    expected = reference.paged_attention(queries, pages, pages, 1.0, relative_bias=bias)
+    assert mx.allclose(found, expected, atol=1e-4)
+    assert not mx.allclose(found, paged_attention(queries, pages, pages, 1.0), atol=1e-2)

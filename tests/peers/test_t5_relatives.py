@@ -9,8 +9,7 @@ import pytest
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.config import from_mapping
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer
-from marlin_cli.engine.byte_decoding import generate, prompt_ids
-from marlin_cli.engine.generation import Stopping
+from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models import fill
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
@@ -105,18 +104,17 @@ def test_a_decoder_alone(kind, tmp_path):
 def test_greedy_bytes(kind, tmp_path):
     model, network = bygpt5(kind, tmp_path / "model")
     texts = [b"hello", b"world", b"a", b"of another length", "東京".encode()]
-    prompts = [prompt_ids(network.config, text) for text in texts]
     found = [b""] * len(texts)
-    for piece in generate(network, prompts, Stopping(80), Sampling()):
+    for piece in generate(network, texts, Stopping(80), Sampling()):
         found[piece.stream] += piece.data
-    for prompt, data in zip(prompts, found, strict=True):
-        ids = list(prompt)
-        while len(ids) < len(prompt) + 80:
+    for text, data in zip(texts, found, strict=True):
+        ids = [byte + 3 for byte in text]
+        while len(ids) < len(text) + 80:
             value = int(decoder_logits(model, kind, torch.tensor([ids]))[0, -1].argmax())
             if value == 1:
                 break
             ids.append(value)
-        assert data == bytes(value - 3 for value in ids[len(prompt) :] if 3 <= value < 259)
+        assert data == bytes(value - 3 for value in ids[len(text) :] if 3 <= value < 259)
 
 
 def gbst(blocks, bytes_in_row, folder, *, consensus=True, kind="gated", **changes):

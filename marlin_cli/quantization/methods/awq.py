@@ -39,7 +39,7 @@ class Fold:
     repeats: int = 1
 
 
-def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold]:
+def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool, norms_lead: bool = True) -> list[Fold]:
     """The folds of a network of blocks with `attention_norm`, `attention`, `ffn_norm` and `ffn`; some with `cross` too.
 
     In a MegaByte also what leads into a stage's rows, and from its last norm to the next stage.
@@ -47,6 +47,7 @@ def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold
     Args:
         parameters: by path.
         gated: `down_proj` sees activation(gate) * up: linear in `up_proj`. An activation alone is not.
+        norms_lead: a norm that follows a sum makes what later layers add to as well: nothing can be folded into it.
     """
     folds = []
     for path in parameters:
@@ -54,9 +55,10 @@ def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool) -> list[Fold
         if not found:
             continue
         attention = f"{block}.attention"
-        folds.append(Fold(tuple(f"{attention}.{name}_proj" for name in "qkv"), f"{block}.attention_norm.weight"))
-        ffn_inputs = [f"{block}.ffn.up_proj", *([f"{block}.ffn.gate_proj"] if gated else [])]
-        folds.append(Fold(tuple(ffn_inputs), f"{block}.ffn_norm.weight"))
+        if norms_lead:
+            folds.append(Fold(tuple(f"{attention}.{name}_proj" for name in "qkv"), f"{block}.attention_norm.weight"))
+            ffn_inputs = [f"{block}.ffn.up_proj", *([f"{block}.ffn.gate_proj"] if gated else [])]
+            folds.append(Fold(tuple(ffn_inputs), f"{block}.ffn_norm.weight"))
         if f"{block}.cross.q_proj.weight" in parameters:
             folds.append(Fold((f"{block}.cross.q_proj",), f"{block}.cross_norm.weight"))
         for reader in (attention, f"{block}.cross"):

@@ -1,0 +1,142 @@
+"""`EncodingModel`, the Python interface to networks that encode texts: UTF-8 in; states, vectors, labels or spans out."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from marlin_cli.engine import characters
+from marlin_cli.engine.characters import AnswerSettings, Floats, Label, Text
+from marlin_cli.engine.sentences import SplitSettings, sentences
+from marlin_cli.engine.spans import Span
+from marlin_cli.errors import UsageError
+from marlin_cli.model import Model
+from marlin_cli.models import Capability, architecture_of
+from marlin_cli.ops.device import Device
+
+if TYPE_CHECKING:
+    from marlin_cli.quantization.plan import QuantizationSettings
+    from marlin_cli.statistics import Statistics
+
+
+class EncodingModel(Model):
+    """A model that encodes texts, such as a CANINE or an LA-CANINE, and does what its head does.
+
+    A text is bytes of UTF-8 or a list of code points; where a method takes a pair of texts, a tuple of two. States depend
+    on how far an input is padded: `pad_to` is the length in positions (characters and marks) that the checkpoint was used
+    with, None pads nothing. A text gives the same by itself and among many.
+
+    Raises:
+        InputError: by every method, for bytes that are no UTF-8, a number that is no code point, and a text that is too
+            long, or under four positions where nothing pads it.
+        UsageError: by every method, where the network's head does something else.
+    """
+
+    capability = Capability.ENCODES
+
+    @classmethod
+    def _with_cache(cls, network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any) -> "EncodingModel":
+        return cls(network, device, **tables)  # nothing is cached
+
+    @property
+    def splits(self) -> bool:
+        """Does it cut texts into sentences, as an LA-CANINE does?"""
+        return bool(self.config.head == "sentence")
+
+    @property
+    def split_settings(self) -> SplitSettings:
+        """wtpsplit's settings, in a shorter window where the network reads no longer one."""
+        plain = SplitSettings()
+        window = min(plain.window_characters, self.config.longest)
+        return SplitSettings(window_characters=window, stride_characters=min(plain.stride_characters, window))
+
+    def encode(self, data: Text, *, pad_to: int | None = None) -> mx.array:
+        """The states of a text or pair: [positions, d_model] float32, a row for each character and mark."""
+        return self.encode_many([data], pad_to=pad_to)[0]
+
+    def encode_many(self, texts: Sequence[Text], *, pad_to: int | None = None) -> list[mx.array]:
+        """As `encode`, of each text."""
+        return characters.encode(self.network, texts, pad_to)
+
+    def pooled(self, data: Text, *, pad_to: int | None = None) -> mx.array:
+        """One vector for a text or pair, by the network's pooler: [d_model] float32."""
+        return self.pooled_many([data], pad_to=pad_to)[0]
+
+    def pooled_many(self, texts: Sequence[Text], *, pad_to: int | None = None) -> mx.array:
+        """As `pooled`, of each text: [texts, d_model]."""
+        return characters.pooled(self.network, texts, pad_to)
+
+    def classify(self, data: Text, *, pad_to: int | None = None) -> list[Label]:
+        """Every label of a text or pair with its score, the best first."""
+        return self.classify_many([data], pad_to=pad_to)[0]
+
+    def classify_many(self, texts: Sequence[Text], *, pad_to: int | None = None) -> list[list[Label]]:
+        """As `classify`, of each text."""
+        return characters.classify(self.network, texts, pad_to)
+
+    def label(self, data: bytes, *, pad_to: int | None = None) -> list[Span]:
+        """The labelled spans of a text: its best label over all of it, its characters' labels, or its sentences."""
+        return self.label_many([data], pad_to=pad_to)[0]
+
+    def label_many(self, texts: Sequence[bytes], *, pad_to: int | None = None) -> list[list[Span]]:
+        """As `label`, of each text.
+
+        Raises:
+            UsageError: `pad_to` for a network that cuts texts: its windows have a length of their own.
+        """
+        if not self.splits:
+            return characters.label(self.network, texts, pad_to)
+        if pad_to is not None:
+            raise UsageError("pad_to has no meaning for a network that cuts texts into sentences; its settings have a window")
+        return [[span for span, _ in self.sentences([text])] for text in texts]
+
+    def tag_many(
+        self,
+        texts: Sequence[bytes],
+        *,
+        pad_to: int | None = None,
+        outside: Sequence[str] = ("O",),
+        merge: bool = True,
+        marks: bool = True,
+    ) -> list[list[Span]]:
+        """As `label_many` of a network that labels characters; for the arguments see `engine.characters.tag`."""
+        return characters.tag(self.network, texts, pad_to, outside=outside, merge=merge, marks=marks)
+
+    def answer(
+        self, question: bytes, context: bytes, settings: AnswerSettings | None = None, *, pad_to: int | None = None
+    ) -> list[Span]:
+        """Spans of the context that answer the question, the best first."""
+        return characters.answers(self.network, question, context, settings, pad_to)
+
+    def choose(self, data: bytes, choices: Sequence[bytes], *, pad_to: int | None = None) -> Floats:
+        """The probability of each choice to go with the text: [choices]; without `pad_to` as long as the longest."""
+        return characters.choose(self.network, data, choices, pad_to)
+
+    def sentences(self, pieces: Iterable[bytes], settings: SplitSettings | None = None) -> Iterator[tuple[Span, bytes]]:
+        """The sentences of a stream of UTF-8 that may be cut anywhere, each as soon as it is sure, in bounded memory.
+
+        Together they are the text; white space belongs to the sentence before it.
+        """
+        if not self.splits:
+            title = architecture_of(self.network).title
+            raise UsageError(f"this {title} does not cut texts into sentences; take an LA-CANINE, or ask it to label")
+        return sentences(self.network, pieces, settings or self.split_settings)
+
+    def quantize(
+        self,
+        global_bits: int = 4,
+        local_bits: int = 8,
+        *,
+        statistics: "Statistics | None" = None,
+        settings: "QuantizationSettings | None" = None,
+    ) -> "EncodingModel":
+        """A copy with packed weights: deep layers in `global_bits`; those over characters, and convolutions, in `local_bits`.
+
+        `settings` says more than bits, and stands in for them when given.
+
+        Raises:
+            QuantizationError: a layer that cannot be packed so.
+        """
+        from marlin_cli.quantization.plan import settings_from_bits
+
+        return self._packed(settings or settings_from_bits(global_bits, local_bits), statistics)

@@ -1,0 +1,102 @@
+"""The ways in which bytes are continued, by what a network takes at a step, behind one protocol that generation drives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli.engine.byte_decoding import ByteByByte
+from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.decoding import Lockstep
+from marlin_cli.engine.fused import fuse
+from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.models import Network, Reading, continuing_of
+
+
+class Continuation(Protocol):
+    """Decoding state of a batch of streams of one phase (see `Way`).
+
+    Attributes:
+        config: of the network.
+        positions: ids of each stream so far.
+    """
+
+    config: Any
+    positions: list[int]
+
+    @property
+    def logits(self) -> mx.array:
+        """Logits [streams, vocab] of the next id of each stream."""
+
+    @property
+    def cache_bytes(self) -> dict[str, int]:
+        """Bytes in use, by level of the cache."""
+
+    @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """Seconds of the kernels so far, by part of the model; None where nothing tells parts apart."""
+
+    def check_finite(self) -> None:
+        """See that what comes next is predicted by numbers.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+
+    def advance(self, sampling: Sampling, noise: Noise, most: int) -> mx.array | np.ndarray:
+        """Draw the next ids of the streams and append them: [streams, n], of which there are at most `most`."""
+
+    def push(self, ids: mx.array) -> None:
+        """Append ids [streams] to the streams."""
+
+    def keep(self, streams: Sequence[int]) -> None:
+        """Go on with these streams alone, in this order."""
+
+
+class FusedScoring(Protocol):
+    """What predicts whole windows in the kernels; both take windows of bytes [n, length]."""
+
+    def predictions(self, windows: mx.array) -> mx.array:
+        """Logits [n, length, vocab] float32, as `Continuing.predictions` gives them."""
+
+    def costs(self, windows: mx.array) -> mx.array:
+        """What each byte costs, in nats: [n, length] float32."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How networks of one reading are decoded and scored.
+
+    Attributes:
+        begin: (network, ids of prompts of one phase, bits of the cache) -> their state; raises `UsageError` for bits
+            that do not fit the network.
+        phase: (config, ids of a prompt) -> what is equal for prompts that can be decoded together.
+        fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
+    """
+
+    begin: Callable[[Any, Sequence[Any], CacheBits | None], Continuation]
+    phase: Callable[[Any, int], object]
+    fuse: Callable[[Any], FusedScoring | None] = lambda network: None
+
+
+WAYS: dict[Reading, Way] = {
+    Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse),
+    Reading.BYTES: Way(ByteByByte, ByteByByte.phase),
+}
+
+
+def way_of(network: Network) -> Way:
+    """How a network that continues bytes is decoded and scored."""
+    return WAYS[continuing_of(network).reading]
+
+
+def begin(network: Network, prompts: Sequence[bytes], cache_bits: CacheBits | None = None) -> Continuation:
+    """The state of a batch of prompts of one phase.
+
+    Raises:
+        UsageError: `cache_bits` do not fit the network.
+    """
+    ids = [continuing_of(network).ids(network.config, prompt, False) for prompt in prompts]
+    return way_of(network).begin(network, ids, cache_bits)
