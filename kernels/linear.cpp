@@ -1,5 +1,5 @@
 // linear: out[M, N] = x[M, K] @ weight[N, K]^T in float32. Few rows: a product at the speed of memory; many: tiles of registers
-// where vectors have 512 bits, OpenBLAS elsewhere.
+// with AVX-512 and AVX2, OpenBLAS elsewhere.
 #include "common.hpp"
 #include "linear.hpp"
 #include "product_tiles.hpp"
@@ -112,7 +112,7 @@ void set_threads(int count) {
 
 void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
   const auto part = [&](int64_t row, int64_t row_count, int64_t column, int64_t column_count) {
-#if MARLIN_AVX512
+#if MARLIN_TILES
     tiles::product({a.data + row * a.stride, a.stride}, {b.data + column * b.stride, b.stride}, out + row * out_stride + column,
                    out_stride, row_count, column_count, depth);
 #else
@@ -126,7 +126,7 @@ void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows,
 }
 
 void add_product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
-#if MARLIN_AVX512
+#if MARLIN_TILES
   tiles::add_product(a, b, out, out_stride, rows, columns, depth);
 #else
   scipy_cblas_sgemm(101, 111, 111, rows, columns, depth, 1.0f, a.data, a.stride, b.data, b.stride, 1.0f, out, out_stride);

@@ -23,25 +23,29 @@ constexpr float UNSIGNED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14
 
 #if MARLIN_AVX2
 // Sixteen signed bytes as floats.
-inline Vector from_bytes(__m128i bytes, float factor) {
-  const __m256 scale = _mm256_set1_ps(factor);
-  const __m256 lower = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-  const __m256 upper = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
-  return {_mm256_mul_ps(lower, scale), _mm256_mul_ps(upper, scale)};
+inline Vector from_bytes(__m128i bytes) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 #elif MARLIN_NEON
-inline Vector from_bytes(int8x16_t bytes, float factor) {
+inline Vector from_bytes(int8x16_t bytes) {
   const int16x8_t wide[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
   Vector value;
   for (int part = 0; part < 4; part++) {
     const int16x4_t four = part & 1 ? vget_high_s16(wide[part / 2]) : vget_low_s16(wide[part / 2]);
-    vst1q_f32(reinterpret_cast<float*>(&value) + 4 * part, vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(four)), factor));
+    vst1q_f32(reinterpret_cast<float*>(&value) + 4 * part, vcvtq_f32_s32(vmovl_s16(four)));
   }
   return value;
 }
 #endif
 
-// Thirty-two nibbles through a table of sixteen floats, all of them multiples of one half.
+// What nibbles come out of their table divided by: where it holds bytes, all are multiples of one half. The scale takes it back.
+#if MARLIN_AVX2 || MARLIN_NEON
+constexpr float NIBBLE_FACTOR = 0.5f;
+#else
+constexpr float NIBBLE_FACTOR = 1.0f;
+#endif
+
+// Thirty-two nibbles through a table of sixteen floats, over NIBBLE_FACTOR.
 inline __attribute__((always_inline)) Block decode_nibbles(const uint8_t* from, const float* table) {
   Block block;
 #if MARLIN_AVX2 || MARLIN_NEON
@@ -57,13 +61,13 @@ inline __attribute__((always_inline)) Block decode_nibbles(const uint8_t* from, 
 #elif MARLIN_AVX2
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), low = _mm_set1_epi8(15);
   const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(halves));
-  block.even = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(bytes, low)), 0.5f);
-  block.odd = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(_mm_srli_epi16(bytes, 4), low)), 0.5f);
+  block.even = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(bytes, low)));
+  block.odd = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(_mm_srli_epi16(bytes, 4), low)));
 #elif MARLIN_NEON
   const uint8x16_t bytes = vld1q_u8(from);
   const int8x16_t values = vld1q_s8(halves);
-  block.even = from_bytes(vqtbl1q_s8(values, vandq_u8(bytes, vdupq_n_u8(15))), 0.5f);
-  block.odd = from_bytes(vqtbl1q_s8(values, vshrq_n_u8(bytes, 4)), 0.5f);
+  block.even = from_bytes(vqtbl1q_s8(values, vandq_u8(bytes, vdupq_n_u8(15))));
+  block.odd = from_bytes(vqtbl1q_s8(values, vshrq_n_u8(bytes, 4)));
 #else
   for (int lane = 0; lane < LANES; lane++) {
     block.even[lane] = table[from[lane] & 15];
@@ -123,7 +127,7 @@ struct Nvfp4 {
   static constexpr bool nibbles = true, affine = false;
   static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     Block block = decode_nibbles(row.weight + 16 * index, E2M1);
-    const Vector scale = two_scales(e4m3_table[row.codes[2 * index]], e4m3_table[row.codes[2 * index + 1]]);
+    const Vector scale = two_scales(e4m3_table[row.codes[2 * index]] * NIBBLE_FACTOR, e4m3_table[row.codes[2 * index + 1]] * NIBBLE_FACTOR);
     return {block.even * scale, block.odd * scale};
   }
 };
@@ -132,7 +136,7 @@ struct Mxfp4 {
   static constexpr bool nibbles = true, affine = false;
   static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     Block block = decode_nibbles(row.weight + 16 * index, E2M1);
-    const Vector scale = splat(e8m0(row.codes[index]));
+    const Vector scale = splat(e8m0(row.codes[index]) * NIBBLE_FACTOR);
     return {block.even * scale, block.odd * scale};
   }
 };
@@ -150,7 +154,7 @@ struct Int4 {
   static constexpr bool nibbles = true, affine = true;
   static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
     Block block = decode_nibbles(row.weight + 16 * index, UNSIGNED);
-    const Vector scale = splat(row.scales[index * BLOCK / row.group_size]);
+    const Vector scale = splat(row.scales[index * BLOCK / row.group_size] * NIBBLE_FACTOR);
     return {block.even * scale, block.odd * scale};
   }
 };

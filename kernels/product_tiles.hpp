@@ -1,5 +1,4 @@
-// Matrix products in tiles of registers. Dense ones for processors with 512-bit vectors: AVX2 has OpenBLAS, which is good there, and tiles
-// for panels that are decoded out of packed weights.
+// Matrix products in tiles of registers, for processors with AVX-512 or AVX2. Others have OpenBLAS.
 //
 // A tile is up to six rows of `a` by four vectors of columns: its sums stay in registers over the whole depth, and ten values
 // are read for 24 products of vectors (what bounds OpenBLAS's kernels here is reading, not multiplying). `b` comes as a panel,
@@ -134,7 +133,7 @@ inline void transpose(__m512 (&row)[LANES]) {
   }
 }
 
-// panel[depth, 64] = b[columns, depth]^T; whole vectors of columns, of which those that are not there are zeros.
+// panel[depth, WIDTH] = b[columns, depth]^T; whole vectors of columns, of which those that are not there are zeros.
 inline void turn(Strided b, float* panel, int64_t columns, int64_t depth) {
   for (int64_t start = 0; start < columns; start += LANES) {
     const int64_t some = std::min<int64_t>(LANES, columns - start);
@@ -154,6 +153,44 @@ inline void turn(Strided b, float* panel, int64_t columns, int64_t depth) {
     }
   }
 }
+#else
+// Eight rows of eight floats, turned.
+inline void transpose(__m256 (&row)[8]) {
+  __m256 pairs[8], fours[8];
+  for (int n = 0; n < 8; n += 2) {
+    pairs[n] = _mm256_unpacklo_ps(row[n], row[n + 1]);
+    pairs[n + 1] = _mm256_unpackhi_ps(row[n], row[n + 1]);
+  }
+  for (int n = 0; n < 8; n += 4) {
+    for (int half = 0; half < 2; half++) {
+      fours[n + 2 * half] = _mm256_shuffle_ps(pairs[n + half], pairs[n + 2 + half], 0x44);
+      fours[n + 2 * half + 1] = _mm256_shuffle_ps(pairs[n + half], pairs[n + 2 + half], 0xee);
+    }
+  }
+  for (int c = 0; c < 4; c++) {
+    row[c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
+    row[4 + c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
+  }
+}
+
+// panel[depth, WIDTH] = b[columns, depth]^T; whole vectors of columns, of which those that are not there are zeros.
+inline void turn(Strided b, float* panel, int64_t columns, int64_t depth) {
+  constexpr int64_t SIDE = 8;
+  for (int64_t start = 0; start < LANES; start += SIDE) {
+    for (int64_t k = 0; k < depth; k += SIDE) {
+      const int64_t left = std::min(SIDE, depth - k);
+      const __m256i there = first_lanes(left);
+      __m256 row[SIDE];
+      for (int n = 0; n < SIDE; n++) {
+        const float* from = b.data + (start + n) * b.stride + k;
+        row[n] = start + n >= columns ? _mm256_setzero_ps() : left == SIDE ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, there);
+      }
+      transpose(row);
+      for (int n = 0; n < left; n++) _mm256_storeu_ps(panel + (k + n) * WIDTH + start, row[n]);
+    }
+  }
+}
+#endif
 
 // out[rows, columns] = a[rows, depth] @ b[columns, depth]^T.
 inline void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
@@ -206,8 +243,6 @@ inline void add_product(Strided a, Strided b, float* out, int64_t out_stride, in
     }
   }
 }
-
-#endif
 
 }  // namespace marlin::tiles
 #endif

@@ -140,7 +140,9 @@ def test_what_does_not_fit_is_scaled(format, monkeypatch):
 def test_longer_products_and_caches_take_longer():
     module = cpu.kernels()[0]
     for format in (None, "nvfp4"):
-        few, many = (prediction.ProductsOfLayers(module, [LayerShape("local", side, side, format, 16)] * 4) for side in (64, 1024))
+        few, many = (
+            prediction.ProductsOfLayers(module, [LayerShape("local", side, side, format, 16)] * 4) for side in (64, 1024)
+        )
         assert 0 < min(few.seconds() for _ in range(5)) < min(many.seconds() for _ in range(5))
     short, long = (module.AttentionProbe(2, 4, 2, 64, rows, -1, 32, 4) for rows in (10, 4000))
     windowed = module.AttentionProbe(2, 4, 2, 64, 4000, 16, 32, 4)
