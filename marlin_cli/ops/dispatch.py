@@ -170,11 +170,11 @@ OPERATIONS = {
     "flash_attention_cross_asymmetric": ("cpu", "metal", "cuda"),
     "patch_embed": ("metal", "cuda"),
     "strided_pool": ("metal", "cuda"),
-    "stack": ("cpu",),
+    "stack": ("cpu", "metal"),
     "character_encoder": ("cpu",),
-    "answer_decode": ("cpu",),
+    "answer_decode": ("cpu", "metal"),
     "sequence_costs": ("cpu",),
-    "local_patch_decode": ("cpu",),
+    "local_patch_decode": ("cpu", "metal"),
 }
 
 
