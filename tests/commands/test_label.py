@@ -184,7 +184,7 @@ REFUSED = {
     "no labels": ("no labels", ["-p", "abcd"], b"", "has no head that labels; it encodes, and marlin encode gives"),
     "no threshold": ("splits", ["-p", "abcd", "--threshold", "2"], b"", "threshold must be from 0 to 1"),
     "a window of no molecules": ("splits", ["-p", "abcd", "--window", "30", "--stride", "8"], b"", "multiple of 4"),
-    "no padding": ("tags", ["-p", "abcd", "--pad-to", "3"], b"", "pad_to must be from 4 to 256"),
+    "no padding": ("tags", ["-p", "abcd", "--pad-to", "3"], b"", "pad_to (--pad-to) must be from 4 to 256"),
     "a stream that is no text": ("splits", [], "Kůň".encode() + b"\xff", "is not UTF-8 (invalid start byte at byte 5)"),
     "bytes too many": ("bytes", ["-p", "a" * 40_000], b"", "--prompt: 40,000 bytes, but the model reads 32,768"),
     "two texts": ("tags", ["-p", "abcd", "--hex", "61"], b"", "--prompt has no meaning beside --hex"),
