@@ -329,10 +329,9 @@ def _length(network: CharacterNetwork, positions: int, pad_to: int | None, where
         raise UsageError(f"pad_to (--pad-to) must be a multiple of {least} for {_this(network)}, found {pad_to}")
     marks = " with its marks" if config.marks else ""
     if positions > (pad_to or most):
-        room = (
-            f"the model reads {most:,}; shorten it" if pad_to in (None, most) else f"pad_to (--pad-to) is {pad_to:,}; raise it"
-        )
-        raise InputError(f"{where} takes {positions:,} positions{marks}, and {room}")
+        padded = pad_to is not None and positions <= most
+        mend = f"pad_to (--pad-to) is {pad_to:,}; raise it" if padded else f"the model reads {most:,}; shorten it"
+        raise InputError(f"{where} takes {positions:,} positions{marks}, and {mend}")
     length = pad_to or config.length_of(positions)
     if length < least:
         title = architecture_of(network).title
