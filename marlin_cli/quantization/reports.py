@@ -9,7 +9,10 @@ from marlin_cli.quantization.layers import LayerReport
 
 @dataclass(frozen=True)
 class PartReport:
-    """The weights of the layers of one part and format (or type, where they stay as they are) together. Relative errors are RMS error over RMS weight."""
+    """The weights of one part's layers in one format, or in the type that they stay in.
+
+    Relative errors are RMS error over RMS weight.
+    """
 
     part: str
     format: str

@@ -237,6 +237,21 @@ def test_blank_lines_for_every_head(label):
     assert [each["labels"] for each in objects(label("classifies", "--tabs", stdin=b"\n\t\n"))] == [[], []]
 
 
+def test_a_file_among_the_arguments(label):
+    code, _, err = label("tags", "texts.txt")
+    assert code == 2 and err.count("\n") == 1 and "an argument too many among " in err
+    assert err.endswith("'texts.txt'; a file is given with --prompt-file, or through a pipe\n")
+
+
+def test_what_labels_is_not_asked_to_answer(folder):
+    for model, commands in (
+        ("bytes", r"to encode \(marlin encode\), or to label \(marlin label\)$"),
+        ("no labels", r"encode\)$"),
+    ):
+        with pytest.raises(UsageError, match=commands):
+            load(folder / model, device="cpu").generate(b"abcd")
+
+
 def test_nothing_comes_of_nothing(label):
     for model in ("tags", "splits", "bytes"):
         assert label(model, stdin=b"") == (0, [], "")
