@@ -185,8 +185,10 @@ def take_body(path: Path, taken: Taken, config: Mapping[str, Any]) -> dict[str, 
         take_pair(weights, taken, f"local.{ours}.norm", f"{theirs}.LayerNorm")
         take_pair(weights, taken, f"local.{ours}.conv", f"{theirs}.conv")
         kernel = weights[f"local.{ours}.conv.weight"]
-        if kernel.ndim != 3:
-            raise CheckpointError(f"{path}: '{theirs}.conv.weight' has shape {list(kernel.shape)}, not 3 dimensions")
+        if kernel.ndim != 3 or not kernel.size:
+            raise CheckpointError(
+                f"{path}: '{theirs}.conv.weight' has shape {list(kernel.shape)}, not 3 dimensions with numbers"
+            )
         # [out, in, kernel] as a product over windows, whose rows stand side by side.
         weights[f"local.{ours}.conv.weight"] = kernel.swapaxes(1, 2).reshape(kernel.shape[0], -1)
     return weights

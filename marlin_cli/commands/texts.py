@@ -76,6 +76,8 @@ class Sources:
 def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterable[Text]:
     """The texts, as they come: one by an option, those of JSONL, or the lines of a pipe.
 
+    A line ends with a line feed, or with a carriage return before it.
+
     Args:
         beside: for texts that have nothing beside them of their own.
         tabs: a line of a pipe is a pair, with a tab in between.
@@ -90,7 +92,7 @@ def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterabl
     lines = lines_of_pipe(sys.stdin.fileno(), "stdin")
     if tabs:
         return (_of_columns(line, where) for where, line in lines)
-    return (Text(Prompt(line, where=where), beside) for where, line in lines)
+    return (Text(Prompt(line.removesuffix(b"\r"), where=where), beside) for where, line in lines)
 
 
 def stream_of(sources: Sources) -> Iterator[bytes]:

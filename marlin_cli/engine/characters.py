@@ -54,11 +54,13 @@ class AnswerSettings:
     best: int = 1  # answers to return
     longest: int = 128  # characters of an answer
     window_positions: int = 2048  # question, context and marks that are read at once
-    stride_characters: int = 128  # from the beginning of a window of a longer context to that of the next
+    stride_characters: int = 128  # from the beginning of a window of a longer context to that of the next; a window at most
 
     def __post_init__(self) -> None:
-        if min(self.best, self.longest, self.window_positions, self.stride_characters) < 1:
-            raise UsageError("best, longest, window_positions and stride_characters must be at least 1")
+        for name in ("best", "longest", "window", "stride"):
+            size = getattr(self, {"window": "window_positions", "stride": "stride_characters"}.get(name, name))
+            if size < 1:
+                raise UsageError(f"{name} must be at least 1, found {size}")
 
 
 class _Input(NamedTuple):
@@ -208,9 +210,9 @@ def answers(
     room = min(settings.window_positions, network.config.longest, pad_to or network.config.longest) - len(asked.ids) - 3
     if room < 1:
         raise UsageError(f"the question has {len(asked.ids):,} characters, which leaves no room for the context")
-    starts = [0]
+    starts, stride = [0], min(settings.stride_characters, room)  # a longer stride would leave characters unread
     while starts[-1] + room < len(given.ids):
-        starts.append(starts[-1] + settings.stride_characters)
+        starts.append(starts[-1] + stride)
     inputs = [_Input(*network.config.input_of(asked.ids, given.ids[start : start + room])) for start in starts]
     best: dict[tuple[int, int], float] = {}
     for start, logits in zip(starts, _logits(network, inputs, pad_to), strict=True):

@@ -42,8 +42,10 @@ class SplitSettings:
             raise UsageError(f"threshold must be from 0 to 1, found {self.threshold}")
         if not 0 < self.stride_characters <= self.window_characters:
             raise UsageError(f"stride must be from 1 to the window ({self.window_characters}), found {self.stride_characters}")
-        if self.windows_at_once < 1 or self.most_characters < 1:
-            raise UsageError("windows_at_once and most_characters must be at least 1")
+        if self.windows_at_once < 1:
+            raise UsageError(f"windows_at_once must be at least 1, found {self.windows_at_once}")
+        if self.most_characters < 1:
+            raise UsageError(f"the longest sentence must be at least 1 character, found {self.most_characters}")
 
 
 def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings) -> Iterator[tuple[Span, bytes]]:

@@ -112,8 +112,14 @@ def test_bytes_that_are_no_text_are_named(network, pieces, place):
 
 
 def test_settings_out_of_range():
-    for changes in ({"threshold": 1.5}, {"stride_characters": 0}, {"stride_characters": 600}, {"windows_at_once": 0}):
-        with pytest.raises(UsageError):
+    for changes, message in (
+        ({"threshold": 1.5}, "threshold"),
+        ({"stride_characters": 0}, "stride"),
+        ({"stride_characters": 600}, "stride"),
+        ({"windows_at_once": 0}, "windows_at_once must"),
+        ({"most_characters": 0}, "longest sentence must be at least 1 character, found 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
             SplitSettings(**changes)
 
 
