@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.finite import finite
 from marlin_cli.engine.fused_canine import CanineRunner, runner_of
-from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
+from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, sigmoid, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of
 from marlin_cli.models.canine import Canine
@@ -136,7 +136,7 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
     _check_head(network, "sequence")
     logits = _logits(network, [_input(network, text) for text in texts], pad_to)
     found = []
-    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": softmax, "several_labels": _sigmoid}
+    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": softmax, "several_labels": sigmoid}
     meaning = meanings.get(network.config.problem, np.asarray)
     for row in logits:
         scores = meaning(row)
@@ -276,7 +276,10 @@ def _input(network: CharacterNetwork, text: Text, where: str = "") -> _Input:
 
 
 def _ids(text: One, where: str) -> Ids:
-    return characters_of(text, where).ids if isinstance(text, bytes) else checked_ids(text, where)
+    # Bytes in another container are no code points.
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        return characters_of(bytes(text), where).ids
+    return checked_ids(text, where)
 
 
 def _logits(network: CharacterNetwork, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
@@ -342,7 +345,3 @@ def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[
         for first in np.argsort(-products, kind="stable")[: settings.best]:
             found.append(((int(first), int(first) + more + 1), float(products[first])))
     return sorted(found, key=lambda item: -item[1])[: settings.best]
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(1 / (1 + np.exp(-x)), dtype=np.float32)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.finite import finite
 from marlin_cli.engine.fused_canine import CanineRunner, runner_of
-from marlin_cli.engine.spans import Span
+from marlin_cli.engine.spans import Span, sigmoid
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine_ids import Ids, padded_to
 from marlin_cli.models.la_canine import PADDING, LaCanine
@@ -141,13 +141,14 @@ def boundary_scores(
             some = starts[first : first + settings.windows_at_once]
             logits = _window_logits(runner, config.downsample_factor, [ids[at : at + window] for at in some])
             for at, row in zip(some, logits, strict=True):
-                sums[at : at + window] += row[: len(sums) - at]
+                with np.errstate(over="ignore"):  # `finite` finds it
+                    sums[at : at + window] += row[: len(sums) - at]
                 counts[at : at + window] += np.float16(1)
         # No later window begins before the last one or with it.
         final = held if ended else starts[-1] + 1 if starts else 0
         if final:
-            mean = (sums[:final] / counts[:final]).astype(np.float16).astype(np.float32)
-            yield ids[:final], np.asarray(1 / (1 + np.exp(-mean)), dtype=np.float32)
+            mean = finite((sums[:final] / counts[:final]).astype(np.float16).astype(np.float32))
+            yield ids[:final], sigmoid(mean)
         ids, sums, counts = ids[final:], sums[final:], counts[final:]
         start = (starts[-1] + stride if starts else start) - final
 

@@ -159,6 +159,20 @@ def test_settings_out_of_range(changes, message):
         AnswerSettings(**changes)
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_bytes_in_another_container_are_utf8_too(kind):
+    network = random_canine(head="sequence", labels=("x", "y"))
+    text = "Kůň".encode()
+    assert classify(network, [kind(text)]) == classify(network, [text])
+    assert mx.array_equal(encode(network, [(kind(text), b"a")])[0], encode(network, [(text, b"a")])[0])
+
+
+def test_scores_beyond_a_probability_warn_of_nothing():
+    network = random_canine(head="sequence", labels=("x", "y"), problem="several_labels")
+    network.output.bias = mx.array([-500.0, 500.0])
+    assert [tuple(each) for each in classify(network, [b"plain"])[0]] == [("y", 1.0), ("x", 0.0)]
+
+
 def test_choices_share_a_padding():
     network = random_canine(head="choice")
     found = choose(network, b"He went", [b" home.", b" away to sea."])

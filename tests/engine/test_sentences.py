@@ -3,12 +3,13 @@
 import json
 import tracemalloc
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from canine_cases import DATA, LA_LANGUAGES, golden_la_network, random_la_canine, sample_text
 
 from marlin_cli.engine.sentences import WHITESPACE, SplitSettings, boundary_scores, ids_of_pieces, sentences
-from marlin_cli.errors import InputError, UsageError
+from marlin_cli.errors import CheckpointError, InputError, UsageError
 
 SMALL = SplitSettings(threshold=0.735, window_characters=64, stride_characters=16, windows_at_once=3)
 TEXT = "Žluťoučký kůň. Úpěl ďábelské ódy!   A co dál?\n\nNic 𝔘𝔫𝔦. 東京は大きい。そうです。".encode() * 4
@@ -109,6 +110,15 @@ def test_white_space_is_that_of_python():
 def test_bytes_that_are_no_text_are_named(network, pieces, place):
     with pytest.raises(InputError, match=rf"is not UTF-8 .* at byte {place}\)"):
         list(sentences(network, pieces, SMALL))
+
+
+def test_scores_beyond_a_probability_warn_of_nothing():
+    network = random_la_canine()
+    network.output.bias = mx.array([-200.0])
+    assert [data for _, data in sentences(network, [TEXT], SMALL)] == [TEXT]
+    network.output.bias = mx.array([-60000.0])
+    with pytest.raises(CheckpointError, match="not finite"):
+        list(sentences(network, [TEXT], SMALL))
 
 
 def test_settings_out_of_range():
