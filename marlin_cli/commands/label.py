@@ -91,7 +91,7 @@ def label(
         if prompts is not None:
             label_run.run_sentences(loaded, texts_of(sources, beside), settings)
             return
-        sentences = loaded.sentences(stream_of(sources), settings)
+        sentences = loaded.sentences(stream_of(sources), settings, where=sources.name)
         if lines:
             label_run.write_lines(sentences, raw=raw)
         else:

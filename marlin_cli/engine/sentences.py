@@ -48,7 +48,9 @@ class SplitSettings:
             raise UsageError(f"the longest sentence must be at least 1 character, found {self.most_characters}")
 
 
-def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings) -> Iterator[tuple[Span, bytes]]:
+def sentences(
+    network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings, where: str = "the input"
+) -> Iterator[tuple[Span, bytes]]:
     """The sentences of a stream of UTF-8, as soon as they are sure: where each lies, and its bytes.
 
     A sentence is sure when all windows that hold its end have been read; an empty piece is a pause, see `boundary_scores`.
@@ -56,10 +58,10 @@ def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSetting
     character that ends the sentence, and of the last one where the text or `most_characters` ends it.
 
     Raises:
-        InputError: the stream is no UTF-8.
+        InputError: the stream is no UTF-8; `where` begins the line.
         UsageError: a window that the network cannot read.
     """
-    yield from sentences_of(boundary_scores(network, ids_of_pieces(pieces), settings), settings)
+    yield from sentences_of(boundary_scores(network, ids_of_pieces(pieces, where), settings), settings)
 
 
 def sentences_of(

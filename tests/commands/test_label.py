@@ -155,6 +155,17 @@ def test_what_a_head_does_not_read_may_be_of_any_length(label):
     assert len(objects(label("tags", "--prompts", "-", stdin=row))) == 1
 
 
+def test_a_stream_that_is_no_text_is_named(label, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"abc\xff")
+    for options, name in (
+        (["--prompt-file", tmp_path / "text.txt"], tmp_path / "text.txt"),
+        (["--hex", "ff"], "--hex"),
+        ([], "stdin"),
+    ):
+        code, lines, err = label("splits", *options, stdin=b"\xff")
+        assert (code, lines) == (1, []) and err.startswith(f"marlin: {name}: is not UTF-8")
+
+
 def test_a_short_window_has_a_stride_that_fits(label):
     text = ("Kůň. " * 40).encode()
     short = label("splits", "--threshold", "0.5", "--window", "32", stdin=text)
