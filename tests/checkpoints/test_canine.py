@@ -232,8 +232,11 @@ def test_adapters_and_languages_that_do_not_fit(kind, language, changes, message
 def test_a_model_that_holds_another_language():
     la_canine.check_language({"language": "cs"}, "cs", "model")
     la_canine.check_language({"language": "cs"}, None, "model")
-    with pytest.raises(CheckpointError, match="^model: holds the adapters of cs, 'de' was asked for"):
+    with pytest.raises(CheckpointError, match="^model: holds the adapters of 'cs', 'de' was asked for"):
         la_canine.check_language({"language": "cs"}, "de", "model")
+    with pytest.raises(CheckpointError) as found:
+        la_canine.check_language({"language": "\ud800\n" + "x" * 5000}, "de", "model")
+    assert str(found.value).encode() and "\n" not in str(found.value) and len(str(found.value)) < 300
 
 
 def test_the_language_is_an_import_option(la_shapes, tmp_path):
@@ -253,7 +256,7 @@ def test_the_language_is_an_import_option(la_shapes, tmp_path):
     assert architecture_of(tmp_path / "own") == "la_canine"
     own = load(tmp_path / "own", device="cpu", options=ImportOptions(language="cs"))
     assert mx.array_equal(own.encode(b"text"), czech.encode(b"text"))
-    with pytest.raises(CheckpointError, match="holds the adapters of cs, 'de' was asked for; take the original"):
+    with pytest.raises(CheckpointError, match="holds the adapters of 'cs', 'de' was asked for; take the original"):
         load(tmp_path / "own", device="cpu", options=ImportOptions(language="de"))
     with pytest.raises(CheckpointError, match="option heads has no meaning here"):
         load(tmp_path / "own", device="cpu", options=ImportOptions(language="cs", heads=2))
