@@ -122,7 +122,8 @@ def shape_of(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no number where one is expected, or an activation that marlin does not have.
     """
-    activation = document.get("hidden_act") or "gelu"
+    given = document.get("hidden_act")
+    activation = "gelu" if given is None else given
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: hidden_act {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     return {**known_fields(document, FIELDS, where), "activation": ACTIVATIONS[activation]}

@@ -119,6 +119,8 @@ def test_labels_that_transformers_leaves_out(shapes, tmp_path):
         ({"architectures": ["CanineForQuestionAnswering"]}, "architectures does not say which"),
         ({"hidden_act": "tanh"}, "hidden_act 'tanh' is none of"),
         ({"hidden_act": ["gelu"]}, "hidden_act"),
+        ({"hidden_act": []}, "hidden_act"),
+        ({"hidden_act": 0}, "hidden_act"),
         ({"problem_type": "other"}, "problem_type 'other'"),
         ({"problem_type": {}}, "problem_type"),
         ({"hidden_size": "32"}, "hidden_size should be a number"),
