@@ -196,8 +196,12 @@ def _example(pair: Pair) -> _Example:
 # Beginnings
 
 
-def small_queries(network: Any) -> None:
-    """T5's attention has no scale: its queries begin as small as the scale would make them."""
+def as_t5_begins(network: Any) -> None:
+    """Embeddings of unit variance, and queries as small as the scale would make them that T5's attention has not.
+
+    With embeddings as small as MLX makes them, layers drown the bytes, and none is learnt of another for hundreds of steps.
+    """
+    network.embedding.weight = network.embedding.weight * network.config.d_model**0.5
     for path, layer in linear_layers(network).items():
         if path.endswith("q_proj"):
             layer.weight = layer.weight * network.config.head_dim**-0.5
@@ -230,7 +234,7 @@ CHARACTERS: dict[str, Any] = {
 TASKS: dict[str, Callable[[], Task]] = {
     "bygpt5": lambda: Task(
         "ByGPT5 continues bytes", ByGPT5Config(d_model=128, ffn_dim=384, heads=4, head_dim=32, layers=3), "byte", "best", 4e-3,
-        byte_pieces, continued, small_queries,
+        byte_pieces, continued, as_t5_begins,
     ),
     "canine": lambda: Task(
         "CANINE tags where words begin", CanineConfig(**CHARACTERS, pooler=False, head="token", labels=("O", "word")),
