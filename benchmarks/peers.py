@@ -63,6 +63,8 @@ PARTS = {
     "cached-torch": Part("megabyte_roofline", ["--bytes", "64", "--rounds", "5"]),
     "packed-cache": Part("key_value_cache", ["--context", "32k", "--rounds", "5"]),
     "mlx-lm-cache": Part("packed_attention", ["--rounds", "5"]),
+    "canine": Part("characters", ["--only", "canine", "--rounds", "3"]),
+    "bygpt5": Part("characters", ["--only", "bygpt5", "--rounds", "3"]),
     "byt5": Part("byt5_generation", ["--streams", "1", "--rounds", "3"]),
     "byt5-batch-8": Part("byt5_generation", ["--streams", "8", "--rounds", "1", "--skip", "transformers bfloat16"]),
 }

@@ -8,9 +8,9 @@ namespace marlin {
 //   table   [vocab, dim] float32
 //   ids     one for each answer
 //   cache   of the answers so far; grows by a row
-//   memory  of the inputs, each with equally many answers
+//   memory  of the inputs, each with equally many answers; null where the layers read nothing else
 // Returns [answers, vocab] logits.
 mlx::core::array answer_decode(const Stack& stack, const mlx::core::array& table, const Product& head, const std::vector<int>& ids,
-                               StackCache& cache, const StackMemory& memory);
+                               StackCache& cache, const StackMemory* memory);
 
 }  // namespace marlin

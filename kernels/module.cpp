@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "answer_decode.hpp"
+#include "character_encoder.hpp"
 #include "common.hpp"
 #include "linear.hpp"
 #include "local_patch_decode.hpp"
@@ -69,19 +70,23 @@ NB_MODULE(marlin_cpu, m) {
       .value("gelu_tanh", marlin::Activation::gelu_tanh)
       .value("relu", marlin::Activation::relu)
       .value("silu", marlin::Activation::silu);
+  m.def("activation", &marlin::activation, "x"_a, "kind"_a);
   nb::class_<marlin::CrossAttention>(m, "CrossAttention")
       .def(nb::init<marlin::Norm, marlin::Product, marlin::Product, marlin::Product, marlin::Product>(), "norm"_a, "q_proj"_a,
            "k_proj"_a, "v_proj"_a, "o_proj"_a);
+  nb::class_<marlin::Adapter>(m, "Adapter")
+      .def(nb::init<marlin::Product, marlin::Product>(), "down_proj"_a, "up_proj"_a);
   nb::class_<marlin::Layer>(m, "Layer")
       .def(nb::init<marlin::Norm, marlin::Product, marlin::Product, marlin::Product, marlin::Product, std::optional<marlin::Norm>,
                     std::optional<marlin::Norm>, marlin::Norm, std::optional<marlin::Product>, marlin::Product, marlin::Product,
-                    std::optional<marlin::CrossAttention>>(),
+                    std::optional<marlin::CrossAttention>, std::optional<marlin::Adapter>>(),
            "attention_norm"_a, "q_proj"_a, "k_proj"_a, "v_proj"_a, "o_proj"_a, "q_norm"_a.none(), "k_norm"_a.none(),
-           "ffn_norm"_a, "gate_proj"_a.none(), "up_proj"_a, "down_proj"_a, "cross"_a.none() = nb::none());
+           "ffn_norm"_a, "gate_proj"_a.none(), "up_proj"_a, "down_proj"_a, "cross"_a.none() = nb::none(),
+           "adapter"_a.none() = nb::none());
   nb::class_<marlin::StackShape>(m, "StackShape")
-      .def(nb::init<int64_t, int64_t, int64_t, float, int64_t, float, bool, bool, marlin::Activation, bool>(), "heads"_a, "kv_heads"_a,
+      .def(nb::init<int64_t, int64_t, int64_t, float, int64_t, float, bool, bool, marlin::Activation, bool, bool, int64_t>(), "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "window"_a, "rope_theta"_a, "rope_interleaved"_a, "token_shift"_a, "activation"_a,
-           "causal"_a = true);
+           "causal"_a = true, "norms_follow"_a = false, "block"_a = -1);
   nb::class_<marlin::StackCache>(m, "StackCache")
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, int, int64_t, std::vector<int>>(), "layers"_a, "batch"_a, "kv_heads"_a,
            "head_dim"_a, "key_bits"_a, "value_bits"_a, "rows_per_page"_a, "left_padding"_a)
@@ -106,6 +111,19 @@ NB_MODULE(marlin_cpu, m) {
       .def_prop_ro("bytes_in_use", &marlin::StackMemory::bytes_in_use)
       .def("keep", &marlin::StackMemory::keep, "sequences"_a);
 
+  nb::class_<marlin::CharacterEmbedding>(m, "CharacterEmbedding")
+      .def(nb::init<const std::vector<array>&, const std::vector<int>&, const array&, const array&, marlin::Norm>(), "tables"_a, "primes"_a,
+           "types"_a, "positions"_a, "norm"_a);
+  nb::class_<marlin::CharacterDown>(m, "CharacterDown")
+      .def(nb::init<marlin::Product, marlin::Norm, int64_t, marlin::Activation, bool>(), "product"_a, "norm"_a, "factor"_a, "activation"_a,
+           "leads"_a);
+  nb::class_<marlin::CharacterUp>(m, "CharacterUp")
+      .def(nb::init<marlin::Product, marlin::Product, const std::optional<array>&, marlin::Norm, int64_t, int64_t, marlin::Activation, bool>(),
+           "characters"_a, "molecules"_a, "bias"_a.none(), "norm"_a, "factor"_a, "width"_a, "activation"_a, "leads"_a);
+  m.def("embed_characters", &marlin::embed_characters, "embedding"_a, "ids"_a, "types"_a.none(), nb::call_guard<nb::gil_scoped_release>());
+  m.def("down_characters", &marlin::down_characters, "down"_a, "characters"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("up_characters", &marlin::up_characters, "up"_a, "characters"_a, "molecules"_a, nb::call_guard<nb::gil_scoped_release>());
+
   nb::class_<marlin::Drawing>(m, "Drawing")
       .def("__init__", [](marlin::Drawing* self, float temperature, int top_k, float top_p, float min_p) {
              new (self) marlin::Drawing{temperature, top_k, top_p, min_p};
@@ -118,7 +136,7 @@ NB_MODULE(marlin_cpu, m) {
            "rows"_a, "window"_a, "key_bits"_a, "value_bits"_a)
       .def("seconds", &marlin::AttentionProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
   m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawing"_a, "noise"_a.none());
-  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a,
+  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a.none(),
         nb::call_guard<nb::gil_scoped_release>());
   m.def("sequence_costs", &marlin::sequence_costs, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a, "expected"_a,
         nb::call_guard<nb::gil_scoped_release>());

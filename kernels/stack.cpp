@@ -4,10 +4,10 @@
 // its cache. One sequence is taken through the layers by all threads together.
 #include "stack.hpp"
 
+#include <array>
 #include <cmath>
 
 #include "common.hpp"
-#include "linear.hpp"
 
 namespace marlin {
 
@@ -16,24 +16,6 @@ namespace {
 constexpr int64_t ROWS_AT_ONCE = 256;      // of sequences that a thread takes together
 constexpr int64_t ROWS_OF_A_PRODUCT = 1024;  // of one sequence: what lies between two products stays small
 constexpr int64_t FLOATS_KEPT = 1 << 24;   // of a thread's scratch, for the next call
-
-// erf within 1.5e-7 (Abramowitz and Stegun, 7.1.26).
-inline Vector error_function(Vector x) {
-  const Vector magnitude = chosen(x < 0.0f, -x, x), t = 1.0f / (1.0f + 0.3275911f * magnitude);
-  Vector y = splat(1.061405429f);
-  for (float next : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) y = y * t + next;
-  y = 1.0f - y * t * exponential(-magnitude * magnitude);
-  return chosen(x < 0.0f, -y, y);
-}
-
-inline Vector activate(Activation kind, Vector x) {
-  switch (kind) {
-    case Activation::relu: return chosen(x > 0.0f, x, splat(0.0f));
-    case Activation::gelu: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
-    case Activation::gelu_tanh: return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));  // (1 + tanh u) / 2 = 1 / (1 + e^-2u)
-    default: return x / (1.0f + exponential(-x));
-  }
-}
 
 // Memory of one thread for one call, taken piece by piece. It stays for the next call, unless it is large.
 class Scratch {
@@ -70,13 +52,6 @@ void hadamard_heads(float* x, int64_t heads, int64_t head_dim) {
   for (int64_t h = 0; h < heads; h++) hadamard(x + h * head_dim, head_dim);
 }
 
-void add(float* to, const float* from, int64_t count) {
-  constexpr int64_t AT_ONCE = 1024, WORK_OF_A_SUM = 4;
-  over_threads((count + AT_ONCE - 1) / AT_ONCE, AT_ONCE * WORK_OF_A_SUM, [&](int64_t first, int64_t last) {
-    for (int64_t k = first * AT_ONCE; k < std::min(count, last * AT_ONCE); k++) to[k] += from[k];
-  });
-}
-
 // The pages from sequence `first` on.
 std::vector<PageView> from_sequence(std::vector<PageView> pages, int64_t first, int64_t head_dim) {
   for (PageView& page : pages) {
@@ -91,6 +66,37 @@ std::vector<PageView> from_sequence(std::vector<PageView> pages, int64_t first, 
   return pages;
 }
 
+// Rows of keys or values as the products leave them, as pages.
+std::vector<PageView> view(const float* rows, int64_t count, int64_t width, int64_t head_dim) {
+  return {{rows, nullptr, nullptr, Kind::nvfp4, count * width, head_dim, width, count}};
+}
+
+// Attention in which `width` rows see each other and no more. Rows of a block without anything real see all of it alike, as
+// in the models that were trained so: real rows nearby read them. It may change the queries.
+void attend_in_blocks(const AttentionTask& task, int64_t width, float* queries, const float* keys, const float* values) {
+  const int64_t kv_width = task.kv_heads * task.head_dim, whole = task.rows / width, tail = task.rows % width;
+  for (int64_t b = 0; b < task.batch; b++) {
+    for (const auto& [first, blocks, rows] : {std::array{int64_t(0), whole, width}, std::array{whole * width, int64_t(tail > 0), tail}}) {
+      if (blocks == 0) continue;
+      const int64_t offset = b * task.query_batch + first * task.query_row, from = (b * task.rows + first) * kv_width;
+      std::vector<int32_t> lengths(blocks, rows);
+      for (int64_t n = 0; n < blocks && task.lengths; n++) {
+        const int64_t real = std::clamp<int64_t>(task.lengths[b] - first - n * width, 0, rows);
+        if (real > 0) {
+          lengths[n] = real;
+        } else {
+          std::fill_n(queries + offset + n * width * task.query_row, rows * task.query_row, 0.0f);
+        }
+      }
+      AttentionTask own = task;
+      own.batch = blocks, own.rows = own.total = rows, own.lengths = lengths.data();
+      own.queries = queries + offset, own.out = task.out + offset;
+      own.query_batch = own.out_batch = rows * task.query_row;
+      attend(own, view(keys + from, rows, kv_width, task.head_dim), view(values + from, rows, kv_width, task.head_dim));
+    }
+  }
+}
+
 int64_t bytes_of(const std::vector<KeyValuePages>& keys, const std::vector<KeyValuePages>& values) {
   int64_t bytes = 0;
   for (const auto* pages : {&keys, &values})
@@ -99,102 +105,6 @@ int64_t bytes_of(const std::vector<KeyValuePages>& keys, const std::vector<KeyVa
 }
 
 }  // namespace
-
-mx::array in_memory(const mx::array& from) {
-  if (lies_contiguous(from)) return from;
-  auto copy = mx::contiguous(from, false, mx::Device::cpu);
-  copy.eval();
-  return copy;
-}
-
-Product::Product(const mx::array& weight, const std::optional<mx::array>& scales, const std::optional<mx::array>& biases,
-                 std::optional<Kind> kind, int group_size, const std::optional<mx::array>& bias, float factor, int activation_bits)
-    : kind_(kind), factor_(factor), activation_bits_(activation_bits) {
-  const auto hold = [this](const mx::array& each) { return held_.emplace_back(in_memory(each)); };
-  const auto own = hold(weight);
-  if (kind) {
-    const auto codes = hold(*scales);
-    std::optional<mx::array> zeros;
-    if (biases) zeros = hold(*biases);
-    matrix_ = matrix_of(own, codes, zeros ? &*zeros : nullptr, *kind, group_size);
-    columns_ = matrix_.columns, depth_ = matrix_.depth;
-  } else {
-    dense_ = own.data<float>();
-    columns_ = own.shape(0), depth_ = own.shape(1);
-  }
-  if (bias) bias_ = hold(*bias).data<float>();
-}
-
-void Product::operator()(const float* x, float* out, int64_t rows) const {
-  if (kind_) {
-    const Target own = target(out);
-    return multiply_packed(*kind_, {&own, 1}, x, rows, activation_bits_);
-  }
-  multiply_dense(x, dense_, out, rows, columns_, depth_);
-  if (factor_ != 1.0f)
-    for (int64_t k = 0; k < rows * columns_; k++) out[k] *= factor_;
-  if (bias_)
-    for (int64_t m = 0; m < rows; m++) add(out + m * columns_, bias_, columns_);
-}
-
-void Product::together(const std::vector<std::pair<const Product*, float*>>& products, const float* x, int64_t rows) {
-  const Product& any = *products.at(0).first;
-  std::vector<Target> targets;
-  for (const auto& [product, out] : products) {
-    const bool alike = product->kind_ == any.kind_ && product->matrix_.group_size == any.matrix_.group_size &&
-                       product->activation_bits_ == any.activation_bits_;
-    if (any.kind_ && alike) {
-      targets.push_back(product->target(out));
-    } else {
-      (*product)(x, out, rows);
-    }
-  }
-  if (!targets.empty()) multiply_packed(*any.kind_, targets, x, rows, any.activation_bits_);
-}
-
-std::vector<mx::array> products_of(const std::vector<const Product*>& products, const mx::array& x) {
-  const auto input = in_memory(x);
-  const int64_t rows = x.shape(0);
-  std::vector<std::vector<float>> sums;
-  std::vector<std::pair<const Product*, float*>> pairs;
-  for (const Product* product : products) pairs.emplace_back(product, sums.emplace_back(rows * product->columns()).data());
-  Product::together(pairs, input.data<float>(), rows);
-  std::vector<mx::array> found;
-  for (size_t n = 0; n < products.size(); n++) found.emplace_back(sums[n].data(), mx::Shape{int(rows), int(products[n]->columns())}, mx::float32);
-  return found;
-}
-
-Norm::Norm(NormKind kind, const mx::array& weight, const std::optional<mx::array>& bias, float eps) : kind_(kind), eps_(eps) {
-  held_.push_back(in_memory(weight));
-  if (bias) held_.push_back(in_memory(*bias));
-  weight_ = held_[0].data<float>();
-  bias_ = bias ? held_[1].data<float>() : nullptr;
-  width_ = held_[0].size();
-}
-
-void Norm::operator()(const float* x, float* out, int64_t rows) const {
-  constexpr int64_t WORK_OF_A_VALUE = 4;
-  over_threads(rows, width_ * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; m++) row(x + m * width_, out + m * width_);
-  });
-}
-
-void Norm::row(const float* x, float* out) const {
-  Vector totals{}, squares{};
-  for (int64_t k = 0; k < width_; k += LANES) totals += load_some(x + k, width_ - k);
-  const float mean = kind_ == NormKind::rmsnorm ? 0.0f : sum(totals) / width_;
-  for (int64_t k = 0; k < width_; k += LANES) {
-    const Vector off = load_some(x + k, width_ - k, mean) - mean;
-    squares += off * off;
-  }
-  const float factor = 1.0f / std::sqrt(sum(squares) / width_ + eps_), centre = kind_ == NormKind::layernorm ? mean : 0.0f;
-  for (int64_t k = 0; k < width_; k += LANES) {
-    const int64_t left = width_ - k;
-    Vector y = (load_some(x + k, left) - centre) * factor * load_some(weight_ + k, left);
-    if (bias_) y += load_some(bias_ + k, left);
-    store_some(y, out + k, left);
-  }
-}
 
 StackCache::StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
                        int64_t rows_per_page, std::vector<int> left_padding)
@@ -257,7 +167,9 @@ void StackMemory::keep(const std::vector<int>& sequences) {
 
 Stack::Stack(std::vector<Layer> layers, std::optional<Norm> norm, const StackShape& shape, const std::optional<mx::array>& relative_bias)
     : layers_(std::move(layers)), norm_(std::move(norm)), shape_(shape), dim_(layers_.at(0).q_proj.depth()),
-      ffn_dim_(layers_[0].up_proj.columns()) {
+      ffn_dim_(layers_[0].up_proj.columns()), hidden_dim_(ffn_dim_) {
+  for (const Layer& layer : layers_)
+    if (layer.adapter) hidden_dim_ = std::max(hidden_dim_, layer.adapter->down_proj.columns());
   for (int64_t k = 0; shape.rope_theta > 0 && k < shape.head_dim / 2; k++)
     frequencies_.push_back(std::pow(shape.rope_theta, -2.0f * k / shape.head_dim));
   if (relative_bias) relative_bias_ = in_memory(*relative_bias);
@@ -307,11 +219,11 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
   const int64_t seen = cache ? cache->rows_ : 0, half = dim_ / 2, most_rows = std::min(n, ROWS_OF_A_PRODUCT);
   const bool packed = cache && cache->packed_;
   const int32_t* padding = cache && !cache->left_padding_.empty() ? cache->left_padding_.data() + first : nullptr;
-  Scratch scratch(2 * n * (query_width + kv_width) + 2 * most_rows * (dim_ + ffn_dim_) + (shape_.token_shift ? n * dim_ : 0));
+  Scratch scratch(2 * n * (query_width + kv_width) + most_rows * (2 * dim_ + hidden_dim_ + ffn_dim_) + (shape_.token_shift ? n * dim_ : 0));
   float *queries = scratch.take(n * query_width), *attended = scratch.take(n * query_width);
   float *keys = scratch.take(n * kv_width), *values = scratch.take(n * kv_width);
   float *normed = scratch.take(most_rows * dim_), *added = scratch.take(most_rows * dim_);
-  float *up = scratch.take(most_rows * ffn_dim_), *gate = scratch.take(most_rows * ffn_dim_);
+  float *up = scratch.take(most_rows * hidden_dim_), *gate = scratch.take(most_rows * ffn_dim_);
   float* shifted = scratch.take(shape_.token_shift ? n * dim_ : 0);
 
   // The upper half of the channels one row late; filler before a sequence counts as zeros.
@@ -338,10 +250,20 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
   const auto over_rows = [&](const auto& body) {
     for (int64_t m = 0; m < n; m += most_rows) body(m, std::min(most_rows, n - m));
   };
-  const auto add_attended = [&](const Product& o_proj) {
+  // What a part of a layer reads of rows, and how its result joins them.
+  const auto read = [&](const Norm& norm, const float* rows_in, int64_t some) -> const float* {
+    if (shape_.norms_follow) return rows_in;
+    norm(rows_in, normed, some);
+    return normed;
+  };
+  const auto join = [&](const Norm& norm, float* to, int64_t some) {
+    if (shape_.norms_follow) return norm.of_sum(to, added, some);
+    add(to, added, some * dim_);
+  };
+  const auto join_attended = [&](const Norm& norm, const Product& o_proj) {
     over_rows([&](int64_t m, int64_t some) {
       o_proj(attended + m * query_width, added, some);
-      add(x + m * dim_, added, some * dim_);
+      join(norm, x + m * dim_, some);
     });
   };
   // `batch` sequences of queries, each against `total` rows.
@@ -359,9 +281,8 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
     const Layer& layer = layers_[number];
     const float* from = delay(number, 0);
     over_rows([&](int64_t m, int64_t some) {
-      layer.attention_norm(from + m * dim_, normed, some);
       Product::together({{&layer.q_proj, queries + m * query_width}, {&layer.k_proj, keys + m * kv_width}, {&layer.v_proj, values + m * kv_width}},
-                        normed, some);
+                        read(layer.attention_norm, from + m * dim_, some), some);
     });
     if (layer.q_norm) (*layer.q_norm)(queries, queries, n * shape_.heads);
     if (layer.k_norm) (*layer.k_norm)(keys, keys, n * shape_.kv_heads);
@@ -390,19 +311,17 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
         pages[which] = from_sequence(held.views(rows), first, shape_.head_dim);
       }
       attend(task, pages[0], pages[1]);
+    } else if (shape_.block > 0 && rows > shape_.block) {
+      attend_in_blocks(task, shape_.block, queries, keys, values);
     } else {
-      const auto view = [&](const float* from) {
-        return std::vector<PageView>{{from, nullptr, nullptr, Kind::nvfp4, rows * kv_width, shape_.head_dim, kv_width, rows}};
-      };
-      attend(task, view(keys), view(values));
+      attend(task, view(keys, rows, kv_width, shape_.head_dim), view(values, rows, kv_width, shape_.head_dim));
     }
     attending.stop();
-    add_attended(layer.o_proj);
+    join_attended(layer.attention_norm, layer.o_proj);
     if (layer.cross && context.memory) {
       const StackMemory& memory = *context.memory;
       over_rows([&](int64_t m, int64_t some) {
-        layer.cross->norm(x + m * dim_, normed, some);
-        layer.cross->q_proj(normed, queries + m * query_width, some);
+        layer.cross->q_proj(read(layer.cross->norm, x + m * dim_, some), queries + m * query_width, some);
       });
       if (memory.packed_) hadamard_heads(queries, n * shape_.heads, shape_.head_dim);
       // The rows of all that read a sequence are rows of one: nothing tells them apart.
@@ -412,26 +331,25 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
       reading.lengths = memory.lengths_.empty() ? nullptr : memory.lengths_.data() + source;
       attend(reading, from_sequence(memory.keys_[number].views(0), source, shape_.head_dim),
              from_sequence(memory.values_[number].views(0), source, shape_.head_dim));
-      add_attended(layer.cross->o_proj);
+      join_attended(layer.cross->norm, layer.cross->o_proj);
     }
     from = delay(number, 1);
     over_rows([&](int64_t m, int64_t some) {
-      layer.ffn_norm(from + m * dim_, normed, some);
+      const float* input = read(layer.ffn_norm, from + m * dim_, some);
       if (layer.gate_proj) {
-        Product::together({{&layer.up_proj, up}, {&*layer.gate_proj, gate}}, normed, some);
+        Product::together({{&layer.up_proj, up}, {&*layer.gate_proj, gate}}, input, some);
       } else {
-        layer.up_proj(normed, up, some);
+        layer.up_proj(input, up, some);
       }
-      constexpr int64_t WORK_OF_AN_ACTIVATION = 16;
-      over_threads(some, WORK_OF_AN_ACTIVATION * ffn_dim_, [&](int64_t start, int64_t end) {
-        for (int64_t k = start * ffn_dim_; k < end * ffn_dim_; k += LANES) {
-          const int64_t left = end * ffn_dim_ - k;
-          const Vector value = load_some(up + k, left);
-          store_some(layer.gate_proj ? activate(shape_.activation, load_some(gate + k, left)) * value : activate(shape_.activation, value), up + k, left);
-        }
-      });
+      activate(shape_.activation, up, layer.gate_proj ? gate : nullptr, up, some * ffn_dim_);
       layer.down_proj(up, added, some);
-      add(x + m * dim_, added, some * dim_);
+      join(layer.ffn_norm, x + m * dim_, some);
+      if (layer.adapter) {
+        layer.adapter->down_proj(x + m * dim_, up, some);
+        activate(shape_.activation, up, nullptr, up, some * layer.adapter->down_proj.columns());
+        layer.adapter->up_proj(up, added, some);
+        join(layer.ffn_norm, x + m * dim_, some);
+      }
     });
   }
   if (norm_) (*norm_)(x, x, n);

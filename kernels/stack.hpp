@@ -1,5 +1,5 @@
-// A stack of transformer layers as one call, over many sequences at once or over one row after another: MegaByte's blocks, and
-// T5's with their relative bias and their reading of another sequence.
+// A stack of transformer layers as one call, over many sequences at once or over one row after another: MegaByte's blocks,
+// T5's with their relative bias and their reading of another sequence, and BERT's, whose norms follow the sums.
 #pragma once
 #include <memory>
 #include <optional>
@@ -7,63 +7,20 @@
 #include <vector>
 
 #include "flash_attention.hpp"
+#include "layer_parts.hpp"
 #include "part_seconds.hpp"
 
 namespace marlin {
-
-// The array itself where its values stand in order in memory already (an evaluation costs a tenth of a millisecond), else a copy.
-mlx::core::array in_memory(const mlx::core::array& from);
-
-// x @ W^T * factor + bias, dense or packed. It keeps its arrays alive.
-class Product {
- public:
-  Product(const mlx::core::array& weight, const std::optional<mlx::core::array>& scales, const std::optional<mlx::core::array>& biases,
-          std::optional<Kind> kind, int group_size, const std::optional<mlx::core::array>& bias, float factor, int activation_bits);
-  void operator()(const float* x, float* out, int64_t rows) const;
-  // Several products of one x, in one go where their weights are packed alike.
-  static void together(const std::vector<std::pair<const Product*, float*>>& products, const float* x, int64_t rows);
-  int64_t columns() const { return columns_; }
-  int64_t depth() const { return depth_; }
-
- private:
-  std::vector<mlx::core::array> held_;
-  std::optional<Kind> kind_;
-  Matrix matrix_{};
-  const float *dense_ = nullptr, *bias_ = nullptr;
-  float factor_;
-  int activation_bits_;
-  int64_t columns_, depth_;
-
-  Target target(float* out) const { return {matrix_, out, factor_, bias_}; }
-};
-
-// x [rows, K] @ W^T * factor + bias of several products at once: an array [rows, N] for each.
-std::vector<mlx::core::array> products_of(const std::vector<const Product*>& products, const mlx::core::array& x);
-
-enum class NormKind { rmsnorm, layernorm, variance };
-
-class Norm {
- public:
-  Norm(NormKind kind, const mlx::core::array& weight, const std::optional<mlx::core::array>& bias, float eps);
-  // `out` may be `x`; both have rows of the weight's length one after another.
-  void operator()(const float* x, float* out, int64_t rows) const;
-
- private:
-  void row(const float* x, float* out) const;
-
-  NormKind kind_;
-  std::vector<mlx::core::array> held_;
-  const float *weight_, *bias_;
-  int64_t width_;
-  float eps_;
-};
-
-enum class Activation { swiglu, gelu, gelu_tanh, relu, silu };
 
 // What a layer reads another sequence with.
 struct CrossAttention {
   Norm norm;
   Product q_proj, k_proj, v_proj, o_proj;
+};
+
+// A bottleneck after the feed-forward, behind its norm once more.
+struct Adapter {
+  Product down_proj, up_proj;
 };
 
 struct Layer {
@@ -74,6 +31,7 @@ struct Layer {
   std::optional<Product> gate_proj;
   Product up_proj, down_proj;
   std::optional<CrossAttention> cross;
+  std::optional<Adapter> adapter;  // where norms follow
 };
 
 struct StackShape {
@@ -84,6 +42,8 @@ struct StackShape {
   bool rope_interleaved, token_shift;
   Activation activation;
   bool causal;
+  bool norms_follow;         // the norm of a part is that of the sum, not of what goes in
+  int64_t block;             // rows see those of their own block of so many; -1: of all
 };
 
 // What a stack remembers of the rows it has seen.
@@ -158,7 +118,7 @@ class Stack {
   std::vector<Layer> layers_;
   std::optional<Norm> norm_;
   StackShape shape_;
-  int64_t dim_, ffn_dim_;
+  int64_t dim_, ffn_dim_, hidden_dim_;  // hidden: the widest rows between two products
   std::vector<float> frequencies_;
   std::optional<mlx::core::array> relative_bias_;
 };

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from marlin_cli.engine import byte_states
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
-from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.spans import OUTSIDE, Place, Span
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model
 from marlin_cli.models import Capability
@@ -173,36 +174,57 @@ class AnsweringModel(Model):
             raise UsageError("bits_per_byte needs at least one byte of target")
         return self.bits(source, target) / len(target)
 
-    def encode(self, data: bytes) -> mx.array:
-        """The encoder's states [states, d_model] of an input, one a byte, or one for all bytes of a GBST's row.
+    def encode(self, data: bytes, *, marks: bool = False) -> mx.array:
+        """The encoder's states [states, d_model] float32 of an input, one a byte, or one for all bytes of a GBST's row.
 
-        The end of an input, which is read too, has no state of its own here.
+        The end of an input, which is read too, has a state of its own, the last, with `marks` alone.
 
         Raises:
             UsageError: an input longer than `max_bytes`; or states that gptq+hadamard rotated, which mean nothing outside.
         """
+        return self.encode_many([data], marks=marks)[0]
+
+    def encode_many(self, texts: Sequence[bytes], *, marks: bool = False) -> list[mx.array]:
+        """As `encode`, of each input."""
         if (self.marlin or {}).get("rotated_states"):
             raise UsageError("gptq+hadamard has rotated this model's encoder states; encode with one packed by another method")
-        count = self.network.state_lengths(mx.array([len(data)])).item()
-        return encode(self.network, mx.array([self._source(data)]))[0, :count]
+        for text in texts:
+            self._check_length(text)
+        found = byte_states.states(self.network, texts)
+        if marks:
+            return list(found)
+        return [rows[: byte_states.rows_of(self.network, len(text))] for rows, text in zip(found, texts, strict=True)]
 
-    def encode_many(self, texts: Sequence[bytes]) -> list[mx.array]:
-        """As `encode`, of each input."""
-        return [self.encode(text) for text in texts]
+    def places(self, data: bytes) -> list[Place]:
+        """What each row of `encode(data, marks=True)` stands for: a byte, or the end."""
+        return byte_states.places(self.network, data)
 
     def pooled(self, data: bytes) -> mx.array:
-        """One vector for an input, the mean of its states: [d_model] float32. Nothing was trained to make one.
+        """One vector for an input, the mean of its states and its end's: [d_model] float32. Nothing was trained to make one.
 
         Raises:
-            UsageError: see `encode`; or no bytes, which have no mean.
+            UsageError: see `encode`.
         """
-        if not data:
-            raise UsageError("an empty input has no states and so no mean of them; leave it out")
-        return self.encode(data).astype(mx.float32).mean(axis=0)
+        return self.pooled_many([data])[0]
 
     def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
         """As `pooled`, of each input: [inputs, d_model]."""
-        return mx.stack([self.pooled(text) for text in texts]) if texts else mx.zeros((0, self.config.d_model))
+        rows = [states.mean(axis=0) for states in self.encode_many(texts, marks=True)]
+        return mx.stack(rows) if rows else mx.zeros((0, self.config.d_model))
+
+    def label(self, data: bytes) -> list[Span]:
+        """The labelled spans of an input; see `tag_many`."""
+        return self.tag_many([data])[0]
+
+    def tag_many(self, texts: Sequence[bytes], *, outside: Sequence[str] = OUTSIDE, merge: bool = True) -> list[list[Span]]:
+        """The labelled spans of each input; see `engine.byte_states.tag`.
+
+        Raises:
+            UsageError: the model has no labels, or an input longer than `max_bytes`.
+        """
+        for text in texts:
+            self._check_length(text)
+        return byte_states.tag(self.network, texts, outside=outside, merge=merge)
 
     def quantize(
         self,
@@ -229,7 +251,10 @@ class AnsweringModel(Model):
 
     def _source(self, data: bytes, *, sentinels: bool = False) -> list[int]:
         """The ids of an input: its bytes and the end."""
-        if len(data) > self.config.max_bytes:
-            raise UsageError(f"{len(data):,} bytes do not fit the model's max_bytes of {self.config.max_bytes:,}")
+        self._check_length(data)
         ids = ids_with_sentinels(data, self.config.vocab_size) if sentinels else ids_of_bytes(data)
         return [*ids, self.config.end_id]
+
+    def _check_length(self, data: bytes) -> None:
+        if len(data) > self.config.max_bytes:
+            raise UsageError(f"{len(data):,} bytes do not fit the model's max_bytes of {self.config.max_bytes:,}")

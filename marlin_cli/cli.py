@@ -1,4 +1,4 @@
-"""The program `marlin`: four subcommands, and one place that turns errors into a line and an exit code."""
+"""The program `marlin`: its subcommands, and one place that turns errors into a line and an exit code."""
 
 import contextlib
 import errno
@@ -14,8 +14,10 @@ import typer
 
 from marlin_cli.commands.bench import bench
 from marlin_cli.commands.calibrate import calibrate
+from marlin_cli.commands.encode import encode
 from marlin_cli.commands.generate import generate
 from marlin_cli.commands.given import Command
+from marlin_cli.commands.label import label
 from marlin_cli.commands.quantize import quantize
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
 from marlin_cli.text import one_line
@@ -56,7 +58,7 @@ def _until_reader_goes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (calibrate, quantize, generate, bench):
+for _command in (calibrate, quantize, generate, label, encode, bench):
     app.command(cls=Command)(_until_reader_goes(_command))
 
 

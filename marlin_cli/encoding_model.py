@@ -8,7 +8,7 @@ import mlx.core as mx
 from marlin_cli.engine import characters
 from marlin_cli.engine.characters import AnswerSettings, Floats, Label, Text
 from marlin_cli.engine.sentences import SplitSettings, sentences
-from marlin_cli.engine.spans import Span
+from marlin_cli.engine.spans import OUTSIDE, Place, Span
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model
 from marlin_cli.models import Capability, architecture_of
@@ -58,6 +58,14 @@ class EncodingModel(Model):
         """As `encode`, of each text."""
         return characters.encode(self.network, texts, pad_to)
 
+    def check(self, data: Text, *, pad_to: int | None = None, where: str = "") -> None:
+        """See that the model reads a text or pair; `where` begins what is said of one that it does not."""
+        characters.check(self.network, data, pad_to, where)
+
+    def places(self, data: bytes) -> list[Place]:
+        """What each row of `encode` stands for: a character, or a mark."""
+        return characters.places(self.network, data)
+
     def pooled(self, data: Text, *, pad_to: int | None = None) -> mx.array:
         """One vector for a text or pair, by the network's pooler: [d_model] float32."""
         return self.pooled_many([data], pad_to=pad_to)[0]
@@ -65,6 +73,10 @@ class EncodingModel(Model):
     def pooled_many(self, texts: Sequence[Text], *, pad_to: int | None = None) -> mx.array:
         """As `pooled`, of each text: [texts, d_model]."""
         return characters.pooled(self.network, texts, pad_to)
+
+    def scores_many(self, texts: Sequence[Text], *, pad_to: int | None = None) -> list[Floats]:
+        """What the head gives each text [rows], or its positions [positions, rows], before it becomes probabilities."""
+        return characters.scores(self.network, texts, pad_to)
 
     def classify(self, data: Text, *, pad_to: int | None = None) -> list[Label]:
         """Every label of a text or pair with its score, the best first."""
@@ -95,7 +107,7 @@ class EncodingModel(Model):
         texts: Sequence[bytes],
         *,
         pad_to: int | None = None,
-        outside: Sequence[str] = ("O",),
+        outside: Sequence[str] = OUTSIDE,
         merge: bool = True,
         marks: bool = True,
     ) -> list[list[Span]]:

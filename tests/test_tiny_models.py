@@ -229,7 +229,7 @@ def test_every_command(each_tiny, tmp_path, marlin):
     for method, options in METHODS.items():
         how = ("--method", method.partition(",")[0], *map(named, options))
         report = json.loads(marlin("quantize", "model", *how, "-o", "out", "--overwrite", "--json"))
-        assert any(part["format"] != "16bit" for part in report["parts"]), method
+        assert any(part["format"] != "16-bit" for part in report["parts"]), method
         assert json.loads(marlin("generate", "out", "-p", "ab", "--max-bytes", "3", "--json"))["prompt_bytes"] == 2
     marlin("quantize", "out", "--dequantize", "-o", "plain")
     (tmp_path / "prompts").write_text('"ab"\n"x"\n')

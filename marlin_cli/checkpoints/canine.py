@@ -9,9 +9,9 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
+from marlin_cli.checkpoints.labels import labels_of
 from marlin_cli.checkpoints.t5_ends import CONFIG
 from marlin_cli.checkpoints.transformers_folder import Fields, check_layers, has_model_type, known_fields, tensors_of
-from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
 
@@ -131,26 +131,6 @@ def shape_of(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
 def without_prefix(foreign: Foreign) -> Foreign:
     """The tensors of the network under the names that CanineModel gives them; the head's stay as they are."""
     return Foreign(foreign.path, {name.removeprefix(PREFIX): tensor for name, tensor in foreign.tensors.items()})
-
-
-def labels_of(document: Mapping[str, Any], foreign: Foreign, where: Path) -> tuple[str, ...]:
-    """The labels of the classifier's rows, in their order; transformers leaves LABEL_0 and LABEL_1 out of the file.
-
-    Raises:
-        ConfigError: id2label is something else than a table of numbers and names.
-        CheckpointError: there are not as many as the classifier has rows.
-    """
-    table = document.get("id2label")
-    if table is None:
-        table = {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-        raise ConfigError(f"{where}: id2label should be a table of numbers and names, found {describe(table)}")
-    rows = foreign.shape("classifier.weight", 2)[0]
-    if {str(key) for key in table} != {str(index) for index in range(rows)}:
-        raise CheckpointError(
-            f"{where}: the classifier has {rows} rows, and id2label names {len(table)}; it must have 0 to {rows - 1}"
-        )
-    return tuple(table[str(index)] for index in range(rows))
 
 
 def _head(document: Mapping[str, Any], foreign: Foreign, where: Path) -> str:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import nvfp4
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_foreign, read_object, shards_of_index, take_table
+from marlin_cli.checkpoints.labels import CLASSIFIER, labels_of
 from marlin_cli.checkpoints.t5_ends import CONFIG, GENERATION_CONFIG, IDS, TOKENIZER_CONFIG, ids_of_folder
 from marlin_cli.checkpoints.t5_head import HEAD, SCALE, TIE, Head, HeadFlags, choose_head, head_flags, stored_head
 from marlin_cli.config import describe
@@ -29,6 +30,12 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tok
 
 # Left in some files by the first implementation; no code reads it.
 STRAY = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+# Before the names of an encoder beside which a head for labels stands.
+BODY = "transformer."
+
+# Heads that read the decoder's rows, by how their names begin, and transformers' classes that have them.
+OTHER_HEADS = {"classification_head.": "T5ForSequenceClassification", "qa_outputs.": "T5ForQuestionAnswering"}
 
 # transformers' fields -> marlin's, with the values of fields that a file leaves out.
 FIELDS: Mapping[str, tuple[str, Any]] = {
@@ -69,7 +76,7 @@ def recognises(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """Canonical configuration and weights; a file without a decoder gives an encoder alone.
+    """Canonical configuration and weights; a file without a decoder gives an encoder alone, which may label bytes.
 
     Raises:
         CheckpointError: weights that are missing, left over, contradictory or of shapes that do not fit together.
@@ -81,15 +88,18 @@ def read(path: Path) -> Checkpoint:
     tensors: dict[str, mx.array] = {}
     for file in weight_files(path):
         for name, tensor in read_foreign(file).tensors.items():
-            if name in tensors:
+            if name.removeprefix(BODY) in tensors:
                 raise CheckpointError(f"{file}: {quoted(name)} stands in another shard too")
-            tensors[name] = tensor
+            tensors[name.removeprefix(BODY)] = tensor
+    _check_head(path, tensors)
     packing, marlin = nvfp4.packing_of(document, folder), take_table(document, "marlin", folder / CONFIG)
     if packing is not None:
         tensors = nvfp4.under_mlx_names(tensors, packing, path)
     foreign = Foreign(path, tensors)
     if not any(name.startswith("decoder.block.") for name in tensors):
         config["decoder_layers"] = 0
+        if f"{CLASSIFIER}.weight" in tensors:
+            config["labels"] = labels_of(document, foreign, folder / CONFIG)
     taken = Taken(foreign)
     for name in STRAY:
         taken.drop(name)
@@ -98,6 +108,9 @@ def read(path: Path) -> Checkpoint:
     if config["decoder_layers"]:
         _take_stack(weights, taken, "decoder", config["decoder_layers"], gated=config["gated_ffn"])
         config["tied_head"], config["scaled_head"] = _take_head(weights, taken, path, flags)
+    if config.get("labels"):
+        _take_linear(weights, taken, "output", CLASSIFIER)
+        weights["output.bias"] = taken.take(f"{CLASSIFIER}.bias")
     taken.finish()
     return Checkpoint(path, "hugging_face", config, weights, None if packing is None else dict(nvfp4.TABLE), marlin)
 
@@ -151,6 +164,9 @@ def names_of(config: Mapping[str, Any]) -> dict[str, str]:
             _take_stack(names, _Names(), stack, config[f"{stack}_layers"], gated=config.get("gated_ffn", True))
     if config["decoder_layers"] and not config.get("tied_head", False):
         names["output.weight"] = HEAD
+    if config.get("labels"):
+        body = {ours: BODY + theirs for ours, theirs in names.items()}
+        return body | {f"output.{name}": f"{CLASSIFIER}.{name}" for name in ("weight", "bias")}
     return names
 
 
@@ -169,10 +185,13 @@ def config_of(config: Mapping[str, Any]) -> dict[str, Any]:
     ends = config.get("answer_end_ids")
     gated = config["gated_ffn"]
     activations = {form: name for name, form in ACTIVATIONS.items() if name != "gated-gelu_new"}
+    labels = config.get("labels", ())
+    alone = "T5ForTokenClassification" if labels else "T5EncoderModel"
     return {
         **document,
+        **({"id2label": {str(index): label for index, label in enumerate(labels)}} if labels else {}),
         "model_type": "t5",
-        "architectures": ["T5ForConditionalGeneration" if config["decoder_layers"] else "T5EncoderModel"],
+        "architectures": ["T5ForConditionalGeneration" if config["decoder_layers"] else alone],
         "num_decoder_layers": config["decoder_layers"],
         "feed_forward_proj": activations[config["activation"], gated],
         "eos_token_id": config["end_id"] if ends is None else ends[0] if len(ends) == 1 else list(ends),
@@ -203,6 +222,17 @@ def config_from(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{where}: feed_forward_proj {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     config["activation"], config["gated_ffn"] = ACTIVATIONS[activation]
     return {**config, **ids_of_folder(folder, document, config["vocab_size"])}
+
+
+def _check_head(path: Path, tensors: Mapping[str, mx.array]) -> None:
+    """Raise `CheckpointError` for a head that marlin does not run."""
+    for name in tensors:
+        for prefix, kind in OTHER_HEADS.items():
+            if name.startswith(prefix):
+                raise CheckpointError(
+                    f"{path}: holds a {kind}, whose head reads the decoder; marlin runs T5 that answers, encodes, or"
+                    " labels bytes (T5ForTokenClassification)"
+                )
 
 
 def _number(where: Path, name: str, value: Any, default: Any) -> Any:

@@ -125,7 +125,9 @@ def _chosen(path: Path, kind: str, language: str | None, languages: int) -> int 
     codes = LANGUAGES if languages == len(LANGUAGES) else ()
     known = ", ".join(codes) if codes else f"the rows 0 to {languages - 1}"
     if language is None:
-        raise CheckpointError(f"{path}: holds adapters of {languages} languages; name one (--import language=..): {known}")
+        raise CheckpointError(
+            f"{path}: holds adapters of {languages} languages; name one (--language or --import language=..): {known}"
+        )
     if language in codes:
         return codes.index(language)
     if language.isascii() and language.isdecimal() and len(language) < 6 and int(language) < languages:

@@ -1,18 +1,15 @@
 """What `marlin generate` does with ByT5: one answer as it is decoded, or inputs in batches and answers in their order."""
 
 import base64
-import itertools
 import json
-import os
-import queue
 import sys
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from marlin_cli import console
 from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.api import decode
+from marlin_cli.commands.pipes import as_they_come, lines_of_pipe
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
 from marlin_cli.commands.writers import TerminalView, is_viewed, write_stream
 from marlin_cli.engine.answering import Answer, AnswerLimits
@@ -53,7 +50,7 @@ def inputs_of(text: str | None, file: str | None, hexadecimal: str | None, promp
         return read_prompts(prompts)
     piped = not (sys.stdin is None or sys.stdin.isatty())
     if text is None and file is None and hexadecimal is None and piped:
-        return (Prompt(line, where=f"stdin: line {number}") for number, line in enumerate(_lines(sys.stdin.fileno()), start=1))
+        return (Prompt(line, where=where) for where, line in lines_of_pipe(sys.stdin.fileno(), "stdin"))
     return [one_prompt(text, file, hexadecimal)]
 
 
@@ -76,7 +73,7 @@ def run(model: AnsweringModel, request: Request, inputs: Iterable[Prompt], batch
         console.note_to_terminal(f"{len(data)} bytes in, {summary}, on {model.device.name}")
         return
     index = 0
-    for batch in _batches(map(checked, inputs), batch_size):
+    for batch in as_they_come(map(checked, inputs), batch_size):
         inputs_of_batch = [request.input_prefix + each.data for each in batch]
         found = model.answers(inputs_of_batch, request.limits, request.sampling, request.beams, sentinels=request.sentinels)
         for prompt, answers in zip(batch, found, strict=True):
@@ -103,49 +100,3 @@ def _document(index: int, prompt: Prompt, answer: Answer, data: bytes) -> dict[s
         "score": answer.score,
         "stop_reason": answer.stop_reason,
     }
-
-
-def _lines(descriptor: int) -> Iterator[bytes]:
-    """Lines without their line feeds, unbuffered: a thread that waits in a buffer's lock would disturb the exit."""
-    rest = b""
-    while block := os.read(descriptor, 1 << 16):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
-def _batches(inputs: Iterable[Prompt], size: int) -> Iterator[list[Prompt]]:
-    """Inputs in groups of those that are there, without waiting for more than one; read by a thread.
-
-    An error comes after the inputs before it.
-    """
-    waiting: queue.Queue[Prompt | Exception | None] = queue.Queue(maxsize=4 * size)
-
-    def read() -> None:
-        try:
-            for each in inputs:
-                waiting.put(each)
-            waiting.put(None)
-        except Exception as error:  # it belongs to the caller, who is in another thread
-            waiting.put(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    ended: Exception | bool = False
-    while not ended:
-        batch: list[Prompt] = []
-        for number in itertools.count():
-            try:
-                each = waiting.get(block=number == 0)
-            except queue.Empty:
-                break
-            if each is None or isinstance(each, Exception):
-                ended = each or True
-                break
-            batch.append(each)
-            if len(batch) == size:
-                break
-        if batch:
-            yield batch
-    if isinstance(ended, Exception):
-        raise ended

@@ -18,7 +18,7 @@ def bench(
         typer.Argument(metavar="MODEL", help="Paths, shipped names or hub repositories; the demo if none."),
     ] = None,
     prompt_bytes: Annotated[
-        str, typer.Option(help="Bytes of the prompt, for example 512 or 4k; 512,2k: both, as --context has them.")
+        str, typer.Option(help="Bytes of the prompt (CANINE: characters), for example 512 or 4k; 512,2k: both, as --context.")
     ] = "512",
     decode_bytes: Annotated[
         str, typer.Option(help="Bytes decoded after the first one; 64,256: both, after each --context.")
@@ -43,7 +43,8 @@ def bench(
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Compare the scores with this model's: KL divergence, agreement; ByT5: differences."
+            metavar="MODEL",
+            help="Compare the scores with this model's: KL divergence, agreement; ByT5: differences; CANINE: states.",
         ),
     ] = None,
     window_bytes: Annotated[
@@ -64,6 +65,7 @@ def bench(
         str,
         typer.Option(help="Size of what is kept between runs of the reference's predictions, 1k a byte scored; 0: nothing."),
     ] = "2G",
+    language: Annotated[str | None, typer.Option(help="LA-CANINE: the language, for example cs.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the global cache: 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
@@ -105,7 +107,8 @@ def bench(
         typer.Option(help="Prompts of so many bytes too, for example 1k,8k,32k. With --plan: contexts; default the longest."),
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Streams decoded together, for example 1,2,8, after each --context. ByT5: default 1,8.")
+        str | None,
+        typer.Option(help="Streams decoded together, for example 1,2,8, after each --context. ByT5, CANINE: default 1,8."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="With --plan: bits of the weights, 4, 8, 16 or 32; else as stored.")] = None,
     bandwidth: Annotated[
@@ -175,4 +178,4 @@ def bench(
     )
     bench_run.check_kinds(names)
     check_models(command_line, names)
-    bench_run.run(request, destination, against)
+    bench_run.run(request, destination, against, language)

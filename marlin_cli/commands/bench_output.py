@@ -7,6 +7,7 @@ from pathlib import Path
 
 from marlin_cli import console
 from marlin_cli.bench.answering_result import AnsweringReport
+from marlin_cli.bench.encoding_result import EncodingReport
 from marlin_cli.bench.result import Report
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_pictures import Pictures
@@ -41,7 +42,9 @@ class Output:
                 check_output_file(path)
         return cls(form, file, Pictures.checked(page, figure), results)
 
-    def write(self, report: Report | AnsweringReport, models: Sequence[str], rendered: Callable[[str], str]) -> None:
+    def write(
+        self, report: Report | AnsweringReport | EncodingReport, models: Sequence[str], rendered: Callable[[str], str]
+    ) -> None:
         """Write the pictures and the file of results, where they are asked for.
 
         Args:

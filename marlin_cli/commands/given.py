@@ -14,13 +14,16 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from marlin_cli.commands.uses import MODELS, SERVED_BY, USES, Family, Use
+from marlin_cli.commands.uses import HEADS, MODELS, SERVED_BY, USES, Family, Use, Uses
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 from marlin_cli.writing import is_part_of_a_model
 
 # Options whose text is what a model reads or writes: it may be empty, and of any length.
-TEXTS = ("--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix")
+TEXTS = (
+    "--prompt", "--hex", "--stop", "--stop-hex", "--prefix", "--input-prefix",
+    "--second", "--question", "--choice", "--outside",
+)  # fmt: skip
 
 # Characters of any other value; systems take no longer paths.
 LONGEST_VALUE = 4096
@@ -96,19 +99,27 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
     from marlin_cli.checkpoints.location import locate_model
 
     command, given = context.info_name or "", list(options_given(context))
-    table = USES[command]
     families: set[Family] = set()
     parts: set[str] = set()
+    heads: set[str] = set()
     for model in models:
         path = locate_model(model)
-        candidates = _families_of(path)
-        _check_served(command, candidates, model)
-        # Weights alone tell an encoder alone: they are looked at where it matters.
-        if any(len(candidates & table[option].keys()) not in (0, len(candidates)) for option in given):
-            candidates = _families_by_weights(path)
-        families |= candidates
+        found, possible = _families_of(path), _heads_of(path)
+        _check_served(command, found, model)
+        # Weights alone tell an encoder alone, and heads: they are looked at where it matters.
+        if any(_is_open(USES[command][option], found, possible) for option in given):
+            found, possible = _seen_in_weights(path)
+            _check_served(command, found, model)
+        families |= found
+        heads |= possible
         parts |= architecture_at(path).parts
-    _check_uses(command, given, frozenset(families), " and ".join(models[:2]), frozenset(parts))
+    _check_uses(command, given, frozenset(families), " and ".join(models[:2]), frozenset(parts), frozenset(heads))
+
+
+def _is_open(uses: Uses, families: set[Family], heads: set[str]) -> bool:
+    """Does it depend on which of these families, or heads, a model has?"""
+    wanted = {head for use in uses.values() for head in use.heads}
+    return any(len(some & all_) not in (0, len(all_)) for some, all_ in (({*uses}, families), (wanted or heads, heads)))
 
 
 def _check_served(command: str, families: set[Family], model: str) -> None:
@@ -130,20 +141,39 @@ def _families_of(path: Path) -> set[Family]:
     return {Family.ENCODES} if found.capability is Capability.ENCODES else {Family.ANSWERS, Family.ENCODER_ALONE}
 
 
-def _families_by_weights(path: Path) -> set[Family]:
+def _heads_of(path: Path) -> set[str]:
+    """The heads that the architecture of what encodes texts may have; of another none."""
+    from marlin_cli.api import architecture_at
+
+    return set(getattr(architecture_at(path).config, "kinds_of_head", ()))
+
+
+def _seen_in_weights(path: Path) -> tuple[set[Family], set[str]]:
+    """The family and the head of a model of which config.json does not tell them."""
     from marlin_cli.checkpoints import read_checkpoint
 
-    decoder = read_checkpoint(path, check_values=False).config.get("decoder_layers")
-    return {Family.ANSWERS if decoder else Family.ENCODER_ALONE}
+    candidates, heads = _families_of(path), _heads_of(path)
+    if len(candidates) == 1 and len(heads) < 2:
+        return candidates, heads
+    config = read_checkpoint(path, check_values=False).config
+    if heads:
+        return candidates, {str(config.get("head", "none"))}
+    return {Family.ANSWERS if config.get("decoder_layers") else Family.ENCODER_ALONE}, heads
 
 
 def _check_uses(
-    command: str, given: Sequence[str], families: frozenset[Family], models: str = "", parts: frozenset[str] | None = None
+    command: str,
+    given: Sequence[str],
+    families: frozenset[Family],
+    models: str = "",
+    parts: frozenset[str] | None = None,
+    heads: frozenset[str] = frozenset(),
 ) -> None:
     """Raise `UsageError` for an option that none of `families` has a use for, beside the others that are given.
 
     Args:
         parts: of the models; None where they are not known.
+        heads: of those that encode texts.
     """
     for option in given:
         uses = [USES[command][option].get(family) for family in Family if family in families]
@@ -155,6 +185,12 @@ def _check_uses(
         wanted = {part for use in uses if use is not None for part in use.parts}
         if parts is not None and wanted and not wanted & parts:
             raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}")
+        fitting = {head for use in uses if use is not None for head in use.heads}
+        if heads and fitting and not fitting & heads:
+            does = [HEADS[head] for head in HEADS if head in heads]
+            said = f", which {does[0]}" if len(does) == 1 else ""
+            wanted_of = " or ".join(HEADS[head] for head in HEADS if head in fitting)
+            raise UsageError(f"{option} has no meaning for {models}{said}; it is for one that {wanted_of}")
 
 
 def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:

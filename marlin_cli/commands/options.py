@@ -3,12 +3,15 @@
 import os
 import re
 from collections.abc import Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from marlin_cli.errors import ConfigError, UsageError
 from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from marlin_cli.checkpoints import ImportOptions
 
 # The shipped model that commands use when none is named.
@@ -19,6 +22,16 @@ IMPORT_HELP = (
     " activation, norm, rope, attention_scale, attention_window, bos_byte, or weights (ema or model); of an LA-CANINE the"
     " language. Repeatable."
 )
+
+
+class Precision(str, Enum):
+    """Types that weights and activations may have; auto is what suits the device."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LARGEST_SIZE = (1 << 63) - 1
@@ -58,6 +71,14 @@ def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None
         raise UsageError("--kv-bits has no meaning beside --k-bits and --v-bits; leave it out")
     both = 16 if kv_bits is None else kv_bits
     return (both if k_bits is None else k_bits, both if v_bits is None else v_bits)
+
+
+def dtype_of(precision: Precision) -> "mx.Dtype | None":
+    """MLX's type of this name; None for the one that suits the device."""
+    import mlx.core as mx
+
+    types = {Precision.float32: mx.float32, Precision.bfloat16: mx.bfloat16, Precision.float16: mx.float16}
+    return types.get(precision)
 
 
 def bytes_of_argument(text: str) -> bytes:

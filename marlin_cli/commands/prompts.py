@@ -65,7 +65,8 @@ def read_prompts(file: str) -> list[Prompt]:
     """
     with _opened(file) as opened:
         lines = lines_of(opened, "stdin" if file == "-" else file, UsageError, most_bytes=MOST_PROMPTS_BYTES)
-        prompts = [_from_line(line, where) for where, line in itertools.islice(lines, MOST_PROMPTS + 1)]
+        rows = itertools.islice(lines, MOST_PROMPTS + 1)
+        prompts = [prompt_of(parse_json(line, where, UsageError), where) for where, line in rows]
     if len(prompts) > MOST_PROMPTS:
         raise UsageError(f"{file}: holds more than {MOST_PROMPTS:,} prompts; cut it into several files")
     if not prompts:
@@ -73,10 +74,14 @@ def read_prompts(file: str) -> list[Prompt]:
     return prompts
 
 
-def _from_line(line: bytes, where: str) -> Prompt:
-    document = parse_json(line, where, UsageError)
+def prompt_of(document: Any, where: str) -> Prompt:
+    """The prompt of a line of JSONL: a string, or an object with prompt, prompt_base64 or prompt_hex, and id.
+
+    Raises:
+        UsageError: it is none of these.
+    """
     if isinstance(document, str):
-        return Prompt(_utf8(document, where), where=where)
+        return Prompt(utf8_of(document, where), where=where)
     if not isinstance(document, dict):
         raise UsageError(f"{where}: expected a string or an object, found {describe(document)}")
     keys = [key for key in ("prompt", "prompt_base64", "prompt_hex") if key in document]
@@ -84,7 +89,7 @@ def _from_line(line: bytes, where: str) -> Prompt:
         raise UsageError(f"{where}: needs one of prompt, prompt_base64 and prompt_hex, as a string")
     value = document[keys[0]]
     if keys[0] == "prompt":
-        data = _utf8(value, where)
+        data = utf8_of(value, where)
     elif keys[0] == "prompt_hex":
         data = bytes_of_hex(value, where)
     else:
@@ -104,7 +109,12 @@ def _written_back(name: Any, where: str) -> Any:
     return name
 
 
-def _utf8(text: str, where: str) -> bytes:
+def utf8_of(text: str, where: str) -> bytes:
+    """Text of JSON as bytes.
+
+    Raises:
+        UsageError: half of a surrogate pair, which has none.
+    """
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:

@@ -25,6 +25,7 @@ class Use:
     needs: tuple[str, ...] = ()  # one of these is given too
     without: tuple[str, ...] = ()  # none of these is
     parts: tuple[str, ...] = ()  # the model has layers in one of these, see `models.part_of`
+    heads: tuple[str, ...] = ()  # of what encodes texts: the model has one of these, see HEADS
 
 
 Uses = Mapping[Family, Use]  # a family that is not there has no use for the option
@@ -36,11 +37,31 @@ READS_BYTES = (*CONTINUING, *ENCODER_FIRST)
 PREDICTS = (*CONTINUING, ANSWERS, ENCODES)  # an ENCODES without a head says so itself
 
 # Whom to ask instead, where a command has no use for a family.
-SERVED_BY = {ENCODES: "marlin label and marlin encode"}
+SERVED_BY = {
+    CONTINUES: "marlin generate",
+    BYTEWISE: "marlin generate",
+    ANSWERS: "marlin generate and marlin encode",
+    ENCODES: "marlin label and marlin encode",
+}
+
+# The heads of what encodes texts, and what a model with each does, for messages.
+HEADS = {
+    "none": "encodes texts and has no head",
+    "sequence": "classifies texts",
+    "token": "labels characters",
+    "answer": "answers questions",
+    "choice": "chooses between texts",
+    "sentence": "finds the ends of sentences",
+}
 
 
 def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = (), parts: tuple[str, ...] = ()) -> Uses:
     return dict.fromkeys(families or Family, Use(needs, without, parts))
+
+
+def _heads(*heads: str, of: tuple[Family, ...] = (), needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
+    """A use for what encodes texts and has one of these heads; and for other families."""
+    return {**dict.fromkeys(of, Use(needs, without)), ENCODES: Use(needs, without, heads=heads)}
 
 
 # Filters of draws keep the likeliest byte, so that `--temperature 0` with them is what it is without: it is allowed, and
@@ -84,6 +105,46 @@ GENERATE: Mapping[str, Uses] = {
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
     "--import": _of(CONTINUES),
+    "--device": _of(),
+}
+
+_CUT = ("answer", "sentence")  # heads that read a long text in windows
+_AT_ONCE = ("sequence", "token", "answer", "choice")  # heads that read texts in batches
+
+LABEL: Mapping[str, Uses] = {
+    "MODEL": _of(ENCODER_ALONE, ENCODES),  # one without a head is refused by the command
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--tabs": _heads("sequence", without=_ONE_PROMPT),
+    "--second": _heads("sequence", without=("--tabs",)),
+    "--question": _heads("answer"),
+    "--choice": _heads("choice"),
+    "--language": _heads("sentence"),
+    "--threshold": _of(),
+    "--best": _heads("sequence", "answer", "choice"),
+    "--outside": _heads("token", of=(ENCODER_ALONE,)),
+    "--no-merge": _heads("token", of=(ENCODER_ALONE,)),
+    "--pad-to": _heads(*_AT_ONCE),
+    "--window": _heads(*_CUT),
+    "--stride": _heads(*_CUT),
+    "--longest": _heads(*_CUT),
+    "--lines": _heads("sentence", without=("--prompts",)),
+    "--raw": _heads("sentence", needs=("--lines",)),
+    "--batch-size": _heads(*_AT_ONCE, of=(ENCODER_ALONE,)),
+    "--activation-bits": _of(),
+    "--dtype": _of(),
+    "--device": _of(),
+}
+
+ENCODE: Mapping[str, Uses] = {
+    "MODEL": _of(*ENCODER_FIRST, ENCODES),
+    **{option: _prompt(option) for option in _ONE_PROMPT},
+    "--pool": _of(),
+    "--output": _of(),
+    "--pad-to": _of(ENCODES),
+    "--language": _heads("sentence"),
+    "--batch-size": _of(),
+    "--activation-bits": _of(),
+    "--dtype": _of(),
     "--device": _of(),
 }
 
@@ -164,21 +225,22 @@ _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
 BENCH: Mapping[str, Uses] = {
-    "MODEL": _of(*READS_BYTES, without=_NOTHING_RUN),
+    "MODEL": _of(without=_NOTHING_RUN),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
     "--seconds": _of(*CONTINUING, without=_NOT_TIMED),
     "--roofline": _of(*CONTINUING, without=_NOT_TIMED),
     "--no-throughput": _of(without=_NOT_MEASURED),
-    "--quality": _of(*CONTINUING, ANSWERS, without=_NOT_MEASURED),
-    "--reference": _of(*CONTINUING, ANSWERS, needs=_SCORED),
-    "--window-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--quality": _of(*PREDICTS, without=_NOT_MEASURED),
+    "--reference": _of(*PREDICTS, needs=_SCORED),
+    "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED),
     "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
     "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
-    "--max-quality-bytes": _of(*CONTINUING, ANSWERS, needs=_SCORED),
+    "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED),
     "--resume": _of(*CONTINUING, needs=_SCORED),  # without a beginning it begins, as in calibrate
     "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
+    "--language": _heads("sentence", without=_NOT_MEASURED),
     # What continues bytes is scored without a cache; answers read one.
     "--kv-bits": {
         **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
@@ -209,5 +271,7 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "calibrate": CALIBRATE,
     "quantize": QUANTIZE,
     "generate": GENERATE,
+    "label": LABEL,
+    "encode": ENCODE,
     "bench": BENCH,
 }

@@ -101,6 +101,11 @@ class KeyValueCache:
         """The storage of keys and values, with room for a row or more; whoever writes rows in place says so to `wrote`."""
         return self._keys.with_room(), self._values.with_room()
 
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Add rows [batch, kv_heads, n, head_dim]."""
+        self._keys.append(keys)
+        self._values.append(values)
+
     def wrote(self, rows: int) -> None:
         """Count rows that have been written in place."""
         self._keys.count += rows

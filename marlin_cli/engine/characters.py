@@ -8,13 +8,16 @@ LA-CANINE, which cuts texts and does it in `sentences`, there are states alone.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.spans import Span, span_at
+from marlin_cli.engine.finite import finite
+from marlin_cli.engine.fused_canine import CanineRunner, runner_of
+from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of
 from marlin_cli.models.canine import Canine
@@ -79,10 +82,30 @@ def encode(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None 
     """
     inputs = [_input(network, text) for text in texts]
 
-    def states(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network.encode(ids, lengths, types).astype(mx.float32)
+    def states(runner: CanineRunner, ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return runner.encode(ids, lengths, types).astype(mx.float32)
 
     return [row[: len(each.ids)] for row, each in zip(_run(network, inputs, pad_to, states), inputs, strict=True)]
+
+
+def check(network: CharacterNetwork, text: Text, pad_to: int | None = None, where: str = "") -> None:
+    """See that the network reads a text; `where` begins what is said of one that it does not.
+
+    Raises:
+        InputError, UsageError: see `encode`.
+    """
+    _length(network, len(_input(network, text, where).ids), pad_to, f"{where}: the text" if where else "the text")
+
+
+def places(network: CharacterNetwork, text: bytes) -> list[Place]:
+    """What each position of a text's states stands for: its characters, and the marks around them where there are any.
+
+    Raises:
+        InputError: the text is no UTF-8.
+    """
+    starts = characters_of(text).starts.tolist()
+    found = [Place(None, first, end, index, index + 1) for index, (first, end) in enumerate(pairwise(starts))]
+    return [Place("[CLS]"), *found, Place("[SEP]")] if network.config.marks else found
 
 
 def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) -> mx.array:
@@ -95,8 +118,8 @@ def pooled(network: Canine, texts: Sequence[Text], pad_to: int | None = None) ->
         raise UsageError(f"{_this(network)} has no pooler, the layer that makes one vector of a text; take its states")
     inputs = [_input(network, text) for text in texts]
 
-    def vectors(ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
-        return network.pooled(network.deep(ids, lengths, types)).astype(mx.float32)
+    def vectors(runner: CanineRunner, ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return network.pooled(runner.deep(ids, lengths, types)).astype(mx.float32)
 
     rows = _run(network, inputs, pad_to, vectors)
     return mx.stack(rows) if rows else mx.zeros((0, network.config.d_model))
@@ -111,7 +134,7 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
     _check_head(network, "sequence")
     logits = _logits(network, [_input(network, text) for text in texts], pad_to)
     found = []
-    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": _softmax, "several_labels": _sigmoid}
+    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": softmax, "several_labels": _sigmoid}
     meaning = meanings.get(network.config.problem, np.asarray)
     for row in logits:
         scores = meaning(row)
@@ -140,7 +163,7 @@ def tag(
     texts: Sequence[bytes],
     pad_to: int | None = None,
     *,
-    outside: Sequence[str] = ("O",),
+    outside: Sequence[str] = OUTSIDE,
     merge: bool = True,
     marks: bool = True,
 ) -> list[list[Span]]:
@@ -161,7 +184,7 @@ def tag(
     found = []
     for each, logits in zip(characters, _logits(network, inputs, pad_to), strict=True):
         own = logits[1 : len(each.ids) + 1] if marks else logits[: len(each.ids)]
-        found.append(_spans(network.config.labels, _softmax(own), each, outside, merge))
+        found.append(_spans(network.config.labels, softmax(own), each, outside, merge))
     return found
 
 
@@ -193,7 +216,7 @@ def answers(
     for start, logits in zip(starts, _logits(network, inputs, pad_to), strict=True):
         offset = len(asked.ids) + 2
         own = logits[offset : offset + min(room, len(given.ids) - start)]
-        for (first, end), score in _best_pairs(_softmax(own[:, 0]), _softmax(own[:, 1]), settings):
+        for (first, end), score in _best_pairs(softmax(own[:, 0]), softmax(own[:, 1]), settings):
             place = (start + first, start + end)
             best[place] = max(best.get(place, 0.0), score)
     ordered = sorted(best.items(), key=lambda item: -item[1])[: settings.best]
@@ -213,7 +236,20 @@ def choose(network: Canine, text: bytes, choices: Sequence[bytes], pad_to: int |
     if not inputs:
         return np.zeros(0, dtype=np.float32)
     longest = max(len(each.ids) for each in inputs)
-    return _softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
+    return softmax(np.concatenate(_logits(network, inputs, longest if pad_to is None else pad_to)))
+
+
+def scores(network: CharacterNetwork, texts: Sequence[Text], pad_to: int | None = None) -> list[Floats]:
+    """What the head gives each text [rows], or its positions [positions, rows], before it becomes probabilities; see `encode`.
+
+    Raises:
+        UsageError: the network has no head.
+    """
+    if network.config.head == "none":
+        raise UsageError(f"{_this(network)} has no head, and so no scores; take its states")
+    inputs = [_input(network, text) for text in texts]
+    rows = _logits(network, inputs, pad_to)
+    return [row[: len(each.ids)] if row.ndim > 1 else row for row, each in zip(rows, inputs, strict=True)]
 
 
 def _check_head(network: CharacterNetwork, head: str) -> None:
@@ -229,10 +265,11 @@ def _this(network: CharacterNetwork) -> str:
     return f"this {architecture_of(network).title}"
 
 
-def _input(network: CharacterNetwork, text: Text) -> _Input:
+def _input(network: CharacterNetwork, text: Text, where: str = "") -> _Input:
     if not isinstance(text, tuple):
-        return _Input(*network.config.input_of(_ids(text, "the input")))
-    first, second = (_ids(one, where) for one, where in zip(text, ("the first text", "the second text"), strict=True))
+        return _Input(*network.config.input_of(_ids(text, where or "the input")))
+    named = (f"{where}: {one}" if where else one for one in ("the first text", "the second text"))
+    first, second = (_ids(one, name) for one, name in zip(text, named, strict=True))
     return _Input(*network.config.input_of(first, second))
 
 
@@ -240,17 +277,21 @@ def _ids(text: One, where: str) -> Ids:
     return characters_of(text, where).ids if isinstance(text, bytes) else checked_ids(text, where)
 
 
-def _logits(network: Canine, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
-    return [np.array(row) for row in _run(network, inputs, pad_to, network)]
+def _logits(network: CharacterNetwork, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
+    def run(runner: CanineRunner, ids: mx.array, lengths: mx.array | None, types: mx.array) -> mx.array:
+        return runner(ids, lengths, types)
+
+    return [finite(np.array(row)) for row in _run(network, inputs, pad_to, run)]
 
 
 def _run(
     network: CharacterNetwork,
     inputs: Sequence[_Input],
     pad_to: int | None,
-    function: Callable[[mx.array, mx.array | None, mx.array], mx.array],
+    function: Callable[[CanineRunner, mx.array, mx.array | None, mx.array], mx.array],
 ) -> list[mx.array]:
-    """The rows of `function(ids, lengths, types)` for each input, in batches of equal length with padding."""
+    """The rows of `function(runner, ids, lengths, types)` for each input, in batches of equal length with padding."""
+    runner = runner_of(network)
     groups: dict[int, list[int]] = defaultdict(list)
     for index, each in enumerate(inputs):
         groups[_length(network, len(each.ids), pad_to)].append(index)
@@ -263,13 +304,13 @@ def _run(
             lengths = None if min(counts) == length else mx.array(counts)
             ids = padded_to([inputs[index].ids for index in some], length, network.config.padding)
             types = padded_to([inputs[index].types for index in some], length, 0)
-            result = function(ids, lengths, types)
+            result = function(runner, ids, lengths, types)
             mx.eval(result)
             rows |= {index: result[place] for place, index in enumerate(some)}
     return [rows[index] for index in range(len(inputs))]
 
 
-def _length(network: CharacterNetwork, positions: int, pad_to: int | None) -> int:
+def _length(network: CharacterNetwork, positions: int, pad_to: int | None, where: str = "the text") -> int:
     config = network.config
     least, most = config.downsample_factor, config.longest
     if pad_to is not None and not least <= pad_to <= most:
@@ -278,33 +319,17 @@ def _length(network: CharacterNetwork, positions: int, pad_to: int | None) -> in
         raise UsageError(f"pad_to must be a multiple of {least} for {_this(network)}, found {pad_to}")
     marks = " with its marks" if config.marks else ""
     if positions > (pad_to or most):
-        raise InputError(f"the text takes {positions:,} positions{marks}, and there are {pad_to or most:,}; shorten it")
+        raise InputError(f"{where} takes {positions:,} positions{marks}, and there are {pad_to or most:,}; shorten it")
     length = pad_to or config.length_of(positions)
     if length < least:
         title = architecture_of(network).title
-        raise InputError(
-            f"the text takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, {least} or more)"
-        )
+        raise InputError(f"{where} takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, {least} or more)")
     return length
 
 
 def _spans(labels: Sequence[str], scores: Floats, text: Characters, outside: Sequence[str], merge: bool) -> list[Span]:
     """Spans from the labels' probabilities [characters, labels]."""
-    best = scores.argmax(axis=-1) if len(scores) else np.zeros(0, dtype=np.int64)
-    names = [labels[index] for index in best]
-    kinds = [name[2:] if name[:2] in ("B-", "I-") else name for name in names]
-    spans = []
-    first = 0
-    for end in range(1, len(names) + 1):
-        goes_on = merge and end < len(names) and kinds[end] == kinds[first] and not names[end].startswith("B-")
-        if goes_on:
-            continue
-        if names[first] not in outside:
-            label = kinds[first] if merge else names[first]
-            score = float(scores[np.arange(first, end), best[first:end]].mean())
-            spans.append(span_at(label, score, first, end, text.starts))
-        first = end
-    return spans
+    return [span_at(*run, text.starts) for run in labelled_runs(labels, scores, outside, merge)]
 
 
 def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[tuple[tuple[int, int], float]]:
@@ -315,11 +340,6 @@ def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[
         for first in np.argsort(-products, kind="stable")[: settings.best]:
             found.append(((int(first), int(first) + more + 1), float(products[first])))
     return sorted(found, key=lambda item: -item[1])[: settings.best]
-
-
-def _softmax(x: Floats) -> Floats:
-    grown = np.exp(x - x.max(axis=-1, keepdims=True)) if x.size else x
-    return grown / grown.sum(axis=-1, keepdims=True) if x.size else x
 
 
 def _sigmoid(x: Floats) -> Floats:

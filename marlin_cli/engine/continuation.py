@@ -11,6 +11,7 @@ from marlin_cli.engine.byte_decoding import ByteByByte
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
+from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models import Network, Reading, continuing_of
 
@@ -83,7 +84,7 @@ class Way:
 
 WAYS: dict[Reading, Way] = {
     Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse),
-    Reading.BYTES: Way(ByteByByte, ByteByByte.phase),
+    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5),
 }
 
 

@@ -8,10 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
-from marlin_cli.engine.cuda_patches import Patch, patch_decoder
+from marlin_cli.engine.cuda_patches import Patch
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.whole_patches import patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Stack

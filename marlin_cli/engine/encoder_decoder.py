@@ -1,16 +1,19 @@
 """State of ByT5's decoding: inputs encoded once, what the decoder reads of them, and what it has written so far."""
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
 
 from marlin_cli.engine.cache import Rows, check_cache_bits
+from marlin_cli.engine.compiled_answers import CompiledAnswers, MemoryRows, compiled_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.models.byt5_ids import padded
 from marlin_cli.ops import attention, paged_attention
+from marlin_cli.ops.dispatch import gpu
 from marlin_cli.ops.reference import pack_rows
 
 
@@ -56,6 +59,11 @@ class PackedMemory:
         """Bytes held."""
         return sum(part.packed.nbytes + part.scales.nbytes for part in (self._keys, self._values))
 
+    @property
+    def rows(self) -> MemoryRows:
+        """What is held, as a compiled step reads it."""
+        return MemoryRows(self._keys, self._values, self._lengths, rotated=True)
+
     def attend(self, queries: mx.array) -> mx.array:
         rotated = mx.hadamard_transform(queries)
         return paged_attention(rotated, [self._keys], [self._values], 1.0, causal=False, lengths=self._lengths)
@@ -88,24 +96,24 @@ class GraphAnswers:
     def __init__(self, network: ByT5, states: mx.array, lengths: mx.array | None, memory_bits: int) -> None:
         self._network = network
         plain = network.memory(states, lengths)
-        self._memory: list[PlainMemory] | list[PackedMemory] = (
+        self.memory: list[PlainMemory] | list[PackedMemory] = (
             plain if memory_bits == 16 else [PackedMemory(each, memory_bits) for each in plain]
         )
         self._caches = [GrowingCache() for _ in plain]
 
     @property
     def memory_bytes(self) -> int:
-        return sum(each.nbytes for each in self._memory)
+        return sum(each.nbytes for each in self.memory)
 
     def push(self, ids: mx.array) -> mx.array:
-        memory: Sequence[Memory] = self._memory
+        memory: Sequence[Memory] = self.memory
         return self._network.head(self._network.decode(ids[:, None], memory, self._caches)[:, -1])
 
     def keep(self, answers: Sequence[int], streams: Sequence[int] | None) -> None:
         for cache in self._caches:
             cache.keep(mx.array(list(answers)))
         if streams is not None:
-            for memory in self._memory:
+            for memory in self.memory:
                 memory.keep(mx.array(list(streams)))
 
 
@@ -135,7 +143,7 @@ class AnswerState:
         fused = fuse_byt5(network)
         self._answers: Answers
         if fused is None:
-            self._answers = GraphAnswers(network, network.encode(source, lengths), lengths, memory_bits)
+            self._answers = _by_graph(network, network.encode(source, lengths), lengths, answers, memory_bits)
         else:
             self._answers = fused.answers(fused.encode(source, lengths), lengths, answers, memory_bits)
         self.logits: mx.array
@@ -154,6 +162,25 @@ class AnswerState:
         """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
         self.logits = self.logits[mx.array(list(answers))]
         self._answers.keep(answers, streams)
+
+
+def _by_graph(
+    network: ByT5, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int
+) -> GraphAnswers | CompiledAnswers:
+    """Decoding over the encoder's states: on Metal a compiled graph a step, where that is known, else an operation at a time.
+
+    MARLIN_PATCHES=steps in the environment refuses the former.
+    """
+    graph = GraphAnswers(network, states, lengths, memory_bits)
+    if gpu() != "metal" or os.environ.get("MARLIN_PATCHES") == "steps":
+        return graph
+    return compiled_answers(network, [_rows(each) for each in graph.memory], answers) or graph
+
+
+def _rows(memory: PlainMemory | PackedMemory) -> MemoryRows:
+    if isinstance(memory, PackedMemory):
+        return memory.rows
+    return MemoryRows(memory.keys, memory.values, memory.lengths, rotated=False)
 
 
 def encode(network: ByT5, ids: mx.array, lengths: mx.array | None = None) -> mx.array:

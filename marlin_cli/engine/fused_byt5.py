@@ -1,15 +1,21 @@
 """ByT5's encoder and decoder as single calls of the CPU kernels: no graph, no operation at a time. None of it on a GPU."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.engine.fused import kernel_norm, kernel_product
+from marlin_cli.models import bygpt5
+from marlin_cli.models.bygpt5 import ByGPT5
 from marlin_cli.models.byt5 import Attention, ByT5, Decoder, DecoderBlock, Encoder, EncoderBlock
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
+
+T5Stack: TypeAlias = "Encoder | Decoder | bygpt5.Decoder"
+T5Layer: TypeAlias = "EncoderBlock | DecoderBlock | bygpt5.Block"
 
 # Rows by which the decoder's own cache grows; answers are short.
 SELF_CACHE_ROWS = 64
@@ -20,10 +26,10 @@ class FusedByT5:
 
     def __init__(self, network: ByT5, module: Any) -> None:
         self._network, self._module = network, module
-        self._encoder = _stack(module, network, network.encoder) if isinstance(network.encoder, Encoder) else None
+        self._encoder = kernel_stack(module, network.config, network.encoder) if isinstance(network.encoder, Encoder) else None
         if network.config.decoder_layers:
-            self._decoder = _stack(module, network, network.decoder)
-            self._head = _head(module, network)
+            self._decoder = kernel_stack(module, network.config, network.decoder)
+            self._head = kernel_head(module, network)
 
     def encode(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
         """See `ByT5.encode`; an encoder that pools stays with the graph."""
@@ -66,25 +72,48 @@ class FusedAnswers:
 
 def fuse_byt5(network: ByT5) -> FusedByT5 | None:
     """The fused stacks of a network, or None where the kernels do not run or do not know a layer of it."""
-    if mx.default_device() != mx.Device(mx.cpu):
+    stacks: list[Encoder | Decoder] = [network.decoder] if network.config.decoder_layers else []
+    if isinstance(network.encoder, Encoder):
+        stacks.append(network.encoder)
+    if mx.default_device() != mx.Device(mx.cpu) or not knows_stack(network, stacks):
         return None
     module = kernels()[0]
-    layers: list[EncoderBlock | DecoderBlock] = list(network.decoder.layers) if network.config.decoder_layers else []
-    if isinstance(network.encoder, Encoder):
-        layers += network.encoder.layers
+    return None if module is None else FusedByT5(network, module)
+
+
+def knows_stack(network: ByT5 | ByGPT5, stacks: Sequence[T5Stack]) -> bool:
+    """Whether the kernels know every layer of stacks of T5's kind, and the table and the head beside them."""
+    layers = [layer for stack in stacks for layer in stack.layers]
     parts = [part for layer in layers for part in _parts(layer)] + ([network.output] if "output" in network else [])
     arrays = [layer.ffn_norm.weight for layer in layers] + [part.weight for part in parts if type(part) is Linear]
     known = type(network.embedding) is nn.Embedding and all(type(part) in (Linear, QuantizedLinear) for part in parts)
-    if module is None or not known or any(array.dtype != mx.float32 for array in (network.embedding.weight, *arrays)):
-        return None
-    return FusedByT5(network, module)
+    return known and all(array.dtype == mx.float32 for array in (network.embedding.weight, *arrays))
+
+
+def kernel_stack(module: Any, config: ByT5Config, stack: T5Stack) -> Any:
+    """The kernels' own copy of a stack of T5's kind."""
+    shape = module.StackShape(
+        heads=config.heads, kv_heads=config.heads, head_dim=config.head_dim, scale=1.0, window=-1, rope_theta=0.0,
+        rope_interleaved=False, token_shift=False, activation=module.Activation[config.activation],
+        causal=not isinstance(stack, Encoder),
+    )  # fmt: skip
+    layers = [_layer(module, layer) for layer in stack.layers]
+    return module.Stack(layers, kernel_norm(module, stack.norm), shape, stack.relative_bias())
+
+
+def kernel_head(module: Any, network: ByT5 | ByGPT5) -> Any:
+    """The kernels' own copy of what makes logits of hidden rows."""
+    factor = network.config.d_model**-0.5 if network.config.scaled_head else 1.0
+    if network.config.tied_head:
+        return module.Product(network.embedding.weight, None, None, None, 0, None, factor)
+    return kernel_product(module, network.output, factor)
 
 
 def _listed(lengths: mx.array | None) -> list[int]:
     return [] if lengths is None else lengths.tolist()  # type: ignore[return-value]
 
 
-def _parts(layer: EncoderBlock | DecoderBlock) -> list[nn.Module]:
+def _parts(layer: T5Layer) -> list[nn.Module]:
     cross = _projections(layer.cross) if isinstance(layer, DecoderBlock) else []
     ffn = [layer.ffn[name] for name in ("gate_proj", "up_proj", "down_proj") if name in layer.ffn]
     return [*_projections(layer.attention), *cross, *ffn]
@@ -94,18 +123,7 @@ def _projections(attention: Attention) -> list[nn.Module]:
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
 
 
-def _stack(module: Any, network: ByT5, stack: Encoder | Decoder) -> Any:
-    config = network.config
-    shape = module.StackShape(
-        heads=config.heads, kv_heads=config.heads, head_dim=config.head_dim, scale=1.0, window=-1, rope_theta=0.0,
-        rope_interleaved=False, token_shift=False, activation=module.Activation[config.activation],
-        causal=isinstance(stack, Decoder),
-    )  # fmt: skip
-    layers = [_layer(module, layer) for layer in stack.layers]
-    return module.Stack(layers, kernel_norm(module, stack.norm), shape, stack.relative_bias())
-
-
-def _layer(module: Any, layer: EncoderBlock | DecoderBlock) -> Any:
+def _layer(module: Any, layer: T5Layer) -> Any:
     ffn, cross = layer.ffn, None
     if isinstance(layer, DecoderBlock):
         products = [kernel_product(module, part) for part in _projections(layer.cross)]
@@ -117,10 +135,3 @@ def _layer(module: Any, layer: EncoderBlock | DecoderBlock) -> Any:
         kernel_product(module, ffn.gate_proj) if "gate_proj" in ffn else None,
         kernel_product(module, ffn.up_proj), kernel_product(module, ffn.down_proj), cross,
     )  # fmt: skip
-
-
-def _head(module: Any, network: ByT5) -> Any:
-    factor = network.config.d_model**-0.5 if network.config.scaled_head else 1.0
-    if network.config.tied_head:
-        return module.Product(network.embedding.weight, None, None, None, 0, None, factor)
-    return kernel_product(module, network.output, factor)

@@ -37,6 +37,12 @@ class Sampling:
             raise UsageError(f"seed must be 0 or more and fit 64 bits, found {self.seed}")
 
 
+def filter_numbers(settings: Sampling) -> list[float]:
+    """The filters as kernels read them: temperature, top_p, the logarithm of min_p or 1 for none, top_k."""
+    floor = math.log(settings.min_p) if settings.min_p > 0 else 1.0
+    return [settings.temperature, settings.top_p, floor, float(settings.top_k)]
+
+
 # Steps for which noise is drawn at once.
 NOISE_STEPS = 64
 

@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.engine.finite import finite
+from marlin_cli.engine.fused_canine import CanineRunner, runner_of
 from marlin_cli.engine.spans import Span
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine_ids import Ids, padded_to
@@ -47,6 +49,7 @@ class SplitSettings:
 def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings) -> Iterator[tuple[Span, bytes]]:
     """The sentences of a stream of UTF-8, as soon as they are sure: where each lies, and its bytes.
 
+    A sentence is sure when all windows that hold its end have been read; an empty piece is a pause, see `boundary_scores`.
     White space after a sentence belongs to it; all sentences together are the text. The score is that of the first
     character that ends the sentence, and of the last one where the text or `most_characters` ends it.
 
@@ -54,14 +57,21 @@ def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSetting
         InputError: the stream is no UTF-8.
         UsageError: a window that the network cannot read.
     """
+    yield from sentences_of(boundary_scores(network, ids_of_pieces(pieces), settings), settings)
+
+
+def sentences_of(
+    scored: Iterable[tuple[Ids, npt.NDArray[np.float32]]], settings: SplitSettings
+) -> Iterator[tuple[Span, bytes]]:
+    """As `sentences`, of what `boundary_scores` gives."""
     builder = _Builder(settings)
-    for ids, scores in boundary_scores(network, ids_of_pieces(pieces), settings):
+    for ids, scores in scored:
         yield from builder.take(ids, scores)
     yield from builder.finish()
 
 
 def ids_of_pieces(pieces: Iterable[bytes], where: str = "the input") -> Iterator[Ids]:
-    """The characters of a stream, which may be cut within one.
+    """The characters of a stream, which may be cut within one; none for an empty piece.
 
     Raises:
         InputError: it is no UTF-8; `where` begins the line.
@@ -73,7 +83,7 @@ def ids_of_pieces(pieces: Iterable[bytes], where: str = "the input") -> Iterator
             held = len(decoder.getstate()[0])
             text = decoder.decode(piece)
             taken += len(piece)
-            if text:
+            if text or not piece:
                 yield np.frombuffer(text.encode("utf-32-le"), dtype="<i4").astype(np.int32)
         held, piece = len(decoder.getstate()[0]), b""
         decoder.decode(b"", final=True)
@@ -88,10 +98,13 @@ def boundary_scores(
 ) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
     """Characters in order, and for each the probability that it ends a sentence.
 
+    Many windows are read at once where the stream has them. An empty piece says that the next one has to be waited for:
+    what is sure by then comes before it.
+
     Windows overlap; the last one is moved back to end with the text. What they say is added and averaged in 16 bits,
     as wtpsplit does: it decides which scores lie above a threshold.
     """
-    config = network.config
+    config, runner = network.config, runner_of(network)
     window, stride = settings.window_characters, settings.stride_characters
     if window > config.longest or window % config.downsample_factor:
         raise UsageError(
@@ -112,9 +125,11 @@ def boundary_scores(
             piece = next(stream, None)
             if piece is None:
                 ended = True
-            else:
+            elif len(piece):
                 waiting.append(piece)
                 held += len(piece)
+            elif held > start + window:
+                break
         ids = np.concatenate(waiting)
         sums, counts = (np.append(each, np.zeros(held - len(each), dtype=np.float16)) for each in (sums, counts))
         starts = list(range(start, max(start, held - window), stride))
@@ -122,7 +137,7 @@ def boundary_scores(
             starts.append(max(held - window, 0))
         for first in range(0, len(starts), settings.windows_at_once):
             some = starts[first : first + settings.windows_at_once]
-            logits = _window_logits(network, [ids[at : at + window] for at in some])
+            logits = _window_logits(runner, config.downsample_factor, [ids[at : at + window] for at in some])
             for at, row in zip(some, logits, strict=True):
                 sums[at : at + window] += row[: len(sums) - at]
                 counts[at : at + window] += np.float16(1)
@@ -135,13 +150,12 @@ def boundary_scores(
         start = (starts[-1] + stride if starts else start) - final
 
 
-def _window_logits(network: LaCanine, windows: list[Ids]) -> npt.NDArray[np.float32]:
+def _window_logits(runner: CanineRunner, factor: int, windows: list[Ids]) -> npt.NDArray[np.float32]:
     """Scores [windows, longest] of a sentence's end, before a sigmoid; all windows but a text's only one are equally long."""
-    factor = network.config.downsample_factor
     longest = max(len(window) for window in windows)
     length = -(-longest // factor) * factor
     lengths = mx.array([len(window) for window in windows]) if length != min(len(window) for window in windows) else None
-    return np.array(network(padded_to(windows, length, PADDING), lengths)[:, :longest, 0])
+    return finite(np.array(runner(padded_to(windows, length, PADDING), lengths, None)[:, :longest, 0]))
 
 
 class _Builder:

@@ -1,6 +1,6 @@
 """ByGPT5 (arXiv 2212.10474): the decoder of ByT5 alone, which continues bytes. Its parts stand in `models.byt5`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,17 +117,21 @@ class ByGPT5(nn.Module):
         """Logits [n, rows, vocab] float32 of what follows each of ids [n, rows], which follow those in the caches."""
         return self.head(self.decode(ids, caches))
 
-    def predictions(self, windows: mx.array) -> mx.array:
+    def predictions(self, windows: mx.array, run: Callable[[mx.array], mx.array] | None = None) -> mx.array:
         """Logits [n, length, vocab] float32 of bytes [n, length]: row i is of byte i given those before it.
 
         Where no mark leads a text, the first row comes of `start_id` alone, and the others of the bytes alone.
+
+        Args:
+            run: what gives the logits of ids; the network itself if None.
         """
+        run = run or self
         count, total = windows.shape
         ids = windows.astype(mx.int32) + FIRST_BYTE
         if self.config.starts_all or total < 2:
-            return self(self.led(ids[:, : max(0, total - 1)]))[:, :total]
-        first = self(self.led(ids[:1, :0]))
-        return mx.concatenate([mx.repeat(first, count, axis=0), self(ids[:, :-1])], axis=1)
+            return run(self.led(ids[:, : max(0, total - 1)]))[:, :total]
+        first = run(self.led(ids[:1, :0]))
+        return mx.concatenate([mx.repeat(first, count, axis=0), run(ids[:, :-1])], axis=1)
 
     def led(self, ids: mx.array) -> mx.array:
         """Ids [n, total] of texts with the mark before them where it leads every text, or where they have no ids."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.models.byt5_config import ByT5Config
-from marlin_cli.ops import Linear, strided_pool
+from marlin_cli.ops import Linear, activation, strided_pool
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.ops.long_attention import cross_attention, relative_attention
 
@@ -163,10 +163,9 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.ffn_dim, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        activation = {"gelu_tanh": nn.gelu_approx, "gelu": nn.gelu, "relu": nn.relu, "silu": nn.silu}[self.activation]
         if "gate_proj" in self:
-            return self.down_proj(activation(self.gate_proj(x)) * self.up_proj(x))
-        return self.down_proj(activation(self.up_proj(x)))
+            return self.down_proj(activation(self.gate_proj(x), self.activation) * self.up_proj(x))
+        return self.down_proj(activation(self.up_proj(x), self.activation))
 
 
 # Block
@@ -293,6 +292,8 @@ class ByT5(nn.Module):
             self.decoder = Decoder(config)
             if not config.tied_head:
                 self.output = Linear(config.d_model, config.vocab_size, bias=False)
+        elif config.labels:
+            self.output = Linear(config.d_model, len(config.labels))
 
     def __call__(self, source: mx.array, target: mx.array, lengths: mx.array | None = None) -> mx.array:
         """Logits [n, rows, vocab] float32 of what follows each id of `target`, all of it given.
@@ -313,9 +314,18 @@ class ByT5(nn.Module):
         """What the encoder reads of ids [n, total]: [n, states, d_model]."""
         return self.embedding(source)
 
+    @property
+    def ids_in_state(self) -> int:
+        """Ids that make one state of the encoder."""
+        return 1
+
     def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
         """The real states of inputs with so many real ids: [n]."""
         return lengths
+
+    def label_scores(self, states: mx.array) -> mx.array:
+        """Scores [.., labels] float32 of an encoder's states [.., d_model], before a softmax."""
+        return self.output(states).astype(mx.float32)
 
     def memory(self, states: mx.array, lengths: mx.array | None = None) -> list[PlainMemory]:
         """What each decoder layer reads of the encoder's states [n, states, d_model] of inputs with so many real ids."""

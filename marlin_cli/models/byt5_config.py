@@ -46,6 +46,7 @@ class ByT5Config:
     answer_end_ids: tuple[int, ...] | None = None  # each of them ends an answer; end_id alone unless given
     pad_id: int = 0
     max_bytes: int = 32768  # longest input
+    labels: tuple[str, ...] = ()  # of the rows of a head that labels bytes; an encoder alone may have one
 
     downsample_factor: int = 1  # bytes in a row of the upper encoder layers; 1 for every published checkpoint
     pooling: Literal["mean", "max"] = "mean"
@@ -61,6 +62,8 @@ class ByT5Config:
             for value in values:
                 if not 0 <= value < self.vocab_size:
                     raise ConfigError(f"{name} must be below vocab_size ({self.vocab_size}), found {quoted(value)}")
+        if self.labels and self.decoder_layers:
+            raise ConfigError(f"labels go with an encoder alone, found {len(self.labels)} with a decoder")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ConfigError(f"relative_buckets must be a multiple of 4, found {self.relative_buckets}")
         if self.relative_distance <= self.relative_buckets // 2:

@@ -54,6 +54,8 @@ def pass_through(network: ByT5, sample: tuple[bytes, bytes], watch: Watch) -> No
             watch(f"decoder.layers.{index}.cross", each.keys, each.values)
         caches = [WatchedCache(watch, f"decoder.layers.{index}.attention") for index in range(len(memory))]
         network.head(network.decode(mx.array([[config.start_id, *ids_of_bytes(target)]]), memory, caches))
+    elif config.labels:
+        network.label_scores(states)
 
 
 class WatchedCache:

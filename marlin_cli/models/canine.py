@@ -8,7 +8,7 @@ the start, and the molecules' lengths are counted as if it did not, so the last 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,18 +16,14 @@ import mlx.nn as nn
 from marlin_cli.errors import ConfigError
 from marlin_cli.models.canine_ids import PAD, Ids, with_marks
 from marlin_cli.models.limits import Limits, check_limits
-from marlin_cli.ops import Linear
+from marlin_cli.ops import Linear, activation
 from marlin_cli.ops.long_attention import cross_attention
+from marlin_cli.ops.reference import Activation
 from marlin_cli.text import quoted
 
 # Config
 
 Head = Literal["none", "sequence", "token", "answer", "choice"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
-
-ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu, "silu": nn.silu,
-}  # fmt: skip
 
 # Hash function i takes ((id + 1) * PRIMES[i]) modulo the number of buckets.
 PRIMES = (31, 43, 59, 61, 73, 97, 103, 113, 137, 149, 157, 173, 181, 193, 211, 223)
@@ -97,6 +93,8 @@ class CanineConfig(CharacterShape):
     labels: tuple[str, ...] = ()  # of the rows of the head, for sequence and token
     problem: Literal["one_label", "several_labels", "regression"] = "one_label"  # what scores of sequences mean
     second_type: int = 1  # the type of the second text of a pair; transformers from 5 on prepares pairs with 0
+
+    kinds_of_head: ClassVar[tuple[str, ...]] = get_args(Head)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +186,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(ffn_dim, d_model)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.up_proj(x)))
+        return self.down_proj(activation(self.up_proj(x), self.activation))
 
 
 # Block
@@ -254,7 +252,7 @@ class Downsampling(nn.Module):
 
     def __call__(self, windows: mx.array) -> mx.array:
         """Molecules [n, windows, d_model], not yet through the norm."""
-        return ACTIVATIONS[self.activation](self.conv(windows))
+        return activation(self.conv(windows), self.activation)
 
 
 class Upsampling(nn.Module):
@@ -275,7 +273,7 @@ class Upsampling(nn.Module):
 
     def __call__(self, windows: mx.array) -> mx.array:
         """Rows [n, total, d_model]."""
-        return self.norm(ACTIVATIONS[self.activation](self.conv(windows)))
+        return self.norm(activation(self.conv(windows), self.activation))
 
 
 class Local(nn.Module):
@@ -296,11 +294,16 @@ class Deep(NamedTuple):
     molecules: mx.array  # [n, total // factor, d_model]
 
 
+States: TypeAlias = Callable[[Deep, "mx.array | None"], mx.array]  # as `Canine.states`
+
+
 # Model
 
 
 class Canine(nn.Module):
     """The network: ids in; states, one vector an input, or a head's scores out."""
+
+    mark_leads = True  # the mark at the start takes a molecule's place, before all others
 
     def __init__(self, config: CanineConfig) -> None:
         super().__init__()
@@ -322,9 +325,7 @@ class Canine(nn.Module):
             lengths: [n] real ids of each input; the rest, at its end, is padding. All of them if None.
             types: [n, total] kinds of text; 0 if None.
         """
-        deep = self.deep(ids, lengths, types)
-        scored = self.pooled(deep) if self.config.scores_texts else self.states(deep, lengths)
-        return self.output(scored).astype(mx.float32)
+        return self.scores(self.deep(ids, lengths, types), lengths, self.states)
 
     def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; arguments as of a call."""
@@ -351,6 +352,10 @@ class Canine(nn.Module):
     def pooled(self, deep: Deep) -> mx.array:
         """One vector an input: [n, d_model]."""
         return mx.tanh(self.pooler(deep.molecules[:, 0]))
+
+    def scores(self, deep: Deep, lengths: mx.array | None, states: States) -> mx.array:
+        """See a call; `states(deep, lengths)` runs what is left of the network where the head reads characters."""
+        return self.output(self.pooled(deep) if self.config.scores_texts else states(deep, lengths)).astype(mx.float32)
 
     def states(self, deep: Deep, lengths: mx.array | None = None) -> mx.array:
         """The characters' states [n, total, d_model]; those of padding mean nothing."""

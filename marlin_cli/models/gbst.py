@@ -47,6 +47,8 @@ class GbstConfig(ByT5Config):
         super().__post_init__()
         if self.downsample_factor != 1:
             raise ConfigError("downsample_factor is of another encoder; bytes_in_row says how many bytes a row has here")
+        if self.labels:
+            raise ConfigError("labels are of bytes, of which a row here may be several; they go with a ByT5")
         if not 0 < len(self.block_sizes) <= MOST_BLOCKS or not all(0 < size <= MOST_BLOCK_BYTES for size in self.block_sizes):
             raise ConfigError(f"block_sizes must be 1 to {MOST_BLOCKS} numbers from 1 to {MOST_BLOCK_BYTES}")
         if len(self.block_offsets) not in (0, len(self.block_sizes)):
@@ -164,6 +166,11 @@ class Gbst(ByT5):
         if lengths is None and self.config.masks:
             lengths = mx.full((source.shape[0],), source.shape[1])
         return self.front(self.embedding(source), lengths)
+
+    @property
+    def ids_in_state(self) -> int:
+        """Ids that make one state of the encoder."""
+        return self.config.bytes_in_row
 
     def state_lengths(self, lengths: mx.array | None) -> mx.array | None:
         """The real states of inputs with so many real ids: [n]."""

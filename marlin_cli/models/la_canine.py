@@ -12,10 +12,10 @@ import mlx.nn as nn
 import numpy as np
 
 from marlin_cli.errors import ConfigError, UsageError
-from marlin_cli.models.canine import ACTIVATIONS, Attention, Block, CharacterShape, Downsampling, Embedding, Upsampling
+from marlin_cli.models.canine import Attention, Block, CharacterShape, Deep, Downsampling, Embedding, States, Upsampling
 from marlin_cli.models.canine_ids import Ids
 from marlin_cli.models.limits import check_limits
-from marlin_cli.ops import Linear
+from marlin_cli.ops import Linear, activation
 from marlin_cli.text import quoted
 
 PADDING = -1
@@ -40,6 +40,7 @@ class LaCanineConfig(CharacterShape):
     marks: ClassVar[bool] = False
     padding: ClassVar[int] = PADDING
     head: ClassVar[str] = "sentence"
+    kinds_of_head: ClassVar[tuple[str, ...]] = ("sentence",)
     pooler: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -123,7 +124,7 @@ class Adapter(nn.Module):
         self.up_proj = Linear(config.adapter_dim, config.d_model)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.up_proj(ACTIVATIONS[self.activation](self.down_proj(x)))
+        return self.up_proj(activation(self.down_proj(x), self.activation))
 
 
 class AdaptedBlock(Block):
@@ -163,6 +164,8 @@ class Local(nn.Module):
 class LaCanine(nn.Module):
     """The network: ids in, scores of every character out, of which the first is that of a sentence's end."""
 
+    mark_leads = False
+
     def __init__(self, config: LaCanineConfig) -> None:
         super().__init__()
         self.config = config
@@ -172,28 +175,39 @@ class LaCanine(nn.Module):
         self.layers = [AdaptedBlock(config, None, ahead) for _ in range(config.layers)]
         self.output = Linear(config.d_model, config.rows)
 
-    def __call__(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
         """Scores [n, total, rows] float32, before a sigmoid, of ids [n, total].
 
         Args:
             ids: code points, total a multiple of `downsample_factor`, filled up with `PADDING`.
             lengths: [n] real ids of each input; all of them if None.
+            types: kinds of text make no difference here.
         """
-        return self.output(self.states(ids, lengths)).astype(mx.float32)
+        return self.scores(self.deep(ids, lengths), lengths, self.states)
 
     def encode(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> mx.array:
-        """As `states`; kinds of text make no difference here."""
-        return self.states(ids, lengths)
+        """The characters' states [n, total, d_model]; arguments as of a call."""
+        return self.states(self.deep(ids, lengths), lengths)
 
-    def states(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
-        """The characters' states [n, total, d_model]; those of padding mean nothing."""
+    def deep(self, ids: mx.array, lengths: mx.array | None = None, types: mx.array | None = None) -> Deep:
+        """Everything up to the last of the deep layers; arguments as of a call."""
         characters = self.local.first(self.embedding(ids, None), lengths)
-        down, up = self.local.down, self.local.up
+        down = self.local.down
         molecules = self.molecules(characters, down(down.windows(characters)))
         counts = None if lengths is None else self.molecule_lengths(lengths, molecules.shape[1])
         for layer in self.layers:
             molecules = layer(molecules, counts)
-        return self.local.last(up(up.windows(characters, self.repeated(molecules, characters.shape[1]))), lengths)
+        return Deep(characters, molecules)
+
+    def scores(self, deep: Deep, lengths: mx.array | None, states: States) -> mx.array:
+        """See a call; `states(deep, lengths)` runs what is left of the network."""
+        return self.output(states(deep, lengths)).astype(mx.float32)
+
+    def states(self, deep: Deep, lengths: mx.array | None = None) -> mx.array:
+        """The characters' states [n, total, d_model]; those of padding mean nothing."""
+        up = self.local.up
+        windows = up.windows(deep.characters, self.repeated(deep.molecules, deep.characters.shape[1]))
+        return self.local.last(up(windows), lengths)
 
     def molecules(self, characters: mx.array, convolved: mx.array) -> mx.array:
         """What the deep layers read, [n, total / factor, d_model]."""

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
-from marlin_cli.ops import Linear, attention, delay_one_row
+from marlin_cli.ops import Linear, activation, attention, delay_one_row
 
 # Caches, as the layers see them; `marlin_cli.engine` has them.
 
@@ -108,9 +108,8 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.kind == "swiglu":
-            return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
-        activation = {"gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu, "silu": nn.silu}[self.kind]
-        return self.down_proj(activation(self.up_proj(x)))
+            return self.down_proj(activation(self.gate_proj(x), "silu") * self.up_proj(x))
+        return self.down_proj(activation(self.up_proj(x), self.kind))
 
 
 # Block

@@ -1,12 +1,13 @@
 """Operations of the engine. `reference` defines each one in plain MLX; faster twins stand beside it."""
 
-from marlin_cli.ops.dispatch import attention, paged_attention, patch_embed, strided_pool
+from marlin_cli.ops.dispatch import activation, attention, paged_attention, patch_embed, strided_pool
 from marlin_cli.ops.layers import Linear, QuantizedLinear, round_activations
 from marlin_cli.ops.reference import delay_one_row
 
 __all__ = [
     "Linear",
     "QuantizedLinear",
+    "activation",
     "attention",
     "delay_one_row",
     "paged_attention",

@@ -8,13 +8,22 @@ import mlx.core as mx
 
 from marlin_cli.ops import cuda, metal, reference
 from marlin_cli.ops.cpu import kernels, wanted_kernels
-from marlin_cli.ops.reference import KeyValueRows, Packed
+from marlin_cli.ops.reference import Activation, KeyValueRows, Packed
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:
     """See `reference.linear`."""
     twin = _cpu_twin(x, weight)
     return reference.linear(x, weight) if twin is None else _differentiable(twin.linear, reference.linear, x, weight)
+
+
+def activation(x: mx.array, kind: Activation) -> mx.array:
+    """See `reference.activation`."""
+    twin = None if kind == "relu" else _cpu_twin(x)
+    if twin is None:
+        return reference.activation(x, kind)
+    function = twin.Activation[kind]
+    return _differentiable(lambda rows: twin.activation(rows, function), lambda rows: reference.activation(rows, kind), x)
 
 
 def packed_linear(
@@ -154,16 +163,18 @@ class Choice(NamedTuple):
 # The operations, and where each has a twin of its own.
 OPERATIONS = {
     "linear": ("cpu",),
+    "activation": ("cpu",),
     "marlin_gemm": ("cpu", "cuda"),
     "flash_attention": ("cpu", "metal", "cuda"),
     "flash_attention_kv_fp4": ("cpu", "metal", "cuda"),
     "flash_attention_cross_asymmetric": ("cpu", "metal", "cuda"),
     "patch_embed": ("metal", "cuda"),
     "strided_pool": ("metal", "cuda"),
-    "stack": ("cpu",),
-    "answer_decode": ("cpu",),
+    "stack": ("cpu", "metal"),
+    "character_encoder": ("cpu",),
+    "answer_decode": ("cpu", "metal"),
     "sequence_costs": ("cpu",),
-    "local_patch_decode": ("cpu",),
+    "local_patch_decode": ("cpu", "metal"),
 }
 
 

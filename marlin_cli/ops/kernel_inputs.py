@@ -77,12 +77,34 @@ def integers(values: mx.array | None) -> mx.array:
 @functools.cache
 def unread() -> mx.array:
     """A stand-in for an input that a variant of a kernel does not read: [1] int32."""
-    return mx.zeros((1,), dtype=mx.int32)
+    return _made(mx.zeros((1,), dtype=mx.int32))
 
 
 @functools.cache
 def _no_scales() -> mx.array:
-    return mx.zeros((1, 1, 1, FEWEST_ON_DEVICE), dtype=mx.uint8)
+    return _made(mx.zeros((1, 1, 1, FEWEST_ON_DEVICE), dtype=mx.uint8))
+
+
+@functools.cache
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """A stand-in, in the device's address space, for an input of a type that a variant of a kernel does not read: [8]."""
+    return _made(mx.zeros((FEWEST_ON_DEVICE,), dtype=dtype))
+
+
+def _made(array: mx.array) -> mx.array:
+    """The array, evaluated: a graph that is traced where it is made would make it again in each call, by a launch."""
+    mx.eval(array)
+    return array
+
+
+def on_device(array: mx.array) -> mx.array:
+    """The array, of at least the elements that MLX leaves in the device's address space; more rows, which nothing reads."""
+    if array.size >= FEWEST_ON_DEVICE:
+        return array
+    axis = max(array.ndim - 2, 0)
+    a_row = array.size // array.shape[axis]
+    more = -(-FEWEST_ON_DEVICE // a_row)
+    return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])
 
 
 @functools.lru_cache(maxsize=64)

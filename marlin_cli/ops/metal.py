@@ -10,11 +10,11 @@ from typing import Literal
 import mlx.core as mx
 
 from marlin_cli.ops.kernel_inputs import (
-    FEWEST_ON_DEVICE,
     FLOATS,
     alike,
     factor_input,
     integers,
+    on_device,
     page_inputs,
     row_count,
     shared_rows,
@@ -27,7 +27,7 @@ from marlin_cli.ops.kernel_source import launch
 from marlin_cli.ops.metal_kernels import PAGES_A_LAUNCH, kernel
 from marlin_cli.ops.reference import KeyValueRows, Packed
 
-PIECE = 8  # values of a head that one lane holds
+PIECE = 8  # values of a row, of a head or of weights, that a lane holds at once
 MOST_SHARED_ROWS = 16  # rows of queries that read the same keys; more of them are for the matrix units
 PREFILL_ROWS, PREFILL_KEYS = 32, 32  # that a threadgroup of the prefill kernel has at once
 MOST_PREFILL_HEAD_DIM = 128  # by registers and threadgroup memory
@@ -55,7 +55,7 @@ def attention(
     tile = tile_of(shared_rows(queries, kv_heads))
     tiles = tile_count(queries, kv_heads)
     simdgroups = 1 if total <= SHORT_SEQUENCE else _simdgroups(head_dim)
-    bias = queries if relative_bias is None else _on_device(relative_bias.astype(queries.dtype).reshape(-1))
+    bias = queries if relative_bias is None else on_device(relative_bias.astype(queries.dtype).reshape(-1))
     most = 0 if relative_bias is None else relative_bias.shape[1] // 2
     sizes = [heads, kv_heads, rows, total, causal, -1 if window is None else window]
     sizes += [left_padding is not None, lengths is not None, most]
@@ -247,18 +247,26 @@ def _cross_attention(
     queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None
 ) -> mx.array:
     """Attention that hides nothing, over one array of keys and one of values, split along its rows."""
-    total, kv_heads = row_count(keys), stored(keys).shape[1]
-    rows_a_split = _rows_a_split(queries, keys, total)
-    splits = -(-total // rows_a_split)
-    queries = mx.contiguous(queries)
-    sizes = [queries.shape[1], kv_heads, queries.shape[2], total, rows_a_split, lengths is not None]
-    inputs = [queries, *_page_inputs(keys, values), integers(lengths), factor_input(scale), mx.array(sizes, dtype=mx.int32)]
-    part = _parts("flash_attention_cross_asymmetric", inputs, queries, keys, values, splits, splits == 1)
+    splits = -(-row_count(keys) // _rows_a_split(queries, keys, row_count(keys)))
+    part = cross_parts(queries, keys, values, scale, lengths, splits == 1)
     return part[0].reshape(queries.shape) if splits == 1 else _combine([part], queries)
 
 
+def cross_parts(
+    queries: mx.array, keys: KeyValueRows, values: KeyValueRows, scale: float, lengths: mx.array | None, final: bool
+) -> list[mx.array]:
+    """What splits of the keys have seen, and their peaks and weights, see `_parts`; `final` only where there is one split."""
+    total, kv_heads = row_count(keys), stored(keys).shape[1]
+    rows_a_split = _rows_a_split(queries, keys, total)
+    queries = mx.contiguous(queries)
+    sizes = [queries.shape[1], kv_heads, queries.shape[2], total, rows_a_split, lengths is not None]
+    inputs = [queries, *_page_inputs(keys, values), integers(lengths), factor_input(scale), mx.array(sizes, dtype=mx.int32)]
+    splits = -(-total // rows_a_split)
+    return _parts("flash_attention_cross_asymmetric", inputs, queries, keys, values, splits, final)
+
+
 def _page_inputs(keys: KeyValueRows, values: KeyValueRows) -> list[mx.array]:
-    return [_on_device(array) for array in page_inputs(keys, values)]
+    return [on_device(array) for array in page_inputs(keys, values)]
 
 
 def _parts(
@@ -323,13 +331,3 @@ def _combine(parts: list[list[mx.array]], queries: mx.array) -> mx.array:
         dtypes=[queries.dtype],
     )
     return out
-
-
-def _on_device(array: mx.array) -> mx.array:
-    """The array, of at least the elements that MLX leaves in the device's address space; more rows, which nothing reads."""
-    if array.size >= FEWEST_ON_DEVICE:
-        return array
-    axis = max(array.ndim - 2, 0)
-    a_row = array.size // array.shape[axis]
-    more = -(-FEWEST_ON_DEVICE // a_row)
-    return mx.pad(array, [(0, more if i == axis else 0) for i in range(array.ndim)])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import mlx.core as mx
+import mlx.nn as nn
 
 
 class Packed(NamedTuple):
@@ -163,6 +164,14 @@ def delay_one_row(rows: mx.array, before: mx.array | None = None) -> mx.array:
     if before is None:
         before = mx.zeros_like(rows[:, :1])
     return mx.concatenate([before, rows[:, :-1]], axis=1)
+
+
+Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
+def activation(x: mx.array, kind: Activation) -> mx.array:
+    """What stands between the products of a feed-forward, of every value of x."""
+    return {"gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu, "silu": nn.silu}[kind](x)
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:

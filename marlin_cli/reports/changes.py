@@ -28,6 +28,7 @@ POOLED = 4
 QUALITY_FLOOR = 0.002
 
 SPEEDS = ("prefill_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds")
+TEXT_SPEED = "characters_per_second"
 ANSWERING_SPEEDS = ("encoder_bytes_per_second", "decode_bytes_per_second", "time_to_first_byte_seconds")
 
 
@@ -150,9 +151,14 @@ def _changes_of(new: Mapping[str, Any], old: Mapping[str, Any], alike: _Alike) -
 
 
 def _samples(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
-    """Repeats of every speed of a model, by measure; of a ByT5 by measure and batch size."""
+    """Repeats of every speed of a model, by measure; of a ByT5 by measure and batch size, of a CANINE by length too."""
     if model.get("throughput"):
         return {measure: model["throughput"][measure]["samples"] for measure in SPEEDS}
+    if any(TEXT_SPEED in speed for speed in model.get("speeds") or ()):
+        return {
+            f"{TEXT_SPEED}, batch {speed['batch_size']}, characters {speed['prompt_characters']}": speed[TEXT_SPEED]["samples"]
+            for speed in model["speeds"]
+        }
     return {
         f"{measure}, batch {speed['batch_size']}": speed[measure]["samples"]
         for speed in model.get("speeds") or ()
@@ -162,9 +168,9 @@ def _samples(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
 
 
 def _bits(model: Mapping[str, Any]) -> tuple[float, int] | None:
-    """Total bits of what a model was scored on, and how many bytes that is; None where it was not."""
+    """Total bits of what a model was scored on, and how many bytes that is; None where it was not, or texts are encoded."""
     quality = model.get("quality")
-    if not quality:
+    if not quality or "states_error" in quality.get("all_domains", ()):
         return None
     if "all_pairs" in quality:
         return quality["all_pairs"]["total_bits"], quality["all_pairs"]["target_bytes"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from marlin_cli import console
 from marlin_cli.bench.answering_result import AnsweringReport
+from marlin_cli.bench.encoding_result import EncodingReport
 from marlin_cli.bench.result import Report
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.documents import parse_json
@@ -19,7 +20,7 @@ from marlin_cli.reports.changes import MOST_RESULT_BYTES
 from marlin_cli.reports.forms import to_json
 
 
-def append_result(path: Path, report: Report | AnsweringReport, models: Sequence[str]) -> None:
+def append_result(path: Path, report: Report | AnsweringReport | EncodingReport, models: Sequence[str]) -> None:
     """Add the report to the end of `path`, whole or not at all; the file is made where there is none.
 
     Args:

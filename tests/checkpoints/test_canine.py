@@ -204,7 +204,7 @@ def test_the_mask_says_how_far_ahead_the_first_layer_sees(la_shapes, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "language", "changes", "message"),
     [
-        ("on", None, {}, r"holds adapters of 85 languages; name one \(--import language=..\): af, am"),
+        ("on", None, {}, r"holds adapters of 85 languages; name one \(--language or --import language=..\): af, am"),
         ("on", "xx", {}, "has no adapters of 'xx'; known: af, am"),
         ("on", "85", {}, "has no adapters of '85'"),
         ("on", "-1", {}, "has no adapters"),

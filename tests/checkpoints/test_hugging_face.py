@@ -10,6 +10,7 @@ import pytest
 
 from marlin_cli import ByT5Model, load
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
+from marlin_cli.checkpoints.hugging_face import config_of, names_of
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.errors import CheckpointError, ConfigError
@@ -81,6 +82,62 @@ def test_an_encoder_alone(folder):
     encoder = load(folder, device="cpu")
     assert encoder.config.decoder_layers == 0
     assert mx.array_equal(encoder.encode(b"abc"), states)
+
+
+LABELS = ("O", "A", "B")
+
+
+def label_bytes(tensors):
+    """The folder's encoder, as transformers' T5ForTokenClassification has it."""
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith(("shared.", "encoder."))}
+    tensors.clear()
+    tensors.update({f"transformer.{name}": tensor for name, tensor in kept.items()})
+    d_model = kept["shared.weight"].shape[1]
+    tensors["classifier.weight"] = mx.arange(3 * d_model).reshape(3, d_model).astype(mx.float32) % 7 - 3
+    tensors["classifier.bias"] = mx.array([0.0, 1.0, -1.0])
+
+
+def test_an_encoder_that_labels_bytes(folder, tmp_path):
+    plain = load(folder, device="cpu").encode(SOURCES[1])
+    rewrite(folder, label_bytes)
+    edit(folder, id2label={str(index): label for index, label in enumerate(LABELS)})
+    model = load(folder, device="cpu")
+    assert mx.allclose(model.encode(SOURCES[1]), plain, atol=1e-6)
+    assert model.config.labels == LABELS and model.config.decoder_layers == 0
+    assert mx.allclose(
+        model.network.label_scores(plain), plain @ model.network.output.weight.T + mx.array([0, 1, -1]), atol=1e-4
+    )
+    spans = model.label(SOURCES[1])
+    assert {span.label for span in spans} <= {"A", "B"}
+    model.save(tmp_path / "own")
+    assert load(tmp_path / "own", device="cpu").label(SOURCES[1]) == spans
+    # Under transformers' names again.
+    config = read_checkpoint(tmp_path / "own").config
+    assert names_of(config)["output.bias"] == "classifier.bias"
+    assert names_of(config)["encoder.norm.weight"] == "transformer.encoder.final_layer_norm.weight"
+    assert config_of(config | {"activation": "gelu_tanh"})["architectures"] == ["T5ForTokenClassification"]
+    assert config_of(config)["id2label"] == {"0": "O", "1": "A", "2": "B"}
+
+
+def test_labels_that_do_not_fit(folder):
+    rewrite(folder, label_bytes)
+    for table, error, message in (
+        ({"0": "O"}, CheckpointError, "the classifier has 3 rows, and id2label names 1; it must have 0 to 2"),
+        (None, CheckpointError, "the classifier has 3 rows, and id2label names 2"),
+        (["O", "A", "B"], ConfigError, "id2label should be a table of numbers and names, found list"),
+    ):
+        edit(folder, id2label=table)
+        with pytest.raises(error, match=message):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("classification_head.dense", "SequenceClassification"), ("qa_outputs", "QuestionAnswering")]
+)
+def test_heads_that_read_the_decoder_are_named(folder, name, kind):
+    rewrite(folder, lambda tensors: tensors.update({f"{name}.weight": mx.zeros((2, 2))}))
+    with pytest.raises(CheckpointError, match=f"holds a T5For{kind}, whose head reads the decoder"):
+        read_checkpoint(folder)
 
 
 def test_ids_of_the_generation_config_go_first(folder):

@@ -2,10 +2,11 @@
 
 import os
 import sys
+from typing import get_args
 
 import mlx.core as mx
 import pytest
-from canine_cases import random_canine
+from canine_cases import random_canine, random_la_canine
 from decoder_cases import random_bygpt5
 from mlx.utils import tree_map
 from typer.main import get_command
@@ -14,17 +15,21 @@ from marlin_cli import ByT5Config, ByT5Model, EncodingModel, MegaByteModel, cli
 from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.given import INPUTS, OUTPUTS, TEXTS, name_of
 from marlin_cli.commands.options import parse_import_options, parse_size
-from marlin_cli.commands.uses import CONTINUING, MODELS, SERVED_BY, USES, Family
+from marlin_cli.commands.uses import CONTINUING, HEADS, MODELS, SERVED_BY, USES, Family
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.errors import UsageError
 from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
+from marlin_cli.models.canine import Head
 from marlin_cli.models.canine_steps import CANINE
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.ops.device import choose_device
 
 COMMANDS = get_command(cli.app).commands
+
+# Commands that have no shipped model of their own.
+NEED_A_MODEL = ("quantize", "label", "encode")
 
 # What stands after an option that takes a value, and what it needs beside it.
 VALUES = {
@@ -102,6 +107,17 @@ VALUES = {
     "--batch": "1",
     "--bits": "4",
     "--bandwidth": "9",
+    **dict.fromkeys(("--second", "--question", "--choice"), "abc"),
+    "--language": "cs",
+    "--threshold": "0.1",
+    "--best": "1",
+    "--outside": "O",
+    "--pad-to": "64",
+    "--window": "64",
+    "--stride": "32",
+    "--longest": "9",
+    "--dtype": "bfloat16",
+    "--pool": "mean",
 }
 
 
@@ -114,16 +130,21 @@ def models(tmp_path_factory):
     network = MegaByteModel(_network(MegaByteConfig(**sizes, **wide)), choose_device("cpu"))
     network.save(folder / "continues")
     for name, layers in (("answers", 1), ("encoder_alone", 0)):
-        config = ByT5Config(d_model=32, ffn_dim=32, heads=1, head_dim=32, encoder_layers=1, decoder_layers=layers)
+        sizes = {"d_model": 32, "ffn_dim": 32, "heads": 1, "head_dim": 32, "encoder_layers": 1, "decoder_layers": layers}
+        config = ByT5Config(**sizes, labels=() if layers else ("O", "A"))
         model = ByT5Model.from_config(config, device="cpu")
         mx.random.seed(1)
         model.network.update(tree_map(lambda a: mx.random.normal(a.shape) * a.shape[-1] ** -0.5, model.network.parameters()))
         model.save(folder / name)
-    head = {"layers": 1, "head": "token", "labels": ("O", "A", "B")}
-    EncodingModel(random_canine(**head), choose_device("cpu")).save(folder / "encodes")
+    device = choose_device("cpu")
+    for head in get_args(Head):
+        labels = ("O", "A", "B") if head in ("sequence", "token") else ()
+        EncodingModel(random_canine(layers=1, head=head, labels=labels), device).save(folder / head)
+    EncodingModel(random_la_canine(layers=1, adapter_dim=32, language="cs"), device).save(folder / "sentence")
     bytewise = random_bygpt5(d_model=32, heads=1, head_dim=32, layers=1, max_bytes=96)
-    ContinuingModel(bytewise, choose_device("cpu")).save(folder / "bytewise")
-    return {family: folder / family.name.lower() for family in Family}
+    ContinuingModel(bytewise, device).save(folder / "bytewise")
+    by_head = {head: folder / head for head in HEADS}
+    return {family: folder / family.name.lower() for family in Family} | {Family.ENCODES: by_head["token"]} | by_head
 
 
 def _network(config):
@@ -138,9 +159,9 @@ def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments):
+    def run(*arguments, stdin=os.devnull):
         monkeypatch.setattr(sys, "argv", ["marlin", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", open(os.devnull))
+        monkeypatch.setattr(sys, "stdin", open(stdin))
         with pytest.raises(SystemExit) as caught:
             cli.main()
         captured = capfd.readouterr()
@@ -194,12 +215,22 @@ def has_part(use, family):
     return not use.parts or ARCHITECTURE[family].parts & {*use.parts}
 
 
+def has_head(use, family):
+    return not use.heads or ("token" if family is Family.ENCODES else family) in use.heads
+
+
 REFUSED = [
     (command, option, family)
     for command, table in USES.items()
     for option, uses in table.items()
     for family in Family
-    if family in SERVED[command] and not (family in uses and has_part(uses[family], family))
+    if family in SERVED[command] and not (family in uses and has_part(uses[family], family) and has_head(uses[family], family))
+] + [
+    (command, option, head)
+    for command, table in USES.items()
+    for option, uses in table.items()
+    for head in HEADS
+    if Family.ENCODES in uses and not has_head(uses[Family.ENCODES], head)
 ]
 
 
@@ -221,7 +252,10 @@ def test_an_option_without_a_use_for_a_model_is_refused(command, option, family,
     err = refusal(*marlin(command, models[family], *arguments))
     assert option in err or any(each in err for each in arguments if each.startswith("--")), err
     assert "has no meaning for" in err and (
-        family.value in err or ", whose parts are " in err or (family is Family.ENCODER_ALONE and Family.ANSWERS.value in err)
+        (HEADS[family] if family in HEADS else family.value) in err
+        or "; it is for one that " in err
+        or ", whose parts are " in err
+        or (family is Family.ENCODER_ALONE and Family.ANSWERS.value in err)
     )
 
 
@@ -229,8 +263,11 @@ USED = [
     (command, option, family)
     for command, table in USES.items()
     for option, uses in table.items()
-    for family, use in uses.items()
-    if family in SERVED[command] and has_part(use, family)
+    for family, use in [*uses.items(), *((head, uses[Family.ENCODES]) for head in HEADS if Family.ENCODES in uses)]
+    if (command in ("label", "encode") and family in HEADS and (command, family) != ("label", "none"))
+    or (command == "bench" and family in ("none", "sentence"))
+    or (family in SERVED[command] and has_part(use, family))
+    if has_head(use, family)
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
     if not (family is Family.ENCODER_ALONE and (command == "generate" or option == "--no-throughput"))
     and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
@@ -244,6 +281,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     (tmp_path / "PAIRS.tsv").write_bytes(b"source\ttarget\n" * 40)
     (tmp_path / "PROMPTS").write_bytes(b'"ab"\n')
     (tmp_path / "SHORT").write_bytes(b"ab")
+    (tmp_path / "TABS").write_bytes(b"ab\tcd\n")
     arguments = _arguments(command, option, models[family])
     if "--output" not in arguments and command in ("calibrate", "quantize"):
         arguments += ["--output", "OUT"]
@@ -254,30 +292,46 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         arguments += [] if {"--corpus", "--pairs"} & {*arguments} else ["--corpus", "TEXT"]
     if command == "generate" and not {"--max-bytes", "--max-length"} & {*arguments}:
         arguments += ["--max-bytes", "3"]
+    kind = Family.ENCODES if family in HEADS else family
     if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}
         if "--no-throughput" in arguments:
             arguments += ["--quality", "SCORED"] if "--quality" not in arguments else []
         else:
             arguments += [
-                each for pair in timed.items() if pair[0] not in arguments and family in USES[command][pair[0]] for each in pair
+                each for pair in timed.items() if pair[0] not in arguments and kind in USES[command][pair[0]] for each in pair
             ]
+    stdin = os.devnull
+    if command in ("label", "encode"):
+        head = "token" if family is Family.ENCODES else family
+        beside = {"answer": ["--question", "ab"], "choice": ["--choice", "ab"]}.get(head, [])
+        arguments += beside if command == "label" and option not in beside else []
+        if "--tabs" in arguments:
+            stdin = "TABS"
+        elif not {"--prompt", "--prompt-file", "--hex", "--prompts"} & {*arguments}:
+            arguments += ["--prompt", "abcd"]
+        pads = USES[command]["--pad-to"].get(Family.ENCODES)
+        if "--pad-to" not in arguments and head in HEADS and has_head(pads, head):
+            arguments += ["--pad-to", "16"]
+    texts = family is Family.ENCODES or family in HEADS
+    if "--quality" in arguments and texts and "--reference" not in arguments:
+        arguments += ["--reference", str(models[family])]
     if "--quality" in arguments and family in CONTINUING and "--window-bytes" not in arguments:
         arguments += ["--window-bytes", "64"]  # of a context of 96
     if "--export" in arguments:
         arguments += ["--local-bits" if family is Family.CONTINUES else "--wo-bits", "4"]
     names = {
-        "OUT": "out.safetensors" if command == "calibrate" else "out.json" if command == "bench" else "out",
+        "OUT": {"calibrate": "out.safetensors", "bench": "out.json", "encode": "out.npy"}.get(command, "out"),
         "PAIRS": "PAIRS.tsv",
         "STATS": "STATS.safetensors",
     }
-    names["SCORED"] = "TEXT" if family in CONTINUING else "PAIRS.tsv"
+    names["SCORED"] = "TEXT" if family in CONTINUING or texts else "PAIRS.tsv"
     if "STATS" in arguments:
         made = ("--corpus", tmp_path / "TEXT", "--max-bytes", "256", "--output", "STATS.safetensors")
         code, _, err = marlin("calibrate", models[family], *made)
         assert code == 0, err
     model = [] if "--kernels" in arguments else [models[family]]
-    code, out, err = marlin(command, *model, *(names.get(each, each) for each in arguments))
+    code, out, err = marlin(command, *model, *(names.get(each, each) for each in arguments), stdin=stdin)
     assert code == 0, err
     assert out or any((tmp_path / name).exists() for name in names.values())
 
@@ -294,7 +348,7 @@ BESIDE = [
 @pytest.mark.parametrize(("command", "option", "other"), BESIDE)
 def test_an_option_without_a_use_beside_another_is_refused(command, option, other, marlin):
     own = _arguments(command, option, "m") if option.startswith("--") else ["m"]
-    own += ["m"] if command == "quantize" else []
+    own += ["m"] if command in NEED_A_MODEL else []
     err = refusal(*marlin(command, *own, *_arguments(command, other, "m")[: 1 + len(VALUES.get(other, "").split())]))
     assert "has no meaning beside" in err or "needs" in err
 
@@ -304,7 +358,7 @@ NEEDS = [(command, option) for command, table in USES.items() for option, uses i
 
 @pytest.mark.parametrize(("command", "option"), NEEDS)
 def test_an_option_without_what_it_needs_is_refused(command, option, marlin):
-    model = ["m"] if command == "quantize" else []
+    model = ["m"] if command in NEED_A_MODEL else []
     own = _arguments(command, option, "m")[: 1 if options_of(command)[option].is_flag else 2]
     assert f"{option} needs --" in refusal(*marlin(command, *model, *own))
 
@@ -319,7 +373,7 @@ ONCE = [
 
 @pytest.mark.parametrize(("command", "option"), ONCE)
 def test_a_second_value_is_refused(command, option, marlin):
-    model = ["m"] if command == "quantize" else []
+    model = ["m"] if command in NEED_A_MODEL else []
     value = [option, *VALUES[option].split()]
     assert f"{option} is given 2 times" in refusal(*marlin(command, *model, *value, *value))
 

@@ -30,6 +30,8 @@ def use_of_model(rng: Random, name: str, refuse: bool = False, byt5: bool = Fals
     uses = (
         (6, ["generate", name, "-p", "ab", "--max-bytes", "4"], (), True),
         (1, ["generate", name, "-p", "ab", "--max-bytes", "4", "--json"], (), False),
+        (1, ["encode", name, "-p", "ab", "--pool", "mean"], (), False),
+        (1, ["label", name, "-p", "ab"], (), False),
         (3, ["quantize", name, "--dry-run"], (), False),
         (2, ["quantize", name, "-o", "out"], ("out",), False),
         (1, ["quantize", name, "-o", "out", "--dequantize"], ("out",), False),

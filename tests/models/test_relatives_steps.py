@@ -60,7 +60,7 @@ def test_a_canine(lengths, total):
 def test_an_la_canine(lengths, total):
     network = random_la_canine(adapter_dim=16, language="cs")
     given = texts(lengths, total, -1)
-    assert mx.array_equal(through(LA_CANINE, network, given), network.states(given.ids, given.lengths))
+    assert mx.array_equal(through(LA_CANINE, network, given), network.encode(given.ids, given.lengths))
 
 
 @pytest.mark.parametrize(

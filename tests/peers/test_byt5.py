@@ -13,7 +13,7 @@ from marlin_cli import load
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
-from marlin_cli.errors import AssumptionWarning
+from marlin_cli.errors import AssumptionWarning, CheckpointError
 from marlin_cli.models import build
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -96,6 +96,34 @@ def test_states_and_logits(name, tmp_path):
     logits = np.array(network(ids, mx.array(target.numpy()), lengths))
     assert np.abs(theirs.logits.numpy()).max() > 0.5
     assert np.abs(logits - theirs.logits.numpy()).max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_labels_of_bytes(tmp_path):
+    """T5ForTokenClassification: scores of a ragged batch, and the labels of bytes that follow from them."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(**TINY | GATED, num_labels=5, id2label={index: f"L{index}" for index in range(5)})
+    theirs = transformers.T5ForTokenClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load(tmp_path, device="cpu")
+    inputs = [b"abc", "K\u016f\u0148 \u6771\u4eac".encode(), bytes(range(200))]
+    batch = theirs_of([[*(byte + 3 for byte in data), 1] for data in inputs])
+    expected = theirs(**batch).logits
+    assert expected.abs().max() > 1
+    for data, states, wanted in zip(inputs, model.encode_many(inputs, marks=True), expected, strict=True):
+        scores = np.array(model.network.label_scores(states))
+        assert np.abs(scores - wanted[: len(data) + 1].numpy()).max() < TOLERANCE
+    found = model.tag_many(inputs, outside=(), merge=False)
+    for data, spans, wanted in zip(inputs, found, expected, strict=True):
+        assert [span.label for span in spans] == [f"L{index}" for index in wanted[: len(data)].argmax(-1).tolist()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["SequenceClassification", "QuestionAnswering"])
+def test_heads_that_read_the_decoder_are_named(kind, tmp_path):
+    getattr(transformers, f"T5For{kind}")(transformers.T5Config(**TINY | GATED)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"holds a T5For{kind}, whose head reads the decoder"):
+        load(tmp_path)
 
 
 @torch.no_grad()

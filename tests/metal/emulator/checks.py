@@ -28,7 +28,7 @@ class Check(Enum):
     ADDRESS_SPACES = "address spaces"  # compiled with device, constant and threadgroup as distinct spaces, as C++14
     COMPILES = "compiles"
     CONVERGENCE = "convergence"  # barriers and SIMD-group functions are met by all threads
-    EVENTS = "events"  # shuffles from nowhere, too much threadgroup memory
+    EVENTS = "events"  # shuffles from nowhere, too much threadgroup memory, the end of the process
     INPUTS = "inputs"  # stay as they were
     WRITTEN = "written"  # every element of the outputs
     ORDER = "order"  # no result depends on the order of threads, or on threadgroup memory that nobody wrote
@@ -137,7 +137,7 @@ def _check(
     try:
         outcomes = run(composed, buffers, runs)
     except (CompileError, Crash) as error:
-        report.add(Check.COMPILES if isinstance(error, CompileError) else Check.SANITIZERS, [str(error)])
+        report.add(Check.COMPILES if isinstance(error, CompileError) else Check.EVENTS, [str(error)])
         if isinstance(error, CompileError):
             return
         outcomes = []
