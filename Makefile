@@ -5,7 +5,7 @@ BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test slow metal hostile kills lint parity peers clean
+.PHONY: demo test slow metal tune hostile kills lint parity peers clean
 
 # The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
 demo: .venv/demo
@@ -34,6 +34,10 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Which way of multiplying packed weights is the fastest on this machine: measured in a minute or two, kept beside the kernels.
+tune: .venv/demo
+	$(BIN)/python -m marlin_cli.ops.tune
 
 # The same numbers as the implementations that checkpoints come from.
 parity: .venv/peers

@@ -1,6 +1,6 @@
 """Products with packed weights on an NVIDIA GPU: marlin_gemm_fp4, MLX and torch (bfloat16 weights), in one run.
 
-    python benchmarks/cuda_products.py [--sizes 4096,8192] [--rows 1,2,4,8,16,32] [--rounds 7]
+    python benchmarks/cuda_products.py [--sizes 4096,8192] [--rows 1,2,4,8,16,32,64,256,2048] [--rounds 7] [--mlx]
 
 Each call is a chain of products, each the next one's x, over so many weights that none is in the cache when its turn comes
 again. Rounds interleave the sides. Medians of what the GPU spends in kernels a product (by torch's profiler, where torch is
@@ -71,10 +71,13 @@ def chain(product, weights, x):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="4096,8192")
-    parser.add_argument("--rows", default="1,2,4,8,16,32")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64,256,2048")
     parser.add_argument("--formats", default="nvfp4,mxfp8")
     parser.add_argument("--types", default="bfloat16,float16,float32")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--mlx", action="store_true", help="MLX's products of 8 rows and more too, which it compiles for a minute"
+    )
     arguments = parser.parse_args()
     print(f"mlx {mx.__version__}, {mx.device_info().get('device_name', 'a GPU')}; microseconds a product: kernels (clock)")
     for size in map(int, arguments.sizes.split(",")):
@@ -99,7 +102,12 @@ def main() -> None:
                     def theirs(x=x, packed=packed, settings=settings):
                         return chain(lambda x, w: mx.quantized_matmul(x, *w, transpose=True, **settings), packed, x)
 
-                    calls = {"ours": lambda call=ours: mx.eval(call()), "mlx": lambda call=theirs: mx.eval(call())}
+                    def plain(x=x, packed=packed, settings=settings):
+                        return chain(lambda x, w: x @ mx.dequantize(*w, **settings, dtype=x.dtype).T, packed, x)
+
+                    # MLX's decoding and dense product stand for its own where that takes long to begin.
+                    other_side = theirs if arguments.mlx or rows < cuda.FEW_ROWS else plain
+                    calls = {"ours": lambda call=ours: mx.eval(call()), "mlx": lambda call=other_side: mx.eval(call())}
                     if torch and dtype == mx.bfloat16:
                         other = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
 
@@ -109,7 +117,7 @@ def main() -> None:
 
                         calls["torch"] = torchs
                     medians = measure(calls, arguments.rounds)
-                    one, other_one = (np.array(call()[0].astype(mx.float32)) for call in (ours, theirs))
+                    one, other_one = (np.array(call()[0].astype(mx.float32)) for call in (ours, other_side))
                     error = np.abs(one - other_one).max() / np.abs(other_one).max()
                     products = {"ours": count, "mlx": count, "torch": len(dense)}
                     times = {

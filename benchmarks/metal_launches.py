@@ -76,7 +76,7 @@ def metal(compiled: bool) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "gpu", lambda: "metal"))
         stack.enter_context(mock.patch.object(decoding, "fuse", lambda network: None))
         stack.enter_context(mock.patch.object(encoder_decoder, "fuse_byt5", lambda network: None))
-        stack.enter_context(mock.patch.dict("os.environ", {"MARLIN_PATCHES": "whole" if compiled else "steps"}))
+        stack.enter_context(mock.patch.dict("os.environ", {"MARLIN_PATCHES": "auto" if compiled else "operations"}))
         try:
             yield
         finally:

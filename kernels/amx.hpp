@@ -6,7 +6,7 @@
 #pragma once
 #include <array>
 
-#include "common.hpp"
+#include "threads.hpp"
 #include "targets.hpp"
 
 #if MARLIN_AVX512 && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)

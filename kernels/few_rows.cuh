@@ -4,169 +4,230 @@
 // within a product is free as long as both operands agree: so a lane takes 16 consecutive bytes of a row of W, as one load
 // brings them, four lanes beside each other, and x stands in shared memory in the order in which codes are decoded.
 // Loads of weights need no x: a warp has its first ones on their way before it waits for the x of another block.
+// All sizes are constants, which go before this text (`marlin_cli.ops.cuda_stages`): what could be worked out is worked out.
 
 namespace marlin {
 
-constexpr int TILE_ROWS = 8, MOST_ROWS = 16, PIECE_VALUES = 8;
+constexpr int TILE_ROWS = 8, MOST_ROWS = 16, PIECE_VALUES = 8, THREADS = WARPS * 32;
 
 enum Kind { DENSE, NVFP4, MXFP4, MXFP8, INT4, INT8 };
+enum NormKind { RMS, LAYER, VARIANCE };
+enum Activation { SWIGLU, GELU, GELU_TANH, RELU, SILU };
+enum Part { FIRST, QKV, OUT, UP, DOWN, LAST, PARTS_IN_ALL };
 
 // A linear layer, as `marlin_cli.ops.cuda_stages` lays it out.
-template <typename T>
 struct Linear {
   const uint32_t* weight;  // [rows, depth * bits / 32]; bfloat16 where dense
   const void* scales;      // [rows, depth / group] uint8; T for int4 and int8
   const T* zeros;          // [rows, depth / group], int4 and int8 alone
   const T* bias;           // [rows] or null
-  int32_t rows, depth;
   float factor;            // multiplies the product before the bias
-  int16_t kind, group;     // of dense weights: the parts side by side whose sum they are, 3 for float32
-
-  // Values of a row of x, which repeat for each part of the weight.
-  __device__ __forceinline__ int width() const { return kind == DENSE ? depth / group : depth; }
-  // Of the values that a lane takes of a row in one load: the logarithm.
-  __device__ __forceinline__ int log_values() const { return kind == DENSE ? 3 : kind == MXFP8 || kind == INT8 ? 4 : 5; }
-  __device__ __forceinline__ int steps() const { return (depth + (4 << log_values()) - 1) >> (2 + log_values()); }
-  __device__ __forceinline__ int tiles() const { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
-};
-
-// Rows of x in shared memory: [PARTS][rows][stride] pieces of 8 bfloat16. PARTS 3: float32 as a sum of three.
-// Within a step the pieces that the four lanes read together stand beside each other, and rows are 64 bytes apart, modulo the
-// banks of shared memory: so no two lanes of a load meet in a bank.
-template <int PARTS>
-struct Operand {
-  uint4* pieces;
-  int rows, stride, log_pieces;  // of a load of weights: 1, 2 or 4 pieces
-
-  __device__ __forceinline__ int place(int row, int piece) const {
-    const int within = piece & ((4 << log_pieces) - 1);
-    return row * stride + piece - within + ((within & ((1 << log_pieces) - 1)) << 2) + (within >> log_pieces);
-  }
-
-  // Values 8 * piece and on of a row.
-  __device__ __forceinline__ void put(int row, int piece, float (&values)[PIECE_VALUES]) const {
-    uint4* to = pieces + place(row, piece);
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-      uint32_t pairs[4];
-#pragma unroll
-      for (int p = 0; p < 4; p++) {
-        // A word of codes is decoded to pairs of the codes half a word apart.
-        const int dense = 2 * p, eight = p / 2 * 4 + p % 2;
-        const float first = log_pieces == 0 ? values[dense] : log_pieces == 1 ? values[eight] : values[p];
-        const float second = log_pieces == 0 ? values[dense + 1] : log_pieces == 1 ? values[eight + 2] : values[p + 4];
-        pairs[p] = pair_of<false>(first, second);
-      }
-      if constexpr (PARTS > 1) {
-#pragma unroll
-        for (int i = 0; i < PIECE_VALUES; i++) values[i] -= to_float(from_float<__nv_bfloat16>(values[i]));
-      }
-      to[part * rows * stride] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-    }
-  }
+  int32_t unused;
 };
 
 // What a phase multiplies: the rows of several layers one after another, or a pair of layers row by row. And how the warps of the
 // grid share it: teams of warps of one block, each team a tile, each of its warps some of the depth. Tiles go to blocks in turn;
-// teams are as large as leaves one for every tile. It is the same in every layer, so it is worked out once.
+// teams are as large as leaves one for every tile.
+template <int PART>
 struct Job {
-  int16_t count, paired, kind, log_values, log_group, log_size;
-  int32_t tiles, teams, steps, depth, width, stride, whole, segments, log_segments;  // x: see Operand and `bring`
-  int32_t first_tile[3];                                                           // of each layer
-  float inverse_width;
+  static constexpr int KIND = KINDS[PART], GROUP = GROUPS[PART], WIDTH = WIDTHS[PART], HEIGHT = ROWS[PART];
+  static constexpr bool PAIRED = PART == UP && ACTIVATION == SWIGLU;
+  static constexpr int LAYERS_BESIDE = PAIRED ? 2 : 1;
+  // Dense float32 weights are three bfloat16 side by side, which read x once each.
+  static constexpr int SIDES = KIND == DENSE ? X_PARTS : 1, DEPTH = WIDTH * SIDES;
+  static constexpr int LOG_VALUES = KIND == DENSE ? 3 : KIND == MXFP8 || KIND == INT8 ? 4 : 5, LOG_PIECES = LOG_VALUES - 3;
+  static constexpr int STEPS = (DEPTH + (4 << LOG_VALUES) - 1) >> (2 + LOG_VALUES), WHOLE = STEPS << (2 + LOG_VALUES);
+  static __device__ constexpr int tiles_of(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+  static constexpr int SECOND = tiles_of(HEIGHT), THIRD = SECOND + tiles_of(KV_HEADS * HEAD_DIM);  // first tiles of k and v
+  static constexpr int TILES = PART == QKV ? THIRD + THIRD - SECOND : SECOND;
+  static __device__ constexpr int row_stride() {
+    const int stride = WHOLE / PIECE_VALUES;
+    return stride % 8 == 4 ? stride : stride + 4;
+  }
+  static constexpr int STRIDE = row_stride();  // of x in shared memory, in pieces
 
-  template <typename T>
-  __device__ __forceinline__ void plan(const Linear<T>* linears, int number, bool pair, int warps) {
-    const Linear<T>& any = linears[0];
-    count = number, paired = pair, kind = any.kind, log_values = any.log_values(), log_group = 0, log_size = 0;
-    while (1 << (log_group + 1) <= any.group) log_group++;
-    inverse_width = 1.0f / any.width();
-    tiles = 0, steps = any.steps(), depth = any.depth, width = any.width(), whole = steps * (4 << log_values);
-    for (int i = 0; i < number; i++) {
-      first_tile[i] = pair ? 0 : tiles;
-      tiles = pair && i > 0 ? tiles : tiles + linears[i].tiles();
+  static __device__ constexpr int own_log_size() {
+    int log = 0;
+    while (2 << log <= WARPS && (1 << log) < STEPS && BLOCKS * (WARPS >> (log + 1)) >= TILES) log++;
+    return log;
+  }
+  static __device__ constexpr int log_size();
+  static __device__ constexpr int tiles_at_once() { return BLOCKS * (WARPS >> log_size()); }
+  static __device__ constexpr int rounds() { return (TILES + tiles_at_once() - 1) / tiles_at_once(); }
+  static __device__ constexpr int units() { return ((STEPS + (1 << log_size()) - 1) >> log_size()) * LAYERS_BESIDE; }
+  // Outputs of a tile, and how many of them a thread of the team has.
+  static constexpr int OUTPUTS = STREAMS * TILE_ROWS;
+  static __device__ constexpr int own_outputs() { return (OUTPUTS + (32 << log_size()) - 1) / (32 << log_size()); }
+};
+
+// Phases that write rows of x are shared out alike, so that the same thread always has the same places of it.
+template <int PART>
+__device__ constexpr int Job<PART>::log_size() {
+  if (PART != OUT && PART != DOWN && PART != FIRST) return own_log_size();
+  const int out = Job<OUT>::own_log_size(), down = Job<DOWN>::own_log_size(), first = IS_GLOBAL ? Job<FIRST>::own_log_size() : out;
+  const int both = out < down ? out : down;
+  return first < both ? first : both;
+}
+
+// Where a warp stands in the sharing of a job.
+template <int PART>
+struct Team {
+  using Own = Job<PART>;
+  static constexpr int LOG_SIZE = Own::log_size(), SIZE = 1 << LOG_SIZE;
+
+  static __device__ __forceinline__ int slot() { return int(threadIdx.x) / 32 >> LOG_SIZE; }
+  static __device__ __forceinline__ int member() { return int(threadIdx.x) / 32 & (SIZE - 1); }
+  static __device__ __forceinline__ int thread() { return int(threadIdx.x) & ((SIZE << 5) - 1); }
+  static __device__ __forceinline__ int tile(int round) { return round * Own::tiles_at_once() + slot() * BLOCKS + int(blockIdx.x); }
+  // Whether this block has any tile.
+  static __device__ __forceinline__ bool in_work() { return int(blockIdx.x) < Own::TILES; }
+  static __device__ __forceinline__ void synchronize() {
+    if constexpr (SIZE == WARPS) {
+      __syncthreads();
+    } else if constexpr (SIZE == 1) {
+      __syncwarp();
+    } else {
+      synchronize_team(1 + slot(), SIZE * 32);
     }
-    while (2 << log_size <= warps && (1 << log_size) < steps && gridDim.x * (warps >> (log_size + 1)) >= tiles) log_size++;
-    teams = gridDim.x * (warps >> log_size);
-    stride = whole / PIECE_VALUES;
-    if (stride % 8 != 4) stride += 4;
-    segments = (whole + 255) / 256, log_segments = 0;
-    while (1 << log_segments < segments) log_segments++;
-  }
-
-  __device__ __forceinline__ int team() const { return (threadIdx.x / 32 >> log_size) * gridDim.x + blockIdx.x; }
-  __device__ __forceinline__ int member() const { return threadIdx.x / 32 & ((1 << log_size) - 1); }
-};
-
-// Where a lane's weights of one tile begin.
-struct Lane {
-  uint32_t words;   // of 16 bytes, before the first of the lane
-  uint32_t groups;  // before the first of its row
-  int16_t tile;     // within its layer; below 0: none
-  uint16_t layer : 2, units : 14;
-
-  template <typename T>
-  __device__ __forceinline__ void plan(const Job& job, const Linear<T>* linears, int wanted) {
-    tile = -1, units = 0, layer = 0, words = groups = 0;
-    if (wanted >= job.tiles) return;
-    while (!job.paired && layer + 1 < job.count && wanted >= job.first_tile[layer + 1]) layer++;
-    tile = wanted - job.first_tile[layer];
-    const int lane = threadIdx.x % 32, member = job.member();
-    units = member < job.steps ? (((job.steps - member - 1) >> job.log_size) + 1) << job.paired : 0;
-    const uint32_t row = min(tile * TILE_ROWS + lane / 4, linears[layer].rows - 1);
-    words = row * (job.depth >> job.log_values) + member * 4 + lane % 4;
-    groups = job.kind == DENSE ? 0 : row * (job.depth >> job.log_group);
   }
 };
 
-// What a product is added to, and what multiplies it; of a pair, each one's own.
-struct Known {
-  float added[2], factor[2];
-};
+// A tile's layer of those of its phase, and its first row there.
+template <int PART>
+__device__ __forceinline__ int layer_of_tile(int& tile) {
+  if (PART != QKV || tile < Job<PART>::SECOND) return 0;
+  const int layer = tile < Job<PART>::THIRD ? 1 : 2;
+  tile -= layer == 1 ? Job<PART>::SECOND : Job<PART>::THIRD;
+  return layer;
+}
 
-// DEPTH loads of a lane's weights, on their way or used and loaded anew. KINDS has a bit for each kind that there is.
-// Units are steps of the depth; those of a pair of layers take turns.
-template <typename T, int KINDS, int DEPTH>
-struct Weights {
-  static constexpr bool AFFINE = (KINDS & (1 << INT4 | 1 << INT8)) != 0, CODES = (KINDS & ~(1 << DENSE)) != 0;
-  uint32_t words[DEPTH][4];
-  uint32_t scales[CODES ? DEPTH : 1];
-  float affine[AFFINE ? DEPTH : 1][2];  // scale and zero
-  Known known;                          // of the first output of this thread
+template <int PART>
+__device__ __forceinline__ constexpr int rows_of(int layer) {
+  return PART == QKV && layer > 0 ? KV_HEADS * HEAD_DIM : Job<PART>::HEIGHT;
+}
 
-  __device__ __forceinline__ void begin(const Job& job, const Linear<T>* linears, const Lane& lane) {
-    const Linear<T>&one = linears[job.paired ? 0 : lane.layer], &other = linears[job.paired ? 1 : lane.layer];
-    const int units = lane.units;
+// Rows of x in shared memory: [X_PARTS][STREAMS][STRIDE] pieces of 8 bfloat16. X_PARTS 3: float32 as a sum of three.
+// Within a step the pieces that the four lanes read together stand beside each other, and rows are 64 bytes apart, modulo the
+// banks of shared memory: so no two lanes of a load meet in a bank.
+template <int PART>
+struct Operand {
+  using Own = Job<PART>;
+  static constexpr int LOG_PIECES = Own::LOG_PIECES, STRIDE = Own::STRIDE;
+  uint4* pieces;
+
+  static __device__ __forceinline__ int place(int row, int piece) {
+    const int within = piece & ((4 << LOG_PIECES) - 1);
+    return row * STRIDE + piece - within + ((within & ((1 << LOG_PIECES) - 1)) << 2) + (within >> LOG_PIECES);
+  }
+
+  // Which of the 16-bit halves of a piece value k stands in: a word of codes is decoded to pairs of codes half a word apart.
+  static __device__ __forceinline__ constexpr int half_of(int k) {
+    if (LOG_PIECES == 0) return k;
+    if (LOG_PIECES == 1) return 2 * (k / 4 * 2 + k % 2) + k % 4 / 2;
+    return 2 * (k % 4) + k / 4;
+  }
+
+  // COUNT values of a row from `column` on, which share a piece.
+  template <int COUNT>
+  __device__ __forceinline__ void put(int row, int column, float (&values)[COUNT]) const {
+    static_assert(COUNT == 8 || COUNT == 4 || COUNT == 2);
+    uint4* to = pieces + place(row, column / PIECE_VALUES);
 #pragma unroll
-    for (int slot = 0; slot < DEPTH; slot++) {
-      if (slot >= units) break;  // the same for all lanes
-      load(job, slot % 2 ? other : one, lane, slot, slot);
-    }
-  }
-
-  __device__ __forceinline__ void load(const Job& job, const Linear<T>& linear, const Lane& lane, int slot, int unit) {
-    const int step = (unit >> job.paired) << job.log_size;
-    const int column = ((job.member() + step) * 4 + int(threadIdx.x % 4)) << job.log_values;
-    if (column >= job.depth) {
+    for (int part = 0; part < X_PARTS; part++) {
+      if constexpr (COUNT == 8) {
+        uint32_t pairs[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) words[slot][i] = 0;
-      if constexpr (CODES) scales[slot] = 0;
-      if constexpr (AFFINE) affine[slot][0] = affine[slot][1] = 0.0f;
-      return;
-    }
-    load_once<true>(linear.weight + (size_t(lane.words) + step * 4) * 4, words[slot]);
-    if constexpr (CODES) {
-      if (job.kind == DENSE) return;
-      const uint32_t group = lane.groups + (column >> job.log_group);
-      if constexpr (AFFINE) {
-        if (job.kind >= INT4) {
-          affine[slot][0] = to_float(static_cast<const T*>(linear.scales)[group]);
-          affine[slot][1] = to_float(linear.zeros[group]);
-          return;
+        for (int k = 0; k < 8; k++) {
+          const int half = half_of(k);
+          if (half % 2 == 0) pairs[half / 2] = pair_of<false>(values[k], values[value_of(half + 1)]);
+        }
+        to[part * STREAMS * STRIDE] = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+      } else {
+        uint16_t* halves = reinterpret_cast<uint16_t*>(to + part * STREAMS * STRIDE);
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 2) {
+          const uint32_t pair = pair_of<false>(values[i], values[i + 1]);
+          const int k = column % PIECE_VALUES + i;
+          if constexpr (LOG_PIECES == 0) {
+            *reinterpret_cast<uint32_t*>(halves + k) = pair;
+          } else {
+            halves[half_of(k)] = uint16_t(pair), halves[half_of(k + 1)] = uint16_t(pair >> 16);
+          }
         }
       }
-      const uint8_t* codes = static_cast<const uint8_t*>(linear.scales) + group;
-      scales[slot] = job.kind == NVFP4 ? *reinterpret_cast<const uint16_t*>(codes) : *codes;
+      if constexpr (X_PARTS > 1) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) values[i] -= to_float(from_float<__nv_bfloat16>(values[i]));
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ constexpr int value_of(int half) {
+    for (int k = 0; k < 8; k++) {
+      if (half_of(k) == half) return k;
+    }
+    return 0;
+  }
+};
+
+// LOADS loads of a lane's weights, on their way or used and loaded anew. Units are steps of the depth; those of a pair of layers
+// take turns.
+struct Weights {
+  static constexpr bool AFFINE = (ALL_KINDS & (1 << INT4 | 1 << INT8)) != 0, CODES = (ALL_KINDS & ~(1 << DENSE)) != 0;
+  uint32_t words[LOADS][4];
+  uint32_t scales[CODES ? LOADS : 1];
+  float affine[AFFINE ? LOADS : 1][2];  // scale and zero
+  float bias[2];                        // of the first output of this thread; of a pair, each one's own
+};
+static_assert(LOADS % 2 == 0);
+
+// Where a lane's weights of a tile begin, by layer of a pair.
+template <int PART>
+struct Lane {
+  using Own = Job<PART>;
+  const uint32_t* words[Own::LAYERS_BESIDE];
+  const uint8_t* scales[Own::LAYERS_BESIDE];
+  const T* zeros[Own::LAYERS_BESIDE];
+
+  __device__ __forceinline__ Lane(const Linear* linears, int tile) {
+    const int layer = layer_of_tile<PART>(tile), lane = threadIdx.x % 32;
+    const uint32_t row = min(tile * TILE_ROWS + lane / 4, rows_of<PART>(layer) - 1);
+    const uint32_t first = Team<PART>::member() * 4 + lane % 4;  // of 16 bytes, in its row
+#pragma unroll
+    for (int i = 0; i < Own::LAYERS_BESIDE; i++) {
+      const Linear& linear = linears[layer + i];
+      words[i] = linear.weight + (size_t(row) * (Own::DEPTH >> Own::LOG_VALUES) + first) * 4;
+      if constexpr (Own::KIND != DENSE) {
+        const size_t group = size_t(row) * (Own::DEPTH / Own::GROUP) + (first << Own::LOG_VALUES) / Own::GROUP;
+        constexpr bool AFFINE = Own::KIND == INT4 || Own::KIND == INT8;
+        scales[i] = static_cast<const uint8_t*>(linear.scales) + group * (AFFINE ? sizeof(T) : 1);
+        if constexpr (AFFINE) zeros[i] = linear.zeros + group;
+      }
+    }
+  }
+
+  // The unit's weights to a slot. What lies beyond the depth is zero.
+  __device__ __forceinline__ void load(Weights& weights, int slot, int unit) const {
+    constexpr int PAIR = Own::LAYERS_BESIDE, SIZE = Team<PART>::SIZE;
+    const int step = unit / PAIR * SIZE, side = unit % PAIR;  // steps from the member's first one
+    const int column = ((Team<PART>::member() + step) * 4 + int(threadIdx.x % 4)) << Own::LOG_VALUES;
+    if (Own::DEPTH % (SIZE * 4 << Own::LOG_VALUES) != 0 && column >= Own::DEPTH) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) weights.words[slot][i] = 0;
+      if constexpr (Weights::CODES) weights.scales[slot] = 0;
+      if constexpr (Weights::AFFINE) weights.affine[slot][0] = weights.affine[slot][1] = 0.0f;
+      return;
+    }
+    load_once<true>(words[side] + step * 16, weights.words[slot]);
+    if constexpr (Own::KIND == INT4 || Own::KIND == INT8) {
+      const int group = column / Own::GROUP - ((Team<PART>::member() * 4 + int(threadIdx.x % 4)) << Own::LOG_VALUES) / Own::GROUP;
+      weights.affine[slot][0] = to_float(reinterpret_cast<const T*>(scales[side])[group]);
+      weights.affine[slot][1] = to_float(zeros[side][group]);
+    } else if constexpr (Own::KIND != DENSE) {
+      const int group = column / Own::GROUP - ((Team<PART>::member() * 4 + int(threadIdx.x % 4)) << Own::LOG_VALUES) / Own::GROUP;
+      const uint8_t* codes = scales[side] + group;
+      weights.scales[slot] = Own::KIND == NVFP4 ? *reinterpret_cast<const uint16_t*>(codes) : *codes;
     }
   }
 };
@@ -174,8 +235,9 @@ struct Weights {
 // Weights are multiplied as w * 2^CODES_EXPONENT where they are codes under a scale, which keeps them among normal numbers.
 constexpr int CODES_EXPONENT = -26;
 
-__device__ __forceinline__ float factor_of_kind(int kind) {
-  return NVFP4 <= kind && kind <= MXFP8 ? power_of_two<-CODES_EXPONENT>() : 1.0f;
+template <int KIND>
+__device__ __forceinline__ float factor_of_kind() {
+  return NVFP4 <= KIND && KIND <= MXFP8 ? power_of_two<-CODES_EXPONENT>() : 1.0f;
 }
 
 // The weights of one piece as pairs of bfloat16, in SPLIT parts where they are no bfloat16.
@@ -203,10 +265,10 @@ __device__ __forceinline__ void weight_pairs(
   } else {
     constexpr int BITS = KIND == MXFP8 ? 8 : 4;
     using Own = Codes<false, BITS>;
-    constexpr int GROUPS = KIND == NVFP4 ? 2 : 1;
-    uint32_t factors[GROUPS];
+    constexpr int SCALES = KIND == NVFP4 ? 2 : 1;
+    uint32_t factors[SCALES];
     scale_pairs<false, CODES_EXPONENT + Own::CODE_EXPONENT>(scales, factors);
-    const uint32_t factor = GROUPS == 2 && piece >= 2 ? factors[GROUPS - 1] : factors[0];
+    const uint32_t factor = SCALES == 2 && piece >= 2 ? factors[SCALES - 1] : factors[0];
 #pragma unroll
     for (int word = 0; word < 4 / Own::PAIRS; word++) {
       uint32_t decoded[Own::PAIRS];
@@ -219,21 +281,21 @@ __device__ __forceinline__ void weight_pairs(
 
 // sums += x @ w^T for one load of weights: two sums, which take turns, as each product waits for the one before it. `x` is where
 // this lane's piece of the first row of x stands, which counts up from there.
-template <int KIND, int PARTS>
+template <int PART>
 __device__ __forceinline__ void multiply_unit(
-    float (&sums)[2][4], const uint32_t (&words)[4], uint32_t scales, const float* affine, const uint4* x, int part_stride,
-    int high_stride, bool low_there, bool high_there) {
-  constexpr int SPLIT = PARTS > 1 && (KIND == INT4 || KIND == INT8) ? 2 : 1;
-  constexpr int LANE_PIECES = KIND == DENSE ? 1 : KIND == MXFP8 || KIND == INT8 ? 2 : 4;
+    float (&sums)[2][4], const uint32_t (&words)[4], uint32_t scales, const float* affine, const uint4* x) {
+  using Own = Job<PART>;
+  constexpr int SPLIT = X_PARTS > 1 && (Own::KIND == INT4 || Own::KIND == INT8) ? 2 : 1;
+  const int row = threadIdx.x % 32 / 4;
 #pragma unroll
-  for (int piece = 0; piece < LANE_PIECES; piece++) {
+  for (int piece = 0; piece < 1 << Own::LOG_PIECES; piece++) {
     uint32_t w[SPLIT][4];
-    weight_pairs<KIND, SPLIT>(words, scales, affine, piece, w);
+    weight_pairs<Own::KIND, SPLIT>(words, scales, affine, piece, w);
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
+    for (int part = 0; part < X_PARTS; part++) {
       uint4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
-      if (low_there) low = x[part * part_stride + piece * 4];
-      if (high_there) high = x[part * part_stride + piece * 4 + high_stride];
+      if (row < STREAMS) low = x[part * STREAMS * Own::STRIDE + piece * 4];
+      if (STREAMS > 8 && row + 8 < STREAMS) high = x[part * STREAMS * Own::STRIDE + piece * 4 + 8 * Own::STRIDE];
 #pragma unroll
       for (int split = 0; split < SPLIT; split++) {
         multiply_tiles<false>(sums[0], low.x, high.x, low.y, high.y, w[split][0], w[split][1]);
@@ -243,90 +305,132 @@ __device__ __forceinline__ void multiply_unit(
   }
 }
 
-// All units of a warp's tile, of one kind.
-template <int KIND, int PARTS, typename T, int KINDS, int DEPTH>
-__device__ __forceinline__ void multiply_tile(
-    float (&sums)[2][2][4], const Job& job, const Linear<T>* linears, const Lane& own, Weights<T, KINDS, DEPTH>& weights,
-    const Operand<PARTS>& x) {
-  static_assert(DEPTH % 2 == 0);
-  constexpr int LOG_PIECES = KIND == DENSE ? 0 : KIND == MXFP8 || KIND == INT8 ? 1 : 2;
-  const int row = threadIdx.x % 32 / 4, part_stride = x.rows * x.stride, high_stride = 8 * x.stride;
-  const bool low_there = row < x.rows, high_there = row + 8 < x.rows;
-  const uint4* from = x.pieces + (low_there ? row * x.stride : 0) + (job.member() << (2 + LOG_PIECES)) + threadIdx.x % 4;
-  const Linear<T>&one = linears[job.paired ? 0 : own.layer], &other = linears[job.paired ? 1 : own.layer];
-  const int units = own.units;
-  for (int unit = 0; unit < units; unit += DEPTH) {
+// All units of a warp's tile.
+template <int PART>
+__device__ __forceinline__ void multiply_tile(float (&sums)[2][2][4], const Lane<PART>& own, Weights& weights, const Operand<PART>& x) {
+  using Each = Job<PART>;
+  constexpr int PAIR = Each::LAYERS_BESIDE, SIZE = Team<PART>::SIZE, UNITS = Each::units();
+  const int row = threadIdx.x % 32 / 4, member = Team<PART>::member();
+  const uint4* from = x.pieces + (row < STREAMS ? row * Each::STRIDE : 0) + (member << (2 + Each::LOG_PIECES)) + threadIdx.x % 4;
+#pragma unroll 1
+  for (int unit = 0; unit < UNITS; unit += LOADS) {
 #pragma unroll
-    for (int slot = 0; slot < DEPTH; slot++) {
-      if (unit + slot >= units) break;  // the same for all lanes
-      const int step = ((unit + slot) >> job.paired) << job.log_size;
+    for (int slot = 0; slot < LOADS; slot++) {
+      if (UNITS % LOADS != 0 && unit + slot >= UNITS) break;  // the same for all
+      const int step = (unit + slot) / PAIR * SIZE;
+      if (Each::STEPS % SIZE != 0 && member + step >= Each::STEPS) break;  // the same for all lanes
       // A pair's two sums take turns with the slots; of a single layer two are as good as one.
-      multiply_unit<KIND, PARTS>(
-          sums[slot % 2], weights.words[slot], weights.scales[weights.CODES ? slot : 0],
-          weights.affine[weights.AFFINE ? slot : 0], from + (step << (2 + LOG_PIECES)), part_stride, high_stride, low_there,
-          high_there);
-      if (unit + slot + DEPTH < units) weights.load(job, slot % 2 ? other : one, own, slot, unit + slot + DEPTH);
+      multiply_unit<PART>(
+          sums[slot % 2], weights.words[slot], weights.scales[Weights::CODES ? slot : 0], weights.affine[Weights::AFFINE ? slot : 0],
+          from + (step << (2 + Each::LOG_PIECES)));
+      if (UNITS > LOADS && unit + slot + LOADS < UNITS) own.load(weights, slot, unit + slot + LOADS);
     }
   }
 }
 
-// The first output of a thread among those of its team, [x rows][TILE_ROWS]. With few outputs a warp sums some of the members in
-// each quarter of its lanes.
-__device__ __forceinline__ int first_output(const Job& job, int x_rows) {
-  const int lane = threadIdx.x % 32;
-  return x_rows == 1 ? job.member() * TILE_ROWS + lane % TILE_ROWS : job.member() * 32 + lane;
+// The first loads of a warp's tile of a phase, whose linear layers these are, and the bias of what this thread will have.
+template <int PART>
+__device__ __forceinline__ void send_for(Weights& weights, const Linear* linears, int round = 0) {
+  using Own = Job<PART>;
+  int tile = Team<PART>::tile(round);
+  if (tile >= Own::TILES) return;
+  const Lane<PART> lane(linears, tile);
+#pragma unroll
+  for (int slot = 0; slot < LOADS; slot++) {
+    if (slot < Own::units()) lane.load(weights, slot, slot);
+  }
+  if constexpr (HAS_BIAS[PART]) {
+    const int layer = layer_of_tile<PART>(tile), output = Team<PART>::thread();
+    const int column = min(tile * TILE_ROWS + output % TILE_ROWS, rows_of<PART>(layer) - 1);
+#pragma unroll
+    for (int i = 0; i < Own::LAYERS_BESIDE; i++) {
+      const T* bias = linears[layer + i].bias;
+      weights.bias[i] = bias == nullptr ? 0.0f : to_float(bias[column]);
+    }
+  }
+}
+
+// The tiles of a phase into the second-level cache.
+template <int PART>
+__device__ __forceinline__ void send_tiles_to_cache(const Linear* linears) {
+  using Own = Job<PART>;
+  constexpr uint32_t BYTES = TILE_ROWS * (Own::DEPTH >> Own::LOG_VALUES) * 16;
+  if (Team<PART>::thread() >= Own::LAYERS_BESIDE) return;
+#pragma unroll
+  for (int round = 0; round < Own::rounds(); round++) {
+    int tile = Team<PART>::tile(round);
+    if (tile >= Own::TILES) return;
+    const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread();
+    if ((tile + 1) * TILE_ROWS <= rows_of<PART>(layer)) send_to_cache(linears[layer].weight + size_t(tile) * (BYTES / 4), BYTES);
+  }
 }
 
 // A job by all blocks; `weights` has begun with the team's first tile, and x stands there for all threads of the block.
-// finish(layer, x row, row of W, product, product with the second of a pair, known) is called once for each, by some thread;
-// know(layer, x row, row of W) gives what is known of a place. `partial` is shared memory for WARPS * 2 * rows * 8 floats.
-template <int WARPS, typename T, int KINDS, int DEPTH, int PARTS, typename Know, typename Finish>
+// finish(round, n, layer, x row, row of W, product, product with the second of a pair, bias, there) is called by whole warps, for
+// the n-th output of each thread; where `there` is false, it is of no row. `partial` is shared memory: see PARTIAL_FLOATS.
+constexpr int PARTIAL_FLOATS = WARPS * 2 * STREAMS * TILE_ROWS * 2;
+
+template <int PART, typename Finish>
 __device__ __forceinline__ void multiply(
-    const Job& job, const Linear<T>* linears, Lane own, Weights<T, KINDS, DEPTH>& weights, const Operand<PARTS>& x,
-    float* partial, const Know& know, const Finish& finish) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, outputs = x.rows * TILE_ROWS;
-  const int size = 1 << job.log_size, member = job.member(), begin = first_output(job, x.rows);
-  const bool few = x.rows == 1;
-  for (int first = 0; first < job.tiles; first += job.teams) {  // the same for all blocks
-    if (first > 0) {
-      own.plan(job, linears, first + job.team());
-      weights.begin(job, linears, own);
-      __syncthreads();  // the sums of the tile before have been read
-    }
-    if (own.tile >= 0) {
-      float sums[2][2][4] = {};
-      if constexpr ((KINDS & 1 << DENSE) != 0) if (job.kind == DENSE) multiply_tile<DENSE>(sums, job, linears, own, weights, x);
-      if constexpr ((KINDS & 1 << NVFP4) != 0) if (job.kind == NVFP4) multiply_tile<NVFP4>(sums, job, linears, own, weights, x);
-      if constexpr ((KINDS & 1 << MXFP4) != 0) if (job.kind == MXFP4) multiply_tile<MXFP4>(sums, job, linears, own, weights, x);
-      if constexpr ((KINDS & 1 << MXFP8) != 0) if (job.kind == MXFP8) multiply_tile<MXFP8>(sums, job, linears, own, weights, x);
-      if constexpr ((KINDS & 1 << INT4) != 0) if (job.kind == INT4) multiply_tile<INT4>(sums, job, linears, own, weights, x);
-      if constexpr ((KINDS & 1 << INT8) != 0) if (job.kind == INT8) multiply_tile<INT8>(sums, job, linears, own, weights, x);
+    Weights& weights, const Linear* linears, const Operand<PART>& x, float* partial, const Finish& finish) {
+  using Own = Job<PART>;
+  using Crew = Team<PART>;
+  constexpr int SIZE = Crew::SIZE, APART = SIZE >= 4 ? SIZE + 4 : SIZE, PAIR = Own::LAYERS_BESIDE;
+  const int lane = threadIdx.x % 32, member = Crew::member();
+  float* of_team = partial + Crew::slot() * (PAIR * Own::OUTPUTS * APART);
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int row = lane / 4 + i / 2 * 8, place = warp * 2 * outputs + row * TILE_ROWS + lane % 4 * 2 + i % 2;
-        if (row < x.rows) partial[place] = sums[0][0][i] + sums[0][1][i], partial[place + outputs] = sums[1][0][i] + sums[1][1][i];
-      }
+  for (int round = 0; round < Own::rounds(); round++) {
+    int tile = Crew::tile(round);
+    if (tile >= Own::TILES) return;  // the same for the team, and nothing follows for it
+    const Lane<PART> own(linears, tile);
+    if (round > 0) {
+      send_for<PART>(weights, linears, round);
+      Crew::synchronize();  // the sums of the tile before have been read
     }
-    __syncthreads();
-    if (own.tile < 0 || (few && member > 0)) continue;
-    const float* of_team = partial + (warp - member) * 2 * outputs;
-    const float factor = factor_of_kind(job.kind);
-    for (int i = begin; i < outputs; i += size * 32) {
-      float one = 0.0f, other = 0.0f;
-#pragma unroll 4
-      for (int each = few ? lane / TILE_ROWS : 0; each < size; each += few ? 4 : 1) {
-        one += of_team[each * 2 * outputs + i], other += of_team[(each * 2 + 1) * outputs + i];
+    float sums[2][2][4] = {};
+    multiply_tile<PART>(sums, own, weights, x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = lane / 4 + i / 2 * 8, output = row * TILE_ROWS + lane % 4 * 2 + i % 2;
+      if (row >= STREAMS) continue;
+      const float one = sums[0][0][i] + sums[0][1][i], other = sums[1][0][i] + sums[1][1][i];
+      of_team[output * APART + member] = PAIR == 2 ? one : one + other;
+      if constexpr (PAIR == 2) of_team[(Own::OUTPUTS + output) * APART + member] = other;
+    }
+    Crew::synchronize();
+    const int layer = layer_of_tile<PART>(tile);
+#pragma unroll
+    for (int n = 0; n < Own::own_outputs(); n++) {
+      const int output = Crew::thread() + n * SIZE * 32;
+      if (output - lane >= Own::OUTPUTS) break;  // whole warps
+      const bool inside = output < Own::OUTPUTS;
+      float totals[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int i = 0; i < PAIR; i++) {
+        const float* from = of_team + (i * Own::OUTPUTS + (inside ? output : 0)) * APART;
+        if constexpr (SIZE >= 4) {
+#pragma unroll
+          for (int each = 0; each < SIZE; each += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(from + each);
+            totals[i] += (four.x + four.y) + (four.z + four.w);
+          }
+        } else {
+#pragma unroll
+          for (int each = 0; each < SIZE; each++) totals[i] += from[each];
+        }
+        totals[i] *= factor_of_kind<Own::KIND>() * linears[layer + i].factor;
       }
-      if (few) {
-        one += __shfl_xor_sync(0xffffffff, one, 8), other += __shfl_xor_sync(0xffffffff, other, 8);
-        one += __shfl_xor_sync(0xffffffff, one, 16), other += __shfl_xor_sync(0xffffffff, other, 16);
+      const int row = tile * TILE_ROWS + output % TILE_ROWS, rows = rows_of<PART>(layer);
+      const bool there = inside && row < rows;
+      float bias[2] = {0.0f, 0.0f};
+      if constexpr (HAS_BIAS[PART]) {
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+          const T* known = linears[layer + i].bias;
+          bias[i] = n == 0 ? weights.bias[i] : known == nullptr ? 0.0f : to_float(known[min(row, rows - 1)]);
+        }
       }
-      const int row = own.tile * TILE_ROWS + i % TILE_ROWS;
-      if (row >= linears[own.layer].rows || (few && lane >= TILE_ROWS)) continue;
-      if (!job.paired) one += other;
-      const bool first_of_all = first == 0 && i == begin;
-      const Known known = first_of_all ? weights.known : know(own.layer, i / TILE_ROWS, row);
-      finish(own.layer, i / TILE_ROWS, row, one * factor, other * factor, known);
+      finish(round, n, layer, output / TILE_ROWS, row, totals[0], totals[1], bias[0], bias[1], there);
     }
   }
 }

@@ -8,37 +8,72 @@ namespace marlin {
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NOTHING_SEEN = -1e30f;  // a running maximum before the first key; finite, so that differences are numbers
 
-template <typename T>
-__device__ __forceinline__ void load_piece(const T* from, float (&values)[8]) {
-  const uint4* words = reinterpret_cast<const uint4*>(from);
+// COUNT (2, 4 or 8) values side by side, on their way until they are asked for: what is asked for too early is waited for.
+template <typename From, int COUNT>
+struct Loaded {
+  static constexpr int WORDS = COUNT * sizeof(From) / 4;
+  uint32_t words[WORDS];
+
+  // PAST_FIRST: not from the first cache, which does not know what other blocks have written.
+  template <bool PAST_FIRST>
+  __device__ __forceinline__ void load(const From* from) {
+    if constexpr (WORDS % 4 == 0) {
 #pragma unroll
-  for (int half = 0; half < int(sizeof(T)) / 2; half++) {
-    const uint4 four = __ldcg(words + half);
-    const uint32_t each[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if constexpr (sizeof(T) == 4) {
-        values[half * 4 + i] = __uint_as_float(each[i]);
-      } else {
-        values[2 * i] = __uint_as_float(each[i] << 16);
-        values[2 * i + 1] = __uint_as_float(each[i] & 0xffff0000u);
+      for (int i = 0; i < WORDS; i += 4) {
+        const uint4* place = reinterpret_cast<const uint4*>(from) + i / 4;
+        const uint4 four = PAST_FIRST ? __ldcg(place) : *place;
+        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
       }
+    } else if constexpr (WORDS == 2) {
+      const uint2* place = reinterpret_cast<const uint2*>(from);
+      const uint2 two = PAST_FIRST ? __ldcg(place) : *place;
+      words[0] = two.x, words[1] = two.y;
+    } else {
+      const uint32_t* place = reinterpret_cast<const uint32_t*>(from);
+      words[0] = PAST_FIRST ? __ldcg(place) : *place;
     }
+  }
+
+  __device__ __forceinline__ float operator[](int i) const {
+    if constexpr (sizeof(From) == 4) return __uint_as_float(words[i]);
+    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
+};
+
+template <bool PAST_FIRST = true, typename From, int COUNT>
+__device__ __forceinline__ void load_values(const From* from, float (&values)[COUNT]) {
+  Loaded<From, COUNT> loaded;
+  loaded.template load<PAST_FIRST>(from);
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) values[i] = loaded[i];
+}
+
+// Eight values side by side to memory.
+template <typename To>
+__device__ __forceinline__ void store_values(To* to, const float (&values)[8]) {
+  if constexpr (sizeof(To) == 2) {
+    uint32_t pairs[4];
+#pragma unroll
+    for (int p = 0; p < 4; p++) pairs[p] = pair_of<false>(values[2 * p], values[2 * p + 1]);
+    *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
+  } else {
+    reinterpret_cast<float4*>(to)[0] = float4{values[0], values[1], values[2], values[3]};
+    reinterpret_cast<float4*>(to)[1] = float4{values[4], values[5], values[6], values[7]};
   }
 }
 
 // Cosines and sines of one position: [head_dim / 2][2].
-__device__ __forceinline__ void fill_rotation(float* rotation, int half, float log2_theta, int position, int first, int stride) {
-  for (int i = first; i < half; i += stride) {
+__device__ __forceinline__ void fill_rotation(float* rotation, float log2_theta, int position, int first, int stride) {
+  constexpr int HALF = HEAD_DIM / 2;
+  for (int i = first; i < HALF; i += stride) {
     float sine, cosine;
-    sincosf(float(position) * exp2f(-log2_theta * float(i) / float(half)), &sine, &cosine);
+    sincosf(float(position) * exp2f(-log2_theta * float(i) / float(HALF)), &sine, &cosine);
     rotation[2 * i] = cosine, rotation[2 * i + 1] = sine;
   }
 }
 
-template <typename T, int HEAD_DIM>
 struct Head {
-  static constexpr int LANES = HEAD_DIM / 8, GROUPS = 32 / LANES;
+  static constexpr int LANES = HEAD_DIM / 8, CROWD = 32 / LANES;  // lanes of a group, groups of a warp
   float query[8], key[8], value[8], seen[8];
   float peak, weight;
 
@@ -51,9 +86,9 @@ struct Head {
     return value;
   }
 
-  // Normalise (where there is a weight) and rotate (where there is a rotation) a head that lies in its lanes.
-  static __device__ __forceinline__ void prepare(float (&x)[8], const T* norm, float eps, const float* rotation, bool interleaved) {
-    if (norm != nullptr) {
+  // Normalise (where there is a weight) and rotate a head that lies in its lanes.
+  static __device__ __forceinline__ void prepare(float (&x)[8], const T* norm, float eps, const float* rotation) {
+    if constexpr (QK_NORM) {
       float squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < 8; i++) squares += x[i] * x[i];
@@ -61,35 +96,35 @@ struct Head {
 #pragma unroll
       for (int i = 0; i < 8; i++) x[i] *= factor * to_float(norm[piece() * 8 + i]);
     }
-    if (rotation == nullptr) return;
-    if (interleaved) {
+    if constexpr (ROTATES && INTERLEAVED) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const float cosine = rotation[piece() * 8 + i], sine = rotation[piece() * 8 + i + 1], first = x[i], second = x[i + 1];
         x[i] = first * cosine - second * sine, x[i + 1] = first * sine + second * cosine;
       }
-      return;
-    }
-    const bool upper = piece() >= LANES / 2;
-    const float* own = rotation + piece() % (LANES / 2) * 16;
+    } else if constexpr (ROTATES) {
+      const bool upper = piece() >= LANES / 2;
+      const float* own = rotation + piece() % (LANES / 2) * 16;
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float other = __shfl_xor_sync(0xffffffff, x[i], LANES / 2);
-      x[i] = x[i] * own[2 * i] + (upper ? other : -other) * own[2 * i + 1];
+      for (int i = 0; i < 8; i++) {
+        const float other = __shfl_xor_sync(0xffffffff, x[i], LANES / 2);
+        x[i] = x[i] * own[2 * i] + (upper ? other : -other) * own[2 * i + 1];
+      }
     }
   }
 
   // Two keys and values of each group, on their way.
   struct Rows {
-    float keys[2][8], values[2][8];
+    Loaded<T, 8> keys[2], values[2];
 
+    // A local stage's rows are this warp's own.
     __device__ __forceinline__ void load(const T* from_keys, const T* from_values, int base, int end, int warps) {
 #pragma unroll
       for (int u = 0; u < 2; u++) {
-        if (base + u * warps * GROUPS >= end) break;
-        const int64_t row = min(base + u * warps * GROUPS + group(), end - 1);
-        load_piece(from_keys + row * HEAD_DIM + piece() * 8, keys[u]);
-        load_piece(from_values + row * HEAD_DIM + piece() * 8, values[u]);
+        if (base + u * warps * CROWD >= end) break;
+        const int64_t row = min(base + u * warps * CROWD + group(), end - 1);
+        keys[u].template load<IS_GLOBAL>(from_keys + row * HEAD_DIM + piece() * 8);
+        values[u].template load<IS_GLOBAL>(from_values + row * HEAD_DIM + piece() * 8);
       }
     }
   };
@@ -101,15 +136,12 @@ struct Head {
     peak = NOTHING_SEEN, weight = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
-    for (int base = first + warp * GROUPS; base < end; base += 2 * warps * GROUPS) {
-      if (base > first + warp * GROUPS) some.load(keys, values, base, end, warps);
-#pragma unroll
-      for (int u = 0; u < 2; u++) {
-        if (base + u * warps * GROUPS >= end) break;
-        take(some.keys[u], some.values[u], base + u * warps * GROUPS + group() < end);
-      }
+    int base = first + warp * CROWD;
+    take(some, base, end, warps, with_new);
+    for (base += 2 * warps * CROWD; base < end; base += 2 * warps * CROWD) {
+      some.load(keys, values, base, end, warps);
+      take(some, base, end, warps, false);
     }
-    if (with_new) take(key, value, group() == 0);  // the same for all lanes
 #pragma unroll
     for (int offset = LANES; offset < 32; offset *= 2) {
       const float other_peak = __shfl_xor_sync(0xffffffff, peak, offset), highest = fmaxf(peak, other_peak);
@@ -122,17 +154,37 @@ struct Head {
   }
 
  private:
-  __device__ __forceinline__ void take(const float (&k)[8], const float (&v)[8], bool there) {
-    float score = 0.0f;
+  // Some rows, and the new one, together: what one needs does not wait for another.
+  __device__ __forceinline__ void take(const Rows& some, int base, int end, int warps, bool with_new) {
+    float scores[3];
+    bool there[3];
 #pragma unroll
-    for (int i = 0; i < 8; i++) score += query[i] * k[i];
-    score = sum_of_group(score);
-    if (!there) return;  // whole groups alike, and no exchange follows
-    const float highest = fmaxf(peak, score), shrink = exp2f(peak - highest), share = exp2f(score - highest);
-    weight = weight * shrink + share;
+    for (int u = 0; u < 3; u++) {
+      there[u] = u < 2 ? base + u * warps * CROWD + group() < end : with_new && group() == 0;
+      scores[u] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; i++) seen[i] = seen[i] * shrink + share * v[i];
-    peak = highest;
+      for (int i = 0; i < 8; i++) scores[u] += query[i] * (u < 2 ? some.keys[u < 2 ? u : 0][i] : key[i]);
+    }
+#pragma unroll
+    for (int offset = 1; offset < LANES; offset *= 2) {
+#pragma unroll
+      for (int u = 0; u < 3; u++) scores[u] += __shfl_xor_sync(0xffffffff, scores[u], offset);
+    }
+    float highest = peak;
+#pragma unroll
+    for (int u = 0; u < 3; u++) highest = there[u] ? fmaxf(highest, scores[u]) : highest;
+    const float shrink = exp2f(peak - highest);
+    weight *= shrink, peak = highest;
+#pragma unroll
+    for (int i = 0; i < 8; i++) seen[i] *= shrink;
+#pragma unroll
+    for (int u = 0; u < 3; u++) {
+      if (!there[u]) continue;  // what stands there may be no number
+      const float share = exp2f(scores[u] - highest);
+      weight += share;
+#pragma unroll
+      for (int i = 0; i < 8; i++) seen[i] += share * (u < 2 ? some.values[u < 2 ? u : 0][i] : value[i]);
+    }
   }
 };
 

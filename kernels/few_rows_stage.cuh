@@ -1,236 +1,381 @@
 // The layers of one stage over one new row of each of up to 16 streams, by all blocks of a grid together.
 //
-// A layer is four or five phases with a barrier between: q/k/v; attention, where it is too much for each block to do all of it
-// itself; o_proj and residual; gate/up and activation; down_proj and residual. Each phase brings its x into shared memory
-// (normalised, combined, embedded) and multiplies; the weights of the next one are on their way before its barrier opens.
+// A layer is four or five phases: q/k/v; attention, where it is too much for each block to do all of it itself; o_proj and
+// residual; gate/up and activation; down_proj and residual. Each phase brings its x into shared memory (normalised, combined,
+// embedded) and multiplies; the weights of the next one are on their way before its x is there.
+// With few streams (TAGGED) what a phase gives lies in cells that carry its number, and whoever needs them looks until they are
+// there; a block without a tile reads nothing. Nothing is overwritten too early: a phase that writes a place again comes after
+// one that needed all that every reader of the place gave. With more streams a barrier stands between phases: all blocks look at
+// the same cells, and each look that comes too early is another load.
 // Norms multiply x by their weight before the product and by the row's own factor after it, so that x is read once.
+// Rows of x are in the registers of the threads that write them too: nobody reads them to add to them.
 
 namespace marlin {
 
-enum NormKind { RMS, LAYER, VARIANCE };
-enum Activation { SWIGLU, GELU, GELU_TANH, RELU, SILU };
-enum Part { FIRST, QKV, ATTEND, OUT, UP, DOWN, LAST, END };
-
 // As `marlin_cli.ops.cuda_stages` lays them out.
-template <typename T>
 struct Layer {
   const T *attention_norm, *ffn_norm, *query_norm, *key_norm;  // the last two may be null
-  T *keys, *values;                                           // [streams, kv_heads, capacity, head_dim]
-  Linear<T> qkv[3], out, up[2], down;                         // up: gate and up, or up alone
+  T *keys, *values;  // [streams, kv_heads, capacity, head_dim]; of a local stage see OWN_CACHE
+  Linear qkv[3], out, up[2], down;  // up: gate and up, or up alone
 };
 
-template <typename T>
 struct Stage {
   unsigned long long* grid;  // see Grid
-  float *x, *q, *k, *v;      // [streams, dim], [streams, heads * head_dim], twice [streams, kv_heads * head_dim]
-  float* parts;              // [streams * heads * splits, head_dim + 4]: what a split has seen
-  void *attended, *hidden;   // [streams, heads * head_dim], [streams, ffn_dim] bfloat16, or float where PARTS is 3
-  float* logits;             // [streams, vocab]
-  const T *table, *norm;     // [vocab, width]; [dim] or null
-  int32_t* mailbox;          // of the host, for the ids of some launches: each the launch's number, then [streams, steps]
-  Linear<T> first, last;     // of bytes to rows; of rows to logits or to the next stage's condition
-  int32_t streams, layers, dim, heads, kv_heads, ffn_dim, capacity, width;
-  int32_t window, norm_kind, activation, interleaved;
-  float log2_theta, scale, eps;  // log2_theta 0: no rotation
-  int32_t splits;
+  // Cells where TAGGED, else floats: [streams, dim], [streams, q, k and v], [streams * heads * SPLITS, SEEN], ..
+  void *x, *qkv, *parts;
+  void *attended, *hidden;  // [streams, heads * head_dim], [streams, ffn_dim]; as Kept, two in a cell where it has 16 bits
+  void* logits;             // [streams, vocab]
+  const T *table, *norm;    // [vocab, width]; [dim]
+  int32_t* mailbox;         // of the host, for the ids of some launches: each the launch's number, then [streams, steps]
+  Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
+  int32_t capacity, unused;
+  float log2_theta, scale, eps;
+  int32_t padding;  // to 8 bytes
 };
 
-template <typename T, int KINDS, int PARTS, int WARPS, int HEAD_DIM, bool SPLITS>
+using Kept = cuda::std::conditional_t<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
+
+constexpr int SEEN = HEAD_DIM + 4, QUERIES = HEADS * HEAD_DIM, KEYS = KV_HEADS * HEAD_DIM, QKV_ROW = QUERIES + 2 * KEYS;
+constexpr int QUERY_HEADS = HEADS / KV_HEADS;  // that share a head of the cache
+// In a local stage a warp attends alone to a head, of all heads in each block or of one; it has its cache for itself, in memory
+// that nobody else reads. In a global stage all warps of a block share a head's rows.
+constexpr bool ALONE = !IS_GLOBAL && STREAMS * HEADS <= 2 * WARPS;
+constexpr int CELLS_A_KEPT_PAIR = X_PARTS == 1 ? 1 : 2;
+// Of x in a phase with a norm: values that a lane takes at once, and that a warp does.
+constexpr int NORMED_VALUES = TAGGED ? 2 : 8, SEGMENT = 32 * NORMED_VALUES, SEGMENTS = (DIM + SEGMENT - 1) / SEGMENT;
+constexpr int X_BUFFERS = TAGGED ? 2 : 1;  // without barriers a warp may still read one phase's x while another brings the next
+
+__device__ __forceinline__ void put_float(void* to, int place, float value, unsigned phase) {
+  if constexpr (TAGGED) {
+    store_one(static_cast<Cell*>(to) + place, cell_of(__float_as_uint(value), phase));
+  } else {
+    static_cast<float*>(to)[place] = value;
+  }
+}
+
+// By whole warps, lanes of odd places beside those of the even ones before.
+__device__ __forceinline__ void put_kept(void* to, int place, float value, bool there, unsigned phase) {
+  if constexpr (!TAGGED) {
+    if (there) static_cast<Kept*>(to)[place] = from_float<Kept>(value);
+  } else if constexpr (X_PARTS > 1) {
+    if (there) put_float(to, place, value, phase);
+  } else {
+    const float other = __shfl_xor_sync(0xffffffff, value, 1);
+    if (there && place % 2 == 0) store_one(static_cast<Cell*>(to) + place / 2, cell_of(pair_of<false>(value, other), phase));
+  }
+}
+
+// Which values of rows of x a thread brings: OWN times COUNT side by side, by warps, a segment of a row each.
+template <int PART, int COUNT>
+struct Share {
+  static constexpr bool KEPT = X_PARTS == 1 && (PART == DOWN || PART == OUT);  // 16 bits each
+  static constexpr int WIDTH = WIDTHS[PART], SEGMENT = 32 * COUNT, SEGMENTS = (WIDTH + SEGMENT - 1) / SEGMENT;
+  static constexpr bool ONE_COLUMN = WARPS % SEGMENTS == 0;  // a thread's items are of one column
+  static constexpr int ITEMS = STREAMS * SEGMENTS, OWN = (ITEMS + WARPS - 1) / WARPS;
+  // Loads take long, so many are under way; with a barrier before them they need not all be looked at together.
+  static constexpr int MOST = KEPT ? 8 : 4, AT_ONCE = TAGGED || OWN < MOST ? OWN : MOST;
+  int row[AT_ONCE], column[AT_ONCE], segment[AT_ONCE];
+  bool there[AT_ONCE];
+
+  __device__ __forceinline__ explicit Share(int begin) {
+#pragma unroll
+    for (int n = 0; n < AT_ONCE; n++) {
+      const int item = int(threadIdx.x) / 32 + (begin + n) * WARPS;
+      row[n] = item / SEGMENTS, segment[n] = item % SEGMENTS, column[n] = segment[n] * SEGMENT + int(threadIdx.x) % 32 * COUNT;
+      there[n] = begin + n < OWN && item < ITEMS && column[n] < WIDTH;
+    }
+  }
+};
+
 struct Machine {
-  using Attending = Head<T, HEAD_DIM>;
-  using Kept = cuda::std::conditional_t<PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
-  static constexpr int DEPTH = 4, THREADS = WARPS * 32, MOST_SEGMENTS = 64;
-  static constexpr int WIDTH = HEAD_DIM + 4, MOST_SPLITS = 4;  // of what a split has seen: values, peak, weight
+  Stage* stage;
+  Layer* layers;
+  float *rotations, *squares, *means, *partial, *joining;  // [streams][head_dim], [2][streams][SEGMENTS], .., see `multiply`, [WARPS][SEEN]
+  float* staged;                                           // [streams][QKV_ROW] where each block attends to all heads
+  int* chosen;                                             // [16]
+  uint4* memory;                                           // of x, X_BUFFERS times BUFFER pieces; of scores of ids
+  Grid grid;
+  unsigned phase;  // of which the cells come that are read now
+  Weights sent;
+  static constexpr int X_ROUNDS = Job<OUT>::rounds(), X_OUTPUTS = Job<OUT>::own_outputs();
+  float residual[X_ROUNDS][X_OUTPUTS];
 
-  struct At {
-    int part, layer;
-  };
-
-  Stage<T>* stage;
-  Layer<T>* layers;
-  Job* jobs;                             // by part
-  Lane* lanes;                           // by part, of this thread
-  float *rotations, *squares, *partial;  // [streams][head_dim], [16][MOST_SEGMENTS], see `multiply`
-  int *chosen, *flag;                    // [16], [1]
-  uint4* memory;                         // the rest
-  float* residual;                       // the stage's x; this and what follows in registers, as each phase reads it
-  int streams, dim, query_heads;         // the last: that share a head of the cache
-  float eps;
-  bool attends_alone;                    // each block all heads, which saves a barrier
-
-  // Shared memory is laid out here and measured in `cuda_stages`. All layers are alike but for where their weights stand.
-  __device__ __forceinline__ Machine(const void* model, bool alone_if_few) {
+  // Shared memory is laid out here and measured in `cuda_stages`.
+  __device__ __forceinline__ Machine(const uint8_t* model, unsigned first_phase)
+      : grid(reinterpret_cast<const Stage*>(model)->grid), phase(first_phase) {
+    constexpr int WORDS = (sizeof(Stage) + LAYERS * sizeof(Layer)) / 8;
     uint8_t* shared = static_cast<uint8_t*>(dynamic_shared());
-    const Stage<T>* from = static_cast<const Stage<T>*>(model);
-    const int words = (sizeof(Stage<T>) + from->layers * sizeof(Layer<T>)) / 8;
-    const uint64_t* source = static_cast<const uint64_t*>(model);
-    for (int i = threadIdx.x; i < words; i += THREADS) reinterpret_cast<uint64_t*>(shared)[i] = source[i];
-    __syncthreads();
-    stage = reinterpret_cast<Stage<T>*>(shared);
-    layers = reinterpret_cast<Layer<T>*>(shared + sizeof(Stage<T>));
-    jobs = reinterpret_cast<Job*>(shared + words * 8);
-    lanes = reinterpret_cast<Lane*>(jobs + END) + threadIdx.x;
-    float* floats = reinterpret_cast<float*>(reinterpret_cast<Lane*>(jobs + END) + END * THREADS);
-    rotations = floats, floats += stage->streams * HEAD_DIM;
-    squares = floats, floats += MOST_ROWS * MOST_SEGMENTS;
+    for (int i = threadIdx.x; i < WORDS; i += THREADS) {
+      reinterpret_cast<uint64_t*>(shared)[i] = reinterpret_cast<const uint64_t*>(model)[i];
+    }
+    stage = reinterpret_cast<Stage*>(shared);
+    layers = reinterpret_cast<Layer*>(shared + sizeof(Stage));
+    float* floats = reinterpret_cast<float*>(shared + (WORDS * 8 + 15) / 16 * 16);
+    memory = reinterpret_cast<uint4*>(floats), floats += MEMORY_BYTES / 4;
+    partial = floats, floats += PARTIAL_FLOATS;
+    staged = floats, floats += ALONE ? STREAMS * QKV_ROW : 0;
+    rotations = floats, floats += STREAMS * HEAD_DIM;
+    joining = floats, floats += WARPS * SEEN;
     chosen = reinterpret_cast<int*>(floats), floats += MOST_ROWS;
-    flag = reinterpret_cast<int*>(floats), floats += 4;
-    partial = floats, floats += WARPS * 2 * stage->streams * TILE_ROWS;
-    memory = reinterpret_cast<uint4*>(shared + (reinterpret_cast<uint8_t*>(floats) - shared + 15) / 16 * 16);
-    residual = stage->x, streams = stage->streams, dim = stage->dim, eps = stage->eps;
-    query_heads = stage->heads / stage->kv_heads;
-    attends_alone = alone_if_few && streams * stage->heads <= 2 * WARPS;
-    if (threadIdx.x < END && threadIdx.x != ATTEND) {
-      const At at = {int(threadIdx.x), 0};
-      const bool pair = at.part == UP && stage->activation == SWIGLU;
-      jobs[at.part].plan(linears_of(at), at.part == QKV ? 3 : pair ? 2 : 1, pair, WARPS);
-    }
+    squares = floats, floats += 2 * STREAMS * SEGMENTS;
+    means = floats;
     __syncthreads();
-    for (int part = 0; part < END; part++) {
-      if (part != ATTEND) lanes[part * THREADS].plan(jobs[part], linears_of({part, 0}), jobs[part].team());
-    }
   }
 
-  __device__ __forceinline__ const Linear<T>* linears_of(const At& at) const {
-    const Layer<T>& layer = layers[at.layer];
-    switch (at.part) {
-      case FIRST: return &stage->first;
-      case QKV: return layer.qkv;
-      case OUT: return &layer.out;
-      case UP: return layer.up;
-      case DOWN: return &layer.down;
-      default: return &stage->last;
-    }
-  }
-
-  // What follows within the layers; after the last one, LAST.
-  __device__ __forceinline__ At after(const At& at) const {
-    switch (at.part) {
-      case FIRST: return {QKV, 0};
-      case QKV: return {attends_alone ? OUT : ATTEND, at.layer};
-      case ATTEND: return {OUT, at.layer};
-      case OUT: return {UP, at.layer};
-      case UP: return {DOWN, at.layer};
-      case DOWN: return at.layer + 1 < stage->layers ? At{QKV, at.layer + 1} : At{LAST, at.layer};
-      default: return {END, 0};
-    }
-  }
-
-  // Sends for the weights that a phase begins with. They stand apart from the rest, so that they stay in registers.
-  using Sent = Weights<T, KINDS, DEPTH>;
-  __device__ __forceinline__ void send_for(const At& at, Sent& sent) const {
-    if (at.part == ATTEND || at.part == END) return;
-    const Job& job = jobs[at.part];
-    const Lane& lane = lanes[at.part * THREADS];
-    const Linear<T>* linears = linears_of(at);
-    sent.begin(job, linears, lane);
-    learn(at, sent);
-  }
-
-  __device__ __forceinline__ void learn(const At& at, Sent& sent) const {
-    const Lane& lane = lanes[at.part * THREADS];
-    const Linear<T>* linears = linears_of(at);
-    const int output = first_output(jobs[at.part], streams);
-    if (lane.tile >= 0 && output < streams * TILE_ROWS) {
-      const int column = min(lane.tile * TILE_ROWS + output % TILE_ROWS, linears[lane.layer].rows - 1);
-      sent.known = know(at, linears, lane.layer, output / TILE_ROWS, column);
-    }
-  }
-
-  // What a product of this phase is added to: a bias, and the residual, which this phase alone changes.
-  __device__ __forceinline__ Known know(const At& at, const Linear<T>* linears, int number, int row, int column) const {
-    Known known = {{0.0f, 0.0f}, {linears[number].factor, 0.0f}};
-    if (at.part == OUT || at.part == DOWN) known.added[0] = __ldcg(residual + row * dim + column);
-    if (linears[number].bias != nullptr) known.added[0] += to_float(linears[number].bias[column]);
-    if (jobs[at.part].paired) {
-      known.factor[1] = linears[1].factor;
-      if (linears[1].bias != nullptr) known.added[1] = to_float(linears[1].bias[column]);
-    }
-    return known;
+  template <int PART>
+  __device__ __forceinline__ Operand<PART> operand() const {
+    constexpr int BUFFER = PART == OUT || PART == DOWN || PART == FIRST ? X_BUFFERS - 1 : 0;
+    return {memory + BUFFER * (MEMORY_BYTES / 16 / X_BUFFERS)};
   }
 
   // The rows' positions for rotation, `seen` rows of which came before.
   __device__ __forceinline__ void rotate_at(int seen, const int32_t* padding) {
-    if (stage->log2_theta == 0.0f) return;
-    for (int b = 0; b < streams; b++) {
-      fill_rotation(rotations + b * HEAD_DIM, HEAD_DIM / 2, stage->log2_theta, seen - (padding ? padding[b] : 0), threadIdx.x, THREADS);
+    if constexpr (ROTATES) {
+      for (int b = 0; b < STREAMS; b++) {
+        fill_rotation(rotations + b * HEAD_DIM, stage->log2_theta, seen - (padding == nullptr ? 0 : padding[b]), threadIdx.x, THREADS);
+      }
     }
   }
 
-  __device__ __forceinline__ Operand<PARTS> operand(const Job& job) const {
-    return {memory, streams, job.stride, job.log_values - 3};
+  // A phase is over for this block; `send` sends for what the next one begins with.
+  template <typename Send>
+  __device__ __forceinline__ void go_on(const Send& send) {
+    if constexpr (!TAGGED) grid.arrive();
+    send();
+    if constexpr (!TAGGED) grid.wait();
+    phase++;
   }
 
-  // x of the phase into shared memory: load(row, piece, values) for each piece, by warps, 256 values each. With a norm,
-  // `squares` learn each segment's.
-  template <typename Load>
-  __device__ __forceinline__ void bring(const Job& job, const T* norm, const Load& load) {
-    const Operand<PARTS> x = operand(job);
-    const int lane = threadIdx.x % 32;
-    const bool centred = norm != nullptr && stage->norm_kind != RMS;
-    for (int item = threadIdx.x / 32; item < streams << job.log_segments; item += WARPS) {
-      const int row = item >> job.log_segments, segment = item & ((1 << job.log_segments) - 1), piece = segment * 32 + lane;
-      if (segment >= job.segments) continue;
-      float values[PIECE_VALUES] = {}, weights_of_norm[PIECE_VALUES], mean = 0.0f, sum = 0.0f;
-      if (centred) {
-        for (int other = lane; other < job.width / PIECE_VALUES; other += 32) {
-          load(row, other, values);
-#pragma unroll
-          for (int i = 0; i < PIECE_VALUES; i++) mean += values[i];
-        }
-        mean = sum_of_warp(mean) / job.width;
-#pragma unroll
-        for (int i = 0; i < PIECE_VALUES; i++) values[i] = 0.0f;
+  // Nothing is in x beyond its depth.
+  template <int PART>
+  __device__ __forceinline__ void clear_rest() const {
+    using Own = Job<PART>;
+    if constexpr (Own::WHOLE > Own::DEPTH) {
+      constexpr int REST = (Own::WHOLE - Own::DEPTH) / PIECE_VALUES;
+      for (int i = threadIdx.x; i < STREAMS * REST; i += THREADS) {
+        float nothing[8] = {};
+        operand<PART>().put(i / REST, Own::DEPTH + i % REST * PIECE_VALUES, nothing);
       }
-      if (piece * PIECE_VALUES < job.depth) {
-        int own = piece;  // dense float32 weights read x once for each of their parts
-        while (own * PIECE_VALUES >= job.width) own -= job.width / PIECE_VALUES;
-        if (norm != nullptr) load_piece(norm + own * PIECE_VALUES, weights_of_norm);
-        load(row, own, values);
-        if (norm != nullptr) {
-          const float centre = stage->norm_kind == LAYER ? mean : 0.0f;
+    }
+  }
+
+  // x of the phase into shared memory: load(share, values) gives the values of a share. With a norm, `squares` learn each
+  // segment's, and x is multiplied by its weight.
+  template <int PART, int COUNT, typename Load>
+  __device__ __forceinline__ void bring(const T* norm, const Load& load) {
+    using Own = Job<PART>;
+    using Mine = Share<PART, COUNT>;
+    constexpr bool NORMED = PART == QKV || PART == UP || PART == LAST, CENTRED = NORMED && NORM_KIND != RMS;
+    const Operand<PART> x = operand<PART>();
+    const int lane = threadIdx.x % 32;
+    clear_rest<PART>();
+    if constexpr (CENTRED) {
+      for (int begin = 0; begin < Mine::OWN; begin += Mine::AT_ONCE) {
+        const Mine mine(begin);
+        float values[Mine::AT_ONCE][COUNT] = {};
+        load(mine, values);
 #pragma unroll
-          for (int i = 0; i < PIECE_VALUES; i++) {
-            if (piece == own) sum += (values[i] - mean) * (values[i] - mean);
-            values[i] = (values[i] - centre) * weights_of_norm[i];
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+          float sum = 0.0f;
+#pragma unroll
+          for (int i = 0; i < COUNT; i++) sum += values[n][i];
+          sum = sum_of_warp(sum);
+          if (lane == 0 && mine.row[n] < STREAMS) means[mine.row[n] * SEGMENTS + mine.segment[n]] = sum / DIM;
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int begin = 0; begin < Mine::OWN; begin += Mine::AT_ONCE) {
+      const Mine mine(begin);
+      constexpr int COLUMNS = NORMED && !Mine::ONE_COLUMN ? Mine::AT_ONCE : 1;
+      float values[Mine::AT_ONCE][COUNT] = {};
+      Loaded<T, COUNT> weights[COLUMNS];
+      if constexpr (NORMED) {
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) {
+          if (mine.there[n]) weights[n].template load<false>(norm + mine.column[n]);
+        }
+      }
+      load(mine, values);
+#pragma unroll
+      for (int n = 0; n < Mine::AT_ONCE; n++) {
+        if constexpr (NORMED) {
+          float mean = 0.0f, sum = 0.0f;
+          if constexpr (CENTRED) {
+            for (int i = 0; i < SEGMENTS && mine.there[n]; i++) mean += means[mine.row[n] * SEGMENTS + i];
+          }
+#pragma unroll
+          for (int i = 0; i < COUNT; i++) {
+            if (mine.there[n]) sum += (values[n][i] - mean) * (values[n][i] - mean);
+            values[n][i] = (values[n][i] - (NORM_KIND == LAYER ? mean : 0.0f)) * weights[Mine::ONE_COLUMN ? 0 : n][i];
+          }
+          sum = sum_of_warp(sum);
+          if (lane == 0 && mine.there[n]) squares_of<PART>()[mine.row[n] * SEGMENTS + mine.segment[n]] = sum;
+        }
+        if (!mine.there[n]) continue;
+#pragma unroll
+        for (int side = 0; side < Own::SIDES; side++) {
+          float same[COUNT];
+#pragma unroll
+          for (int i = 0; i < COUNT; i++) same[i] = values[n][i];
+          x.put(mine.row[n], side * Own::WIDTH + mine.column[n], same);
+        }
+      }
+    }
+  }
+
+  template <int PART>
+  __device__ __forceinline__ float* squares_of() const {
+    return squares + (PART == UP ? STREAMS * SEGMENTS : 0);
+  }
+
+  // Of the root of the mean square of a row, which its product is multiplied by.
+  template <int PART>
+  __device__ __forceinline__ float factor_of_row(int row) const {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = 0; i < SEGMENTS; i++) sum += squares_of<PART>()[row * SEGMENTS + i];
+    return rsqrtf(sum * (1.0f / DIM) + stage->eps);
+  }
+
+  // Rows of floats that the phase before wrote: [streams, WIDTH].
+  template <typename Mine, int COUNT>
+  __device__ __forceinline__ void load_floats(const void* from, const Mine& mine, float (&values)[Mine::AT_ONCE][COUNT]) {
+    if constexpr (TAGGED) {
+      static_assert(COUNT == 2);
+      const Cell* cells[Mine::AT_ONCE];
+      uint32_t bits[Mine::AT_ONCE][2];
+#pragma unroll
+      for (int n = 0; n < Mine::AT_ONCE; n++) cells[n] = static_cast<const Cell*>(from) + mine.row[n] * Mine::WIDTH + mine.column[n];
+      read_cells(grid, cells, mine.there, phase, bits);
+#pragma unroll
+      for (int n = 0; n < Mine::AT_ONCE; n++) {
+        if (mine.there[n]) values[n][0] = __uint_as_float(bits[n][0]), values[n][1] = __uint_as_float(bits[n][1]);
+      }
+    } else {
+      Loaded<float, COUNT> loaded[Mine::AT_ONCE];
+#pragma unroll
+      for (int n = 0; n < Mine::AT_ONCE; n++) {
+        if (mine.there[n]) loaded[n].template load<true>(static_cast<const float*>(from) + mine.row[n] * Mine::WIDTH + mine.column[n]);
+      }
+#pragma unroll
+      for (int n = 0; n < Mine::AT_ONCE; n++) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) values[n][i] = mine.there[n] ? loaded[n][i] : 0.0f;
+      }
+    }
+  }
+
+  // The same of what was kept for a product.
+  template <int PART>
+  __device__ __forceinline__ void bring_kept(const void* from) {
+    if constexpr (TAGGED && X_PARTS == 1) {
+      bring<PART, 4>(nullptr, [&](const auto& mine, auto& values) {
+        using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
+        const Cell* cells[Mine::AT_ONCE];
+        uint32_t bits[Mine::AT_ONCE][2];
+#pragma unroll
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+          cells[n] = static_cast<const Cell*>(from) + (mine.row[n] * Mine::WIDTH + mine.column[n]) / 2;
+        }
+        read_cells(grid, cells, mine.there, phase, bits);
+#pragma unroll
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+          if (!mine.there[n]) continue;
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            values[n][2 * i] = __uint_as_float(bits[n][i] << 16), values[n][2 * i + 1] = __uint_as_float(bits[n][i] & 0xffff0000u);
           }
         }
-      }
-      if (piece * PIECE_VALUES < job.whole) x.put(row, piece, values);
-      if (norm != nullptr) {
-        sum = sum_of_warp(sum);
-        if (lane == 0) squares[row * MOST_SEGMENTS + segment] = sum;
-      }
+      });
+    } else if constexpr (TAGGED) {
+      bring<PART, 2>(nullptr, [&](const auto& mine, auto& values) { load_floats(from, mine, values); });
+    } else {
+      bring<PART, 8>(nullptr, [&](const auto& mine, auto& values) {
+        using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
+        Loaded<Kept, 8> loaded[Mine::AT_ONCE];
+#pragma unroll
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+          if (mine.there[n]) loaded[n].template load<true>(static_cast<const Kept*>(from) + mine.row[n] * Mine::WIDTH + mine.column[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < Mine::AT_ONCE; n++) {
+#pragma unroll
+          for (int i = 0; i < 8; i++) values[n][i] = mine.there[n] ? loaded[n][i] : 0.0f;
+        }
+      });
     }
   }
 
-  // Rows that a norm reads from x; where they are new, from `fresh`, and one block keeps them.
-  template <typename Fresh>
-  __device__ __forceinline__ void bring_normed(const Job& job, const T* norm, bool is_new, const Fresh& fresh) {
-    bring(job, norm, [&](int row, int piece, float (&values)[8]) {
-      float* place = residual + row * job.width + piece * PIECE_VALUES;
-      if (!is_new) return load_piece<float>(place, values);
-      fresh(row, piece, values);
-      if (blockIdx.x > 0) return;
+  // Eight values of q, k or v of a stream, `column` among them.
+  __device__ __forceinline__ void load_three(int stream, const int (&columns)[3], float (&query)[8], float (&key)[8], float (&value)[8]) {
+    if constexpr (TAGGED) {
+      const Cell* cells[12];
+      bool there[12];
+      uint32_t bits[12][2];
 #pragma unroll
-      for (int i = 0; i < 8; i++) place[i] = values[i];
-    });
+      for (int i = 0; i < 12; i++) {
+        cells[i] = static_cast<const Cell*>(stage->qkv) + stream * QKV_ROW + columns[i / 4] + i % 4 * 2, there[i] = true;
+      }
+      read_cells(grid, cells, there, phase, bits);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        query[i] = __uint_as_float(bits[i / 2][i % 2]), key[i] = __uint_as_float(bits[4 + i / 2][i % 2]);
+        value[i] = __uint_as_float(bits[8 + i / 2][i % 2]);
+      }
+    } else {
+      const float* row = static_cast<const float*>(stage->qkv) + stream * QKV_ROW;
+      load_values(row + columns[0], query), load_values(row + columns[1], key), load_values(row + columns[2], value);
+    }
   }
 
-  __device__ __forceinline__ void bring_kept(const Job& job, const void* from) {
-    const Kept* rows = static_cast<const Kept*>(from);
-    bring(job, nullptr, [&](int row, int piece, float (&values)[8]) { load_piece(rows + row * job.width + piece * PIECE_VALUES, values); });
+  // All q, k and v to `staged`, by all threads.
+  __device__ __forceinline__ void stage_qkv() {
+    constexpr int PAIRS = STREAMS * QKV_ROW / 2, OWN = (PAIRS + THREADS - 1) / THREADS;
+    float2* to = reinterpret_cast<float2*>(staged);
+    if constexpr (TAGGED) {
+      const Cell* cells[OWN];
+      bool there[OWN];
+      uint32_t bits[OWN][2];
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        const int pair = int(threadIdx.x) + n * THREADS;
+        cells[n] = static_cast<const Cell*>(stage->qkv) + 2 * pair, there[n] = pair < PAIRS;
+      }
+      read_cells(grid, cells, there, phase, bits);
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        if (there[n]) to[threadIdx.x + n * THREADS] = float2{__uint_as_float(bits[n][0]), __uint_as_float(bits[n][1])};
+      }
+    } else {
+      Loaded<float, 2> loaded[OWN];
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        const int pair = int(threadIdx.x) + n * THREADS;
+        if (pair < PAIRS) loaded[n].template load<true>(static_cast<const float*>(stage->qkv) + 2 * pair);
+      }
+#pragma unroll
+      for (int n = 0; n < OWN; n++) {
+        if (int(threadIdx.x) + n * THREADS < PAIRS) to[threadIdx.x + n * THREADS] = float2{loaded[n][0], loaded[n][1]};
+      }
+    }
   }
 
   // A head's query, and its new key and value as a cache would give them back.
-  __device__ __forceinline__ void prepare(Attending& head, const Layer<T>& layer, int stream, int number) const {
-    const int kv_head = number / query_heads, at = Attending::piece() * 8;
-    load_piece<float>(stage->q + (stream * stage->heads + number) * HEAD_DIM + at, head.query);
-    load_piece<float>(stage->k + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.key);
-    load_piece<float>(stage->v + (stream * stage->kv_heads + kv_head) * HEAD_DIM + at, head.value);
-    const float* rotation = stage->log2_theta == 0.0f ? nullptr : rotations + stream * HEAD_DIM;
-    Attending::prepare(head.query, layer.query_norm, eps, rotation, stage->interleaved);
-    Attending::prepare(head.key, layer.key_norm, eps, rotation, stage->interleaved);
+  __device__ __forceinline__ void prepare(Head& head, const Layer& layer, int stream, int number) {
+    const int at = Head::piece() * 8, kv_head = number / QUERY_HEADS;
+    const int columns[3] = {number * HEAD_DIM + at, QUERIES + kv_head * HEAD_DIM + at, QUERIES + KEYS + kv_head * HEAD_DIM + at};
+    if constexpr (ALONE) {
+      const float* row = staged + stream * QKV_ROW;
+      load_values<false>(row + columns[0], head.query), load_values<false>(row + columns[1], head.key);
+      load_values<false>(row + columns[2], head.value);
+    } else {
+      load_three(stream, columns, head.query, head.key, head.value);
+    }
+    const float* rotation = rotations + stream * HEAD_DIM;
+    Head::prepare(head.query, layer.query_norm, stage->eps, rotation);
+    Head::prepare(head.key, layer.key_norm, stage->eps, rotation);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       head.query[i] *= stage->scale * LOG2_E;
@@ -238,180 +383,313 @@ struct Machine {
     }
   }
 
-  __device__ __forceinline__ int64_t cache_of(int stream, int number) const {
-    return int64_t(stream * stage->kv_heads + number / query_heads) * stage->capacity * HEAD_DIM;
+  // Puts the new key and value behind `seen` rows.
+  static __device__ __forceinline__ void remember(const Head& head, T* keys, T* values, int seen) {
+    if (Head::group() > 0) return;
+    const int64_t place = int64_t(seen) * HEAD_DIM + Head::piece() * 8;
+    store_values(keys + place, head.key), store_values(values + place, head.value);
   }
 
-  // Puts the new key and value behind `seen` rows; by one warp for each of the cache's heads.
-  __device__ __forceinline__ void remember(const Attending& head, const Layer<T>& layer, int stream, int number, int seen) const {
-    if (number % query_heads || Attending::group() > 0) return;
-    const int64_t place = cache_of(stream, number) + int64_t(seen) * HEAD_DIM + Attending::piece() * 8;
+  // Where a warp of a local stage keeps the rows of a head of a stream.
+  __device__ __forceinline__ int64_t own_rows(int task) const {
+    return int64_t((ALONE ? int(blockIdx.x) * STREAMS * HEADS : 0) + task) * stage->capacity * HEAD_DIM;
+  }
+
+  // A head of a stream in a local stage, by a warp; `some` rows are on their way.
+  __device__ __forceinline__ void attend_by_warp(Head& head, Head::Rows& some, const Layer& layer, int task, int seen) {
+    T *keys = layer.keys + own_rows(task), *values = layer.values + own_rows(task);
+    prepare(head, layer, task / HEADS, task % HEADS);
+    head.see(some, keys, values, 0, seen, 0, 1, true);
+    remember(head, keys, values, seen);
+    const float share = X_PARTS == 1 ? __fdividef(1.0f, head.weight) : 1.0f / head.weight;
 #pragma unroll
-    for (int i = 0; i < 8; i++) layer.keys[place + i] = from_float<T>(head.key[i]), layer.values[place + i] = from_float<T>(head.value[i]);
+    for (int i = 0; i < 8; i++) head.seen[i] *= share;
   }
 
   // All heads of all streams, a warp each, straight into the x of o_proj.
-  __device__ __forceinline__ void attend_alone(const Layer<T>& layer, int seen) {
-    const Job& job = jobs[OUT];
-    const Operand<PARTS> x = operand(job);
-    const int whole = job.whole / PIECE_VALUES, depth = job.depth / PIECE_VALUES;
-    for (int i = threadIdx.x; i < streams * (whole - depth); i += THREADS) {
-      float nothing[8] = {};
-      x.put(i / (whole - depth), depth + i % (whole - depth), nothing);
-    }
-    for (int task = threadIdx.x / 32; task < streams * stage->heads; task += WARPS) {
-      const int stream = task / stage->heads, number = task % stage->heads;
-      const int64_t cache = cache_of(stream, number);
-      typename Attending::Rows some;
-      some.load(layer.keys + cache, layer.values + cache, 0, seen, 1);
-      Attending head;
-      prepare(head, layer, stream, number);
-      head.see(some, layer.keys + cache, layer.values + cache, 0, seen, 0, 1, true);
-      if (blockIdx.x == 0) remember(head, layer, stream, number, seen);
-      const float share = 1.0f / head.weight;
+  __device__ __forceinline__ void attend_alone(const Layer& layer, int seen) {
+    using Own = Job<OUT>;
+    const Operand<OUT> x = operand<OUT>();
+    const int first = threadIdx.x / 32;
+    Head::Rows some;
+    if (first < STREAMS * HEADS) some.load(layer.keys + own_rows(first), layer.values + own_rows(first), 0, seen, 1);
+    clear_rest<OUT>();
+    stage_qkv();
+    __syncthreads();
+    for (int task = first; task < STREAMS * HEADS; task += WARPS) {
+      if (task > first) some.load(layer.keys + own_rows(task), layer.values + own_rows(task), 0, seen, 1);
+      Head head;
+      attend_by_warp(head, some, layer, task, seen);
+      if (Head::group() > 0) continue;
 #pragma unroll
-      for (int i = 0; i < 8; i++) head.seen[i] *= share;
-      for (int first = 0; first < job.depth && Attending::group() == 0; first += job.width) {
-        float values[8];
+      for (int side = 0; side < Own::SIDES; side++) {
+        float same[8];
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = head.seen[i];
-        x.put(stream, first / PIECE_VALUES + number * Attending::LANES + Attending::piece(), values);
+        for (int i = 0; i < 8; i++) same[i] = head.seen[i];
+        x.put(task / HEADS, side * Own::WIDTH + task % HEADS * HEAD_DIM + Head::piece() * 8, same);
       }
     }
   }
 
-  // Heads of streams and splits of their rows, a block each.
-  __device__ __forceinline__ void attend_together(const Layer<T>& layer, int seen, const int32_t* padding) {
-    float* shared = reinterpret_cast<float*>(memory);
-    const int warp = threadIdx.x / 32, splits = stage->splits;
-    for (int task = blockIdx.x; task < streams * stage->heads * splits; task += gridDim.x) {
-      const int split = task % splits, number = task / splits % stage->heads, stream = task / splits / stage->heads;
-      int start = padding ? padding[stream] : 0;
-      if (stage->window >= 0) start = max(start, seen - stage->window);
-      const int count = seen - start, first = start + int(int64_t(count) * split / splits);
-      const int end = start + int(int64_t(count) * (split + 1) / splits);
-      const int64_t cache = cache_of(stream, number);
-      const bool with_new = split == splits - 1 && warp == WARPS - 1;
-      typename Attending::Rows some;
-      some.load(layer.keys + cache, layer.values + cache, first + warp * Attending::GROUPS, end, WARPS);
-      Attending head;
-      prepare(head, layer, stream, number);
-      head.see(some, layer.keys + cache, layer.values + cache, first, end, warp, WARPS, with_new);
-      if (with_new) remember(head, layer, stream, number, seen);
-      if (Attending::group() == 0) {
+  // The same with a warp of the whole grid for each.
+  __device__ __forceinline__ void attend_by_warps(const Layer& layer, int seen) {
+    for (int task = threadIdx.x / 32 * BLOCKS + blockIdx.x; task < STREAMS * HEADS; task += WARPS * BLOCKS) {
+      Head::Rows some;
+      some.load(layer.keys + own_rows(task), layer.values + own_rows(task), 0, seen, 1);
+      Head head;
+      attend_by_warp(head, some, layer, task, seen);
+      if (Head::group() > 0) continue;
+      const int place = task / HEADS * QUERIES + task % HEADS * HEAD_DIM + Head::piece() * 8;
 #pragma unroll
-        for (int i = 0; i < 8; i++) shared[warp * WIDTH + Attending::piece() * 8 + i] = head.seen[i];
-        shared[warp * WIDTH + HEAD_DIM] = head.peak, shared[warp * WIDTH + HEAD_DIM + 1] = head.weight;
-      }
-      __syncthreads();
-      for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
-        float peak = NOTHING_SEEN, weight = 0.0f, seen_here = 0.0f;
-        for (int w = 0; w < WARPS; w++) peak = fmaxf(peak, shared[w * WIDTH + HEAD_DIM]);
-        for (int w = 0; w < WARPS; w++) {
-          const float share_of_warp = exp2f(shared[w * WIDTH + HEAD_DIM] - peak);
-          weight += share_of_warp * shared[w * WIDTH + HEAD_DIM + 1], seen_here += share_of_warp * shared[w * WIDTH + i];
-        }
-        if (splits == 1) {
-          static_cast<Kept*>(stage->attended)[(stream * stage->heads + number) * HEAD_DIM + i] = from_float<Kept>(seen_here / weight);
+      for (int i = 0; i < 8; i += 2) {
+        if constexpr (TAGGED && X_PARTS == 1) {
+          const uint32_t pair = pair_of<false>(head.seen[i], head.seen[i + 1]);
+          store_one(static_cast<Cell*>(stage->attended) + (place + i) / 2, cell_of(pair, phase + 1));
+        } else if constexpr (TAGGED) {
+          put_float(stage->attended, place + i, head.seen[i], phase + 1);
+          put_float(stage->attended, place + i + 1, head.seen[i + 1], phase + 1);
         } else {
-          stage->parts[task * WIDTH + i] = seen_here;
-          if (i == 0) stage->parts[task * WIDTH + HEAD_DIM] = peak, stage->parts[task * WIDTH + HEAD_DIM + 1] = weight;
+          Kept* to = static_cast<Kept*>(stage->attended) + place + i;
+          to[0] = from_float<Kept>(head.seen[i]), to[1] = from_float<Kept>(head.seen[i + 1]);
         }
       }
-      __syncthreads();
     }
   }
 
-  __device__ __forceinline__ void bring_attended(const Job& job) {
-    const int splits = stage->splits;
-    if (!SPLITS || splits == 1) return bring_kept(job, stage->attended);
-    if constexpr (SPLITS) bring(job, nullptr, [&](int row, int piece, float (&values)[8]) {
-      const float* part = stage->parts + (row * stage->heads + piece / Attending::LANES) * splits * WIDTH;
-      float seen[MOST_SPLITS][8], peaks[MOST_SPLITS], weights[MOST_SPLITS], peak = NOTHING_SEEN, weight = 0.0f;
-#pragma unroll
-      for (int split = 0; split < MOST_SPLITS; split++) {  // loaded together, as each takes long
-        if (split >= splits) break;
-        peaks[split] = __ldcg(part + split * WIDTH + HEAD_DIM), weights[split] = __ldcg(part + split * WIDTH + HEAD_DIM + 1);
-        load_piece(part + split * WIDTH + piece % Attending::LANES * 8, seen[split]);
+  // Heads of streams and splits of their rows in a global stage, a crew of warps of a block each: as many as leave a crew for each,
+  // or two warps.
+  static constexpr int TASKS = STREAMS * HEADS * SPLITS;
+  static constexpr int CREW = TASKS <= BLOCKS || WARPS < 4 ? WARPS : TASKS <= 2 * BLOCKS || WARPS < 8 ? WARPS / 2 : WARPS / 4;
+
+  __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
+    constexpr int CREWS = WARPS / CREW;
+    const int crew = threadIdx.x / 32 / CREW, warp = threadIdx.x / 32 % CREW;
+    float* joining = this->joining + crew * CREW * SEEN;
+    auto synchronize = [&] {
+      if constexpr (CREWS == 1) {
+        __syncthreads();
+      } else {
+        synchronize_team(1 + crew, CREW * 32);
       }
+    };
+    for (int task = crew * BLOCKS + blockIdx.x; task < TASKS; task += CREWS * BLOCKS) {
+      const int split = task % SPLITS, number = task / SPLITS % HEADS, stream = task / SPLITS / HEADS;
+      int start = padding == nullptr ? 0 : padding[stream];
+      if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
+      const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
+      const int end = start + int(int64_t(count) * (split + 1) / SPLITS);
+      const int64_t cache = int64_t(stream * KV_HEADS + number / QUERY_HEADS) * stage->capacity * HEAD_DIM;
+      T *keys = layer.keys + cache, *values = layer.values + cache;
+      const bool with_new = split == SPLITS - 1 && warp == CREW - 1;
+      Head::Rows some;
+      some.load(keys, values, first + warp * Head::CROWD, end, CREW);
+      Head head;
+      prepare(head, layer, stream, number);
+      head.see(some, keys, values, first, end, warp, CREW, with_new);
+      if (with_new && number % QUERY_HEADS == 0) remember(head, keys, values, seen);
+      if (Head::group() == 0) {
 #pragma unroll
-      for (int split = 0; split < MOST_SPLITS; split++) {
-        if (split < splits) peak = fmaxf(peak, peaks[split]);
+        for (int i = 0; i < 8; i++) joining[warp * SEEN + Head::piece() * 8 + i] = head.seen[i];
+        joining[warp * SEEN + HEAD_DIM] = head.peak, joining[warp * SEEN + HEAD_DIM + 1] = head.weight;
       }
+      synchronize();
+      constexpr int WHOLE_WARPS = (HEAD_DIM + 31) / 32 * 32;
+      for (int i = threadIdx.x % (CREW * 32); i < WHOLE_WARPS; i += CREW * 32) {
+        float peak = NOTHING_SEEN, weight = 0.0f, seen_here = 0.0f;
+        const int place = min(i, HEAD_DIM - 1);
 #pragma unroll
-      for (int split = 0; split < MOST_SPLITS; split++) {
-        if (split >= splits) break;
-        const float share = exp2f(peaks[split] - peak);
-        weight += share * weights[split];
+        for (int w = 0; w < CREW; w++) peak = fmaxf(peak, joining[w * SEEN + HEAD_DIM]);
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[i] += share * seen[split][i];
+        for (int w = 0; w < CREW; w++) {
+          const float share_of_warp = exp2f(joining[w * SEEN + HEAD_DIM] - peak);
+          weight += share_of_warp * joining[w * SEEN + HEAD_DIM + 1], seen_here += share_of_warp * joining[w * SEEN + place];
+        }
+        if constexpr (SPLITS == 1) {
+          put_kept(stage->attended, (stream * HEADS + number) * HEAD_DIM + i, seen_here / weight, i < HEAD_DIM, phase + 1);
+        } else {
+          if (i < HEAD_DIM) put_float(stage->parts, task * SEEN + i, seen_here, phase + 1);
+          if (i == 0) put_float(stage->parts, task * SEEN + HEAD_DIM, peak, phase + 1);
+          if (i == 0) put_float(stage->parts, task * SEEN + HEAD_DIM + 1, weight, phase + 1);
+        }
       }
-      weight = 1.0f / weight;
+      synchronize();
+    }
+  }
+
+  // What the splits have seen, joined: COUNT values of a head, `place` of them in a part.
+  template <int COUNT>
+  __device__ __forceinline__ void join(int row, int column, float (&values)[COUNT]) {
+    const int first = (row * HEADS + column / HEAD_DIM) * SPLITS * SEEN, place = column % HEAD_DIM;
+    float seen[SPLITS][COUNT], ends[SPLITS][2], peak = NOTHING_SEEN, weight = 0.0f;
+    if constexpr (TAGGED) {
+      static_assert(COUNT == 2);
+      const Cell* cells[2 * SPLITS];
+      bool there[2 * SPLITS];
+      uint32_t bits[2 * SPLITS][2];
 #pragma unroll
-      for (int i = 0; i < 8; i++) values[i] *= weight;
-    });
+      for (int split = 0; split < SPLITS; split++) {
+        const Cell* part = static_cast<const Cell*>(stage->parts) + first + split * SEEN;
+        cells[2 * split] = part + place, cells[2 * split + 1] = part + HEAD_DIM, there[2 * split] = there[2 * split + 1] = true;
+      }
+      read_cells(grid, cells, there, phase, bits);
+#pragma unroll
+      for (int split = 0; split < SPLITS; split++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          seen[split][i] = __uint_as_float(bits[2 * split][i]), ends[split][i] = __uint_as_float(bits[2 * split + 1][i]);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int split = 0; split < SPLITS; split++) {  // loaded together, as each takes long
+        const float* part = static_cast<const float*>(stage->parts) + first + split * SEEN;
+        load_values(part + HEAD_DIM, ends[split]), load_values(part + place, seen[split]);
+      }
+    }
+#pragma unroll
+    for (int split = 0; split < SPLITS; split++) peak = fmaxf(peak, ends[split][0]);
+#pragma unroll
+    for (int split = 0; split < SPLITS; split++) {
+      const float share = exp2f(ends[split][0] - peak);
+      weight += share * ends[split][1];
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) values[i] += share * seen[split][i];
+    }
+    weight = 1.0f / weight;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) values[i] *= weight;
+  }
+
+  __device__ __forceinline__ void bring_attended() {
+    if constexpr (!IS_GLOBAL || SPLITS == 1) {
+      bring_kept<OUT>(stage->attended);
+    } else {
+      bring<OUT, NORMED_VALUES>(nullptr, [&](const auto& mine, auto& values) {
+#pragma unroll
+        for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
+          if (mine.there[n]) join(mine.row[n], mine.column[n], values[n]);
+        }
+      });
+    }
   }
 
   static __device__ __forceinline__ float silu(float x) {
-    if constexpr (PARTS == 1) return __fdividef(x, 1.0f + __expf(-x));
+    if constexpr (X_PARTS == 1) return __fdividef(x, 1.0f + __expf(-x));
     return x / (1.0f + expf(-x));
   }
 
-  __device__ __forceinline__ float activated(float up, float gated) const {
-    switch (stage->activation) {
-      case SWIGLU: return silu(up) * gated;  // up is the gate here
-      case GELU: return 0.5f * up * (1.0f + erff(up * 0.70710678f));
-      case GELU_TANH: return up / (1.0f + expf(-1.59576912f * (up + 0.044715f * up * up * up)));
-      case RELU: return fmaxf(up, 0.0f);
-      default: return silu(up);
-    }
+  static __device__ __forceinline__ float activated(float up, float gated) {
+    if constexpr (ACTIVATION == SWIGLU) return silu(up) * gated;  // up is the gate here
+    if constexpr (ACTIVATION == GELU) return 0.5f * up * (1.0f + erff(up * 0.70710678f));
+    if constexpr (ACTIVATION == GELU_TANH) return up / (1.0f + expf(-1.59576912f * (up + 0.044715f * up * up * up)));
+    if constexpr (ACTIVATION == RELU) return fmaxf(up, 0.0f);
+    return silu(up);
   }
 
-  // One phase. fresh(row, piece, values) gives the rows that the first layer takes where `is_new`; embed those of FIRST;
-  // done(row, column, value) takes what LAST gives.
-  template <typename Fresh, typename Embed, typename Done>
-  __device__ __forceinline__ void run(
-      const At& at, Sent& sent, int seen, const int32_t* padding, bool is_new, const Fresh& fresh, const Embed& embed, const Done& done) {
-    const Layer<T>& layer = layers[at.layer];
-    if (at.part == ATTEND) return attend_together(layer, seen, padding);
-    const Job& job = jobs[at.part];
-    // New rows have just come to x, after these weights were sent for.
-    if (is_new && at.part == OUT && at.layer == 0) learn(at, sent);
-    const T* norm = at.part == QKV ? layer.attention_norm : at.part == UP ? layer.ffn_norm : at.part == LAST ? stage->norm : nullptr;
-    if (at.part == FIRST) {
-      bring(job, nullptr, embed);
-    } else if (at.part == DOWN) {
-      bring_kept(job, stage->hidden);
-    } else if (at.part != OUT) {
-      bring_normed(job, norm, is_new && at.part == QKV && at.layer == 0, fresh);
-    } else if (attends_alone) {
-      attend_alone(layer, seen);
-    } else {
-      bring_attended(job);
-    }
-    __syncthreads();
-    const Linear<T>* linears = linears_of(at);
-    multiply<WARPS>(
-        job, linears, lanes[at.part * THREADS], sent, operand(job), partial,
-        [&](int number, int row, int column) { return know(at, linears, number, row, column); },
-        [&](int number, int row, int column, float one, float other, const Known& known) {
-          if (norm != nullptr) {
-            float sum = 0.0f;
-            for (int segment = 0; segment < job.segments; segment++) sum += squares[row * MOST_SEGMENTS + segment];
-            const float factor = rsqrtf(sum * job.inverse_width + eps);
+  // One phase; come() brings its x, finish(layer, row, column, one, other, there) takes its outputs, by whole warps.
+  template <int PART, typename Come, typename Finish>
+  __device__ __forceinline__ void multiply_all(const Linear* linears, const Come& come, const Finish& finish) {
+    if (Team<PART>::in_work()) come();
+    __syncthreads();  // also in blocks without a tile: what a warp brings next, another may still read till here
+    if (!Team<PART>::in_work()) return;
+    multiply<PART>(
+        sent, linears, operand<PART>(), partial,
+        [&](int round, int n, int layer, int row, int column, float one, float other, float bias, float other_bias, bool there) {
+          if constexpr (PART == QKV || PART == UP || PART == LAST) {
+            const float factor = factor_of_row<PART>(row < STREAMS ? row : 0);
             one *= factor, other *= factor;
           }
-          one = one * known.factor[0] + known.added[0], other = other * known.factor[1] + known.added[1];
-          if (at.part == OUT || at.part == DOWN || at.part == FIRST) {
-            residual[row * dim + column] = one;
-          } else if (at.part == QKV) {
-            (number == 0 ? stage->q : number == 1 ? stage->k : stage->v)[row * linears[number].rows + column] = one;
-          } else if (at.part == UP) {
-            static_cast<Kept*>(stage->hidden)[row * linears[0].rows + column] = from_float<Kept>(activated(one, other));
-          } else {
-            done(row, column, one);
-          }
+          finish(round, n, layer, row, column, one + bias, other + other_bias, there);
         });
+  }
+
+  // What is added to rows of x, and the sum to all.
+  template <int PART, typename Come>
+  __device__ __forceinline__ void add_product(const Linear* linear, const Come& come) {
+    multiply_all<PART>(linear, come, [&](int round, int n, int, int row, int column, float one, float, bool there) {
+      if constexpr (PART != FIRST) one += residual[round][n];
+      residual[round][n] = one;
+      if (there) put_float(stage->x, row * DIM + column, one, phase + 1);
+    });
+  }
+
+  // x of a phase with a norm, from what the phase before wrote.
+  template <int PART>
+  __device__ __forceinline__ void bring_normed(const T* norm) {
+    bring<PART, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) { load_floats(stage->x, mine, values); });
+  }
+
+  // All layers over rows of which `seen` came before, and `last`: done(row, column, value, there) takes what that gives. The first
+  // layer's weights have been sent for; begin() brings its x. In the end next() goes on. Without `wanted` there is no `last`.
+  template <typename Begin, typename Done, typename Next>
+  __device__ __forceinline__ void run(
+      int seen, const int32_t* padding, bool wanted, const Begin& begin, const Done& done, const Next& next) {
+#pragma unroll 1
+    for (int number = 0; number < LAYERS; number++) {
+      const Layer& layer = layers[number];
+      multiply_all<QKV>(
+          layer.qkv,
+          [&] {
+            if (number == 0) {
+              begin(layer.attention_norm);
+            } else {
+              bring_normed<QKV>(layer.attention_norm);
+            }
+          },
+          [&](int, int, int which, int row, int column, float one, float, bool there) {
+            const int before = which == 0 ? 0 : which == 1 ? QUERIES : QUERIES + KEYS;
+            if (there) put_float(stage->qkv, row * QKV_ROW + before + column, one, phase + 1);
+          });
+      go_on([&] { send_for<OUT>(sent, &layer.out), send_ahead<UP>(layer.up); });
+      if constexpr (!ALONE) {
+        if constexpr (IS_GLOBAL) {
+          attend_by_blocks(layer, seen, padding);
+        } else {
+          attend_by_warps(layer, seen);
+        }
+        go_on([] {});
+      }
+      add_product<OUT>(&layer.out, [&] {
+        if constexpr (ALONE) {
+          attend_alone(layer, seen);
+        } else {
+          bring_attended();
+        }
+      });
+      go_on([&] { send_for<UP>(sent, layer.up), send_ahead<DOWN>(&layer.down); });
+      multiply_all<UP>(
+          layer.up, [&] { bring_normed<UP>(layer.ffn_norm); },
+          [&](int, int, int, int row, int column, float one, float other, bool there) {
+            put_kept(stage->hidden, row * FFN_DIM + column, activated(one, other), there, phase + 1);
+          });
+      const bool more = number + 1 < LAYERS;
+      go_on([&] {
+        send_for<DOWN>(sent, &layer.down);
+        if (more) send_ahead<QKV>(layers[number + 1].qkv);
+      });
+      add_product<DOWN>(&layer.down, [&] { bring_kept<DOWN>(stage->hidden); });
+      go_on([&] {
+        if (more) {
+          send_for<QKV>(sent, layers[number + 1].qkv), send_ahead<OUT>(&layers[number + 1].out);
+        } else {
+          send_for<LAST>(sent, &stage->last);
+        }
+      });
+    }
+    if (wanted) {
+      multiply_all<LAST>(
+          &stage->last, [&] { bring_normed<LAST>(stage->norm); },
+          [&](int, int, int, int row, int column, float one, float, bool there) {
+            if (there) done(row, column, one);
+          });
+    }
+    next();
+  }
+
+  // The weights of a phase after the next one, where they do not stay in the second-level cache anyway.
+  template <int PART>
+  __device__ __forceinline__ void send_ahead(const Linear* linears) const {
+    if constexpr (IS_GLOBAL) send_tiles_to_cache<PART>(linears);
   }
 };
 

@@ -127,46 +127,59 @@ struct Head {
     const int64_t low = std::max(start, task.window < 0 ? 0 : position - task.window);
     const int64_t high = std::min({end, task.causal ? position + count : task.total,
                                    task.window < 0 || task.causal ? task.total : position + count + task.window});
+    const bool few = count <= FEW_ROWS || exact_rows();
+    // Where rows have to be exact, tiles lie on a grid from the first real row on, whatever page and block they are in.
+    const int64_t from = exact_rows() && low > start ? start + (low - start) / TILE * TILE : low;
+    const auto tile = [&](const std::vector<PageView>& pages, size_t page, int64_t first, int64_t some, float* buffer) {
+      if (first + some <= pages[page].rows) return tile_of(pages[page], batch, kv_head, head_dim, first, first + some, buffer);
+      for (float* to = buffer; some > 0; page++, first = 0) {
+        const int64_t own = std::min(some, pages[page].rows - first);
+        const Strided part = tile_of(pages[page], batch, kv_head, head_dim, first, first + own, to);
+        for (int64_t r = 0; part.data != to && r < own; r++) std::copy_n(part.data + r * part.stride, head_dim, to + r * head_dim);
+        to += own * head_dim, some -= own;
+      }
+      return Strided{buffer, head_dim};
+    };
+    size_t page = 0;
     int64_t page_start = 0;
-    for (size_t p = 0; p < keys.size(); page_start += keys[p].rows, p++) {
-      const int64_t page_high = std::min(high - page_start, keys[p].rows);
-      for (int64_t j = std::max<int64_t>(0, low - page_start); j < page_high; j += TILE) {
-        const int64_t some = std::min(TILE, page_high - j);
-        const Strided key_tile = tile_of(keys[p], batch, kv_head, head_dim, j, j + some, key_buffer);
-        if (count <= FEW_ROWS) {
-          few_scores(queries, task.query_row, key_tile, scores, count, some, head_dim);
-        } else {
-          product({queries, task.query_row}, key_tile, scores, TILE, count, some, head_dim);
+    for (int64_t j = from, some; j < high; j += some) {
+      for (; j >= page_start + keys[page].rows; page++) page_start += keys[page].rows;
+      some = std::min(TILE, high - j);
+      if (!exact_rows()) some = std::min(some, page_start + keys[page].rows - j);
+      const Strided key_tile = tile(keys, page, j - page_start, some, key_buffer);
+      if (few) {
+        few_scores(queries, task.query_row, key_tile, scores, count, some, head_dim);
+      } else {
+        product({queries, task.query_row}, key_tile, scores, TILE, count, some, head_dim);
+      }
+      for (int64_t r = 0; r < count; r++) {
+        float* row = scores + r * TILE;
+        const float highest = std::max(most[r], mask(row, position + r, j, some));
+        if (highest == NOTHING) {
+          std::fill(row, row + some, 0.0f);
+          continue;
         }
-        for (int64_t r = 0; r < count; r++) {
-          float* row = scores + r * TILE;
-          const float highest = std::max(most[r], mask(row, position + r, page_start + j, some));
-          if (highest == NOTHING) {
-            std::fill(row, row + some, 0.0f);
-            continue;
-          }
-          Vector added{};
-          for (int64_t n = 0; n < some; n += LANES) {
-            const Vector weights = exponential(load_some(row + n, some - n, NOTHING) - highest);
-            // What is masked counts for nothing, where e^-87 would count.
-            const Vector real = chosen(load_some(row + n, some - n, NOTHING) == NOTHING, splat(0.0f), weights);
-            store_some(real, row + n, some - n);
-            added += real;
-          }
-          if (highest != most[r]) {
-            const float shrink = exponential(splat(most[r] - highest))[0] * (most[r] == NOTHING ? 0.0f : 1.0f);
-            total[r] *= shrink;
-            for (int64_t d = 0; d < head_dim; d++) sums[r * head_dim + d] *= shrink;
-            most[r] = highest;
-          }
-          total[r] += sum(added);
+        Vector added{};
+        for (int64_t n = 0; n < some; n += LANES) {
+          const Vector weights = exponential(load_some(row + n, some - n, NOTHING) - highest);
+          // What is masked counts for nothing, where e^-87 would count.
+          const Vector real = chosen(load_some(row + n, some - n, NOTHING) == NOTHING, splat(0.0f), weights);
+          store_some(real, row + n, some - n);
+          added += real;
         }
-        const Strided value_tile = tile_of(values[p], batch, kv_head, head_dim, j, j + some, value_buffer);
-        if (count <= FEW_ROWS) {
-          few_sums(scores, value_tile, sums, count, some, head_dim);
-        } else {
-          add_product({scores, TILE}, value_tile, sums, head_dim, count, head_dim, some);
+        if (highest != most[r]) {
+          const float shrink = exponential(splat(most[r] - highest))[0] * (most[r] == NOTHING ? 0.0f : 1.0f);
+          total[r] *= shrink;
+          for (int64_t d = 0; d < head_dim; d++) sums[r * head_dim + d] *= shrink;
+          most[r] = highest;
         }
+        total[r] += sum(added);
+      }
+      const Strided value_tile = tile(values, page, j - page_start, some, value_buffer);
+      if (few) {
+        few_sums(scores, value_tile, sums, count, some, head_dim);
+      } else {
+        add_product({scores, TILE}, value_tile, sums, head_dim, count, head_dim, some);
       }
     }
     float* out = task.out + batch * task.out_batch + head * task.out_head + first_row * task.out_row;

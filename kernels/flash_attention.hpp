@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "key_value_pages.hpp"
+#include "mlx/mlx.h"
 
 namespace marlin {
 

@@ -1,5 +1,5 @@
 // linear: out[M, N] = x[M, K] @ weight[N, K]^T in float32. Few rows: a product at the speed of memory; many: tiles of registers
-// where vectors have 512 bits, OpenBLAS elsewhere.
+// with AVX-512 and AVX2, OpenBLAS elsewhere.
 #include "common.hpp"
 #include "linear.hpp"
 #include "product_tiles.hpp"
@@ -15,6 +15,7 @@ namespace marlin {
 namespace {
 
 int thread_count = 1;
+bool rows_are_exact = false;
 
 // TOGETHER rows of weights against ROWS rows of x. Weights are read once for all rows of x; several rows of weights at once
 // keep more of them on their way from memory, and more sums in flight than the latency of one.
@@ -71,10 +72,13 @@ void up_to_eight(const float* x, const float* weight, float* out, int64_t rows, 
 }  // namespace
 
 void multiply_dense(const float* x, const float* weight, float* out, int64_t rows, int64_t columns, int64_t depth) {
-  if (rows > FEW) return product({x, depth}, {weight, depth}, out, columns, rows, columns, depth);
+  if (rows > FEW && !exact_rows()) return product({x, depth}, {weight, depth}, out, columns, rows, columns, depth);
+  constexpr int64_t COLUMNS_AT_ONCE = 48;  // which stay in the second cache while all rows of x pass them
+  const int64_t most = rows > FEW ? COLUMNS_AT_ONCE : columns;
   over_threads(columns, rows * depth, [&](int64_t first, int64_t last) {
-    for (int64_t m = 0; m < rows; m += AT_ONCE)
-      up_to_eight(x + m * depth, weight, out + m * columns, std::min(AT_ONCE, rows - m), columns, depth, first, last);
+    for (int64_t n = first; n < last; n += most)
+      for (int64_t m = 0; m < rows; m += AT_ONCE)
+        up_to_eight(x + m * depth, weight, out + m * columns, std::min(AT_ONCE, rows - m), columns, depth, n, std::min(last, n + most));
   });
 }
 
@@ -97,6 +101,10 @@ class Linear : public CpuPrimitive {
 
 int threads() { return thread_count; }
 
+bool exact_rows() { return rows_are_exact; }
+
+void set_exact_rows(bool exact) { rows_are_exact = exact; }
+
 void set_threads(int count) {
   thread_count = count;
   scipy_openblas_set_num_threads(1);  // the parts of a product are spread here, so that kernels may call it from any thread
@@ -104,7 +112,7 @@ void set_threads(int count) {
 
 void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
   const auto part = [&](int64_t row, int64_t row_count, int64_t column, int64_t column_count) {
-#if MARLIN_AVX512
+#if MARLIN_TILES
     tiles::product({a.data + row * a.stride, a.stride}, {b.data + column * b.stride, b.stride}, out + row * out_stride + column,
                    out_stride, row_count, column_count, depth);
 #else
@@ -118,7 +126,7 @@ void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows,
 }
 
 void add_product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {
-#if MARLIN_AVX512
+#if MARLIN_TILES
   tiles::add_product(a, b, out, out_stride, rows, columns, depth);
 #else
   scipy_cblas_sgemm(101, 111, 111, rows, columns, depth, 1.0f, a.data, a.stride, b.data, b.stride, 1.0f, out, out_stride);

@@ -1,6 +1,10 @@
 // Dense products: for the bindings, and on plain memory for the other kernels.
 #pragma once
-#include "mlx/mlx.h"
+#include <cstdint>
+
+namespace mlx::core {
+class array;
+}
 
 namespace marlin {
 

@@ -1,9 +1,13 @@
 // The packed product, for the bindings: formats, and where the parts of a packed matrix lie.
 #pragma once
+#include <cstdint>
 #include <optional>
 #include <span>
 
-#include "mlx/mlx.h"
+
+namespace mlx::core {
+class array;
+}
 
 namespace marlin {
 

@@ -1,20 +1,14 @@
-// marlin_gemm of one row of x in fixed point (VNNI and VBMI): out[N] = x[K] @ W[N, K]^T in float32.
+// marlin_gemm in fixed point by products of bytes (VNNI and VBMI): out[M, N] = x[M, K] @ W[N, K]^T in float32.
 //
-// A group of x becomes whole numbers of 28 bits and a sign under a power of two, where a sum in float32 keeps 24 bits, and these four
-// signed digits of a byte. Codes stand for small whole numbers (all but mxfp8's), so that digits and weights add up exactly, sixty-four
-// products an instruction. A product of floats costs each sixteen weights a lookup and a multiplication; this costs a third less.
+// Four signed digits of a byte, sixty-four products an instruction. A product of floats costs each sixteen weights a lookup and a
+// multiplication; for one row this costs a third less.
 #include "marlin_gemm_fixed.hpp"
 
-#include <array>
-#include <bit>
-
-#include "common.hpp"
 #include "packed_lines.hpp"
-#include "targets.hpp"
 
+#if MARLIN_VNNI_BYTES
 namespace marlin {
 
-#if MARLIN_AVX512 && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 namespace {
 
 constexpr int64_t DIGITS = 4;
@@ -53,11 +47,23 @@ struct Affine {
 template <class Format>
 constexpr int64_t WEIGHTS = LINE * Format::HALVES;  // of a line
 
-// x by lines: digits [lines, 4, halves, 64 bytes]; what OFFSET adds to the sums of lanes, in the upper two and the lower two digits,
-// [lines, 2, lanes]; what 2^16 is worth, by groups; and the sums of groups.
+// Rows of x by lines: digits [rows, lines, 4, halves, 64 bytes]; what OFFSET adds to the sums of lanes, in the upper two and the lower two
+// digits, [rows, lines, 2, lanes]; what 2^16 is worth, by groups; and the sums of groups.
+template <class Format>
 struct Laid {
   AlignedBytes digits, offsets;
   std::vector<float> units, sums;
+  int64_t lines = 0, groups = 0;
+
+  void resize(const Matrix& w, int64_t rows) {
+    lines = (w.row_bytes + LINE - 1) / LINE, groups = w.groups();
+    digits.of(rows * digit_bytes());
+    offsets.of(rows * offset_bytes());
+    units.resize(std::max<size_t>(units.size(), rows * groups));
+    if (Format::affine) sums.resize(std::max<size_t>(sums.size(), rows * groups));
+  }
+  int64_t digit_bytes() const { return lines * DIGITS * Format::HALVES * LINE; }
+  int64_t offset_bytes() const { return lines * 2 * LINE; }
 };
 
 // Whole numbers of two lanes of nibbles, and what OFFSET adds to the sums of their products: -OFFSET times their own sum. That has to
@@ -83,17 +89,13 @@ inline __m512i with_offsets(__m512i whole, int32_t* to) {
   return _mm512_sub_epi32(whole, _mm512_srai_epi32(_mm512_add_epi32(over, steps), 3));
 }
 
-// Largest values of a group between 2^-96 and 2^64, which leave room for scales on either side.
-constexpr int32_t LEAST_EXPONENT = 127 - 96, MOST_EXPONENT = 127 + 63;
-
-// False where a group has another size, infinite or not a number.
+// Row m of those that are laid out. False where a group has another size, infinite or not a number.
 template <class Format>
-bool lay_out(const float* x, const Matrix& w, Laid& laid) {
+bool lay_out(const float* x, const Matrix& w, Laid<Format>& laid, int64_t m) {
   constexpr int64_t VECTORS = Format::GROUP / LANES, OF_A_LINE = WEIGHTS<Format> / LANES, HALVES = Format::HALVES;
-  const int64_t groups = w.groups(), lines = (w.depth + WEIGHTS<Format> - 1) / WEIGHTS<Format>;
-  uint8_t* digits = laid.digits.of(lines * DIGITS * HALVES * LINE);
-  auto* offsets = reinterpret_cast<int32_t*>(laid.offsets.of(lines * 2 * LINE));
-  laid.units.resize(groups);
+  const int64_t groups = laid.groups, lines = laid.lines;
+  uint8_t* digits = laid.digits.data() + m * laid.digit_bytes();
+  auto* offsets = reinterpret_cast<int32_t*>(laid.offsets.data() + m * laid.offset_bytes());
   // The bytes of sixteen numbers by digit, half of a packed byte and place: eight quads of four bytes, or of eight, of which each goes to
   // a row of 64 bytes of its own, or two to one.
   alignas(64) static constexpr auto order = [] {
@@ -114,28 +116,29 @@ bool lay_out(const float* x, const Matrix& w, Laid& laid) {
     const __m512i ordered = _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), signed_bytes);
     _mm512_i64scatter_epi64(digits + line * DIGITS * HALVES * LINE + inside * (16 / HALVES), places, ordered, 1);
   };
+  bool all_fit = true;
   for (int64_t group = 0; group < groups; group++) {
     const float* from = x + group * Format::GROUP;
-    __m512i most = _mm512_setzero_si512();
-    for (int64_t v = 0; v < VECTORS; v++)
-      most = _mm512_max_epi32(most, _mm512_and_si512(__m512i(load(from + v * LANES)), _mm512_set1_epi32(0x7fffffff)));
-    // The largest is at least 2^27 and below 2^28, so that the sum of eight is below 2^31.
-    const int32_t largest = _mm512_reduce_max_epi32(most), exponent = largest == 0 ? LEAST_EXPONENT : largest >> 23;
-    if (exponent < LEAST_EXPONENT || exponent > MOST_EXPONENT) return false;
-    laid.units[group] = std::bit_cast<float>((exponent - 11) << 23) * Format::FACTOR;
-    const Vector factor = splat(std::bit_cast<float>((281 - exponent) << 23));
-    for (int64_t v = 0; v < VECTORS; v++) put(group * VECTORS + v, _mm512_cvtps_epi32(__m512(load(from + v * LANES) * factor)));
+    const int32_t exponent = fixed::exponent_of<Format::GROUP>(from);
+    const bool fits = fixed::fits(exponent);
+    all_fit &= fits;
+    laid.units[m * groups + group] = fits ? fixed::worth<16>(exponent) * Format::FACTOR : 0.0f;
+    const Vector factor = splat(fits ? fixed::to_whole(exponent) : 0.0f);
+    for (int64_t v = 0; v < VECTORS; v++) {
+      const __m512i whole = _mm512_cvtps_epi32(__m512(load(from + v * LANES) * factor));
+      put(group * VECTORS + v, fits ? whole : _mm512_setzero_si512());
+    }
   }
   for (int64_t vector = groups * VECTORS; vector < lines * OF_A_LINE; vector++) put(vector, _mm512_setzero_si512());
-  if (Format::affine) sum_groups(x, 1, w, laid.sums);
-  return true;
+  if (Format::affine) fixed::sum_groups<Format::GROUP>(x, groups, laid.sums.data() + m * groups);
+  return all_fit;
 }
 
-// TOGETHER columns from n0 on.
-template <class Format, int TOGETHER>
-void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+// ROWS rows of x from m0 on by TOGETHER columns from n0 on.
+template <class Format, int ROWS, int TOGETHER>
+void together(const Matrix& w, const Laid<Format>& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
   constexpr int64_t HALVES = Format::HALVES, LINES = LANES * Format::GROUP / WEIGHTS<Format>;  // that sixteen scales serve
-  const int64_t lines = (w.row_bytes + LINE - 1) / LINE;
+  const int64_t lines = laid.lines;
   alignas(64) static constexpr auto spread = [] {  // of sixteen scales over the lanes of each line
     std::array<int32_t, LINES * LANES> from{};
     for (int64_t n = 0; n < LINES * LANES; n++) from[n] = int32_t(n * WEIGHTS<Format> / LANES / Format::GROUP);
@@ -144,7 +147,7 @@ void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t
   const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
-  Vector sums[TOGETHER] = {};
+  Vector sums[ROWS][TOGETHER] = {};
   const auto each = [](auto body) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int n = 0; n < TOGETHER; n++) body(n);
@@ -152,13 +155,14 @@ void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t
   // As many lines as sixteen scales serve, stage by stage: what waits for what is as far apart as the registers allow.
   const auto step = [&](int64_t first, auto all) __attribute__((always_inline)) {
     const int64_t group = first * WEIGHTS<Format> / Format::GROUP, count = all ? LANES : groups - group;
-    const Vector units = load_some(laid.units.data() + group, count);
-    Vector scales[TOGETHER];
-    each([&](int n) { scales[n] = Format::scales(rows[n], group, count) * units; });
+    Vector scales[ROWS][TOGETHER];
+    each([&](int n) __attribute__((always_inline)) {
+      const Vector own = Format::scales(rows[n], group, count);
+#pragma GCC unroll 2
+      for (int m = 0; m < ROWS; m++) scales[m][n] = own * load_some(laid.units.data() + (m0 + m) * groups + group, count);
+    });
     for (int64_t line = first; line < (all ? first + LINES : lines); line++) {
-      const uint8_t* digits = laid.digits.data() + line * DIGITS * HALVES * LINE;
-      const uint8_t* offsets = laid.offsets.data() + line * 2 * LINE;
-      __m512i weights[HALVES][TOGETHER], upper[TOGETHER], lower[TOGETHER];
+      __m512i weights[HALVES][TOGETHER];
       each([&](int n) __attribute__((always_inline)) {
         const uint8_t* from = rows[n].weight + line * LINE;
         __builtin_prefetch(from + ahead);
@@ -171,83 +175,84 @@ void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t
         } else {
           weights[0][n] = bytes;
         }
-        upper[n] = Format::OFFSET ? _mm512_load_si512(offsets) : _mm512_setzero_si512();
-        lower[n] = Format::OFFSET ? _mm512_load_si512(offsets + LINE) : _mm512_setzero_si512();
       });
-      const auto add_products = [&](__m512i* totals, int digit) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-        for (int half = 0; half < HALVES; half++) {
-          const __m512i values = _mm512_load_si512(digits + (digit * HALVES + half) * LINE);
-          each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_dpbusd_epi32(totals[n], weights[half][n], values); });
-        }
-      };
-      const auto up_a_digit = [&](__m512i* totals) __attribute__((always_inline)) {
-        each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_slli_epi32(totals[n], 8); });
-      };
-      add_products(upper, 3);
-      add_products(lower, 1);
-      up_a_digit(upper);
-      up_a_digit(lower);
-      add_products(upper, 2);
-      add_products(lower, 0);
       const __m512i lanes = _mm512_load_si512(spread.data() + (line - first) * LANES);
-      each([&](int n) __attribute__((always_inline)) {
-        const Vector both = Vector(_mm512_cvtepi32_ps(upper[n])) + Vector(_mm512_cvtepi32_ps(lower[n])) * 0x1p-16f;
-        sums[n] += both * Vector(_mm512_permutexvar_ps(lanes, __m512(scales[n])));
-      });
+#pragma GCC unroll 2
+      for (int m = 0; m < ROWS; m++) {
+        const uint8_t* digits = laid.digits.data() + (m0 + m) * laid.digit_bytes() + line * DIGITS * HALVES * LINE;
+        const uint8_t* offsets = laid.offsets.data() + (m0 + m) * laid.offset_bytes() + line * 2 * LINE;
+        __m512i upper[TOGETHER], lower[TOGETHER];
+        each([&](int n) __attribute__((always_inline)) {
+          upper[n] = Format::OFFSET ? _mm512_load_si512(offsets) : _mm512_setzero_si512();
+          lower[n] = Format::OFFSET ? _mm512_load_si512(offsets + LINE) : _mm512_setzero_si512();
+        });
+        const auto add_products = [&](__m512i* totals, int digit) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+          for (int half = 0; half < HALVES; half++) {
+            const __m512i values = _mm512_load_si512(digits + (digit * HALVES + half) * LINE);
+            each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_dpbusd_epi32(totals[n], weights[half][n], values); });
+          }
+        };
+        const auto up_a_digit = [&](__m512i* totals) __attribute__((always_inline)) {
+          each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_slli_epi32(totals[n], 8); });
+        };
+        add_products(upper, 3);
+        add_products(lower, 1);
+        up_a_digit(upper);
+        up_a_digit(lower);
+        add_products(upper, 2);
+        add_products(lower, 0);
+        each([&](int n) __attribute__((always_inline)) {
+          const Vector both = Vector(_mm512_cvtepi32_ps(upper[n])) + Vector(_mm512_cvtepi32_ps(lower[n])) * 0x1p-16f;
+          sums[m][n] += both * Vector(_mm512_permutexvar_ps(lanes, __m512(scales[m][n])));
+        });
+      }
     }
   };
   const int64_t inside = w.row_bytes / LINE / LINES * LINES;
   for (int64_t first = 0; first < inside; first += LINES) step(first, std::true_type{});
   if (inside < lines) step(inside, std::false_type{});
-  if constexpr (Format::affine) {
-    for (int64_t g = 0; g < groups; g += LANES) {
-      const Vector of_x = load_some(laid.sums.data() + g, groups - g);
-      each([&](int n) { sums[n] += load_some(rows[n].biases + g, groups - g) * of_x; });
+#pragma GCC unroll 2
+  for (int m = 0; m < ROWS; m++) {
+    if constexpr (Format::affine) {
+      for (int64_t g = 0; g < groups; g += LANES) {
+        const Vector of_x = load_some(laid.sums.data() + (m0 + m) * groups + g, groups - g);
+        each([&](int n) { sums[m][n] += load_some(rows[n].biases + g, groups - g) * of_x; });
+      }
     }
+    each([&](int n) { out[(m0 + m) * w.columns + n0 + n] = sum(sums[m][n]); });
   }
-  each([&](int n) { out[n0 + n] = sum(sums[n]); });
 }
 
 template <class Format>
-bool multiply(Targets targets, const float* x) {
-  constexpr int TOGETHER = 4;
-  const Matrix& any = targets[0].w;
-  thread_local Laid kept;
-  Laid& laid = kept;
-  if (!lay_out<Format>(x, any, laid)) return false;
-  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
-  over_columns(targets, 1, any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<Format, some>(target.w, laid, target.out, n, groups, ahead); });
-    finish(target, 0, 1, first, last - first);
-  });
-  return true;
-}
-
-template <int BITS>
-bool multiply_affine(Targets targets, const float* x) {
-  switch (targets[0].w.group_size) {
-    case 32: return multiply<Affine<BITS, 32>>(targets, x);
-    case 64: return multiply<Affine<BITS, 64>>(targets, x);
-    case 128: return multiply<Affine<BITS, 128>>(targets, x);
-    default: return false;
+struct Way {
+  static constexpr int COLUMNS = 4;
+  using Laid = marlin::Laid<Format>;
+  static bool lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m) { return marlin::lay_out<Format>(x, w, laid, m); }
+  template <int ROWS, int TOGETHER>
+  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+    marlin::together<Format, ROWS, TOGETHER>(w, laid, m0, out, n0, groups, ahead);
   }
-}
+};
+
+template <int64_t GROUP_SIZE>
+using WayOfInt4 = Way<Affine<4, GROUP_SIZE>>;
+template <int64_t GROUP_SIZE>
+using WayOfInt8 = Way<Affine<8, GROUP_SIZE>>;
 
 }  // namespace
 
-bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows) {
-  if (rows > 1) return false;
+bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows, fixed::Alone alone) {
+  const int64_t group_size = targets[0].w.group_size;
+  const auto affine = [&](auto way) { fixed::multiply<decltype(way)>(kind, targets, x, rows, alone); };
   switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(targets, x);
-    case Kind::mxfp4: return multiply<Mxfp4>(targets, x);
-    case Kind::int4: return multiply_affine<4>(targets, x);
-    case Kind::int8: return multiply_affine<8>(targets, x);
+    case Kind::nvfp4: return fixed::multiply<Way<Nvfp4>>(kind, targets, x, rows, alone), true;
+    case Kind::mxfp4: return fixed::multiply<Way<Mxfp4>>(kind, targets, x, rows, alone), true;
+    case Kind::int4: return fixed::by_group_size<WayOfInt4>(group_size, affine);
+    case Kind::int8: return fixed::by_group_size<WayOfInt8>(group_size, affine);
     default: return false;
   }
 }
-#else
-bool multiply_fixed(Kind, Targets, const float*, int64_t) { return false; }
-#endif
 
 }  // namespace marlin
+#endif

@@ -1,10 +1,10 @@
-// Packed products of one row of x as whole numbers.
+// marlin_gemm in fixed point, see fixed_point.hpp.
 #pragma once
-#include "marlin_gemm.hpp"
+#include "fixed_point.hpp"
 
 namespace marlin {
 
-// All targets, and true; false where this machine, this format, so many rows or values of unusual size are for other kernels.
-bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows);
+// False, and nothing is done, where the format has no such product. Rows of x whose values do not fit are left to `alone`.
+bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows, fixed::Alone alone);
 
 }  // namespace marlin

@@ -2,12 +2,12 @@
 // their scales multiply them once.
 //
 // Nibbles: a line of 64 bytes is 128 weights, eight a dword. Lanes are dwords: a permutation looks up the low nibble of each, so that a
-// shift is all there is between two of the eight. Bytes: lanes are sixteen neighbours.
+// shift is all there is between two of the eight.
 #include "marlin_gemm_lines.hpp"
 
 #include <array>
 
-#include "common.hpp"
+#include "threads.hpp"
 #include "packed_lines.hpp"
 #include "targets.hpp"
 
@@ -121,7 +121,8 @@ inline void together(const Format& format, const Matrix& w, const Laid& laid, fl
     if constexpr (TOGETHER == 4) {
       _mm_storeu_ps(to, sums_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
     } else {
-      for (int n = 0; n < TOGETHER; n++) to[n] = sum(sums[n][m]);
+      // In the same order, whichever columns are beside it.
+      for (int n = 0; n < TOGETHER; n++) to[n] = _mm_cvtss_f32(sums_of_four(sums[n][m], sums[n][m], sums[n][m], sums[n][m]));
     }
   }
 }
@@ -143,81 +144,17 @@ void multiply(Targets targets, const float* x) {
   });
 }
 
-// TOGETHER rows of E4M3 against ROWS rows of x. Codes become half floats a group ahead, by way of memory: from there a conversion takes
-// sixteen as they are, which out of a register cost a shuffle more.
-template <int ROWS, int TOGETHER>
-inline void bytes_together(const Matrix& w, const float* x, float* out, int64_t n0, int64_t groups, int64_t ahead) {
-  constexpr int64_t GROUP = 32;
-  Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
-  alignas(64) uint16_t halves[2][TOGETHER][GROUP];
-  alignas(64) float scales[TOGETHER][LANES];
-  Vector sums[TOGETHER][ROWS] = {};
-  const auto unpack = [&](int64_t group) __attribute__((always_inline)) {
-    for (int n = 0; n < TOGETHER; n++) {
-      const uint8_t* from = rows[n].weight + group * GROUP;
-      __builtin_prefetch(from + ahead);
-      const __m512i words = _mm512_slli_epi16(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 7);
-      _mm512_store_si512(halves[group % 2][n], _mm512_and_si512(words, _mm512_set1_epi16(int16_t(0xbf80))));
-    }
-  };
-  unpack(0);
-  for (int64_t group = 0; group < groups; group++) {
-    if (group % LANES == 0)
-      for (int n = 0; n < TOGETHER; n++) store(e8m0_of_groups(rows[n], group, groups - group) * (1 / E4M3_FACTOR), scales[n]);
-    if (group + 1 < groups) unpack(group + 1);
-    Vector parts[TOGETHER][ROWS] = {};
-#pragma GCC unroll 2
-    for (int64_t half = 0; half < GROUP; half += LANES) {
-      Vector weights[TOGETHER];
-      for (int n = 0; n < TOGETHER; n++)
-        weights[n] = Vector(_mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(halves[group % 2][n] + half))));
-      for (int m = 0; m < ROWS; m++) {
-        const Vector own = load(x + m * w.depth + group * GROUP + half);
-        for (int n = 0; n < TOGETHER; n++) parts[n][m] += weights[n] * own;
-      }
-    }
-    for (int n = 0; n < TOGETHER; n++)
-      for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * splat(scales[n][group % LANES]);
-  }
-  for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < TOGETHER; n++) out[m * w.columns + n0 + n] = sum(sums[n][m]);
-}
-
-template <int ROWS>
-void multiply_bytes(Targets targets, const float* x) {
-  const Matrix& any = targets[0].w;
-  constexpr int TOGETHER = ROWS <= 2 ? 4 : 2;
-  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
-  over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { bytes_together<ROWS, some>(target.w, x, target.out, n, groups, ahead); });
-    finish(target, 0, ROWS, first, last - first);
-  });
-}
-
-// body(ROWS), an integral_constant, for one to four rows.
-template <class Body>
-void for_rows(int64_t rows, const Body& body) {
-  switch (rows) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    default: return body(std::integral_constant<int, 4>{});
-  }
-}
-
 }  // namespace
 
 bool multiply_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
   constexpr int64_t MOST_ROWS = 4;
   if (rows > MOST_ROWS) return false;
-  if (kind == Kind::int8) return false;
-  for_rows(rows, [&](auto some) {
+  if (kind == Kind::int8 || kind == Kind::mxfp8) return false;
+  for_few_rows(rows, [&](auto some) {
     switch (kind) {
       case Kind::nvfp4: return multiply<Nvfp4, some>(targets, x);
       case Kind::mxfp4: return multiply<Mxfp4, some>(targets, x);
-      case Kind::int4: return multiply<Int4, some>(targets, x);
-      default: return multiply_bytes<some>(targets, x);
+      default: return multiply<Int4, some>(targets, x);
     }
   });
   return true;

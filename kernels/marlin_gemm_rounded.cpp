@@ -9,14 +9,11 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "common.hpp"
+#include "threads.hpp"
 #include "packed_columns.hpp"
 #include "packed_lines.hpp"
 #include "targets.hpp"
-
-#if MARLIN_AVX512 && defined(__AVX512VNNI__)
-#define MARLIN_VNNI 1
-#endif
+#include "whole_numbers.hpp"
 
 namespace marlin {
 
@@ -39,7 +36,7 @@ inline __attribute__((always_inline)) Numbers dot(const Numbers& sums, const Cod
     return {dot<SMALL>(sums.low, weights.low, x.low), dot<SMALL>(sums.high, weights.high, x.high)};
   } else {
 #if MARLIN_VNNI
-    return Numbers(_mm512_dpbusd_epi32(__m512i(sums), __m512i(weights), __m512i(x)));
+    return add_quads(sums, weights, x);
 #elif MARLIN_AVX512
     // Two products fit 16 bits: 2 * 128 * 127 at most. An unsigned and a signed factor: the sign moves over to x.
     const __mmask64 negative = _mm512_movepi8_mask(__m512i(weights));
@@ -126,33 +123,6 @@ struct Whole {
   Bytes first, second;
 };
 
-// TABLE[code] for every nibble of a byte that is below 16; VBMI's looks at the lower four bits of any.
-template <class Codes>
-inline __attribute__((always_inline)) Codes looked_up(const uint8_t* table, const Codes& nibbles) {
-  if constexpr (IS_PAIR<Codes>) {
-    return {looked_up(table, nibbles.low), looked_up(table, nibbles.high)};
-  } else {
-#if MARLIN_AVX512
-    const __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
-#if defined(__AVX512VBMI__)
-    // Six bits of an index are read; the table repeats, so that the upper two may be anything and nothing is masked.
-    return Codes(_mm512_permutexvar_epi8(__m512i(nibbles), wide));
-#else
-    return Codes(_mm512_shuffle_epi8(wide, __m512i(nibbles)));
-#endif
-#elif MARLIN_AVX2
-    const __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
-    return Codes(_mm256_shuffle_epi8(wide, __m256i(nibbles)));
-#elif MARLIN_NEON
-    return Codes(vqtbl1q_u8(vld1q_u8(table), uint8x16_t(nibbles)));
-#else
-    Codes found;
-    for (size_t place = 0; place < sizeof(found); place++) found[place] = table[nibbles[place]];
-    return found;
-#endif
-  }
-}
-
 template <class Format>
 inline __attribute__((always_inline)) Whole unpack(const Bytes& packed) {
   if constexpr (!Format::nibbles) {
@@ -182,27 +152,6 @@ inline void even_then_odd(int8_t* bytes) {
   std::memcpy(bytes, &ordered, sizeof(ordered));
 }
 
-// The nearest whole numbers, of ties the even ones.
-template <class Numbers, class Floats>
-inline Numbers nearest(const Floats& values) {
-  if constexpr (IS_PAIR<Floats>) {
-    using Half = decltype(Numbers::low);
-    return {nearest<Half>(values.low), nearest<Half>(values.high)};
-  } else {
-#if MARLIN_AVX512
-    return Numbers(_mm512_cvtps_epi32(__m512(values)));
-#elif MARLIN_AVX2
-    return Numbers(_mm256_cvtps_epi32(__m256(values)));
-#elif MARLIN_NEON
-    return Numbers(vcvtnq_s32_f32(float32x4_t(values)));
-#else
-    Numbers whole;
-    for (size_t lane = 0; lane < sizeof(whole) / sizeof(int32_t); lane++) whole[lane] = int32_t(std::lrint(values[lane]));
-    return whole;
-#endif
-  }
-}
-
 // Rows of x as whole numbers. Memory stays with the thread for its next product.
 struct Rounded {
   int64_t blocks = 0;           // of a row
@@ -218,11 +167,7 @@ inline void round_block(const float* x, int64_t count, int8_t* codes, float* sca
   // As whole numbers magnitudes are in the same order, with infinities and NaN above all: they become the scale.
   const Integers magnitudes[2] = {bits_as<Integers>(parts[0]) & 0x7fffffff, bits_as<Integers>(parts[1]) & 0x7fffffff};
   const Integers larger = chosen(magnitudes[0] > magnitudes[1], magnitudes[0], magnitudes[1]);
-#if MARLIN_AVX512
-  const int32_t bits = _mm512_reduce_max_epi32(__m512i(larger));
-#else
   const int32_t bits = marlin::largest(larger);
-#endif
   float largest;
   std::memcpy(&largest, &bits, sizeof(largest));
   const float inverse = largest >= TINY ? 127.0f / largest : 0.0f;
@@ -552,26 +497,49 @@ void many_rows(Targets targets, const float* x, int64_t rows) {
   });
 }
 
-template <class Format>
-void multiply(Targets targets, const float* x, int64_t rows) {
-  switch (rows) {
-    case 1: return few_rows<Format, 1>(targets, x);
-    case 2: return few_rows<Format, 2>(targets, x);
-    case 3: return few_rows<Format, 3>(targets, x);
-    default: return many_rows<Format>(targets, x, rows);
+// body(Format) of a kind whose weights are whole numbers.
+template <class Body>
+void with_format(Kind kind, const Body& body) {
+  switch (kind) {
+    case Kind::nvfp4: return body.template operator()<Nvfp4>();
+    case Kind::mxfp4: return body.template operator()<Mxfp4>();
+    case Kind::int4: return body.template operator()<Int4>();
+    case Kind::int8: return body.template operator()<Int8>();
+    default: throw std::invalid_argument("this format's weights are no whole numbers");
   }
 }
 
 }  // namespace
 
-void multiply_rounded(Kind kind, Targets targets, const float* x, int64_t rows) {
-  switch (kind) {
-    case Kind::nvfp4: return multiply<Nvfp4>(targets, x, rows);
-    case Kind::mxfp4: return multiply<Mxfp4>(targets, x, rows);
-    case Kind::int4: return multiply<Int4>(targets, x, rows);
-    case Kind::int8: return multiply<Int8>(targets, x, rows);
-    default: throw std::invalid_argument("this format's weights are no whole numbers");
-  }
+void multiply_rounded_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
+  with_format(kind, [&]<class Format>() {
+    switch (rows) {
+      case 1: return few_rows<Format, 1>(targets, x);
+      case 2: return few_rows<Format, 2>(targets, x);
+      default: return few_rows<Format, 3>(targets, x);
+    }
+  });
+}
+
+void multiply_rounded_columns(Kind kind, Targets targets, const float* x, int64_t rows) {
+  with_format(kind, [&]<class Format>() { many_rows<Format>(targets, x, rows); });
+}
+
+void round_to_8_bits(const float* x, int64_t rows, int64_t depth, std::vector<float>& to) {
+  constexpr int64_t WORK_OF_A_VALUE = 8;
+  if (int64_t(to.size()) < rows * depth) to.resize(rows * depth);
+  float* out = to.data();
+  over_threads(rows, depth * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; m++) {
+      for (int64_t k = 0; k < depth; k += BLOCK) {
+        int8_t codes[BLOCK];
+        float scale;
+        const int64_t count = std::min(BLOCK, depth - k);
+        round_block(x + m * depth + k, count, codes, &scale, nullptr);
+        for (int64_t n = 0; n < count; n++) out[m * depth + k + n] = float(codes[n]) * scale;
+      }
+    }
+  });
 }
 
 }  // namespace marlin

@@ -1,5 +1,7 @@
 // The packed product with activations rounded to 8 bits, on plain memory.
 #pragma once
+#include <vector>
+
 #include "marlin_gemm.hpp"
 
 namespace marlin {
@@ -8,7 +10,11 @@ namespace marlin {
 inline bool has_whole_weights(Kind kind) { return kind != Kind::mxfp8; }
 
 // All targets with rounded(x), where `rounded` takes each 32 values of a row to multiples of a 127th of the largest of them. The sums
-// of a block are exact.
-void multiply_rounded(Kind kind, Targets targets, const float* x, int64_t rows);
+// of a block are exact. Up to three rows: lanes lie along the depth. Any number: lanes are columns.
+void multiply_rounded_lines(Kind kind, Targets targets, const float* x, int64_t rows);
+void multiply_rounded_columns(Kind kind, Targets targets, const float* x, int64_t rows);
+
+// rounded(x) as floats, [rows, depth], for products of floats.
+void round_to_8_bits(const float* x, int64_t rows, int64_t depth, std::vector<float>& to);
 
 }  // namespace marlin

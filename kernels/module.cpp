@@ -1,6 +1,8 @@
 // Python bindings of the CPU kernels.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,6 +14,7 @@
 #include "logits.hpp"
 #include "probes.hpp"
 #include "sequence_costs.hpp"
+#include "ways.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -31,6 +34,7 @@ std::vector<marlin::PageArrays> pages(const std::vector<Page>& from) {
 
 NB_MODULE(marlin_cpu, m) {
   m.def("set_threads", &marlin::set_threads, "count"_a);
+  m.def("set_exact_rows", &marlin::set_exact_rows, "exact"_a);
 
   nb::enum_<marlin::Kind>(m, "Kind")
       .value("nvfp4", marlin::Kind::nvfp4)
@@ -41,6 +45,11 @@ NB_MODULE(marlin_cpu, m) {
   m.def("linear", &marlin::linear, "x"_a, "weight"_a);
   m.def("marlin_gemm", &marlin::marlin_gemm, "x"_a, "weight"_a, "scales"_a, "biases"_a.none(), "kind"_a, "group_size"_a,
         "activation_bits"_a = 16);
+  m.def("processor_class", &marlin::processor_class);
+  m.def("way_names", &marlin::way_names, "kind"_a, "activation_bits"_a);
+  m.def("chosen_way", &marlin::chosen_way, "kind"_a, "columns"_a, "depth"_a, "group_size"_a, "rows"_a, "activation_bits"_a);
+  m.def("set_ways", &marlin::set_ways, "kind"_a, "activation_bits"_a, "large"_a, "choices"_a);
+  m.attr("most_small_weights") = marlin::MOST_SMALL_WEIGHTS;
   m.def("takes_tiles", &marlin::takes_tiles, "kind"_a, "rows"_a, "activation_bits"_a);
   m.def(
       "flash_attention",

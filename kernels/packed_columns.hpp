@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "common.hpp"
+#include "threads.hpp"
 #include "decode.hpp"
 #include "marlin_gemm.hpp"
 
@@ -32,17 +32,24 @@ inline __attribute__((always_inline)) void transpose(Integers* rows) {
   }
 }
 
-#if MARLIN_AVX512
+#if MARLIN_AVX512 || MARLIN_AVX2
 // Sixteen E4M3 codes, sign-extended to words and moved seven bits up, where half floats have exponent and mantissa: each times 2^-8. A half
 // has one exponent bit more, where a copy of the sign is in the way.
-inline Vector from_halves(__m256i words) { return Vector(_mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16(int16_t(0xbf80))))); }
+inline Vector from_halves(__m256i words) {
+  const __m256i halves = _mm256_and_si256(words, _mm256_set1_epi16(int16_t(0xbf80)));
+#if MARLIN_AVX512
+  return Vector(_mm512_cvtph_ps(halves));
+#else
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+#endif
+}
 
 // Sixteen E4M3 codes in the upper bytes of words, each times 2^-8.
 inline Vector from_e4m3(__m256i upper) { return from_halves(_mm256_srai_epi16(upper, 1)); }
 #endif
 
 // The numbers of sixteen E4M3 codes, byte number `part` of dwords, times this power of two.
-#if MARLIN_AVX512
+#if MARLIN_AVX512 || MARLIN_AVX2
 constexpr float E4M3_FACTOR = 0x1p-8f;
 #else
 constexpr float E4M3_FACTOR = 1.0f;
@@ -50,6 +57,10 @@ constexpr float E4M3_FACTOR = 1.0f;
 inline Vector e4m3_of(Integers codes, int part) {
 #if MARLIN_AVX512
   return from_e4m3(_mm256_slli_epi16(_mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(codes), 8 * part)), 8));
+#elif MARLIN_AVX2
+  const auto byte = [&](const auto& half) { return _mm256_and_si256(_mm256_srli_epi32(__m256i(half), 8 * part), _mm256_set1_epi32(255)); };
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(byte(codes.low), byte(codes.high)), 0xd8);
+  return from_e4m3(_mm256_slli_epi16(words, 8));
 #else
   Vector values;
   for (int lane = 0; lane < LANES; lane++) values[lane] = e4m3_table[uint8_t(codes[lane] >> (8 * part))];
@@ -93,6 +104,10 @@ class Columns {
     const uint8_t* from = first_.codes + group;
 #if MARLIN_AVX512
     if (some >= 4) return Integers(_mm512_i32gather_epi32(__m512i(places_), from, 1));
+#elif MARLIN_AVX2
+    const auto gathered = [&](const auto& places) { return _mm256_i32gather_epi32(reinterpret_cast<const int*>(from), __m256i(places), 1); };
+    using Half = decltype(Integers::low);
+    if (some >= 4) return {Half(gathered(places_.low)), Half(gathered(places_.high))};
 #endif
     Integers codes{};
     for (int r = 0; r < LANES && some > 0; r++) {
@@ -114,6 +129,12 @@ class Columns {
 #if MARLIN_AVX512
     scale = Vector(_mm512_i32gather_ps(__m512i(places_), first_.scales + group, 4));
     bias = Vector(_mm512_i32gather_ps(__m512i(places_), first_.biases + group, 4));
+#elif MARLIN_AVX2
+    const auto gathered = [&](const float* from) {
+      return Vector{_mm256_i32gather_ps(from, __m256i(places_.low), 4), _mm256_i32gather_ps(from, __m256i(places_.high), 4)};
+    };
+    scale = gathered(first_.scales + group);
+    bias = gathered(first_.biases + group);
 #else
     for (int r = 0; r < LANES; r++) scale[r] = first_.scales[places_[r] + group], bias[r] = first_.biases[places_[r] + group];
 #endif

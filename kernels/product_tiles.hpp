@@ -1,4 +1,4 @@
-// Matrix products in tiles of registers, for processors with 512-bit vectors. Others have OpenBLAS, which is good there.
+// Matrix products in tiles of registers, for processors with AVX-512 or AVX2. Others have OpenBLAS.
 //
 // A tile is up to six rows of `a` by four vectors of columns: its sums stay in registers over the whole depth, and ten values
 // are read for 24 products of vectors (what bounds OpenBLAS's kernels here is reading, not multiplying). `b` comes as a panel,
@@ -6,15 +6,21 @@
 #pragma once
 #include <type_traits>
 
-#include "common.hpp"
+#include "threads.hpp"
 #include "linear.hpp"
 
-#if MARLIN_AVX512
+#if MARLIN_AVX512 || MARLIN_AVX2
+#define MARLIN_TILES 1
 namespace marlin::tiles {
 
-constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;   // of a tile: 24 sums, four vectors of b and a value of a fill the registers
+#if MARLIN_AVX512
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 4;  // of a tile: 24 sums, four vectors of b and a value of a fill the registers
+constexpr int64_t DEPTH = 128;                  // of a panel: 32 KiB
+#else
+constexpr int MOST_ROWS = 6, MOST_VECTORS = 1;  // twelve registers of sums, two of b and one of a
+constexpr int64_t DEPTH = 256;                  // of a panel: 16 KiB
+#endif
 constexpr int64_t WIDTH = MOST_VECTORS * LANES;  // columns of a panel
-constexpr int64_t DEPTH = 128;                   // of a panel: 32 KiB
 constexpr int64_t ROWS_OF_A_COPY = 384;          // fewer, and b is turned oftener; more, and the copy leaves the second cache
 
 // out[ROWS, columns] (+)= a[ROWS, depth] @ panel[depth, VECTORS * 16]; the last vector has the columns that are left.
@@ -92,6 +98,7 @@ void tiles_of_rows(Strided a, Strided panel, float* out, int64_t out_stride, int
 
 inline void pass(Strided a, Strided panel, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth, bool adding,
                  const Ahead& ahead) {
+  if constexpr (MOST_VECTORS == 1) return tiles_of_rows<1>(a, panel, out, out_stride, rows, columns, depth, adding, ahead);
   switch ((columns + LANES - 1) / LANES) {
     case 1: return tiles_of_rows<1>(a, panel, out, out_stride, rows, columns, depth, adding, ahead);
     case 2: return tiles_of_rows<2>(a, panel, out, out_stride, rows, columns, depth, adding, ahead);
@@ -100,6 +107,7 @@ inline void pass(Strided a, Strided panel, float* out, int64_t out_stride, int64
   }
 }
 
+#if MARLIN_AVX512
 // Sixteen rows of sixteen floats, turned: four rounds in which pairs of vectors trade halves.
 inline void transpose(__m512 (&row)[LANES]) {
   __m512 pairs[LANES], fours[LANES];
@@ -125,7 +133,7 @@ inline void transpose(__m512 (&row)[LANES]) {
   }
 }
 
-// panel[depth, 64] = b[columns, depth]^T; whole vectors of columns, of which those that are not there are zeros.
+// panel[depth, WIDTH] = b[columns, depth]^T; whole vectors of columns, of which those that are not there are zeros.
 inline void turn(Strided b, float* panel, int64_t columns, int64_t depth) {
   for (int64_t start = 0; start < columns; start += LANES) {
     const int64_t some = std::min<int64_t>(LANES, columns - start);
@@ -145,6 +153,44 @@ inline void turn(Strided b, float* panel, int64_t columns, int64_t depth) {
     }
   }
 }
+#else
+// Eight rows of eight floats, turned.
+inline void transpose(__m256 (&row)[8]) {
+  __m256 pairs[8], fours[8];
+  for (int n = 0; n < 8; n += 2) {
+    pairs[n] = _mm256_unpacklo_ps(row[n], row[n + 1]);
+    pairs[n + 1] = _mm256_unpackhi_ps(row[n], row[n + 1]);
+  }
+  for (int n = 0; n < 8; n += 4) {
+    for (int half = 0; half < 2; half++) {
+      fours[n + 2 * half] = _mm256_shuffle_ps(pairs[n + half], pairs[n + 2 + half], 0x44);
+      fours[n + 2 * half + 1] = _mm256_shuffle_ps(pairs[n + half], pairs[n + 2 + half], 0xee);
+    }
+  }
+  for (int c = 0; c < 4; c++) {
+    row[c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
+    row[4 + c] = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
+  }
+}
+
+// panel[depth, WIDTH] = b[columns, depth]^T; whole vectors of columns, of which those that are not there are zeros.
+inline void turn(Strided b, float* panel, int64_t columns, int64_t depth) {
+  constexpr int64_t SIDE = 8;
+  for (int64_t start = 0; start < LANES; start += SIDE) {
+    for (int64_t k = 0; k < depth; k += SIDE) {
+      const int64_t left = std::min(SIDE, depth - k);
+      const __m256i there = first_lanes(left);
+      __m256 row[SIDE];
+      for (int n = 0; n < SIDE; n++) {
+        const float* from = b.data + (start + n) * b.stride + k;
+        row[n] = start + n >= columns ? _mm256_setzero_ps() : left == SIDE ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, there);
+      }
+      transpose(row);
+      for (int n = 0; n < left; n++) _mm256_storeu_ps(panel + (k + n) * WIDTH + start, row[n]);
+    }
+  }
+}
+#endif
 
 // out[rows, columns] = a[rows, depth] @ b[columns, depth]^T.
 inline void product(Strided a, Strided b, float* out, int64_t out_stride, int64_t rows, int64_t columns, int64_t depth) {

@@ -43,6 +43,30 @@ __device__ __forceinline__ unsigned long long load_acquire(const unsigned long l
   return value;
 }
 
+// Two words of 64 bits beside each other, at 16 bytes: each as it was written at once, and in no order with anything else.
+__device__ __forceinline__ void load_two(const unsigned long long* from, unsigned long long& one, unsigned long long& other) {
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(one), "=l"(other) : "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void store_one(unsigned long long* to, unsigned long long value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+// What a thread does between two looks at what another one is to write.
+__device__ __forceinline__ void look_away() {}
+
+// A barrier of some warps of a block, `threads` in all, each of which names the same number from 1 to 15.
+__device__ __forceinline__ void synchronize_team(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// Bytes (a multiple of 16) that will be wanted soon, into the second-level cache.
+__device__ __forceinline__ void send_to_cache(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 __device__ __forceinline__ unsigned long long nanoseconds() {
   unsigned long long value;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));

@@ -1,37 +1,29 @@
 // One patch of each of up to 16 streams through the global stage: its bytes embedded and projected, all layers, and the
 // condition of the local stage, in one launch; all blocks are resident at once and wait for each other (grid.cuh).
 //
-// inputs   model[..] uint8: Stage and Layers; ids[streams, patch] int32; padding[streams] int32: filler rows of each stream's
-//          cache; span: shape (rows in the caches + 1)
-// output   out[streams, rows of the last layer] T
-// template T; KINDS bits of the kinds of weights; PARTS 1, or 3 for float32; WARPS a block; HEAD_DIM; HAS_PADDING
-// grid     blocks * WARPS * 32
+// model: Stage and Layers; ids[streams, patch]; padding[streams]: filler rows of each stream's cache, or null; seen: rows in the
+// caches; out[streams, rows of the last layer]; first_phase: more than the number of any phase of the launches before.
 
-  using Engine = marlin::Machine<T, KINDS, PARTS, WARPS, HEAD_DIM, true>;
-  using At = typename Engine::At;
-  Engine engine(model, false);
-  marlin::Stage<T>& stage = *engine.stage;
-  marlin::Grid grid(stage.grid);
-  const int seen = span_shape[0] - 1, patch = ids_shape[1], columns = stage.last.rows;
-  const int32_t* filler = HAS_PADDING ? padding : nullptr;
-
-  if (grid.failed()) return;  // the ids say so already
-  At at = {marlin::FIRST, 0};
-  typename Engine::Sent sent;
-  engine.send_for(at, sent);
-  engine.rotate_at(seen, filler);
-  while (true) {
-    engine.run(
-        at, sent, seen, filler, false, [](int, int, float(&)[8]) {},
-        [&](int row, int piece, float(&values)[8]) {
-          const int byte = piece * 8 / stage.width, id = max(ids[row * patch + byte], 0);
-          marlin::load_piece(stage.table + int64_t(id) * stage.width + piece * 8 % stage.width, values);
-        },
-        [&](int row, int column, float value) { out[row * columns + column] = marlin::from_float<T>(value); });
-    const At next = engine.after(at);
-    if (next.part == marlin::END) return;
-    grid.arrive();
-    engine.send_for(next, sent);
-    if (!grid.wait(engine.flag)) return;
-    at = next;
-  }
+extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
+    const uint8_t* model, const int32_t* ids, const int32_t* padding, marlin::T* out, int seen, unsigned first_phase) {
+  using namespace marlin;
+  Machine machine(model, first_phase);
+  const Stage& stage = *machine.stage;
+  if (machine.grid.failed()) return;  // the ids say so already
+  send_for<FIRST>(machine.sent, &stage.first);
+  machine.rotate_at(seen, padding);
+  machine.add_product<FIRST>(&stage.first, [&] {
+    machine.bring<FIRST, 8>(nullptr, [&](const auto& mine, auto& values) {
+#pragma unroll
+      for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
+        if (!mine.there[n]) continue;
+        const int byte = mine.column[n] / BYTE_WIDTH, id = max(ids[mine.row[n] * PATCH + byte], 0);
+        load_values(stage.table + int64_t(id) * BYTE_WIDTH + mine.column[n] % BYTE_WIDTH, values[n]);
+      }
+    });
+  });
+  machine.go_on([&] { send_for<QKV>(machine.sent, machine.layers[0].qkv); });
+  machine.run(
+      seen, padding, true, [&](const T* norm) { machine.bring_normed<QKV>(norm); },
+      [&](int row, int column, float value) { out[row * Job<LAST>::HEIGHT + column] = from_float<T>(value); }, [] {});
+}

@@ -1,6 +1,6 @@
 // Several products that share their x, as one: their columns are spread over threads together.
 #pragma once
-#include "common.hpp"
+#include "threads.hpp"
 #include "marlin_gemm.hpp"
 
 namespace marlin {
@@ -52,6 +52,17 @@ void by_columns(int64_t first, int64_t last, const Body& body) {
   int64_t n = first;
   for (; n + TOGETHER <= last; n += TOGETHER) body(std::integral_constant<int, TOGETHER>{}, n);
   for (; n < last; n++) body(std::integral_constant<int, 1>{}, n);
+}
+
+// body(ROWS), an integral_constant, for one to four rows.
+template <class Body>
+void for_few_rows(int64_t rows, const Body& body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    default: return body(std::integral_constant<int, 4>{});
+  }
 }
 
 }  // namespace marlin

@@ -170,6 +170,10 @@ inline float sum(const Values& values) {
   } else {
 #if MARLIN_AVX512
     return _mm512_reduce_add_ps(__m512(values));
+#elif MARLIN_AVX2
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(__m256(values)), _mm256_extractf128_ps(__m256(values), 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #endif
     float total = 0.0f;
     for (size_t lane = 0; lane < sizeof(values) / sizeof(float); lane++) total += values[lane];
@@ -177,18 +181,46 @@ inline float sum(const Values& values) {
   }
 }
 
+// The largest lane. Of floats none is NaN.
 template <class Values>
 inline auto largest(const Values& values) {
-  auto most = values[0];
-  for (int lane = 1; lane < LANES; lane++) most = values[lane] > most ? values[lane] : most;
-  return most;
+  if constexpr (IS_PAIR<Values>) {
+    return largest(chosen(values.low > values.high, values.low, values.high));
+  } else {
+    using Lane = std::remove_cvref_t<decltype(values[0])>;
+#if MARLIN_AVX512
+    if constexpr (std::is_same_v<Lane, int32_t> && sizeof(values) == 64) return Lane(_mm512_reduce_max_epi32(__m512i(values)));
+#elif MARLIN_AVX2
+    if constexpr (std::is_same_v<Lane, int32_t> && sizeof(values) == 32) {
+      const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(__m256i(values)), _mm256_extracti128_si256(__m256i(values), 1));
+      const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+      return Lane(_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1))));
+    }
+#endif
+    Lane most = values[0];
+    for (size_t lane = 1; lane < sizeof(values) / sizeof(most); lane++) most = values[lane] > most ? values[lane] : most;
+    return most;
+  }
 }
+
+#if MARLIN_AVX2
+// All bits of the first `count` of eight lanes.
+inline __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int32_t(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
 
 // The first `count` of sixteen floats; the others are `fill`.
 inline Vector load_some(const float* from, int64_t count, float fill = 0.0f) {
   if (count >= LANES) return load(from);
 #if MARLIN_AVX512
   return Vector(_mm512_mask_loadu_ps(__m512(splat(fill)), __mmask16((1u << count) - 1), from));
+#elif MARLIN_AVX2
+  const auto half = [&](int64_t start) {
+    const __m256i there = first_lanes(count - start);
+    return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(from + start, there), _mm256_castsi256_ps(there));
+  };
+  return {half(0), half(8)};
 #endif
   float lanes[LANES];
   store(splat(fill), lanes);
@@ -200,6 +232,9 @@ inline void store_some(const Vector& value, float* to, int64_t count) {
   if (count >= LANES) return store(value, to);  // of a size that is known: anything else is a call
 #if MARLIN_AVX512
   return _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), __m512(value));
+#elif MARLIN_AVX2
+  _mm256_maskstore_ps(to, first_lanes(count), __m256(value.low));
+  return _mm256_maskstore_ps(to + 8, first_lanes(count - 8), __m256(value.high));
 #endif
   float lanes[LANES];
   store(value, lanes);

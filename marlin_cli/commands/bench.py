@@ -73,7 +73,10 @@ def bench(
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
     kernels: Annotated[
-        bool, typer.Option("--kernels", help="List each operation, the kernel that runs on the device and why, and end.")
+        bool,
+        typer.Option(
+            "--kernels", help="List each operation, its kernel on the device and why; how layers of MODELS are multiplied."
+        ),
     ] = False,
     output_format: Annotated[
         Format | None, typer.Option("--format", help="Default: as the name of --output ends, else table.")
@@ -133,7 +136,8 @@ def bench(
     from marlin_cli.quality.held_out import Windowing
 
     if kernels:
-        return show_kernels(device)
+        check_models(command_line, models or ())
+        return show_kernels(device, models or (), activation_bits)
     destination = Output.checked(output_format, output, report_page, plot, save)
     if compare is not None:
         return compare_results(*compare, destination)

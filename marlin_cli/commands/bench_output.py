@@ -86,14 +86,47 @@ def compare_results(old: str, new: str, output: Output) -> None:
     output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
 
 
-def show_kernels(device: str) -> None:
-    """Each operation, and what runs it on the device."""
+def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> None:
+    """Each operation, and what runs it on the device; of each model, where CPU kernels are, how its layers are multiplied."""
+    from marlin_cli.ops.cpu import kernels
     from marlin_cli.ops.device import choose_device
     from marlin_cli.ops.dispatch import choices
 
     chosen = choose_device(device)
     rows = [[choice.op, choice.twin, choice.reason] for choice in choices()]
     console.table(f"kernels on {chosen.name} ({chosen.reason})", ["operation", "kernel", "why"], rows, to_stdout=True)
+    if chosen.name == "cpu" and kernels()[0] is not None:
+        for model in models:
+            _show_layers(model, activation_bits)
+
+
+def _show_layers(model: str, activation_bits: int) -> None:
+    from marlin_cli.api import load
+    from marlin_cli.prediction.bandwidth import measure_bandwidth
+    from marlin_cli.prediction.layer_ways import ROWS, layer_ways
+    from marlin_cli.prediction.prediction import layer_shapes
+
+    shapes = layer_shapes(load(model, device="cpu", activation_bits=activation_bits).network)
+    rows = [
+        [
+            f"{found.shape.path}{f' and {found.layers - 1} more' if found.layers > 1 else ''}",
+            f"{found.shape.columns} x {found.shape.depth}",
+            found.shape.format or "float32",
+            *found.ways,
+            f"{found.bytes_a_second / 1e9:.1f} GB/s",
+            f"{100 * found.share:.0f} %",
+        ]
+        for found in layer_ways(shapes, measure_bandwidth())
+    ]
+    columns = [
+        "layers",
+        "shape",
+        "weights",
+        *(f"{count} row{'s' if count > 1 else ''}" for count in ROWS),
+        "one row reads",
+        "of a copy",
+    ]
+    console.table(f"products of {model}", columns, rows, to_stdout=True)
 
 
 def _format_of(given: Format | None, target: Path | None) -> Format:

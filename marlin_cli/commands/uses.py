@@ -225,7 +225,7 @@ _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
 
 BENCH: Mapping[str, Uses] = {
-    "MODEL": _of(without=_NOTHING_RUN),
+    "MODEL": _of(without=("--compare",)),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
@@ -248,7 +248,7 @@ BENCH: Mapping[str, Uses] = {
     },
     "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
     "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--activation-bits": _of(without=_NOT_MEASURED),
+    "--activation-bits": _of(without=("--compare", "--plan")),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
     "--output": _of(without=("--kernels", "--plan")),

@@ -1,9 +1,9 @@
 """Decoding of whole patches on an NVIDIA GPU: two launches a patch, ids and conditions stay on the device. Prefix layout alone.
 
-`patch_decoder` chooses: what it does not take, and every part of a patch, goes operation by operation (`decoding`).
+`patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
-import os
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,41 +11,52 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from marlin_cli import console
 from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.ops import Linear, QuantizedLinear
-from marlin_cli.ops.cuda_mailbox import MOST_IDS
+from marlin_cli.ops.cuda_compile import compiled
+from marlin_cli.ops.cuda_driver import Memory, Queue
+from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
 from marlin_cli.ops.cuda_stages import LayerArrays, LinearArrays, StageArrays, StageOnDevice, dense_arrays, takes_stage
-from marlin_cli.ops.dispatch import gpu
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
-class Patch(NamedTuple):
-    """A patch that has been queued: its ids, and the condition of the one that follows it, if there is room for one."""
+SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
+NOISE_STEPS = 64, 512  # drawn at once, at first and then: getting them to the device waits for MLX
 
-    ids: mx.array  # [streams, patch_size] int32, on the device
+
+class Patch(NamedTuple):
+    """A patch that has been queued."""
+
     number: int  # of the launch; see `PatchDecoder.read`
-    condition: mx.array | None  # [streams, 1, dim]
-    noise: mx.array | None  # that it was drawn with
+    slot: int  # where its ids and the condition of the patch that follows are
+    more: bool  # whether that condition is made
+    steps: int  # ids drawn
 
 
 class PatchDecoder:
-    """Queues patches of streams that stand at the beginning of one. Made by `patch_decoder`.
+    """Queues patches; a `whole_patches.WholePatches`. Made by `patch_decoder`.
 
     Args:
         stages: the network's global and local stage.
-        added: [1, patch_size, dim] what is added to the rows of a patch.
+        added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
     """
 
+    checks_logits = True
+
     def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int) -> None:
-        self._stages, self._added = stages, added
-        self._filters: dict[Sampling, mx.array] = {}
+        self._stages, self._added, self._steps = stages, added, added.shape[0]
+        self._queue = Queue()
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
+        self._noise = _NoiseAhead(self._queue, stages[1].last.rows)
         self._make(streams, None, None)
 
     @property
@@ -55,52 +66,79 @@ class PatchDecoder:
 
     def keep(self, streams: int) -> None:
         """Go on with fewer streams, all that was queued being settled."""
-        self._make(streams, self._global.known, self._local.known)
+        self._wanted = streams  # they may well go on elsewhere, and other kernels take a while
 
-    def queue(
-        self,
-        condition: mx.array,
-        caches: Sequence[KeyValueCache],
-        padding: mx.array | None,
-        sampling: Sampling,
-        noise: Noise,
-        more: bool,
-    ) -> Patch:
-        """Queue the patch that follows `condition` [streams, 1, dim], and the global step after it if there is to be `more`."""
-        steps, streams = self._added.shape[1], condition.shape[0]
-        drawn = filters = None
-        if sampling.temperature:
-            drawn, filters = noise.take(steps), self._filters_of(sampling)
-        lead = condition.reshape(streams, -1)
-        ids, number = self._local.decode_sequence(lead, self._added, None, drawn, filters, steps)
-        if not more:
-            mx.async_eval(ids)  # type: ignore[no-untyped-call]
-            return Patch(ids, number, None, drawn)
-        if self._room == 0:
-            mx.eval(ids)
-            self.settle(caches)
-            storage = [cache.with_room() for cache in caches]
-            self._global.set_caches(storage)
-            self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
-        following = self._global.step(ids, self._rows, padding)[:, None]
-        self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
-        mx.async_eval(ids, following)  # type: ignore[no-untyped-call]
-        return Patch(ids, number, following, drawn)
+    @staticmethod
+    def takes(given: int) -> bool:
+        """Can it go on in a patch in which so many ids stand already?"""
+        return True
+
+    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+        """Go on from what MLX has made.
+
+        Args:
+            condition: [streams, 1, dim] of the open patch.
+            given: [streams, n] ids that stand in it already.
+            caches: of what came before it.
+            padding: [streams] filler rows of the caches.
+        """
+        if self._wanted != self._streams:
+            self._make(self._wanted, self._global.known, self._local.known)
+        mx.eval(condition, given)
+        self._known = given.shape[1]
+        if self._known:
+            self._queue.write(self._given.address, np.array(given, dtype=np.int32).tobytes())
+        self._slot, self._entered = 0, mx.contiguous(condition)
+        if padding is not None:
+            self._queue.write(self._padding.address, np.array(padding, dtype=np.int32).tobytes())
+        self._padded = padding is not None
+        (self._lead,) = self._give_room(caches, self._entered)
+
+    def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
+        """Queue the next patch, and the global step after it if there is to be `more`."""
+        known, steps = self._known, self._steps - self._known
+        self._known = 0
+        drawn = self._noise.take(noise, steps) if sampling.temperature else 0
+        filters = sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k
+        ids, slot = self._ids_of(self._slot), self._slot
+        given = self._given.address if known else 0
+        number = self._local.decode_sequence(self._lead, self._added_there.address, given, drawn, filters, known, steps, ids)
+        if more:
+            if self._room == 0:
+                self.settle(caches)
+                self._give_room(caches)
+            self._lead = self._condition_of(slot)
+            self._global.step(ids, self._rows, self._padding.address if self._padded else 0, self._lead)
+            self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
+        self._slot = (slot + 1) % SLOTS
+        return Patch(number, slot, more, steps)
 
     def read(self, patch: Patch) -> np.ndarray:
-        """The ids [streams, patch_size] of a patch, waited for, on the host, where an array of MLX would take long to make.
+        """The ids [streams, steps] drawn in a patch, waited for.
 
         Raises:
             BackendError: the GPU did not finish it.
+            CheckpointError: some were predicted by what is no number.
         """
         assert self._local.mailbox is not None
-        return self._local.mailbox.read(patch.number, *patch.ids.shape)
+        ids = self._local.mailbox.read(patch.number, self._streams, patch.steps)
+        if (ids == NOT_FINITE).any():
+            raise not_finite()
+        return ids
 
-    def take_back(self, patch: Patch, noise: Noise) -> None:
-        """Forget the patch that was queued last."""
-        if patch.noise is not None:
-            noise.give_back(patch.noise)
-        if patch.condition is not None:
+    def condition(self, patch: Patch) -> mx.array:
+        """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one."""
+        dtype, shape = self._stages[1].table.dtype, (self._streams, 1, self._stages[1].dim)
+        data = self._queue.read(self._condition_of(patch.slot), self._condition_bytes)
+        if dtype == mx.float32:
+            return mx.array(np.frombuffer(data, np.float32).reshape(shape))
+        return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(dtype)
+
+    def take_back(self, patch: Patch, sampling: Sampling, steps: int) -> None:
+        """Forget the last steps of the patch that was queued last, and what followed it."""
+        if sampling.temperature:
+            self._noise.give_back(steps)
+        if patch.more:
             self._rows, self._room, self._uncounted = self._rows - 1, self._room + 1, self._uncounted - 1
 
     def count(self, caches: Sequence[KeyValueCache]) -> None:
@@ -112,31 +150,91 @@ class PatchDecoder:
     def settle(self, caches: Sequence[KeyValueCache]) -> None:
         """Wait for all that has been queued: before MLX reads or writes the caches, which it does not know to have changed."""
         self.count(caches)
-        mx.synchronize()
-        self._global.forget_caches()
+        self._queue.wait()
         self._room = 0
 
-    def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
-        self._global = StageOnDevice(self._stages[0], streams, global_known)
-        self._local = StageOnDevice(self._stages[1], streams, local_known)
-        self._local.own_caches(self._added.shape[1])
-        self._room = 0  # asked for with the next patch
+    def give_back_noise(self, noise: Noise) -> None:
+        """Give back what was drawn ahead and not used."""
+        self._noise.close(noise)
 
-    def _filters_of(self, sampling: Sampling) -> mx.array:
-        """The numbers of the filters on the device, made once: a new array waits for its page to come from the host."""
-        if sampling not in self._filters:
-            numbers = [sampling.temperature, sampling.top_p, sampling.min_p, float(sampling.top_k)]
-            self._filters[sampling] = mx.array(numbers, dtype=mx.float32)
-        return self._filters[sampling]
+    def _give_room(self, caches: Sequence[KeyValueCache], *others: mx.array) -> list[int]:
+        storage = [cache.with_room() for cache in caches]
+        found = self._global.set_caches(storage, *others)
+        self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
+        return found
+
+    def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
+        self._streams = self._wanted = streams
+        self._global = StageOnDevice(self._stages[0], streams, self._steps, self._queue, global_known)
+        self._local = StageOnDevice(self._stages[1], streams, self._steps, self._queue, local_known)
+        both = self._global, self._local
+        for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
+            stage.load(code)
+        self._local.own_caches(self._steps)
+        local = self._stages[1]
+        self._condition_bytes = streams * local.dim * local.table.dtype.size
+        self._ids_bytes = 4 * streams * self._steps
+        self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
+        self._added_there = self._queue.allocate(self._added.nbytes)
+        self._queue.write(self._added_there.address, _bytes_of(self._added))
+        self._padding, self._given = self._queue.allocate(4 * streams), self._queue.allocate(self._ids_bytes)
+        self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
+
+    @staticmethod
+    def _apart(size: int) -> int:
+        return -(-size // 256) * 256
+
+    def _condition_of(self, slot: int) -> int:
+        return self._kept.address + slot * self._apart(self._condition_bytes)
+
+    def _ids_of(self, slot: int) -> int:
+        return self._kept.address + SLOTS * self._apart(self._condition_bytes) + slot * self._apart(self._ids_bytes)
+
+
+class _NoiseAhead:
+    """Noise on the device, for many steps at once; each step's is what `Noise` gives it."""
+
+    def __init__(self, queue: Queue, vocab: int) -> None:
+        self._queue, self._vocab = queue, vocab
+        self._memory: Memory | None = None
+        self._taken: mx.array | None = None  # [steps, vocab]
+        self._used = 0
+
+    def take(self, noise: Noise, steps: int) -> int:
+        """The address of the noise of the next steps."""
+        if self._taken is None or self._used + steps > self._taken.shape[0]:
+            first = self._taken is None
+            self.close(noise)
+            count = max(steps, NOISE_STEPS[0] if first else NOISE_STEPS[1])
+            self._taken = noise.take(count)
+            mx.eval(self._taken)
+            if self._memory is None or self._memory.size < self._taken.nbytes:
+                self._memory = self._queue.allocate(max(self._taken.nbytes, 4 * NOISE_STEPS[1] * self._vocab))
+            self._queue.write(self._memory.address, _bytes_of(self._taken))
+        assert self._memory is not None
+        self._used += steps
+        return self._memory.address + 4 * self._vocab * (self._used - steps)
+
+    def give_back(self, steps: int) -> None:
+        """The last steps were not used."""
+        self._used -= steps
+
+    def close(self, noise: Noise) -> None:
+        """Give back to `noise` what was not used."""
+        if self._taken is not None:
+            noise.give_back(self._taken[self._used :])
+        self._taken, self._used = None, 0
+
+
+def _bytes_of(array: mx.array) -> bytes:
+    """The bits of an array in rows."""
+    words = {2: mx.uint16, 4: mx.uint32}[array.dtype.size]
+    return np.array(mx.contiguous(array).view(words)).tobytes()
 
 
 def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
-    """The decoder of whole patches, or None where they are decoded operation by operation.
-
-    MARLIN_PATCHES=whole asks for it: the kernels take a quarter of a minute to compile in every process, and few answers win
-    that back.
-    """
-    if os.environ.get("MARLIN_PATCHES") != "whole" or gpu() != "cuda" or streams * network.config.patch_size > MOST_IDS:
+    """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
+    if streams * network.config.patch_size > MOST_IDS:
         return None
     stages = global_stage(network), local_stage(network)
     if stages[0] is None or stages[1] is None:
@@ -144,10 +242,19 @@ def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     if not all(takes_stage(stage, streams) for stage in stages if stage is not None):
         return None
     last = network.stages[-1]
-    shape = (1, network.config.patch_size, last.config.dim)
+    shape = (network.config.patch_size, last.config.dim)
     dtype = last.byte_embedding.weight.dtype
     added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
-    return PatchDecoder((stages[0], stages[1]), added, streams)
+    try:
+        return PatchDecoder((stages[0], stages[1]), added, streams)
+    except BackendError as error:
+        _say_once(f"patches are decoded operation by operation: {error}")
+        return None
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    console.note(message)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:

@@ -8,11 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
-from marlin_cli.engine.cuda_patches import Patch
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
-from marlin_cli.engine.whole_patches import patch_decoder
+from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Stack
@@ -72,8 +71,10 @@ class Lockstep:
         rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
         self._fused = fuse(network) if rotated else None
         self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
-        self._ahead: tuple[Patch, Noise] | None = None  # a patch that has been queued before it was asked for
-        self._in_place = False  # whether the GPU has changed the global cache since MLX knew it
+        self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
+        # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
+        self._in_place: tuple[QueuedPatch, np.ndarray, Sampling, Noise] | None = None
+        self._live: list[int] | None = None  # of the streams that the GPU goes on with, those that are still asked for
         self._states = [_StageState() for _ in self.config.stages]
         # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], filler patches [streams].
         self._patch: mx.array
@@ -100,7 +101,7 @@ class Lockstep:
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use by part: `global` and `local` (all finer stages; of a sequence decoded in one call, the most in it)."""
-        if self._on_gpu is not None and self._in_place:
+        if self._on_gpu is not None and self._in_place is not None:
             self._on_gpu.count(self._layers_in_place())
         by_stage = [0 if state.cache is None else state.cache.nbytes for state in self._states]
         return {"global": by_stage[0], "local": sum(by_stage[1:]) or self._sequence_cache_bytes}
@@ -128,6 +129,8 @@ class Lockstep:
         """
         if max(self.positions) >= self.config.max_bytes:
             return
+        if self._on_gpu is not None and self._on_gpu.checks_logits and self._logits is None:
+            return
         finest = self._states[self._last]
         before = self._logits, finest.cache, self._fed, self._sequence_cache_bytes
         finite = mx.isfinite(mx.logsumexp(self.logits, axis=-1)).all().item()
@@ -144,8 +147,8 @@ class Lockstep:
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
         steps = length - tokens + (1 if self._lucid else 0)
         steps = min(steps, most, self.config.max_bytes - max(self.positions))
-        if self._on_gpu is not None and self._logits is None and tokens == 0 and steps == length:
-            return self._whole_patch(sampling, noise, most)
+        if self._on_gpu is not None and self._logits is None and steps > 0 and self._on_gpu.takes(tokens):
+            return self._whole_patch(sampling, noise, steps, most)
         self._settle()
         if self._fused is None or self._logits is not None or steps < 1:
             step_noise = noise.take(1)[0] if sampling.temperature else None
@@ -172,10 +175,17 @@ class Lockstep:
 
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
-        if self._on_gpu is not None:
-            self._settle()
-            self._on_gpu.keep(len(streams))
         self.positions = [self.positions[stream] for stream in streams]
+        if self._in_place is not None:
+            live = self._live or range(self._in_place[1].shape[0])
+            self._live = [live[stream] for stream in streams]
+        else:
+            self._keep(streams)
+
+    def _keep(self, streams: Sequence[int]) -> None:
+        """Drop all that is known of other streams, but for their positions."""
+        if self._on_gpu is not None:
+            self._on_gpu.keep(len(streams))
         chosen = mx.array(list(streams))
         self._patch, self._before_patch = self._patch[chosen], self._before_patch[chosen]
         self._filler = [self._filler[stream] for stream in streams]
@@ -188,29 +198,45 @@ class Lockstep:
             if state.condition is not None:
                 state.condition = state.condition[chosen]
 
-    def _whole_patch(self, sampling: Sampling, noise: Noise, most: int) -> np.ndarray:
-        """The next patch, all of it decoded on the GPU; if another whole one may follow, that is queued before this is read."""
-        patch_size, state = self.config.patch_size, self._states[1]
-        room = self.config.max_bytes - max(self.positions) - patch_size
-        patch = self._queue(sampling, noise, room > 0) if self._ahead is None else self._ahead[0]
-        self._ahead, self._in_place = None, True
-        assert self._on_gpu is not None
-        self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
-        if patch.condition is None:
-            ids = self._on_gpu.read(patch)
-            self._append(mx.array(ids))
-            return ids
-        self.positions = [position + patch_size for position in self.positions]
-        self._states[0].tokens += 1
-        self._before_patch, state.condition = patch.ids[:, -1], patch.condition
-        if min(most - patch_size, room) >= patch_size:
-            self._ahead = self._queue(sampling, noise, room > patch_size), noise
-        return self._on_gpu.read(patch)
+    def _whole_patch(self, sampling: Sampling, noise: Noise, steps: int, most: int) -> np.ndarray:
+        """The next `steps` ids of the open patch, all of which is decoded on the GPU.
 
-    def _queue(self, sampling: Sampling, noise: Noise, more: bool) -> Patch:
-        condition = self._states[1].condition
-        assert self._on_gpu is not None and condition is not None
-        return self._on_gpu.queue(condition, self._layers_in_place(), self._left_padding, sampling, noise, more)
+        If another patch may follow, of at most `most` ids in all, that is queued before this one is read.
+        """
+        assert self._on_gpu is not None
+        if self._in_place is not None and self._in_place[2:] != (sampling, noise):
+            self._settle()
+        patch_size, finest, layers = self.config.patch_size, self._states[self._last], self._layers_in_place()
+        lacking = patch_size - finest.tokens
+        room = self.config.max_bytes - max(self.positions) - lacking
+        if self._in_place is None:
+            assert finest.condition is not None
+            self._on_gpu.enter(finest.condition, self._tail(), layers, self._left_padding)
+        patch = self._ahead or self._on_gpu.queue(layers, sampling, noise, steps == lacking and room > 0)
+        self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
+        self._ahead = None
+        if patch.more and steps == lacking and min(most - steps, room) > 0:
+            whole = most - steps >= patch_size and room > patch_size
+            self._ahead = self._on_gpu.queue(layers, sampling, noise, whole)
+        ids = self._on_gpu.read(patch)
+        given = ids if self._live is None else ids[self._live]
+        if steps < lacking:
+            self._on_gpu.take_back(patch, sampling, lacking - steps)
+            if self._in_place is None:
+                self._on_gpu.settle(layers)
+                self._on_gpu.give_back_noise(noise)
+            self._settle()
+            self._append(mx.array(given[:, :steps]))
+            return given[:, :steps]
+        if finest.tokens and patch.more:
+            self._patch, finest.tokens, finest.cache, self._fed = self._patch[:, :0], 0, None, 0
+        self._in_place = patch, ids, sampling, noise
+        self.positions = [position + steps for position in self.positions]
+        if patch.more:
+            self._states[0].tokens += 1
+        else:
+            self._settle()
+        return given
 
     def _layers_in_place(self) -> list[KeyValueCache]:
         cache = self._states[0].cache
@@ -219,12 +245,23 @@ class Lockstep:
 
     def _settle(self) -> None:
         """Before MLX goes on where the GPU has been: take back what was queued too far, and wait for what changes in place."""
-        if self._on_gpu is None or not self._in_place:
+        if self._on_gpu is None or self._in_place is None:
             return
+        patch, ids, sampling, noise = self._in_place
         if self._ahead is not None:
-            self._on_gpu.take_back(*self._ahead)
+            self._on_gpu.take_back(self._ahead, sampling, self.config.patch_size)
         self._on_gpu.settle(self._layers_in_place())
-        self._ahead, self._in_place = None, False
+        self._on_gpu.give_back_noise(noise)
+        live, self._ahead, self._in_place, self._live = self._live, None, None, None
+        if patch.more:
+            self._before_patch, self._states[1].condition = mx.array(ids[:, -1]), self._on_gpu.condition(patch)
+        if live is not None:
+            self._patch = mx.zeros((ids.shape[0], 0), dtype=mx.int32)
+            self._keep(live)
+            ids = ids[live]
+        if not patch.more:  # the context is full
+            self.positions = [position - ids.shape[1] for position in self.positions]
+            self._append(mx.array(ids))
 
     def _append(self, ids: mx.array) -> None:
         """Append ids [streams, n] that end no later than the open sequence of the last stage."""

@@ -1,6 +1,5 @@
 """State of ByT5's decoding: inputs encoded once, what the decoder reads of them, and what it has written so far."""
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,7 +12,7 @@ from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.models.byt5_ids import padded
 from marlin_cli.ops import attention, paged_attention
-from marlin_cli.ops.dispatch import gpu
+from marlin_cli.ops.dispatch import by_operations, gpu
 from marlin_cli.ops.reference import pack_rows
 
 
@@ -167,12 +166,9 @@ class AnswerState:
 def _by_graph(
     network: ByT5, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int
 ) -> GraphAnswers | CompiledAnswers:
-    """Decoding over the encoder's states: on Metal a compiled graph a step, where that is known, else an operation at a time.
-
-    MARLIN_PATCHES=steps in the environment refuses the former.
-    """
+    """Decoding over the encoder's states: on Metal a compiled graph a step where that is known, else by operations."""
     graph = GraphAnswers(network, states, lengths, memory_bits)
-    if gpu() != "metal" or os.environ.get("MARLIN_PATCHES") == "steps":
+    if gpu() != "metal" or by_operations():
         return graph
     return compiled_answers(network, [_rows(each) for each in graph.memory], answers) or graph
 

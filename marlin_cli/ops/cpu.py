@@ -9,6 +9,7 @@ import mlx.core as mx
 from marlin_cli import console
 from marlin_cli.errors import UsageError
 from marlin_cli.ops.cpu_build import BuildError, load_kernels
+from marlin_cli.ops.ways import use_ways
 
 
 def thread_count() -> int:
@@ -23,6 +24,18 @@ def thread_count() -> int:
     if not wanted.isdecimal() or int(wanted) < 1:
         raise UsageError(f"MARLIN_THREADS must be a number above 0, found {wanted!r}")
     return int(wanted)
+
+
+def rows_are_exact() -> bool:
+    """MARLIN_ROWS: `fast` (the default), or `exact`: a row of a result is the same bits whichever rows are beside it.
+
+    Raises:
+        UsageError: another value.
+    """
+    wanted = os.environ.get("MARLIN_ROWS", "fast")
+    if wanted not in ("fast", "exact"):
+        raise UsageError(f"MARLIN_ROWS must be fast or exact, found {wanted!r}")
+    return wanted == "exact"
 
 
 def wanted_kernels() -> str:
@@ -42,15 +55,17 @@ def kernels() -> tuple[ModuleType | None, str]:
     """The extension, and the reason why it is or is not there. Says once on stderr when it cannot be had."""
     if wanted_kernels() == "reference":
         return None, "MARLIN_KERNELS=reference"
-    threads = thread_count()
+    threads, exact = thread_count(), rows_are_exact()
     try:
         module = load_kernels()
         module.set_threads(threads)
+        module.set_exact_rows(exact)
         _check(module)
+        ways = use_ways(module)
     except BuildError as error:
         console.note(f"CPU kernels are not there, so MLX's slower ones run: {error}")
         return None, str(error)
-    return module, f"built for this machine, {threads} threads"
+    return module, f"built for this machine, {threads} threads, {'rows exact' if exact else ways}"
 
 
 def _check(module: ModuleType) -> None:

@@ -33,6 +33,10 @@ SHARED_X_BYTES = 32768
 # Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
 # 32 us through `cuda_kernel`, while MLX's kernel needs about 10 us for 2^24 multiplications (H200, MLX 0.32.4).
 WORTH_A_LAUNCH = 2**26
+# Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
+# slower than decoding the weight once for a dense product, or no faster.
+FEW_ROWS = 8
+WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
 MOST_KEYS_PLAIN = 32
@@ -48,7 +52,9 @@ def packed_linear(
     bits: int,
     mode: str,
 ) -> mx.array:
-    """See `reference.packed_linear`; what `takes_packed_linear` takes. mode names the format, biases are None."""
+    """See `reference.packed_linear`; what `takes_packed_linear` takes."""
+    if not _takes_gemm(x, weight, group_size, bits, mode):
+        return x @ unpacked(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=x.dtype).T
     columns = x.shape[-1]
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
     how = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
@@ -66,15 +72,37 @@ def takes_packed_linear(
     bits: int,
     mode: str,
 ) -> bool:
-    """nvfp4, mxfp4 or mxfp8 weights, 1 to 32 rows of x, columns a multiple of 32, and enough work to be worth a launch."""
-    return (
-        (mode, bits, group_size) in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
-        and x.dtype in FLOATS
-        and weight.ndim == 2
-        and x.shape[-1] % 32 == 0
-        and x.size <= MOST_ROWS_OF_X * x.shape[-1]
-        and x.size * weight.shape[0] >= WORTH_A_LAUNCH
+    """Few rows of x with enough work to be worth a launch; 8 and more of 16 bits, which MLX is slow at, or slow to begin."""
+    if x.dtype not in FLOATS or weight.ndim != 2 or x.size == 0 or x.shape[-1] % 32:
+        return False
+    rows = x.size // x.shape[-1]
+    known = (mode, bits) in (("nvfp4", 4), ("mxfp4", 4), ("mxfp8", 8), ("affine", 4), ("affine", 8))
+    if rows >= FEW_ROWS and x.dtype != mx.float32 and known:
+        return True
+    return _takes_gemm(x, weight, group_size, bits, mode) and x.size * weight.shape[0] >= WORTH_A_LAUNCH
+
+
+def _takes_gemm(x: mx.array, weight: mx.array, group_size: int, bits: int, mode: str) -> bool:
+    """nvfp4, mxfp4 or mxfp8 weights and 1 to 32 rows of x: what `marlin_gemm_fp4` multiplies."""
+    formats = (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
+    return (mode, bits, group_size) in formats and x.size <= MOST_ROWS_OF_X * x.shape[-1]
+
+
+def unpacked(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str, dtype: mx.Dtype
+) -> mx.array:
+    """The weight [rows, columns] in `dtype` of one packed in 4 or 8 bits; `mx.dequantize` takes four times as long."""
+    rows, columns = weight.shape[0], weight.shape[1] * 32 // bits
+    (out,) = launch(
+        kernel("unpack"),
+        [weight, scales, scales if biases is None else biases],
+        {"T": dtype, "BITS": bits, "GROUP": group_size, "AFFINE": mode == "affine"},
+        grid=(_whole_blocks(rows * columns // 8), 1, 1),
+        threadgroup=(256, 1, 1),
+        shapes=[(rows, columns)],
+        dtypes=[dtype],
     )
+    return out
 
 
 def attention(
@@ -226,8 +254,8 @@ def patch_embed(ids: mx.array, table: mx.array) -> mx.array:
 
 
 def takes_patch_embed(ids: mx.array, table: mx.array) -> bool:
-    """Any ids below vocab and any table of floats."""
-    return ids.size > 0 and table.size > 0 and table.dtype in FLOATS
+    """Any ids below vocab and any table of floats, where the copy takes longer than compiling it."""
+    return ids.size * table.shape[1] >= WORTH_COMPILING and table.dtype in FLOATS
 
 
 def strided_pool(x: mx.array, stride: int, kind: Literal["mean", "max"]) -> mx.array:

@@ -1,16 +1,20 @@
-"""What the CUDA driver says of the first device, and memory of the host that the device writes to: MLX has neither."""
+"""The CUDA driver for the first device: what it says of itself, memory, and launches beside MLX's own, which cost it less."""
 
 import ctypes
 import functools
 import weakref
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 
 from marlin_cli.errors import BackendError
 
-MULTIPROCESSORS, SHARED_MEMORY_OF_A_BLOCK = 16, 97  # CUdevice_attribute
-PORTABLE_AND_MAPPED = 3  # CU_MEMHOSTALLOC
+# CUdevice_attribute, CU_MEMHOSTALLOC, CUfunction_attribute, CUstream_flags
+MULTIPROCESSORS, MAJOR, MINOR, SHARED_MEMORY_OF_A_BLOCK = 16, 75, 76, 97
+PORTABLE_AND_MAPPED = 3
+MOST_DYNAMIC_SHARED_BYTES = 8
+NON_BLOCKING = 1
 
 
 def multiprocessors() -> int:
@@ -23,16 +27,93 @@ def shared_memory() -> int:
     return _attribute(SHARED_MEMORY_OF_A_BLOCK)
 
 
+def compute_capability() -> tuple[int, int]:
+    """Of the first device, as 9 and 0 of an H200."""
+    return _attribute(MAJOR), _attribute(MINOR)
+
+
+class Queue:
+    """Work for the first device in order, apart from MLX's own: copies and launches. MLX's results must be there before."""
+
+    def __init__(self) -> None:
+        self._context = _context()
+        self._stream = ctypes.c_void_p()
+        _check(_driver().cuStreamCreate(ctypes.byref(self._stream), NON_BLOCKING), "makes no stream")
+        weakref.finalize(self, _driver().cuStreamDestroy_v2, self._stream).atexit = False
+
+    def allocate(self, size: int) -> "Memory":
+        """Zeroed memory of the device."""
+        place = ctypes.c_uint64()
+        _check(_driver().cuMemAlloc_v2(ctypes.byref(place), ctypes.c_size_t(max(size, 16))), f"gives no {size} bytes of memory")
+        _check(_driver().cuMemsetD8Async(place, 0, ctypes.c_size_t(max(size, 16)), self._stream), "does not clear memory")
+        return Memory(place.value, size)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Put bytes there, after what has been queued."""
+        code = _driver().cuMemcpyHtoDAsync_v2(ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)), self._stream)
+        _check(code, "does not copy to the device")
+
+    def read(self, address: int, size: int) -> bytes:
+        """Bytes from there, after what has been queued."""
+        data = ctypes.create_string_buffer(size)
+        code = _driver().cuMemcpyDtoHAsync_v2(data, ctypes.c_uint64(address), ctypes.c_size_t(size), self._stream)
+        _check(code, "does not copy from the device")
+        self.wait()
+        return data.raw
+
+    def wait(self) -> None:
+        """Until all that has been queued is done.
+
+        Raises:
+            BackendError: some of it failed.
+        """
+        _check(_driver().cuStreamSynchronize(self._stream), "did not end what it was given")
+
+    def load(self, code: bytes, name: str, blocks: int, threads: int, shared_bytes: int) -> "Launcher":
+        """A kernel from machine code; its blocks, which wait for each other, are on the device at once or not at all."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "does not load a kernel")
+        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "does not find a kernel")
+        size = ctypes.c_int(shared_bytes)
+        _check(_driver().cuFuncSetAttribute(function, MOST_DYNAMIC_SHARED_BYTES, size), "gives no shared memory")
+
+        def launch(*arguments: "ctypes._SimpleCData[int] | ctypes._SimpleCData[float]") -> None:
+            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+            code = _driver().cuLaunchCooperativeKernel(
+                function, blocks, 1, 1, threads, 1, 1, shared_bytes, self._stream, pointers
+            )
+            _check(code, f"does not launch {name}")
+
+        weakref.finalize(launch, _driver().cuModuleUnload, module).atexit = False
+        return launch
+
+
+Launcher = Callable[..., None]
+
+
+class Memory:
+    """Memory of the device, given back when nobody holds it."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address, self.size = address, size
+        weakref.finalize(self, _free, address).atexit = False
+
+
+def _free(address: int) -> None:
+    _driver().cuMemFree_v2(ctypes.c_uint64(address))  # waits for what may still write there
+
+
 def pinned(words: int) -> tuple[np.ndarray, int]:
     """Words [words] int32 of the host, zero, to which a kernel writes, and their address on both sides.
 
     Raises:
         BackendError: the driver has none to give.
     """
+    _context()
     place = ctypes.c_void_p()
-    mx.eval(mx.zeros((1,)) + 1)  # the device's context, of which the memory is
-    if _driver().cuMemHostAlloc(ctypes.byref(place), ctypes.c_size_t(4 * words), PORTABLE_AND_MAPPED) or place.value is None:
-        raise BackendError("the CUDA driver gives no memory of the host; see nvidia-smi")
+    code = _driver().cuMemHostAlloc(ctypes.byref(place), ctypes.c_size_t(4 * words), PORTABLE_AND_MAPPED)
+    _check(code, "gives no memory of the host")
+    assert place.value is not None
     memory = np.ctypeslib.as_array((ctypes.c_int32 * words).from_address(place.value))
     memory[:] = 0
     weakref.finalize(memory, _release, place.value).atexit = False
@@ -40,8 +121,22 @@ def pinned(words: int) -> tuple[np.ndarray, int]:
 
 
 def _release(place: int) -> None:
-    mx.synchronize()  # a kernel may still write there
+    _driver().cuCtxSynchronize()  # a kernel may still write there
     _driver().cuMemFreeHost(ctypes.c_void_p(place))
+
+
+def _context() -> ctypes.c_void_p:
+    """The device's context that MLX uses too, made this thread's."""
+    mx.eval(mx.zeros((1,)) + 1)
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), 0), "has no context")
+    _check(_driver().cuCtxSetCurrent(context), "has no context")
+    return context
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise BackendError(f"the CUDA driver {what} (code {code}); see nvidia-smi, or use MARLIN_KERNELS=reference")
 
 
 @functools.cache

@@ -10,8 +10,6 @@ from marlin_cli.ops.kernel_source import Kernel, KernelSource, by_name
 PAGES_A_LAUNCH = 8
 
 _ATTENTION = ("packed.cuh", "attention.cuh")
-_STAGE = ("packed.cuh", "ptx.cuh", "grid.cuh", "few_rows.cuh", "few_rows_attention.cuh", "few_rows_stage.cuh")
-ADDRESSES_A_LAUNCH = 32
 _PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INPUTS)
 SOURCES = by_name(
     KernelSource("marlin_gemm_fp4.cu", ("x", "weight", "scales"), ("out",), ("packed.cuh", "ptx.cuh")),
@@ -37,18 +35,9 @@ SOURCES = by_name(
         row_contiguous=False,
     ),
     KernelSource("attention_combine.cu", ("parts", "log_weights"), ("out",), _ATTENTION),
+    KernelSource("unpack.cu", ("weight", "scales", "zeros"), ("out",), ("packed.cuh",)),
     KernelSource("patch_embed.cu", ("ids", "table"), ("out",), ("packed.cuh",)),
     KernelSource("strided_pool.cu", ("x",), ("out",), ("packed.cuh",)),
-    KernelSource("addresses.cu", tuple(f"array_{i}" for i in range(ADDRESSES_A_LAUNCH)), ("addresses",)),
-    KernelSource(
-        "local_patch_decode.cu",
-        ("model", "lead", "added", "given", "noise", "filters", "span"),
-        ("ids",),
-        _STAGE,
-        row_contiguous=False,
-        together=True,
-    ),
-    KernelSource("stack.cu", ("model", "ids", "padding", "span"), ("out",), _STAGE, row_contiguous=False, together=True),
 )
 
 

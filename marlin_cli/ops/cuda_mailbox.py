@@ -9,6 +9,7 @@ from marlin_cli.ops.cuda_driver import pinned
 
 SLOTS, WORDS = 4, 2048  # of launches that are not read yet, and of each: its number and ids; as local_patch_decode.cu has them
 MOST_IDS = WORDS - 1
+GAVE_UP, NOT_FINITE = -1, -2  # in place of an id
 NUMBERS = 1 << 20  # launches are counted from 1, and begin again
 PATIENCE_SECONDS = 60.0  # for all that the GPU has been given before
 
@@ -26,7 +27,7 @@ class Mailbox:
         return self._number
 
     def read(self, number: int, streams: int, steps: int) -> np.ndarray:
-        """The ids [streams, steps] of a launch, waited for.
+        """The ids [streams, steps] of a launch, waited for; NOT_FINITE where logits were no numbers.
 
         Raises:
             BackendError: the launch did not end, or its blocks did not all run at once and gave up waiting for each other.
@@ -37,6 +38,6 @@ class Mailbox:
             if time.monotonic() > give_up:
                 raise BackendError("the GPU did not end a patch within a minute; use MARLIN_KERNELS=reference")
         ids = slot[1 : 1 + streams * steps].reshape(streams, steps).copy()
-        if (ids < 0).any():
+        if (ids == GAVE_UP).any():
             raise BackendError("the GPU gave up a patch: its blocks did not all run at once; use MARLIN_KERNELS=reference")
         return ids

@@ -8,15 +8,17 @@ import functools
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from ctypes import c_float, c_int32, c_uint32, c_uint64
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.ops.cuda_driver import multiprocessors, shared_memory
-from marlin_cli.ops.cuda_kernels import ADDRESSES_A_LAUNCH, kernel
+from marlin_cli.ops.cuda_compile import compiled
+from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, pinned, shared_memory
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
-from marlin_cli.ops.kernel_inputs import unread
+from marlin_cli.ops.cuda_text import constants, text
+from marlin_cli.ops.kernel_source import code
 
 KINDS = ("dense", "nvfp4", "mxfp4", "mxfp8", "int4", "int8")  # as `Kind` in few_rows.cuh
 LANE_VALUES = {"dense": 8, "nvfp4": 32, "mxfp4": 32, "mxfp8": 16, "int4": 32, "int8": 16}
@@ -24,16 +26,18 @@ NORM_KINDS = ("rmsnorm", "layernorm", "variance")  # as `NormKind` in few_rows_s
 ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu", "silu")
 HEAD_DIMS = (16, 32, 64, 128, 256)
 WARPS = 8  # of a block, which has a multiprocessor to itself
+LOADS = 8  # of 16 bytes of weights that a lane has under way
+CROWDED, WIDE = 8, 1024  # with more streams and wider rows than these, half as many loads leave registers for the rest
 MOST_STREAMS = 16  # rows of a product of the matrix units
+MOST_LOOKS = 50_000  # of all blocks at the values of rows of x: more cost more than a barrier
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
+ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 
-# Bytes of the records and of shared memory as few_rows_stage.cuh lays them out.
-STAGE_BYTES, LAYER_BYTES = 256, 384
-NO_LINEAR = struct.pack("<4Q2if2h", 0, 0, 0, 0, 0, 0, 0.0, 0, 1)
-PARTS_OF_A_LAYER, JOB_BYTES, LANE_BYTES = 7, 64, 12
-SUMS_OF_ROWS = 4 * (16 * 64 + 16 + 4)
+# Bytes of the records as few_rows_stage.cuh lays them out.
+STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 184, 328, 40
+NO_LINEAR = bytes(LINEAR_BYTES)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class LinearArrays:
     def depth(self) -> int:
         bits = {"dense": 16, "mxfp8": 8, "int8": 8}.get(self.kind, 4)
         return self.weight.shape[1] if self.kind == "dense" else self.weight.shape[1] * 32 // bits
+
+    @property
+    def width(self) -> int:
+        """Values of a row of x, which repeat for each part of the weight."""
+        return self.depth // self.group if self.kind == "dense" else self.depth
 
     @property
     def shape(self) -> tuple[int, int, str, int]:
@@ -158,15 +167,71 @@ def _takes_linear(linear: LinearArrays, dtype: mx.Dtype) -> bool:
 
 def shared_bytes(stage: StageArrays, streams: int) -> int:
     """Shared memory that a block needs: the record, what rows and warps leave for each other, and the longest x."""
-    parts = 1 if stage.table.dtype == mx.bfloat16 else 3
-    longest = 0
+    tagged = is_tagged(stage, streams)
+    record = -(-(STAGE_BYTES + LAYER_BYTES * len(stage.layers)) // 16) * 16
+    segments = streams * -(-stage.dim // (64 if tagged else 256))
+    partial = WARPS * 2 * streams * 8 * 2
+    staged = streams * (stage.heads + 2 * stage.kv_heads) * stage.head_dim if _attends_alone(stage, streams) else 0
+    floats = partial + staged + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
+    return record + _memory_bytes(stage, streams) + 4 * floats
+
+
+def is_tagged(stage: StageArrays, streams: int) -> bool:
+    """Whether values carry the number of their phase, see few_rows_stage.cuh."""
+    return streams * stage.dim * blocks_of(stage) <= MOST_LOOKS and stage.last.rows % 2 == 0
+
+
+def _attends_alone(stage: StageArrays, streams: int) -> bool:
+    """Whether each block does all attention itself, see few_rows_stage.cuh."""
+    return stage.first is None and streams * stage.heads <= 2 * WARPS
+
+
+def _memory_bytes(stage: StageArrays, streams: int) -> int:
+    """Of the longest x, twice where the next one may come before it has been read, or of the scores that ids are drawn from."""
+    parts, longest = 1 if stage.table.dtype == mx.bfloat16 else 3, 0
     for linear in stage.linears():
         step = 4 * LANE_VALUES[linear.kind]
-        longest = max(longest, parts * streams * 2 * (-(-linear.depth // step) * step + 32))
-    joining, sampling = 4 * WARPS * (stage.head_dim + 4), 4 * streams * stage.last.rows if stage.first is None else 0
-    record = STAGE_BYTES + LAYER_BYTES * len(stage.layers) + PARTS_OF_A_LAYER * (JOB_BYTES + LANE_BYTES * WARPS * 32)
-    rotations, sums = 4 * streams * stage.head_dim, 4 * WARPS * 2 * streams * 8
-    return record + rotations + SUMS_OF_ROWS + sums + 16 + max(longest, joining, sampling)
+        stride = -(-linear.depth // step) * step // 8
+        longest = max(longest, parts * streams * 16 * (stride if stride % 8 == 4 else stride + 4))
+    scores = 4 * streams * stage.last.rows if stage.first is None else 0
+    buffers = 2 if is_tagged(stage, streams) else 1
+    return max(buffers * longest, -(-scores // 32) * 32)
+
+
+def _linears_by_part(stage: StageArrays) -> list[LinearArrays | None]:
+    layer = stage.layers[0]
+    return [stage.first, layer.qkv[0], layer.out, layer.up[0], layer.down, stage.last]
+
+
+def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
+    """A stage's sizes and kinds as the kernels' constants; `steps` are the bytes of a patch."""
+    parts = _linears_by_part(stage)
+    kinds = [0 if part is None else KINDS.index(part.kind) for part in parts]
+    tasks = streams * stage.heads
+    splits = 1 if stage.first is None else max(1, min(MOST_SPLITS, blocks // tasks))
+    beside = [[layer.qkv, (layer.out,), layer.up, (layer.down,)] for layer in stage.layers]
+    within = [any(each.bias is not None for layer in beside for each in layer[part]) for part in range(4)]
+    biased = [stage.first is not None and stage.first.bias is not None, *within, stage.last.bias is not None]
+    values = {
+        "X_PARTS": 1 if stage.table.dtype == mx.bfloat16 else 3, "WARPS": WARPS, "BLOCKS": blocks,
+        "LOADS": LOADS // 2 if streams > CROWDED and stage.dim > WIDE else LOADS,
+        "IS_GLOBAL": stage.first is not None, "TAGGED": is_tagged(stage, streams), "STREAMS": streams,
+        "LAYERS": len(stage.layers), "DIM": stage.dim, "HEADS": stage.heads, "KV_HEADS": stage.kv_heads,
+        "HEAD_DIM": stage.head_dim, "FFN_DIM": stage.ffn_dim, "PATCH": steps, "BYTE_WIDTH": stage.table.shape[1],
+        "SPLITS": splits, "WINDOW": stage.window, "NORM_KIND": NORM_KINDS.index(stage.norm_kind),
+        "ACTIVATION": ACTIVATIONS.index(stage.activation), "ROTATES": bool(stage.theta), "INTERLEAVED": stage.interleaved,
+        "QK_NORM": stage.layers[0].query_norm is not None, "MEMORY_BYTES": _memory_bytes(stage, streams),
+        "KINDS": kinds, "GROUPS": [1 if part is None else part.group for part in parts],
+        "WIDTHS": [8 if part is None else part.width for part in parts],
+        "ROWS": [8 if part is None else part.rows for part in parts],
+        "HAS_BIAS": biased, "ALL_KINDS": sum(1 << kind for kind in set(kinds[0 if stage.first is not None else 1 :])),
+    }  # fmt: skip
+    return constants(stage.table.dtype, values)
+
+
+def kernel_name(stage: StageArrays) -> str:
+    """The kernel that takes a stage: the last one's steps, or a patch of the first one's."""
+    return "local_patch_decode" if stage.first is None else "stack"
 
 
 class StageOnDevice:
@@ -175,135 +240,122 @@ class StageOnDevice:
     Args:
         stage: what `takes_stage` takes.
         streams: 1 to 16.
+        steps: bytes of a patch.
+        queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
     """
 
-    def __init__(self, stage: StageArrays, streams: int, known: list[int] | None = None) -> None:
-        self.stage, self.streams = stage, streams
+    def __init__(self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None) -> None:
+        self.stage, self.streams, self._queue = stage, streams, queue
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
-        self.blocks = min(multiprocessors(), _most_blocks(stage))
-        tasks = streams * stage.heads
-        self.splits = 1 if stage.first is None else max(1, min(MOST_SPLITS, self.blocks // tasks))
-        sizes = self._scratch_sizes()
-        self._scratch = mx.zeros((sum(sizes),))
-        self._places = [4 * sum(sizes[:i]) for i in range(len(sizes))]
-        kinds = sum(1 << KINDS.index(kind) for kind in {linear.kind for linear in stage.linears()})
-        own = stage.table.dtype
-        template = {
-            "T": own,
-            "KINDS": kinds,
-            "PARTS": 1 if own == mx.bfloat16 else 3,
-            "WARPS": WARPS,
-            "HEAD_DIM": stage.head_dim,
-        }
-        self._template = list(template.items())
+        self.blocks = blocks_of(stage)
+        sizes = sizes_of(stage, streams, self.blocks, steps)
+        self.text = text(kernel_name(stage), sizes)
+        self._launch: Launcher | None = None
+        parts = [*self._scratch_bytes(), STAGE_BYTES + LAYER_BYTES * len(stage.layers)]
+        self._scratch = queue.allocate(sum(parts))
+        self._places = [self._scratch.address + sum(parts[:i]) for i in range(len(parts))]
         self._caches: list[mx.array] = []
-        self._record: mx.array | None = None
+        self._own_cache: Memory | None = None
+        # Numbers of phases, by which values are told apart: those of a launch are fewer than this.
+        self._phases_a_launch = (5 * len(stage.layers) + 3) * (steps if stage.first is None else 1)
+        self._phase = 0
 
-    def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]]) -> None:
-        """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type; changed in place."""
-        arrays = [array for pair in caches for array in pair]
-        if len(arrays) == len(self._caches) and all(a is b for a, b in zip(arrays, self._caches, strict=True)):
-            return
-        self._caches = arrays
-        self._record = self._recorded(addresses([self._scratch, *arrays]))
+    def load(self, machine_code: bytes) -> None:
+        """Take the machine code of `text`."""
+        size = shared_bytes(self.stage, self.streams)
+        self._launch = self._queue.load(machine_code, kernel_name(self.stage), self.blocks, WARPS * 32, size)
+
+    def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]], *others: mx.array) -> list[int]:
+        """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type; changed in place.
+
+        They are MLX's, which may move them when it writes to them. Returns the addresses of `others`, asked for with theirs.
+        """
+        self._caches = [array for pair in caches for array in pair]
+        found = addresses([*self._caches, *others])
+        self._record(found[: len(self._caches)], self._caches[0].shape[2])
+        return found[len(self._caches) :]
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the caches, used or not."""
-        return sum(array.nbytes for array in self._caches)
-
-    def forget_caches(self) -> None:
-        """Ask for their addresses again: MLX may have written to them, which moves them."""
-        self._caches = []
+        """Bytes of one copy of the caches, used or not."""
+        return sum(array.nbytes for array in self._caches) if self._own_cache is None else self._own_cache_bytes
 
     def own_caches(self, rows: int) -> None:
-        """Caches of this stage's own, for sequences of at most `rows` rows."""
-        shape = (self.streams, self.stage.kv_heads, rows, self.stage.head_dim)
-        make = functools.partial(mx.zeros, shape, dtype=self.stage.table.dtype)
-        self.set_caches([(make(), make()) for _ in self.stage.layers])
+        """Caches of this stage's own, for sequences of at most `rows` rows: each head's, by block where each has all heads."""
+        stage = self.stage
+        one = self.streams * stage.heads * rows * stage.head_dim * stage.table.dtype.size
+        self._own_cache_bytes = 2 * len(stage.layers) * one
+        copies = self.blocks if _attends_alone(stage, self.streams) else 1
+        self._own_cache = self._queue.allocate(copies * self._own_cache_bytes)
+        self._record([self._own_cache.address + copies * one * i for i in range(2 * len(stage.layers))], rows)
 
     def decode_sequence(
-        self,
-        lead: mx.array,
-        added: mx.array,
-        given: mx.array | None,
-        noise: mx.array | None,
-        filters: mx.array | None,
-        steps: int,
-    ) -> tuple[mx.array, int]:
-        """Draw the ids that follow `given` in a sequence of the last stage: [streams, steps] int32, -1 where a barrier failed.
-
-        Returns them, and the number of the launch, which the mailbox has them by.
+        self, lead: int, added: int, given: int, noise: int, filters: tuple[float, float, float, int], known: int, steps: int,
+        ids: int,
+    ) -> int:  # fmt: skip
+        """Draw the ids that follow known ones in a sequence of the last stage; the mailbox has them by the number returned.
 
         Args:
-            lead: [streams, dim] the row that leads.
-            added: [streams or 1, rows, dim] what is added to `lead` and to the embedding of each id after it.
-            given: [streams, n] int32 ids that stand in the sequence already.
-            noise: [steps, vocab] float32 where an id is drawn; None takes the likeliest.
-            filters: [4] float32: temperature, top_p, min_p and top_k.
+            lead: address of [streams, dim]: the row that leads.
+            added: of [rows, dim]: what is added to `lead` and to the embedding of each id after it.
+            given: of [streams, known] int32: ids that stand in the sequence already; 0 where there are none.
+            noise: of [steps, vocab] float32 where an id is drawn; 0 takes the likeliest.
+            filters: temperature, top_p, min_p and top_k.
+            ids: of [streams, patch] int32: known ones and drawn ones.
         """
-        assert self._record is not None and self.mailbox is not None and self.streams * steps <= MOST_IDS
+        assert self._launch is not None and self.mailbox is not None and self.streams * steps <= MOST_IDS
         number = self.mailbox.next()
-        span = mx.broadcast_to(unread(), (steps + 1, 1 if given is None else given.shape[1] + 1, number))
-        inputs = [
-            self._record, mx.contiguous(lead), mx.contiguous(added), unread() if given is None else mx.contiguous(given),
-            unread_floats() if noise is None else mx.contiguous(noise), unread_floats() if filters is None else filters, span,
-        ]  # fmt: skip
-        variant = {"SAMPLING": noise is not None}
-        return self._launch("local_patch_decode", inputs, variant, (self.streams, steps), mx.int32), number
-
-    def step(self, ids: mx.array, seen: int, padding: mx.array | None) -> mx.array:
-        """One patch ids [streams, patch] through the stage, behind `seen` rows of its caches: [streams, rows of `last`]."""
-        assert self._record is not None
-        span = mx.broadcast_to(unread(), (seen + 1,))
-        inputs = [self._record, mx.contiguous(ids), unread() if padding is None else padding, span]
-        shape = (self.streams, self.stage.last.rows)
-        return self._launch("stack", inputs, {"HAS_PADDING": padding is not None}, shape, self.stage.table.dtype)
-
-    def _launch(
-        self, name: str, inputs: list[mx.array], variant: dict[str, bool], shape: tuple[int, ...], dtype: mx.Dtype
-    ) -> mx.array:
-        (out,) = kernel(name, shared_memory())(
-            inputs=inputs,
-            template=[*self._template, *variant.items()],
-            grid=(self.blocks * WARPS * 32, 1, 1),
-            threadgroup=(WARPS * 32, 1, 1),
-            output_shapes=[shape],
-            output_dtypes=[dtype],
+        *floats, top_k = filters
+        pointers = (self._places[-1], lead, added, given, noise, ids)
+        self._launch(
+            *map(c_uint64, pointers),
+            *map(c_float, floats),
+            *map(c_int32, (top_k, known, steps, number)),
+            c_uint32(self._next()),
         )
-        return out
+        return number
 
-    def _scratch_sizes(self) -> list[int]:
-        """Floats of each part of the scratch memory, in the order of the record: 16 bytes at least, and whole multiples."""
+    def step(self, ids: int, seen: int, padding: int, out: int) -> None:
+        """One patch through the stage, behind `seen` rows of its caches.
+
+        Args:
+            ids: address of [streams, patch] int32.
+            padding: of [streams] int32: filler rows; 0 where there are none.
+            out: of [streams, rows of `last`].
+        """
+        assert self._launch is not None
+        pointers = (self._places[-1], ids, padding, out)
+        self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()))
+
+    def _next(self) -> int:
+        """The number of a phase before a launch's first: 32 bits, which come again after months."""
+        self._phase = (self._phase + self._phases_a_launch) % (1 << 32)
+        return self._phase
+
+    def _scratch_bytes(self) -> list[int]:
+        """Bytes of each part of the scratch memory, in the order of the record."""
         stage, streams = self.stage, self.streams
         width, kv_width = stage.heads * stage.head_dim, stage.kv_heads * stage.head_dim
-        parts = streams * stage.heads * self.splits * (stage.head_dim + 4)
-        sizes = [4, streams * stage.dim, streams * width, streams * kv_width, streams * kv_width, parts]
-        sizes += [streams * width, streams * stage.ffn_dim, streams * stage.last.rows]
-        return [-(-size // 64) * 64 for size in sizes]
+        parts = streams * stage.heads * MOST_SPLITS * (stage.head_dim + 4)
+        cells = [streams * stage.dim, streams * (width + 2 * kv_width), parts, streams * width, streams * stage.ffn_dim]
+        return [256, *(-(-8 * count // 256) * 256 for count in (*cells, streams * stage.last.rows))]
 
-    def _recorded(self, found: list[int]) -> mx.array:
-        stage = self.stage
-        scratch, caches = found[0], found[1:]
-        known = iter(self.known)
+    def _record(self, caches: list[int], capacity: int) -> None:
+        stage, known = self.stage, iter(self.known)
         layers = b"".join(_layer_bytes(layer, known, caches[2 * i : 2 * i + 2]) for i, layer in enumerate(stage.layers))
         table, norm = next(known), next(known)
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
         mailbox = 0 if self.mailbox is None else self.mailbox.address
-        head = struct.pack("<12Q", *(scratch + place for place in self._places), table, norm, mailbox)
-        sizes = struct.pack(
-            "<8i4i3fi",
-            self.streams, len(stage.layers), stage.dim, stage.heads, stage.kv_heads, stage.ffn_dim, self._caches[0].shape[2],
-            stage.table.shape[1], stage.window, NORM_KINDS.index(stage.norm_kind), ACTIVATIONS.index(stage.activation),
-            stage.interleaved, math.log2(stage.theta) if stage.theta else 0.0, stage.scale, stage.eps, self.splits,
-        )  # fmt: skip
+        head = struct.pack("<10Q", *self._places[:-1], table, norm, mailbox)
+        log2_theta = math.log2(stage.theta) if stage.theta else 0.0
+        sizes = struct.pack("<2i3fi", capacity, 0, log2_theta, stage.scale, stage.eps, 0)
         record = head + first + last + sizes + layers
         assert len(record) == STAGE_BYTES + LAYER_BYTES * len(stage.layers)
-        return mx.array(np.frombuffer(record, dtype=np.uint8))
+        self._queue.write(self._places[-1], record)
 
 
 def _arrays_of(stage: StageArrays) -> list[mx.array | None]:
@@ -328,16 +380,14 @@ def _layer_bytes(layer: LayerArrays, known: Iterator[int], caches: list[int]) ->
 
 
 def _linear_bytes(linear: LinearArrays, known: Iterator[int]) -> bytes:
-    places = [next(known) for _ in range(4)]
-    kind = KINDS.index(linear.kind)
-    return struct.pack("<4Q2if2h", *places, linear.rows, linear.depth, linear.factor, kind, linear.group)
+    return struct.pack("<4Qfi", *(next(known) for _ in range(4)), linear.factor, 0)
 
 
-def _most_blocks(stage: StageArrays) -> int:
-    """Blocks beyond which some have nothing to multiply in any phase."""
+def blocks_of(stage: StageArrays) -> int:
+    """A block for each multiprocessor, but none that had nothing to multiply in any phase."""
     tiles = [sum(-(-each.rows // 8) for each in layer.qkv) for layer in stage.layers]
     tiles += [-(-linear.rows // 8) for linear in stage.linears()]
-    return max(tiles)
+    return min(multiprocessors(), max(tiles))
 
 
 def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
@@ -345,22 +395,28 @@ def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
     present = [array for array in arrays if array is not None]
     mx.eval(present)
     found: list[int] = []
+    memory, address = _addresses_there()
+    halves = struct.unpack("<2i", struct.pack("<Q", address))
     for start in range(0, len(present), ADDRESSES_A_LAUNCH):
         some = present[start : start + ADDRESSES_A_LAUNCH]
-        (out,) = kernel("addresses")(
+        done = mx.fast.precompiled_cuda_kernel(
+            name="addresses",
+            compiled_source=compiled([code("addresses.cu")])[0],
             inputs=some + some[:1] * (ADDRESSES_A_LAUNCH - len(some)),
-            template=[],
-            grid=(32, 1, 1),
-            threadgroup=(32, 1, 1),
-            output_shapes=[(ADDRESSES_A_LAUNCH,)],
-            output_dtypes=[mx.int64],
+            output_shapes=[(1,)],
+            output_dtypes=[mx.int32],
+            scalars=list(halves),
+            grid=(1, 1, 1),
+            threadgroup=(1, 1, 1),
         )
-        found += np.array(out)[: len(some)].tolist()
+        mx.eval(done)
+        mx.synchronize()
+        found += memory.view(np.int64)[: len(some)].tolist()
     places = iter(found)
     return [0 if array is None else next(places) for array in arrays]
 
 
 @functools.cache
-def unread_floats() -> mx.array:
-    """A stand-in for an input of floats that a variant of a kernel does not read."""
-    return mx.zeros((4,))
+def _addresses_there() -> tuple[np.ndarray, int]:
+    """Memory of the host for addresses: an array of MLX takes half a millisecond to come there."""
+    return pinned(2 * ADDRESSES_A_LAUNCH)

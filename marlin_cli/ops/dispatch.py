@@ -1,11 +1,13 @@
 """One choice an operation: the twin that this device, shape and type call for, else the reference."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import mlx.core as mx
 
+from marlin_cli.errors import UsageError
 from marlin_cli.ops import cuda, metal, reference
 from marlin_cli.ops.cpu import kernels, wanted_kernels
 from marlin_cli.ops.reference import Activation, KeyValueRows, Packed
@@ -170,12 +172,15 @@ OPERATIONS = {
     "flash_attention_cross_asymmetric": ("cpu", "metal", "cuda"),
     "patch_embed": ("metal", "cuda"),
     "strided_pool": ("metal", "cuda"),
-    "stack": ("cpu", "metal"),
+    "stack": ("cpu", "metal", "cuda"),
     "character_encoder": ("cpu",),
     "answer_decode": ("cpu", "metal"),
     "sequence_costs": ("cpu",),
-    "local_patch_decode": ("cpu", "metal"),
+    "local_patch_decode": ("cpu", "metal", "cuda"),
 }
+
+
+WHOLE_PATCHES = ("stack", "local_patch_decode")  # which have kernels of another kind on an NVIDIA GPU
 
 
 def choices() -> list[Choice]:
@@ -191,7 +196,9 @@ def choices() -> list[Choice]:
     here = device != "cpu" or kernels()[0] is not None
     chosen = []
     for op, twins in OPERATIONS.items():
-        if device in twins:
+        if device == "cuda" and op in WHOLE_PATCHES:
+            chosen.append(Choice(op, device, "a launch a patch, up to 16 streams; compiled once for each shape and kept"))
+        elif device in twins:
             chosen.append(Choice(op, device if here else "reference", why))
         else:
             chosen.append(Choice(op, "reference", f"MLX's own: no {device} twin is faster"))
@@ -203,6 +210,18 @@ def gpu() -> str | None:
     if mx.default_device() == mx.Device(mx.cpu) or wanted_kernels() == "reference":
         return None
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def by_operations() -> bool:
+    """Shall a GPU decode operation by operation? MARLIN_PATCHES: `auto` (the default) or `operations`.
+
+    Raises:
+        UsageError: another value.
+    """
+    wanted = os.environ.get("MARLIN_PATCHES", "auto")
+    if wanted not in ("auto", "operations"):
+        raise UsageError(f"MARLIN_PATCHES must be auto or operations, found {wanted!r}")
+    return wanted == "operations"
 
 
 def _differentiable(twin: Callable[..., mx.array], plain: Callable[..., mx.array], *arrays: mx.array) -> mx.array:

@@ -20,7 +20,6 @@ class KernelSource:
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()  # files whose text goes before the kernel's
     row_contiguous: bool = True  # inputs are copied to rows where they are not; else the kernel follows their strides
-    together: bool = False  # its blocks wait for each other, so all of them must be resident at once
 
     @property
     def name(self) -> str:

@@ -40,7 +40,7 @@ class Toolchain:
 
     compiler: str
     version: str
-    march: str  # MARLIN_MARCH, else native
+    march: str  # MARLIN_MARCH, else native; more flags may follow, as in "x86-64-v3 -mavxvnni"
     includes: tuple[Path, ...]
     sources: tuple[Path, ...]
     libraries: tuple[tuple[Path, str], ...]  # folder, name
@@ -48,7 +48,17 @@ class Toolchain:
     def compile(self, source: Path, output: Path, threading: tuple[str, ...]) -> list[str]:
         """The call of the compiler that makes an object of one source."""
         includes = [f"-I{folder}" for folder in self.includes]
-        return [self.compiler, *FLAGS, f"-march={self.march}", *threading, *includes, "-c", str(source), "-o", str(output)]
+        return [
+            self.compiler,
+            *FLAGS,
+            *f"-march={self.march}".split(),
+            *threading,
+            *includes,
+            "-c",
+            str(source),
+            "-o",
+            str(output),
+        ]
 
     def link(self, objects: list[Path], output: Path, threading: tuple[str, ...]) -> list[str]:
         """The call of the compiler that makes the module."""

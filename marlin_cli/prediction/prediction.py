@@ -139,7 +139,7 @@ class DecodingProbe:
             for stack in finer
         ]
         self._probes: list[tuple[str, _Probe, int]] = [
-            *((part, _Products(module, chain), passes) for (part, passes), chain in chains.items()),
+            *((part, ProductsOfLayers(module, chain), passes) for (part, passes), chain in chains.items()),
             *local,
         ]
         self._miniature = ARCHITECTURES[config.model_type].network(decoding.miniature(config))
@@ -192,7 +192,7 @@ class _Probe(Protocol):
         """Of one pass."""
 
 
-class _Products:
+class ProductsOfLayers:
     """Random layers of some shapes, or of the first of them where all would take too much memory."""
 
     def __init__(self, module: Any, shapes: Sequence[LayerShape]) -> None:

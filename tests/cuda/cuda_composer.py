@@ -76,7 +76,7 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") if shutil.which(os.environ.get("NVCC_CCBIN", "gcc")) else None
 
 
-def compile_to_cubin(text: str, architecture: str, folder: Path) -> str:
+def compile_to_cubin(text: str, architecture: str, folder: Path, strict: bool = True) -> str:
     """What nvcc and its assembler say about `text`, with the registers of each kernel. Raises AssertionError where it fails."""
     path = folder / f"kernels_{architecture}.cu"
     path.write_text(text, encoding="utf-8")
@@ -88,8 +88,7 @@ def compile_to_cubin(text: str, architecture: str, folder: Path) -> str:
             "-v",
             "-diag-suppress",
             "177",
-            "-Werror",
-            "all-warnings",
+            *(("-Werror", "all-warnings") if strict else ()),
             "-o",
             str(path.with_suffix(".cubin")),
             str(path),

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from cuda_composer import CUDA_NAMES, compose
 
-from marlin_cli.ops import cuda_kernels
+from marlin_cli.ops import cuda_kernels, cuda_text
 from marlin_cli.ops.kernel_source import code
 
 COMPILERS = ("g++", "clang++", "clang++-19", "c++")
@@ -52,7 +52,7 @@ class Emulated:
             dict(zip(source.outputs, outputs, strict=True)),
         )
         header = "".join(code(name) for name in source.headers if name != OWN_HEADER)
-        run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text), source.together)
+        run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text))
 
         held, strides = [], np.zeros((len(inputs), MOST_AXES), np.int64)
         shapes = np.zeros((len(inputs), MOST_AXES), np.int32)
@@ -102,10 +102,9 @@ def _call(source, inputs: list[str], outputs: list[str], text: str) -> str:
 
 
 @functools.cache
-def _built(header: str, kernel: str, call: str, together: bool):
+def _built(header: str, kernel: str, call: str):
     """The function that runs a grid of this kernel."""
-    text = f"""{"#define TOGETHER" if together else ""}
-#include "emulator.hpp"
+    text = f"""#include "emulator.hpp"
 {header}
 namespace mlx::core::cu {{
 {kernel}
@@ -133,6 +132,13 @@ extern "C" const char* run(void** p, const int32_t* shape, const int64_t* stride
   return run_grid(backwards);
 }}
 """
+    run = _library(text).run
+    run.restype = ctypes.c_char_p
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
+    return run
+
+
+def _library(text: str) -> ctypes.CDLL:
     folder = Path(_folder().name)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
     path.write_text(text, encoding="utf-8")
@@ -140,15 +146,84 @@ extern "C" const char* run(void** p, const int32_t* shape, const int64_t* stride
     command = [compiler(), *FLAGS, f"-I{Path(__file__).parent}", "-o", str(library), str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[:3000]
-    run = ctypes.CDLL(str(library)).run
-    run.restype = ctypes.c_char_p
-    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool]
-    return run
+    return ctypes.CDLL(str(library))
 
 
 @functools.cache
 def _folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
+
+
+class OwnMemory:
+    """`cuda_driver.Memory` without a GPU."""
+
+    def __init__(self, size: int) -> None:
+        self._array = np.zeros(max(size, 16) // 16 + 2, np.dtype([("all", np.uint8, 16)]))
+        self.address, self.size = -(-self._array.ctypes.data // 16) * 16, size
+
+
+class OwnQueue:
+    """`cuda_driver.Queue` without a GPU: what is queued is done at once. Its machine code is the kernel's text."""
+
+    backwards = False
+    edit: Callable[[str], str] = staticmethod(lambda text: text.replace("2000000000ull", "60000000000ull"))  # a busy machine
+
+    def allocate(self, size: int) -> OwnMemory:
+        return OwnMemory(size)
+
+    def write(self, address: int, data: bytes) -> None:
+        ctypes.memmove(address, data, len(data))
+
+    def read(self, address: int, size: int) -> bytes:
+        return ctypes.string_at(address, size)
+
+    def wait(self) -> None:
+        pass
+
+    def load(self, code: bytes, name: str, blocks: int, threads: int, shared_bytes: int) -> Callable[..., None]:
+        run = _built_whole(self.edit(code.decode()), name)
+
+        def launch(*arguments) -> None:
+            pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))
+            fault = run(pointers, (ctypes.c_int * 6)(blocks, 1, 1, threads, 1, 1), self.backwards, shared_bytes)
+            assert fault is None, fault.decode()
+
+        return launch
+
+
+def own_code(texts) -> list[bytes]:
+    """`cuda_compile.compiled` without a GPU."""
+    return [text.encode() for text in texts]
+
+
+@functools.cache
+def _built_whole(text: str, name: str):
+    """The function that runs a grid of a kernel that takes a stage whole, from the addresses of its arguments."""
+    parameters = re.search(rf"{name}\((.*?)\)", text, re.DOTALL).group(1).split(",")
+    types = [parameter.strip().rsplit(" ", 1)[0] for parameter in parameters]
+    given = ", ".join(f"*static_cast<{kind}*>(arguments[{i}])" for i, kind in enumerate(types))
+    source = f"""#define TOGETHER
+#include "emulator.hpp"
+{text.replace('extern "C" __global__', "__global__")}
+static void** arguments;
+static void call() {{ {name}({given}); }}
+
+extern "C" const char* run(void** a, const int* launch, bool backwards, size_t shared) {{
+  arguments = a, kernel_call = call, marlin::shared_bytes = shared;
+  gridDim = {{uint32_t(launch[0]), uint32_t(launch[1]), uint32_t(launch[2])}};
+  blockDim = {{uint32_t(launch[3]), uint32_t(launch[4]), uint32_t(launch[5])}};
+  return run_grid(backwards);
+}}
+"""
+    run = _library(source).run
+    run.restype = ctypes.c_char_p
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_bool, ctypes.c_size_t]
+    return run
+
+
+def whole_text(kernel: str, sizes: str) -> str:
+    """`cuda_text.text` without the machine's instructions."""
+    return cuda_text.text(kernel, sizes, tuple(name for name in cuda_text.HEADERS if name != OWN_HEADER))
 
 
 def own_addresses(arrays) -> list[int]:

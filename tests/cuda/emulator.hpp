@@ -22,6 +22,7 @@
 #define __global__ static
 #define __forceinline__ inline
 #define __grid_constant__
+#define __launch_bounds__(...)
 #ifdef TOGETHER
 #define OF_A_BLOCK static thread_local
 #else
@@ -45,6 +46,9 @@ struct alignas(16) uint4 {
 };
 struct float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 using std::max;
@@ -75,6 +79,8 @@ struct Block {
   std::vector<Warp> warps;
   int arrived = 0, gone = 0;
   unsigned turn = 0, events = 0;
+  int team_arrived[16] = {};
+  unsigned team_turn[16] = {};
   const char* fault = nullptr;
 };
 
@@ -104,6 +110,8 @@ inline void __syncthreads() {
   while (block.turn == turn) step_aside();
 }
 
+inline void __syncwarp();
+
 // Gives the warp this lane's words; returns those of all its lanes, which stay until the next but one exchange.
 template <size_t COUNT>
 const uint32_t (*exchange(const uint32_t (&words)[COUNT]))[MOST_WORDS] {
@@ -115,6 +123,8 @@ const uint32_t (*exchange(const uint32_t (&words)[COUNT]))[MOST_WORDS] {
   while (warp.turn == turn) step_aside();
   return warp.given[turn % 2];
 }
+
+inline void __syncwarp() { exchange<1>({0}); }
 
 static void fiber_main() {
   kernel_call();
@@ -131,6 +141,7 @@ static const char* run_block(bool backwards) {
   block.fibers = std::vector<Fiber>(count);
   block.warps = std::vector<Warp>((count + LANES - 1) / LANES);
   block.arrived = block.gone = 0, block.fault = nullptr;
+  std::fill_n(block.team_arrived, 16, 0);
   for (int i = 0; i < count; i++) {
     Fiber& fiber = block.fibers[i];
     fiber.place = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -221,6 +232,7 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
       __bfloat162float(a.x) * __bfloat162float(b.x), __bfloat162float(a.y) * __bfloat162float(b.y));
 }
 inline float __uint_as_float(uint32_t bits) { return same_bits<float>(bits); }
+inline uint32_t __float_as_uint(float value) { return same_bits<uint32_t>(value); }
 
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   uint64_t bytes = uint64_t(high) << 32 | low;
@@ -238,6 +250,12 @@ inline float __shfl_xor_sync(uint32_t mask, float value, int offset) {
 inline int __shfl_xor_sync(uint32_t, int value, int offset) {
   return int(exchange<1>({uint32_t(value)})[current->lane ^ offset][0]);
 }
+
+inline bool __all_sync(uint32_t, bool value) {
+  const uint32_t(*given)[MOST_WORDS] = exchange<1>({uint32_t(value)});
+  return std::all_of(given, given + LANES, [](const uint32_t(&each)[MOST_WORDS]) { return each[0] != 0; });
+}
+inline bool __any_sync(uint32_t mask, bool value) { return !__all_sync(mask, !value); }
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
@@ -284,12 +302,35 @@ inline unsigned long long load_acquire(const unsigned long long* from) {
   return __atomic_load_n(from, __ATOMIC_ACQUIRE);
 }
 
+// Each half by itself, as on the machine.
+inline void load_two(const unsigned long long* from, unsigned long long& one, unsigned long long& other) {
+  one = __atomic_load_n(from, __ATOMIC_RELAXED), other = __atomic_load_n(from + 1, __ATOMIC_RELAXED);
+}
+
+inline void store_one(unsigned long long* to, unsigned long long value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
+
+// What is awaited may be the work of another thread of this block.
+inline void look_away() {
+  block.events++;
+  sched_yield();
+  step_aside();
+}
+
+inline void synchronize_team(int number, int threads) {
+  const unsigned turn = block.team_turn[number];
+  if (++block.team_arrived[number] == threads) block.team_arrived[number] = 0, block.team_turn[number]++, block.events++;
+  while (block.team_turn[number] == turn) step_aside();
+}
+
+inline void send_to_cache(const void*, uint32_t) {}
+
 inline unsigned long long nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 
-constexpr size_t MOST_SHARED_BYTES = 1 << 18;
+static size_t shared_bytes;
 
+// What the launch asks for, NaN at first.
 inline void* dynamic_shared() {
-  OF_A_BLOCK std::vector<uint4> memory(MOST_SHARED_BYTES / sizeof(uint4), uint4{~0u, ~0u, ~0u, ~0u});  // NaN
+  OF_A_BLOCK std::vector<uint4> memory(shared_bytes / sizeof(uint4) + 1, uint4{~0u, ~0u, ~0u, ~0u});
   return memory.data();
 }
 

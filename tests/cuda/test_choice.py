@@ -14,7 +14,12 @@ NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
         ((1, 64), 2**20, mx.float32, NVFP4, True),
         ((1, 64), 2**20 - 1, mx.float32, NVFP4, False),
         ((2, 16, 64), 2**15, mx.bfloat16, NVFP4, True),
-        ((33, 64), 2**20, mx.float16, NVFP4, False),
+        ((33, 64), 2**20, mx.float16, NVFP4, True),
+        ((8, 64), 64, mx.float16, NVFP4, True),
+        ((7, 64), 64, mx.float16, NVFP4, False),
+        ((33, 64), 2**20, mx.float32, NVFP4, False),
+        ((8, 64), 64, mx.bfloat16, {"group_size": 64, "bits": 8, "mode": "affine"}, True),
+        ((8, 64), 64, mx.bfloat16, {"group_size": 64, "bits": 6, "mode": "affine"}, False),
         ((0, 64), 2**20, mx.float16, NVFP4, False),
         ((1, 48), 2**22, mx.float16, NVFP4, False),
         ((1, 64), 2**20, mx.int32, NVFP4, False),
@@ -62,9 +67,11 @@ def test_pages_are_of_one_kind_and_none_is_empty():
 
 
 def test_integers_are_not_pooled_nor_embedded():
-    assert cuda.takes_strided_pool(mx.zeros((1, 4, 8)), 4, "mean") and cuda.takes_patch_embed(mx.zeros(8), mx.zeros((4, 4)))
+    assert cuda.takes_strided_pool(mx.zeros((1, 4, 8)), 4, "mean") and cuda.takes_patch_embed(
+        mx.zeros(1 << 16), mx.zeros((256, 1024))
+    )
     assert not cuda.takes_strided_pool(mx.zeros((1, 4, 8), dtype=mx.int32), 4, "mean")
-    assert not cuda.takes_patch_embed(mx.zeros(0), mx.zeros((4, 4)))
+    assert not cuda.takes_patch_embed(mx.zeros(8), mx.zeros((4, 4)))  # MLX's gather needs no compiling
 
 
 @pytest.mark.skipif(mx.cuda.is_available(), reason="there is a GPU here")

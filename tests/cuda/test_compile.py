@@ -7,13 +7,18 @@ import mlx.core as mx
 import pytest
 from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
 
-from marlin_cli.ops import cuda
+from marlin_cli.engine.cuda_patches import global_stage, local_stage
+from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte_config import MegaByteConfig
+from marlin_cli.ops import cuda, cuda_stages, cuda_text
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, SOURCES
+from marlin_cli.quantization.apply import quantize_network
+from marlin_cli.quantization.plan import QuantizationSettings
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(nvcc() is None, reason="nvcc is not on the PATH, or the gcc that it needs")]
 BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
 REGISTERS_OF_A_BLOCK = 65536
-THREADS = dict.fromkeys(("marlin_gemm_fp4", "patch_embed", "strided_pool", "local_patch_decode", "stack"), 256)  # else 128
+THREADS = dict.fromkeys(("marlin_gemm_fp4", "patch_embed", "strided_pool", "unpack"), 256)  # else 128
 
 
 def gemm_variants():
@@ -75,27 +80,12 @@ def pool_variants():
         yield {"T": dtype, "STRIDE": 4, "MAXIMUM": maximum}, {"x": dtype}, {"out": dtype}
 
 
-def address_variants():
-    inputs = dict.fromkeys(SOURCES["addresses"].inputs, "bfloat16")
-    yield {}, inputs, {"addresses": "int64"}
-
-
-# Types and kinds of weights of a stage: bits by the order of `cuda_stages.KINDS`.
-STAGES = [("bfloat16", 0b000001), ("bfloat16", 0b001001), ("bfloat16", 0b000010), ("float32", 0b001001), ("bfloat16", 0b110001)]
-
-
-def sequence_variants():
-    for (dtype, kinds), sampling in itertools.product(STAGES, [False, True]):
-        template = {"T": dtype, "KINDS": kinds, "PARTS": 1 if dtype == "bfloat16" else 3, "WARPS": 8, "HEAD_DIM": 64}
-        inputs = {"model": "uint8", "lead": dtype, "added": dtype, "given": "int32", "noise": "float32", "filters": "float32"}
-        yield {**template, "SAMPLING": sampling}, {**inputs, "span": "int32"}, {"ids": "int32"}
-
-
-def step_variants():
-    for dtype, kinds in STAGES:
-        template = {"T": dtype, "KINDS": kinds, "PARTS": 1 if dtype == "bfloat16" else 3, "WARPS": 8, "HEAD_DIM": 128}
-        inputs = {"model": "uint8", "ids": "int32", "padding": "int32", "span": "int32"}
-        yield {**template, "HAS_PADDING": kinds == 1}, inputs, {"out": dtype}
+def unpack_variants():
+    kinds = [(4, 16, False), (4, 32, False), (8, 32, False), (4, 64, True), (8, 32, True)]
+    for dtype, (bits, group, affine) in itertools.product(BITS, kinds):
+        scales = dtype if affine else "uint8"
+        template = {"T": dtype, "BITS": bits, "GROUP": group, "AFFINE": affine}
+        yield template, {"weight": "uint32", "scales": scales, "zeros": scales}, {"out": dtype}
 
 
 VARIANTS = {
@@ -106,9 +96,7 @@ VARIANTS = {
     "attention_combine": list(combine_variants()),
     "patch_embed": list(embed_variants()),
     "strided_pool": list(pool_variants()),
-    "addresses": list(address_variants()),
-    "local_patch_decode": list(sequence_variants()),
-    "stack": list(step_variants()),
+    "unpack": list(unpack_variants()),
 }
 CHUNK = 16  # variants that are compiled in one go
 
@@ -145,6 +133,38 @@ def chunks():
 @pytest.mark.parametrize(("name", "architecture", "start"), chunks())
 def test_all_variants_compile(name, architecture, start, tmp_path):
     check(name, VARIANTS[name][start : start + CHUNK], architecture, tmp_path)
+
+
+# Of stages that one launch takes whole: type, format of the weights, streams, options.
+STAGES = [
+    (mx.bfloat16, "nvfp4", 1, {}),
+    (mx.bfloat16, None, 16, {"qk_norm": True, "global_kv_heads": 2}),
+    (mx.float32, "mxfp8", 2, {"norm": "layernorm", "ffn": "gelu", "ffn_bias": True}),
+    (mx.bfloat16, "int4", 9, {"attention_window": 7}),
+    (mx.float32, None, 1, {"norm": "variance", "ffn": "relu"}),
+]
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "format", "streams", "options"),
+    [pytest.param(*each, marks=[] if i == 0 else pytest.mark.slow) for i, each in enumerate(STAGES)],
+)
+def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp_path, monkeypatch):
+    """Both kernels of a small model, as the compiler at run time gets them; with few streams they spill nothing."""
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
+    config = {"patch_size": 8, "global_layers": 2, "global_dim": 256, "global_heads": 4, "local_layers": 2, "local_dim": 128}
+    network = MegaByte(MegaByteConfig(**config, local_heads=2, **options))
+    network.set_dtype(dtype)
+    if format is not None:
+        settings = QuantizationSettings(global_format=format, local_format=format, group_size=32 if format == "int4" else None)
+        network = quantize_network(network, settings, method="rtn").network
+    for stage in (global_stage(network), local_stage(network)):
+        sizes = cuda_stages.sizes_of(stage, streams, cuda_stages.blocks_of(stage), 8)
+        text = cuda_text.PRELUDE + cuda_text.text(cuda_stages.kernel_name(stage), sizes)
+        report = compile_to_cubin(text, architecture, tmp_path, strict=False)
+        if streams == 1:
+            assert all(int(count) <= 64 for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
 def test_a_fault_is_found(tmp_path):

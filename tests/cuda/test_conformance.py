@@ -63,6 +63,24 @@ def test_packed_linear(format, rows, columns, depth, dtype):
     assert_close(found, on_cpu(lambda: x.astype(mx.float32) @ plain.T), dtype)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("format", [*FORMATS.values(), ("affine", 4, 32), ("affine", 8, 64)], ids=str)
+def test_many_rows(format, dtype):
+    """Weights that are decoded once for a dense product: each number, and the product."""
+    mode, bits, group_size = format
+    settings = {"group_size": group_size, "bits": bits, "mode": mode}
+    x = random(40, 192, dtype=dtype)
+    plain = random(33, 192, seed=1, dtype=dtype if mode == "affine" else mx.float32) * 0.3
+    weight, scales, *biases = on_cpu(mx.quantize, plain, **settings)
+    zeros = biases[0] if biases else None
+    assert cuda.takes_packed_linear(x, weight, scales, zeros, **settings)
+    expected = on_cpu(mx.dequantize, weight, scales, zeros, **settings, dtype=mx.float32)
+    assert_close(cuda.unpacked(weight, scales, zeros, **settings, dtype=dtype), expected, dtype)
+    assert_close(
+        cuda.packed_linear(x, weight, scales, zeros, **settings), on_cpu(lambda: x.astype(mx.float32) @ expected.T), dtype
+    )
+
+
 @EACH_DTYPE
 @EACH_FORMAT
 def test_every_code_and_scale_is_decoded(format, dtype):

@@ -1,19 +1,17 @@
 """Whole stages in one launch against the network's own layers: on a GPU where there is one, else in the emulator."""
 
-import functools
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from cuda_emulator import Emulated, compiler, own_addresses, own_memory
+from cuda_emulator import OwnQueue, compiler, own_addresses, own_code, own_memory, whole_text
 from mlx.utils import tree_map
 
-from marlin_cli.engine import cuda_patches, decoding
+from marlin_cli.engine import cuda_patches, decoding, whole_patches
 from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
 from marlin_cli.engine.decoding import CacheBits, GraphCache, Lockstep
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.errors import BackendError
+from marlin_cli.errors import BackendError, CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cuda_mailbox, cuda_stages
@@ -32,16 +30,18 @@ PACKED = ("nvfp4", "mxfp4", "mxfp8", "int4", "int8")
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    monkeypatch.setenv("MARLIN_PATCHES", "whole")
+    monkeypatch.delenv("MARLIN_PATCHES", raising=False)
     if mx.cuda.is_available():
         return
-    monkeypatch.setattr(cuda_stages, "kernel", Emulated)
+    monkeypatch.setattr(cuda_stages, "text", whole_text)
     monkeypatch.setattr(cuda_stages, "addresses", own_addresses)
+    monkeypatch.setattr(cuda_patches, "compiled", own_code)
+    monkeypatch.setattr(cuda_patches, "Queue", OwnQueue)
     monkeypatch.setattr(cuda_mailbox, "pinned", own_memory)
     monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
     monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
     monkeypatch.setattr(cuda_stages, "WARPS", 2)
-    monkeypatch.setattr(cuda_patches, "gpu", lambda: "cuda")
+    monkeypatch.setattr(whole_patches, "gpu", lambda: "cuda")
 
 
 def network_of(dtype=mx.float32, format=None, **options):
@@ -58,8 +58,30 @@ def network_of(dtype=mx.float32, format=None, **options):
     return network
 
 
+def loaded(stage, streams, steps):
+    """A stage that is ready to be launched, and the queue for that."""
+    queue = cuda_patches.Queue()
+    device = StageOnDevice(stage, streams, steps, queue)
+    device.load(*cuda_patches.compiled([device.text]))
+    return device, queue
+
+
+def to_device(queue, array):
+    """Memory with the numbers of an array of MLX, or nothing."""
+    if array is None:
+        return None
+    data = np.array(array)
+    memory = queue.allocate(data.nbytes)
+    queue.write(memory.address, data.tobytes())
+    return memory
+
+
+def from_device(queue, memory, dtype):
+    return np.frombuffer(queue.read(memory.address, memory.size), dtype)
+
+
 def close(found, expected, tolerance):
-    found, expected = (np.array(each.astype(mx.float32)) for each in (found, expected))
+    found, expected = np.array(found), np.array(expected)
     assert found.shape == expected.shape
     assert np.isfinite(found).all()
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
@@ -101,13 +123,18 @@ def test_a_global_step(variant, format, streams):
     rows = mx.random.normal((streams, 2, stage.dim), key=mx.random.key(1))
     for cache in caches:
         mx.eval(cache.run(rows))
-    device = StageOnDevice(stage, streams)
+    device, queue = loaded(stage, streams, network.config.patch_size)
+    filled = to_device(queue, padding)
+    out = queue.allocate(streams * stage.last.rows * 4)
     for patch in range(3):
         ids = random_ids(streams, network.config.patch_size, patch + 1)[..., 0]
         hidden = caches[0].run(network.token_rows(0, ids[:, None], 0, None))[:, -1]
         expected = network.to_next(0, hidden)[:, 0]
         device.set_caches([layer.with_room() for layer in caches[1].layers])
-        close(device.step(ids, 2 + patch, padding), expected, 3e-5)
+        given = to_device(queue, ids)
+        mx.synchronize()
+        device.step(given.address, 2 + patch, 0 if filled is None else filled.address, out.address)
+        close(from_device(queue, out, np.float32).reshape(expected.shape), expected, 3e-5)
 
 
 @EACH_CASE
@@ -116,16 +143,20 @@ def test_a_local_patch(variant, format, streams):
     network = network_of(format=format, **VARIANTS[variant])
     stage, length = local_stage(network), network.config.patch_size
     assert takes_stage(stage, streams)
-    device = StageOnDevice(stage, streams)
+    device, queue = loaded(stage, streams, length)
     device.own_caches(length)
     lead = mx.random.normal((streams, stage.dim), key=mx.random.key(2))
     last = network.stages[-1]
     added = mx.zeros((1, length, stage.dim)) if last.positions is None else last.positions.weight[None]
     for known in (0, 2):
         given = random_ids(streams, known) if known else None
-        ids, number = device.decode_sequence(lead, added, given, None, None, length - known)
-        mx.eval(ids)
-        assert device.mailbox.read(number, streams, length - known).tolist() == ids.tolist()
+        held = [to_device(queue, array) for array in (lead, added, given)]
+        places = [0 if each is None else each.address for each in held]
+        out = queue.allocate(4 * streams * length)
+        number = device.decode_sequence(*places, 0, (0.0, 1.0, 0.0, 0), known, length - known, out.address)
+        ids = mx.array(device.mailbox.read(number, streams, length - known))
+        there = from_device(queue, out, np.int32).reshape(streams, length)
+        assert there[:, known:].tolist() == ids.tolist() and (given is None or there[:, :known].tolist() == given.tolist())
         whole = ids if given is None else mx.concatenate([given, ids], axis=1)
         rows = mx.concatenate([lead[:, None], last.byte_embedding(whole[:, :-1])], axis=1) + added
         logits = network.head(network.local(rows))
@@ -187,15 +218,25 @@ def test_what_was_queued_too_far_is_taken_back(monkeypatch):
 @pytest.mark.skipif(mx.cuda.is_available(), reason="it plants a fault in the emulator")
 def test_a_block_that_does_not_come_is_an_error(monkeypatch):
     """The others give up waiting for it, and the host is told."""
-    gone = "if (grid.failed()) return fail();"
+    begin = "const Stage& stage = *machine.stage;"
 
     def edit(text):
-        return text.replace("2000000000ull", "20000000ull").replace(gone, f"{gone} if (blockIdx.x == 2) return;")
+        return text.replace("2000000000ull", "20000000ull").replace(begin, f"{begin} if (blockIdx.x == 2) return;")
 
-    monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, edit=edit))
+    monkeypatch.setattr(OwnQueue, "edit", staticmethod(edit))
     monkeypatch.setattr(decoding, "fuse", lambda network: None)
     with pytest.raises(BackendError, match="blocks did not all run at once"):
         list(generate(network_of(), [b"abcd"], Stopping(max_bytes=8), Sampling()))
+
+
+def test_what_is_no_number_is_an_error(monkeypatch):
+    """Logits never leave the GPU, so the kernels look at them."""
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    network = network_of()
+    weight = network.output.weight
+    network.output.weight = mx.where(mx.arange(weight.shape[0])[:, None] == 200, mx.nan, weight)
+    with pytest.raises(CheckpointError, match="not finite"):
+        list(generate(network, [b"abcd"], Stopping(max_bytes=8), Sampling()))
 
 
 @pytest.mark.slow
@@ -205,7 +246,7 @@ def test_the_order_of_threads_does_not_matter(monkeypatch):
     outputs = []
     for backwards in (False, True):
         if not mx.cuda.is_available():
-            monkeypatch.setattr(cuda_stages, "kernel", functools.partial(Emulated, backwards=backwards))
+            monkeypatch.setattr(OwnQueue, "backwards", backwards)
         outputs.append([piece.data for piece in generate(network, [b"abcd", b"efgh"], Stopping(max_bytes=16), Sampling())])
     assert outputs[0] == outputs[1]
 
@@ -228,5 +269,9 @@ def test_what_is_left_to_operations(monkeypatch):
     assert patch_decoder(taken, 1) is None
     monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 17)
     assert patch_decoder(taken, 1) is not None
-    monkeypatch.delenv("MARLIN_PATCHES")
-    assert patch_decoder(taken, 1) is None  # nothing asks for it
+    assert whole_patches.patch_decoder(taken, 1) is not None
+    monkeypatch.setenv("MARLIN_PATCHES", "operations")
+    assert whole_patches.patch_decoder(taken, 1) is None
+    monkeypatch.setenv("MARLIN_PATCHES", "steps")
+    with pytest.raises(UsageError, match="MARLIN_PATCHES"):
+        whole_patches.patch_decoder(taken, 1)

@@ -109,5 +109,5 @@ def test_what_goes_operation_by_operation(by_steps, monkeypatch):
     network = random_byt5()
     assert isinstance(AnswerState(network, SOURCES, answers=2)._answers, GraphAnswers)
     assert isinstance(AnswerState(network, [[5, 1]] * (MOST_STREAMS + 1))._answers, GraphAnswers)
-    monkeypatch.setenv("MARLIN_PATCHES", "steps")
+    monkeypatch.setenv("MARLIN_PATCHES", "operations")
     assert isinstance(AnswerState(network, SOURCES)._answers, GraphAnswers)

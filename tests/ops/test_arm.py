@@ -27,7 +27,7 @@ COMPILERS = {
 DOT_PRODUCTS = "-march=armv8.2-a+dotprod"
 PATHS = {"neon": [], "neon, dot products": [DOT_PRODUCTS], "portable": ["-U__ARM_NEON"]}
 # Beside marlin_gemm.cpp, which the driver includes.
-PRODUCTS = ["marlin_gemm_amx.cpp", "marlin_gemm_fixed.cpp", "marlin_gemm_lines.cpp", "marlin_gemm_rounded.cpp"]
+PRODUCTS = sorted(path.name for path in shipped("kernels").glob("marlin_gemm_*.cpp")) + ["ways.cpp"]
 OTHER_KERNELS = ["flash_attention.cpp", "linear.cpp", "marlin_gemm.cpp"]
 
 
@@ -54,7 +54,8 @@ def build(
 ) -> Path:
     """The driver with marlin_gemm, or with all that it calls. A file in `folder` goes before the kernel of that name."""
     linked = [*PRODUCTS, *(OTHER_KERNELS if kernels else [])]
-    sources = [HERE / "arm_driver.cpp", *(shipped("kernels") / name for name in linked)]
+    sources = [HERE / "arm_driver.cpp"]
+    sources += [folder / name if (folder / name).exists() else shipped("kernels") / name for name in linked]
     includes = [f"-I{place}" for place in (folder, shipped("kernels"), Path(mx.__file__).parent / "include")]
     options = ["-std=c++20", "-Wno-psabi", "-static", "-ffunction-sections", "-Wl,--gc-sections", *flags]
     options += ["-DDRIVER_ALL"] if kernels else []
@@ -150,9 +151,9 @@ def test_packed_products(tmp_path):
     ids=["the low nibble twice", "the low half of a vector twice", "the low bytes twice"],
 )
 def test_a_fault_of_neon_is_found(tmp_path, right, broken):
-    text = (shipped("kernels") / "marlin_gemm.cpp").read_text(encoding="utf-8")
+    text = (shipped("kernels") / "marlin_gemm_floats.cpp").read_text(encoding="utf-8")
     assert text.count(right) == 1
-    (tmp_path / "marlin_gemm.cpp").write_text(text.replace(right, broken), encoding="utf-8")
+    (tmp_path / "marlin_gemm_floats.cpp").write_text(text.replace(right, broken), encoding="utf-8")
     calls, expected = product_calls()
     found = wrong(run(build(tmp_path), calls), expected)
     assert {"unpack nvfp4 192", "unpack mxfp4 192", "unpack int4 192"} <= set(found)

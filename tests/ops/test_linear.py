@@ -30,6 +30,8 @@ SHAPES = {
 EACH_SHAPE = pytest.mark.parametrize(("rows", "columns", "depth"), SHAPES.values(), ids=SHAPES.keys())
 EACH_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 TWINS = ["reference", "dispatch"]
+# VNNI on registers of 256 bits: the paths of AVX-VNNI, on processors that have it for 512.
+AVX2_WITH_VNNI = "x86-64-v3 -mavx512f -mavx512vl -mavx512vnni"
 
 
 def random(*shape, seed=0):
@@ -313,7 +315,7 @@ def test_a_failed_build_is_remembered(tmp_path):
     assert calls.read_text() == made
 
 
-@pytest.mark.parametrize("variable", ["MARLIN_THREADS", "MARLIN_KERNELS"])
+@pytest.mark.parametrize("variable", ["MARLIN_THREADS", "MARLIN_KERNELS", "MARLIN_ROWS"])
 def test_settings_that_make_no_sense_are_refused(variable):
     code = (
         "import mlx.core as mx; from marlin_cli.ops.dispatch import linear; from marlin_cli.errors import UsageError\n"
@@ -325,16 +327,21 @@ def test_settings_that_make_no_sense_are_refused(variable):
 
 @pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
 @pytest.mark.slow
-@pytest.mark.parametrize("march", ["icelake-server", "skylake-avx512", "x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("march", ["icelake-server", "skylake-avx512", "x86-64-v3", AVX2_WITH_VNNI, "x86-64"])
 def test_the_paths_for_other_processors(march, tmp_path):
-    """AVX-512 without tiles, without VNNI too, AVX2, plain C++: built apart, through the tables of two files."""
-    needed = {"icelake-server": "avx512_vnni", "skylake-avx512": "avx512bw"}.get(march, "")
+    """AVX-512 without tiles, without VNNI too, AVX2 without and with it, plain C++: built apart, through four files."""
+    needed = {"icelake-server": "avx512_vnni", "skylake-avx512": "avx512bw", AVX2_WITH_VNNI: "avx512_vnni"}.get(march, "")
     if needed not in Path("/proc/cpuinfo").read_text(encoding="utf-8"):
         pytest.skip(f"no {needed} on this processor")
     environment = {**os.environ, "MARLIN_MARCH": march, "MARLIN_CACHE": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    command += [str(Path(__file__).with_name("test_rounded_activations.py")), "-k"]
+    others = ("rounded_activations", "exact_rows", "ways")
+    command += [str(Path(__file__).with_name(f"test_{name}.py")) for name in others]
     result = subprocess.run(
-        [*command, "packed or dense or code or depth"], env=environment, capture_output=True, text=True, timeout=600
+        [*command, "-k", "packed or dense or code or depth or way"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert result.returncode == 0, result.stdout[-2000:]

@@ -49,7 +49,7 @@ def counted(monkeypatch):
         made["attention"].append((rows, stack.window, bits, Counting(stack.layers * rows)))
         return made["attention"][-1][-1]
 
-    monkeypatch.setattr(prediction, "_Products", products)
+    monkeypatch.setattr(prediction, "ProductsOfLayers", products)
     monkeypatch.setattr(prediction, "_attention", attention)
     return made
 
@@ -132,15 +132,17 @@ def test_what_does_not_fit_is_scaled(format, monkeypatch):
             return Counting(len(products))
 
     monkeypatch.setattr(prediction, "LIMIT_BYTES", 3 * shapes[0].nbytes)
-    assert prediction._Products(Module, shapes).seconds() == 8 and made == [3]
+    assert prediction.ProductsOfLayers(Module, shapes).seconds() == 8 and made == [3]
     monkeypatch.setattr(prediction, "LIMIT_BYTES", 1)
-    assert prediction._Products(Module, shapes).seconds() == 8 and made == [3, 1]
+    assert prediction.ProductsOfLayers(Module, shapes).seconds() == 8 and made == [3, 1]
 
 
 def test_longer_products_and_caches_take_longer():
     module = cpu.kernels()[0]
     for format in (None, "nvfp4"):
-        few, many = (prediction._Products(module, [LayerShape("local", side, side, format, 16)] * 4) for side in (64, 1024))
+        few, many = (
+            prediction.ProductsOfLayers(module, [LayerShape("local", side, side, format, 16)] * 4) for side in (64, 1024)
+        )
         assert 0 < min(few.seconds() for _ in range(5)) < min(many.seconds() for _ in range(5))
     short, long = (module.AttentionProbe(2, 4, 2, 64, rows, -1, 32, 4) for rows in (10, 4000))
     windowed = module.AttentionProbe(2, 4, 2, 64, 4000, 16, 32, 4)
