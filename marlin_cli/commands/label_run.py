@@ -126,7 +126,7 @@ def _check(model: AnyLabelling, head: str, text: Text, request: Request) -> None
         for choice in beside.choices:
             model.check((text.data, choice), pad_to=request.pad_to, where=where)
     else:
-        model.check(_with_second(text), pad_to=request.pad_to, where=where)
+        model.check(_with_second(text) if head == "sequence" else text.data, pad_to=request.pad_to, where=where)
 
 
 def _with_second(text: Text) -> bytes | tuple[bytes, bytes]:

@@ -152,7 +152,7 @@ def test_what_is_refused_is_one_line(encode):
         ("no pooler", ("-p", "abcd", "--pool", "pooler"), "this CANINE has no pooler"),
         ("characters", ("-p", "a"), "--prompt: the text takes 3 positions with its marks, CANINE needs 4"),
         ("characters", ("--prompts", "nowhere"), "nowhere: cannot read"),
-        ("splits", ("-p", "a", "--language", "de"), "holds the adapters of cs, 'de' was asked for"),
+        ("splits", ("-p", "a", "--language", "de"), "holds the adapters of 'cs', 'de' was asked for"),
     ):
         code, out, err = encode(model, *arguments)
         assert code in (1, 2) and out == b"" and err.count("\n") == 1 and message in err, err
