@@ -161,11 +161,13 @@ class Decoding:
         """Build the graph of a patch, and of the global step after it if there is `more`; nothing is computed."""
         decoder, condition = self.state._on_gpu, self.state._states[1].condition
         assert isinstance(decoder, CompiledPatches) and condition is not None
+        layers = self.state._layers_in_place()
         with mock.patch.object(mx, "async_eval", lambda *arrays: None):
-            patch = decoder.queue(condition, self.state._layers_in_place(), None, Sampling(), self.noise, more)
-        if patch.condition is None:
+            decoder.enter(condition, self.state._tail(), layers, None)
+            patch = decoder.queue(layers, Sampling(), self.noise, more)
+        if patch.following is None:
             return [patch.ids]
-        return [patch.ids, patch.condition, *(array for tail in decoder._tails for array in tail)]
+        return [patch.ids, patch.following, *(array for tail in decoder._tails for array in tail)]
 
 
 def of_operations(network: MegaByte) -> tuple[int, int]:

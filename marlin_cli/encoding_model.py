@@ -130,17 +130,20 @@ class EncodingModel(Model):
         """The probability of each choice to go with the text: [choices]; without `pad_to` as long as the longest."""
         return characters.choose(self.network, checked_text(data), checked_texts(choices, "choose"), pad_to)
 
-    def sentences(self, pieces: Iterable[bytes], settings: SplitSettings | None = None) -> Iterator[tuple[Span, bytes]]:
+    def sentences(
+        self, pieces: Iterable[bytes], settings: SplitSettings | None = None, *, where: str = "the input"
+    ) -> Iterator[tuple[Span, bytes]]:
         """The sentences of a stream of UTF-8 that may be cut anywhere, each as soon as it is sure, in bounded memory.
 
-        Together they are the text; white space belongs to the sentence before it.
+        Together they are the text; white space belongs to the sentence before it. `where` begins what is said of a stream
+        that is no UTF-8.
         """
         if not self.splits:
             title = architecture_of(self.network).title
             raise UsageError(f"this {title} does not cut texts into sentences; take an LA-CANINE, or ask it to label")
         if isinstance(pieces, (str, bytes)):
             raise UsageError(f"pieces are a list or another stream of bytes, found {describe(pieces)}; for one text `label`")
-        return sentences(self.network, map(checked_text, pieces), settings or self.split_settings)
+        return sentences(self.network, map(checked_text, pieces), settings or self.split_settings, where)
 
     def quantize(
         self,

@@ -99,6 +99,7 @@ def in_the_middle():
 
 backend.require_mlx = in_the_middle
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 cli.main()
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)

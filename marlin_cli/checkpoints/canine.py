@@ -122,7 +122,8 @@ def shape_of(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no number where one is expected, or an activation that marlin does not have.
     """
-    activation = document.get("hidden_act") or "gelu"
+    given = document.get("hidden_act")
+    activation = "gelu" if given is None else given
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ConfigError(f"{where}: hidden_act {quoted(activation)} is none of {', '.join(ACTIVATIONS)}")
     return {**known_fields(document, FIELDS, where), "activation": ACTIVATIONS[activation]}
@@ -185,8 +186,10 @@ def take_body(path: Path, taken: Taken, config: Mapping[str, Any]) -> dict[str, 
         take_pair(weights, taken, f"local.{ours}.norm", f"{theirs}.LayerNorm")
         take_pair(weights, taken, f"local.{ours}.conv", f"{theirs}.conv")
         kernel = weights[f"local.{ours}.conv.weight"]
-        if kernel.ndim != 3:
-            raise CheckpointError(f"{path}: '{theirs}.conv.weight' has shape {list(kernel.shape)}, not 3 dimensions")
+        if kernel.ndim != 3 or not kernel.size:
+            raise CheckpointError(
+                f"{path}: '{theirs}.conv.weight' has shape {list(kernel.shape)}, not 3 dimensions with numbers"
+            )
         # [out, in, kernel] as a product over windows, whose rows stand side by side.
         weights[f"local.{ours}.conv.weight"] = kernel.swapaxes(1, 2).reshape(kernel.shape[0], -1)
     return weights

@@ -91,7 +91,9 @@ def check_language(config: Mapping[str, Any], language: str | None, where: str) 
         return
     held = config.get("language")
     if held:
-        raise CheckpointError(f"{where}: holds the adapters of {held}, {quoted(language)} was asked for; take the original")
+        raise CheckpointError(
+            f"{where}: holds the adapters of {quoted(held)}, {quoted(language)} was asked for; take the original"
+        )
     raise CheckpointError(f"{where}: holds no adapters of a language, {quoted(language)} was asked for; leave it out")
 
 

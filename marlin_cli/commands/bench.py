@@ -136,7 +136,8 @@ def bench(
     from marlin_cli.quality.held_out import Windowing
 
     if kernels:
-        check_models(command_line, models or ())
+        if models:
+            check_models(command_line, models)
         return show_kernels(device, models or (), activation_bits)
     destination = Output.checked(output_format, output, report_page, plot, save)
     if compare is not None:

@@ -83,12 +83,15 @@ def label(
     )
     assert not isinstance(loaded, ContinuingModel)
     if isinstance(loaded, EncodingModel) and loaded.splits:
+        plain = loaded.split_settings
+        if window is not None and stride is None and window > 0:
+            stride = min(plain.stride_characters, window)
         split = {"window_characters": window, "stride_characters": stride, "most_characters": longest, "threshold": threshold}
-        settings = replace(loaded.split_settings, **_given(split))
+        settings = replace(plain, **_given(split))
         if prompts is not None:
             label_run.run_sentences(loaded, texts_of(sources, beside), settings)
             return
-        sentences = loaded.sentences(stream_of(sources), settings)
+        sentences = loaded.sentences(stream_of(sources), settings, where=sources.name)
         if lines:
             label_run.write_lines(sentences, raw=raw)
         else:

@@ -104,7 +104,7 @@ def _found(model: AnyLabelling, head: str, batch: Sequence[Text], request: Reque
     """What is found of each text of a batch: of a blank line nothing, of one that is too short what it says padded."""
     read = [text for text in batch if not text.is_blank]
     paddings = [
-        padding_of(model, _with_second(text), request.pad_to, text.where) if head in _BY_ITSELF else request.pad_to
+        padding_of(model, _read_at_once(text, head), request.pad_to, text.where) if head in _BY_ITSELF else request.pad_to
         for text in read
     ]
 
@@ -145,8 +145,13 @@ def _check(model: AnyLabelling, head: str, text: Text, request: Request) -> None
         for choice in beside.choices:
             model.check((text.data, choice), pad_to=request.pad_to, where=where)
     else:
-        data = _with_second(text)
+        data = _read_at_once(text, head)
         model.check(data, pad_to=padding_of(model, data, request.pad_to, where), where=where)
+
+
+def _read_at_once(text: Text, head: str) -> bytes | tuple[bytes, bytes]:
+    """What a head that reads a text, or pair, by itself takes: only one that classifies texts reads another beside it."""
+    return _with_second(text) if head == "sequence" else text.data
 
 
 def _with_second(text: Text) -> bytes | tuple[bytes, bytes]:

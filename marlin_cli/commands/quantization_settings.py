@@ -8,7 +8,7 @@ from typing import Any
 from marlin_cli.checkpoints.export import EXPORTS
 from marlin_cli.errors import StatisticsError, UsageError
 from marlin_cli.quantization.formats import FORMATS
-from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, format_from_bits, load_recipe
+from marlin_cli.quantization.plan import PROTECTED, LayerPlan, QuantizationSettings, format_from_bits, load_recipe
 from marlin_cli.text import quoted
 
 
@@ -83,9 +83,12 @@ def check_exportable(plans: Sequence[LayerPlan]) -> None:
     other = [plan for plan in plans if plan.format is not None and plan.format.name != "nvfp4"]
     if other:
         format_name = other[0].format.name if other[0].format else ""
+        part = other[0].part
+        protected = part in ("encoder", "decoder") and other[0].path.endswith(PROTECTED)
+        remedy = "--wo-bits 4" if protected else f"4 or 16 bits for the {part} part"
         raise UsageError(
             f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
-            f" ({len(other)} layers in all); choose 4 or 16 bits for the {other[0].part} part"
+            f" ({len(other)} layers in all); choose {remedy}"
         )
 
 

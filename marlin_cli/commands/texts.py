@@ -61,6 +61,13 @@ class Sources:
         """Does an option name a text?"""
         return (self.text, self.file, self.hexadecimal, self.rows) != (None,) * 4
 
+    @property
+    def name(self) -> str:
+        """What the one text is called in errors."""
+        if self.text is not None or self.hexadecimal is not None:
+            return "--prompt" if self.text is not None else "--hex"
+        return "stdin" if self.file in (None, "-") else str(self.file)
+
     def check(self) -> None:
         """See that there is something to read, before a model is read for it.
 
@@ -77,6 +84,8 @@ class Sources:
 def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterable[Text]:
     """The texts, as they come: one by an option, those of JSONL, or the lines of a pipe.
 
+    A line ends with a line feed, or with a carriage return before it.
+
     Args:
         beside: for texts that have nothing beside them of their own.
         tabs: a line of a pipe is a pair, with a tab in between.
@@ -91,7 +100,8 @@ def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterabl
     lines = lines_of_pipe(sys.stdin.fileno(), "stdin")
     if tabs:
         return (_of_columns(line, where) for where, line in lines)
-    return (Text(Prompt(line, where=where), beside, is_blank=not line.strip()) for where, line in lines)
+    texts = ((where, line.removesuffix(b"\r")) for where, line in lines)
+    return (Text(Prompt(line, where=where), beside, is_blank=not line.strip()) for where, line in texts)
 
 
 def stream_of(sources: Sources) -> Iterator[bytes]:
@@ -101,8 +111,7 @@ def stream_of(sources: Sources) -> Iterator[bytes]:
         UsageError: two texts, or one that cannot be read.
     """
     if sources.is_pipe or (sources.file is not None and sources.text is None and sources.hexadecimal is None):
-        file = sources.file or "-"
-        return blocks_of_pipe(_opened(file), "stdin" if file == "-" else file)
+        return blocks_of_pipe(_opened(sources.file or "-"), sources.name)
     return iter([one_prompt(sources.text, sources.file, sources.hexadecimal).data])
 
 

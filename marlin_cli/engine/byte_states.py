@@ -10,6 +10,7 @@ from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.engine.finite import finite
 from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax
 from marlin_cli.errors import UsageError
+from marlin_cli.models import architecture_of
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes, padded
 
@@ -43,7 +44,7 @@ def tag(network: ByT5, inputs: Sequence[bytes], *, outside: Sequence[str] = OUTS
     config = network.config
     if not config.labels:
         does = "answers an input" if config.decoder_layers else "encodes"
-        raise UsageError(f"this ByT5 {does}; what was asked for needs one that labels bytes")
+        raise UsageError(f"this {architecture_of(network).title} {does}; what was asked for needs one that labels bytes")
     found = []
     for data, rows in zip(inputs, states(network, inputs), strict=True):
         scores = softmax(finite(np.array(network.label_scores(rows)))[: len(data)])

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.finite import finite
 from marlin_cli.engine.fused_canine import CanineRunner, runner_of
-from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, softmax, span_at
+from marlin_cli.engine.spans import OUTSIDE, Place, Span, labelled_runs, sigmoid, softmax, span_at
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models import architecture_of
 from marlin_cli.models.canine import Canine
@@ -54,11 +54,13 @@ class AnswerSettings:
     best: int = 1  # answers to return
     longest: int = 128  # characters of an answer
     window_positions: int = 2048  # question, context and marks that are read at once
-    stride_characters: int = 128  # from the beginning of a window of a longer context to that of the next
+    stride_characters: int = 128  # from the beginning of a window of a longer context to that of the next; a window at most
 
     def __post_init__(self) -> None:
-        if min(self.best, self.longest, self.window_positions, self.stride_characters) < 1:
-            raise UsageError("best, longest, window_positions and stride_characters must be at least 1")
+        for name in ("best", "longest", "window", "stride"):
+            size = getattr(self, {"window": "window_positions", "stride": "stride_characters"}.get(name, name))
+            if size < 1:
+                raise UsageError(f"{name} must be at least 1, found {size}")
 
 
 class _Input(NamedTuple):
@@ -144,7 +146,7 @@ def classify(network: Canine, texts: Sequence[Text], pad_to: int | None = None) 
     _check_head(network, "sequence")
     logits = _logits(network, [_input(network, text) for text in texts], pad_to)
     found = []
-    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": softmax, "several_labels": _sigmoid}
+    meanings: dict[str, Callable[[Floats], Floats]] = {"one_label": softmax, "several_labels": sigmoid}
     meaning = meanings.get(network.config.problem, np.asarray)
     for row in logits:
         scores = meaning(row)
@@ -218,9 +220,9 @@ def answers(
     room = min(settings.window_positions, network.config.longest, pad_to or network.config.longest) - len(asked.ids) - 3
     if room < 1:
         raise UsageError(f"the question has {len(asked.ids):,} characters, which leaves no room for the context")
-    starts = [0]
+    starts, stride = [0], min(settings.stride_characters, room)  # a longer stride would leave characters unread
     while starts[-1] + room < len(given.ids):
-        starts.append(starts[-1] + settings.stride_characters)
+        starts.append(starts[-1] + stride)
     inputs = [_Input(*network.config.input_of(asked.ids, given.ids[start : start + room])) for start in starts]
     best: dict[tuple[int, int], float] = {}
     for start, logits in zip(starts, _logits(network, inputs, pad_to), strict=True):
@@ -284,7 +286,10 @@ def _input(network: CharacterNetwork, text: Text, where: str = "") -> _Input:
 
 
 def _ids(text: One, where: str) -> Ids:
-    return characters_of(text, where).ids if isinstance(text, bytes) else checked_ids(text, where)
+    # Bytes in another container are no code points.
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        return characters_of(bytes(text), where).ids
+    return checked_ids(text, where)
 
 
 def _logits(network: CharacterNetwork, inputs: Sequence[_Input], pad_to: int | None) -> list[Floats]:
@@ -354,7 +359,3 @@ def _best_pairs(begins: Floats, ends: Floats, settings: AnswerSettings) -> list[
         for first in np.argsort(-products, kind="stable")[: settings.best]:
             found.append(((int(first), int(first) + more + 1), float(products[first])))
     return sorted(found, key=lambda item: -item[1])[: settings.best]
-
-
-def _sigmoid(x: Floats) -> Floats:
-    return np.asarray(1 / (1 + np.exp(-x)), dtype=np.float32)

@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache
-from marlin_cli.engine.cuda_patches import Patch
 from marlin_cli.engine.fused import NORMS
 from marlin_cli.engine.sampling import Noise, Sampling, filter_numbers, sample
 from marlin_cli.models.megabyte import MegaByte, Stage
@@ -47,8 +46,24 @@ class Layer(NamedTuple):
         return step.linear_added(wide, self.down, rows), tail
 
 
+class Patch(NamedTuple):
+    """A patch that has been queued."""
+
+    ids: mx.array  # [streams, patch_size]
+    following: mx.array | None  # the condition of the patch that follows, where it is made
+    drawn: mx.array | None  # the noise of its ids
+    noise: Noise  # where that came from
+
+    @property
+    def more(self) -> bool:
+        """Is the condition of the patch that follows made?"""
+        return self.following is not None
+
+
 class CompiledPatches:
-    """Queues patches of streams that stand at the beginning of one, for `decoding`. Made by `compiled_patches`."""
+    """Queues patches of streams that stand at the beginning of one: `WholePatches`, made by `compiled_patches`."""
+
+    checks_logits = False  # they stay within the graph, and those that are no numbers draw id 0
 
     def __init__(self, network: MegaByte, streams: int) -> None:
         self._network, self._streams = network, streams
@@ -59,6 +74,8 @@ class CompiledPatches:
         self._tails: list[Tail] = []
         self._storage: list[Tail] = []
         self._stored = self._filled = 0  # rows of the global cache: in its storage, and in the tails
+        self._condition: mx.array | None = None  # of the patch to queue
+        self._padding: mx.array | None = None
 
     @property
     def sequence_cache_bytes(self) -> int:
@@ -71,16 +88,17 @@ class CompiledPatches:
         self._functions.clear()
         self._make_constants()
 
-    def queue(
-        self,
-        condition: mx.array,
-        caches: Sequence[KeyValueCache],
-        padding: mx.array | None,
-        sampling: Sampling,
-        noise: Noise,
-        more: bool,
-    ) -> Patch:
-        """Queue the patch that follows `condition` [streams, 1, dim], and the global step after it if there is to be `more`."""
+    @staticmethod
+    def takes(given: int) -> bool:
+        """Can it go on in a patch in which so many ids stand already?"""
+        return given == 0
+
+    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+        """Go on from what MLX has made; see `WholePatches`."""
+        self._condition, self._padding = condition, padding
+
+    def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
+        """Queue the next patch, and the global step after it if there is to be `more`."""
         drawn = noise.take(self._network.config.patch_size) if sampling.temperature else None
         if more and (self._filled == TAIL_ROWS or not self._storage):
             self.count(caches)
@@ -91,22 +109,28 @@ class CompiledPatches:
             self._functions[key] = mx.compile(self._patch_function(sampling, more))
         counts = mx.array([self._stored, self._filled], dtype=mx.int32)
         filters = self._filters_of(sampling) if sampling.temperature else None
-        caches_read = (padding, self._storage, self._tails) if more else (None, [], [])
-        ids, following, tails = self._functions[key](condition, counts, drawn, filters, *caches_read)
+        caches_read = (self._padding, self._storage, self._tails) if more else (None, [], [])
+        ids, following, tails = self._functions[key](self._condition, counts, drawn, filters, *caches_read)
         if more:
             self._tails, self._filled = [Tail(*tail) for tail in tails], self._filled + 1
         mx.async_eval(ids, following, tails)  # type: ignore[no-untyped-call]
-        return Patch(ids, 0, following if more else None, drawn)
+        self._condition = following
+        return Patch(ids, following if more else None, drawn, noise)
 
     def read(self, patch: Patch) -> np.ndarray:
         """The ids [streams, patch_size] of a patch, waited for, on the host."""
         return np.array(patch.ids)
 
-    def take_back(self, patch: Patch, noise: Noise) -> None:
-        """Forget the patch that was queued last."""
-        if patch.noise is not None:
-            noise.give_back(patch.noise)
-        if patch.condition is not None:
+    def condition(self, patch: Patch) -> mx.array:
+        """The condition [streams, 1, dim] of the patch after this one."""
+        assert patch.following is not None
+        return patch.following
+
+    def take_back(self, patch: Patch, sampling: Sampling, steps: int) -> None:
+        """Forget the last steps of the patch that was queued last, and what followed it."""
+        if patch.drawn is not None:
+            patch.noise.give_back(patch.drawn[patch.drawn.shape[0] - steps :])
+        if patch.more:
             self._filled -= 1
 
     def count(self, caches: Sequence[KeyValueCache]) -> None:
@@ -119,6 +143,9 @@ class CompiledPatches:
     def settle(self, caches: Sequence[KeyValueCache]) -> None:
         """Before MLX goes on where patches have been."""
         self.count(caches)
+
+    def give_back_noise(self, noise: Noise) -> None:
+        """Nothing is drawn ahead."""
 
     def _make_constants(self) -> None:
         """What every patch begins with: made once, as each would be a launch of its own."""

@@ -42,13 +42,15 @@ class Patch(NamedTuple):
 
 
 class PatchDecoder:
-    """Queues patches of streams that stand at the beginning of one. Made by `patch_decoder`.
+    """Queues patches; a `whole_patches.WholePatches`. Made by `patch_decoder`.
 
     Args:
         stages: the network's global and local stage.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
     """
+
+    checks_logits = True
 
     def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int) -> None:
         self._stages, self._added, self._steps = stages, added, added.shape[0]
@@ -65,6 +67,11 @@ class PatchDecoder:
     def keep(self, streams: int) -> None:
         """Go on with fewer streams, all that was queued being settled."""
         self._wanted = streams  # they may well go on elsewhere, and other kernels take a while
+
+    @staticmethod
+    def takes(given: int) -> bool:
+        """Can it go on in a patch in which so many ids stand already?"""
+        return True
 
     def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
         """Go on from what MLX has made.

@@ -8,11 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
-from marlin_cli.engine.cuda_patches import Patch
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
-from marlin_cli.engine.whole_patches import patch_decoder
+from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Stack
@@ -72,9 +71,9 @@ class Lockstep:
         rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
         self._fused = fuse(network) if rotated else None
         self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
-        self._ahead: Patch | None = None  # a patch that has been queued before it was asked for
+        self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
         # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
-        self._in_place: tuple[Patch, np.ndarray, Sampling, Noise] | None = None
+        self._in_place: tuple[QueuedPatch, np.ndarray, Sampling, Noise] | None = None
         self._live: list[int] | None = None  # of the streams that the GPU goes on with, those that are still asked for
         self._states = [_StageState() for _ in self.config.stages]
         # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], filler patches [streams].
@@ -130,12 +129,13 @@ class Lockstep:
         """
         if max(self.positions) >= self.config.max_bytes:
             return
-        if self._on_gpu is not None and self._logits is None:
-            return  # what decodes whole patches looks at all logits itself
+        if self._on_gpu is not None and self._on_gpu.checks_logits and self._logits is None:
+            return
         finest = self._states[self._last]
         before = self._logits, finest.cache, self._fed, self._sequence_cache_bytes
         finite = mx.isfinite(mx.logsumexp(self.logits, axis=-1)).all().item()
-        if self._fused is not None and before[0] is None and before[1] is None:
+        in_one_call = self._fused is not None or self._on_gpu is not None
+        if in_one_call and before[0] is None and before[1] is None:
             # As it was: with logits at hand the next ids would be drawn one at a time.
             self._logits, finest.cache, self._fed, self._sequence_cache_bytes = before
         if not finite:
@@ -147,7 +147,7 @@ class Lockstep:
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
         steps = length - tokens + (1 if self._lucid else 0)
         steps = min(steps, most, self.config.max_bytes - max(self.positions))
-        if self._on_gpu is not None and self._logits is None and steps > 0:
+        if self._on_gpu is not None and self._logits is None and steps > 0 and self._on_gpu.takes(tokens):
             return self._whole_patch(sampling, noise, steps, most)
         self._settle()
         if self._fused is None or self._logits is not None or steps < 1:

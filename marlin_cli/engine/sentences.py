@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from marlin_cli.engine.finite import finite
 from marlin_cli.engine.fused_canine import CanineRunner, runner_of
-from marlin_cli.engine.spans import Span
+from marlin_cli.engine.spans import Span, sigmoid
 from marlin_cli.errors import InputError, UsageError
 from marlin_cli.models.canine_ids import Ids, padded_to
 from marlin_cli.models.la_canine import PADDING, LaCanine
@@ -42,11 +42,15 @@ class SplitSettings:
             raise UsageError(f"threshold must be from 0 to 1, found {self.threshold}")
         if not 0 < self.stride_characters <= self.window_characters:
             raise UsageError(f"stride must be from 1 to the window ({self.window_characters}), found {self.stride_characters}")
-        if self.windows_at_once < 1 or self.most_characters < 1:
-            raise UsageError("windows_at_once and most_characters must be at least 1")
+        if self.windows_at_once < 1:
+            raise UsageError(f"windows_at_once must be at least 1, found {self.windows_at_once}")
+        if self.most_characters < 1:
+            raise UsageError(f"the longest sentence must be at least 1 character, found {self.most_characters}")
 
 
-def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings) -> Iterator[tuple[Span, bytes]]:
+def sentences(
+    network: LaCanine, pieces: Iterable[bytes], settings: SplitSettings, where: str = "the input"
+) -> Iterator[tuple[Span, bytes]]:
     """The sentences of a stream of UTF-8, as soon as they are sure: where each lies, and its bytes.
 
     A sentence is sure when all windows that hold its end have been read; an empty piece is a pause, see `boundary_scores`.
@@ -54,10 +58,10 @@ def sentences(network: LaCanine, pieces: Iterable[bytes], settings: SplitSetting
     character that ends the sentence, and of the last one where the text or `most_characters` ends it.
 
     Raises:
-        InputError: the stream is no UTF-8.
+        InputError: the stream is no UTF-8; `where` begins the line.
         UsageError: a window that the network cannot read.
     """
-    yield from sentences_of(boundary_scores(network, ids_of_pieces(pieces), settings), settings)
+    yield from sentences_of(boundary_scores(network, ids_of_pieces(pieces, where), settings), settings)
 
 
 def sentences_of(
@@ -139,13 +143,14 @@ def boundary_scores(
             some = starts[first : first + settings.windows_at_once]
             logits = _window_logits(runner, config.downsample_factor, [ids[at : at + window] for at in some])
             for at, row in zip(some, logits, strict=True):
-                sums[at : at + window] += row[: len(sums) - at]
+                with np.errstate(over="ignore"):  # `finite` finds it
+                    sums[at : at + window] += row[: len(sums) - at]
                 counts[at : at + window] += np.float16(1)
         # No later window begins before the last one or with it.
         final = held if ended else starts[-1] + 1 if starts else 0
         if final:
-            mean = (sums[:final] / counts[:final]).astype(np.float16).astype(np.float32)
-            yield ids[:final], np.asarray(1 / (1 + np.exp(-mean)), dtype=np.float32)
+            mean = finite((sums[:final] / counts[:final]).astype(np.float16).astype(np.float32))
+            yield ids[:final], sigmoid(mean)
         ids, sums, counts = ids[final:], sums[final:], counts[final:]
         start = (starts[-1] + stride if starts else start) - final
 

@@ -74,3 +74,9 @@ def softmax(x: Floats) -> Floats:
     """Probabilities of the last axis; nothing of nothing."""
     grown = np.exp(x - x.max(axis=-1, keepdims=True)) if x.size else x
     return grown / grown.sum(axis=-1, keepdims=True) if x.size else x
+
+
+def sigmoid(x: Floats) -> Floats:
+    """Each score's own probability."""
+    with np.errstate(over="ignore"):  # of a probability that is 0
+        return np.asarray(1 / (1 + np.exp(-x)), dtype=np.float32)

@@ -1,13 +1,79 @@
 """Who decodes whole patches on the device in use, chosen in one place; else decoding goes operation by operation."""
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
 from marlin_cli.engine import cuda_patches
-from marlin_cli.engine.compiled_patches import CompiledPatches, compiled_patches
-from marlin_cli.engine.cuda_patches import PatchDecoder
+from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.compiled_patches import compiled_patches
+from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops.dispatch import by_operations, gpu
 
 
-def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | CompiledPatches | None:
+class QueuedPatch(Protocol):
+    """A patch that has been queued."""
+
+    @property
+    def more(self) -> bool:
+        """Is the condition of the patch that follows made?"""
+
+
+class WholePatches(Protocol):
+    """Queues patches on a GPU, each of which goes on from the one before. What a patch is, is its own business.
+
+    Attributes:
+        checks_logits: does it see that logits are numbers, each time it reads a patch?
+    """
+
+    checks_logits: bool
+
+    @property
+    def sequence_cache_bytes(self) -> int:
+        """Bytes of the local stage's cache."""
+
+    def keep(self, streams: int) -> None:
+        """Go on with fewer streams, all that was queued being settled."""
+
+    def takes(self, given: int) -> bool:
+        """Can it go on in a patch in which so many ids stand already?"""
+
+    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+        """Go on from what MLX has made.
+
+        Args:
+            condition: [streams, 1, dim] of the open patch.
+            given: [streams, n] ids that stand in it already.
+            caches: of what came before it.
+            padding: [streams] filler rows of the caches.
+        """
+
+    def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Any:
+        """Queue the next patch, and the global step after it if there is to be `more`: a `QueuedPatch`."""
+
+    def read(self, patch: Any) -> np.ndarray:
+        """The ids [streams, patch_size] of a patch, waited for, on the host."""
+
+    def condition(self, patch: Any) -> mx.array:
+        """The condition [streams, 1, dim] of the patch after this one."""
+
+    def take_back(self, patch: Any, sampling: Sampling, steps: int) -> None:
+        """Forget the last steps of the patch that was queued last, and what followed it."""
+
+    def count(self, caches: Sequence[KeyValueCache]) -> None:
+        """Tell the global cache of the rows that have been queued."""
+
+    def settle(self, caches: Sequence[KeyValueCache]) -> None:
+        """Before MLX goes on where patches have been."""
+
+    def give_back_noise(self, noise: Noise) -> None:
+        """Give back what was drawn ahead and not used."""
+
+
+def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:
     """The decoder of whole patches, or None where they are decoded operation by operation."""
     device = gpu()
     if device is None or by_operations():

@@ -46,9 +46,9 @@ def checked_ids(ids: Sequence[int], where: str = "the input") -> Ids:
     Raises:
         InputError: one of them is no code point.
     """
-    wrong = next((value for value in ids if not 0 <= value < CODE_POINTS), None)
-    if wrong is not None:
-        raise InputError(f"{where}: {quoted(wrong)} is no code point of Unicode; they are from 0 to {CODE_POINTS - 1:,}")
+    wrong = [value for value in ids if not hasattr(value, "__index__") or not 0 <= value < CODE_POINTS]
+    if wrong:
+        raise InputError(f"{where}: {quoted(wrong[0])} is no code point of Unicode; they are from 0 to {CODE_POINTS - 1:,}")
     return np.array(ids, dtype=np.int32)
 
 

@@ -97,6 +97,8 @@ def quantize_sequentially(
     if not any(weights):
         raise QuantizationError("no calibration bytes to pack the layers on")
     plans = plan_network(network, settings)
+    if method in NEED_SEQUENTIAL:
+        architecture.rotation(network.config)  # one that cannot be turned says so before it reads the bytes
     if method in WITHOUT_OUTLIERS:
         squares = _input_squares(network, [batch for _, batch in batches], weights)
         inputs = shared_inputs(network)

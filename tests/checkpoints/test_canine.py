@@ -1,6 +1,7 @@
 """Folders of CANINE and LA-CANINE: every way to store them, what their configurations say, and what is refused."""
 
 import json
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -118,6 +119,8 @@ def test_labels_that_transformers_leaves_out(shapes, tmp_path):
         ({"architectures": ["CanineForQuestionAnswering"]}, "architectures does not say which"),
         ({"hidden_act": "tanh"}, "hidden_act 'tanh' is none of"),
         ({"hidden_act": ["gelu"]}, "hidden_act"),
+        ({"hidden_act": []}, "hidden_act"),
+        ({"hidden_act": 0}, "hidden_act"),
         ({"problem_type": "other"}, "problem_type 'other'"),
         ({"problem_type": {}}, "problem_type"),
         ({"hidden_size": "32"}, "hidden_size should be a number"),
@@ -134,9 +137,11 @@ def test_what_does_not_fit_is_one_line(changes, message, shapes, tmp_path):
     assert "\n" not in str(found.value) and str(tmp_path) in str(found.value)
 
 
-def test_a_kernel_that_is_none(shapes, tmp_path):
-    with pytest.raises(CheckpointError, match=r"model: 'projection.conv.weight' has shape \[32, 64\], not 3 dimensions"):
-        canine.read(write_folder(tmp_path / "model", CONFIG, shapes | {"canine.projection.conv.weight": [32, 64]}))
+@pytest.mark.parametrize("shape", [[32, 64], [0, 64, 4]])
+def test_a_kernel_that_is_none(shape, shapes, tmp_path):
+    expected = rf"model: 'projection.conv.weight' has shape {re.escape(str(shape))}, not 3 dimensions with numbers"
+    with pytest.raises(CheckpointError, match=expected):
+        canine.read(write_folder(tmp_path / "model", CONFIG, shapes | {"canine.projection.conv.weight": shape}))
 
 
 @pytest.mark.parametrize(
@@ -229,8 +234,11 @@ def test_adapters_and_languages_that_do_not_fit(kind, language, changes, message
 def test_a_model_that_holds_another_language():
     la_canine.check_language({"language": "cs"}, "cs", "model")
     la_canine.check_language({"language": "cs"}, None, "model")
-    with pytest.raises(CheckpointError, match="^model: holds the adapters of cs, 'de' was asked for"):
+    with pytest.raises(CheckpointError, match="^model: holds the adapters of 'cs', 'de' was asked for"):
         la_canine.check_language({"language": "cs"}, "de", "model")
+    with pytest.raises(CheckpointError) as found:
+        la_canine.check_language({"language": "\ud800\n" + "x" * 5000}, "de", "model")
+    assert str(found.value).encode() and "\n" not in str(found.value) and len(str(found.value)) < 300
 
 
 def test_the_language_is_an_import_option(la_shapes, tmp_path):
@@ -250,7 +258,7 @@ def test_the_language_is_an_import_option(la_shapes, tmp_path):
     assert architecture_of(tmp_path / "own") == "la_canine"
     own = load(tmp_path / "own", device="cpu", options=ImportOptions(language="cs"))
     assert mx.array_equal(own.encode(b"text"), czech.encode(b"text"))
-    with pytest.raises(CheckpointError, match="holds the adapters of cs, 'de' was asked for; take the original"):
+    with pytest.raises(CheckpointError, match="holds the adapters of 'cs', 'de' was asked for; take the original"):
         load(tmp_path / "own", device="cpu", options=ImportOptions(language="de"))
     with pytest.raises(CheckpointError, match="option heads has no meaning here"):
         load(tmp_path / "own", device="cpu", options=ImportOptions(language="cs", heads=2))

@@ -93,7 +93,7 @@ def test_what_is_refused_is_one_line(bench):
         (("model", "--plan"), "--plan has no meaning for model, a model that encodes texts"),
         (("model", "--prompt-bytes", "1k"), "--prompt-bytes 1024: a text has 4 to 256 characters here"),
         (("model", "--language", "cs"), "--language has no meaning for model; it is for one that finds the ends"),
-        (("splits", "--language", "de"), "holds the adapters of cs, 'de' was asked for"),
+        (("splits", "--language", "de"), "holds the adapters of 'cs', 'de' was asked for"),
         (("model", "--no-throughput"), "leaves nothing to measure"),
     ):
         code, out, err = bench(*arguments)

@@ -156,7 +156,7 @@ def test_what_is_refused_is_one_line(encode):
             "22 positions with its marks, and pad_to (--pad-to) is 8",
         ),
         ("characters", ("--prompts", "nowhere"), "nowhere: cannot read"),
-        ("splits", ("-p", "a", "--language", "de"), "holds the adapters of cs, 'de' was asked for"),
+        ("splits", ("-p", "a", "--language", "de"), "holds the adapters of 'cs', 'de' was asked for"),
     ):
         code, out, err = encode(model, *arguments)
         assert code in (1, 2) and out == b"" and err.count("\n") == 1 and message in err, err

@@ -143,6 +143,36 @@ def test_classes_of_texts_and_pairs(label, folder):
     assert row_found["labels"] == expected[:2] and row_found["id"] == [1]
 
 
+def test_lines_end_with_or_without_a_carriage_return(label):
+    texts = "Kůň a kráva\nplain text"
+    expected = label("classifies", stdin=texts.encode())
+    assert len(objects(expected)) == 2
+    assert label("classifies", stdin=texts.replace("\n", "\r\n").encode() + b"\r\n") == expected
+
+
+def test_what_a_head_does_not_read_may_be_of_any_length(label):
+    row = json.dumps({"prompt": "plain", "second": "x" * 1000}).encode()
+    assert len(objects(label("tags", "--prompts", "-", stdin=row))) == 1
+
+
+def test_a_stream_that_is_no_text_is_named(label, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"abc\xff")
+    for options, name in (
+        (["--prompt-file", tmp_path / "text.txt"], tmp_path / "text.txt"),
+        (["--hex", "ff"], "--hex"),
+        ([], "stdin"),
+    ):
+        code, lines, err = label("splits", *options, stdin=b"\xff")
+        assert (code, lines) == (1, []) and err.startswith(f"marlin: {name}: is not UTF-8")
+
+
+def test_a_short_window_has_a_stride_that_fits(label):
+    text = ("Kůň. " * 40).encode()
+    short = label("splits", "--threshold", "0.5", "--window", "32", stdin=text)
+    assert short == label("splits", "--threshold", "0.5", "--window", "32", "--stride", "32", stdin=text)
+    assert "".join(sentence["text"] for sentence in objects(short)).encode() == text
+
+
 def test_answers_lie_in_the_text(label, folder):
     context = "Jiří šel do 東京, včera."
     (found,) = objects(label("finds", "--question", "Kdo?", "-p", context, "--best", 5, "--longest", 4))
@@ -214,7 +244,7 @@ def test_a_line_that_is_too_short_is_padded_and_a_blank_one_has_nothing(label, f
     options = ("--outside", "none") if model == "tags" else ()
     found = objects(label(model, *options, stdin=b"\n".join(lines)))
     name = "spans" if model == "tags" else "labels"
-    assert [each["index"] for each in found] == [0, 1, 2, 3, 4, 5] and [each["bytes"] for each in found] == [4, 0, 1, 3, 9, 1]
+    assert [each["index"] for each in found] == [0, 1, 2, 3, 4, 5] and [each["bytes"] for each in found] == [4, 0, 1, 2, 9, 1]
     assert [each.get("padded_to") for each in found] == [None, None, 4, None, None, 4]
     assert found[1][name] == found[3][name] == [] and all(found[index][name] for index in (0, 2, 4, 5))
     # The others say what they say by themselves, and the short ones what they say padded.

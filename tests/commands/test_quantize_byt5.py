@@ -85,6 +85,15 @@ def test_a_recipe_of_auto_gives_the_same_files(quantize, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
+def test_what_an_export_cannot_hold_names_the_option_that_chose_it(quantize, tmp_path):
+    for options, remedy in (
+        (["--decoder-bits", 4], "choose --wo-bits 4"),
+        (["--encoder-bits", 8], "16 bits for the encoder part"),
+    ):
+        code, _, err = quantize("model", "-o", tmp_path / "exported", "--export", "compressed-tensors", *options)
+        assert code == 2 and remedy in err
+
+
 def test_rotated_states_are_not_given_out(quantize, tmp_path):
     assert quantize("model", "-o", tmp_path / "packed", *WAYS["gptq+hadamard"])[0] == 0
     assert quantize(tmp_path / "packed", "--dequantize", "-o", tmp_path / "plain")[0] == 0

@@ -64,7 +64,7 @@ def test_one_language_calibrated_and_packed(marlin, folder, tmp_path):
     assert marlin("quantize", "packed", "-o", "again", "--dequantize")[0] == 0
     assert mx.allclose(load("again", device="cpu").encode(TEXT), states, atol=0.1)
     code, _, err = marlin("quantize", "packed", "--import", "language=de", "-o", "other")
-    assert code == 1 and "holds the adapters of cs, 'de' was asked for" in err
+    assert code == 1 and "holds the adapters of 'cs', 'de' was asked for" in err
 
 
 WRONG = {

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from decoder_cases import random_gbst
 from mlx.utils import tree_map
 
 from marlin_cli import ByT5Config, ByT5Model
@@ -54,6 +55,8 @@ def test_labels_of_bytes():
 def test_a_model_without_labels_says_what_it_does():
     with pytest.raises(UsageError, match="this ByT5 encodes; what was asked for needs one that labels bytes"):
         random_model(ByT5Config(**SIZES)).label(b"abc")
+    with pytest.raises(UsageError, match="this GBST answers an input; what was asked for needs one that labels bytes"):
+        byte_states.tag(random_gbst(), [b"a"])
     with pytest.raises(UsageError, match="this ByT5 answers an input; what"):
         random_model(ByT5Config(**SIZES | {"decoder_layers": 1})).label(b"abc")
     with pytest.raises(ConfigError, match="labels go with an encoder alone"):

@@ -141,6 +141,38 @@ def test_a_long_context_is_read_in_windows():
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("stride", [33, 128, 1 << 20])
+def test_a_stride_leaves_no_character_unread(stride):
+    network = random_canine(head="answer")
+    settings = AnswerSettings(best=500, longest=1, window_positions=40, stride_characters=stride)
+    found = answers(network, b"Why?", b"x" * 200, settings)
+    assert sorted(span.first_character for span in found) == list(range(200))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"best": 0}, "best must be"), ({"longest": -1}, "longest must .* found -1"), ({"window_positions": 0}, "window must"),
+     ({"stride_characters": 0}, "stride must")],
+)  # fmt: skip
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(UsageError, match=message):
+        AnswerSettings(**changes)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_bytes_in_another_container_are_utf8_too(kind):
+    network = random_canine(head="sequence", labels=("x", "y"))
+    text = "Kůň".encode()
+    assert classify(network, [kind(text)]) == classify(network, [text])
+    assert mx.array_equal(encode(network, [(kind(text), b"a")])[0], encode(network, [(text, b"a")])[0])
+
+
+def test_scores_beyond_a_probability_warn_of_nothing():
+    network = random_canine(head="sequence", labels=("x", "y"), problem="several_labels")
+    network.output.bias = mx.array([-500.0, 500.0])
+    assert [tuple(each) for each in classify(network, [b"plain"])[0]] == [("y", 1.0), ("x", 0.0)]
+
+
 def test_choices_share_a_padding():
     network = random_canine(head="choice")
     found = choose(network, b"He went", [b" home.", b" away to sea."])

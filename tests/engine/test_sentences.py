@@ -3,12 +3,13 @@
 import json
 import tracemalloc
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from canine_cases import DATA, LA_LANGUAGES, golden_la_network, random_la_canine, sample_text
 
 from marlin_cli.engine.sentences import WHITESPACE, SplitSettings, boundary_scores, ids_of_pieces, sentences
-from marlin_cli.errors import InputError, UsageError
+from marlin_cli.errors import CheckpointError, InputError, UsageError
 
 SMALL = SplitSettings(threshold=0.735, window_characters=64, stride_characters=16, windows_at_once=3)
 TEXT = "Žluťoučký kůň. Úpěl ďábelské ódy!   A co dál?\n\nNic 𝔘𝔫𝔦. 東京は大きい。そうです。".encode() * 4
@@ -111,9 +112,24 @@ def test_bytes_that_are_no_text_are_named(network, pieces, place):
         list(sentences(network, pieces, SMALL))
 
 
+def test_scores_beyond_a_probability_warn_of_nothing():
+    network = random_la_canine()
+    network.output.bias = mx.array([-200.0])
+    assert [data for _, data in sentences(network, [TEXT], SMALL)] == [TEXT]
+    network.output.bias = mx.array([-60000.0])
+    with pytest.raises(CheckpointError, match="not finite"):
+        list(sentences(network, [TEXT], SMALL))
+
+
 def test_settings_out_of_range():
-    for changes in ({"threshold": 1.5}, {"stride_characters": 0}, {"stride_characters": 600}, {"windows_at_once": 0}):
-        with pytest.raises(UsageError):
+    for changes, message in (
+        ({"threshold": 1.5}, "threshold"),
+        ({"stride_characters": 0}, "stride"),
+        ({"stride_characters": 600}, "stride"),
+        ({"windows_at_once": 0}, "windows_at_once must"),
+        ({"most_characters": 0}, "longest sentence must be at least 1 character, found 0"),
+    ):
+        with pytest.raises(UsageError, match=message):
             SplitSettings(**changes)
 
 

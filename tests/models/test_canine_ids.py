@@ -25,6 +25,9 @@ def test_numbers_that_are_no_code_points(wrong):
     with pytest.raises(InputError, match="no code point"):
         checked_ids([65, wrong])
     assert checked_ids([0, 0x10FFFF]).dtype == np.int32
+    for wrong in ([65, 66.5], "ab", [None]):
+        with pytest.raises(InputError, match="is no code point"):
+            checked_ids(wrong)
 
 
 def test_marks_around_a_text_and_a_pair():

@@ -3,10 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from decoder_cases import random_gbst
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.quantization import sequential
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
@@ -90,6 +92,12 @@ def test_domain_weights_choose_among_the_bytes(random_network):
         assert mx.allclose(array, dict(tree_flatten(chosen.network.parameters()))[path]).item(), path
     with pytest.raises(QuantizationError, match="no domain 'txt'"):
         quantize_sequentially(network, FORMAT, batches(1), domain_weights={"txt": 1.0})
+
+
+def test_what_cannot_be_rotated_says_so_before_bytes_are_read(monkeypatch):
+    monkeypatch.setattr(sequential, "_input_squares", lambda *_: pytest.fail("bytes were read"))
+    with pytest.raises(QuantizationError, match="GBST cannot be rotated"):
+        quantize_sequentially(random_gbst(), FORMAT, batches(1), method="gptq+hadamard")
 
 
 def test_no_bytes(random_network):

@@ -25,7 +25,8 @@ def corpus_of(sources: list[str]) -> Corpus:
 
 # Waits in the middle of the fourth window, until it is told to end.
 COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 from marlin_cli.statistics import run
 
 measure, seen = run.measure, []
