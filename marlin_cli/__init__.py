@@ -10,6 +10,7 @@ __all__ = [
     "ByT5Model",
     "ContinuingModel",
     "EncodingModel",
+    "ImportOptions",
     "MegaByteConfig",
     "MegaByteModel",
     "decode",
@@ -18,7 +19,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from marlin_cli.api import MegaByteModel, decode, encode, load
+    from marlin_cli.api import ImportOptions, MegaByteModel, decode, encode, load
     from marlin_cli.models.byt5_config import ByT5Config
     from marlin_cli.models.megabyte_config import MegaByteConfig
 

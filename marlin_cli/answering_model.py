@@ -13,7 +13,7 @@ from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.spans import OUTSIDE, Place, Span
 from marlin_cli.errors import UsageError
-from marlin_cli.model import Model
+from marlin_cli.model import Model, checked_text, checked_texts
 from marlin_cli.models import Capability
 from marlin_cli.models.byt5_ids import FIRST_BYTE, FIRST_SPECIAL, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
 from marlin_cli.ops.device import Device
@@ -69,7 +69,7 @@ class AnsweringModel(Model):
         """The best answer to an input; see `answers`."""
         limits = AnswerLimits(max_length, min_length, prefix, tuple(stop))
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        return self.answers([input_bytes], limits, sampling, beams, sentinels=sentinels)[0][0].data
+        return self.answers([checked_text(input_bytes, "answers")], limits, sampling, beams, sentinels=sentinels)[0][0].data
 
     def answers(
         self,
@@ -89,7 +89,7 @@ class AnsweringModel(Model):
             UsageError: an input longer than `max_bytes`, beams that would be sampled, or an encoder alone.
         """
         limits = limits or AnswerLimits()
-        sources = [self._source(data, sentinels=sentinels) for data in inputs]
+        sources = [self._source(data, sentinels=sentinels) for data in checked_texts(inputs, "generate")]
         if beams is not None:
             if sampling is not None and sampling.temperature:
                 raise UsageError("beams and a temperature do not go together; choose one")
@@ -97,7 +97,7 @@ class AnsweringModel(Model):
         found: dict[int, Answer] = {}
         for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
             found.update({stream: new for stream, new in news if isinstance(new, Answer)})
-        return [[found[stream]] for stream in range(len(inputs))]
+        return [[found[stream]] for stream in range(len(sources))]
 
     def generate_stream(
         self,
@@ -117,7 +117,7 @@ class AnsweringModel(Model):
         """The bytes of `generate` without beams, each (an int) as soon as it is decoded; with `sentinels` their texts too."""
         limits = AnswerLimits(max_length, min_length, prefix, tuple(stop))
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        for piece in self.pieces([input_bytes], limits, sampling, sentinels=sentinels):
+        for piece in self.pieces([checked_text(input_bytes, "pieces")], limits, sampling, sentinels=sentinels):
             yield from piece.data
 
     def pieces(
@@ -132,10 +132,10 @@ class AnsweringModel(Model):
             UsageError: see `answers`.
         """
         limits = stopping if isinstance(stopping, AnswerLimits) else AnswerLimits(stopping.max_bytes, stop=stopping.stop)
-        sources = [self._source(prompt, sentinels=sentinels) for prompt in prompts]
-        matchers = [StopMatcher(limits.stop) for _ in prompts]
+        sources = [self._source(prompt, sentinels=sentinels) for prompt in checked_texts(prompts, "generate")]
+        matchers = [StopMatcher(limits.stop) for _ in sources]
         if limits.prefix:
-            yield from (Piece(stream, limits.prefix) for stream in range(len(prompts)))
+            yield from (Piece(stream, limits.prefix) for stream in range(len(sources)))
         for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
             for stream, new in news:
                 if isinstance(new, Answer):
@@ -157,12 +157,13 @@ class AnsweringModel(Model):
         """
         if not self.config.decoder_layers:
             raise UsageError("the model is an encoder alone and has no logits; ask it to encode")
-        ids = mx.array([self._source(source)])
-        return self.network(ids, mx.array([[self.config.start_id, *ids_of_bytes(target)]]))[0]
+        ids = mx.array([self._source(checked_text(source))])
+        return self.network(ids, mx.array([[self.config.start_id, *ids_of_bytes(checked_text(target))]]))[0]
 
     def bits(self, source: bytes, target: bytes) -> float:
         """Bits that `target` and its end cost as the answer to `source`."""
-        return float(bits_of_answers(self.network, [self._source(source)], [target], memory_bits=self.kv_bits)[0])
+        sources, targets = [self._source(checked_text(source))], [checked_text(target)]
+        return float(bits_of_answers(self.network, sources, targets, memory_bits=self.kv_bits)[0])
 
     def bits_per_byte(self, source: bytes, target: bytes) -> float:
         """Bits that a byte of `target` costs, those of its end among them.
@@ -170,6 +171,7 @@ class AnsweringModel(Model):
         Raises:
             UsageError: no target; see `answers`.
         """
+        target = checked_text(target)
         if not target:
             raise UsageError("bits_per_byte needs at least one byte of target")
         return self.bits(source, target) / len(target)
@@ -182,12 +184,13 @@ class AnsweringModel(Model):
         Raises:
             UsageError: an input longer than `max_bytes`; or states that gptq+hadamard rotated, which mean nothing outside.
         """
-        return self.encode_many([data], marks=marks)[0]
+        return self.encode_many([checked_text(data, "encode_many")], marks=marks)[0]
 
     def encode_many(self, texts: Sequence[bytes], *, marks: bool = False) -> list[mx.array]:
         """As `encode`, of each input."""
         if (self.marlin or {}).get("rotated_states"):
             raise UsageError("gptq+hadamard has rotated this model's encoder states; encode with one packed by another method")
+        texts = checked_texts(texts, "encode")
         for text in texts:
             self._check_length(text)
         found = byte_states.states(self.network, texts)
@@ -197,7 +200,7 @@ class AnsweringModel(Model):
 
     def places(self, data: bytes) -> list[Place]:
         """What each row of `encode(data, marks=True)` stands for: a byte, or the end."""
-        return byte_states.places(self.network, data)
+        return byte_states.places(self.network, checked_text(data))
 
     def pooled(self, data: bytes) -> mx.array:
         """One vector for an input, the mean of its states and its end's: [d_model] float32. Nothing was trained to make one.
@@ -205,16 +208,16 @@ class AnsweringModel(Model):
         Raises:
             UsageError: see `encode`.
         """
-        return self.pooled_many([data])[0]
+        return self.pooled_many([checked_text(data, "pooled_many")])[0]
 
     def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
         """As `pooled`, of each input: [inputs, d_model]."""
-        rows = [states.mean(axis=0) for states in self.encode_many(texts, marks=True)]
+        rows = [states.mean(axis=0) for states in self.encode_many(checked_texts(texts, "pooled"), marks=True)]
         return mx.stack(rows) if rows else mx.zeros((0, self.config.d_model))
 
     def label(self, data: bytes) -> list[Span]:
         """The labelled spans of an input; see `tag_many`."""
-        return self.tag_many([data])[0]
+        return self.tag_many([checked_text(data, "tag_many")])[0]
 
     def tag_many(self, texts: Sequence[bytes], *, outside: Sequence[str] = OUTSIDE, merge: bool = True) -> list[list[Span]]:
         """The labelled spans of each input; see `engine.byte_states.tag`.
@@ -222,6 +225,7 @@ class AnsweringModel(Model):
         Raises:
             UsageError: the model has no labels, or an input longer than `max_bytes`.
         """
+        texts = checked_texts(texts, "label")
         for text in texts:
             self._check_length(text)
         return byte_states.tag(self.network, texts, outside=outside, merge=merge)

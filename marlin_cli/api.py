@@ -6,7 +6,8 @@ from typing import TypeAlias
 import mlx.core as mx
 
 from marlin_cli.answering_model import AnsweringModel
-from marlin_cli.checkpoints import ImportOptions, architecture_of
+from marlin_cli.checkpoints import ImportOptions as ImportOptions
+from marlin_cli.checkpoints import architecture_of
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.encoding_model import EncodingModel

@@ -11,7 +11,7 @@ from marlin_cli.engine.generation import Piece, Stopping, generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.errors import UsageError
-from marlin_cli.model import Model
+from marlin_cli.model import Model, checked_text, checked_texts
 from marlin_cli.models import Capability, continuing_of
 from marlin_cli.ops.device import Device
 
@@ -57,6 +57,7 @@ class ContinuingModel(Model):
         Raises:
             UsageError: more bytes than the model's context.
         """
+        data = checked_text(data)
         if len(data) > self.config.max_bytes:
             raise UsageError(f"{len(data)} bytes do not fit the model's context of {self.config.max_bytes}")
         window = mx.array(np.frombuffer(data, dtype=np.uint8).astype(np.int32))[None]
@@ -68,6 +69,7 @@ class ContinuingModel(Model):
         Raises:
             UsageError: no bytes.
         """
+        data = checked_text(data)
         if not data:
             raise UsageError("bits_per_byte needs at least one byte")
         window = min(window_bytes or SCORING_WINDOW_BYTES, self.config.max_bytes)
@@ -88,7 +90,9 @@ class ContinuingModel(Model):
     ) -> bytes:
         """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them; see `pieces`."""
         sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
-        return b"".join(piece.data for piece in self.pieces([prompt], stopping, sampling, sentinels=sentinels))
+        return b"".join(
+            piece.data for piece in self.pieces([checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels)
+        )
 
     def generate_stream(
         self,
@@ -105,7 +109,7 @@ class ContinuingModel(Model):
     ) -> Iterator[int]:
         """The bytes of `generate`, each (an int) as soon as it is decoded."""
         sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
-        for piece in self.pieces([prompt], stopping, sampling, sentinels=sentinels):
+        for piece in self.pieces([checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels):
             yield from piece.data
 
     def pieces(
@@ -116,7 +120,9 @@ class ContinuingModel(Model):
         Args:
             sentinels: `<extra_id_N>` stands for that special id of a ByGPT5, in a prompt and in what follows it.
         """
-        return generate(self.network, prompts, stopping, sampling, self.cache_bits, sentinels=sentinels)
+        return generate(
+            self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels
+        )
 
     def quantize(
         self,

@@ -48,7 +48,7 @@ def user_cache() -> Path:
     return base / "marlin"
 
 
-def check_regular(path: Path, error: type[MarlinError]) -> None:
+def check_regular(path: Path, error: type[MarlinError], expected: str = "a file") -> None:
     """See that `path` is a file with an end: opening a pipe would wait for ever, and reading a device never ends.
 
     Raises:
@@ -63,7 +63,7 @@ def check_regular(path: Path, error: type[MarlinError]) -> None:
     except ValueError as problem:  # a zero byte in the name
         raise error(f"{str(path)!r}: is no name of a file: {problem}") from None
     if not stat.S_ISREG(mode):
-        raise error(f"{path}: is a {_kind(mode)}, expected a file")
+        raise error(f"{path}: is a {_kind(mode)}, expected {expected}")
 
 
 def check_utf8_name(path: Path, error: type[MarlinError]) -> None:

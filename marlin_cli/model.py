@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
-from marlin_cli.config import check_same
+from marlin_cli.config import check_same, describe
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models import ARCHITECTURES, Capability, architecture_named, build, config_as_mapping
@@ -38,6 +38,41 @@ class Encodes(Protocol):
 
     def pooled_many(self, texts: Sequence[bytes]) -> mx.array:
         """As `pooled`, of each input: [inputs, d_model]."""
+
+
+def checked_text(data: Any, many: str = "") -> bytes:
+    """A text as bytes, whatever holds them.
+
+    Args:
+        many: the method that takes several texts, where there is one.
+
+    Raises:
+        UsageError: something else, such as a str or a list.
+    """
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return bytes(data)
+    mend = ": call .encode()" if isinstance(data, str) else ""
+    several = f"; for several texts `{many}`" if many else ""
+    raise UsageError(f"a text is bytes, found {describe(data)}{mend}{several}")
+
+
+def checked_texts(texts: Any, one: str) -> list[bytes]:
+    """Several texts as bytes.
+
+    Args:
+        one: the method that takes one text.
+
+    Raises:
+        UsageError: a single text, or one of them is something else.
+    """
+    check_several(texts, one)
+    return [checked_text(text) for text in texts]
+
+
+def check_several(texts: Any, one: str) -> None:
+    """Raise `UsageError` for a single text where several are taken; `one` is the method that takes it."""
+    if isinstance(texts, (str, bytes, bytearray, memoryview)):
+        raise UsageError(f"several texts are a list of bytes, found {describe(texts)}; for one text `{one}`")
 
 
 class Model:

@@ -45,3 +45,11 @@ def printable(text: str) -> str:
 def one_line(error: object) -> str:
     """The message of a foreign exception as one line."""
     return " ".join(printable(str(error)).split())
+
+
+def beginning(text: str, most: int) -> str:
+    """The first whole sentences of a line that have at most so many characters; of a longer sentence its first words."""
+    if len(text) <= most:
+        return text
+    end = text.rfind(". ", 0, most)
+    return text[: end + 1] if end > 0 else text[: most - 4].rpartition(" ")[0] + " ..."

@@ -11,6 +11,7 @@ from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.bench.answering_result import AnsweringModelReport, AnsweringReport, PairSettings
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.noise import say_if_noisy
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import read_checkpoint
@@ -125,4 +126,7 @@ def _reference(request: AnsweringRequest, settings: PairSettings, models: Sequen
 def _time(models: Sequence[AnsweringModel], settings: ThroughputSettings) -> list[list[AnsweringSpeed]]:
     total = settings.bytes_of_run * (settings.repeats + 1) * len(models) * sum(batch_sizes_of(settings))
     with console.byte_progress("timing", total) as progress:
-        return measure_answering(models, settings, on_bytes=progress.advance)
+        found = measure_answering(models, settings, on_bytes=progress.advance)
+    speeds = [speed for speeds in found for speed in speeds]
+    say_if_noisy((speed.decode_bytes_per_second or speed.encoder_bytes_per_second for speed in speeds), "speeds")
+    return found

@@ -9,6 +9,7 @@ from marlin_cli import console
 from marlin_cli.bench.encoding_result import EncodingModelReport, EncodingReport, TextSettings
 from marlin_cli.bench.encoding_speed import EncodingSpeed, check_texts_fit, measure_encoding, shapes_of
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.noise import say_if_noisy
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
@@ -122,4 +123,6 @@ def _texts(settings: TextSettings, models: Sequence[EncodingModel]) -> dict[str,
 def _time(models: Sequence[EncodingModel], settings: ThroughputSettings) -> list[list[EncodingSpeed]]:
     total = sum(length * batch for length, batch in shapes_of(settings)) * (settings.repeats + 1) * len(models)
     with console.byte_progress("timing", total) as progress:
-        return measure_encoding(models, settings, on_characters=progress.advance)
+        found = measure_encoding(models, settings, on_characters=progress.advance)
+    say_if_noisy((speed.characters_per_second for speeds in found for speed in speeds), "speeds")
+    return found

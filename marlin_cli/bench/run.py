@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
+from marlin_cli.bench.noise import say_if_noisy
 from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
@@ -33,9 +34,6 @@ from marlin_cli.quality.quality import Quality, check_windows_fit, measure_quali
 from marlin_cli.quality.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
 from marlin_cli.ranks import Ranks, joined
 from marlin_cli.version import __version__
-
-# Interquartile range over median of decode speeds, beyond which a run is said to be noisy.
-NOISY = 0.1
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,7 @@ def _time(models: Sequence[ContinuingModel], settings: ThroughputSettings, roofl
     total = (settings.bytes_of_run + settings.bytes_of_sweep) * (settings.repeats + 1) * len(models)
     with console.byte_progress("timing", total) as progress:
         speeds = measure_throughput(models, settings, on_bytes=progress.advance)
-    widest = max(speed.decode_bytes_per_second.relative_range for speed in speeds)
-    if widest > NOISY:
-        console.note(f"the machine was noisy: the middle half of the decode speeds spans {widest:.0%} of their median")
+    say_if_noisy((speed.decode_bytes_per_second for speed in speeds), "decode speeds")
     if not roofline:
         return speeds
     middle = settings.prompt_bytes + 1 + settings.decode_bytes // 2

@@ -3,17 +3,19 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
-from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, read_foreign, weights_file
+from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, names_in, read_foreign, weights_file
+from marlin_cli.checkpoints.state_dicts import names_of_models
 from marlin_cli.documents import read_json
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
 from marlin_cli.files import check_regular, sha256_of_file
+from marlin_cli.models import ARCHITECTURES
 from marlin_cli.text import quoted
 
 __all__ = [
@@ -144,12 +146,27 @@ def _read_foreign(path: Path, options: ImportOptions) -> tuple[Foreign, Any]:
     foreign = read_foreign(path, [each.MARKER for each in IMPORTERS.values()], options.weights)
     importer = next((each for each in IMPORTERS.values() if each.recognises(foreign.tensors)), None)
     if importer is None:
-        some = ", ".join(quoted(name) for name in sorted(foreign.tensors)[:3]) or "no tensors"
-        raise CheckpointError(
-            f"{foreign.path}: of no known layout (found {some}); known: marlin's own folder and ByT5's, with"
-            f" config.json; ByT5's GGUF; {', '.join(IMPORTERS)}"
-        )
+        raise _of_no_layout(foreign.path, foreign.tensors)
     return foreign, importer
+
+
+def _check_foreign(path: Path) -> None:
+    """See by the names of its tensors that a file without a configuration is of a layout that has none.
+
+    Raises:
+        CheckpointError: it is not, or there is no such file, or several.
+    """
+    models = names_of_models(names_in(path), [each.MARKER for each in IMPORTERS.values()], path)
+    if not any(each.recognises(dict.fromkeys(own)) for own in models for each in IMPORTERS.values()):
+        raise _of_no_layout(weights_file(path), models[0])
+
+
+def _of_no_layout(path: Path, names: Iterable[str]) -> CheckpointError:
+    some = ", ".join(quoted(name) for name in sorted(names)[:3]) or "no tensors"
+    return CheckpointError(
+        f"{path}: of no known layout (found {some}); known: folders with the config.json of a"
+        f" {', '.join(each.title for each in ARCHITECTURES.values())}; ByT5's GGUF; {', '.join(IMPORTERS)}"
+    )
 
 
 def _with_assumptions(checkpoint: Checkpoint, options: ImportOptions) -> Checkpoint:
@@ -196,14 +213,18 @@ NOT_A_NUMBER = {
 
 
 def architecture_of(path: Path) -> str:
-    """The `model_type` of a model, of which no weight is read; megabyte where nothing says otherwise.
+    """The `model_type` of a model, of which no weight is read; megabyte where config.json does not say.
 
     Raises:
+        CheckpointError: there is no model, or one of no known layout.
         ConfigError: config.json is damaged.
     """
     layout = _layout_with_config(path)
+    if layout is None:
+        _check_foreign(path)
+        return "megabyte"
     if layout != "native":
-        return ARCHITECTURE_OF.get(layout or "", "megabyte")
+        return ARCHITECTURE_OF[layout]
     document = read_json((path if path.is_dir() else path.parent) / native.CONFIG)
     return str(document.get("model_type", "megabyte")) if isinstance(document, dict) else "megabyte"
 

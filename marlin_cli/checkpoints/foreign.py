@@ -10,13 +10,13 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from marlin_cli.checkpoints.pickle_reader import TensorReference
-from marlin_cli.checkpoints.state_dicts import Copy, Model, find_model, innermost, tables_of, without_prefixes
+from marlin_cli.checkpoints.state_dicts import Copy, Model, Table, find_model, innermost, tables_of, without_prefixes
 from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
 from marlin_cli.files import check_regular
-from marlin_cli.tensor_files import read_safetensors
+from marlin_cli.tensor_files import read_safetensors, safetensors_header
 from marlin_cli.text import quoted
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -173,11 +173,7 @@ def read_foreign(path: Path, markers: Sequence[str] = (), copy: Copy | None = No
         tensors = {name: arrays[full] for name, full in model.names.items()}
         return Foreign(path, _without_counters(tensors), {}, _assumed(model, copy))
     file = TorchFile(path)
-    document = file.document
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: holds no dict but a {type(document).__name__}; save model.state_dict()")
-    tables = list(tables_of(document))
-    everything = {f"{table.under}{name}": (reference, table) for table in tables for name, reference in table.tensors.items()}
+    document, everything = _tables_in(file, path)
     model = find_model(list(everything), markers, copy, path)
     if model is None:
         inner, beside = innermost(document)
@@ -191,6 +187,29 @@ def read_foreign(path: Path, markers: Sequence[str] = (), copy: Copy | None = No
     arrays = file.arrays({name: everything[full][0] for name, full in model.names.items()})
     marked = next(full for name, full in model.names.items() if name in markers)
     return Foreign(path, _without_counters(arrays), dict(everything[marked][1].beside), _assumed(model, copy))
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the tensors that `read_foreign` has to choose from; none of them is read.
+
+    Raises:
+        CheckpointError: no such file, several, or one that is damaged or unsafe.
+    """
+    path = weights_file(path)
+    if path.suffix == ".safetensors":
+        tensors, _ = safetensors_header(path)
+        return list(tensors)
+    _, everything = _tables_in(TorchFile(path), path)
+    return list(everything)
+
+
+def _tables_in(file: TorchFile, path: Path) -> tuple[dict[Any, Any], dict[str, tuple[TensorReference, Table]]]:
+    """The object that a file of `torch.save` holds, and its tensors under all that they stand in, each with its table."""
+    document = file.document
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path}: holds no dict but a {type(document).__name__}; save model.state_dict()")
+    tables = list(tables_of(document))
+    return document, {f"{table.under}{name}": (each, table) for table in tables for name, each in table.tensors.items()}
 
 
 def _say_what_is_left(path: Path, model: Model, sizes: Mapping[str, int]) -> None:

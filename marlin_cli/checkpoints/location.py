@@ -7,13 +7,16 @@ from pathlib import Path
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import AssumptionWarning, CheckpointError
 from marlin_cli.files import shipped
-from marlin_cli.text import one_line, quoted
+from marlin_cli.text import beginning, one_line, quoted
 
 # What a model repository may hold that is worth fetching.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.pt", "*.bin"]
 
 # Before a name that is a repository's on the hub, whatever lies here.
 HUB_PREFIX = "hf:"
+
+# Characters of what the hub says.
+MOST_SAID = 200
 
 
 def locate_model(name: str) -> Path:
@@ -47,15 +50,21 @@ def locate_model(name: str) -> Path:
         )
         return _fetch(name, name)
     known = sorted(folder.name for folder in shipped_models.iterdir() if (folder / "config.json").is_file())
-    raise CheckpointError(f"{name}: no such file, folder or shipped model{did_you_mean(name, known)}")
+    hint = did_you_mean(name, known)
+    raise CheckpointError(f"{name}: no such file, folder or shipped model{hint}; a model on the hub is {HUB_PREFIX}owner/name")
 
 
 def _fetch(repository: str, name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    where = "" if name.startswith(HUB_PREFIX) else "no such path here, and "
     try:
         return Path(snapshot_download(repository, allow_patterns=HUB_PATTERNS))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        where = "" if name.startswith(HUB_PREFIX) else "no such path here, and "
-        raise CheckpointError(f"{quoted(name)}: {where}the Hugging Face hub did not give it: {one_line(error)[:200]}") from None
+    except LocalEntryNotFoundError:
+        raise CheckpointError(
+            f"{quoted(name)}: {where}cannot reach the Hugging Face hub, and no copy of it lies here; name a folder that has it"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        said = beginning(one_line(error), MOST_SAID)
+        raise CheckpointError(f"{quoted(name)}: {where}the Hugging Face hub did not give it: {said}") from None

@@ -4,7 +4,7 @@ A network in another (EMA, Lightning, DDP, FSDP, torch.compile, accelerate) has 
 hold it twice, as trained and as its mean over the training. A layout's marker, a name that it always has, tells where.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,19 +97,8 @@ def find_model(names: Sequence[str], markers: Sequence[str], copy: Copy | None, 
     Raises:
         CheckpointError: several models, none of the kind that `copy` names, or two tensors of one name.
     """
-    plain: dict[str, str] = {}
-    for name in names:
-        short = name
-        for part in INSIDE:
-            short = short.replace(part, "")
-        if short in plain:
-            raise CheckpointError(
-                f"{path}: {quoted(name)} and {quoted(plain[short])} are names of one tensor; save one model alone"
-            )
-        plain[short] = name
-    prefixes = sorted(
-        {name.removesuffix(marker) for marker in markers for name in plain if name == marker or name.endswith(f".{marker}")}
-    )
+    plain = _without_wrappers(names, path)
+    prefixes = _prefixes(plain, markers)
     if not prefixes:
         return None
     allowed = [each for each in prefixes if copy is None or (copy == "ema") == (_rank(each) == 0)]
@@ -130,6 +119,43 @@ def find_model(names: Sequence[str], markers: Sequence[str], copy: Copy | None, 
     }
     outside = tuple(full for name, full in plain.items() if not name.startswith((prefix, *others)))
     return Model(own, prefix, others, outside)
+
+
+def names_of_models(names: Sequence[str], markers: Sequence[str], path: Path) -> list[set[str]]:
+    """The own names of every model of which one of `markers` is a name, and of further copies of it.
+
+    Without any marker they are all names, less what all of them have before them.
+
+    Raises:
+        CheckpointError: two tensors of one name.
+    """
+    plain = _without_wrappers(names, path)
+    prefixes = _prefixes(plain, markers)
+    if not prefixes:
+        return [set(without_prefixes(names))]
+    return [{name.removeprefix(prefix) for name in plain if name.startswith(prefix)} for prefix in prefixes]
+
+
+def _without_wrappers(names: Sequence[str], path: Path) -> dict[str, str]:
+    """Names without what wrappers put inside them -> the names."""
+    plain: dict[str, str] = {}
+    for name in names:
+        short = name
+        for part in INSIDE:
+            short = short.replace(part, "")
+        if short in plain:
+            raise CheckpointError(
+                f"{path}: {quoted(name)} and {quoted(plain[short])} are names of one tensor; save one model alone"
+            )
+        plain[short] = name
+    return plain
+
+
+def _prefixes(plain: Iterable[str], markers: Sequence[str]) -> list[str]:
+    """What stands before a marker."""
+    return sorted(
+        {name.removesuffix(marker) for marker in markers for name in plain if name == marker or name.endswith(f".{marker}")}
+    )
 
 
 def _rank(prefix: str) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from marlin_cli import console
 from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.commands.json_lines import characters_in, head_of, name_of, write_line
+from marlin_cli.commands.padding import found_by_padding, padding_of, said_of
 from marlin_cli.commands.pipes import as_they_come
 from marlin_cli.commands.texts import Text
 from marlin_cli.commands.vector_files import Floats, writing_vectors
@@ -63,18 +64,20 @@ def _checked(model: AnyEncoder, texts: Iterable[Text], pad_to: int | None) -> It
         if isinstance(model, AnsweringModel):
             text.prompt.check_fits(model.config.max_bytes)
         else:
-            model.check(text.data, pad_to=pad_to, where=text.where)
+            model.check(text.data, pad_to=padding_of(model, text.data, pad_to, text.where), where=text.where)
         yield text
 
 
 def _write_lines(model: AnyEncoder, texts: Iterable[Text], request: Request) -> None:
     index = 0
     for batch in as_they_come(_checked(model, texts, request.pad_to), request.batch_size):
-        for text, array in zip(batch, _encoded(model, batch, request), strict=True):
+        paddings = _paddings(model, batch, request)
+        for text, padding, array in zip(batch, paddings, _encoded(model, batch, request), strict=True):
+            said = said_of(padding, request.pad_to)
             if request.pool != "none":
-                write_line(head_of(index, text), vector=array)
+                write_line({**head_of(index, text), **said}, vector=array)
             else:
-                head, counted = name_of(index, text), characters_in(text.data) is not None
+                head, counted = {**name_of(index, text), **said}, characters_in(text.data) is not None
                 for position, (place, row) in enumerate(zip(model.places(text.data), array, strict=True)):
                     write_line({**head, "position": position, **_shown(place, counted)}, state=row)
             index += 1
@@ -89,6 +92,10 @@ def _shown(place: Place, counted: bool) -> dict[str, object]:
     return known if counted else {**known, "first_character": None, "end_character": None}
 
 
+def _paddings(model: AnyEncoder, batch: Sequence[Text], request: Request) -> list[int | None]:
+    return [padding_of(model, text.data, request.pad_to, text.where) for text in batch]
+
+
 def _encoded(model: AnyEncoder, batch: Sequence[Text], request: Request) -> Iterator[Floats]:
     """The states [positions, d_model] of each text, or its vector [d_model].
 
@@ -98,16 +105,16 @@ def _encoded(model: AnyEncoder, batch: Sequence[Text], request: Request) -> Iter
     """
     data = [text.data for text in batch]
     found: Iterable[mx.array]
-    if request.pool == "pooler" and isinstance(model, EncodingModel):
-        found = model.pooled_many(data, pad_to=request.pad_to)
+    if isinstance(model, EncodingModel):
+        many = model.pooled_many if request.pool == "pooler" else model.encode_many
+        found = found_by_padding(data, _paddings(model, batch, request), lambda some, padding: iter(many(some, pad_to=padding)))
     elif request.pool == "pooler":
         raise UsageError("--pool pooler: the model has none; its vectors are means of its states: --pool mean")
-    elif isinstance(model, EncodingModel):
-        found = model.encode_many(data, pad_to=request.pad_to)
     else:
         found = model.encode_many(data, marks=True)
     for text, array in zip(batch, found, strict=True):
-        numbers = np.array(array.mean(axis=0) if request.pool == "mean" else array)
+        # An empty text of a model without marks has no state, and a vector all the same: a row for every text.
+        numbers = np.array(array.sum(axis=0) / max(1, len(array)) if request.pool == "mean" else array)
         if not np.isfinite(numbers).all():
             raise not_finite(text.where, "the states that the model gives")
         yield numbers

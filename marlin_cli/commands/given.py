@@ -55,7 +55,10 @@ class Command(TyperCommand):
         except Exception as error:
             if not str(error).startswith("Got unexpected extra argument"):
                 raise
-            raise UsageError(f"{ctx.info_name}: an argument too many among {', '.join(map(quoted, given[:8]))}") from None
+            takes_files = any(name_of(each) == "--prompt-file" for each in self.params)
+            hint = "; a file is given with --prompt-file, or through a pipe" if takes_files else ""
+            among = ", ".join(map(quoted, given[:8]))
+            raise UsageError(f"{ctx.info_name}: an argument too many among {among}{hint}") from None
         if not ctx.resilient_parsing:
             self._check_once(ctx, given)
             values = options_given(ctx)

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.api import decode
 from marlin_cli.commands.json_lines import characters_in, head_of, name_of, span_as_mapping, write_line
+from marlin_cli.commands.padding import found_by_padding, padding_of, said_of
 from marlin_cli.commands.pipes import as_they_come
 from marlin_cli.commands.texts import Text
 from marlin_cli.commands.writers import TerminalView, is_viewed
@@ -47,7 +48,7 @@ def run(model: AnyLabelling, texts: Iterable[Text], request: Request) -> None:
     head = head_of_model(model)
     index = 0
     for batch in as_they_come(_checked(model, head, texts, request), request.batch_size):
-        for text, found in zip(batch, _FINDERS[head](model, batch, request), strict=True):
+        for text, found in zip(batch, _found(model, head, batch, request), strict=True):
             write_line({**head_of(index, text), **found})
             index += 1
         sys.stdout.buffer.flush()
@@ -99,6 +100,22 @@ def head_of_model(model: AnyLabelling) -> str:
     return str(model.config.head)
 
 
+def _found(model: AnyLabelling, head: str, batch: Sequence[Text], request: Request) -> Iterator[dict[str, Any]]:
+    """What is found of each text of a batch: of a blank line nothing, of one that is too short what it says padded."""
+    read = [text for text in batch if not text.is_blank]
+    paddings = [
+        padding_of(model, _read_at_once(text, head), request.pad_to, text.where) if head in _BY_ITSELF else request.pad_to
+        for text in read
+    ]
+
+    def find(some: Sequence[Text], padding: int | None) -> Iterator[dict[str, Any]]:
+        said = said_of(padding, request.pad_to)
+        return ({**said, **each} for each in _FINDERS[head](model, some, replace(request, pad_to=padding)))
+
+    found = iter(found_by_padding(read, paddings, find))
+    return ({_FOUND[head]: []} if text.is_blank else next(found) for text in batch)
+
+
 def _checked(model: AnyLabelling, head: str, texts: Iterable[Text], request: Request) -> Iterator[Text]:
     """Texts that the model reads, with what it needs beside them.
 
@@ -112,6 +129,8 @@ def _checked(model: AnyLabelling, head: str, texts: Iterable[Text], request: Req
 
 def _check(model: AnyLabelling, head: str, text: Text, request: Request) -> None:
     beside, where = text.beside, text.where
+    if text.is_blank:
+        return
     if isinstance(model, AnsweringModel):
         text.prompt.check_fits(model.config.max_bytes)
     elif head == "answer":
@@ -126,7 +145,13 @@ def _check(model: AnyLabelling, head: str, text: Text, request: Request) -> None
         for choice in beside.choices:
             model.check((text.data, choice), pad_to=request.pad_to, where=where)
     else:
-        model.check(_with_second(text) if head == "sequence" else text.data, pad_to=request.pad_to, where=where)
+        data = _read_at_once(text, head)
+        model.check(data, pad_to=padding_of(model, data, request.pad_to, where), where=where)
+
+
+def _read_at_once(text: Text, head: str) -> bytes | tuple[bytes, bytes]:
+    """What a head that reads a text, or pair, by itself takes: only one that classifies texts reads another beside it."""
+    return _with_second(text) if head == "sequence" else text.data
 
 
 def _with_second(text: Text) -> bytes | tuple[bytes, bytes]:
@@ -175,6 +200,10 @@ def _chosen(model: EncodingModel, batch: Sequence[Text], request: Request) -> It
         ]
         yield {"choices": kept[: request.best]}
 
+
+# Under which name an object has what is found, by head; and heads that read a text, or pair, by itself.
+_FOUND = {"sequence": "labels", "token": "spans", "answer": "spans", "choice": "choices"}
+_BY_ITSELF = ("sequence", "token")
 
 _FINDERS: Mapping[str, Finder] = {"sequence": _classified, "token": _tagged, "answer": _answered, "choice": _chosen}
 

@@ -30,7 +30,7 @@ def write_report(
     target: Path,
     method: str,
     layers: Sequence[LayerReport],
-    kept_bytes: int,
+    kept_bytes: Mapping[str, int],
     statistics: Statistics | None,
     domain_weights: Mapping[str, float] | None,
 ) -> None:

@@ -21,7 +21,7 @@ from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, UsageError
-from marlin_cli.models import Network, architecture_of, build, config_as_mapping
+from marlin_cli.models import Network, architecture_of, build, config_as_mapping, linear_layers
 from marlin_cli.quantization.apply import (
     Quantized,
     check_method,
@@ -83,7 +83,8 @@ def pack(
         check_exportable(plan_network(_network(model, options, check_values=False), settings))
     if target is None:
         network = _network(model, options, check_values=False)
-        reports, kept = [planned(plan) for plan in plan_network(network, settings)], kept_bytes(network)
+        layers, kept = linear_layers(network), kept_bytes(network)
+        reports = [planned(plan, layers[plan.path].weight) for plan in plan_network(network, settings)]
     else:
         packing = _Packing(model, options, settings, statistics, method, domain_weights, steps)
         if export is None:
@@ -115,8 +116,8 @@ class _Packing:
     domain_weights: dict[str, float] | None
     steps: ByteSteps
 
-    def write(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
-        """Pack into the folder `target`; a report by layer, and the bytes of what is no linear layer."""
+    def write(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], dict[str, int]]:
+        """Pack into the folder `target`; a report by layer, and the bytes by type of all else."""
         if self.steps.distill_steps or self.steps.sequential_bytes:
             return self._write_whole(target, overwrite=overwrite)
         checkpoint = read_checkpoint(locate_model(self.model), self.options, check_values=False)
@@ -134,13 +135,14 @@ class _Packing:
             )
         return written.layers, written.kept_bytes
 
-    def _write_whole(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], int]:
+    def _write_whole(self, target: Path, *, overwrite: bool) -> tuple[list[LayerReport], dict[str, int]]:
         """As `write`, by the methods that run bytes through the model, which is in memory."""
         checkpoint = read_checkpoint(locate_model(self.model), self.options)
         network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=self.model)
         tuning = _tuning_batches(network, self.steps) if self.steps.distill_steps else None
-        weights = sum(plan.rows * plan.columns for plan in plan_network(network, self.settings) if plan.format)
-        with console.byte_progress("packing", weights * 2) as progress:
+        layers = linear_layers(network)
+        packed = sum(layers[plan.path].weight.nbytes for plan in plan_network(network, self.settings) if plan.format)
+        with console.byte_progress("packing", packed) as progress:
             result = self._quantized(network, lambda report: progress.advance(report.bytes_before))
         reports = result.layers
         if tuning is not None:

@@ -1,7 +1,7 @@
 """What `marlin quantize` tells of the layers it packed: tables for a person, a document for programs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,12 @@ from marlin_cli.quantization.reports import by_part, worst_layers
 
 
 def document_of(
-    model: str, target: Path | None, settings: QuantizationSettings, method: str, layers: Sequence[LayerReport], kept: int
+    model: str,
+    target: Path | None,
+    settings: QuantizationSettings,
+    method: str,
+    layers: Sequence[LayerReport],
+    kept: Mapping[str, int],
 ) -> dict[str, Any]:
     """The report as plain values; arguments as in `show`."""
     return {
@@ -22,16 +27,17 @@ def document_of(
         "method": method,
         "parts": [dataclasses.asdict(part) for part in by_part(layers)],
         "worst_layers": [_worst(layer) for layer in worst_layers(layers)],
-        "kept_bytes": kept,
+        "kept_bytes": sum(kept.values()),
+        "kept_types": sorted(kept),
     }
 
 
-def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: int) -> None:
+def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: Mapping[str, int]) -> None:
     """The table by part, and the worst layers where an error was measured.
 
     Args:
         target: the folder that was written; None where nothing was.
-        kept: bytes of what is no linear layer.
+        kept: bytes of all but the layers' weights, by type.
     """
     parts = by_part(layers)
     rows = [
@@ -47,11 +53,12 @@ def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: i
         ]
         for part in parts
     ]
-    before = sum(part.bytes_before for part in parts) + kept
-    after = sum(part.bytes_after for part in parts) + kept
+    others = sum(kept.values())
+    before = sum(part.bytes_before for part in parts) + others
+    after = sum(part.bytes_after for part in parts) + others
     weights = sum(part.weights for part in parts)
-    rows.append(["other", "16-bit", "", "", f"{kept:,}", f"{kept:,}", "", ""])
-    rows.append(["all", "", "", f"{8 * (after - kept) / weights:.2f}", f"{before:,}", f"{after:,}", "", ""])
+    rows.append(["other", ", ".join(sorted(kept)), "", "", f"{others:,}", f"{others:,}", "", ""])
+    rows.append(["all", "", "", f"{8 * (after - others) / weights:.2f}", f"{before:,}", f"{after:,}", "", ""])
     columns = ["part", "format", "layers", "bits/weight", "bytes before", "bytes after", "error", "MLX's encoder"]
     title = f"{model} -> {target}" if target is not None else f"{model}: plan, nothing written"
     console.table(title, columns, rows)
@@ -67,7 +74,7 @@ def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: i
 def _worst(layer: LayerReport) -> dict[str, Any]:
     return {
         "path": layer.plan.path,
-        "format": layer.plan.format.name if layer.plan.format else None,
+        "format": layer.format if layer.plan.format else None,
         "output_error": layer.output_error,
         "mlx_output_error": layer.mlx_output_error,
     }

@@ -83,7 +83,7 @@ def quantize(
     ] = None,
     export: Annotated[
         str | None,
-        typer.Option(metavar="compressed-tensors", help="Write it as llm-compressor does; every layer nvfp4 or 16-bit."),
+        typer.Option(metavar="compressed-tensors", help="Write it as llm-compressor does; every layer nvfp4 or as it is."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
@@ -93,7 +93,7 @@ def quantize(
 ) -> None:
     """Pack the linear layers of a model, with bit widths by part.
 
-    Byte embeddings, norms and the output head stay 16-bit. The result loads in plain MLX too.
+    Byte embeddings, norms and the output head stay as they are. The result loads in plain MLX too.
     """
     import dataclasses
     from pathlib import Path

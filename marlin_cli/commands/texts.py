@@ -29,6 +29,7 @@ class Text:
 
     prompt: Prompt
     beside: Beside = Beside()
+    is_blank: bool = False  # is it a line of a pipe with nothing but white space in it?
 
     @property
     def data(self) -> bytes:
@@ -99,7 +100,8 @@ def texts_of(sources: Sources, beside: Beside, *, tabs: bool = False) -> Iterabl
     lines = lines_of_pipe(sys.stdin.fileno(), "stdin")
     if tabs:
         return (_of_columns(line, where) for where, line in lines)
-    return (Text(Prompt(line.removesuffix(b"\r"), where=where), beside) for where, line in lines)
+    texts = ((where, line.removesuffix(b"\r")) for where, line in lines)
+    return (Text(Prompt(line, where=where), beside, is_blank=not line.strip()) for where, line in texts)
 
 
 def stream_of(sources: Sources) -> Iterator[bytes]:
@@ -145,6 +147,8 @@ def _string(value: Any, where: str) -> bytes:
 
 
 def _of_columns(line: bytes, where: str) -> Text:
+    if not line.strip():
+        return Text(Prompt(line, where=where), Beside(second=b""), is_blank=True)
     columns = line.removesuffix(b"\r").split(b"\t")
     if len(columns) != 2:
         raise UsageError(f"{where}: has {len(columns) - 1} tabs, a pair has one; take --prompts for texts with tabs in them")

@@ -59,7 +59,7 @@ def locate_pairs(name: str) -> Path:
     if not os.path.exists(path):
         shown = name if name.isprintable() and len(name) <= 200 else quoted(name)
         raise CorpusError(f"{shown}: no such file of pairs, and no shipped model with pairs; name a .jsonl or .tsv file")
-    check_regular(path, CorpusError)
+    check_regular(path, CorpusError, "a file of pairs (.jsonl or .tsv)")
     return path
 
 
@@ -74,10 +74,10 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         CorpusError: another kind of file, one that cannot be read or is too large, or a line that is no pair.
     """
+    check_regular(path, CorpusError, "a file of pairs (.jsonl or .tsv)")
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".tsv"):
         raise CorpusError(f"{path}: pairs are read from .jsonl or .tsv files, unpacked")
-    check_regular(path, CorpusError)
     try:
         with path.open("rb") as file:
             _check_beginning(path, file.peek(8)[:8])

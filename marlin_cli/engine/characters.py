@@ -99,6 +99,16 @@ def check(network: CharacterNetwork, text: Text, pad_to: int | None = None, wher
     _length(network, len(_input(network, text, where).ids), pad_to, f"{where}: the text" if where else "the text")
 
 
+def padding_needed(network: CharacterNetwork, text: Text, where: str = "") -> int | None:
+    """The positions that a text must be padded to, to be read at all; None where it has as many. For `where` see `check`.
+
+    Raises:
+        InputError: see `encode`.
+    """
+    least: int = network.config.downsample_factor
+    return least if network.config.length_of(len(_input(network, text, where).ids)) < least else None
+
+
 def places(network: CharacterNetwork, text: bytes) -> list[Place]:
     """What each position of a text's states stands for: its characters, and the marks around them where there are any.
 
@@ -319,16 +329,20 @@ def _length(network: CharacterNetwork, positions: int, pad_to: int | None, where
     config = network.config
     least, most = config.downsample_factor, config.longest
     if pad_to is not None and not least <= pad_to <= most:
-        raise UsageError(f"pad_to must be from {least} to {most:,}, found {pad_to}")
+        raise UsageError(f"pad_to (--pad-to) must be from {least} to {most:,}, found {pad_to}")
     if pad_to is not None and config.length_of(pad_to) != pad_to:
-        raise UsageError(f"pad_to must be a multiple of {least} for {_this(network)}, found {pad_to}")
+        raise UsageError(f"pad_to (--pad-to) must be a multiple of {least} for {_this(network)}, found {pad_to}")
     marks = " with its marks" if config.marks else ""
     if positions > (pad_to or most):
-        raise InputError(f"{where} takes {positions:,} positions{marks}, and there are {pad_to or most:,}; shorten it")
+        padded = pad_to is not None and positions <= most
+        mend = f"pad_to (--pad-to) is {pad_to:,}; raise it" if padded else f"the model reads {most:,}; shorten it"
+        raise InputError(f"{where} takes {positions:,} positions{marks}, and {mend}")
     length = pad_to or config.length_of(positions)
     if length < least:
         title = architecture_of(network).title
-        raise InputError(f"{where} takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, {least} or more)")
+        raise InputError(
+            f"{where} takes {positions} positions{marks}, {title} needs {least}; pad it (pad_to, --pad-to: {least} or more)"
+        )
     return length
 
 

@@ -135,7 +135,8 @@ class AnswerState:
     def __init__(self, network: ByT5, sources: Sequence[Sequence[int]], *, answers: int = 1, memory_bits: int = 16) -> None:
         config = network.config
         if not config.decoder_layers:
-            raise UsageError("the model is an encoder alone and cannot answer; ask it to encode")
+            labels = " (marlin encode), or to label (marlin label)" if config.labels else " (marlin encode)"
+            raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
         if memory_bits != 16:
             check_cache_bits(memory_bits, memory_bits, config.head_dim)
         source, lengths = padded(sources, config.pad_id)

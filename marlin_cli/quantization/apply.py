@@ -1,5 +1,6 @@
 """Packs a network's linear layers as planned, or unpacks them."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from marlin_cli.models import Network, architecture_of, linear_layers, set_modul
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
-from marlin_cli.quantization.layers import LayerReport, check_columns, pack_layer, packed_of
+from marlin_cli.quantization.layers import LayerReport, check_columns, pack_layer, packed_of, type_name
 from marlin_cli.quantization.methods import (
     METHODS,
     NEED_HESSIANS,
@@ -208,7 +209,10 @@ def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> 
     return copy
 
 
-def kept_bytes(network: Network) -> int:
-    """Bytes of everything that is not a linear layer: embeddings, positions, norms, start vectors."""
-    inside = tuple(f"{path}." for path in linear_layers(network))
-    return sum(array.nbytes for path, array in tree_flatten(network.parameters()) if not path.startswith(inside))
+def kept_bytes(network: Network) -> dict[str, int]:
+    """Bytes of everything but the linear layers' weights, by type: embeddings, positions, norms, start vectors, biases."""
+    weights = {f"{path}.weight" for path in linear_layers(network)}
+    sizes: Counter[str] = Counter()
+    for path, array in tree_flatten(network.parameters()):
+        sizes[type_name(array)] += 0 if path in weights else array.nbytes
+    return {name: size for name, size in sizes.items() if size}

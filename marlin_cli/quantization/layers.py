@@ -14,13 +14,13 @@ from marlin_cli.quantization.encoders import Packed, mlx_encode, scalar, squared
 from marlin_cli.quantization.formats import format_of
 from marlin_cli.quantization.methods import METHODS
 from marlin_cli.quantization.methods.gptq import output_error
-from marlin_cli.quantization.plan import LayerPlan
+from marlin_cli.quantization.plan import KEEP, LayerPlan
 from marlin_cli.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What packing did to one layer. Squared errors are sums over its weights; None where nothing was packed."""
+    """What packing did to one layer's weight. Squared errors are sums over its numbers; None where nothing was packed."""
 
     plan: LayerPlan
     bytes_before: int
@@ -30,6 +30,12 @@ class LayerReport:
     mlx_squared_error: float | None = None  # of MLX's own encoder in the same format
     output_error: float | None = None  # squared error of the output over its square, by x^T x; None without it
     mlx_output_error: float | None = None
+    kept_as: str | None = None  # the type that it is stored in, where it stays as it is
+
+    @property
+    def format(self) -> str:
+        """The name of its format, or of the type that it stays in."""
+        return self.plan.format.name if self.plan.format is not None else self.kept_as or KEEP
 
 
 def pack_layer(
@@ -52,7 +58,7 @@ def pack_layer(
         QuantizationError, StatisticsError: see `apply.quantize_network`.
     """
     if plan.format is None:
-        return None, planned(plan)
+        return None, planned(plan, weight)
     hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
     importance = None if statistics is None else _importance(plan, statistics, domain_weights)
     if factor is not None:
@@ -62,12 +68,16 @@ def pack_layer(
     return packed_layer(packed, bias), report_of(weight, packed, plan, hessian)
 
 
-def planned(plan: LayerPlan) -> LayerReport:
-    """The sizes of a layer before (in 16 bits) and after, from its plan alone."""
-    before = 2 * plan.rows * plan.columns
+def planned(plan: LayerPlan, weight: mx.array) -> LayerReport:
+    """The sizes of a layer's weight before, as it is stored, and after, from its plan; nothing of it is read."""
     if plan.format is None:
-        return LayerReport(plan, before, before)
-    return LayerReport(plan, before, round(plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) / 8))
+        return LayerReport(plan, weight.nbytes, weight.nbytes, kept_as=type_name(weight))
+    return LayerReport(plan, weight.nbytes, round(plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) / 8))
+
+
+def type_name(array: mx.array) -> str:
+    """The type of an array's numbers, such as float32."""
+    return str(array.dtype).removeprefix("mlx.core.")
 
 
 def pack_weight(

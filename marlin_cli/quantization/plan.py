@@ -157,7 +157,7 @@ def plan_layers(
             plans.append(LayerPlan(path, part_of(path), rows, columns, None, 0))
             continue
         if part_of(path) == "head":
-            raise QuantizationError(f"{where}: the output head stays 16-bit; take it out of the override")
+            raise QuantizationError(f"{where}: the output head stays as it is; take it out of the override")
         group_size = _group_size(FORMATS[name], columns, settings.group_size)
         if group_size is None:
             fitting = [other.name for other in FORMATS.values() if other.group_size_for(columns) is not None]

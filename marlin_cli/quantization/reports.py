@@ -9,7 +9,10 @@ from marlin_cli.quantization.layers import LayerReport
 
 @dataclass(frozen=True)
 class PartReport:
-    """Layers of one part and format together. Relative errors are RMS error over RMS weight."""
+    """The weights of one part's layers in one format, or in the type that they stay in.
+
+    Relative errors are RMS error over RMS weight.
+    """
 
     part: str
     format: str
@@ -26,8 +29,7 @@ def by_part(layers: Sequence[LayerReport]) -> list[PartReport]:
     """Layer reports gathered by part and format, in the order of the layers."""
     groups: dict[tuple[str, str], list[LayerReport]] = {}
     for layer in layers:
-        name = layer.plan.format.name if layer.plan.format else "16-bit"
-        groups.setdefault((layer.plan.part, name), []).append(layer)
+        groups.setdefault((layer.plan.part, layer.format), []).append(layer)
     return [_part(part, name, members) for (part, name), members in groups.items()]
 
 

@@ -120,7 +120,8 @@ def quantize_sequentially(
         marlin["rotated_states"] = True  # of the encoder: `encode` would give others than the original
     if domain_weights is not None:
         marlin["domain_weights"] = dict(domain_weights)
-    reports = [run.reports.get(plan.path) or planned(plan) for plan in plans]
+    layers = linear_layers(network)
+    reports = [run.reports.get(plan.path) or planned(plan, layers[plan.path].weight) for plan in plans]
     return Quantized(copy_with(network, run.packed), quantization_table(plans, sorted(embeddings)), marlin, reports)
 
 

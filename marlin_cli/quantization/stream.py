@@ -1,5 +1,6 @@
 """Packs a checkpoint into a model folder layer by layer, so that neither the model nor its copy has to fit into memory."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,17 @@ from marlin_cli.checkpoints import Checkpoint, check_weight, lasting
 from marlin_cli.checkpoints.writer import writing_model
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.quantization.apply import marlin_table, prepared
-from marlin_cli.quantization.layers import LayerReport, pack_layer
+from marlin_cli.quantization.layers import LayerReport, pack_layer, type_name
 from marlin_cli.quantization.plan import QuantizationSettings, quantization_table
 from marlin_cli.statistics import Statistics
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: a report by layer, in the model's order, and the bytes of everything that is no linear layer."""
+    """What was written: a report by layer, in the model's order, and the bytes by type of all but the layers' weights."""
 
     layers: list[LayerReport]
-    kept_bytes: int
+    kept_bytes: dict[str, int]
 
 
 def quantize_checkpoint(
@@ -64,7 +65,7 @@ def quantize_checkpoint(
     del network
     plan_of = {plan.path: plan for plan in plans}
     reports: dict[str, LayerReport] = {}
-    kept_bytes = 0
+    kept: Counter[str] = Counter()
     with writing_model(target, overwrite=overwrite) as writer:
         for name in sorted(weights):
             path, _, last = name.rpartition(".")
@@ -75,10 +76,12 @@ def quantize_checkpoint(
             check_weight(checkpoint.path, name, array)
             on_bytes(array.nbytes)
             if plan is None or last == "bias":
-                kept_bytes += array.nbytes if plan is None else 0
+                kept[type_name(array)] += array.nbytes
                 writer.add(name, array)
                 continue
             bias = None if plan.format is None else weights.pop(f"{path}.bias", None)
+            if bias is not None:
+                kept[type_name(bias)] += bias.nbytes
             layer, reports[path] = pack_layer(
                 array, bias, plan, statistics, method=method, domain_weights=domain_weights, factor=factors.get(path)
             )
@@ -87,4 +90,4 @@ def quantize_checkpoint(
                 writer.add(f"{path}.{part}", result)
         marlin = {**lasting(checkpoint.marlin), **marlin_table(settings, plans, statistics, method, domain_weights)}
         writer.finish(config, quantization_table(plans, embeddings), marlin)
-    return Written([reports[plan.path] for plan in plans], kept_bytes)
+    return Written([reports[plan.path] for plan in plans], dict(kept))

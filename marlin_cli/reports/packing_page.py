@@ -26,7 +26,7 @@ def document_of(
     output: str,
     method: str,
     layers: Sequence[LayerReport],
-    kept_bytes: int,
+    kept_bytes: Mapping[str, int],
     summary: Summary | None,
     errors: Mapping[str, Mapping[str, float]] | None,
     losses: Mapping[str, DomainLoss] | None,
@@ -43,7 +43,8 @@ def document_of(
         "output": output,
         "method": method,
         "parts": [dataclasses.asdict(part) for part in by_part(layers)],
-        "kept_bytes": kept_bytes,
+        "kept_bytes": sum(kept_bytes.values()),
+        "kept_types": sorted(kept_bytes),
         "layers": [_layer(layer, (errors or {}).get(layer.plan.path)) for layer in layers],
         "worst_layers": [layer["path"] for layer in _worst(layers)],
         "domains": None if losses is None else {domain: _domain(loss) for domain, loss in losses.items()},
@@ -74,7 +75,8 @@ def _layer(layer: LayerReport, errors: Mapping[str, float] | None) -> dict[str, 
     return {
         "path": layer.plan.path,
         "part": layer.plan.part,
-        "format": layer.plan.format.name if layer.plan.format else None,
+        "format": layer.format if layer.plan.format else None,
+        "kept_as": layer.kept_as,
         "weights": layer.plan.rows * layer.plan.columns,
         "bytes_before": layer.bytes_before,
         "bytes_after": layer.bytes_after,
@@ -127,7 +129,7 @@ def _sizes(document: Mapping[str, Any]) -> Section:
     ]  # fmt: skip
     before, after = (sum(part[f"bytes_{when}"] for part in parts) + kept for when in ("before", "after"))
     weights = sum(part["weights"] for part in parts)
-    rows.append(["other (16-bit)", "", "", "", f"{kept:,}", f"{kept:,}", "", ""])
+    rows.append([f"other ({', '.join(document['kept_types'])})", "", "", "", f"{kept:,}", f"{kept:,}", "", ""])
     rows.append(["all", "", f"{weights:,}", f"{8 * (after - kept) / weights:.2f}", f"{before:,}", f"{after:,}", "", ""])
     names = list(dict.fromkeys(part["part"] for part in parts))
     shares = {
@@ -154,7 +156,7 @@ def _sizes(document: Mapping[str, Any]) -> Section:
 def _by_layer(document: Mapping[str, Any]) -> Section:
     layers = document["layers"]
     rows = [
-        [layer["path"], layer["format"] or "16-bit", f"{layer['bytes_before']:,}", f"{layer['bytes_after']:,}",
+        [layer["path"], layer["format"] or layer["kept_as"], f"{layer['bytes_before']:,}", f"{layer['bytes_after']:,}",
          _percent(layer["relative_error"]), _percent(layer["mlx_relative_error"]), _small(layer["output_error"]),
          _small(layer["mlx_output_error"])]
         for layer in layers

@@ -13,7 +13,8 @@ def quality_tables(name: str, quality: Quality, settings: QualitySettings) -> li
     """The scores of the domains, and where there are any those of classes and positions."""
     tables = [_by_domain(name, quality, settings)]
     if groups := groups_of(quality):
-        title = f"Quality of {name} by kind of byte and by position in the patch, all domains as one sample"
+        by = "by kind of byte and by position in the patch" if quality.patch_positions else "by kind of byte"
+        title = f"Quality of {name} {by}, all domains as one sample"
         tables.append(_scores_table(title, "bytes that are", groups, settings))
     return tables
 

@@ -1,5 +1,7 @@
 """The tables of speed: at one length of the prompt, by context and number of streams, and beside what reading takes."""
 
+from collections.abc import Sequence
+
 from marlin_cli.bench.result import Report
 from marlin_cli.bench.throughput import SweepPoint, Throughput, ThroughputSettings
 from marlin_cli.prediction.roofline import Roofline
@@ -19,7 +21,7 @@ def speed_table(report: Report, settings: ThroughputSettings) -> Table:
         ["decode, bytes/s", *(range_of(result.decode_bytes_per_second) for result in results)],
         ["time to first byte, ms", *(range_of(result.time_to_first_byte_seconds, 1000) for result in results)],
         [f"a byte, ms: {PERCENTILES}", *(percentiles(result.byte_latency_seconds) for result in results)],
-        [f"a patch, ms: {PERCENTILES}", *(percentiles(result.patch_latency_seconds) for result in results)],
+        *_patches(results),
         *(
             [
                 f"{level} cache, bytes",
@@ -32,6 +34,12 @@ def speed_table(report: Report, settings: ThroughputSettings) -> Table:
     if any(result.joules_per_byte is not None for result in results):
         rows.append(["decoding, J/byte of the processor packages", *(_joules(result.joules_per_byte) for result in results)])
     return Table(title, ["", *(model.model for model in report.models)], rows)
+
+
+def _patches(results: Sequence[Throughput]) -> list[list[str]]:
+    """The row of the wait for a patch; none where no model decoded one, or has any."""
+    found = [result.patch_latency_seconds for result in results]
+    return [[f"a patch, ms: {PERCENTILES}", *map(percentiles, found)]] if any(found) else []
 
 
 def _repeats(report: Report) -> int:

@@ -8,7 +8,8 @@ import pytest
 from torch_writer import View, document, write_legacy, write_zip
 
 from marlin_cli import load
-from marlin_cli.checkpoints import ImportOptions, fingerprint, read_checkpoint
+from marlin_cli.api import capability_of
+from marlin_cli.checkpoints import ImportOptions, architecture_of, fingerprint, read_checkpoint
 from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.errors import CheckpointError
 
@@ -203,3 +204,37 @@ def test_only_the_tensors_asked_for_are_read(tmp_path):
     assert file.arrays({"a": file.document["a"]})["a"].tolist() == [1, 1, 1]
     with pytest.raises(CheckpointError, match="storage '1'"):
         file.arrays({"state": file.document["optimizer"]["state"]})
+
+
+NO_MODEL = {
+    "an empty folder": (lambda folder: None, r"model: expected config.json or one weights file, found none; name the file"),
+    "folders of a training": (
+        lambda folder: (folder / "checkpoint-500").mkdir(),
+        r"model: expected config.json or one weights file, found none; name the file",
+    ),
+    "weights of another architecture": (
+        lambda folder: mx.save_safetensors(str(folder / "model.safetensors"), {"canine.pooler.dense.bias": mx.ones(2)}),
+        r"model.safetensors: of no known layout \(found 'canine.pooler.dense.bias'\); known: .*config.json of a .*CANINE",
+    ),
+    "a state dict of another": (
+        lambda folder: write_zip(folder / "model.pt", {"wte.weight": np.ones((2, 2))}),
+        r"model.pt: of no known layout \(found 'wte.weight'\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODEL)
+def test_where_no_model_is_none_is_named(case, tmp_path):
+    write, says = NO_MODEL[case]
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model")
+    for ask in (architecture_of, capability_of, load):
+        with pytest.raises(CheckpointError, match=says):
+            ask(tmp_path / "model")
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "_orig_mod.module."])
+def test_names_alone_tell_a_megabyte(prefix, tmp_path):
+    names = ("to_logits.weight", "token_embs.0.weight", "start_tokens.0")
+    mx.save_safetensors(str(tmp_path / "any.safetensors"), {f"{prefix}{name}": mx.ones(1) for name in names})
+    assert architecture_of(tmp_path / "any.safetensors") == "megabyte"

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from marlin_cli.checkpoints import location
 from marlin_cli.errors import AssumptionWarning, CheckpointError
@@ -43,3 +44,32 @@ def test_names_for_nothing(name, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         location.locate_model(name)
     assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_name_for_nothing_is_told_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="^canine-s: no such file, .*; a model on the hub is hf:owner/name$"):
+        location.locate_model("canine-s")
+
+
+ANSWERS = {
+    "nobody answers": (
+        LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder. " * 5),
+        "^'hf:owner/name': cannot reach the Hugging Face hub, and no copy of it lies here; name a folder that has it$",
+    ),
+    "sentences": (OSError(f"It is so. {'And this is told at length ' * 20}."), "did not give it: It is so.$"),
+    "one sentence": (OSError("so it is " * 100), r"did not give it: so it is .* \.\.\.$"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_what_the_hub_says_ends_where_a_sentence_ends(case, monkeypatch):
+    error, says = ANSWERS[case]
+
+    def download(repository, allow_patterns):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        location.locate_model("hf:owner/name")
+    assert len(str(caught.value)) < 300

@@ -210,7 +210,7 @@ CASES = {
         ["quantize", "megabyte-demo", "-o", "x", "--override", "(=int4"], 1, "not a regular expression"
     ),
     "the head in an override": (
-        ["quantize", "megabyte-demo", "-o", "x", "--override", "^output$=int8"], 1, "the output head stays 16-bit"
+        ["quantize", "megabyte-demo", "-o", "x", "--override", "^output$=int8"], 1, "the output head stays as it is"
     ),
     "an unknown recipe": (["quantize", "megabyte-demo", "-o", "x", "--recipe", "balance"], 1, "'balanced'?"),
     "statistics that are not there": (["quantize", "megabyte-demo", "-o", "x", "--stats", "no"], 1, "no: no such file"),

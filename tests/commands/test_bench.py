@@ -384,5 +384,5 @@ def test_pairs_are_timed_for_a_while_unless_told(models, monkeypatch):
 
 @pytest.mark.parametrize("limit, noisy", [(-1.0, True), (float("inf"), False)])
 def test_a_noisy_machine_is_said_to_be_one(models, monkeypatch, limit, noisy):
-    monkeypatch.setattr("marlin_cli.bench.run.NOISY", limit)
+    monkeypatch.setattr("marlin_cli.bench.noise.NOISY", limit)
     assert ("the machine was noisy" in run(models[0], *QUICK).stderr) == noisy

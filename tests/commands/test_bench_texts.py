@@ -98,3 +98,10 @@ def test_what_is_refused_is_one_line(bench):
     ):
         code, out, err = bench(*arguments)
         assert code in (1, 2) and out == "" and message in err.splitlines()[-1] and err.count("marlin: ") == 1, err
+
+
+@pytest.mark.parametrize("limit, noisy", [(-1.0, True), (float("inf"), False)])
+def test_a_noisy_machine_is_said_to_be_one(bench, monkeypatch, limit, noisy):
+    monkeypatch.setattr("marlin_cli.bench.noise.NOISY", limit)
+    code, _, err = bench("model", *SHORT)
+    assert code == 0 and ("the machine was noisy: the middle half of the speeds spans" in err) == noisy

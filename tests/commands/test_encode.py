@@ -150,12 +150,37 @@ def test_what_is_refused_is_one_line(encode):
         ("bytes", ("-p", "a", "--pool", "pooler"), "--pool pooler: the model has none; its vectors are means of its states"),
         ("splits", ("-p", "a", "--pool", "pooler"), "LA-CANINE has no pooler"),
         ("no pooler", ("-p", "abcd", "--pool", "pooler"), "this CANINE has no pooler"),
-        ("characters", ("-p", "a"), "--prompt: the text takes 3 positions with its marks, CANINE needs 4"),
+        (
+            "characters",
+            ("-p", "a" * 20, "--pad-to", "8"),
+            "22 positions with its marks, and pad_to (--pad-to) is 8",
+        ),
         ("characters", ("--prompts", "nowhere"), "nowhere: cannot read"),
         ("splits", ("-p", "a", "--language", "de"), "holds the adapters of 'cs', 'de' was asked for"),
     ):
         code, out, err = encode(model, *arguments)
         assert code in (1, 2) and out == b"" and err.count("\n") == 1 and message in err, err
+
+
+@pytest.mark.parametrize("pool", ["none", "mean", "pooler"])
+def test_a_text_that_is_too_short_is_padded(encode, folder, pool):
+    found = objects(encode("characters", "--pool", pool, stdin=b"abcd\n\na"))
+    assert {each["index"]: each.get("padded_to") for each in found} == {0: None, 1: 4, 2: 4}
+    model = load(folder / "characters", device="cpu")
+    for index, (text, pad_to) in enumerate(((b"abcd", None), (b"", 4), (b"a", 4))):
+        states = model.encode(text, pad_to=pad_to)
+        own = [each for each in found if each["index"] == index]
+        if pool == "none":
+            assert np.allclose([each["state"] for each in own], np.array(states), atol=1e-5)
+        else:
+            wanted = states.mean(axis=0) if pool == "mean" else model.pooled(text, pad_to=pad_to)
+            assert np.allclose(own[0]["vector"], np.array(wanted), atol=1e-5)
+
+
+def test_an_empty_text_without_marks_has_no_states_and_a_row_of_vectors(encode):
+    vectors = [each["vector"] for each in objects(encode("splits", "--pool", "mean", stdin=b"ab\n\nab"))]
+    assert vectors[0] == vectors[2] != vectors[1] == [0.0] * 32
+    assert {each["index"] for each in objects(encode("splits", stdin=b"ab\n\nab"))} == {0, 2}
 
 
 def test_states_that_are_no_numbers_are_an_error(folder):

@@ -204,8 +204,8 @@ REFUSED = {
     "choices that are none": ("chooses", ["--prompts", "-"], b'{"prompt": "a", "choices": 3}', "line 1: choices should be a"),
     "a question that is a number": ("finds", ["--prompts", "-"], b'{"prompt": "a", "question": 3}', "line 1: question should"),
     "a line that is no pair": ("classifies", ["--tabs"], b"a\tb\nab", "stdin: line 2: has 0 tabs, a pair has one"),
-    "a text that is too short": ("tags", [], b"abcd\na\n", "stdin: line 2: the text takes 3 positions with its marks"),
-    "a text that is too long": ("tags", ["-p", "a" * 300], b"", "--prompt: the text takes 302 positions"),
+    "a choice that is too short": ("chooses", ["-p", "", "--choice", ""], b"", "CANINE needs 4; pad it (pad_to, --pad-to: 4"),
+    "a text that is too long": ("tags", ["-p", "a" * 300], b"", "302 positions with its marks, and the model reads 256"),
     "a pair of which one is no text": ("classifies", ["--tabs"], b"abcd\t\xff\n", "line 1: the second text: is not UTF-8"),
     "no rows": ("tags", ["--prompts", "-"], b"\n", "no prompts; write one JSON object a line"),
     "a file that is not there": ("tags", ["--prompts", "nowhere"], b"", "nowhere: cannot read: it is not there"),
@@ -214,7 +214,7 @@ REFUSED = {
     "no labels": ("no labels", ["-p", "abcd"], b"", "has no head that labels; it encodes, and marlin encode gives"),
     "no threshold": ("splits", ["-p", "abcd", "--threshold", "2"], b"", "threshold must be from 0 to 1"),
     "a window of no molecules": ("splits", ["-p", "abcd", "--window", "30", "--stride", "8"], b"", "multiple of 4"),
-    "no padding": ("tags", ["-p", "abcd", "--pad-to", "3"], b"", "pad_to must be from 4 to 256"),
+    "no padding": ("tags", ["-p", "abcd", "--pad-to", "3"], b"", "pad_to (--pad-to) must be from 4 to 256"),
     "a stream that is no text": ("splits", [], "Kůň".encode() + b"\xff", "is not UTF-8 (invalid start byte at byte 5)"),
     "bytes too many": ("bytes", ["-p", "a" * 40_000], b"", "--prompt: 40,000 bytes, but the model reads 32,768"),
     "two texts": ("tags", ["-p", "abcd", "--hex", "61"], b"", "--prompt has no meaning beside --hex"),
@@ -236,6 +236,50 @@ def test_a_text_is_named_by_nobody(folder, monkeypatch, capfd):
     with pytest.raises(SystemExit):
         cli.main()
     assert "there is no text: give -p, --prompt-file or --prompts, or a pipe" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["tags", "classifies"])
+def test_a_line_that_is_too_short_is_padded_and_a_blank_one_has_nothing(label, folder, model):
+    lines = [b"abcd", b"", b"a", b" \t\r", b"some text", b"b"]
+    options = ("--outside", "none") if model == "tags" else ()
+    found = objects(label(model, *options, stdin=b"\n".join(lines)))
+    name = "spans" if model == "tags" else "labels"
+    assert [each["index"] for each in found] == [0, 1, 2, 3, 4, 5] and [each["bytes"] for each in found] == [4, 0, 1, 2, 9, 1]
+    assert [each.get("padded_to") for each in found] == [None, None, 4, None, None, 4]
+    assert found[1][name] == found[3][name] == [] and all(found[index][name] for index in (0, 2, 4, 5))
+    # The others say what they say by themselves, and the short ones what they say padded.
+    plain = load(folder / model, device="cpu")
+    for index, pad_to in ((0, None), (2, 4), (4, None), (5, 4)):
+        if model == "tags":
+            scores = [span.score for span in plain.tag_many([lines[index]], pad_to=pad_to, outside=("none",))[0]]
+        else:
+            scores = [each.score for each in plain.classify(lines[index], pad_to=pad_to)]
+        assert np.allclose([each["score"] for each in found[index][name]], scores, atol=1e-5)
+    # What is asked for is done to all of them, and needs no word.
+    asked = ("--pad-to", "16", *options)
+    assert all("padded_to" not in each for each in objects(label(model, *asked, stdin=b"\n".join(lines))))
+
+
+def test_blank_lines_for_every_head(label):
+    assert [each["spans"] for each in objects(label("bytes", "--outside", "none", stdin=b"\n\n"))] == [[], []]
+    assert [each["spans"] for each in objects(label("finds", "--question", "ab", stdin=b"\n \n"))] == [[], []]
+    assert [each["choices"] for each in objects(label("chooses", "--choice", "ab", stdin=b"\nabc"))][0] == []
+    assert [each["labels"] for each in objects(label("classifies", "--tabs", stdin=b"\n\t\n"))] == [[], []]
+
+
+def test_a_file_among_the_arguments(label):
+    code, _, err = label("tags", "texts.txt")
+    assert code == 2 and err.count("\n") == 1 and "an argument too many among " in err
+    assert err.endswith("'texts.txt'; a file is given with --prompt-file, or through a pipe\n")
+
+
+def test_what_labels_is_not_asked_to_answer(folder):
+    for model, commands in (
+        ("bytes", r"to encode \(marlin encode\), or to label \(marlin label\)$"),
+        ("no labels", r"encode\)$"),
+    ):
+        with pytest.raises(UsageError, match=commands):
+            load(folder / model, device="cpu").generate(b"abcd")
 
 
 def test_nothing_comes_of_nothing(label):

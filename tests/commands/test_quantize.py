@@ -35,7 +35,7 @@ def test_the_report_adds_up(packed):
     assert (parts["global"]["format"], parts["local"]["format"], parts["head"]["format"]) == (
         "nvfp4",
         "mxfp8",
-        "16-bit",
+        "bfloat16",
     )
     assert parts["global"]["bits_per_weight"] == pytest.approx(4.5, abs=0.01)
     assert parts["local"]["bits_per_weight"] == 8.25
@@ -100,7 +100,7 @@ def test_a_recipe_and_options_and_overrides_combine(tmp_path):
     found = {(part["part"], part["format"]): part["layers"] for part in report["parts"]}
     assert found == {
         ("global", "mxfp4"): 2 + 5 * 6, ("global", "int4"): 7, ("global", "mxfp8"): 5,
-        ("local", "nvfp4"): 2 * 6, ("local", "mxfp8"): 2, ("head", "16-bit"): 1,
+        ("local", "nvfp4"): 2 * 6, ("local", "mxfp8"): 2, ("head", "bfloat16"): 1,
     }  # fmt: skip
 
 

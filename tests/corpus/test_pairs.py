@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from marlin_cli.corpus import CorruptedCorpus, Pair, PairCorpus, SpanCorruption, open_corpus, open_pairs, read_pairs
+from marlin_cli.corpus.pairs import locate_pairs
 from marlin_cli.corpus.spans import corrupt
 from marlin_cli.errors import CorpusError
 
@@ -194,3 +195,9 @@ def test_files_of_pairs_that_have_no_end_or_another_form(tmp_path, monkeypatch):
     monkeypatch.setattr("marlin_cli.corpus.pairs.MOST_PAIRS_BYTES", 20)
     with pytest.raises(CorpusError, match="is larger than 20 bytes"):
         read_pairs(tmp_path / "p.jsonl")
+
+
+def test_a_folder_is_no_file_of_pairs(tmp_path):
+    for read in (lambda: locate_pairs(str(tmp_path)), lambda: read_pairs(tmp_path)):
+        with pytest.raises(CorpusError, match=r": is a folder, expected a file of pairs \(.jsonl or .tsv\)$"):
+            read()

@@ -5,16 +5,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from canine_cases import random_canine
+from mlx.utils import tree_flatten, tree_map
 
+from marlin_cli import EncodingModel
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import CheckpointError
-from marlin_cli.models import build, config_as_mapping, shared_inputs
+from marlin_cli.models import build, config_as_mapping, linear_layers, shared_inputs
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
-from marlin_cli.quantization.apply import kept_bytes, quantize_network
+from marlin_cli.ops.device import choose_device
+from marlin_cli.prediction.sizes import bytes_by_part
+from marlin_cli.quantization.apply import kept_bytes, plan_network, quantize_network
+from marlin_cli.quantization.layers import planned, type_name
 from marlin_cli.quantization.plan import QuantizationSettings
+from marlin_cli.quantization.reports import by_part
 from marlin_cli.quantization.stream import quantize_checkpoint
 from marlin_cli.statistics.collect import hessian_channels, measure
 from marlin_cli.statistics.data import Run, Statistics
@@ -98,3 +104,26 @@ def test_the_packed_folder_runs(random_network, small_sizes, tmp_path):
     data = mx.array(np.arange(24)[None])
     assert mx.allclose(again(data), network(data), atol=1.0).item()
     assert not mx.allclose(again(data), network(data), atol=1e-6).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_sizes_are_those_of_the_files_tensors(dtype, tmp_path):
+    """As bench counts them, before and after, biases among them; and parts that stay are named by their type."""
+    network = random_canine(head="sequence", labels=("x", "y"))
+    network.update(tree_map(lambda array: array.astype(dtype), network.parameters()))
+    EncodingModel(network, choose_device("cpu")).save(tmp_path / "plain")
+    stored = read_checkpoint(tmp_path / "plain")
+    before = sum(bytes_by_part(stored.weights).values())
+    written = quantize_checkpoint(stored, tmp_path / "packed", QuantizationSettings(), where="plain")
+    after = sum(bytes_by_part(read_checkpoint(tmp_path / "packed").weights).values())
+    kept = sum(written.kept_bytes.values())
+    parts = by_part(written.layers)
+    assert sum(part.bytes_before for part in parts) + kept == before
+    assert sum(part.bytes_after for part in parts) + kept == after
+    (head,) = (part for part in parts if part.part == "head")
+    assert head.format == type_name(mx.zeros(1, dtype)) and head.bits_per_weight == 8 * dtype.size
+    assert [*written.kept_bytes] == [head.format]
+    # The plan says the same of the file before.
+    layers = linear_layers(network)
+    plans = [planned(plan, layers[plan.path].weight) for plan in plan_network(network, QuantizationSettings())]
+    assert sum(report.bytes_before for report in plans) + kept == before and kept_bytes(network) == written.kept_bytes

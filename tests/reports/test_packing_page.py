@@ -21,7 +21,7 @@ LOSSES = {
 
 def page(domains, domain_weights=None):
     summary = None if domains is None else Summary("m" * 64, sum(domains.values()), domains, [], [], [])
-    document = document_of("model", "out", "gptq", [LAYER], 0, summary, None, LOSSES, domain_weights)
+    document = document_of("model", "out", "gptq", [LAYER], {}, summary, None, LOSSES, domain_weights)
     (section,) = [each for each in sections_of(document, None) if each.title == "Error by domain"]
     texts = [block.text for block in section.blocks if isinstance(block, Text)]
     (grid,) = [block for block in section.blocks if isinstance(block, Grid)]

@@ -1,6 +1,7 @@
 """Renderings parse back to the numbers that went in."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -16,7 +17,9 @@ from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quality.quality import Comparison, Quality, Score
 from marlin_cli.reports.forms import to_json, to_jsonl
 from marlin_cli.reports.measurements import measurements
+from marlin_cli.reports.quality_tables import quality_tables
 from marlin_cli.reports.report import RENDERINGS, to_csv, to_markdown, to_tables
+from marlin_cli.reports.speed_tables import speed_table
 
 BESIDE = Comparison(Estimate(0.0125, 0.002), Estimate(0.03, 0.001), 0.01, 0.4, 1.5, Estimate(0.975, 0.004))
 CODE = Score(4096, 2, 10240.0, Estimate(2.5, 0.25), BESIDE)
@@ -152,8 +155,20 @@ def test_latencies_energy_and_the_sweep_are_rows(report):
     tables = to_tables(report)
     speed = {row[0]: row[1:] for row in next(table for table in tables if table.title.startswith("Speed: ")).rows}
     assert speed["a byte, ms: 50 %, 90 %, 99 %, longest"] == ["1, 2, 3, 4"] * 2
-    assert speed["a patch, ms: 50 %, 90 %, 99 %, longest"] == ["-"] * 2
+    assert not any(name.startswith("a patch") for name in speed)  # there was none
     assert speed["decoding, J/byte of the processor packages"] == ["0.125"] * 2
     [sweep] = [table for table in tables if table.title.startswith("Speed by context")]
     assert sweep.columns[:5] == ["context", "decoded", "batch", "first: prefill", "first: decode"]
     assert sweep.rows == [["1,024", "128", "8", *["5 (5 .. 5)", "7 (6 .. 8)"] * 2]]
+
+
+def test_what_has_no_patches_says_nothing_of_them(report):
+    for positions, named in (({}, False), ({0: CODE}, True)):
+        quality = dataclasses.replace(report.models[0].quality, patch_positions=positions, byte_classes={"letters": CODE})
+        _, groups = quality_tables("model", quality, report.quality_settings)
+        assert ("position in the patch" in groups.title) is named
+    waits = Percentiles(0.001, 0.002, 0.003, 0.004)
+    timed = dataclasses.replace(report.models[0].throughput, patch_latency_seconds=waits)
+    models = (dataclasses.replace(report.models[0], throughput=timed), report.models[1])
+    rows = speed_table(dataclasses.replace(report, models=models), report.throughput_settings).rows
+    assert next(row[1:] for row in rows if row[0].startswith("a patch")) == ["1, 2, 3, 4", "-"]
