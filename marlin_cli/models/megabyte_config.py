@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from marlin_cli.config import MOST_ENTRIES
@@ -143,7 +144,7 @@ class MegaByteConfig:
         """Width of a byte's embedding inside a patch."""
         return self.byte_dim or self.global_dim // self.patch_size
 
-    @property
+    @cached_property  # decoding asks for it at every patch
     def stages(self) -> tuple[StageConfig, ...]:
         """All stages, coarse to fine."""
         local_length = self.patch_size // math.prod(stage.length for stage in self.middle)
