@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -18,6 +18,9 @@ from marlin_cli.commands.uses import HEADS, MODELS, SERVED_BY, USES, Family, Use
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 from marlin_cli.writing import is_part_of_a_model
+
+if TYPE_CHECKING:
+    from marlin_cli.models import Architecture
 
 # Options whose text is what a model reads or writes: it may be empty, and of any length.
 TEXTS = (
@@ -107,15 +110,16 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
     heads: set[str] = set()
     for model in models:
         path = locate_model(model)
-        found, possible = _families_of(path), _heads_of(path)
+        architecture = architecture_at(path)
+        found, possible = _families_of(architecture), _heads_of(architecture)
         _check_served(command, found, model)
         # Weights alone tell an encoder alone, and heads: they are looked at where it matters.
         if any(_is_open(USES[command][option], found, possible) for option in given):
-            found, possible = _seen_in_weights(path)
+            found, possible = _seen_in_weights(path, found, possible)
             _check_served(command, found, model)
         families |= found
         heads |= possible
-        parts |= architecture_at(path).parts
+        parts |= architecture.parts
     _check_uses(command, given, frozenset(families), " and ".join(models[:2]), frozenset(parts), frozenset(heads))
 
 
@@ -133,29 +137,24 @@ def _check_served(command: str, families: set[Family], model: str) -> None:
         raise UsageError(f"{model}: is {family.value}, for which marlin {command} has no use; ask {SERVED_BY[family]}")
 
 
-def _families_of(path: Path) -> set[Family]:
-    """Those that the model may be of, as far as config.json tells."""
-    from marlin_cli.api import architecture_at
+def _families_of(found: "Architecture") -> set[Family]:
+    """Those that a model may be of, as far as its architecture tells."""
     from marlin_cli.models import Capability, Reading
 
-    found = architecture_at(path)
     if found.continuing is not None:
         return {Family.CONTINUES if found.continuing.reading is Reading.PATCHES else Family.BYTEWISE}
     return {Family.ENCODES} if found.capability is Capability.ENCODES else {Family.ANSWERS, Family.ENCODER_ALONE}
 
 
-def _heads_of(path: Path) -> set[str]:
+def _heads_of(found: "Architecture") -> set[str]:
     """The heads that the architecture of what encodes texts may have; of another none."""
-    from marlin_cli.api import architecture_at
-
-    return set(getattr(architecture_at(path).config, "kinds_of_head", ()))
+    return set(getattr(found.config, "kinds_of_head", ()))
 
 
-def _seen_in_weights(path: Path) -> tuple[set[Family], set[str]]:
-    """The family and the head of a model of which config.json does not tell them."""
+def _seen_in_weights(path: Path, candidates: set[Family], heads: set[str]) -> tuple[set[Family], set[str]]:
+    """Of those that a model's architecture leaves open, its family and its head."""
     from marlin_cli.checkpoints import read_checkpoint
 
-    candidates, heads = _families_of(path), _heads_of(path)
     if len(candidates) == 1 and len(heads) < 2:
         return candidates, heads
     config = read_checkpoint(path, check_values=False).config
