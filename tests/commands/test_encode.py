@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -51,9 +52,14 @@ def encode(folder, monkeypatch, capfdbinary, tmp_path):
         os.write(write, stdin)
         os.close(write)
         monkeypatch.setattr(sys, "argv", ["marlin", "encode", str(folder / model), *map(str, arguments)])
-        with open(read) as piped, pytest.raises(SystemExit) as caught:
+        before = set(threading.enumerate())
+        with open(read) as piped:
             monkeypatch.setattr(sys, "stdin", piped)
-            cli.main()
+            with pytest.raises(SystemExit) as caught:
+                cli.main()
+            # Else one that still reads, after an error, would read the next test's pipe under the same number.
+            for reader in set(threading.enumerate()) - before:
+                reader.join(timeout=1)
         captured = capfdbinary.readouterr()
         return caught.value.code, captured.out, captured.err.decode()
 

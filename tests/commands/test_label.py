@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import mlx.core as mx
 import numpy as np
@@ -64,9 +65,14 @@ def label(folder, monkeypatch, capfdbinary):
         os.write(write, stdin)
         os.close(write)
         monkeypatch.setattr(sys, "argv", ["marlin", "label", str(folder / model), *map(str, arguments)])
-        with open(read) as piped, pytest.raises(SystemExit) as caught:
+        before = set(threading.enumerate())
+        with open(read) as piped:
             monkeypatch.setattr(sys, "stdin", piped)
-            cli.main()
+            with pytest.raises(SystemExit) as caught:
+                cli.main()
+            # Else one that still reads, after an error, would read the next test's pipe under the same number.
+            for reader in set(threading.enumerate()) - before:
+                reader.join(timeout=1)
         captured = capfdbinary.readouterr()
         return caught.value.code, captured.out.splitlines(), captured.err.decode()
 
