@@ -80,7 +80,7 @@ class _Batch:
     def _noise_of_an_id(self) -> mx.array | None:
         if not any(each.temperature for each in self.settings):
             return None
-        taken = {id(noise): noise.take(1) for noise in self.noises}
+        taken = {each: noise.take(1) for each, noise in {id(noise): noise for noise in self.noises}.items()}
         return mx.concatenate([taken[id(noise)] for noise in self.noises])
 
 
@@ -129,15 +129,14 @@ class MergedStreams:
         found: dict[int, Drawn] = {}
         for batch in self._batches:
             own = [asks[stream] for stream in batch.streams]
-            with_logits = any(ask.with_logits for ask in own)
             try:
-                ids, logits = batch.advance(max(ask.most for ask in own), with_logits)
+                ids, logits = batch.advance(max(ask.most for ask in own), any(ask.with_logits for ask in own))
             except CheckpointError:
                 found |= {stream: Drawn([-1]) for stream in batch.streams}
                 continue
-            told = np.array(logits) if with_logits else None
-            for row, (stream, values) in enumerate(zip(batch.streams, np.array(ids).tolist(), strict=True)):
-                found[stream] = Drawn(values, None if told is None else told[row : row + 1])
+            told = None if logits is None else np.array(logits)
+            for row, (ask, values) in enumerate(zip(own, np.array(ids).tolist(), strict=True)):
+                found[batch.streams[row]] = Drawn(values, told[row : row + 1] if told is not None and ask.with_logits else None)
         return found
 
     def end(self, stream: int) -> None:
