@@ -54,12 +54,11 @@ def table(
     """A table; the first column is text, the others are right-aligned numbers, or text too. Rank 0 alone prints it."""
     if is_follower():
         return
-    grid = Table(
-        title=printable(title), title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=any(columns)
-    )
-    for number, column in enumerate(columns):
-        aligned = {"justify": "right", "no_wrap": True} if numbers and number else {"justify": "left", "no_wrap": False}
-        grid.add_column(printable(column), overflow="fold", **aligned)
+    headed = any(columns)
+    grid = Table(title=printable(title), title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=headed)
+    for place, column in enumerate(columns):
+        number = numbers and place > 0
+        grid.add_column(printable(column), justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         grid.add_row(*map(printable, row))
     # A pipe has no width: give it one in which no column is cut.

@@ -76,13 +76,6 @@ def pack(
     if steps.sequential_bytes and method in RESCALING:
         raise UsageError(f"--sequential measures each layer's input itself; leave out --method {method}")
     statistics = None if statistics_file is None else load_statistics(Path(statistics_file))
-    if statistics is not None and statistics.model != fingerprint(locate_model(model), options):
-        warnings.warn(
-            f"{statistics_file}: measured on other weights than those of {model}; taken for it all the same, as its layers have"
-            " these names (right where one was tuned from the other, or packed of it)",
-            AssumptionWarning,
-            stacklevel=2,
-        )
     if not steps.sequential_bytes:
         check_method(method, statistics)
     elif method not in METHODS:
@@ -102,6 +95,13 @@ def pack(
             with scratch_folder(target) as scratch:
                 reports, kept = packing.write(scratch / target.name, overwrite=False)
                 export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
+    if statistics is not None and statistics.model != fingerprint(locate_model(model), options):
+        warnings.warn(
+            f"{statistics_file}: measured on other weights than those of {model}, whose layers have these names too; that is"
+            " right where one was tuned from the other",
+            AssumptionWarning,
+            stacklevel=2,
+        )
     if json_output:
         print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:

@@ -184,6 +184,7 @@ _CALIBRATED = ("--sequential", "--target-bpw")
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
+    "--bits": _PACKING,
     "--global-bits": _part("global"),
     "--local-bits": _part("local"),
     "--encoder-bits": _part("encoder"),
