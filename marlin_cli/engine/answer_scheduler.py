@@ -4,8 +4,8 @@ What an input needs at most is set aside when it gets a place, so that nothing t
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,14 +16,13 @@ from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece,
 from marlin_cli.engine.answer_streams import AnswerStreams, Encoding, GraphStreams, Held, Source
 from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling, cost_of
 from marlin_cli.engine.cache import check_cache_bits
+from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
-from marlin_cli.engine.sampling import Noise, Sampling, draw
+from marlin_cli.engine.sampling import NOISE_STEPS, Noise, draw
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, SchedulerLimits
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes, ids_with_sentinels
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class _Stream:
     source: Source
     writing: OneAnswer | SearchedAnswers
     needs: int  # bytes of caches at most
-    noise: Noise | None
+    noise: Iterator[npt.NDArray[np.float32]] | None  # of each id that is drawn: [vocab]
     held: Held | None = None
     next: list[int] = field(default_factory=list)  # what the answers read at the next step, those of the first one first
 
@@ -114,7 +113,7 @@ class AnsweringScheduler:
             self._over.append(Ended(number, (one.empty(),) if beams is None else (), "length"))
         else:
             writing = one if beams is None else SearchedAnswers(number, limits, beams, ends)
-            noise = Noise(sampling.seed, config.vocab_size) if sampling.temperature else None
+            noise = noise_of(sampling.seed, config.vocab_size) if sampling.temperature else None
             self._waiting.append(_Stream(number, request, source, writing, needs, noise))
         self._telling[number] = Telling(limits, sentinels=request.sentinels)
         self._count += 1
@@ -200,27 +199,28 @@ class AnsweringScheduler:
         return news
 
     def _drawn(self, logits: mx.array, drawing: Sequence[tuple[int, _Stream, OneAnswer]]) -> list[News]:
-        groups: dict[object, list[tuple[int, _Stream, OneAnswer]]] = {}
-        for each in drawing:
-            # Noise is a stream's own; those that take the likeliest go together.
-            groups.setdefault(each[1].number if each[1].noise else each[2].forbidden, []).append(each)
-        table = np.array(logits) if any(stream.request.logprobs for _, stream, _ in drawing) else None
+        if not drawing:
+            return []
+        noise = np.zeros((len(drawing), logits.shape[1]), dtype=np.float32)
+        for place, (_, stream, _) in enumerate(drawing):
+            if stream.noise is not None:
+                noise[place] = next(stream.noise)
+        some = logits if len(drawing) == len(logits) else logits[mx.array([row for row, _, _ in drawing])]
+        # The noise has the seed in it: settings that are equal but for that may be drawn together.
+        settings = [replace(stream.request.sampling, seed=0) for _, stream, _ in drawing]
+        values, costs = draw(some, [writing.forbidden for _, _, writing in drawing], settings, mx.array(noise))
+        table = np.array(some) if any(stream.request.logprobs for _, stream, _ in drawing) else None
         news: list[News] = []
-        for members in groups.values():
-            some = logits if len(members) == len(logits) else logits[mx.array([row for row, _, _ in members])]
-            _, leader, first = members[0]
-            noise = leader.noise.take(1)[0] if leader.noise else None
-            sampling = leader.request.sampling if leader.noise else GREEDY
-            for (row, stream, writing), value, cost in zip(members, *draw(some, first.forbidden, sampling, noise), strict=True):
-                wanted = stream.request.logprobs
-                told = None if wanted is None else cost_of(value, cost, None if table is None else table[row], wanted)
-                is_part, answer = writing.take(value, cost)
-                stream.next = [value]
-                if is_part:
-                    news.append(Written(stream.number, value, told))
-                if answer is not None:
-                    found = () if answer.stop_reason == NOT_FINITE else (answer,)
-                    news.append(Ended(stream.number, found, answer.stop_reason))
+        for place, (_, stream, writing) in enumerate(drawing):
+            value, cost, wanted = values[place], costs[place], stream.request.logprobs
+            told = None if wanted is None else cost_of(value, cost, None if table is None else table[place], wanted)
+            is_part, answer = writing.take(value, cost)
+            stream.next = [value]
+            if is_part:
+                news.append(Written(stream.number, value, told))
+            if answer is not None:
+                found = () if answer.stop_reason == NOT_FINITE else (answer,)
+                news.append(Ended(stream.number, found, answer.stop_reason))
         return news
 
     @staticmethod
@@ -248,10 +248,6 @@ class AnsweringScheduler:
         return config.decoder_layers * a_layer
 
 
-def fuse_answers(network: ByT5) -> AnswerStreams[Any] | None:
-    return None
-
-
 def streams_of(network: ByT5) -> AnswerStreams[Any]:
     """How a network reads and writes here.
 
@@ -262,3 +258,11 @@ def streams_of(network: ByT5) -> AnswerStreams[Any]:
         labels = " (marlin encode), or to label (marlin label)" if network.config.labels else " (marlin encode)"
         raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
     return fuse_answers(network) or GraphStreams(network)
+
+
+def noise_of(seed: int, vocab: int) -> Iterator[npt.NDArray[np.float32]]:
+    """The noise of one id after the other: [vocab] each."""
+    noise = Noise(seed, vocab)
+    while True:
+        block: npt.NDArray[np.float32] = np.array(noise.take(NOISE_STEPS))
+        yield from block
