@@ -4,7 +4,7 @@ What an input needs at most is set aside when it gets a place, so that nothing t
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
 from marlin_cli.engine.answer_streams import AnswerStreams, Encoding, GraphStreams, Held, Source
-from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling, cost_of
+from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling
 from marlin_cli.engine.cache import check_cache_bits
 from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
-from marlin_cli.engine.sampling import NOISE_STEPS, Noise, draw
+from marlin_cli.engine.sampling import draw
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, SchedulerLimits
+from marlin_cli.engine.stream_scheduler import cost_of
+from marlin_cli.engine.streams import ROWS_READ_ALONE, StreamNoise
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes, ids_with_sentinels
@@ -53,7 +55,7 @@ class _Stream:
     source: Source
     writing: OneAnswer | SearchedAnswers
     needs: int  # bytes of caches at most
-    noise: Iterator[npt.NDArray[np.float32]] | None  # of each id that is drawn: [vocab]
+    noise: StreamNoise
     held: Held | None = None
     next: list[int] = field(default_factory=list)  # what the answers read at the next step, those of the first one first
 
@@ -113,7 +115,7 @@ class AnsweringScheduler:
             self._over.append(Ended(number, (one.empty(),) if beams is None else (), "length"))
         else:
             writing = one if beams is None else SearchedAnswers(number, limits, beams, ends)
-            noise = noise_of(sampling.seed, config.vocab_size) if sampling.temperature else None
+            noise = StreamNoise(sampling.seed, config.vocab_size)
             self._waiting.append(_Stream(number, request, source, writing, needs, noise))
         self._telling[number] = Telling(limits, sentinels=request.sentinels)
         self._count += 1
@@ -159,7 +161,8 @@ class AnsweringScheduler:
         """A slice of the inputs that enter."""
         if self._encoding is None:
             self._enter()
-        if self._encoding is None or not self._encoding.advance(self._limits.slice_rows):
+        rows = self._limits.slice_rows
+        if self._encoding is None or not self._encoding.advance(rows if self._decoding else max(rows, ROWS_READ_ALONE)):
             return
         for stream, held in zip(self._entering, self._encoding.held(), strict=True):
             first = [self._network.config.start_id, *ids_of_bytes(stream.request.limits.prefix)]
@@ -203,17 +206,17 @@ class AnsweringScheduler:
             return []
         noise = np.zeros((len(drawing), logits.shape[1]), dtype=np.float32)
         for place, (_, stream, _) in enumerate(drawing):
-            if stream.noise is not None:
-                noise[place] = next(stream.noise)
+            if stream.request.sampling.temperature:
+                noise[place] = stream.noise.take(1)
         some = logits if len(drawing) == len(logits) else logits[mx.array([row for row, _, _ in drawing])]
         # The noise has the seed in it: settings that are equal but for that may be drawn together.
         settings = [replace(stream.request.sampling, seed=0) for _, stream, _ in drawing]
         values, costs = draw(some, [writing.forbidden for _, _, writing in drawing], settings, mx.array(noise))
-        table = np.array(some) if any(stream.request.logprobs for _, stream, _ in drawing) else None
+        table = np.array(some) if any(stream.request.logprobs is not None for _, stream, _ in drawing) else None
         news: list[News] = []
         for place, (_, stream, writing) in enumerate(drawing):
             value, cost, wanted = values[place], costs[place], stream.request.logprobs
-            told = None if wanted is None else cost_of(value, cost, None if table is None else table[place], wanted)
+            told = None if wanted is None or table is None else cost_of(table[place], value, wanted)
             is_part, answer = writing.take(value, cost)
             stream.next = [value]
             if is_part:
@@ -258,11 +261,3 @@ def streams_of(network: ByT5) -> AnswerStreams[Any]:
         labels = " (marlin encode), or to label (marlin label)" if network.config.labels else " (marlin encode)"
         raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
     return fuse_answers(network) or GraphStreams(network)
-
-
-def noise_of(seed: int, vocab: int) -> Iterator[npt.NDArray[np.float32]]:
-    """The noise of one id after the other: [vocab] each."""
-    noise = Noise(seed, vocab)
-    while True:
-        block: npt.NDArray[np.float32] = np.array(noise.take(NOISE_STEPS))
-        yield from block
