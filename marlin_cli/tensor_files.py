@@ -86,6 +86,48 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return dict(arrays), metadata
 
 
+# Types of which parts are read, and the words of that size in numpy.
+_WORDS = {
+    "F32": ("float32", "<u4"),
+    "F16": ("float16", "<u2"),
+    "BF16": ("bfloat16", "<u2"),
+    "U32": ("uint32", "<u4"),
+    "U8": ("uint8", "u1"),
+}
+
+
+def read_slices(path: Path, cuts: Mapping[str, tuple[slice, ...]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parts of the arrays of a safetensors file (`mlx.core.array`); nothing else of it is read, but for whole pages of memory.
+
+    Args:
+        cuts: name -> what is wanted, by axis. Names that the file has not, of another type than a network's or of another
+            shape than `shapes` says, are left out.
+
+    Raises:
+        CheckpointError: see `safetensors_header`; or the file became shorter.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    tensors, _ = safetensors_header(path)
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            places = json.loads(file.read(header_bytes))
+            found = {}
+            for name, cut in cuts.items():
+                entry = tensors.get(name)
+                if entry is None or entry["dtype"] not in _WORDS or tuple(entry["shape"]) != shapes[name]:
+                    continue
+                dtype, words = _WORDS[entry["dtype"]]
+                start = 8 + header_bytes + places[name]["data_offsets"][0]
+                whole = np.memmap(file, dtype=words, mode="r", offset=start, shape=shapes[name])
+                found[name] = mx.array(np.ascontiguousarray(whole[cut])).view(getattr(mx, dtype))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot read: {one_line(error)[:MOST_SAID]}") from None
+    return found
+
+
 def save_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write MLX arrays as safetensors to a temporary path inside `writing` or `writing_folder`.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ring import ended, start_ring
 
 from marlin_cli.errors import DistributedError, MarlinError, UsageError
 from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
@@ -153,16 +154,7 @@ def start(folder: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def starting(job: str, only: tuple[int, ...] = (0, 1)) -> list["subprocess.Popen[str]"]:
-        hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-        new = [
-            subprocess.Popen(
-                [sys.executable, __file__, job, str(folder)],
-                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in only
-        ]  # fmt: skip
+        new = start_ring([__file__, job, str(folder)], folder, only=only)
         started.extend(new)
         return new
 
@@ -170,33 +162,6 @@ def start(folder: Path) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.communicate()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, of a range that no outgoing connection is given."""
-    ports: list[int] = []
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                try:
-                    with socket.socket() as server:
-                        server.bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-                ports.append(port)
-        if len(ports) == count:
-            break
-    return ports
-
-
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each."""
-    results = []
-    for process in processes:
-        out, error = process.communicate(timeout=60)
-        results.append((process.returncode, out, error))
-    return results
 
 
 def test_two_ranks_of_which_one_is_killed_go_on_to_what_one_process_gives(start: Start, folder: Path) -> None:

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, names_in, read_foreign, weights_file
+from marlin_cli.checkpoints.parts import Wanted, part_of
 from marlin_cli.checkpoints.state_dicts import names_of_models
 from marlin_cli.documents import read_json
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
@@ -73,7 +74,9 @@ LASTING = (ASSUMED, "rotated_states")
 CACHE_BITS = (4, 8, 16)
 
 
-def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_values: bool = True) -> Checkpoint:
+def read_checkpoint(
+    path: Path, options: ImportOptions | None = None, *, check_values: bool = True, wanted: Wanted | None = None
+) -> Checkpoint:
     """Read a model folder or file of any supported layout.
 
     Weights come in the types they are stored in; torch's float64 comes as float32.
@@ -82,6 +85,7 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         options: what a foreign checkpoint does not reveal.
         check_values: look at every weight now, which brings them all into memory; off, the caller calls `check_weight`
             on each as it takes it.
+        wanted: what of the arrays a rank holds, see `parts`; all of them if None.
 
     Raises:
         CheckpointError: no supported layout, a damaged or unsafe file, weights that are not finite numbers, or an
@@ -100,6 +104,8 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         _check_options(checkpoint, options)
     _check_marlin(checkpoint)
     checkpoint = _with_assumptions(checkpoint, options)
+    if wanted is not None:
+        checkpoint = part_of(checkpoint, wanted)
     for name, array in checkpoint.weights.items():
         _check_kind(checkpoint, name, array)
         if check_values:

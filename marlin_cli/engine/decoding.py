@@ -396,7 +396,7 @@ class Lockstep:
 
     def _new_cache(self, number: int, padding: Sequence[int] = ()) -> StageCache:
         bits = self._bits if number == 0 else CacheBits()
-        if self._fused is not None:
+        if self._fused is not None and self._fused.has(number):
             return self._fused.new_cache(number, self.streams, padding, bits.keys, bits.values)
         stage = self.network.stages[number]
         return GraphCache(stage.stack, stage.config, number > 0, padding, bits)

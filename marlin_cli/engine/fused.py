@@ -11,9 +11,11 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
+KNOWN = (Linear, QuantizedLinear)
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
@@ -25,6 +27,8 @@ class FusedStages:
         self._stages = network.config.stages
         self._stacks = [
             _stack(module, network.config, stage.config, stage.stack, network.config.attention_window if number == 0 else None)
+            if _knows(stage.stack)
+            else None
             for number, stage in enumerate(network.stages)
         ]
         self._head = kernel_product(module, network.output)
@@ -51,7 +55,13 @@ class FusedStages:
 
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
+        if not self.has(number):
+            return self._network.stages[number].stack(rows)
         return self._stacks[number](rows, None)
+
+    def has(self, number: int) -> bool:
+        """Do the kernels run this stage? One that ranks share goes by the network itself."""
+        return self._stacks[number] is not None
 
     def predictions(self, windows: mx.array) -> mx.array:
         """Logits [n, length, vocab] float32 of windows [n, length], as the network itself gives them."""
@@ -142,12 +152,13 @@ def fuse(network: MegaByte) -> FusedStages | None:
     module = kernels()[0]
     if module is None or any(array.dtype != mx.float32 for array in arrays):
         return None
-    known = (Linear, QuantizedLinear)
-    for stage in network.stages:
-        for layer in stage.stack.layers:
-            if not all(type(part) in known for part in (*_attention_parts(layer), *_ffn_parts(layer))):
-                return None
-    return FusedStages(network, module) if type(network.output) in known else None
+    shared = 0 if share_of(network) is None else 1  # the first stage, then, whose sums no kernel makes
+    known = all(_knows(stage.stack) for stage in network.stages[shared:]) and type(network.output) in KNOWN
+    return FusedStages(network, module) if known else None
+
+
+def _knows(stack: Stack) -> bool:
+    return all(type(part) in KNOWN for layer in stack.layers for part in (*_attention_parts(layer), *_ffn_parts(layer)))
 
 
 def _attention_parts(layer: Block) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.split import agreed
 from marlin_cli.engine.stopping import StopMatcher, Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Network, continuing_of
@@ -79,7 +80,7 @@ def _decode(
     state.check_finite()
     while streams:
         starts = dict(zip(streams, state.positions, strict=True))
-        columns: list[list[int]] = state.advance(sampling, noise, stopping.max_bytes - decoded).T.tolist()  # type: ignore[assignment]
+        columns: list[list[int]] = agreed(network, state.advance(sampling, noise, stopping.max_bytes - decoded)).T.tolist()  # type: ignore[assignment]
         zeros += sum(values.count(0) for values in columns)
         if zeros >= check_at:
             state.check_finite()
