@@ -10,7 +10,7 @@ import numpy as np
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse
-from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
@@ -158,9 +158,13 @@ class Lockstep:
             assert condition is not None
             lead = self.network.leading_row(self._last, self.streams, condition, self._before_patch)[:, 0]
             given = self._tail()
-            drawn = noise.take(steps) if sampling.temperature else None
+            draws = Draws([sampling], [noise.take(steps) if sampling.temperature else no_noise()])
             self._sequence_cache_bytes = self._fused.sequence_cache_bytes(self.streams, tokens + steps)
-            ids = self._fused.decode_sequence(lead, self.network.additions(condition), given, drawn, steps, sampling)
+            known, places = [tokens] * self.streams, tokens + steps
+            found, _ = self._fused.decode_sequence(lead, self.network.additions(condition), given, known, places, draws)
+            ids = found[:, tokens:]
+            if np.array(ids).min() < 0:
+                raise not_finite()
         for start in range(0, ids.shape[1], max(1, length - tokens)):
             self._append(ids[:, start : start + max(1, length - tokens)])
         return ids

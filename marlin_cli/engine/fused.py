@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE
-from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.sampling import Draws, kernel_drawing
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
@@ -79,27 +79,45 @@ class FusedStages:
             self._seconds[number],
         )
 
-    def decode_sequence(
-        self, lead: mx.array, additions: mx.array, given: mx.array, noise: mx.array | None, steps: int, sampling: Sampling
-    ) -> mx.array:
-        """Draw the ids that follow `given` in a sequence of the last stage, in one call.
+    def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: "Sequence[FusedCache]") -> mx.array:
+        """Take rows of many streams, which stand anywhere, through the layers of a stage in one call: hidden rows.
 
         Args:
-            lead: [streams, dim] its leading row.
+            rows: [sum of counts, dim], those of each stream together; they follow those that its cache has seen.
+            caches: of one stream each, and each of another.
+        """
+        held = [each.held for each in caches]
+        hidden: mx.array = self._stacks[number].ragged(rows, list(counts), held, seconds=self._seconds[number])
+        return hidden
+
+    def decode_sequence(
+        self,
+        lead: mx.array,
+        additions: mx.array,
+        given: mx.array,
+        known: Sequence[int],
+        places: int,
+        draws: Draws,
+        *,
+        with_logits: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        """Draw the ids that follow those given in sequences of the last stage, in one call.
+
+        Args:
+            lead: [streams, dim] their leading rows.
             additions: [streams or 1, tokens, dim], see `MegaByte.additions`.
-            given: [streams, n] the ids that stand in it already.
-            noise: [steps, vocab]; not read when the temperature is 0.
+            given: [streams, n] the ids that stand in them already, of each stream as many as `known` has.
+            places: how many ids each has in the end.
 
         Returns:
-            [streams, steps] int32
+            The ids [streams, places] int32, -1 where the model gave no numbers, and, if asked for, the logits
+            [streams, places, vocab] that they were drawn from.
         """
-        drawing = self._module.Drawing(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        if noise is None:
-            noise = mx.zeros((0,))
-        return self._module.local_patch_decode(
-            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), noise, steps, drawing,
-            self._seconds[-1],
+        found, logits = self._module.local_patch_decode(
+            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), list(known), places,
+            draws.noise, [kernel_drawing(self._module, each) for each in draws.settings], with_logits, self._seconds[-1],
         )  # fmt: skip
+        return found, logits
 
     def costs(self, ids: mx.array) -> mx.array:
         """What each of ids [batch, total] costs, in nats, as `MegaByte.__call__` predicts it: [batch, total] float32."""
@@ -128,20 +146,20 @@ class FusedCache:
     """What one stage remembers, in the kernels' own pages; takes rows through the stage's layers."""
 
     def __init__(self, stack: Any, cache: Any, seconds: Any) -> None:
-        self._stack, self._cache, self._seconds = stack, cache, seconds
+        self._stack, self.held, self._seconds = stack, cache, seconds
 
     def run(self, rows: mx.array) -> mx.array:
         """Hidden rows of `rows` [streams, n, dim], which follow those seen before."""
-        return self._stack(rows, self._cache, seconds=self._seconds)
+        return self._stack(rows, self.held, seconds=self._seconds)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows in use."""
-        return int(self._cache.bytes_in_use)
+        return int(self.held.bytes_in_use)
 
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
-        self._cache.keep(list(streams))
+        self.held.keep(list(streams))
 
 
 def fuse(network: MegaByte) -> FusedStages | None:

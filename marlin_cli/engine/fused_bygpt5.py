@@ -56,7 +56,7 @@ class FusedByGPT5:
         """Logits [n, vocab] of what follows ids [n, rows], which follow those in the cache."""
         table = self._network.embedding.weight
         if ids.shape[1] == 1:
-            logits: mx.array = self._module.answer_decode(self._stack, table, self._head, ids[:, 0].tolist(), cache, None)
+            logits: mx.array = self._module.answer_decode(self._stack, table, self._head, ids[:, 0].tolist(), [1], [cache])
             return logits
         step = max(1, ROWS_AT_ONCE // ids.shape[0])
         for start in range(0, ids.shape[1], step):
