@@ -88,12 +88,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 # Types of which parts are read, and the words of that size in numpy.
 _WORDS = {
-    "F32": ("float32", "<u4"),
-    "F16": ("float16", "<u2"),
-    "BF16": ("bfloat16", "<u2"),
-    "U32": ("uint32", "<u4"),
+    "F32": ("float32", "<u4"), "F16": ("float16", "<u2"), "BF16": ("bfloat16", "<u2"), "U32": ("uint32", "<u4"),
     "U8": ("uint8", "u1"),
-}
+}  # fmt: skip
 
 
 def read_slices(path: Path, cuts: Mapping[str, tuple[slice, ...]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class FusedStages:
     def __init__(self, network: MegaByte, module: Any) -> None:
         self._network, self._module = network, module
         self._stages = network.config.stages
-        self._stacks = [
+        self._stacks: list[Any] = [
             _stack(module, network.config, stage.config, stage.stack, network.config.attention_window if number == 0 else None)
             if _knows(stage.stack)
             else None

@@ -8,17 +8,25 @@ connections by which ranks watch each other, not over collectives, where no rank
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
+from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Cost, Piece, Request, Scheduler
+from marlin_cli.engine.split import agreed_bytes
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.wire import Wire
 from marlin_cli.errors import DistributedError
+from marlin_cli.models import Network
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ranks import Ranks
+from marlin_cli.text import quoted
 
-WIRE = Wire((Request, Stopping, Sampling, Piece, Cost))
+CONTINUING = (Request, Stopping, Sampling, Piece, Cost)
+ANSWERING = (AnswerRequest, AnswerLimits, Beams, AnswerPiece, Answer)
+WIRE = Wire((*CONTINUING, *ANSWERING))
 
 # Seconds that rank 0 waits for the others where it has nothing to do itself.
 PATIENCE_SECONDS = 0.02
@@ -112,8 +120,8 @@ class Routed:
 class Mirrored:
     """A `Scheduler` of a model that ranks share; at rank 0, whose every step the others take too."""
 
-    def __init__(self, own: Scheduler[Any], ranks: Ranks) -> None:
-        self._own, self._ranks = own, ranks
+    def __init__(self, own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
+        self._own, self._ranks, self._network = own, ranks, network
         self._tell("reset")
 
     @property
@@ -135,8 +143,7 @@ class Mirrored:
 
     def advance(self) -> list[Piece]:
         self._tell("advance")
-        with self._ranks.computing():
-            return self._own.advance()
+        return _together(self._own, self._ranks, self._network)
 
     def release(self, stream: int) -> None:
         self._tell("release", stream)
@@ -151,14 +158,25 @@ class Mirrored:
             self._ranks.send(rank, WIRE.to_bytes(message))
 
 
-def follow(own: Scheduler[Any], ranks: Ranks) -> None:
+def _together(own: Scheduler[Any], ranks: Ranks, network: Network) -> list[Piece]:
+    """A step that all ranks take: the pieces, if they are the same on all."""
+    with ranks.computing():
+        pieces = own.advance()
+        agreed_bytes(network, WIRE.to_bytes(pieces))
+    return pieces
+
+
+def follow(own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
     """What a rank other than 0 does until rank 0 has nothing more for it.
+
+    Args:
+        network: the scheduler's, which the ranks may share.
 
     Raises:
         DistributedError: rank 0 said what no rank says; or another rank ended.
     """
     numbers: dict[int, int] = {}  # own stream -> rank 0's number
-    mirrors = False
+    mirrors = share_of(network) is not None
     while True:
         idle = mirrors or not (own.running or own.waiting)
         message = ranks.receive(None if idle else 0.0)
@@ -170,15 +188,13 @@ def follow(own: Scheduler[Any], ranks: Ranks) -> None:
                 number, request = rest
                 numbers[own.admit(request)] = number
             elif kind == "release":
-                _release(own, numbers, lambda number: number == rest[0])
+                _release(own, numbers, rest)
             elif kind == "reset":
-                _release(own, numbers, lambda number: True)
+                _release(own, numbers, list(numbers.values()))
             elif kind == "advance":
-                mirrors = True
-                with ranks.computing():
-                    own.advance()
+                _together(own, ranks, network)
             else:
-                raise DistributedError(f"rank 0 asked for {kind!r}, which this rank does not know; start all of one version")
+                raise DistributedError(f"rank 0 asked for {quoted(kind)}, which is unknown here; start all of one version")
             continue
         pieces = own.advance()
         told = [dataclasses.replace(piece, stream=numbers[piece.stream]) for piece in pieces]
@@ -189,20 +205,8 @@ def follow(own: Scheduler[Any], ranks: Ranks) -> None:
             ranks.send(0, WIRE.to_bytes((own.cache_bytes, told)))
 
 
-def _release(own: Scheduler[Any], numbers: dict[int, int], wanted: Callable[[int], bool]) -> None:
-    """Forget the streams whose numbers at rank 0 are wanted."""
-    for stream in [mine for mine, number in numbers.items() if wanted(number)]:
+def _release(own: Scheduler[Any], numbers: dict[int, int], unwanted: Sequence[int]) -> None:
+    """Forget the streams that have these numbers at rank 0."""
+    for stream in [mine for mine, number in numbers.items() if number in unwanted]:
         own.release(stream)
         del numbers[stream]
-
-
-def over_ranks(own: Scheduler[Any], ranks: Ranks, network: Network, most: int) -> "Scheduler[Any] | Routed | Mirrored":
-    """The scheduler of rank 0: its own where it is alone, else one whose streams run over the ranks.
-
-    Args:
-        network: the scheduler's, which the ranks may share.
-        most: streams that one rank runs at once.
-    """
-    if ranks.size == 1:
-        return own
-    return Routed(own, ranks, most) if share_of(network) is None else Mirrored(own, ranks)

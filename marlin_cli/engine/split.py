@@ -45,5 +45,6 @@ def _compare(own: np.ndarray, everyone: np.ndarray) -> None:
     if different or (own != everyone[0]).any():
         rank = different[0] if different else 0
         raise FoundByAll(
-            f"rank {rank} has drawn other bytes than rank 0: ranks that share a model need its same files, and machines of one kind"
+            f"rank {rank} has drawn other bytes than rank 0: ranks that share a model need its same files,"
+            " and machines of one kind"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import DistributedError, MarlinError
+from marlin_cli.text import one_line
 
 
 class Wire:
@@ -38,9 +39,7 @@ class Wire:
         try:
             return self._value(document)
         except (TypeError, ValueError, KeyError, binascii.Error, MarlinError) as error:
-            raise DistributedError(
-                f"a rank said what this one does not understand ({error}); start all of one version"
-            ) from None
+            raise DistributedError(f"a rank said what is unknown here ({one_line(error)}); start all of one version") from None
 
     def _plain(self, value: Any) -> Any:
         if isinstance(value, bytes):

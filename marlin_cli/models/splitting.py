@@ -46,15 +46,13 @@ class Share:
             UsageError: heads, channels or groups that so many ranks cannot share evenly; those that can are named.
         """
         self._check(config, weights, where)
-        heads, kv_heads = self.split.heads(config)
-        makes = dict.fromkeys(MAKE_QUERIES, (self.rank, self.size, heads))
-        makes |= dict.fromkeys(
-            MAKE_KEYS, (self.rank * min(kv_heads, self.size) // self.size, min(kv_heads, self.size), kv_heads)
-        )
-        makes |= dict.fromkeys(MAKE_CHANNELS, (self.rank, self.size, None))
+        _, kv_heads = self.split.heads(config)
+        parts = min(kv_heads, self.size)
+        makes = dict.fromkeys((*MAKE_QUERIES, *MAKE_CHANNELS), (self.rank, self.size))
+        makes |= dict.fromkeys(MAKE_KEYS, (self.rank * parts // self.size, parts))
         found: dict[str, Cut] = {}
         for block in self.split.blocks(config):
-            for name, (part, parts, _) in makes.items():
+            for name, (part, parts) in makes.items():
                 for array in ("weight", "scales", "biases", "bias"):
                     path = f"{block}.{name}.{array}"
                     if path in weights and weights[path].ndim:
@@ -94,7 +92,7 @@ class Share:
                 weight = modules[holder][name]
                 modules[holder][name] = weight[..., : weight.shape[-1] // self.size]
 
-    def join(self, network: Network) -> None:
+    def join(self, network: Any) -> None:
         """Let the parts of a narrowed network, which has its weights, make one network with those of the other ranks."""
         modules = dict(network.named_modules())
         paths = [f"{block}.{name}" for block in self.split.blocks(network.config) for name in TAKE_BACK]
@@ -106,7 +104,7 @@ class Share:
         heads, kv_heads = self.split.heads(config)
 
         def refusal(size: int) -> str | None:
-            if kv_heads % size and size % kv_heads:
+            if heads % size == 0 and kv_heads % size and size % kv_heads:
                 return f"{kv_heads} heads of keys and values"
             return next((what for what, count in counted.items() if count % size), None)
 

@@ -108,11 +108,11 @@ MEGABYTE = {
 @pytest.mark.parametrize(
     ("config", "size", "expected"),
     [
-        (MegaByteConfig(**MEGABYTE, global_heads=6), 4, "--split global: m has 6 heads, which 4 ranks cannot share; start 2 ranks"),
-        (MegaByteConfig(**MEGABYTE, global_heads=6, global_ffn_dim=192), 4, "6 heads, which 4 ranks cannot share; start 2 or 3 or 6"),
-        (MegaByteConfig(**MEGABYTE, global_heads=2, global_ffn_dim=99), 2, "99 channels in a feed-forward, .* no number of ranks"),
+        (MegaByteConfig(**MEGABYTE, global_heads=6), 4, "--split global: m has 6 heads, .* start 2 ranks"),
+        (MegaByteConfig(**MEGABYTE, global_heads=6, global_ffn_dim=192), 4, "6 heads, which 4 ranks .* start 2 or 3 or 6"),
+        (MegaByteConfig(**MEGABYTE, global_heads=2, global_ffn_dim=99), 2, "99 channels in a .* no number of ranks"),
         (MegaByteConfig(**MEGABYTE, global_heads=12, global_kv_heads=3, global_ffn_dim=96), 2, "3 heads of keys and values"),
-        (ByT5Config(d_model=32, heads=6, head_dim=8, ffn_dim=96), 4, "--split encoder: m has 6 heads, .* start 2 or 3 or 6 ranks"),
+        (ByT5Config(d_model=32, heads=6, head_dim=8, ffn_dim=96), 4, "--split encoder: .* start 2 or 3 or 6 ranks"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_refused(config: Any, size: int, expected: str) -> None:
@@ -122,10 +122,8 @@ def test_what_does_not_divide_is_refused(config: Any, size: int, expected: str) 
 
 def test_groups_that_do_not_divide_are_refused() -> None:
     config = MegaByteConfig(**MEGABYTE, global_heads=6, global_ffn_dim=192)
-    scales = {
-        "global.layers.0.attention.o_proj.scales": mx.zeros((96, 3)),
-        "global.layers.0.ffn.down_proj.scales": mx.zeros((96, 6)),
-    }
+    widths = {"attention.o_proj": 3, "ffn.down_proj": 6}
+    scales = {f"global.layers.0.{name}.scales": mx.zeros((96, width)) for name, width in widths.items()}
     with pytest.raises(UsageError, match="3 packed groups in a row of o_proj, which 2 ranks cannot share; start 3 ranks"):
         share(config, 2).cuts(config, {**weights_of(config), **scales}, "m")
 
