@@ -11,8 +11,8 @@ from marlin_cli import ByT5Config, ByT5Model, load
 from marlin_cli.engine import sampling as sampling_module
 from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.beams import Beams
-from marlin_cli.engine.generation import Stopping
 from marlin_cli.engine.sampling import Sampling, draw, without
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
 

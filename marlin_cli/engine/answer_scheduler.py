@@ -5,7 +5,7 @@ What an input needs at most is set aside when it gets a place, so that nothing t
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,16 +14,19 @@ import numpy.typing as npt
 
 from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
 from marlin_cli.engine.answer_streams import AnswerStreams, Encoding, GraphStreams, Held, Source
-from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling, cost_of
+from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling
 from marlin_cli.engine.cache import check_cache_bits
+from marlin_cli.engine.encoder_decoder import check_answers
+from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
-from marlin_cli.engine.sampling import Noise, Sampling, draw
+from marlin_cli.engine.sampling import draw
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, SchedulerLimits
+from marlin_cli.engine.split import agreed
+from marlin_cli.engine.stream_scheduler import cost_of
+from marlin_cli.engine.streams import ROWS_READ_ALONE, StreamNoise
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes, ids_with_sentinels
-
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class _Stream:
     source: Source
     writing: OneAnswer | SearchedAnswers
     needs: int  # bytes of caches at most
-    noise: Noise | None
+    noise: StreamNoise
     held: Held | None = None
     next: list[int] = field(default_factory=list)  # what the answers read at the next step, those of the first one first
 
@@ -62,12 +65,17 @@ class _Stream:
 class AnsweringScheduler:
     """A `Scheduler` of answers; see `engine.scheduling`.
 
+    Args:
+        streams: how the network reads and writes; as is best here unless given.
+
     Raises:
         UsageError: the network has no decoder.
     """
 
-    def __init__(self, network: ByT5, limits: SchedulerLimits | None = None) -> None:
-        self._network, self._limits, self._answers = network, limits or SchedulerLimits(), streams_of(network)
+    def __init__(self, network: ByT5, limits: SchedulerLimits | None = None, streams: AnswerStreams[Any] | None = None) -> None:
+        check_answers(network)
+        self._network, self._limits = network, limits or SchedulerLimits()
+        self._answers: AnswerStreams[Any] = streams or fuse_answers(network) or GraphStreams(network)
         self._count = 0
         self._over: list[Ended] = []  # at once, with nothing to read
         self._waiting: deque[_Stream] = deque()
@@ -114,7 +122,7 @@ class AnsweringScheduler:
             self._over.append(Ended(number, (one.empty(),) if beams is None else (), "length"))
         else:
             writing = one if beams is None else SearchedAnswers(number, limits, beams, ends)
-            noise = Noise(sampling.seed, config.vocab_size) if sampling.temperature else None
+            noise = StreamNoise(sampling.seed, config.vocab_size)
             self._waiting.append(_Stream(number, request, source, writing, needs, noise))
         self._telling[number] = Telling(limits, sentinels=request.sentinels)
         self._count += 1
@@ -141,7 +149,7 @@ class AnsweringScheduler:
         self._read()
         if self._decoding:
             news += self._write()
-        return news
+        return agreed(self._network, news)
 
     def release(self, stream: int) -> None:
         self._telling.pop(stream, None)
@@ -160,7 +168,8 @@ class AnsweringScheduler:
         """A slice of the inputs that enter."""
         if self._encoding is None:
             self._enter()
-        if self._encoding is None or not self._encoding.advance(self._limits.slice_rows):
+        rows = self._limits.slice_rows
+        if self._encoding is None or not self._encoding.advance(rows if self._decoding else max(rows, ROWS_READ_ALONE)):
             return
         for stream, held in zip(self._entering, self._encoding.held(), strict=True):
             first = [self._network.config.start_id, *ids_of_bytes(stream.request.limits.prefix)]
@@ -200,27 +209,28 @@ class AnsweringScheduler:
         return news
 
     def _drawn(self, logits: mx.array, drawing: Sequence[tuple[int, _Stream, OneAnswer]]) -> list[News]:
-        groups: dict[object, list[tuple[int, _Stream, OneAnswer]]] = {}
-        for each in drawing:
-            # Noise is a stream's own; those that take the likeliest go together.
-            groups.setdefault(each[1].number if each[1].noise else each[2].forbidden, []).append(each)
-        table = np.array(logits) if any(stream.request.logprobs for _, stream, _ in drawing) else None
+        if not drawing:
+            return []
+        noise = np.zeros((len(drawing), logits.shape[1]), dtype=np.float32)
+        for place, (_, stream, _) in enumerate(drawing):
+            if stream.request.sampling.temperature:
+                noise[place] = stream.noise.take(1)
+        some = logits if len(drawing) == len(logits) else logits[mx.array([row for row, _, _ in drawing])]
+        # The noise has the seed in it: settings that are equal but for that may be drawn together.
+        settings = [replace(stream.request.sampling, seed=0) for _, stream, _ in drawing]
+        values, costs = draw(some, [writing.forbidden for _, _, writing in drawing], settings, mx.array(noise))
+        table = np.array(some) if any(stream.request.logprobs is not None for _, stream, _ in drawing) else None
         news: list[News] = []
-        for members in groups.values():
-            some = logits if len(members) == len(logits) else logits[mx.array([row for row, _, _ in members])]
-            _, leader, first = members[0]
-            noise = leader.noise.take(1)[0] if leader.noise else None
-            sampling = leader.request.sampling if leader.noise else GREEDY
-            for (row, stream, writing), value, cost in zip(members, *draw(some, first.forbidden, sampling, noise), strict=True):
-                wanted = stream.request.logprobs
-                told = None if wanted is None else cost_of(value, cost, None if table is None else table[row], wanted)
-                is_part, answer = writing.take(value, cost)
-                stream.next = [value]
-                if is_part:
-                    news.append(Written(stream.number, value, told))
-                if answer is not None:
-                    found = () if answer.stop_reason == NOT_FINITE else (answer,)
-                    news.append(Ended(stream.number, found, answer.stop_reason))
+        for place, (_, stream, writing) in enumerate(drawing):
+            value, cost, wanted = values[place], costs[place], stream.request.logprobs
+            told = None if wanted is None or table is None else cost_of(table[place], value, wanted)
+            is_part, answer = writing.take(value, cost)
+            stream.next = [value]
+            if is_part:
+                news.append(Written(stream.number, value, told))
+            if answer is not None:
+                found = () if answer.stop_reason == NOT_FINITE else (answer,)
+                news.append(Ended(stream.number, found, answer.stop_reason))
         return news
 
     @staticmethod
@@ -246,19 +256,3 @@ class AnsweringScheduler:
         packed = {16: plain, 8: config.head_dim + config.head_dim // 32, 4: config.head_dim // 2 + config.head_dim // 16}
         a_layer = 2 * config.heads * (states * packed[source.memory_bits] + source.answers * rows * plain)
         return config.decoder_layers * a_layer
-
-
-def fuse_answers(network: ByT5) -> AnswerStreams[Any] | None:
-    return None
-
-
-def streams_of(network: ByT5) -> AnswerStreams[Any]:
-    """How a network reads and writes here.
-
-    Raises:
-        UsageError: it has no decoder.
-    """
-    if not network.config.decoder_layers:
-        labels = " (marlin encode), or to label (marlin label)" if network.config.labels else " (marlin encode)"
-        raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
-    return fuse_answers(network) or GraphStreams(network)

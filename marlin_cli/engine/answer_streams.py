@@ -158,13 +158,18 @@ class GraphEncoding:
         self._sources = [self._sources[index] for index in inputs]
 
     def held(self) -> list[GraphHeld]:
+        return [
+            GraphHeld(self._network.memory(each), source) for each, source in zip(self.states(), self._sources, strict=True)
+        ]
+
+    def states(self) -> list[mx.array]:
+        """The encoder's states of each input, once all is read: [1, states, d_model]."""
         encoder, x, sizes = self._network.encoder, self._x, self._sizes
         if self._over_bytes is not None:
             rows, before, sizes = self._over_bytes
             parts = zip(_parts(rows, sizes), _parts(before, self._sizes), _parts(x, self._sizes), strict=True)
             x = mx.concatenate([encoder.joined(*each) for each in parts], axis=1)
-        states = _parts(encoder.norm(x), sizes)
-        return [GraphHeld(self._network.memory(each), source) for each, source in zip(states, self._sources, strict=True)]
+        return _parts(encoder.norm(x), sizes)
 
     def _pool(self, encoder: DownsamplingEncoder) -> None:
         pooled = [encoder.pooled(each, None) for each in _parts(self._x, self._sizes)]

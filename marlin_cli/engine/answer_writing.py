@@ -93,7 +93,7 @@ class Telling:
 
     def __init__(self, limits: AnswerLimits, *, sentinels: bool) -> None:
         self._lead, self._matcher, self._sentinels = limits.prefix, StopMatcher(limits.stop), sentinels
-        self._costs: deque[Cost | None] = deque()  # of the bytes that are held back
+        self._costs: deque[Cost | None] = deque()  # of each byte that is held back
         self._pushed = False
 
     def push(self, value: int, cost: Cost | None) -> tuple[bytes, tuple[Cost, ...]]:
@@ -123,13 +123,3 @@ class Telling:
     def _costs_of(self, count: int) -> tuple[Cost, ...]:
         found = [self._costs.popleft() for _ in range(count)]
         return tuple(cost for cost in found if cost is not None)
-
-
-def cost_of(value: int, cost: float, logits: npt.NDArray[np.float32] | None, likeliest: int) -> Cost:
-    """What an id costs, and the likeliest ids of logits [vocab], if there are any, of equal ones the lower first."""
-    if logits is None or likeliest == 0:
-        return Cost(value, -cost)
-    scores: npt.NDArray[np.float64] = logits.astype(np.float64)
-    scores -= scores.max() + math.log(np.exp(scores - scores.max()).sum())
-    order: Sequence[int] = np.argsort(-scores, kind="stable")[:likeliest].tolist()
-    return Cost(value, -cost, tuple((each, float(scores[each])) for each in order))

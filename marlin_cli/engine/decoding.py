@@ -7,14 +7,14 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
+from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
-from marlin_cli.engine.fused import fuse
+from marlin_cli.engine.fused import FusedStages, fuse, rotates
+from marlin_cli.engine.graph_cache import GraphCache
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
-from marlin_cli.models.megabyte_layers import Stack
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512
@@ -67,9 +67,7 @@ class Lockstep:
         head_dim = self.config.stages[0].width_of_head
         if self._bits != CacheBits():
             check_cache_bits(self._bits.keys, self._bits.values, head_dim)
-        # The kernels rotate heads whose width is a power of two.
-        rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
-        self._fused = fuse(network) if rotated else None
+        self._fused = fused_stages(network, self._bits)
         self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
         self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
         # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
@@ -400,33 +398,12 @@ class Lockstep:
 
     def _new_cache(self, number: int, padding: Sequence[int] = ()) -> StageCache:
         bits = self._bits if number == 0 else CacheBits()
-        if self._fused is not None and self._fused.has(number):
+        if self._fused is not None:
             return self._fused.new_cache(number, self.streams, padding, bits.keys, bits.values)
         stage = self.network.stages[number]
         return GraphCache(stage.stack, stage.config, number > 0, padding, bits)
 
 
-class GraphCache:
-    """What one stage remembers, as arrays of MLX; takes rows through the network's own layers."""
-
-    def __init__(self, stack: Stack, stage: StageConfig, short: bool, padding: Sequence[int], bits: CacheBits) -> None:
-        self._stack = stack
-        left = mx.array(list(padding)) if padding else None
-        self.layers: list[KeyValueCache] = [
-            KeyValueCache(left, rows_per_step=stage.length + 1) if short
-            else KeyValueCache(left) if bits == CacheBits()
-            else PackedKeyValueCache(bits.keys, bits.values, left)
-            for _ in range(stage.layers)
-        ]  # fmt: skip
-
-    def run(self, rows: mx.array) -> mx.array:
-        return self._stack(rows, self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    def keep(self, streams: Sequence[int]) -> None:
-        chosen = mx.array(list(streams))
-        for layer in self.layers:
-            layer.keep(chosen)
+def fused_stages(network: MegaByte, bits: CacheBits) -> FusedStages | None:
+    """The fused stages of a network, or None where no kernels run that know its layers and a cache of so many bits."""
+    return fuse(network) if rotates(network.config.stages[0].width_of_head, bits) else None

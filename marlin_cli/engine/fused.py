@@ -6,7 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.engine.cache import ROWS_PER_PAGE
+from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
+from marlin_cli.engine.graph_cache import GraphCache, run_together
 from marlin_cli.engine.sampling import Draws, kernel_drawing
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
@@ -67,9 +68,14 @@ class FusedStages:
         """Logits [n, length, vocab] float32 of windows [n, length], as the network itself gives them."""
         return self._network(windows, self.run_stage)
 
-    def new_cache(self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int) -> "FusedCache":
+    def new_cache(
+        self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int
+    ) -> "FusedCache | GraphCache":
         """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing."""
         stage = self._stages[number]
+        if not self.has(number):
+            stack = self._network.stages[number].stack
+            return GraphCache(stack, stage, number > 0, padding, CacheBits(key_bits, value_bits))
         rows = ROWS_PER_PAGE if number == 0 else stage.length + 1
         bits = [32 if wanted == 16 else wanted for wanted in (key_bits, value_bits)]
         kv_heads = stage.kv_heads or stage.heads
@@ -79,13 +85,15 @@ class FusedStages:
             self._seconds[number],
         )
 
-    def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: "Sequence[FusedCache]") -> mx.array:
+    def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: Sequence[Any]) -> mx.array:
         """Take rows of many streams, which stand anywhere, through the layers of a stage in one call: hidden rows.
 
         Args:
             rows: [sum of counts, dim], those of each stream together; they follow those that its cache has seen.
             caches: of one stream each, and each of another.
         """
+        if not self.has(number):
+            return run_together(self._network.stages[number].stack, rows, counts, caches)
         held = [each.held for each in caches]
         hidden: mx.array = self._stacks[number].ragged(rows, list(counts), held, seconds=self._seconds[number])
         return hidden
@@ -136,6 +144,14 @@ class FusedStages:
         )  # fmt: skip
         return network.in_order(nats, batch, total)
 
+    def cache_bytes(self, number: int, rows: int, key_bits: int = 16, value_bits: int = 16) -> int:
+        """Bytes that the cache of a stage takes for `rows` rows of one stream."""
+        stage = self._stages[number]
+        pages = -(-rows // ROWS_PER_PAGE) * ROWS_PER_PAGE if number == 0 else rows
+        delayed = 2 * 4 * (stage.dim // 2) * stage.layers if self._network.config.token_shift else 0
+        widths = sum(row_bytes(stage.width_of_head, bits) for bits in (key_bits, value_bits))
+        return pages * (stage.kv_heads or stage.heads) * widths * stage.layers + delayed
+
     def sequence_cache_bytes(self, streams: int, rows: int) -> int:
         """Bytes of the cache that `decode_sequence` has for `rows` rows, until it returns."""
         stage = self._stages[-1]
@@ -160,6 +176,16 @@ class FusedCache:
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
         self.held.keep(list(streams))
+
+
+def rotates(head_dim: int, bits: CacheBits) -> bool:
+    """Whether the kernels rotate heads of such a width as a cache of so many bits asks for."""
+    return bits == CacheBits() or head_dim & (head_dim - 1) == 0
+
+
+def row_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of a row of a head in a cache of the kernels: float32 for 16 bits, else codes and their scales."""
+    return {16: 4 * head_dim, 8: head_dim + head_dim // 32, 4: head_dim // 2 + head_dim // 16}[bits]
 
 
 def fuse(network: MegaByte) -> FusedStages | None:

@@ -15,7 +15,6 @@ from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece,
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Cost, Piece, Request, Scheduler
-from marlin_cli.engine.split import agreed_bytes
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.wire import Wire
 from marlin_cli.errors import DistributedError
@@ -120,8 +119,8 @@ class Routed:
 class Mirrored:
     """A `Scheduler` of a model that ranks share; at rank 0, whose every step the others take too."""
 
-    def __init__(self, own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
-        self._own, self._ranks, self._network = own, ranks, network
+    def __init__(self, own: Scheduler[Any], ranks: Ranks) -> None:
+        self._own, self._ranks = own, ranks
         self._tell("reset")
 
     @property
@@ -143,7 +142,8 @@ class Mirrored:
 
     def advance(self) -> list[Piece]:
         self._tell("advance")
-        return _together(self._own, self._ranks, self._network)
+        with self._ranks.computing():
+            return self._own.advance()
 
     def release(self, stream: int) -> None:
         self._tell("release", stream)
@@ -156,14 +156,6 @@ class Mirrored:
     def _tell(self, *message: Any) -> None:
         for rank in range(1, self._ranks.size):
             self._ranks.send(rank, WIRE.to_bytes(message))
-
-
-def _together(own: Scheduler[Any], ranks: Ranks, network: Network) -> list[Piece]:
-    """A step that all ranks take: the pieces, if they are the same on all."""
-    with ranks.computing():
-        pieces = own.advance()
-        agreed_bytes(network, WIRE.to_bytes(pieces))
-    return pieces
 
 
 def follow(own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
@@ -192,7 +184,8 @@ def follow(own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
             elif kind == "reset":
                 _release(own, numbers, list(numbers.values()))
             elif kind == "advance":
-                _together(own, ranks, network)
+                with ranks.computing():
+                    own.advance()
             else:
                 raise DistributedError(f"rank 0 asked for {quoted(kind)}, which is unknown here; start all of one version")
             continue

@@ -1,0 +1,74 @@
+"""What a stage of a MegaByte remembers, as arrays of MLX: rows go through the network's own layers, an operation at a time."""
+
+import itertools
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache
+from marlin_cli.models.megabyte_config import StageConfig
+from marlin_cli.models.megabyte_layers import Stack
+
+
+class GraphCache:
+    """What one stage remembers, as arrays of MLX; takes rows through the network's own layers."""
+
+    def __init__(self, stack: Stack, stage: StageConfig, short: bool, padding: Sequence[int], bits: CacheBits) -> None:
+        self._stack = stack
+        left = mx.array(list(padding)) if padding else None
+        self.layers: list[KeyValueCache] = [
+            KeyValueCache(left, rows_per_step=stage.length + 1) if short
+            else KeyValueCache(left) if bits == CacheBits()
+            else PackedKeyValueCache(bits.keys, bits.values, left)
+            for _ in range(stage.layers)
+        ]  # fmt: skip
+
+    def run(self, rows: mx.array) -> mx.array:
+        return self._stack(rows, self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def keep(self, streams: Sequence[int]) -> None:
+        chosen = mx.array(list(streams))
+        for layer in self.layers:
+            layer.keep(chosen)
+
+
+def run_together(stack: Stack, rows: mx.array, counts: Sequence[int], caches: Sequence[GraphCache]) -> mx.array:
+    """Take rows of many streams, which stand anywhere, through a stage: hidden rows [sum of counts, dim].
+
+    Streams that have equally many rows go together, so that products take the rows of all.
+
+    Args:
+        rows: [sum of counts, dim], those of each stream together.
+        caches: of one stream each.
+    """
+    starts = [0, *itertools.accumulate(counts)]
+    parts: dict[int, mx.array] = {}
+    for count in dict.fromkeys(counts):
+        places = [place for place, own in enumerate(counts) if own == count]
+        alike = mx.stack([rows[starts[place] : starts[place + 1]] for place in places])
+        layers = [_Together(each) for each in zip(*(caches[place].layers for place in places), strict=True)]
+        parts |= dict(zip(places, stack(alike, layers), strict=True))
+    return mx.concatenate([parts[place] for place in range(len(counts))])
+
+
+class _Together:
+    """The caches of several streams in one layer, as one `LayerCache` of as many sequences."""
+
+    def __init__(self, caches: Sequence[KeyValueCache]) -> None:
+        self._caches = caches
+
+    @property
+    def offset(self) -> mx.array:
+        return mx.array([cache.offset for cache in self._caches])
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
+        streams = range(len(self._caches))
+        own = [[each[stream : stream + 1] for each in (queries, keys, values)] for stream in streams]
+        return mx.concatenate([self._caches[stream].attend(*own[stream], scale, window) for stream in streams])
+
+    def delay(self, slot: int, rows: mx.array) -> mx.array:
+        return mx.concatenate([cache.delay(slot, rows[n : n + 1]) for n, cache in enumerate(self._caches)])
