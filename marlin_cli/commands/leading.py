@@ -10,12 +10,11 @@ from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.finite import not_finite
-from marlin_cli.engine.routing import Mirrored, Routed, follow
+from marlin_cli.engine.routing import dismiss, follow, over_ranks
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.stopping import Stopping
-from marlin_cli.models.splitting import share_of
 from marlin_cli.ranks import Ranks
 
 
@@ -28,9 +27,9 @@ def leading(model: Any, ranks: Ranks, batch_size: int) -> Iterator[Any]:
     if ranks.size == 1:
         yield model
         return
-    scheduler = _over(_scheduler_of(model, batch_size), model, ranks, batch_size)
+    scheduler = over_ranks(_scheduler_of(model, batch_size), ranks, model.network, batch_size)
     yield (LeadingAnswers if isinstance(model, AnsweringModel) else LeadingModel)(model, scheduler)
-    scheduler.close()
+    dismiss(ranks)
 
 
 def follow_along(model: Any, ranks: Ranks, batch_size: int) -> None:
@@ -41,11 +40,6 @@ def follow_along(model: Any, ranks: Ranks, batch_size: int) -> None:
 def _scheduler_of(model: Any, batch_size: int) -> Scheduler[Any]:
     limits = SchedulerLimits(max_streams=batch_size)
     return scheduler_of(model.network, limits, getattr(model, "cache_bits", None))
-
-
-def _over(own: Scheduler[Any], model: Any, ranks: Ranks, batch_size: int) -> Routed | Mirrored:
-    shared = share_of(model.network) is not None
-    return Mirrored(own, ranks) if shared else Routed(own, ranks, batch_size)
 
 
 def _pieces(scheduler: Scheduler[Any], requests: Sequence[Any]) -> Iterator[Piece]:

@@ -43,7 +43,7 @@ class Routed:
         self._own, self._ranks, self._most = own, ranks, most
         # Streams of a scheduler before this one, which may still be told of, had other numbers.
         self._next = time.monotonic_ns()
-        self._tell_all("reset")
+        _tell_all(self._ranks, "reset")
         self._waiting: deque[tuple[int, Any]] = deque()
         self._rank_of: dict[int, int] = {}  # streams that run
         self._running = [0] * ranks.size  # streams by rank
@@ -103,14 +103,6 @@ class Routed:
             self._own.release(next(own for own, number in self._numbers.items() if number == stream))
         self._forget(stream)
 
-    def close(self) -> None:
-        """The other ranks have nothing more to do."""
-        self._tell_all("over")
-
-    def _tell_all(self, *message: Any) -> None:
-        for rank in range(1, self._ranks.size):
-            self._ranks.send(rank, WIRE.to_bytes(message))
-
     def _forget(self, stream: int) -> None:
         self._running[self._rank_of.pop(stream)] -= 1
         self._numbers = {own: number for own, number in self._numbers.items() if number != stream}
@@ -121,7 +113,7 @@ class Mirrored:
 
     def __init__(self, own: Scheduler[Any], ranks: Ranks) -> None:
         self._own, self._ranks = own, ranks
-        self._tell("reset")
+        _tell_all(self._ranks, "reset")
 
     @property
     def running(self) -> int:
@@ -137,25 +129,17 @@ class Mirrored:
 
     def admit(self, request: Any) -> int:
         number = self._own.admit(request)  # refuses what can never fit
-        self._tell("admit", number, request)
+        _tell_all(self._ranks, "admit", number, request)
         return number
 
     def advance(self) -> list[Piece]:
-        self._tell("advance")
+        _tell_all(self._ranks, "advance")
         with self._ranks.computing():
             return self._own.advance()
 
     def release(self, stream: int) -> None:
-        self._tell("release", stream)
+        _tell_all(self._ranks, "release", stream)
         self._own.release(stream)
-
-    def close(self) -> None:
-        """The other ranks have nothing more to do."""
-        self._tell("over")
-
-    def _tell(self, *message: Any) -> None:
-        for rank in range(1, self._ranks.size):
-            self._ranks.send(rank, WIRE.to_bytes(message))
 
 
 def follow(own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
@@ -185,17 +169,21 @@ def follow(own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
                 _release(own, numbers, list(numbers.values()))
             elif kind == "advance":
                 with ranks.computing():
-                    own.advance()
+                    _forget_ended(numbers, own.advance())
             else:
                 raise DistributedError(f"rank 0 asked for {quoted(kind)}, which is unknown here; start all of one version")
             continue
         pieces = own.advance()
         told = [dataclasses.replace(piece, stream=numbers[piece.stream]) for piece in pieces]
-        for piece in pieces:
-            if piece.stop_reason is not None:
-                numbers.pop(piece.stream, None)
+        _forget_ended(numbers, pieces)
         if told:
             ranks.send(0, WIRE.to_bytes((own.cache_bytes, told)))
+
+
+def _forget_ended(numbers: dict[int, int], pieces: Sequence[Piece]) -> None:
+    for piece in pieces:
+        if piece.stop_reason is not None:
+            numbers.pop(piece.stream, None)
 
 
 def _release(own: Scheduler[Any], numbers: dict[int, int], unwanted: Sequence[int]) -> None:
@@ -203,3 +191,25 @@ def _release(own: Scheduler[Any], numbers: dict[int, int], unwanted: Sequence[in
     for stream in [mine for mine, number in numbers.items() if number in unwanted]:
         own.release(stream)
         del numbers[stream]
+
+
+def over_ranks(own: Scheduler[Any], ranks: Ranks, network: Network, most: int) -> Scheduler[Any]:
+    """The scheduler of rank 0: its own where it is alone, else one whose streams run over the ranks, which `follow`.
+
+    Args:
+        network: the scheduler's, which the ranks may share.
+        most: streams that one rank runs at once.
+    """
+    if ranks.size == 1:
+        return own
+    return Routed(own, ranks, most) if share_of(network) is None else Mirrored(own, ranks)
+
+
+def dismiss(ranks: Ranks) -> None:
+    """At rank 0: the others, which `follow`, have nothing more to do."""
+    _tell_all(ranks, "over")
+
+
+def _tell_all(ranks: Ranks, *message: Any) -> None:
+    for rank in range(1, ranks.size):
+        ranks.send(rank, WIRE.to_bytes(message))

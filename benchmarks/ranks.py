@@ -1,0 +1,205 @@
+"""Two ranks against one process: streams on each, or a model that both share; what is written, bits per byte, memory, time.
+
+    python benchmarks/ranks.py streams [--prompts 24] [--bytes 256] [--repeats 2]
+    python benchmarks/ranks.py split [--layers 12] [--dim 1024] [--format none|nvfp4|..] [--bytes 512] [--device cpu]
+    python benchmarks/ranks.py killed
+
+Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each. On a machine that others use,
+wall times say little: the processor time of a process, and of the busier rank, is beside them (of a rank that waits for the
+other one too, as a ring polls).
+
+streams: `marlin generate --prompts` of the demo by one process and by two ranks of one thread each; outputs are compared.
+split: a random MegaByte by one process and by two ranks that share its global stage: both must write the same bytes as each
+other, and bits per byte equal to 1e-5. Memory is what the weights take, and the most that the process ever had.
+killed: rank 1 is killed while both decode: how long rank 0 goes on.
+"""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WORDS = "the global stage reads a patch at a time and the local one its bytes in turn ".split()
+
+
+def environments(ranks: int, device: str, folder: Path, threads: int) -> list[dict[str, str]]:
+    """Of each process; of one alone nothing says that it is a rank."""
+    common = {**os.environ, "MARLIN_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    if ranks == 1:
+        return [{**common, "CUDA_VISIBLE_DEVICES": "0"}]
+    if device == "cuda":
+        nccl = {"MLX_WORLD_SIZE": str(ranks), "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": "12345"}
+        return [{**common, **nccl, "MLX_RANK": str(n), "CUDA_VISIBLE_DEVICES": str(n)} for n in range(ranks)]
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
+    hosts = [[f"127.0.0.1:{server.getsockname()[1]}"] for server in servers]
+    for server in servers:
+        server.close()
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    return [{**common, "MLX_HOSTFILE": str(folder / "hosts.json"), "MLX_RANK": str(n)} for n in range(ranks)]
+
+
+def run(command: list[str], ranks: int, device: str, folder: Path, threads: int) -> tuple[list[str], float, float]:
+    """What each process wrote, wall seconds, and processor seconds of the busiest."""
+    begun = time.perf_counter()
+    processes = [
+        subprocess.Popen([sys.executable, *command], env=each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        for each in environments(ranks, device, folder, threads)
+    ]
+    written, busiest = [], 0.0
+    for process in processes:
+        assert process.stdout is not None
+        written.append(process.stdout.read())
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"exit code {process.returncode}")
+        busiest = max(busiest, usage.ru_utime + usage.ru_stime)
+    return written, time.perf_counter() - begun, busiest
+
+
+def streams(given: argparse.Namespace, folder: Path) -> None:
+    prompts = [" ".join(WORDS[n % 7 : 7 + n % 9]) for n in range(given.prompts)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
+    command = [
+        "-m",
+        "marlin_cli",
+        "generate",
+        given.model,
+        "--prompts",
+        str(folder / "prompts.jsonl"),
+        "--device",
+        given.device,
+    ]
+    command += ["--max-bytes", str(given.bytes)]
+    best: dict[int, list[float]] = {1: [], 2: []}
+    texts = {}
+    for _ in range(given.repeats):
+        for ranks, times in best.items():
+            written, wall, busiest = run(command, ranks, given.device, folder, given.threads)
+            texts[ranks] = [json.loads(line)["bytes_base64"] for line in written[0].splitlines()]
+            best[ranks] = [wall, busiest] if not times else [min(times[0], wall), min(times[1], busiest)]
+    # A command that generates nothing takes this.
+    _, idle, idle_cpu = run([*command[:-1], "0"], 1, given.device, folder, given.threads)
+    for ranks, (wall, busiest) in best.items():
+        print(f"{ranks} process(es): {wall:.2f} s, {busiest:.2f} s of processor in the busiest")
+    ratio, cpu = (best[1][0] - idle) / (best[2][0] - idle), (best[1][1] - idle_cpu) / (best[2][1] - idle_cpu)
+    print(f"less {idle:.2f} s ({idle_cpu:.2f} s) of starting: {ratio:.2f}x by the clock, {cpu:.2f}x by the processor")
+    print("same outputs" if texts[1] == texts[2] else "OTHER OUTPUTS")
+
+
+def model_of(given: argparse.Namespace, folder: Path) -> Path:
+    """A random MegaByte whose global stage is most of it."""
+    import mlx.core as mx
+
+    from marlin_cli.api import MegaByteModel
+    from marlin_cli.models.megabyte_config import MegaByteConfig
+    from marlin_cli.quantization.plan import QuantizationSettings
+
+    config = MegaByteConfig(
+        global_layers=given.layers, global_dim=given.dim, global_heads=given.dim // 64, local_layers=2, local_dim=256,
+        local_heads=4, max_bytes=8192,
+    )  # fmt: skip
+    model = MegaByteModel.from_config(config, device=given.device)
+    if given.device != "cpu":
+        model.network.set_dtype(mx.bfloat16)
+    if given.format != "none":
+        model = model.quantize(settings=QuantizationSettings(global_format=given.format, local_format="16bit"))
+    path = folder / "model"
+    model.save(path)
+    return path
+
+
+def decode(given: argparse.Namespace, path: Path) -> None:
+    """What a process of `split` does: a line of JSON."""
+    import contextlib
+
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from marlin_cli.api import MegaByteModel
+    from marlin_cli.engine.sampling import Sampling
+    from marlin_cli.engine.stopping import Stopping
+    from marlin_cli.ranks import joined
+
+    text = bytes(range(256)) * 8
+    with joined() as ranks, ranks.computing() if ranks.size > 1 else contextlib.nullcontext():
+        model = MegaByteModel.from_pretrained(path, device=given.device, split=ranks)
+        held = sum(array.nbytes for _, array in tree_flatten(model.network.parameters()))
+        bits = model.bits_per_byte(text[:2048])
+        best, written = float("inf"), b""
+        for _ in range(given.repeats + 1):
+            begun = time.perf_counter()
+            written = b"".join(piece.data for piece in model.pieces([text[:64]], Stopping(given.bytes), Sampling()))
+            best = min(best, time.perf_counter() - begun)
+        most = mx.get_peak_memory() if given.device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"held": held, "bits": bits, "bytes": written.hex(), "speed": given.bytes / best, "most": most}))
+
+
+def split(given: argparse.Namespace, folder: Path) -> None:
+    path = model_of(given, folder)
+    command = [__file__, "decode", "--folder", str(path), "--bytes", str(given.bytes), "--repeats", str(given.repeats)]
+    command += ["--device", given.device]
+    found = {
+        ranks: [json.loads(each) for each in run(command, ranks, given.device, folder, given.threads)[0]] for ranks in (1, 2)
+    }
+    [alone], shared = found[1], found[2]
+    print(f"{given.layers} layers of {given.dim}, {given.format}: {alone['held'] / 1e6:.0f} MB of weights")
+    for name, rows in (("alone", [alone]), ("rank", shared)):
+        for row in rows:
+            most = f"{row['most'] / 1e6:.0f} MB ({row['most'] / alone['most']:.2f})"
+            print(f"{name:6} {row['speed']:8.0f} bytes/s, {row['bits']:.7f} bits a byte,", end=" ")
+            print(f"weights {row['held'] / alone['held']:.3f} of all, memory at most {most}")
+    equal = "same bytes on both ranks" if shared[0]["bytes"] == shared[1]["bytes"] else "RANKS DIFFER"
+    pairs = zip(alone["bytes"], shared[0]["bytes"], strict=True)
+    as_alone = next((n // 2 for n, (mine, theirs) in enumerate(pairs) if mine != theirs), None)
+    print(f"{equal}; {'as alone' if as_alone is None else f'as alone up to byte {as_alone}'}")
+    print(
+        f"bits a byte differ by {abs(shared[0]['bits'] - alone['bits']):.1e}; {shared[0]['speed'] / alone['speed']:.2f}x the speed"
+    )
+
+
+def killed(given: argparse.Namespace, folder: Path) -> None:
+    path = model_of(given, folder)
+    command = [sys.executable, __file__, "decode", "--folder", str(path), "--bytes", "4096", "--repeats", "1000"]
+    both = [
+        subprocess.Popen([*command, "--device", given.device], env=each, stderr=subprocess.PIPE, text=True)
+        for each in environments(2, given.device, folder, given.threads)
+    ]
+    time.sleep(given.seconds)
+    both[1].send_signal(signal.SIGKILL)
+    begun = time.perf_counter()
+    _, errors = both[0].communicate()
+    print(f"rank 0 ended {time.perf_counter() - begun:.2f} s later with {both[0].returncode}: {errors.splitlines()[-1]}")
+    both[1].communicate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("streams", "split", "killed", "decode"))
+    parser.add_argument("--model", default="megabyte-demo")
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--bytes", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--format", default="none")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=10, help="Before a rank is killed.")
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    if given.job == "decode":
+        return decode(given, given.folder)
+    with tempfile.TemporaryDirectory() as name:
+        {"streams": streams, "split": split, "killed": killed}[given.job](given, Path(name))
+
+
+if __name__ == "__main__":
+    main()
