@@ -160,9 +160,8 @@ def split(given: argparse.Namespace, folder: Path) -> None:
     pairs = zip(alone["bytes"], shared[0]["bytes"], strict=True)
     as_alone = next((n // 2 for n, (mine, theirs) in enumerate(pairs) if mine != theirs), None)
     print(f"{equal}; {'as alone' if as_alone is None else f'as alone up to byte {as_alone}'}")
-    print(
-        f"bits a byte differ by {abs(shared[0]['bits'] - alone['bits']):.1e}; {shared[0]['speed'] / alone['speed']:.2f}x the speed"
-    )
+    print(f"bits a byte differ by {abs(shared[0]['bits'] - alone['bits']):.1e}", end="; ")
+    print(f"{shared[0]['speed'] / alone['speed']:.2f}x the speed of one process")
 
 
 def killed(given: argparse.Namespace, folder: Path) -> None:

@@ -182,9 +182,19 @@ def test_what_travels_arrives_as_it_was(value: Any) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff", b'{"class": "Path", "fields": {}}', b'{"class": "Piece", "fields": {"x": 1}}', b'{"bytes": "?"}', b'{"bytes": 1}',
-     b"{}", b'{"class": [], "fields": {}}', b'{"class": "Sampling", "fields": {"temperature": -1}}', b"[" * 100_000],
-)  # fmt: skip
+    [
+        b"",
+        b"\xff",
+        b'{"class": "Path", "fields": {}}',
+        b'{"class": "Piece", "fields": {"x": 1}}',
+        b'{"bytes": "?"}',
+        b'{"bytes": 1}',
+        b"{}",
+        b'{"class": [], "fields": {}}',
+        b'{"class": "Sampling", "fields": {"temperature": -1}}',
+        b"[" * 100_000,
+    ],
+)
 def test_what_no_rank_says_is_an_error(data: bytes) -> None:
     with pytest.raises(DistributedError):
         WIRE.from_bytes(data)
