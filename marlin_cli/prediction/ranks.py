@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.errors import UsageError
-from marlin_cli.models import ARCHITECTURES, Share, decoding_of, part_of
+from marlin_cli.models import ARCHITECTURES, Share, decoding_of
 from marlin_cli.prediction.arithmetic import Costs
+from marlin_cli.prediction.sizes import part_of_weight
 
 FLOAT_BYTES = 4
 
@@ -106,7 +107,7 @@ def held_by_one(config: Any, weights: Mapping[str, mx.array], ranks: int, where:
     split = ARCHITECTURES[config.model_type].split
     assert split is not None
     cuts = Share(split, 0, ranks, None).cuts(config, weights, where)
-    of_part = {path: array for path, array in weights.items() if part_of(path.rpartition(".")[0]) == split.part}
+    of_part = {path: array for path, array in weights.items() if part_of_weight(path) == split.part}
     whole = sum(array.size for array in of_part.values())
     held = sum(math.prod(_length(cuts.get(path, ()), axis, size) for axis, size in enumerate(array.shape))
                for path, array in of_part.items())  # fmt: skip
