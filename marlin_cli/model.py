@@ -14,7 +14,7 @@ from marlin_cli.config import check_same, describe, from_mapping
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models import ARCHITECTURES, Capability, Share, architecture_named, build, config_as_mapping
-from marlin_cli.models.splitting import Cut, share_among
+from marlin_cli.models.splitting import Cut, share_among, share_of
 from marlin_cli.ops import round_activations
 from marlin_cli.ops.device import Device, choose_device
 from marlin_cli.ranks import ALONE, Ranks
@@ -192,6 +192,7 @@ class Model:
         """
         from marlin_cli.quantization.apply import quantize_network
 
+        self._check_whole()
         result = quantize_network(self.network, settings, statistics)
         tables = {"quantization": result.quantization, "marlin": {**lasting(self.marlin), **result.marlin}}
         return self._with_cache(result.network, self.device, settings.kv_bits, **tables)
@@ -201,6 +202,13 @@ class Model:
 
         Raises:
             OutputError: the folder exists, or cannot be written.
+            UsageError: ranks share the network.
         """
+        self._check_whole()
         weights = dict(tree_flatten(self.network.parameters()))
         write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
+
+    def _check_whole(self) -> None:
+        """Raise `UsageError` for a network that ranks share."""
+        if share_of(self.network) is not None:
+            raise UsageError("this rank holds a part of the model alone; load it in one process to pack or save it")

@@ -1,5 +1,6 @@
 """Networks that ranks share: on each what one process gives, in less memory; what does not divide is refused with a reason."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -12,8 +13,10 @@ import shared_models
 from mlx.utils import tree_flatten
 from ring import ended, ring
 
-from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.api import MegaByteModel
+from marlin_cli.checkpoints import parts, read_checkpoint
 from marlin_cli.config import from_mapping
+from marlin_cli.engine import whole_patches
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES
 from marlin_cli.models.byt5_config import ByT5Config
@@ -141,3 +144,52 @@ def test_ranks_hold_every_head_and_channel_once(size: int, kv_heads: int) -> Non
         if "k_proj" in name or "v_proj" in name:
             parts = parts[:: max(1, size // kv_heads)]  # ranks that are more than heads hold one together
         assert mx.array_equal(mx.concatenate(parts, axis=axis), rows), name
+
+
+def test_a_part_is_neither_saved_nor_packed(folder: Path, tmp_path: Path) -> None:
+    class Two:
+        rank, size, group = 0, 2, None
+
+    model = MegaByteModel.from_pretrained(folder / "dense", device="cpu", split=Two())  # type: ignore[arg-type]
+    for act in (lambda: model.save(tmp_path / "out"), lambda: model.quantize()):
+        with pytest.raises(UsageError, match="holds a part of the model alone"):
+            act()
+
+
+@pytest.mark.parametrize("device", ["metal", "cuda"])
+def test_no_kernel_of_a_gpu_takes_the_patches_of_a_model_that_ranks_share(
+    device: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Two:
+        rank, size, group = 0, 2, None
+
+    model = MegaByteModel.from_pretrained(folder / "dense", device="cpu", split=Two())  # type: ignore[arg-type]
+    monkeypatch.setattr(whole_patches, "gpu", lambda: device)
+    monkeypatch.setattr(whole_patches, "compiled_patches", lambda *arguments: 1)
+    monkeypatch.setattr(whole_patches.cuda_patches, "patch_decoder", lambda *arguments: 1)
+    assert whole_patches.patch_decoder(model.network, 1) is None
+
+
+@pytest.mark.parametrize("name", ["dense", "nvfp4", "biases int4"])
+def test_of_marlins_own_layout_only_the_part_is_read(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_checkpoint(folder / name)
+    config = from_mapping(MegaByteConfig, whole.config, name)
+    monkeypatch.setattr(parts, "_copied", None)
+    for rank in range(2):
+        mine = share(config, 2, rank)
+        cuts = mine.cuts(config, whole.weights, name)
+        found = read_checkpoint(folder / name, wanted=lambda checkpoint: cuts)  # noqa: B023
+        assert found.weights.keys() == whole.weights.keys()
+        for path, array in whole.weights.items():
+            assert found.weights[path].dtype == array.dtype
+            assert mx.array_equal(found.weights[path], array[cuts[path]] if path in cuts else array)
+
+
+def test_of_other_layouts_arrays_are_cut_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_checkpoint(folder / "nvfp4")
+    config = from_mapping(MegaByteConfig, whole.config, "m")
+    cuts = share(config, 2, 1).cuts(config, whole.weights, "m")
+    foreign = dataclasses.replace(read_checkpoint(folder / "nvfp4"), layout="foreign")
+    found = parts.part_of(foreign, lambda checkpoint: cuts)
+    for path, cut in cuts.items():
+        assert mx.array_equal(found.weights[path], whole.weights[path][cut])
