@@ -3,6 +3,7 @@
     python benchmarks/ranks.py streams [--prompts 24] [--bytes 256] [--repeats 2]
     python benchmarks/ranks.py split [--layers 12] [--dim 1024] [--format none|nvfp4|..] [--bytes 512] [--device cpu]
     python benchmarks/ranks.py killed
+    python benchmarks/ranks.py paper
 
 Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each. On a machine that others use,
 wall times say little: the processor time of a process, and of the busier rank, is beside them (of a rank that waits for the
@@ -12,6 +13,7 @@ streams: `marlin generate --prompts` of the demo by one process and by two ranks
 split: a random MegaByte by one process and by two ranks that share its global stage: both must write the same bytes as each
 other, and bits per byte equal to 1e-5. Memory is what the weights take, and the most that the process ever had.
 killed: rank 1 is killed while both decode: how long rank 0 goes on.
+paper: what bench --plan --ranks would say of 8 hosts of 8 GPUs, and of models that are not there.
 """
 
 import argparse
@@ -179,9 +181,51 @@ def killed(given: argparse.Namespace, folder: Path) -> None:
     both[1].communicate()
 
 
+# Of `paper`: layers, width, heads, and heads of keys and values of the global stage; all have the same local one.
+MODELS = {"1.2 B": (24, 2048, 32, None), "7 B": (32, 4096, 32, None), "70 B": (80, 8192, 64, 8)}
+
+
+def paper(given: argparse.Namespace, folder: Path) -> None:
+    """8 hosts of 8 GPUs by the arithmetic of `bench --plan`: a table, nothing is run."""
+    from mlx.utils import tree_flatten
+
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.models.megabyte_config import MegaByteConfig
+    from marlin_cli.prediction.arithmetic import costs_of, stored_bits
+    from marlin_cli.prediction.ranks import by_split, by_streams, held_by_one, parse_link
+    from marlin_cli.prediction.sizes import elements_by_part
+
+    inside, across = parse_link(given.inside), parse_link(given.across)
+    print(
+        "| model | bits | one GPU: GB, bytes/s | 8 share it: GB each, bytes/s | 64 by streams | 8 x 8 that share | 64 share it |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, (layers, dim, heads, kv_heads) in MODELS.items():
+        config = MegaByteConfig(
+            global_layers=layers, global_dim=dim, global_heads=heads, global_kv_heads=kv_heads, local_layers=4,
+            local_dim=1024, local_heads=16, max_bytes=65536,
+        )  # fmt: skip
+        weights = dict(tree_flatten(MegaByte(config).parameters()))
+        for bits in (16, 4):
+            sizes = {part: count * stored_bits(bits) / 8 for part, count in elements_by_part(weights).items()}
+            costs = costs_of(config, sizes, 32768)
+            seconds = {part: size / (given.gigabytes * 1e9) for part, size in costs.read_bytes.items()}
+            one = by_streams(costs, sizes, seconds, 1)
+            eight = by_split(costs, sizes, seconds, held_by_one(config, weights, 8, name), config, inside)
+            cells = [f"{one.memory_bytes / 1e9:.1f}, {one.bytes_per_second:,.0f}"]
+            cells += [f"{eight.memory_bytes / 1e9:.1f}, {eight.bytes_per_second:,.0f}"]
+            cells += [f"{64 * one.bytes_per_second:,.0f}", f"{8 * eight.bytes_per_second:,.0f}"]
+            if heads % 64:
+                cells.append(f"{heads} heads")
+            else:
+                all_ = by_split(costs, sizes, seconds, held_by_one(config, weights, 64, name), config, across)
+                cells.append(f"{all_.memory_bytes / 1e9:.1f}, {all_.bytes_per_second:,.0f}")
+            print(f"| {name} | {bits} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("streams", "split", "killed", "decode"))
+    parser.add_argument("job", choices=("streams", "split", "killed", "paper", "decode"))
     parser.add_argument("--model", default="megabyte-demo")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--bytes", type=int, default=256)
@@ -193,11 +237,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10, help="Before a rank is killed.")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=3600, help="A second, at which weights are read (paper).")
+    parser.add_argument("--inside", default="12,300,tree", help="The link within a host (paper), as bench --link has it.")
+    parser.add_argument("--across", default="25,40,tree", help="The link between hosts (paper).")
     given = parser.parse_args()
     if given.job == "decode":
         return decode(given, given.folder)
     with tempfile.TemporaryDirectory() as name:
-        {"streams": streams, "split": split, "killed": killed}[given.job](given, Path(name))
+        {"streams": streams, "split": split, "killed": killed, "paper": paper}[given.job](given, Path(name))
 
 
 if __name__ == "__main__":

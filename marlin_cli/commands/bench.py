@@ -132,7 +132,9 @@ def bench(
     link: Annotated[
         str | None,
         typer.Option(
-            metavar="US,GB/S", help="With --ranks: microseconds and GB/s of a sum over ranks, for example 300,1 or 10,40."
+            metavar="US,GB/S[,tree]",
+            help="With --ranks: microseconds and GB/s of a sum over two ranks, for example 300,1; tree: over more it grows by"
+            " the logarithm, not by as much for each.",
         ),
     ] = None,
 ) -> None:

@@ -11,35 +11,40 @@ from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES, Share, decoding_of
 from marlin_cli.prediction.arithmetic import Costs
 from marlin_cli.prediction.sizes import part_of_weight
+from marlin_cli.text import quoted
 
 FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Link:
-    """How long a sum over two ranks takes; over more in a ring, each rank waits for all others in turn."""
+    """How long a sum over two ranks takes; over more a ring has each rank wait for all others in turn, a tree for its depth."""
 
     seconds: float  # of a sum of nothing
     bytes_per_second: float
+    tree: bool = False
 
     def sum_seconds(self, nbytes: float, ranks: int) -> float:
         """Seconds of one sum over so many ranks."""
-        return self.seconds * (ranks - 1) + 2 * (ranks - 1) / ranks * nbytes / self.bytes_per_second
+        turns = math.log2(ranks) if self.tree else ranks - 1
+        return self.seconds * turns + 2 * (ranks - 1) / ranks * nbytes / self.bytes_per_second
 
 
 def parse_link(text: str) -> Link:
-    """`US,GB/S` as an option gives it.
+    """`US,GB/S`, and `,tree` behind them where ranks do not sum in a ring, as an option gives it.
 
     Raises:
         UsageError: not two numbers above 0.
     """
+    numbers, tree = text.removesuffix(",tree"), text.endswith(",tree")
     try:
-        microseconds, gigabytes = map(float, text.split(","))
+        microseconds, gigabytes = map(float, numbers.split(","))
     except ValueError:
-        raise UsageError(f"--link {text}: expected microseconds and GB/s of a sum over two ranks, such as 300,1") from None
+        expected = "expected microseconds and GB/s of a sum over two ranks, such as 300,1 or 12,100,tree"
+        raise UsageError(f"--link {quoted(text)}: {expected}") from None
     if not (0 < microseconds < math.inf and 0 < gigabytes < math.inf):
-        raise UsageError(f"--link {text}: both numbers must be above 0")
-    return Link(microseconds / 1e6, gigabytes * 1e9)
+        raise UsageError(f"--link {quoted(text)}: both numbers must be above 0")
+    return Link(microseconds / 1e6, gigabytes * 1e9, tree)
 
 
 @dataclass(frozen=True)

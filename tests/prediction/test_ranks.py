@@ -61,7 +61,13 @@ def test_a_sum_over_more_ranks_takes_longer() -> None:
     assert link.sum_seconds(1e9, 4) == pytest.approx(3e-4 + 1.5)
 
 
-@pytest.mark.parametrize("text", ["", "1", "1,2,3", "a,b", "0,1", "1,-1", "nan,1", "1,inf"])
+def test_a_tree_is_as_deep_as_its_logarithm() -> None:
+    assert parse_link("300,1") == Link(300e-6, 1e9)
+    assert parse_link("10,100,tree") == Link(10e-6, 100e9, tree=True)
+    assert parse_link("10,100,tree").sum_seconds(0, 8) == pytest.approx(30e-6)
+
+
+@pytest.mark.parametrize("text", ["", "tree", "1,2,ring", "1", "1,2,3", "a,b", "0,1", "1,-1", "nan,1", "1,inf"])
 def test_a_link_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--link"):
         parse_link(text)
