@@ -196,9 +196,7 @@ def paper(given: argparse.Namespace, folder: Path) -> None:
     from marlin_cli.prediction.sizes import elements_by_part
 
     inside, across = parse_link(given.inside), parse_link(given.across)
-    print(
-        "| model | bits | one GPU: GB, bytes/s | 8 share it: GB each, bytes/s | 64 by streams | 8 x 8 that share | 64 share it |"
-    )
+    print("| model | bits | one GPU: GB, bytes/s | 8 share it: GB each, bytes/s | 64 by streams | 8 x 8 share | 64 share it |")
     print("|---|---|---|---|---|---|---|")
     for name, (layers, dim, heads, kv_heads) in MODELS.items():
         config = MegaByteConfig(

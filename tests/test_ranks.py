@@ -19,7 +19,7 @@ from ring import ended, start_ring
 
 from marlin_cli.errors import DistributedError, MarlinError, UsageError
 from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
-from marlin_cli.ranks.watch import Connection
+from marlin_cli.ranks.watch import Connection, Watch
 
 # What takes seconds to import is imported where it is used: most ranks here do without.
 
@@ -352,6 +352,49 @@ def test_what_no_rank_says_ends_a_connection(data: bytes) -> None:
     assert connection.receive() is None
     connection.close()
     there.close()
+
+
+@pytest.fixture
+def connected() -> Iterator[tuple[Connection, Connection]]:
+    """Both ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = Connection(socket.create_connection(server.getsockname()))
+        other = Connection(server.accept()[0])
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_bytes_follow_the_message_that_counts_them(connected: tuple[Connection, Connection]) -> None:
+    one, other = connected
+    data = bytes(range(256)) * 40
+    one.send(data, bytes=len(data))
+    one.send(beat=True)
+    assert other.receive() == {"bytes": len(data)}
+    assert other.payload(len(data)) == data
+    assert other.receive() == {"beat": True}
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 40, "5", None, 2.0])
+def test_a_count_of_bytes_that_no_rank_sends_ends_a_connection(size: Any, connected: tuple[Connection, Connection]) -> None:
+    assert connected[0].payload(size) is None
+
+
+def test_messages_are_told_by_their_sender_and_waited_for_no_longer_than_asked(
+    connected: tuple[Connection, Connection],
+) -> None:
+    first, second = Watch(0, 2, {1: connected[0]}), Watch(1, 2, {0: connected[1]})
+    first.start()
+    second.start()
+    second.send(0, b"from 1")
+    second.send(0, b"")
+    assert first.receive(10) == (1, b"from 1")
+    assert first.receive(10) == (1, b"")
+    assert first.receive(0) is None
+    first.send(1, b"from 0")
+    assert second.receive(None) == (0, b"from 0")
+    first.close()
+    second.close()
 
 
 def test_a_process_that_nothing_launched_is_alone() -> None:
