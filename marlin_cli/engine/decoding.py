@@ -175,14 +175,57 @@ class Lockstep:
         self._settle()
         self._append(ids[:, None])
 
+    @property
+    def at_boundary(self) -> bool:
+        """Do the streams stand where a patch begins, with nothing made of it yet?"""
+        if self._in_place is not None:
+            return True
+        finest, ahead = self._states[self._last], 1 if self._lucid else 0
+        return self._patch.shape[1] == finest.tokens == ahead and finest.cache is None and self._logits is None
+
+    def join(self, other: "Lockstep") -> bool:
+        """Take in the streams of another batch behind these; the shorter ones are padded before their first row.
+
+        Returns:
+            False where nothing was done: both have to stand at a boundary, with caches of MLX, and together they have to be
+            decoded as they were apart.
+        """
+        if self._fused is not None or not (self.at_boundary and other.at_boundary):
+            return False
+        counts = self.streams, other.streams
+        decoder = patch_decoder(self.network, sum(counts)) if self._bits == CacheBits() else None
+        if (decoder is None) != (self._on_gpu is None):
+            return False
+        self._settle()
+        other._settle()
+        self._on_gpu = decoder
+        patches = max(self._states[0].tokens, other._states[0].tokens)
+        self._filler = [filler + patches - state._states[0].tokens for state in (self, other) for filler in state._filler]
+        self._left_padding = mx.array(self._filler) if any(self._filler) else None
+        for state, theirs in zip(self._states, other._states, strict=True):
+            if state.cache is not None:
+                assert isinstance(state.cache, GraphCache) and isinstance(theirs.cache, GraphCache)
+                state.cache.join(theirs.cache, counts)
+            if state.condition is not None and theirs.condition is not None:
+                state.condition = mx.concatenate([state.condition, theirs.condition])
+        self._states[0].tokens = patches
+        self._patch = mx.concatenate([self._patch, other._patch])
+        self._before_patch = mx.concatenate([self._before_patch, other._before_patch])
+        self.positions = self.positions + other.positions
+        return True
+
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
         self.positions = [self.positions[stream] for stream in streams]
         if self._in_place is not None:
             live = self._live or range(self._in_place[1].shape[0])
             self._live = [live[stream] for stream in streams]
-        else:
-            self._keep(streams)
+            return
+        self._keep(streams)
+        complete = self._states[self._last].tokens == self.config.stages[self._last].length
+        if complete and max(self.positions) < self.config.max_bytes:  # the one for which there was no room is gone
+            self._logits = self._logits if self._lucid else None
+            self._turn()
 
     def _keep(self, streams: Sequence[int]) -> None:
         """Drop all that is known of other streams, but for their positions."""

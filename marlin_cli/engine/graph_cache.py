@@ -35,6 +35,11 @@ class GraphCache:
         for layer in self.layers:
             layer.keep(chosen)
 
+    def join(self, other: "GraphCache", streams: tuple[int, int]) -> None:
+        """Take in the members of another batch, see `KeyValueCache.join`."""
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            layer.join(theirs, streams)
+
 
 def run_together(stack: Stack, rows: mx.array, counts: Sequence[int], caches: Sequence[GraphCache]) -> mx.array:
     """Take rows of many streams, which stand anywhere, through a stage: hidden rows [sum of counts, dim].

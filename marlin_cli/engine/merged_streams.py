@@ -13,7 +13,7 @@ import numpy as np
 from marlin_cli.engine.cache import ROWS_PER_STEP, CacheBits
 from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.sampling import Noise, Sampling, sample_rows
-from marlin_cli.engine.streams import Ask, Drawn
+from marlin_cli.engine.streams import Ask, Drawn, Floats
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import Network, decoding_of
 from marlin_cli.ops.dispatch import by_operations, gpu
@@ -57,12 +57,29 @@ class _Batch:
         self.streams, self.drawn = self.streams + other.streams, self.drawn + other.drawn
         self.settings, self.noises = self.settings + other.settings, self.noises + other.noises
 
-    def advance(self, most: int, with_logits: bool) -> tuple[mx.array | np.ndarray, mx.array | None]:
-        """Draw the next ids [streams, n]: all that the open patch lacks, or one; with the logits that one was drawn from.
+    def walk(self, asks: Sequence[Ask]) -> tuple[np.ndarray, Floats | None]:
+        """Draw ids up to the next boundary, or until a stream has all that it asks for, or one where there are no boundaries.
+
+        Returns:
+            The ids [streams, n], and the logits [streams, n, vocab] that they were drawn from, if any stream asks for them.
 
         Raises:
             CheckpointError: predictions that are not finite.
         """
+        told = any(ask.with_logits for ask in asks)
+        least, most = min(ask.most for ask in asks), max(ask.most for ask in asks)
+        ids, logits = [], []
+        drawn = 0
+        while drawn == 0 or not (drawn >= least or getattr(self.state, "at_boundary", True)):
+            new, rows = self._advance(most - drawn, told)
+            ids.append(np.array(new))
+            drawn += new.shape[1]
+            if rows is not None:
+                logits.append(np.array(rows)[:, None])
+        return np.concatenate(ids, axis=1), np.concatenate(logits, axis=1) if told else None
+
+    def _advance(self, most: int, with_logits: bool) -> tuple[mx.array | np.ndarray, mx.array | None]:
+        """Draw the next ids [streams, n]: all that the open patch lacks, or one, with the logits that it was drawn from."""
         if self._zeros >= self._check_at:
             self.state.check_finite()
             self._check_at = max(1, 2 * self._zeros)
@@ -80,7 +97,7 @@ class _Batch:
     def _noise_of_an_id(self) -> mx.array | None:
         if not any(each.temperature for each in self.settings):
             return None
-        taken = {id(noise): noise.take(1) for noise in self.noises}
+        taken = {each: noise.take(1) for each, noise in {id(noise): noise for noise in self.noises}.items()}
         return mx.concatenate([taken[id(noise)] for noise in self.noises])
 
 
@@ -129,15 +146,13 @@ class MergedStreams:
         found: dict[int, Drawn] = {}
         for batch in self._batches:
             own = [asks[stream] for stream in batch.streams]
-            with_logits = any(ask.with_logits for ask in own)
             try:
-                ids, logits = batch.advance(max(ask.most for ask in own), with_logits)
+                ids, logits = batch.walk(own)
             except CheckpointError:
                 found |= {stream: Drawn([-1]) for stream in batch.streams}
                 continue
-            told = np.array(logits) if with_logits else None
-            for row, (stream, values) in enumerate(zip(batch.streams, np.array(ids).tolist(), strict=True)):
-                found[stream] = Drawn(values, None if told is None else told[row : row + 1])
+            for row, (ask, values) in enumerate(zip(own, ids.tolist(), strict=True)):
+                found[batch.streams[row]] = Drawn(values, logits[row] if logits is not None and ask.with_logits else None)
         return found
 
     def end(self, stream: int) -> None:

@@ -52,11 +52,11 @@ class Share:
         makes |= dict.fromkeys(MAKE_KEYS, (self.rank * parts // self.size, parts))
         found: dict[str, Cut] = {}
         for block in self.split.blocks(config):
-            for name, (part, parts) in makes.items():
+            for name, (part, of) in makes.items():
                 for array in ("weight", "scales", "biases", "bias"):
                     path = f"{block}.{name}.{array}"
                     if path in weights and weights[path].ndim:
-                        found[path] = (_share(weights[path].shape[0], part, parts),)
+                        found[path] = (_share(weights[path].shape[0], part, of),)
             for name in TAKE_BACK:
                 for array in ("weight", "scales", "biases"):
                     path = f"{block}.{name}.{array}"
