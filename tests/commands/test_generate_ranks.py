@@ -41,7 +41,9 @@ def alone(arguments: list[str]) -> list[dict[str, Any]]:
     return lines(subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.parametrize(("model", "part"), [("grouped", "global"), ("byt5", "encoder"), ("bygpt5", None)])
+@pytest.mark.parametrize(
+    ("model", "part"), [("grouped", "global"), ("byt5", "encoder"), pytest.param("bygpt5", None, marks=pytest.mark.slow)]
+)
 def test_ranks_write_what_one_process_writes(model: str, part: str | None, folder: Path) -> None:
     drawn = ["--temperature", "0.7", "--seed", "5"]
     expected = alone(command(folder, model, *drawn))
@@ -59,6 +61,7 @@ def _but_scores(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**each, "score": round(each.get("score", 0), 3)} for each in documents]
 
 
+@pytest.mark.slow
 def test_beams_of_many_inputs_go_to_all_ranks(folder: Path) -> None:
     searched = ["--beams", "3", "--n-best", "2"]
     expected = alone(command(folder, "byt5", *searched))
