@@ -99,6 +99,23 @@ def test_a_split_that_cannot_be_is_refused(options: list[str], expected: str, fo
     assert re.search(expected, result.stderr), result.stderr
 
 
+def test_ranks_of_which_one_has_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Both find theirs in their own folder."""
+    for rank, model in (("0", "grouped"), ("1", "dense")):
+        shared_models.write(tmp_path, model)
+        (tmp_path / model).rename(tmp_path / rank)
+    program = (
+        "import os; os.chdir(os.environ['FOLDER'] + '/' + os.environ['MLX_RANK']); from marlin_cli.cli import main; main()"
+    )
+    arguments = ["-c", program]
+    with ring(
+        [*arguments, "generate", ".", "-p", "a", "--device", "cpu"], folder, environment={"FOLDER": str(tmp_path)}
+    ) as processes:
+        first, second = ended(processes)
+    assert (first[0], first[2]) == (1, "marlin: rank 1 has another model than rank 0; start all ranks on the same job\n")
+    assert (second[0], second[1:]) == (1, ("", ""))
+
+
 def test_what_was_finished_is_written_when_a_rank_dies(folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": "x" * (number % 7)}) + "\n" for number in range(3000)))
