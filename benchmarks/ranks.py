@@ -6,8 +6,8 @@
     python benchmarks/ranks.py paper
 
 Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each; with --ring too, all on the first
-GPU. On a machine that others use, wall times say little: the processor time of a process, and of the busier rank, is beside them
-(of a rank that waits for the other one too, as a ring polls).
+GPU. On a machine that others use, wall times say little: the processor time of a process, and of the busier rank, is beside
+them (of a rank that waits for the other one too, as a ring polls).
 
 streams: `marlin generate --prompts` of the demo by one process and by two ranks of one thread each; outputs are compared.
 split: a random MegaByte by one process and by two ranks that share its global stage: both must write the same bytes as each
