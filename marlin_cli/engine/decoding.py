@@ -9,7 +9,6 @@ import numpy as np
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import FusedStages, fuse, rotates
-from marlin_cli.engine.graph_cache import GraphCache
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
 from marlin_cli.engine.stage_caches import GraphCache, StageCache
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
