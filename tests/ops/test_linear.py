@@ -110,7 +110,7 @@ def test_packed_one_row_of_any_size(format, size):
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8"])
 @pytest.mark.parametrize("every", [16, 64])
 def test_packed_one_row_beside_an_outlier_errs_by_what_the_largest_of_a_group_is_worth(name, every):
-    """Weights are zero where x is large, so that sums show what a scale shared with the outlier leaves of the others: 22 bits below it."""
+    """Weights are zero where x is large, so that sums show what a scale shared with the outlier leaves of the others."""
     x, weight = np.array(random(1, 1024)), np.array(random(40, 1024, seed=1))
     x[:, 5::every] *= 1000
     weight[:, 5::every] = 0
