@@ -265,6 +265,19 @@ BENCH: Mapping[str, Uses] = {
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
 }
 
+SERVE: Mapping[str, Uses] = {
+    "MODEL": _of(*CONTINUING, ANSWERS),
+    **dict.fromkeys(("--host", "--port", "--name"), _of()),
+    "--api-key": _of(without=("--api-key-file",)),
+    "--api-key-file": _of(without=("--api-key",)),
+    **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
+    "--k-bits": _of(*CONTINUING),
+    "--v-bits": _of(*CONTINUING),
+    "--activation-bits": _of(),
+    "--import": _of(CONTINUES),
+    "--device": _of(),
+}
+
 MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves
 
 USES: Mapping[str, Mapping[str, Uses]] = {
@@ -273,5 +286,6 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "generate": GENERATE,
     "label": LABEL,
     "encode": ENCODE,
+    "serve": SERVE,
     "bench": BENCH,
 }
