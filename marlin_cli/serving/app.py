@@ -90,11 +90,13 @@ def application(
         Route("/metrics", numbers),
         Route("/", front),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(Logged, write, metrics), Middleware(Guard, key, hosts)],
         exception_handlers={Refusal: _refuse, ClientGone: _nothing, HTTPException: _http_error, Exception: _bug},
     )
+    app.router.redirect_slashes = False  # else it leads to whatever Host a client names
+    return app
 
 
 def _model(served: Served, created: int) -> dict[str, Any]:

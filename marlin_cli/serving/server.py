@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import resource
 import signal
 import socket
@@ -32,6 +33,7 @@ from marlin_cli.serving.served import Served
 # Descriptors that connections may not take: files, pipes, what libraries open.
 SPARE_DESCRIPTORS = 64
 MOST_CONNECTIONS = 4096
+BACKLOG = 2048
 
 # After the last answer of a server that ends, until connections are closed whatever they hold.
 LAST_WORDS_S = 0.5
@@ -89,51 +91,69 @@ def serve(settings: ServerSettings, load: Load) -> None:
         engine.start()
         writer = LineWriter(sys.stdout)
         try:
-            asyncio.run(_serve(settings, loaded[0], engine, listening, writer))
+            cut_short_by = asyncio.run(_serve(settings, loaded[0], engine, listening, writer))
         finally:
             writer.close()
-
-
-async def _serve(
-    settings: ServerSettings, served: Served, engine: EngineThread, listening: socket.socket, writer: LineWriter
-) -> None:
-    metrics = Metrics()
-    desk = Desk(served, engine, metrics, settings.limits.max_streams, settings.max_waiting)
-    patience = Patience(most_connections())
-    handler = LibraryHandler(writer.write)
-    for name in ("uvicorn.error", "asyncio"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-    server: Server
-    app = application(
-        served, desk, engine, metrics, writer.write, key=settings.key, hosts=hosts_of(settings.host, settings.key),
-        created=int(time.time()), connections=lambda: len(server.server_state.connections),
-    )  # fmt: skip
-    config = uvicorn.Config(
-        app, loop="asyncio", http=connections_with(patience), ws="none", lifespan="off", log_config=None,  # type: ignore[arg-type]
-        access_log=False, proxy_headers=False, server_header=False, workers=1, timeout_keep_alive=int(patience.head_s),
-    )  # fmt: skip
-    server = Server(config, desk, engine, settings.drain_s)
-    console.note(f"marlin: {served.name} at {_url(listening)}")
-    await server.serve(sockets=[listening])
     if not engine.stop(seconds=1.0):
         console.note("marlin: the engine did not end within a second")
     if engine.failed.is_set():
         raise BackendError("the engine failed several times; what it said stands above")
-    if server.cut_short_by is not None:
-        raise KeyboardInterrupt if server.cut_short_by == signal.SIGINT else Terminated(server.cut_short_by)
+    if cut_short_by is not None:
+        raise KeyboardInterrupt if cut_short_by == signal.SIGINT else Terminated(cut_short_by)
+
+
+async def _serve(
+    settings: ServerSettings, served: Served, engine: EngineThread, listening: socket.socket, writer: LineWriter
+) -> int | None:
+    handler = LibraryHandler(writer.write)
+    for name in ("uvicorn.error", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+    server = make_server(settings, served, engine, writer.write, Patience(most_connections()))
+    listening.listen(BACKLOG)
+    console.note(f"marlin: {served.name} at {_url(listening)}")
+    await server.serve(sockets=[listening])
+    return server.cut_short_by
+
+
+def make_server(
+    settings: ServerSettings,
+    served: Served,
+    engine: EngineThread,
+    write: Callable[[dict[str, Any]], None],
+    patience: Patience,
+) -> "Server":
+    """A server in the loop that runs; its `serve` does.
+
+    Args:
+        write: takes the lines of the log.
+    """
+    metrics = Metrics()
+    desk = Desk(served, engine, metrics, settings.limits.max_streams, settings.max_waiting)
+    server: Server
+    app = application(
+        served, desk, engine, metrics, write, key=settings.key, hosts=hosts_of(settings.host, settings.key),
+        created=int(time.time()), connections=lambda: len(server.server_state.connections),
+    )  # fmt: skip
+    config = uvicorn.Config(
+        app, loop="asyncio", http=connections_with(patience), ws="none", lifespan="off", log_config=None,  # type: ignore[arg-type]
+        access_log=False, proxy_headers=False, server_header=False, workers=1, timeout_keep_alive=math.ceil(patience.head_s),
+    )  # fmt: skip
+    server = Server(config, desk, engine, settings.drain_s)
+    return server
 
 
 class Server(uvicorn.Server):
     """uvicorn's, with an end of our own: what runs may finish, for so many seconds or until a second signal.
 
     Attributes:
+        desk, engine: what it serves from.
         cut_short_by: the signal that ended streams before their time, if one did.
     """
 
     def __init__(self, config: uvicorn.Config, desk: Desk, engine: EngineThread, drain_s: float) -> None:
         super().__init__(config)
-        self._desk, self._engine, self._drain_s = desk, engine, drain_s
+        self.desk, self.engine, self._drain_s = desk, engine, drain_s
         self._signals: list[int] = []
         self.cut_short_by: int | None = None
 
@@ -159,22 +179,22 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """End when the engine has given up."""
-        return await super().on_tick(counter) or self._engine.failed.is_set()
+        return await super().on_tick(counter) or self.engine.failed.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let streams end, then cut them short, then the connections."""
-        self._desk.closing = True
+        self.desk.closing = True
         closing = asyncio.ensure_future(self._close())
         await super().shutdown(sockets)
         await closing
 
     async def _close(self) -> None:
         end = time.monotonic() + self._drain_s
-        while self._desk.open and time.monotonic() < end and not (self.force_exit or self._engine.failed.is_set()):
+        while self.desk.open and time.monotonic() < end and not (self.force_exit or self.engine.failed.is_set()):
             await asyncio.sleep(0.02)
-        if self._desk.open:
+        if self.desk.open:
             self.cut_short_by = self._signals[0] if self._signals else None
-            self._desk.end_all("the server is stopping; ask again when it runs")
+            self.desk.end_all("the server is stopping; ask again when it runs")
         end = time.monotonic() + LAST_WORDS_S
         while self.server_state.connections and time.monotonic() < end:
             await asyncio.sleep(0.02)
