@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from marlin_cli.engine import byte_states
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits
 from marlin_cli.engine.answer_scoring import bits_of_answers
-from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
+from marlin_cli.engine.answering import answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece

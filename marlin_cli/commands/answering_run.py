@@ -12,7 +12,7 @@ from marlin_cli.api import decode
 from marlin_cli.commands.pipes import as_they_come, lines_of_pipe
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
 from marlin_cli.commands.writers import TerminalView, is_viewed, write_stream
-from marlin_cli.engine.answering import Answer, AnswerLimits
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.errors import UsageError

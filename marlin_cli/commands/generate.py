@@ -81,7 +81,7 @@ def generate(
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
-    from marlin_cli.engine.answering import AnswerLimits
+    from marlin_cli.engine.answer_requests import AnswerLimits
     from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.sampling import Sampling
     from marlin_cli.engine.stopping import Stopping

@@ -184,6 +184,7 @@ _CALIBRATED = ("--sequential", "--target-bpw")
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
+    "--bits": _PACKING,
     "--global-bits": _part("global"),
     "--local-bits": _part("local"),
     "--encoder-bits": _part("encoder"),
@@ -278,6 +279,14 @@ SERVE: Mapping[str, Uses] = {
     "--device": _of(),
 }
 
+INFO: Mapping[str, Uses] = {
+    "MODEL|FILE": _of(),
+    "--fingerprint": _of(needs=("MODEL|FILE",)),
+    "--json": _of(),
+    "--import": _of(CONTINUES, ENCODES, needs=("MODEL|FILE",)),
+    "--device": _of(),
+}
+
 MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves
 
 USES: Mapping[str, Mapping[str, Uses]] = {
@@ -288,4 +297,5 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "encode": ENCODE,
     "serve": SERVE,
     "bench": BENCH,
+    "info": INFO,
 }

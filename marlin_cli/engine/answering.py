@@ -2,54 +2,18 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling, draw, without
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
-from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
-
-
-@dataclass(frozen=True)
-class AnswerLimits:
-    """How an answer begins and ends. Numbers count ids after the prefix: bytes, special ids and the end.
-
-    Raises:
-        UsageError: numbers that contradict each other, or an empty stop sequence.
-    """
-
-    max_length: int = 256
-    min_length: int = 0  # none of the model's ends before so many ids
-    prefix: bytes = b""  # what every answer begins with; part of the answer
-    stop: tuple[bytes, ...] = ()  # byte sequences that end an answer; they are not part of it
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_length <= self.max_length:
-            raise UsageError(f"min_length {self.min_length} must be from 0 to max_length ({self.max_length})")
-        if any(not sequence for sequence in self.stop):
-            raise UsageError("a stop sequence is empty; give at least one byte")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer to one input."""
-
-    stream: int  # which input
-    rank: int  # 0 for the best
-    ids: tuple[int, ...]  # prefix included, the end and what ended it left out
-    score: float  # log-probability of the ids after the prefix, the end included; of beams, over length ** penalty
-    stop_reason: str  # end: one of the model's own; stop: a stop sequence; length: max_length reached
-
-    @property
-    def data(self) -> bytes:
-        """The bytes; special ids are left out."""
-        return bytes_of_ids(self.ids)
+from marlin_cli.models.byt5_ids import ids_of_bytes
 
 
 def answer(
@@ -86,7 +50,7 @@ def answer(
         return
     while True:
         forbidden = ends if len(written[streams[0]]) < limits.min_length else ()
-        values, costs = draw(state.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
+        values, costs = draw(state.logits, [forbidden], [sampling], noise.take(1) if sampling.temperature else None)
         news: list[tuple[int, int | Answer]] = []
         going = []
         for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.corpus import Pair
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.answer_scoring import bits_of_answers
-from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
 from marlin_cli.quality.edit_distance import edit_distance

@@ -33,7 +33,6 @@ from marlin_cli.serving.served import Served
 # Descriptors that connections may not take: files, pipes, what libraries open.
 SPARE_DESCRIPTORS = 64
 MOST_CONNECTIONS = 4096
-BACKLOG = 2048
 
 # After the last answer of a server that ends, until connections are closed whatever they hold.
 LAST_WORDS_S = 0.5
@@ -110,8 +109,7 @@ async def _serve(
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
     server = make_server(settings, served, engine, writer.write, Patience(most_connections()))
-    listening.listen(BACKLOG)
-    console.note(f"marlin: {served.name} at {_url(listening)}")
+    server.announcement = f"marlin: {served.name} at {_url(listening)}"
     await server.serve(sockets=[listening])
     return server.cut_short_by
 
@@ -149,6 +147,7 @@ class Server(uvicorn.Server):
     Attributes:
         desk, engine: what it serves from.
         cut_short_by: the signal that ended streams before their time, if one did.
+        announcement: what is said when it listens.
     """
 
     def __init__(self, config: uvicorn.Config, desk: Desk, engine: EngineThread, drain_s: float) -> None:
@@ -156,6 +155,13 @@ class Server(uvicorn.Server):
         self.desk, self.engine, self._drain_s = desk, engine, drain_s
         self._signals: list[int] = []
         self.cut_short_by: int | None = None
+        self.announcement: str | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so: from here on signals are heard as this server hears them."""
+        await super().startup(sockets)
+        if self.announcement is not None:
+            console.note(self.announcement)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
