@@ -5,6 +5,8 @@ from typing import Any
 
 from marlin_cli.api import AnyModel
 from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
+from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES, Capability, continuing_of
@@ -31,7 +33,6 @@ def served_model(
     folder = locate_model(path)
     called = name or path.rstrip("/").rpartition("/")[2] or folder.name
     template, most, network = find_template(folder), model.config.max_bytes, model.network
-    able: Any = model
     if architecture.capability is Capability.CONTINUES:
         continuing = continuing_of(network)
         has_sentinels = bool(continuing.sentinel(continuing.first_byte + 256))
@@ -43,7 +44,7 @@ def served_model(
     served = Served(
         called, architecture.title, architecture.capability, most, first_byte, has_sentinels, text_of, request, template
     )
-    return served, lambda: able.scheduler(limits)
+    return served, lambda: scheduler_of(network, limits, getattr(model, "cache_bits", None))
 
 
 def _sentinel(id: int) -> bytes:
@@ -52,8 +53,6 @@ def _sentinel(id: int) -> bytes:
 
 def _answering_request(model: Any) -> Callable[[Ask], Any]:
     def request(ask: Ask) -> Any:
-        from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
-
         limits = AnswerLimits(ask.max_bytes, ask.min_bytes, b"", ask.stop)
         return AnswerRequest(
             ask.prompt, limits, ask.sampling, ask.beams, ask.sentinels, memory_bits=model.kv_bits, logprobs=ask.logprobs
