@@ -29,7 +29,7 @@ from marlin_cli.ops.device import choose_device
 COMMANDS = get_command(cli.app).commands
 
 # Commands that have no shipped model of their own.
-NEED_A_MODEL = ("quantize", "label", "encode")
+NEED_A_MODEL = ("quantize", "label", "encode", "serve")
 
 # What stands after an option that takes a value, and what it needs beside it.
 VALUES = {
@@ -118,6 +118,16 @@ VALUES = {
     "--longest": "9",
     "--dtype": "bfloat16",
     "--pool": "mean",
+    "--host": "127.0.0.1",
+    "--port": "0",
+    "--name": "tiny",
+    "--api-key": "key",
+    "--api-key-file": "SHORT",
+    "--max-streams": "2",
+    "--max-waiting": "2",
+    "--cache-memory": "1G",
+    "--drain-seconds": "1",
+    "--rows": "fast",
 }
 
 
