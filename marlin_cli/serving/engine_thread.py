@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from marlin_cli import console
@@ -165,7 +165,7 @@ class EngineThread:
             if piece.stop_reason is not None:
                 del self._keys[piece.stream], self._streams[key]
         last = self.load
-        self.load = Load(0, 0, 0, last.quanta + 1, last.streams_in_quanta + running)
+        self.load = replace(last, quanta=last.quanta + 1, streams_in_quanta=last.streams_in_quanta + running)
 
     def _recover(self, error: Exception, make_scheduler: Callable[[], Scheduler[Any]]) -> None:
         """All streams are lost, and the next ones have a new scheduler: what the old one holds is not known."""
@@ -183,7 +183,8 @@ class EngineThread:
 
     def _tell(self) -> None:
         scheduler, last = self._scheduler, self.load
-        self.load = Load(scheduler.running, scheduler.waiting, scheduler.cache_bytes, last.quanta, last.streams_in_quanta)
+        counts = {"running": scheduler.running, "waiting": scheduler.waiting, "cache_bytes": scheduler.cache_bytes}
+        self.load = replace(last, **counts)
         events, self._events = self._events, []
         if events:
             self.deliver(events)
