@@ -95,8 +95,8 @@ def serve(settings: ServerSettings, load: Load) -> None:
             writer.close()
     if not engine.stop(seconds=1.0):
         console.note("marlin: the engine did not end within a second")
-    if engine.failed.is_set():
-        raise BackendError("the engine failed several times; what it said stands above")
+    if engine.ended.is_set():
+        raise BackendError("the engine can do no more; what it said stands above")
     if cut_short_by is not None:
         raise KeyboardInterrupt if cut_short_by == signal.SIGINT else Terminated(cut_short_by)
 
@@ -185,7 +185,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """End when the engine has given up."""
-        return await super().on_tick(counter) or self.engine.failed.is_set()
+        return await super().on_tick(counter) or self.engine.ended.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let streams end, then cut them short, then the connections."""
@@ -196,7 +196,7 @@ class Server(uvicorn.Server):
 
     async def _close(self) -> None:
         end = time.monotonic() + self._drain_s
-        while self.desk.open and time.monotonic() < end and not (self.force_exit or self.engine.failed.is_set()):
+        while self.desk.open and time.monotonic() < end and not (self.force_exit or self.engine.ended.is_set()):
             await asyncio.sleep(0.02)
         if self.desk.open:
             self.cut_short_by = self._signals[0] if self._signals else None
