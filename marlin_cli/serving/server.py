@@ -31,8 +31,13 @@ from marlin_cli.serving.request_log import LibraryHandler, LineWriter
 from marlin_cli.serving.served import Served
 
 # Descriptors that connections may not take: files, pipes, what libraries open.
-SPARE_DESCRIPTORS = 64
+SPARE_DESCRIPTORS = 128
 MOST_CONNECTIONS = 4096
+
+# Connections that the system holds until they are accepted, and those that asyncio accepts before it does anything else: as
+# many as its own backlog, and all of them before one that is too many can be closed.
+BACKLOG = 2048
+AT_ONCE = 16
 
 # After the last answer of a server that ends, until connections are closed whatever they hold.
 LAST_WORDS_S = 0.5
@@ -133,9 +138,10 @@ def make_server(
         served, desk, engine, metrics, write, key=settings.key, hosts=hosts_of(settings.host, settings.key),
         created=int(time.time()), connections=lambda: len(server.server_state.connections),
     )  # fmt: skip
+    connections: Any = connections_with(patience)
     config = uvicorn.Config(
-        app, loop="asyncio", http=connections_with(patience), ws="none", lifespan="off", log_config=None,  # type: ignore[arg-type]
-        access_log=False, proxy_headers=False, server_header=False, workers=1, timeout_keep_alive=math.ceil(patience.head_s),
+        app, loop="asyncio", http=connections, ws="none", lifespan="off", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, workers=1, backlog=AT_ONCE, timeout_keep_alive=math.ceil(patience.head_s),
     )  # fmt: skip
     server = Server(config, desk, engine, settings.drain_s)
     return server
@@ -160,6 +166,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so: from here on signals are heard as this server hears them."""
         await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(BACKLOG)
         if self.announcement is not None:
             console.note(self.announcement)
 
