@@ -16,6 +16,7 @@ from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece,
 from marlin_cli.engine.answer_streams import AnswerStreams, Encoding, GraphStreams, Held, Source
 from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling
 from marlin_cli.engine.cache import check_cache_bits
+from marlin_cli.engine.encoder_decoder import check_answers
 from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
 from marlin_cli.engine.sampling import draw
@@ -63,12 +64,17 @@ class _Stream:
 class AnsweringScheduler:
     """A `Scheduler` of answers; see `engine.scheduling`.
 
+    Args:
+        streams: how the network reads and writes; as is best here unless given.
+
     Raises:
         UsageError: the network has no decoder.
     """
 
-    def __init__(self, network: ByT5, limits: SchedulerLimits | None = None) -> None:
-        self._network, self._limits, self._answers = network, limits or SchedulerLimits(), streams_of(network)
+    def __init__(self, network: ByT5, limits: SchedulerLimits | None = None, streams: AnswerStreams[Any] | None = None) -> None:
+        check_answers(network)
+        self._network, self._limits = network, limits or SchedulerLimits()
+        self._answers: AnswerStreams[Any] = streams or fuse_answers(network) or GraphStreams(network)
         self._count = 0
         self._over: list[Ended] = []  # at once, with nothing to read
         self._waiting: deque[_Stream] = deque()
@@ -249,15 +255,3 @@ class AnsweringScheduler:
         packed = {16: plain, 8: config.head_dim + config.head_dim // 32, 4: config.head_dim // 2 + config.head_dim // 16}
         a_layer = 2 * config.heads * (states * packed[source.memory_bits] + source.answers * rows * plain)
         return config.decoder_layers * a_layer
-
-
-def streams_of(network: ByT5) -> AnswerStreams[Any]:
-    """How a network reads and writes here.
-
-    Raises:
-        UsageError: it has no decoder.
-    """
-    if not network.config.decoder_layers:
-        labels = " (marlin encode), or to label (marlin label)" if network.config.labels else " (marlin encode)"
-        raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
-    return fuse_answers(network) or GraphStreams(network)

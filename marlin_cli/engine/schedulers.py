@@ -9,7 +9,8 @@ from marlin_cli.engine.merged_streams import MergedStreams
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.engine.stream_scheduler import StreamScheduler
 from marlin_cli.engine.streams import Streams
-from marlin_cli.models import Capability, Network, architecture_of, decoding_of
+from marlin_cli.models import Network, decoding_of
+from marlin_cli.models.byt5 import ByT5
 
 
 def scheduler_of(
@@ -23,7 +24,7 @@ def scheduler_of(
     Raises:
         UsageError: `cache_bits` do not fit the network, or it is an encoder alone.
     """
-    if architecture_of(network).capability is Capability.ANSWERS:
+    if isinstance(network, ByT5):
         return AnsweringScheduler(network, limits)
     return StreamScheduler(network, streams_of(network, cache_bits or CacheBits()), limits or SchedulerLimits())
 
