@@ -15,7 +15,7 @@ from marlin_cli.commands.leading import SLICE_ROWS, LeadingAnswers
 from marlin_cli.commands.pipes import Arriving, lines_of_pipe
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
 from marlin_cli.commands.writers import TerminalView, is_viewed, write_stream
-from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerRequest
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
 from marlin_cli.engine.answer_scheduler import AnsweringScheduler
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.finite import not_finite
@@ -130,6 +130,7 @@ def _answered(
                 if piece.stop_reason == NOT_FINITE:
                     raise not_finite()
                 if piece.stop_reason is not None:
+                    assert isinstance(piece, AnswerPiece)
                     answered[piece.stream] = piece.answers
             while prompts and prompts[0][0] in answered:
                 stream, index, prompt = prompts.popleft()
