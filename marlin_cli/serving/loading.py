@@ -33,6 +33,7 @@ def served_model(
     folder = locate_model(path)
     called = name or path.rstrip("/").rpartition("/")[2] or folder.name
     template, most, network = find_template(folder), model.config.max_bytes, model.network
+    request: Callable[[Ask], Any]
     if architecture.capability is Capability.CONTINUES:
         continuing = continuing_of(network)
         has_sentinels = bool(continuing.sentinel(continuing.first_byte + 256))
