@@ -24,9 +24,11 @@ from pathlib import Path
 os.environ["MARLIN_ROWS"] = "exact"
 
 from marlin_cli import load
+from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Request, SchedulerLimits
 from marlin_cli.engine.stopping import Stopping
+from marlin_cli.models import Capability
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_bytes()
 
@@ -240,7 +242,10 @@ def _task(draw, model):
     prompt, options = TEXT[first : first + size], {"temperature": draw.choice((0.0, 0.7, 1.2)), "seed": draw.randrange(1 << 30)}
     stop = draw.choice(((), (), (b"e ",), (b"\n", b"zz")))
     scheduler = model.scheduler(SchedulerLimits(max_streams=1))
-    scheduler.admit(Request(prompt, Stopping(longest, stop), Sampling(**options)))
+    if model.capability is Capability.ANSWERS:
+        scheduler.admit(AnswerRequest(prompt, AnswerLimits(longest, stop=stop), Sampling(**options)))
+    else:
+        scheduler.admit(Request(prompt, Stopping(longest, stop), Sampling(**options)))
     data = b""
     while scheduler.running or scheduler.waiting:
         data += b"".join(piece.data for piece in scheduler.advance())

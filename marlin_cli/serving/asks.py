@@ -58,7 +58,7 @@ def read_ask(fields: Fields, served: Served, prompt: bytes, longest: tuple[str, 
     given = [fields.whole(name, -1, 0, (1 << 31) - 1) for name in longest]
     if sum(value >= 0 for value in given) > 1:
         raise bad(f"{' and '.join(longest)} say the same; give one", longest[0])
-    most = max(given) if max(given) >= 0 else DEFAULT_MAX_BYTES
+    most = max(given) if max(given) >= 0 else min(DEFAULT_MAX_BYTES, served.max_bytes)
     least = fields.whole("min_tokens", 0, 0, (1 << 31) - 1)
     seed = fields.whole("seed", -1, 0, (1 << 64) - 1)
     sampling = settings(

@@ -71,6 +71,7 @@ class EngineThread:
         self._failures = 0
         self.load = Load()
         self.ended = threading.Event()
+        self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -103,10 +104,17 @@ class EngineThread:
     def stop(self, seconds: float) -> bool:
         """End after the quantum that runs; was it so within `seconds`?"""
         self._commands.put(None)
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        return self._finished.wait(seconds)
 
     def _run(self) -> None:
+        self._work()
+        del self._make, self._events
+        self._finished.set()
+        # This thread never ends by itself. What MLX keeps for a thread it frees at the thread's end, when Python takes it for
+        # gone already, and needs the interpreter for that: were the process at its own end by then, it would be aborted.
+        threading.Event().wait()
+
+    def _work(self) -> None:
         try:
             make_scheduler = self._make()
             self._scheduler = make_scheduler()

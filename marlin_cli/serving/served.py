@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
+from marlin_cli.engine.scheduling import Request
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models import Capability
 from marlin_cli.serving.chat_template import ChatTemplate
 
@@ -59,7 +62,10 @@ class Served:
 
 def continuing_request(ask: "Ask") -> Any:
     """What the scheduler of a model that continues bytes takes."""
-    from marlin_cli.engine.scheduling import Request
-    from marlin_cli.engine.stopping import Stopping
-
     return Request(ask.prompt, Stopping(ask.max_bytes, ask.stop), ask.sampling, ask.sentinels, ask.logprobs)
+
+
+def answering_request(ask: "Ask") -> Any:
+    """What the scheduler of a model that answers takes."""
+    limits = AnswerLimits(ask.max_bytes, ask.min_bytes, b"", ask.stop)
+    return AnswerRequest(ask.prompt, limits, ask.sampling, ask.beams, ask.sentinels, logprobs=ask.logprobs)

@@ -56,6 +56,10 @@ def test_an_answer_streams(model, client):
     assert choices[-1].finish_reason is not None
 
 
+def test_an_answer_of_no_length_in_particular_fits_the_model(model, client):
+    assert bytes(complete(client, max_tokens=None).choices[0].token_ids) == model.generate(INPUT.encode(), 96)
+
+
 @pytest.mark.parametrize("name", ["best_of", "num_beams"])
 def test_beams_find_the_best_answers(name, model, client):
     extra = {"length_penalty": 0.5, "early_stopping": True, **({} if name == "best_of" else {name: 4})}
