@@ -233,14 +233,16 @@ inline void together(const Format& format, const Matrix& w, const Rounded& round
     RegisterIntegers waiting[LEVELS + 1][ROWS];
     const auto add = [&](int64_t own_line, int number) __attribute__((always_inline)) {
       const uint8_t* from = weight + own_line * REGISTER;
+      const int64_t left = w.row_bytes - own_line * REGISTER;
       if (all) __builtin_prefetch(from + ahead);
-      const RegisterBytes packed = all ? load_as<RegisterBytes>(from) : load_first(from, w.row_bytes - own_line * REGISTER);
+      const RegisterBytes packed = all ? load_as<RegisterBytes>(from) : load_first(from, left);
       const Whole<RegisterBytes> weights = unpack<Format>(packed);
 #pragma GCC unroll 4
       for (int m = 0; m < ROWS; m++) {
         const uint8_t* codes = x + m * stride + own_line * HALVES * REGISTER;
         RegisterIntegers total{};
-        if constexpr (Format::nibbles) {
+        if (!all && left <= 0) {  // behind the row
+        } else if constexpr (Format::nibbles) {
           const RegisterBytes own[2] = {load_as<RegisterBytes>(codes), load_as<RegisterBytes>(codes + REGISTER)}, both[2] = {weights.first, weights.second};
           total = dot_of_two(total, both, own);
         } else {
@@ -266,8 +268,13 @@ inline void together(const Format& format, const Matrix& w, const Rounded& round
 #pragma GCC unroll 4
       for (int64_t part = 0; part < LANES / DWORDS; part++) {
         const int64_t first = unit + part * DWORDS;
+        if (!all && first >= there) break;
         RegisterIntegers totals[ROWS];
-        units_of(rows[n].weight, first / DWORDS * LINES, all, totals);
+        if (all || first + DWORDS <= there) {
+          units_of(rows[n].weight, first / DWORDS * LINES, std::true_type{}, totals);
+        } else {
+          units_of(rows[n].weight, first / DWORDS * LINES, std::false_type{}, totals);
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++) {
           const int64_t place = m * units + first;
