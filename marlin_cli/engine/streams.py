@@ -85,7 +85,7 @@ ROWS_READ_ALONE, ROWS_A_STREAM, LEAST_ROWS = 256, 4, 16
 def slices(unread: Mapping[int, int], ready: int, slice_rows: int) -> dict[int, int]:
     """How many rows of each prompt are read next, in their order; prompts that get none are left out.
 
-    The more streams wait for ids, the longer a step of theirs is, and the longer a slice may be beside it: about twice as long.
+    The more streams wait for ids, the longer a step of theirs is, and the longer a slice may be beside it.
 
     Args:
         unread: rows by stream.
