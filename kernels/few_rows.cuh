@@ -12,8 +12,8 @@ constexpr int TILE_ROWS = 8, MOST_ROWS = 16, PIECE_VALUES = 8, THREADS = WARPS *
 
 enum Kind { DENSE, NVFP4, MXFP4, MXFP8, INT4, INT8 };
 enum NormKind { RMS, LAYER, VARIANCE };
-enum Activation { SWIGLU, GELU, GELU_TANH, RELU, SILU };
-enum Part { FIRST, QKV, OUT, UP, DOWN, LAST, PARTS_IN_ALL };
+enum Activation { GELU, GELU_TANH, RELU, SILU };
+enum Part { FIRST, QKV, OUT, UP, DOWN, LAST, MEMORY_QUERY, MEMORY_OUT };
 
 // A linear layer, as `marlin_cli.ops.cuda_stages` lays it out.
 struct Linear {
@@ -31,7 +31,7 @@ struct Linear {
 template <int PART>
 struct Job {
   static constexpr int KIND = KINDS[PART], GROUP = GROUPS[PART], WIDTH = WIDTHS[PART], HEIGHT = ROWS[PART];
-  static constexpr bool PAIRED = PART == UP && ACTIVATION == SWIGLU;
+  static constexpr bool PAIRED = PART == UP && GATED;
   static constexpr int LAYERS_BESIDE = PAIRED ? 2 : 1;
   // Dense float32 weights are three bfloat16 side by side, which read x once each.
   static constexpr int SIDES = KIND == DENSE ? X_PARTS : 1, DEPTH = WIDTH * SIDES;
@@ -63,10 +63,11 @@ struct Job {
 // Phases that write rows of x are shared out alike, so that the same thread always has the same places of it.
 template <int PART>
 __device__ constexpr int Job<PART>::log_size() {
-  if (PART != OUT && PART != DOWN && PART != FIRST) return own_log_size();
-  const int out = Job<OUT>::own_log_size(), down = Job<DOWN>::own_log_size(), first = IS_GLOBAL ? Job<FIRST>::own_log_size() : out;
+  if (PART != OUT && PART != DOWN && PART != FIRST && PART != MEMORY_OUT) return own_log_size();
+  const int out = Job<OUT>::own_log_size(), down = Job<DOWN>::own_log_size();
+  const int other = IS_GLOBAL ? Job<FIRST>::own_log_size() : ANSWERS ? Job<MEMORY_OUT>::own_log_size() : out;
   const int both = out < down ? out : down;
-  return first < both ? first : both;
+  return other < both ? other : both;
 }
 
 // Where a warp stands in the sharing of a job.

@@ -10,7 +10,7 @@ import numpy as np
 from marlin_cli.engine.beams import Beams, BeamSearch
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.finite import not_finite
-from marlin_cli.engine.sampling import Noise, Sampling, draw, without
+from marlin_cli.engine.sampling import Noise, Sampling, without
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
@@ -76,7 +76,7 @@ def answer(
         return
     state = AnswerState(network, sources, memory_bits=memory_bits)
     for value in prefix:
-        state.push(mx.full((len(sources),), value, dtype=mx.int32))
+        state.push([value] * len(sources))
     streams = list(range(len(sources)))
     written: list[list[int]] = [[] for _ in streams]
     scores = [0.0] * len(streams)
@@ -86,7 +86,7 @@ def answer(
         return
     while True:
         forbidden = ends if len(written[streams[0]]) < limits.min_length else ()
-        values, costs = draw(state.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
+        values, costs = state.draw(forbidden, sampling, noise, limits.max_length - len(written[streams[0]]))
         news: list[tuple[int, int | Answer]] = []
         going = []
         for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):
@@ -113,7 +113,7 @@ def answer(
         if len(going) < len(streams):
             streams = [streams[row] for row in going]
             state.keep(going, going)
-        state.push(mx.array([values[row] for row in going], dtype=mx.int32))
+        state.push([values[row] for row in going])
 
 
 def answer_with_beams(
@@ -139,7 +139,7 @@ def answer_with_beams(
     open_streams = [stream for stream, search in enumerate(searches) if not search.done]
     state = AnswerState(network, sources, answers=beams.count, memory_bits=memory_bits)
     for value in prefix:
-        state.push(mx.full((len(sources) * beams.count,), value, dtype=mx.int32))
+        state.push([value] * len(sources) * beams.count)
     step = 0
     while open_streams:
         logits = state.logits - mx.logsumexp(state.logits, axis=-1, keepdims=True)
@@ -160,7 +160,7 @@ def answer_with_beams(
             break
         state.keep(rows, None if len(places) == len(open_streams) else places)
         open_streams = [open_streams[place] for place in places]
-        state.push(mx.array(ids, dtype=mx.int32))
+        state.push(ids)
     return [
         [
             Answer(stream, rank, (*prefix, *each.ids[: len(each.ids) - ended]), float(each.score), "end" if ended else "length")

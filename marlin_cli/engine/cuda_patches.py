@@ -3,7 +3,6 @@
 `patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,25 +10,25 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from marlin_cli import console
 from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cuda_layers import linear_arrays, say_once
+from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
-from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
-from marlin_cli.ops.cuda_driver import Memory, Queue
+from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
-from marlin_cli.ops.cuda_stages import LayerArrays, LinearArrays, StageArrays, StageOnDevice, dense_arrays, takes_stage
+from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
 SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
-NOISE_STEPS = 64, 512  # drawn at once, at first and then: getting them to the device waits for MLX
 
 
 class Patch(NamedTuple):
@@ -56,7 +55,7 @@ class PatchDecoder:
         self._stages, self._added, self._steps = stages, added, added.shape[0]
         self._queue = Queue()
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
-        self._noise = _NoiseAhead(self._queue, stages[1].last.rows)
+        self._noise = NoiseAhead(self._queue, stages[1].last.rows)
         self._make(streams, None, None)
 
     @property
@@ -176,7 +175,7 @@ class PatchDecoder:
         self._ids_bytes = 4 * streams * self._steps
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
         self._added_there = self._queue.allocate(self._added.nbytes)
-        self._queue.write(self._added_there.address, _bytes_of(self._added))
+        self._queue.write(self._added_there.address, bytes_of(self._added))
         self._padding, self._given = self._queue.allocate(4 * streams), self._queue.allocate(self._ids_bytes)
         self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
 
@@ -189,47 +188,6 @@ class PatchDecoder:
 
     def _ids_of(self, slot: int) -> int:
         return self._kept.address + SLOTS * self._apart(self._condition_bytes) + slot * self._apart(self._ids_bytes)
-
-
-class _NoiseAhead:
-    """Noise on the device, for many steps at once; each step's is what `Noise` gives it."""
-
-    def __init__(self, queue: Queue, vocab: int) -> None:
-        self._queue, self._vocab = queue, vocab
-        self._memory: Memory | None = None
-        self._taken: mx.array | None = None  # [steps, vocab]
-        self._used = 0
-
-    def take(self, noise: Noise, steps: int) -> int:
-        """The address of the noise of the next steps."""
-        if self._taken is None or self._used + steps > self._taken.shape[0]:
-            first = self._taken is None
-            self.close(noise)
-            count = max(steps, NOISE_STEPS[0] if first else NOISE_STEPS[1])
-            self._taken = noise.take(count)
-            mx.eval(self._taken)
-            if self._memory is None or self._memory.size < self._taken.nbytes:
-                self._memory = self._queue.allocate(max(self._taken.nbytes, 4 * NOISE_STEPS[1] * self._vocab))
-            self._queue.write(self._memory.address, _bytes_of(self._taken))
-        assert self._memory is not None
-        self._used += steps
-        return self._memory.address + 4 * self._vocab * (self._used - steps)
-
-    def give_back(self, steps: int) -> None:
-        """The last steps were not used."""
-        self._used -= steps
-
-    def close(self, noise: Noise) -> None:
-        """Give back to `noise` what was not used."""
-        if self._taken is not None:
-            noise.give_back(self._taken[self._used :])
-        self._taken, self._used = None, 0
-
-
-def _bytes_of(array: mx.array) -> bytes:
-    """The bits of an array in rows."""
-    words = {2: mx.uint16, 4: mx.uint32}[array.dtype.size]
-    return np.array(mx.contiguous(array).view(words)).tobytes()
 
 
 def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
@@ -248,13 +206,8 @@ def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     try:
         return PatchDecoder((stages[0], stages[1]), added, streams)
     except BackendError as error:
-        _say_once(f"patches are decoded operation by operation: {error}")
+        say_once(f"patches are decoded operation by operation: {error}")
         return None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    console.note(message)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:
@@ -275,21 +228,6 @@ def local_stage(network: MegaByte) -> StageArrays | None:
     if network.config.layout != "prefix" or head is None:
         return None
     return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, None, head, -1)
-
-
-def linear_arrays(layer: nn.Module | None) -> LinearArrays | None:
-    """The arrays of a linear layer; None where it is of a kind that the kernels do not know."""
-    if type(layer) is Linear:
-        return dense_arrays(layer.weight, layer.get("bias"))
-    if type(layer) is not QuantizedLinear or layer.activation_bits != 16:
-        return None
-    kind = f"int{layer.bits}" if layer.mode == "affine" else layer.mode
-    if kind not in ("nvfp4", "mxfp4", "mxfp8", "int4", "int8"):
-        return None
-    factor = layer["global_scale"].item() if "global_scale" in layer else 1.0
-    return LinearArrays(
-        layer["weight"], kind, layer["scales"], layer.get("biases"), layer.get("bias"), factor, layer.group_size
-    )
 
 
 def _stage_arrays(

@@ -7,7 +7,9 @@ import mlx.core as mx
 
 from marlin_cli.engine.cache import Rows, check_cache_bits
 from marlin_cli.engine.compiled_answers import CompiledAnswers, MemoryRows, compiled_answers
+from marlin_cli.engine.cuda_answers import CudaAnswers, cuda_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
+from marlin_cli.engine.sampling import Noise, Sampling, draw
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.models.byt5_ids import padded
@@ -141,37 +143,56 @@ class AnswerState:
             check_cache_bits(memory_bits, memory_bits, config.head_dim)
         source, lengths = padded(sources, config.pad_id)
         fused = fuse_byt5(network)
-        self._answers: Answers
+        self._answers: Answers | CudaAnswers
+        self._logits: mx.array | None = None
         if fused is None:
             self._answers = _by_graph(network, network.encode(source, lengths), lengths, answers, memory_bits)
         else:
             self._answers = fused.answers(fused.encode(source, lengths), lengths, answers, memory_bits)
-        self.logits: mx.array
-        self.push(mx.full((len(sources) * answers,), config.start_id, dtype=mx.int32))
+        self.push([config.start_id] * len(sources) * answers)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of what is held of the inputs."""
         return self._answers.memory_bytes
 
-    def push(self, ids: mx.array) -> None:
+    @property
+    def logits(self) -> mx.array:
+        if self._logits is None:
+            assert isinstance(self._answers, CudaAnswers)
+            self._logits = self._answers.logits()
+        return self._logits
+
+    def push(self, ids: Sequence[int] | mx.array) -> None:
         """Append ids [inputs x answers] to the answers and predict what follows."""
-        self.logits = self._answers.push(ids)
+        if isinstance(self._answers, CudaAnswers):
+            self._answers.push(ids)
+            self._logits = None
+        else:
+            self._logits = self._answers.push(ids if isinstance(ids, mx.array) else mx.array(list(ids), dtype=mx.int32))
+
+    def draw(self, forbidden: Sequence[int], sampling: Sampling, noise: Noise, most: int) -> tuple[list[int], list[float]]:
+        """See `sampling.draw`, with the noise of the next step; from here on at most `most` ids will be drawn."""
+        if isinstance(self._answers, CudaAnswers):
+            return self._answers.draw(forbidden, sampling, noise, most)
+        return draw(self.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
 
     def keep(self, answers: Sequence[int], streams: Sequence[int] | None = None) -> None:
         """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
-        self.logits = self.logits[mx.array(list(answers))]
+        self._logits = None if self._logits is None else self._logits[mx.array(list(answers))]
         self._answers.keep(answers, streams)
 
 
 def _by_graph(
     network: ByT5, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int
-) -> GraphAnswers | CompiledAnswers:
-    """Decoding over the encoder's states: on Metal a compiled graph a step where that is known, else by operations."""
+) -> GraphAnswers | CompiledAnswers | CudaAnswers:
+    """Decoding over the encoder's states: by what the GPU in use has for whole steps, else by operations."""
     graph = GraphAnswers(network, states, lengths, memory_bits)
-    if gpu() != "metal" or by_operations():
+    device = gpu()
+    if device is None or by_operations():
         return graph
-    return compiled_answers(network, [_rows(each) for each in graph.memory], answers) or graph
+    memory = [_rows(each) for each in graph.memory]
+    return (compiled_answers if device == "metal" else cuda_answers)(network, memory, answers) or graph
 
 
 def _rows(memory: PlainMemory | PackedMemory) -> MemoryRows:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from cuda_emulator import OwnQueue, compiler, own_addresses, own_code, own_memory, whole_text
+from cuda_emulator import OwnQueue, compiler, emulate
 from mlx.utils import tree_map
 
 from marlin_cli.engine import cuda_patches, decoding, whole_patches
@@ -14,7 +14,7 @@ from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError, CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
-from marlin_cli.ops import cuda_mailbox, cuda_stages
+from marlin_cli.ops import cuda_stages
 from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -30,18 +30,7 @@ PACKED = ("nvfp4", "mxfp4", "mxfp8", "int4", "int8")
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    monkeypatch.delenv("MARLIN_PATCHES", raising=False)
-    if mx.cuda.is_available():
-        return
-    monkeypatch.setattr(cuda_stages, "text", whole_text)
-    monkeypatch.setattr(cuda_stages, "addresses", own_addresses)
-    monkeypatch.setattr(cuda_patches, "compiled", own_code)
-    monkeypatch.setattr(cuda_patches, "Queue", OwnQueue)
-    monkeypatch.setattr(cuda_mailbox, "pinned", own_memory)
-    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
-    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
-    monkeypatch.setattr(cuda_stages, "WARPS", 2)
-    monkeypatch.setattr(whole_patches, "gpu", lambda: "cuda")
+    emulate(monkeypatch)
 
 
 def network_of(dtype=mx.float32, format=None, **options):
