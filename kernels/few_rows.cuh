@@ -116,6 +116,15 @@ struct Operand {
   static constexpr int LOG_PIECES = Own::LOG_PIECES, STRIDE = Own::STRIDE;
   uint4* pieces;
 
+  // Where a value of rows [STREAMS, WIDTH] stands that are copied piece by piece.
+  static __device__ __forceinline__ int copied_place(int row, int column) {
+    const int within = column % PIECE_VALUES;
+    int half = within;
+    if (LOG_PIECES == 1) half = 2 * (within / 4 * 2 + within % 2) + within % 4 / 2;
+    if (LOG_PIECES == 2) half = 2 * (within % 4) + within / 4;
+    return row * Own::WIDTH + column - within + half;
+  }
+
   static __device__ __forceinline__ int place(int row, int piece) {
     const int within = piece & ((4 << LOG_PIECES) - 1);
     return row * STRIDE + piece - within + ((within & ((1 << LOG_PIECES) - 1)) << 2) + (within >> LOG_PIECES);
@@ -180,6 +189,8 @@ struct Weights {
   uint32_t scales[CODES ? LOADS : 1];
   float affine[AFFINE ? LOADS : 1][2];  // scale and zero
   float bias[2];                        // of the first output of this thread; of a pair, each one's own
+  const T* norm;                        // of the phase that reads what this one gives, where it writes rows of x; or null
+  float norm_weight;                    // of the outputs of this thread
 };
 static_assert(LOADS % 2 == 0);
 
@@ -329,12 +340,17 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[2][2][4], const Lane
   }
 }
 
-// The first loads of a warp's tile of a phase, whose linear layers these are, and the bias of what this thread will have.
+// The first loads of a warp's tile of a phase, whose linear layers these are, and the bias of what this thread will have; `norm`
+// is that of the phase that will read it.
 template <int PART>
-__device__ __forceinline__ void send_for(Weights& weights, const Linear* linears, int round = 0) {
+__device__ __forceinline__ void send_for(Weights& weights, const Linear* linears, const T* norm = nullptr, int round = 0) {
   using Own = Job<PART>;
   int tile = Team<PART>::tile(round);
   if (tile >= Own::TILES) return;
+  if constexpr (COPIED && (PART == FIRST || PART == OUT || PART == MEMORY_OUT || PART == DOWN)) {
+    weights.norm = norm;
+    weights.norm_weight = to_float(norm[min(tile * TILE_ROWS + Team<PART>::thread() % TILE_ROWS, Own::HEIGHT - 1)]);
+  }
   const Lane<PART> lane(linears, tile);
 #pragma unroll
   for (int slot = 0; slot < LOADS; slot++) {
@@ -385,7 +401,7 @@ __device__ __forceinline__ void multiply(
     if (tile >= Own::TILES) return;  // the same for the team, and nothing follows for it
     const Lane<PART> own(linears, tile);
     if (round > 0) {
-      send_for<PART>(weights, linears, round);
+      send_for<PART>(weights, linears, weights.norm, round);
       Crew::synchronize();  // the sums of the tile before have been read
     }
     float sums[2][2][4] = {};

@@ -150,7 +150,7 @@ __device__ __forceinline__ void draw_ids(Machine& machine, const Drawing& how, c
       }
       own = largest_of_warp(own);
     }
-    if (lane == 0) tell(stream, id, finite, all - own);
+    if (lane == 0) tell(stream, id, finite, finite ? all - own : 0.0f);
   }
 }
 

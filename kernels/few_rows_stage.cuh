@@ -62,8 +62,11 @@ __device__ __forceinline__ void put_float(void* to, int place, float value, unsi
   }
 }
 
-// By whole warps, lanes of odd places beside those of the even ones before.
-__device__ __forceinline__ void put_kept(void* to, int place, float value, bool there, unsigned phase) {
+// A value of a row that waits for the product of phase READER. By whole warps, lanes of odd places beside those of the even ones
+// before.
+template <int READER>
+__device__ __forceinline__ void put_kept(void* to, int row, int column, float value, bool there, unsigned phase) {
+  const int place = COPIED ? Operand<READER>::copied_place(row, column) : row * WIDTHS[READER] + column;
   if constexpr (!TAGGED) {
     if (there) static_cast<Kept*>(to)[place] = from_float<Kept>(value);
   } else if constexpr (X_PARTS > 1) {
@@ -278,10 +281,47 @@ struct Machine {
     }
   }
 
+  // Rows of x that stand in memory as they do in shared memory.
+  template <int PART>
+  __device__ __forceinline__ void copy_rows(const void* from) {
+    constexpr int PIECES = WIDTHS[PART] / PIECE_VALUES;
+    const Operand<PART> x = operand<PART>();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < STREAMS * PIECES; i += THREADS) {
+      copy_piece(x.pieces + Operand<PART>::place(i / PIECES, i % PIECES), static_cast<const uint4*>(from) + i);
+    }
+    clear_rest<PART>();
+  }
+
+  // Where rows of x are copied: of each tile of columns [streams], the sums of squares of x before it was multiplied by a norm.
+  __device__ __forceinline__ float* squares_of_tiles() const { return static_cast<float*>(stage->x) + STREAMS * DIM; }
+
+  // The squares of the rows, by a warp each, to where `factor_of_row` looks.
+  template <int PART>
+  __device__ __forceinline__ void add_squares() {
+    constexpr int TILES = Job<OUT>::SECOND, EACH = (TILES + 31) / 32;
+    const int lane = threadIdx.x % 32;
+    for (int row = threadIdx.x / 32; row < STREAMS; row += WARPS) {
+      float squares[EACH], sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const int tile = lane + 32 * i;
+        squares[i] = tile < TILES ? __ldcg(squares_of_tiles() + tile * STREAMS + row) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; i++) sum += squares[i];
+      sum = sum_of_warp(sum);
+      for (int i = lane; i < SEGMENTS; i += 32) squares_of<PART>()[row * SEGMENTS + i] = i == 0 ? sum : 0.0f;
+    }
+  }
+
   // The same of what was kept for a product.
   template <int PART>
   __device__ __forceinline__ void bring_kept(const void* from) {
-    if constexpr (TAGGED && X_PARTS == 1) {
+    if constexpr (COPIED) {
+      copy_rows<PART>(from);
+      wait_for_copies();
+    } else if constexpr (TAGGED && X_PARTS == 1) {
       bring<PART, 4>(nullptr, [&](const auto& mine, auto& values) {
         using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
         const Cell* cells[Mine::AT_ONCE];
@@ -473,7 +513,11 @@ struct Machine {
       const int place = task / HEADS * QUERIES + task % HEADS * HEAD_DIM + Head::piece() * 8;
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        if constexpr (TAGGED && X_PARTS == 1) {
+        if constexpr (COPIED) {
+          const int row = task / HEADS, column = task % HEADS * HEAD_DIM + Head::piece() * 8 + i;
+          put_kept<OUT>(stage->attended, row, column, head.seen[i], true, phase + 1);
+          put_kept<OUT>(stage->attended, row, column + 1, head.seen[i + 1], true, phase + 1);
+        } else if constexpr (TAGGED && X_PARTS == 1) {
           const uint32_t pair = pair_of<false>(head.seen[i], head.seen[i + 1]);
           store_one(static_cast<Cell*>(stage->attended) + (place + i) / 2, cell_of(pair, phase + 1));
         } else if constexpr (TAGGED) {
@@ -489,7 +533,7 @@ struct Machine {
 
   // Heads of streams, and COUNT splits of their rows, a crew of warps of a block each: as many as leave a crew for each, or two
   // warps. see(head, stream, number, split, warp, size) has a warp of a crew look at its share.
-  template <int COUNT, typename See>
+  template <int READER, int COUNT, typename See>
   __device__ __forceinline__ void attend_by_crews(const See& see) {
     constexpr int TASKS = STREAMS * HEADS * COUNT;
     constexpr int SIZE = TASKS <= BLOCKS || WARPS < 4 ? WARPS : TASKS <= 2 * BLOCKS || WARPS < 8 ? WARPS / 2 : WARPS / 4;
@@ -525,7 +569,7 @@ struct Machine {
           weight += share_of_warp * joining[w * SEEN + HEAD_DIM + 1], seen_here += share_of_warp * joining[w * SEEN + place];
         }
         if constexpr (COUNT == 1) {
-          put_kept(stage->attended, (stream * HEADS + number) * HEAD_DIM + i, seen_here / weight, i < HEAD_DIM, phase + 1);
+          put_kept<READER>(stage->attended, stream, number * HEAD_DIM + i, seen_here / weight, i < HEAD_DIM, phase + 1);
         } else {
           if (i < HEAD_DIM) put_float(stage->parts, task * SEEN + i, seen_here, phase + 1);
           if (i == 0) put_float(stage->parts, task * SEEN + HEAD_DIM, peak, phase + 1);
@@ -537,7 +581,7 @@ struct Machine {
   }
 
   __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
-    attend_by_crews<SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
+    attend_by_crews<OUT, SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
       int start = padding == nullptr ? 0 : padding[stream];
       if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
       const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
@@ -561,7 +605,7 @@ struct Machine {
 
   // The heads of a decoder over the memory of their inputs; streams beyond the last input read that one's.
   __device__ __forceinline__ void attend_to_memory(const Layer& layer) {
-    attend_by_crews<MEMORY_SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
+    attend_by_crews<MEMORY_OUT, MEMORY_SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
       const int input = min(stream, stage->inputs - 1), count = stage->lengths == nullptr ? stage->states : stage->lengths[input];
       const int first = int(int64_t(count) * split / MEMORY_SPLITS), end = int(int64_t(count) * (split + 1) / MEMORY_SPLITS);
       const Head::MemoryRows::From from{
@@ -661,20 +705,36 @@ struct Machine {
         });
   }
 
-  // What is added to rows of x, and the sum to all.
-  template <int PART, typename Come>
-  __device__ __forceinline__ void add_product(const Linear* linear, const Come& come) {
+  // What is added to rows of x, and the sum to all, for READER or, where `last`, for the last product.
+  template <int PART, int READER, typename Come>
+  __device__ __forceinline__ void add_product(const Linear* linear, bool last, const Come& come) {
     multiply_all<PART>(linear, come, [&](int round, int n, int, int row, int column, float one, float, bool there) {
       if constexpr (PART != FIRST) one += residual[round][n];
       residual[round][n] = one;
-      if (there) put_float(stage->x, row * DIM + column, one, phase + 1);
+      if constexpr (COPIED) {
+        float square = there ? one * one : 0.0f;
+#pragma unroll
+        for (int offset = 1; offset < TILE_ROWS; offset *= 2) square += __shfl_xor_sync(0xffffffff, square, offset);
+        if (!there) return;
+        const int place = last ? Operand<LAST>::copied_place(row, column) : Operand<READER>::copied_place(row, column);
+        static_cast<Kept*>(stage->x)[place] = from_float<Kept>(one * sent.norm_weight);
+        if (column % TILE_ROWS == 0) squares_of_tiles()[column / TILE_ROWS * STREAMS + row] = square;
+      } else {
+        if (there) put_float(stage->x, row * DIM + column, one, phase + 1);
+      }
     });
   }
 
   // x of a phase with a norm, from what the phase before wrote.
   template <int PART>
   __device__ __forceinline__ void bring_normed(const T* norm) {
-    bring<PART, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) { load_floats(stage->x, mine, values); });
+    if constexpr (COPIED) {
+      copy_rows<PART>(stage->x);
+      add_squares<PART>();
+      wait_for_copies();
+    } else {
+      bring<PART, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) { load_floats(stage->x, mine, values); });
+    }
   }
 
   // All layers over rows of which `seen` came before, and `last`: done(row, column, value, there) takes what that gives. The first
@@ -698,7 +758,7 @@ struct Machine {
             const int before = which == 0 ? 0 : which == 1 ? QUERIES : QUERIES + KEYS;
             if (there) put_float(stage->qkv, row * QKV_ROW + before + column, one, phase + 1);
           });
-      go_on([&] { send_for<OUT>(sent, &layer.out), send_ahead<UP>(layer.up); });
+      go_on([&] { send_for<OUT>(sent, &layer.out, ANSWERS ? layer.memory_norm : layer.ffn_norm), send_ahead<UP>(layer.up); });
       if constexpr (!ALONE) {
         if constexpr (BY_BLOCKS) {
           attend_by_blocks(layer, seen, padding);
@@ -707,7 +767,7 @@ struct Machine {
         }
         go_on([] {});
       }
-      add_product<OUT>(&layer.out, [&] {
+      add_product<OUT, ANSWERS ? MEMORY_QUERY : UP>(&layer.out, false, [&] {
         if constexpr (ALONE) {
           attend_alone(layer, seen);
         } else {
@@ -721,24 +781,24 @@ struct Machine {
             [&](int, int, int, int row, int column, float one, float, bool there) {
               if (there) put_float(stage->qkv, row * QKV_ROW + column, one, phase + 1);
             });
-        go_on([&] { send_for<MEMORY_OUT>(sent, &layer.memory_out); });
+        go_on([&] { send_for<MEMORY_OUT>(sent, &layer.memory_out, layer.ffn_norm); });
         attend_to_memory(layer);
         go_on([] {});
-        add_product<MEMORY_OUT>(&layer.memory_out, [&] { bring_attended<MEMORY_OUT>(); });
+        add_product<MEMORY_OUT, UP>(&layer.memory_out, false, [&] { bring_attended<MEMORY_OUT>(); });
       }
       go_on([&] { send_for<UP>(sent, layer.up), send_ahead<DOWN>(&layer.down); });
       multiply_all<UP>(
           layer.up, [&] { bring_normed<UP>(layer.ffn_norm); },
           [&](int, int, int, int row, int column, float one, float other, bool there) {
             const float value = activated(one) * (GATED ? other : 1.0f);  // one is the gate
-            put_kept(stage->hidden, row * FFN_DIM + column, value, there, phase + 1);
+            put_kept<DOWN>(stage->hidden, row, column, value, there, phase + 1);
           });
       const bool more = number + 1 < LAYERS;
       go_on([&] {
-        send_for<DOWN>(sent, &layer.down);
+        send_for<DOWN>(sent, &layer.down, more ? layers[number + 1].attention_norm : stage->norm);
         if (more) send_ahead<QKV>(layers[number + 1].qkv);
       });
-      add_product<DOWN>(&layer.down, [&] { bring_kept<DOWN>(stage->hidden); });
+      add_product<DOWN, QKV>(&layer.down, !more, [&] { bring_kept<DOWN>(stage->hidden); });
       go_on([&] {
         if (more) {
           send_for<QKV>(sent, layers[number + 1].qkv), send_ahead<OUT>(&layers[number + 1].out);

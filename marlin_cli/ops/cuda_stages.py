@@ -87,6 +87,12 @@ def is_tagged(stage: StageArrays, streams: int) -> bool:
     return streams * stage.dim * blocks_of(stage) <= MOST_LOOKS and stage.last.rows % 2 == 0
 
 
+def is_copied(stage: StageArrays, streams: int) -> bool:
+    """Whether rows of x stand in memory as products read them, see few_rows_stage.cuh."""
+    plain = stage.table.dtype == mx.bfloat16 and stage.norm_kind == "rmsnorm"
+    return plain and not is_tagged(stage, streams)
+
+
 def _attends_alone(stage: StageArrays, streams: int) -> bool:
     """Whether each block does all attention itself, see few_rows_stage.cuh."""
     return stage.first is None and not stage.answers and streams * stage.heads <= 2 * WARPS
@@ -122,7 +128,8 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
     values = {
         "X_PARTS": 1 if stage.table.dtype == mx.bfloat16 else 3, "WARPS": WARPS, "BLOCKS": blocks,
         "LOADS": LOADS // 2 if streams > CROWDED and stage.dim > WIDE else LOADS,
-        "IS_GLOBAL": stage.first is not None, "TAGGED": is_tagged(stage, streams), "STREAMS": streams,
+        "IS_GLOBAL": stage.first is not None, "TAGGED": is_tagged(stage, streams), "COPIED": is_copied(stage, streams),
+        "STREAMS": streams,
         "LAYERS": len(stage.layers), "DIM": stage.dim, "HEADS": stage.heads, "KV_HEADS": stage.kv_heads,
         "HEAD_DIM": stage.head_dim, "FFN_DIM": stage.ffn_dim, "PATCH": steps, "BYTE_WIDTH": stage.table.shape[1],
         "SPLITS": 1 if stage.first is None else splits, "WINDOW": stage.window, "NORM_KIND": NORM_KINDS.index(stage.norm_kind),

@@ -15,6 +15,7 @@ from marlin_cli.errors import CheckpointError
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.ops import cuda_answers as on_device
+from marlin_cli.ops import cuda_stages
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 
@@ -82,9 +83,11 @@ EACH_CASE = pytest.mark.parametrize(
 
 
 @EACH_CASE
-def test_steps(format, bits, inputs, options):
-    """Logits of what follows ids that are pushed, some of them wrongly guessed ahead, and inputs of unequal lengths."""
-    network = network_of(format, **options)
+@pytest.mark.parametrize(("dtype", "looks"), [(mx.float32, 50_000), (mx.bfloat16, 0)], ids=["float32", "bfloat16"])
+def test_steps(format, bits, inputs, options, dtype, looks, monkeypatch):
+    """Logits of what follows ids that are pushed, and inputs of unequal lengths; with values looked at and with barriers."""
+    monkeypatch.setattr(cuda_stages, "MOST_LOOKS", looks)
+    network = network_of(format, dtype, **options)
     sources = [SOURCES[i % 3] for i in range(inputs)]
     state = AnswerState(network, sources, memory_bits=bits)
     assert isinstance(state._answers, CudaAnswers)
@@ -99,7 +102,7 @@ def test_steps(format, bits, inputs, options):
         ids = rng.integers(3, 259, inputs)
         found, expected = np.array(state.logits), np.array(graph.logits)
         assert np.isfinite(found).all()
-        assert np.abs(found - expected).max() <= 3e-5 * np.abs(expected).max()
+        assert np.abs(found - expected).max() <= (3e-5 if dtype == mx.float32 else 5e-2) * np.abs(expected).max()
         state.push(ids.tolist())
         graph.push(ids.tolist())
 

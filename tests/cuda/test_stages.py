@@ -153,6 +153,50 @@ def test_a_local_patch(variant, format, streams):
         assert ids.tolist() == best.tolist()
 
 
+@pytest.mark.parametrize("looks", [0, 50_000])
+@pytest.mark.parametrize(
+    ("variant", "format", "streams"),
+    [
+        ("grouped", "nvfp4", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("swiglu", None, 2), ("grouped", "mxfp8", 9))),
+    ],
+)
+def test_sixteen_bits(variant, format, streams, looks, monkeypatch):
+    """Rows that are copied as they stand in memory, or looked at; what rounds at other places is near."""
+    monkeypatch.setattr(cuda_stages, "MOST_LOOKS", looks)
+    network = network_of(format=format, dtype=mx.bfloat16, **VARIANTS[variant])
+    stage, length = global_stage(network), network.config.patch_size
+    assert takes_stage(stage, streams) and cuda_stages.is_copied(stage, streams) == (looks == 0)
+    cache = GraphCache(network["global"], network.stages[0].config, False, [], CacheBits())
+    device, queue = loaded(stage, streams, length)
+    out = queue.allocate(streams * stage.last.rows * 2)
+    caches = [
+        [mx.zeros((streams, stage.kv_heads, 8, stage.head_dim), dtype=mx.bfloat16) for _ in range(2)] for _ in stage.layers
+    ]
+    for patch in range(2):
+        ids = random_ids(streams, length, patch + 1)[..., 0]
+        expected = network.to_next(0, cache.run(network.token_rows(0, ids[:, None], 0, None))[:, -1])[:, 0]
+        device.set_caches(caches)
+        given = to_device(queue, ids)
+        mx.synchronize()
+        device.step(given.address, patch, 0, out.address)
+        found = from_device(queue, out, np.uint16).astype(np.uint32) << 16
+        close(found.view(np.float32).reshape(expected.shape), expected.astype(mx.float32), 4e-2)
+    stage = local_stage(network)
+    device, queue = loaded(stage, streams, length)
+    device.own_caches(length)
+    lead = mx.random.normal((streams, stage.dim), key=mx.random.key(2)).astype(mx.bfloat16)
+    added = mx.zeros((length, stage.dim), dtype=mx.bfloat16)
+    held = [to_device(queue, array.view(mx.uint16)) for array in (lead, added)]
+    out = queue.allocate(4 * streams * length)
+    number = device.decode_sequence(*(each.address for each in held), 0, 0, (0.0, 1.0, 0.0, 0), 0, length, out.address)
+    ids = mx.array(device.mailbox.read(number, streams, length))
+    rows = mx.concatenate([lead[:, None], network.stages[-1].byte_embedding(ids[:, :-1])], axis=1)
+    logits = network.head(network.local(rows)).astype(mx.float32)
+    behind = mx.max(logits, axis=-1) - mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    assert behind.max().item() <= 4e-2 * mx.abs(logits).max().item()
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
