@@ -190,7 +190,7 @@ struct Weights {
   float affine[AFFINE ? LOADS : 1][2];  // scale and zero
   float bias[2];                        // of the first output of this thread; of a pair, each one's own
   const T* norm;                        // of the phase that reads what this one gives, where it writes rows of x; or null
-  float norm_weight;                    // of the outputs of this thread
+  T norm_weight;                        // of the outputs of this thread
 };
 static_assert(LOADS % 2 == 0);
 
@@ -349,7 +349,7 @@ __device__ __forceinline__ void send_for(Weights& weights, const Linear* linears
   if (tile >= Own::TILES) return;
   if constexpr (COPIED && (PART == FIRST || PART == OUT || PART == MEMORY_OUT || PART == DOWN)) {
     weights.norm = norm;
-    weights.norm_weight = to_float(norm[min(tile * TILE_ROWS + Team<PART>::thread() % TILE_ROWS, Own::HEIGHT - 1)]);
+    weights.norm_weight = norm[min(tile * TILE_ROWS + Team<PART>::thread() % TILE_ROWS, Own::HEIGHT - 1)];
   }
   const Lane<PART> lane(linears, tile);
 #pragma unroll

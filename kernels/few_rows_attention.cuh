@@ -8,6 +8,7 @@ namespace marlin {
 
 // Whether rows are shared by all warps of a block, and a row is read by another warp than the one that wrote it.
 constexpr bool BY_BLOCKS = IS_GLOBAL || ANSWERS;
+constexpr int DEEP_BY_BLOCKS = 4;  // rows that a group of lanes has under way there
 // From a row of a head to the next one: a decoder's rows stand before each other, of all heads, so that they can grow.
 constexpr int ROW_STRIDE = ANSWERS ? STREAMS * KV_HEADS * HEAD_DIM : HEAD_DIM;
 
@@ -174,17 +175,18 @@ struct Head {
     for (int i = 0; i < 8; i++) x[i] *= rsqrtf(float(HEAD_DIM));
   }
 
-  // Two keys and values of each group of a cache, on their way.
+  // Some keys and values of each group of a cache, on their way.
   struct Rows {
     struct From {
       const T *keys, *values;
     };
-    Loaded<T, 8> keys[2], values[2];
+    static constexpr int DEEP = BY_BLOCKS ? DEEP_BY_BLOCKS : 2;
+    Loaded<T, 8> keys[DEEP], values[DEEP];
 
     // A local stage's rows are this warp's own.
     __device__ __forceinline__ void load(const From& from, int base, int end, int warps) {
 #pragma unroll
-      for (int u = 0; u < 2; u++) {
+      for (int u = 0; u < DEEP; u++) {
         if (base + u * warps * CROWD >= end) break;
         const int64_t place = int64_t(min(base + u * warps * CROWD + group(), end - 1)) * ROW_STRIDE + piece() * 8;
         keys[u].template load<BY_BLOCKS>(from.keys + place);
@@ -199,11 +201,12 @@ struct Head {
       const void *keys, *key_scales, *values, *value_scales;
       int64_t first;  // row of the head
     };
-    StoredRow<MEMORY_BITS> keys[2], values[2];
+    static constexpr int DEEP = DEEP_BY_BLOCKS;
+    StoredRow<MEMORY_BITS> keys[DEEP], values[DEEP];
 
     __device__ __forceinline__ void load(const From& from, int base, int end, int warps) {
 #pragma unroll
-      for (int u = 0; u < 2; u++) {
+      for (int u = 0; u < DEEP; u++) {
         if (base + u * warps * CROWD >= end) break;
         const int64_t row = from.first + min(base + u * warps * CROWD + group(), end - 1);
         keys[u].load(from.keys, from.key_scales, row, piece());
@@ -222,7 +225,7 @@ struct Head {
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
     int base = first + warp * CROWD;
     take(some, base, end, warps, with_new, bias);
-    for (base += 2 * warps * CROWD; base < end; base += 2 * warps * CROWD) {
+    for (base += Some::DEEP * warps * CROWD; base < end; base += Some::DEEP * warps * CROWD) {
       some.load(from, base, end, warps);
       take(some, base, end, warps, false, bias);
     }
@@ -241,36 +244,37 @@ struct Head {
   // Some rows, and the new one, together: what one needs does not wait for another.
   template <typename Some, typename Bias>
   __device__ __forceinline__ void take(const Some& some, int base, int end, int warps, bool with_new, const Bias& bias) {
-    float scores[3], more[3];
-    bool there[3];
+    constexpr int DEEP = Some::DEEP;
+    float scores[DEEP + 1], more[DEEP + 1];
+    bool there[DEEP + 1];
 #pragma unroll
-    for (int u = 0; u < 3; u++) {
-      there[u] = u < 2 ? base + u * warps * CROWD + group() < end : with_new && group() == 0;
-      scores[u] = 0.0f, more[u] = there[u] ? bias(u < 2 ? base + u * warps * CROWD + group() : end) : 0.0f;
+    for (int u = 0; u <= DEEP; u++) {
+      there[u] = u < DEEP ? base + u * warps * CROWD + group() < end : with_new && group() == 0;
+      scores[u] = 0.0f, more[u] = there[u] ? bias(u < DEEP ? base + u * warps * CROWD + group() : end) : 0.0f;
 #pragma unroll
-      for (int i = 0; i < 8; i++) scores[u] += query[i] * (u < 2 ? some.keys[u < 2 ? u : 0][i] : key[i]);
+      for (int i = 0; i < 8; i++) scores[u] += query[i] * (u < DEEP ? some.keys[u < DEEP ? u : 0][i] : key[i]);
     }
 #pragma unroll
     for (int offset = 1; offset < LANES; offset *= 2) {
 #pragma unroll
-      for (int u = 0; u < 3; u++) scores[u] += __shfl_xor_sync(0xffffffff, scores[u], offset);
+      for (int u = 0; u <= DEEP; u++) scores[u] += __shfl_xor_sync(0xffffffff, scores[u], offset);
     }
     float highest = peak;
 #pragma unroll
-    for (int u = 0; u < 3; u++) scores[u] += more[u];
+    for (int u = 0; u <= DEEP; u++) scores[u] += more[u];
 #pragma unroll
-    for (int u = 0; u < 3; u++) highest = there[u] ? fmaxf(highest, scores[u]) : highest;
+    for (int u = 0; u <= DEEP; u++) highest = there[u] ? fmaxf(highest, scores[u]) : highest;
     const float shrink = exp2f(peak - highest);
     weight *= shrink, peak = highest;
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] *= shrink;
 #pragma unroll
-    for (int u = 0; u < 3; u++) {
+    for (int u = 0; u <= DEEP; u++) {
       if (!there[u]) continue;  // what stands there may be no number
       const float share = exp2f(scores[u] - highest);
       weight += share;
 #pragma unroll
-      for (int i = 0; i < 8; i++) seen[i] += share * (u < 2 ? some.values[u < 2 ? u : 0][i] : value[i]);
+      for (int i = 0; i < 8; i++) seen[i] += share * (u < DEEP ? some.values[u < DEEP ? u : 0][i] : value[i]);
     }
   }
 };

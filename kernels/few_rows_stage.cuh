@@ -281,38 +281,52 @@ struct Machine {
     }
   }
 
-  // Rows of x that stand in memory as they do in shared memory.
+  // Rows of x that stand in memory piece by piece as they do in shared memory, which lanes fill from bank to bank.
   template <int PART>
   __device__ __forceinline__ void copy_rows(const void* from) {
-    constexpr int PIECES = WIDTHS[PART] / PIECE_VALUES;
-    const Operand<PART> x = operand<PART>();
+    using Own = Job<PART>;
+    constexpr int PIECES = Own::WIDTH / PIECE_VALUES, PLACES = Own::WHOLE / PIECE_VALUES, LOG = Own::LOG_PIECES;
+    uint4* to = operand<PART>().pieces;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < STREAMS * PIECES; i += THREADS) {
-      copy_piece(x.pieces + Operand<PART>::place(i / PIECES, i % PIECES), static_cast<const uint4*>(from) + i);
+    for (int i = threadIdx.x; i < STREAMS * PLACES; i += THREADS) {
+      const int row = i / PLACES, place = i % PLACES, within = place & ((4 << LOG) - 1);
+      const int piece = place - within + ((within & 3) << LOG) + (within >> 2);  // see Operand::place
+      if (PIECES == PLACES || piece < PIECES) {
+        copy_piece(to + row * Own::STRIDE + place, static_cast<const uint4*>(from) + row * PIECES + piece);
+      } else {
+        to[row * Own::STRIDE + place] = uint4{0, 0, 0, 0};
+      }
     }
-    clear_rest<PART>();
   }
 
   // Where rows of x are copied: of each tile of columns [streams], the sums of squares of x before it was multiplied by a norm.
   __device__ __forceinline__ float* squares_of_tiles() const { return static_cast<float*>(stage->x) + STREAMS * DIM; }
 
-  // The squares of the rows, by a warp each, to where `factor_of_row` looks.
+  // Rows of x with the squares of each, by a warp, to where `factor_of_row` looks.
   template <int PART>
-  __device__ __forceinline__ void add_squares() {
-    constexpr int TILES = Job<OUT>::SECOND, EACH = (TILES + 31) / 32;
-    const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 32; row < STREAMS; row += WARPS) {
-      float squares[EACH], sum = 0.0f;
+  __device__ __forceinline__ void copy_normed() {
+    constexpr int TILES = Job<OUT>::SECOND, EACH = (TILES + 31) / 32, OWN = (STREAMS + WARPS - 1) / WARPS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float squares[OWN][EACH];
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
 #pragma unroll
       for (int i = 0; i < EACH; i++) {
-        const int tile = lane + 32 * i;
-        squares[i] = tile < TILES ? __ldcg(squares_of_tiles() + tile * STREAMS + row) : 0.0f;
+        const int tile = lane + 32 * i, row = warp + n * WARPS;
+        squares[n][i] = tile < TILES && row < STREAMS ? __ldcg(squares_of_tiles() + tile * STREAMS + row) : 0.0f;
       }
-#pragma unroll
-      for (int i = 0; i < EACH; i++) sum += squares[i];
-      sum = sum_of_warp(sum);
-      for (int i = lane; i < SEGMENTS; i += 32) squares_of<PART>()[row * SEGMENTS + i] = i == 0 ? sum : 0.0f;
     }
+    copy_rows<PART>(stage->x);
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) sum += squares[n][i];
+      sum = sum_of_warp(sum);
+      const int row = warp + n * WARPS;
+      for (int i = lane; row < STREAMS && i < SEGMENTS; i += 32) squares_of<PART>()[row * SEGMENTS + i] = i == 0 ? sum : 0.0f;
+    }
+    wait_for_copies();
   }
 
   // The same of what was kept for a product.
@@ -717,7 +731,7 @@ struct Machine {
         for (int offset = 1; offset < TILE_ROWS; offset *= 2) square += __shfl_xor_sync(0xffffffff, square, offset);
         if (!there) return;
         const int place = last ? Operand<LAST>::copied_place(row, column) : Operand<READER>::copied_place(row, column);
-        static_cast<Kept*>(stage->x)[place] = from_float<Kept>(one * sent.norm_weight);
+        static_cast<Kept*>(stage->x)[place] = from_float<Kept>(one * to_float(sent.norm_weight));
         if (column % TILE_ROWS == 0) squares_of_tiles()[column / TILE_ROWS * STREAMS + row] = square;
       } else {
         if (there) put_float(stage->x, row * DIM + column, one, phase + 1);
@@ -729,9 +743,7 @@ struct Machine {
   template <int PART>
   __device__ __forceinline__ void bring_normed(const T* norm) {
     if constexpr (COPIED) {
-      copy_rows<PART>(stage->x);
-      add_squares<PART>();
-      wait_for_copies();
+      copy_normed<PART>();
     } else {
       bring<PART, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) { load_floats(stage->x, mine, values); });
     }

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from marlin_cli.engine.cache import Rows, check_cache_bits
 from marlin_cli.engine.compiled_answers import CompiledAnswers, MemoryRows, compiled_answers
+from marlin_cli.engine.compiled_encoder import CompiledEncoder
 from marlin_cli.engine.cuda_answers import CudaAnswers, cuda_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
 from marlin_cli.engine.sampling import Noise, Sampling, draw
@@ -94,9 +95,8 @@ class Answers(Protocol):
 class GraphAnswers:
     """`Answers` by the network itself, an operation at a time."""
 
-    def __init__(self, network: ByT5, states: mx.array, lengths: mx.array | None, memory_bits: int) -> None:
+    def __init__(self, network: ByT5, plain: list[PlainMemory], memory_bits: int) -> None:
         self._network = network
-        plain = network.memory(states, lengths)
         self.memory: list[PlainMemory] | list[PackedMemory] = (
             plain if memory_bits == 16 else [PackedMemory(each, memory_bits) for each in plain]
         )
@@ -146,7 +146,7 @@ class AnswerState:
         self._answers: Answers | CudaAnswers
         self._logits: mx.array | None = None
         if fused is None:
-            self._answers = _by_graph(network, network.encode(source, lengths), lengths, answers, memory_bits)
+            self._answers = _by_graph(network, encode(network, source, lengths), lengths, answers, memory_bits)
         else:
             self._answers = fused.answers(fused.encode(source, lengths), lengths, answers, memory_bits)
         self.push([config.start_id] * len(sources) * answers)
@@ -187,9 +187,10 @@ def _by_graph(
     network: ByT5, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int
 ) -> GraphAnswers | CompiledAnswers | CudaAnswers:
     """Decoding over the encoder's states: by what the GPU in use has for whole steps, else by operations."""
-    graph = GraphAnswers(network, states, lengths, memory_bits)
-    device = gpu()
-    if device is None or by_operations():
+    device = None if by_operations() else gpu()
+    encoder = CompiledEncoder(network) if device == "cuda" else network
+    graph = GraphAnswers(network, encoder.memory(states, lengths), memory_bits)
+    if device is None:
         return graph
     memory = [_rows(each) for each in graph.memory]
     return (compiled_answers if device == "metal" else cuda_answers)(network, memory, answers) or graph
@@ -202,6 +203,9 @@ def _rows(memory: PlainMemory | PackedMemory) -> MemoryRows:
 
 
 def encode(network: ByT5, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
-    """See `ByT5.encode`: in one call where the kernels run."""
+    """See `ByT5.encode`: in one call where the kernels run, as a compiled graph on an NVIDIA GPU."""
     fused = fuse_byt5(network)
-    return network.encode(ids, lengths) if fused is None else fused.encode(ids, lengths)
+    if fused is not None:
+        return fused.encode(ids, lengths)
+    compiled = gpu() == "cuda" and not by_operations()
+    return CompiledEncoder(network).encode(ids, lengths) if compiled else network.encode(ids, lengths)

@@ -31,6 +31,8 @@ LOADS = 8  # of 16 bytes of weights that a lane has under way
 CROWDED, WIDE = 8, 1024  # with more streams and wider rows than these, half as many loads leave registers for the rest
 MOST_STREAMS = 16  # rows of a product of the matrix units
 MOST_LOOKS = 50_000  # of all blocks at the values of rows of x: more cost more than a barrier
+# Rows of x that a block brings through its registers, as copying them wins with more values and wider rows only.
+MOST_BROUGHT, NARROW = 8192, 1024
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
@@ -88,9 +90,9 @@ def is_tagged(stage: StageArrays, streams: int) -> bool:
 
 
 def is_copied(stage: StageArrays, streams: int) -> bool:
-    """Whether rows of x stand in memory as products read them, see few_rows_stage.cuh."""
+    """Whether rows of x stand in memory as products read them, see few_rows_stage.cuh: where there are many to bring."""
     plain = stage.table.dtype == mx.bfloat16 and stage.norm_kind == "rmsnorm"
-    return plain and not is_tagged(stage, streams)
+    return plain and not is_tagged(stage, streams) and stage.dim > NARROW and streams * stage.dim > MOST_BROUGHT
 
 
 def _attends_alone(stage: StageArrays, streams: int) -> bool:

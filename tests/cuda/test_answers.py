@@ -87,6 +87,8 @@ EACH_CASE = pytest.mark.parametrize(
 def test_steps(format, bits, inputs, options, dtype, looks, monkeypatch):
     """Logits of what follows ids that are pushed, and inputs of unequal lengths; with values looked at and with barriers."""
     monkeypatch.setattr(cuda_stages, "MOST_LOOKS", looks)
+    monkeypatch.setattr(cuda_stages, "MOST_BROUGHT", looks)
+    monkeypatch.setattr(cuda_stages, "NARROW", 0)
     network = network_of(format, dtype, **options)
     sources = [SOURCES[i % 3] for i in range(inputs)]
     state = AnswerState(network, sources, memory_bits=bits)

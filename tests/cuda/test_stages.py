@@ -164,6 +164,8 @@ def test_a_local_patch(variant, format, streams):
 def test_sixteen_bits(variant, format, streams, looks, monkeypatch):
     """Rows that are copied as they stand in memory, or looked at; what rounds at other places is near."""
     monkeypatch.setattr(cuda_stages, "MOST_LOOKS", looks)
+    monkeypatch.setattr(cuda_stages, "MOST_BROUGHT", looks)
+    monkeypatch.setattr(cuda_stages, "NARROW", 0)
     network = network_of(format=format, dtype=mx.bfloat16, **VARIANTS[variant])
     stage, length = global_stage(network), network.config.patch_size
     assert takes_stage(stage, streams) and cuda_stages.is_copied(stage, streams) == (looks == 0)
