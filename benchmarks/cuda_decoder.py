@@ -1,9 +1,9 @@
-"""What a step of ByT5's decoder takes on an NVIDIA GPU in its one launch, and what reading the inputs takes, by streams and format.
+"""What a step of ByT5's decoder takes on an NVIDIA GPU, and what reading the inputs takes, by streams and format.
 
     python benchmarks/cuda_decoder.py [--streams 1,8,16] [--formats bfloat16,nvfp4] [--source 257] [--launches 20]
 
-byt5-small's shape with random weights; a launch takes 8 steps. Microseconds a step of launches that stand in one queue, and the time of
-all that comes before the first step.
+byt5-small's shape with random weights; a launch takes 8 steps. Microseconds a step of launches that stand in one queue, and the
+time of all that comes before the first step.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def main() -> None:
             print(
                 f"{name}, {streams} streams: {statistics.median(took[1:]) * 1e6:.1f} us a step; "
                 f"encoder {statistics.median(encoding[1:]) * 1e3:.2f} ms, with what decoding begins with "
-                f"{statistics.median(beginnings[1:]) * 1e3:.2f} ms (first {beginnings[0] * 1e3:.0f}); ids {ids[0, :4].tolist()}, cost {costs[0, 0]:.3f}",
+                f"{statistics.median(beginnings[1:]) * 1e3:.2f} ms (first {beginnings[0] * 1e3:.0f}); "
+                f"ids {ids[0, :4].tolist()}, cost {costs[0, 0]:.3f}",
                 flush=True,
             )
 

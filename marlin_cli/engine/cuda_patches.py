@@ -23,21 +23,30 @@ from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
-from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
+from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, takes_stage
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
+MOST_STREAMS_IN_ALL = 64  # in groups of as many as one launch takes
 SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
 
 
 class Patch(NamedTuple):
     """A patch that has been queued."""
 
-    number: int  # of the launch; see `PatchDecoder.read`
+    numbers: tuple[int, ...]  # of the launches of each group; see `PatchDecoder.read`
     slot: int  # where its ids and the condition of the patch that follows are
     more: bool  # whether that condition is made
     steps: int  # ids drawn
+
+
+class _Group(NamedTuple):
+    """Streams that a launch takes, and their stages."""
+
+    first: int
+    whole: StageOnDevice
+    local: StageOnDevice
 
 
 class PatchDecoder:
@@ -61,7 +70,7 @@ class PatchDecoder:
     @property
     def sequence_cache_bytes(self) -> int:
         """Bytes of the local stage's cache."""
-        return self._local.cache_bytes
+        return sum(group.local.cache_bytes for group in self._groups)
 
     def keep(self, streams: int) -> None:
         """Go on with fewer streams, all that was queued being settled."""
@@ -82,7 +91,7 @@ class PatchDecoder:
             padding: [streams] filler rows of the caches.
         """
         if self._wanted != self._streams:
-            self._make(self._wanted, self._global.known, self._local.known)
+            self._make(self._wanted, self._groups[0].whole.known, self._groups[0].local.known)
         mx.eval(condition, given)
         self._known = given.shape[1]
         if self._known:
@@ -101,16 +110,23 @@ class PatchDecoder:
         filters = sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k
         ids, slot = self._ids_of(self._slot), self._slot
         given = self._given.address if known else 0
-        number = self._local.decode_sequence(self._lead, self._added_there.address, given, drawn, filters, known, steps, ids)
+        numbers = []
+        for group in self._groups:
+            first = 4 * group.first
+            places = self._lead + group.first * self._row_bytes, self._added_there.address, given and given + first * known
+            numbers.append(group.local.decode_sequence(*places, drawn, filters, known, steps, ids + first * self._steps))
         if more:
             if self._room == 0:
                 self.settle(caches)
                 self._give_room(caches)
             self._lead = self._condition_of(slot)
-            self._global.step(ids, self._rows, self._padding.address if self._padded else 0, self._lead)
+            for group in self._groups:
+                padding = self._padding.address + 4 * group.first if self._padded else 0
+                out = self._lead + group.first * self._row_bytes
+                group.whole.step(ids + 4 * group.first * self._steps, self._rows, padding, out)
             self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
         self._slot = (slot + 1) % SLOTS
-        return Patch(number, slot, more, steps)
+        return Patch(tuple(numbers), slot, more, steps)
 
     def read(self, patch: Patch) -> np.ndarray:
         """The ids [streams, steps] drawn in a patch, waited for.
@@ -119,8 +135,11 @@ class PatchDecoder:
             BackendError: the GPU did not finish it.
             CheckpointError: some were predicted by what is no number.
         """
-        assert self._local.mailbox is not None
-        ids = self._local.mailbox.read(patch.number, self._streams, patch.steps)
+        found = []
+        for group, number in zip(self._groups, patch.numbers, strict=True):
+            assert group.local.mailbox is not None
+            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps))
+        ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
         return ids
@@ -158,20 +177,33 @@ class PatchDecoder:
 
     def _give_room(self, caches: Sequence[KeyValueCache], *others: mx.array) -> list[int]:
         storage = [cache.with_room() for cache in caches]
-        found = self._global.set_caches(storage, *others)
+        arrays = [array for pair in storage for array in pair]
+        found = addresses([*arrays, *others])
+        places, found = found[: len(arrays)], found[len(arrays) :]
+        for group in self._groups:
+            bytes_before = [group.first * (array.nbytes // array.shape[0]) for array in arrays]
+            own = [place + before for place, before in zip(places, bytes_before, strict=True)]
+            group.whole.use_caches(arrays, own)
         self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
         return found
 
     def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
         self._streams = self._wanted = streams
-        self._global = StageOnDevice(self._stages[0], streams, self._steps, self._queue, global_known)
-        self._local = StageOnDevice(self._stages[1], streams, self._steps, self._queue, local_known)
-        both = self._global, self._local
-        for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
-            stage.load(code)
-        self._local.own_caches(self._steps)
+        self._groups: list[_Group] = []
+        for first in range(0, streams, MOST_STREAMS):
+            count = min(MOST_STREAMS, streams - first)
+            both = (
+                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known),
+                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known),
+            )
+            for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
+                stage.load(code)
+            global_known, local_known = both[0].known, both[1].known
+            both[1].own_caches(self._steps)
+            self._groups.append(_Group(first, *both))
         local = self._stages[1]
-        self._condition_bytes = streams * local.dim * local.table.dtype.size
+        self._row_bytes = local.dim * local.table.dtype.size
+        self._condition_bytes = streams * self._row_bytes
         self._ids_bytes = 4 * streams * self._steps
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
         self._added_there = self._queue.allocate(self._added.nbytes)
@@ -192,12 +224,13 @@ class PatchDecoder:
 
 def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
-    if streams * network.config.patch_size > MOST_IDS:
+    at_once = min(streams, MOST_STREAMS)
+    if at_once * network.config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
         return None
     stages = global_stage(network), local_stage(network)
     if stages[0] is None or stages[1] is None:
         return None
-    if not all(takes_stage(stage, streams) for stage in stages if stage is not None):
+    if not all(takes_stage(stage, at_once) for stage in stages if stage is not None):
         return None
     last = network.stages[-1]
     shape = (network.config.patch_size, last.config.dim)

@@ -187,15 +187,18 @@ class StageOnDevice:
         size = shared_bytes(self.stage, self.streams)
         self._launch = self._queue.load(machine_code, kernel_name(self.stage), self.blocks, WARPS * 32, size)
 
-    def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]], *others: mx.array) -> list[int]:
+    def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]]) -> None:
         """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type; changed in place.
 
-        They are MLX's, which may move them when it writes to them. Returns the addresses of `others`, asked for with theirs.
+        They are MLX's, which may move them when it writes to them.
         """
-        self._caches = [array for pair in caches for array in pair]
-        found = addresses([*self._caches, *others])
-        self._record(found[: len(self._caches)], self._caches[0].shape[2])
-        return found[len(self._caches) :]
+        arrays = [array for pair in caches for array in pair]
+        self.use_caches(arrays, addresses(arrays))
+
+    def use_caches(self, arrays: Sequence[mx.array], places: list[int]) -> None:
+        """The same where the rows of this stage's streams stand at `places`."""
+        self._caches = list(arrays)
+        self._record(places, arrays[0].shape[2])
 
     @property
     def cache_bytes(self) -> int:

@@ -248,7 +248,7 @@ def emulate(monkeypatch) -> None:
     monkeypatch.delenv("MARLIN_PATCHES", raising=False)
     if mx.cuda.is_available():
         return
-    for module in (cuda_stages, engine_answers):
+    for module in (cuda_stages, cuda_patches, engine_answers):
         monkeypatch.setattr(module, "addresses", own_addresses)
     for module in (cuda_patches, engine_answers):
         monkeypatch.setattr(module, "Queue", OwnQueue)

@@ -228,6 +228,23 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     assert generated(stop) == stopped and len(stopped[0]) < 19
 
 
+def test_groups_of_streams(monkeypatch):
+    """More streams than one launch takes: prompts that end inside a patch, and streams that stop."""
+    monkeypatch.setattr(cuda_patches, "MOST_STREAMS", 2)
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    network = network_of(format="mxfp8")
+    prompts = [b"abcdefgh", b"abcd", b"abcdefghij", b"a", b"abcdefgg"]
+    outcomes = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=13), Sampling(0.9, top_k=50)):
+            streams[piece.stream] += piece.data
+        outcomes.append(streams)
+    assert outcomes[0] == outcomes[1] and {len(stream) for stream in outcomes[0]} == {13}
+
+
 def test_what_was_queued_too_far_is_taken_back(monkeypatch):
     """Logits, and ids pushed, between whole patches; the noise is that of the steps that were asked for."""
     network, sampling = network_of(format="mxfp8"), Sampling(1.3, top_k=50, top_p=0.8, min_p=0.02)
@@ -288,7 +305,7 @@ def test_the_order_of_threads_does_not_matter(monkeypatch):
 
 def test_what_is_left_to_operations(monkeypatch):
     taken = network_of()
-    assert patch_decoder(taken, 16) is not None and patch_decoder(taken, 17) is None
+    assert patch_decoder(taken, 64) is not None and patch_decoder(taken, 65) is None
     for options in (
         {"layout": "paper", "local_positions": "none"},
         {"token_shift": True},
