@@ -208,16 +208,32 @@ def group_size(inputs: int) -> int:
     return 1 << (inputs - 1).bit_length()
 
 
+def why_operations(network: ByT5, memory_bits: int, inputs: int, answers: int = 1) -> str | None:
+    """Why so many inputs are answered operation by operation; None where steps are launched whole."""
+    if answers != 1:
+        return "beams"
+    if inputs > MOST_ANSWERS:
+        return f"{inputs} answers side by side are more than {MOST_ANSWERS}"
+    if type(network.decoder) is not Decoder or type(network.embedding) is not nn.Embedding:
+        return "a decoder of another kind"
+    decoder = _prepared(network)
+    if decoder is None:
+        return "layers of a kind that the kernels do not know, or with 8-bit activations"
+    if not takes_stage(replace(decoder.stage, memory_bits=memory_bits), group_size(min(inputs, MOST_STREAMS))):
+        return "float16, formats that differ from layer to layer, or sizes that the kernels do not take"
+    return None
+
+
+def _prepared(network: ByT5) -> Prepared | None:
+    parts = [network.embedding, network.decoder, *([] if network.config.tied_head else [network.output])]
+    return prepared(network, parts, lambda: decoder_arrays(network))
+
+
 def cuda_answers(network: ByT5, memory: Sequence[MemoryRows], answers: int) -> CudaAnswers | None:
     """The state of a decoder with one answer to each input, or None where it goes operation by operation."""
-    if type(network.decoder) is not Decoder or type(network.embedding) is not nn.Embedding or answers != 1:
-        return None
     inputs = _with_scales(memory[0].keys)[0].shape[0]
-    parts = [network.embedding, network.decoder, *([] if network.config.tied_head else [network.output])]
-    decoder = prepared(network, parts, lambda: decoder_arrays(network))
-    if decoder is None or inputs > MOST_ANSWERS:
-        return None
-    if not takes_stage(replace(decoder.stage, memory_bits=_bits(memory)), group_size(min(inputs, MOST_STREAMS))):
+    decoder = None if why_operations(network, _bits(memory), inputs, answers) else _prepared(network)
+    if decoder is None:
         return None
     try:
         return CudaAnswers(network, decoder, memory, inputs)

@@ -222,15 +222,27 @@ class PatchDecoder:
         return self._kept.address + SLOTS * self._apart(self._condition_bytes) + slot * self._apart(self._ids_bytes)
 
 
+def why_operations(network: MegaByte, streams: int) -> str | None:
+    """Why patches of so many streams are decoded operation by operation; None where they are launched whole."""
+    config, at_once = network.config, min(streams, MOST_STREAMS)
+    if at_once * config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
+        return f"{streams} streams of {config.patch_size} bytes a patch are more than {MOST_STREAMS_IN_ALL} or {MOST_IDS} ids"
+    if config.layout != "prefix":
+        return f"the layout is {config.layout}, the kernels know prefix"
+    if config.token_shift or network.stages[0].positions is not None:
+        return "a token shift, or learned positions of patches"
+    stages = [stage for stage in (global_stage(network), local_stage(network)) if stage is not None]
+    if len(stages) < 2:
+        return "layers of a kind that the kernels do not know, or with 8-bit activations"
+    if not all(takes_stage(stage, at_once) for stage in stages):
+        return "float16, formats that differ from layer to layer, or sizes that the kernels do not take"
+    return None
+
+
 def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
-    at_once = min(streams, MOST_STREAMS)
-    if at_once * network.config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
-        return None
     stages = global_stage(network), local_stage(network)
-    if stages[0] is None or stages[1] is None:
-        return None
-    if not all(takes_stage(stage, at_once) for stage in stages if stage is not None):
+    if why_operations(network, streams) is not None or stages[0] is None or stages[1] is None:
         return None
     last = network.stages[-1]
     shape = (network.config.patch_size, last.config.dim)
