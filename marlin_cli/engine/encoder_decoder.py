@@ -175,7 +175,7 @@ class AnswerState:
         """See `sampling.draw`, with the noise of the next step; from here on at most `most` ids will be drawn."""
         if isinstance(self._answers, CudaAnswers):
             return self._answers.draw(forbidden, sampling, noise, most)
-        return draw(self.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
+        return draw(self.logits, [forbidden], [sampling], noise.take(1) if sampling.temperature else None)
 
     def keep(self, answers: Sequence[int], streams: Sequence[int] | None = None) -> None:
         """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
