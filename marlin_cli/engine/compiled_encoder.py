@@ -1,7 +1,7 @@
 """ByT5's encoder as compiled graphs on an NVIDIA GPU, where the host takes longer to ask for its operations than they take."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -11,13 +11,18 @@ from marlin_cli.models.byt5 import ByT5, PlainMemory
 MOST_SHAPES = 64  # of inputs that graphs are kept for
 
 
-class _Graphs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Graphs:
     """Graphs hold the weights that they were traced with."""
 
     weights: list[mx.array]
     shapes: set[tuple[tuple[int, ...], bool]]
     encode: Callable[..., mx.array]
     memory: Callable[[mx.array], list[tuple[mx.array, mx.array]]]
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of the network has none."""
+        return type(None), ()
 
 
 class CompiledEncoder:

@@ -21,6 +21,10 @@ class Prepared:
     stage: StageArrays
     known: list[int] | None = None  # addresses of the stage's arrays
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of the network has none."""
+        return type(None), ()
+
 
 def prepared(network: nn.Module, parts: Sequence[nn.Module], make: Callable[[], StageArrays | None]) -> Prepared | None:
     """What `make` gives of a network, made anew where a weight of its `parts` is another array than before."""
