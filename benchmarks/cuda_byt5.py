@@ -21,7 +21,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from marlin_cli import ByT5Model
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings

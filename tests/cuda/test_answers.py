@@ -6,8 +6,9 @@ import pytest
 from cuda_emulator import compiler, emulate
 from mlx.utils import tree_map
 
-from marlin_cli.engine import cuda_answers, encoder_decoder
-from marlin_cli.engine.answering import AnswerLimits, answer
+from marlin_cli.engine import answering, cuda_answers, encoder_decoder
+from marlin_cli.engine.answer_requests import AnswerLimits
+from marlin_cli.engine.answering import answer
 from marlin_cli.engine.cuda_answers import CudaAnswers
 from marlin_cli.engine.encoder_decoder import AnswerState, GraphAnswers
 from marlin_cli.engine.sampling import Sampling
@@ -30,6 +31,7 @@ SOURCES = [[5, 90, 200, 7, 8, 9, 10, 11, 12, 1], [30, 31, 1], [100, 4, 4, 60, 70
 def emulated(monkeypatch):
     emulate(monkeypatch)
     monkeypatch.setattr(encoder_decoder, "fuse_byt5", lambda network: None)
+    monkeypatch.setattr(answering, "fuse_answers", lambda network: None)
 
 
 def network_of(format=None, dtype=mx.float32, **options):
