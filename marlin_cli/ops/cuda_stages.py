@@ -322,9 +322,12 @@ def _linear_bytes(linear: LinearArrays, known: Iterator[int]) -> bytes:
 
 
 def blocks_of(stage: StageArrays) -> int:
-    """A block for each multiprocessor, but none that had nothing to multiply in any phase."""
+    """A block for each multiprocessor, but none that had nothing to multiply in any layer.
+
+    One that had a part of the logits alone could still be looking for those of a step when the next step's are written.
+    """
     tiles = [sum(-(-each.rows // 8) for each in layer.qkv) for layer in stage.layers]
-    tiles += [-(-linear.rows // 8) for linear in stage.linears()]
+    tiles += [-(-linear.rows // 8) for layer in stage.layers for linear in layer.linears()]
     return min(multiprocessors(), max(tiles))
 
 

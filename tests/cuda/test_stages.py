@@ -329,3 +329,10 @@ def test_what_is_left_to_operations(monkeypatch):
     monkeypatch.setenv("MARLIN_PATCHES", "steps")
     with pytest.raises(UsageError, match="MARLIN_PATCHES"):
         whole_patches.patch_decoder(taken, 1)
+
+
+def test_no_block_has_logits_alone(monkeypatch):
+    """It would be waited for by nobody, and might look for logits that have been written over."""
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
+    stage = local_stage(network_of())
+    assert cuda_stages.blocks_of(stage) == 12 and stage.last.rows == 256  # of 3 x 32 rows of q, k and v, and 96 of gate
