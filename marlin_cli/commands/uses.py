@@ -103,6 +103,7 @@ GENERATE: Mapping[str, Uses] = {
     "--input-prefix": _of(*ENCODER_FIRST),
     "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
+    "--split": _of(CONTINUES, ANSWERS),
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
     "--import": _of(CONTINUES),
@@ -265,6 +266,9 @@ BENCH: Mapping[str, Uses] = {
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
+    "--split": _of(CONTINUES, ANSWERS, needs=_SCORED, without=("--resume", "--reference-cache")),
+    "--ranks": _of(CONTINUES, needs=("--plan",)),
+    "--link": _of(CONTINUES, needs=("--ranks",)),
 }
 
 SERVE: Mapping[str, Uses] = {
