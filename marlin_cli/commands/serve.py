@@ -23,7 +23,7 @@ def serve(
     cache_memory: Annotated[
         str | None, typer.Option(help="What the caches of all streams may grow to, for example 4G; others wait.")
     ] = None,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM or Ctrl-C.")] = 4.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM or Ctrl-C.")] = 3.0,
     rows: Annotated[
         str,
         typer.Option(help="exact: a stream's bytes never depend on its neighbours. fast: as quick as the CPU can."),
