@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 
 from marlin_cli import MegaByteModel
 from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models.block_recurrent import BlockRecurrentConfig
 from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.canine import CanineConfig
@@ -67,6 +68,17 @@ PACKABLE = {
 CONTINUING = {
     "megabyte": MegaByteConfig(**PACKABLE),
     "bygpt5": ByGPT5Config(**T5, layers=1, max_bytes=96),
+    "block_recurrent": BlockRecurrentConfig(
+        d_model=32,
+        ffn_dim=64,
+        heads=2,
+        head_dim=32,
+        layers=2,
+        recurrent_layers=(0,),
+        block_bytes=24,
+        state_vectors=6,
+        max_bytes=96,
+    ),
 }
 ANSWERING = {
     "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from marlin_cli.engine.block_decoding import BlockRows
 from marlin_cli.engine.byte_decoding import ByteByByte
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
@@ -85,6 +87,7 @@ class Way:
 WAYS: dict[Reading, Way] = {
     Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse),
     Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5),
+    Reading.BLOCKS: Way(partial(ByteByByte, new_rows=BlockRows, level="memory"), ByteByByte.phase),
 }
 
 

@@ -48,6 +48,7 @@ class Reading(str, Enum):
 
     PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
+    BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.BlockReader`
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class CachedStack:
         sequence_rows: rows of a sequence, after which the next begins anew; None: the rows of the whole context are kept,
             in as few bits as `--kv-bits` says.
         window: rows back that attention sees; None: all.
+        kept: (rows of a context) -> those that are kept, and read, at its end; of the first stack alone.
     """
 
     level: str
@@ -25,6 +26,7 @@ class CachedStack:
     row_bytes: int = 1
     sequence_rows: int | None = None
     window: int | None = None
+    kept: Callable[[int], int] = lambda rows: rows
 
 
 def _each_byte(config: Any) -> Mapping[str, int]:
