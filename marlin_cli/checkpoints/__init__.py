@@ -13,6 +13,7 @@ from marlin_cli.checkpoints import (
     block_recurrent,
     bygpt5,
     canine,
+    evabyte,
     gbst,
     gguf_t5,
     hugging_face,
@@ -47,6 +48,7 @@ WITH_CONFIG = {
     "la_canine": la_canine,
     "gbst": gbst,
     "bygpt5": bygpt5,  # before hugging_face, whose T5 some of them say they are
+    "evabyte": evabyte,
     "hugging_face": hugging_face,
     "native": native,
 }
@@ -61,6 +63,7 @@ ARCHITECTURE_OF = {
     "la_canine": "la_canine",
     "gbst": "gbst",
     "bygpt5": "bygpt5",
+    "evabyte": "evabyte",
     "hugging_face": "byt5",
     "megabyte_pytorch": "megabyte",
     "paper": "megabyte",

@@ -1,13 +1,14 @@
 """Cached decoding of networks whose memory does not grow, as blocks of bytes hand it on (Block-Recurrent Transformers)."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Network
+from marlin_cli.models.block_recurrent import BlockRecurrent
 
 # Rows that are read at once: bounds what a layer has between two products.
 ROWS_AT_ONCE = 2048
@@ -28,33 +29,35 @@ class Memory(Protocol):
         """Keep these members of the batch."""
 
 
-class BlockReader(Network, Protocol):
-    """A network that takes a byte at a step, and knows itself what its layers remember."""
+class MemoryReader(Network, Protocol):
+    """A network that takes a byte at a step."""
 
     def led(self, ids: mx.array) -> mx.array:
         """What it reads of ids [n, total] of texts from their beginning: with whatever comes before them."""
 
-    def new_memory(self) -> Sequence[Memory]:
-        """What the layers remember of texts of which nothing has been read."""
-
-    def decode(self, ids: mx.array, memory: Sequence[Memory]) -> mx.array:
-        """Hidden rows [n, rows, width] of ids [n, rows], which follow those in the memory."""
+    def decode(self, ids: mx.array, memory: Any) -> mx.array:
+        """Hidden rows [n, rows, width] of ids [n, rows], which follow those in the memory, one a layer."""
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden rows as float32 logits [..., vocab]."""
 
 
-class BlockRows:
-    """What such a network remembers of a batch of texts; an `engine.byte_decoding.Rows`.
+def block_rows(network: BlockRecurrent, streams: int, bits: CacheBits) -> "MemoryRows":
+    """What a Block-Recurrent Transformer remembers of so many texts that have no ids yet.
 
     Raises:
         UsageError: bits of keys and values, which do not grow and keep their own type.
     """
+    if bits != CacheBits():
+        raise UsageError("--kv-bits: what this model remembers does not grow, and keeps its own type; leave it out")
+    return MemoryRows(network, network.new_memory())
 
-    def __init__(self, network: BlockReader, streams: int, bits: CacheBits) -> None:
-        if bits != CacheBits():
-            raise UsageError("--kv-bits: what this model remembers does not grow, and keeps its own type; leave it out")
-        self._network, self._memory = network, network.new_memory()
+
+class MemoryRows:
+    """What a network remembers of a batch of texts, a memory a layer; an `engine.byte_decoding.Rows`."""
+
+    def __init__(self, network: MemoryReader, memory: Sequence[Memory]) -> None:
+        self._network, self._memory = network, memory
 
     @property
     def nbytes(self) -> int:

@@ -8,13 +8,14 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.block_decoding import BlockRows
+from marlin_cli.engine.block_decoding import block_rows
 from marlin_cli.engine.byte_decoding import ByteByByte
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.window_decoding import window_rows
 from marlin_cli.models import Network, Reading, continuing_of
 
 
@@ -87,7 +88,8 @@ class Way:
 WAYS: dict[Reading, Way] = {
     Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse),
     Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5),
-    Reading.BLOCKS: Way(partial(ByteByByte, new_rows=BlockRows, level="memory"), ByteByByte.phase),
+    Reading.BLOCKS: Way(partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
+    Reading.WINDOWS: Way(partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
 }
 
 

@@ -18,6 +18,7 @@ from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine_steps import CANINE, LA_CANINE
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
+from marlin_cli.models.evabyte_steps import EVABYTE
 from marlin_cli.models.gbst_steps import GBST
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
@@ -53,7 +54,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 # model_type -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
-    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, GBST, CANINE, LA_CANINE)
+    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, GBST, CANINE, LA_CANINE)
 }
 
 

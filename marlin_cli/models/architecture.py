@@ -48,7 +48,8 @@ class Reading(str, Enum):
 
     PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
-    BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.BlockReader`
+    BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.MemoryReader`
+    WINDOWS = "windows"  # the same, with a memory of a window and of chunks before it: a `models.evabyte.EvaByte`
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class PackedKeys:
 
     Attributes:
         rotated: do positions rotate channels, in pairs of the two halves of a head (interleaved: of neighbours)?
+        queries_alone: do queries alone read keys, so that both can be scaled against each other?
     """
 
     paths: tuple[str, ...]
@@ -106,6 +108,7 @@ class PackedKeys:
     head_dim: int
     rotated: bool = False
     interleaved: bool = False
+    queries_alone: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What calibration, packing and decoding ask of a Block-Recurrent Transformer; see `models.architecture`."""
 
+import dataclasses
 from collections.abc import Container
 from functools import partial
 
@@ -25,6 +26,8 @@ from marlin_cli.models.block_recurrent import BlockRecurrent, BlockRecurrentConf
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
+
+NARROW = 32  # the widths of the miniature
 
 # Layers of a block whose inputs are measured, in the order in which they come about; between them those of its states.
 OF_ATTENTION = ("attention.q_proj",)
@@ -112,14 +115,14 @@ def stacks(config: BlockRecurrentConfig) -> tuple[CachedStack, ...]:
     )  # fmt: skip
 
 
-def layer_bytes(path: str, config: BlockRecurrentConfig) -> int:
-    """States are written once in a block."""
-    return config.block_bytes if path.startswith("states.") else 1
-
-
 def part_bytes(config: BlockRecurrentConfig) -> dict[str, int]:
-    """Bytes from one pass through a part to the next."""
+    """What writes states is read once in a block; as it passes all of them then, its products are about a row a byte."""
     return {"states": config.block_bytes}
+
+
+def miniature_of(config: BlockRecurrentConfig) -> BlockRecurrentConfig:
+    """The same model with one narrow head."""
+    return dataclasses.replace(config, d_model=NARROW, heads=1, head_dim=NARROW, ffn_dim=NARROW)
 
 
 def ids_of_prompt(config: BlockRecurrentConfig, prompt: bytes, sentinels: bool) -> bytes:
@@ -153,7 +156,7 @@ BLOCK_RECURRENT = Architecture(
     packed_keys=packed_keys,
     is_gated=lambda config: True,
     input_of=input_of,
-    decoding=DecodingShape(stacks, part_bytes, layer_bytes),
+    decoding=DecodingShape(stacks, part_bytes, miniature=miniature_of),
     tuning=Tuning(parts=None),
     continuing=Continuing(
         Reading.BLOCKS,

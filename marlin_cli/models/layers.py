@@ -19,7 +19,7 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
 
 def part_of(path: str) -> str:
     """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross, states or head."""
-    if path == "output":
+    if path in ("output", "drafts"):  # of the next id, and of those further on
         return "head"
     names = path.split(".")
     if names[0] == "decoder" and "cross" in names:
