@@ -1,10 +1,10 @@
-"""EvaByte larger than memory: peak memory and seconds of packing a checkpoint of its real shape, and of 64 bytes with the result.
+"""EvaByte larger than memory: peak memory and seconds of packing a checkpoint of its real shape, and of bytes with the result.
 
     python benchmarks/evabyte_large.py [--layers 32] [--method mse] [--folder FOLDER] [--decode-bytes 64]
 
-The checkpoint has the hub's layout, a shard a layer, 13 GB in 16 bits with all 32 layers; its layers are one random layer again and
-again, which takes no less to read and to pack. Each step is `marlin` in a process of its own, whose peak the system tells. What is
-claimed: `quantize` to nvfp4 within 4 GiB, and 64 bytes within the packed bytes and 1 GiB.
+The checkpoint has the hub's layout, a shard a layer, 13 GB in 16 bits with all 32 layers; its layers are one random layer
+again and again, which takes no less to read and to pack. Each step is `marlin` in a process of its own, whose peak the
+system tells. What is claimed: `quantize` to nvfp4 within 4 GiB, and 64 bytes within the packed bytes and 1 GiB.
 """
 
 import argparse
@@ -35,7 +35,11 @@ def layer_of(config: EvaByteConfig) -> dict[str, mx.array]:
     width, wide = config.d_model, config.ffn_dim
     weigher = (1, config.heads, 1, 1, config.head_dim)
     shapes = {f"self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj.weight": (wide, width), "mlp.up_proj.weight": (wide, width), "mlp.down_proj.weight": (width, wide)}
+    shapes |= {
+        "mlp.gate_proj.weight": (wide, width),
+        "mlp.up_proj.weight": (wide, width),
+        "mlp.down_proj.weight": (width, wide),
+    }
     shapes |= {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
     shapes |= {"self_attn.adaptive_phi": weigher, "self_attn.adaptive_mu_k": weigher}
     return {name: random_weights(*shape) for name, shape in shapes.items()}

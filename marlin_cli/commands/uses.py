@@ -101,6 +101,7 @@ GENERATE: Mapping[str, Uses] = {
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
     "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
+    "--chat": _of(BYTEWISE),  # a model of another form says so itself
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway

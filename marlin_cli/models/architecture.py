@@ -64,6 +64,8 @@ class Continuing:
         ends: (config) -> ids that end a text.
         first_byte: id of the byte 0.
         sentinel: (id) -> the text that stands for an id that is neither a byte nor an end.
+        chat: (what a user says) -> the chat in which it stands, up to the answer, to be read with `sentinels`; None where
+            there is no form of chats.
     """
 
     reading: Reading
@@ -72,6 +74,7 @@ class Continuing:
     ends: Callable[[Any], Container[int]]
     first_byte: int = 0
     sentinel: Callable[[int], bytes] = lambda value: b""
+    chat: Callable[[bytes], bytes] | None = None
 
 
 # What a batch has become so far, by name. `rows` [.., channels] is what the next block reads; `real`, where there is

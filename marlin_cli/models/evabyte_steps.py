@@ -22,7 +22,7 @@ from marlin_cli.models.architecture import (
 )
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 from marlin_cli.models.evabyte import Attention, EvaByte, EvaByteConfig
-from marlin_cli.models.evabyte_ids import FIRST_BYTE, bytes_of_mark, ids_of_bytes, ids_with_marks
+from marlin_cli.models.evabyte_ids import FIRST_BYTE, bytes_of_mark, chat, ids_of_bytes, ids_with_marks
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
@@ -151,5 +151,6 @@ EVABYTE = Architecture(
         ends=lambda config: config.end_ids,
         first_byte=FIRST_BYTE,
         sentinel=bytes_of_mark,
+        chat=lambda said: chat([("user", said)]),
     ),
 )
