@@ -3,7 +3,7 @@
     python benchmarks/recomputing.py [--only block_recurrent,evabyte] [--context 4096] [--bytes 64] [--rounds 3]
 
 Block-Recurrent: block-recurrent-transformer-pytorch 0.4.4 at the shape of the preset, in segments of 512 bytes as its
-wrapper generates: what is timed is its pass over the last segment, full but for a byte. EvaByte: the transcription of tests/peers
+wrapper generates: what is timed is its pass over the last segment, nearly full. EvaByte: the transcription of tests/peers
 (its own code needs triton) at 8 layers 1,024 wide, windows of 2,048. Weights are random, both sides float32 on this CPU, and
 marlin packed to nvfp4 too. Logits of the float32 models are compared; sides are timed in turns, the least of each is shown.
 """
