@@ -9,9 +9,10 @@ from marlin_cli.engine import byte_states
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
-from marlin_cli.engine.generation import Piece, StopMatcher, Stopping
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.scheduling import Piece
 from marlin_cli.engine.spans import OUTSIDE, Place, Span
+from marlin_cli.engine.stopping import StopMatcher, Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model, checked_text, checked_texts
 from marlin_cli.models import Capability

@@ -7,9 +7,12 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.generation import Piece, Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.schedulers import scheduler_of
+from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model, checked_text, checked_texts
 from marlin_cli.models import Capability, continuing_of
@@ -123,6 +126,10 @@ class ContinuingModel(Model):
         return generate(
             self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels
         )
+
+    def scheduler(self, limits: SchedulerLimits | None = None) -> Scheduler[Request]:
+        """Streams that come and go beside each other; see `marlin_cli.engine.scheduling`. One thread owns it and the model."""
+        return scheduler_of(self.network, limits, self.cache_bits)
 
     def quantize(
         self,

@@ -86,8 +86,8 @@ def generate(
     from marlin_cli.continuing_model import ContinuingModel
     from marlin_cli.engine.answering import AnswerLimits
     from marlin_cli.engine.beams import Beams
-    from marlin_cli.engine.generation import Stopping
     from marlin_cli.engine.sampling import Sampling
+    from marlin_cli.engine.stopping import Stopping
     from marlin_cli.models import Capability
 
     sequences = [bytes_of_argument(text) for text in stop or []]

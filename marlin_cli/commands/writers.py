@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.engine.generation import Piece, Stopping
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.stopping import Stopping
 
 
 def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False) -> str:

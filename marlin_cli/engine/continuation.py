@@ -1,8 +1,8 @@
 """The ways in which bytes are continued, by what a network takes at a step, behind one protocol that generation drives."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -10,11 +10,14 @@ import numpy as np
 
 from marlin_cli.engine.block_decoding import block_rows
 from marlin_cli.engine.byte_decoding import ByteByByte
+from marlin_cli.engine.byte_streams import byte_streams
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
+from marlin_cli.engine.patch_streams import patch_streams
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.streams import Streams
 from marlin_cli.engine.window_decoding import window_rows
 from marlin_cli.models import Network, Reading, continuing_of
 
@@ -76,20 +79,25 @@ class Way:
     Attributes:
         begin: (network, ids of prompts of one phase, bits of the cache) -> their state; raises `UsageError` for bits
             that do not fit the network.
+        begin_unread: the same, but the prompts are read by the state's `read_slice`; None where nothing reads them in slices.
         phase: (config, ids of a prompt) -> what is equal for prompts that can be decoded together.
         fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
+        together: (network, bits of the cache) -> streams whose rows go through the kernels together, wherever each stands; None
+            where there are no such kernels.
     """
 
     begin: Callable[[Any, Sequence[Any], CacheBits | None], Continuation]
     phase: Callable[[Any, int], object]
+    begin_unread: Callable[[Any, Sequence[Any], CacheBits | None], Any] | None = None
     fuse: Callable[[Any], FusedScoring | None] = lambda network: None
+    together: Callable[[Any, CacheBits], Streams | None] = lambda network, bits: None
 
 
 WAYS: dict[Reading, Way] = {
-    Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse),
-    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5),
-    Reading.BLOCKS: Way(partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
-    Reading.WINDOWS: Way(partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
+    Reading.PATCHES: Way(Lockstep, Lockstep.phase, functools.partial(Lockstep, read=False), fuse, patch_streams),
+    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, byte_streams),
+    Reading.BLOCKS: Way(functools.partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
+    Reading.WINDOWS: Way(functools.partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
 }
 
 

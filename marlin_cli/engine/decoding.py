@@ -1,37 +1,22 @@
 """Cached decoding of MegaByte, one byte at a time, for streams that stand at the same byte of their patches."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
+from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
-from marlin_cli.engine.fused import fuse
-from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.fused import FusedStages, fuse, rotates
+from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
+from marlin_cli.engine.stage_caches import GraphCache, StageCache
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
-from marlin_cli.models.megabyte_layers import Stack
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512
-
-
-class StageCache(Protocol):
-    """What one stage of a batch of streams remembers."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows in use."""
-
-    def run(self, rows: mx.array) -> mx.array:
-        """Take rows [streams, n, dim], which follow those seen before, through the layers: hidden rows."""
-
-    def keep(self, streams: Sequence[int]) -> None:
-        """Keep these members of the batch."""
 
 
 @dataclass
@@ -53,12 +38,15 @@ class Lockstep:
         network: the model.
         prompts: the bytes of each stream; `phase` must be equal for all of them.
         cache_bits: bits of the global keys and values.
+        read: are the prompts read at once? Else by `read_slice`.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
     """
 
-    def __init__(self, network: MegaByte, prompts: Sequence[bytes], cache_bits: CacheBits | None = None) -> None:
+    def __init__(
+        self, network: MegaByte, prompts: Sequence[bytes], cache_bits: CacheBits | None = None, *, read: bool = True
+    ) -> None:
         self.network = network
         self.config = network.config
         self._lucid = self.config.layout == "megabyte_pytorch"
@@ -67,9 +55,7 @@ class Lockstep:
         head_dim = self.config.stages[0].width_of_head
         if self._bits != CacheBits():
             check_cache_bits(self._bits.keys, self._bits.values, head_dim)
-        # The kernels rotate heads whose width is a power of two.
-        rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
-        self._fused = fuse(network) if rotated else None
+        self._fused = fused_stages(network, self._bits)
         self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
         self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
         # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
@@ -85,7 +71,13 @@ class Lockstep:
         self._logits: mx.array | None = None
         self._sequence_cache_bytes = 0
         self.positions = [len(prompt) for prompt in prompts]
-        self._prefill(prompts)
+        self._reading = self._prefill(prompts)
+        while read and self.read_slice():
+            pass
+
+    def read_slice(self) -> bool:
+        """Read the next rows of the prompts, `PREFILL_ROWS` of each at most; whether any are left. Nothing is drawn before."""
+        return next(self._reading, None) is not None
 
     @staticmethod
     def phase(config: MegaByteConfig, prompt_bytes: int) -> tuple[int, bool]:
@@ -158,9 +150,13 @@ class Lockstep:
             assert condition is not None
             lead = self.network.leading_row(self._last, self.streams, condition, self._before_patch)[:, 0]
             given = self._tail()
-            drawn = noise.take(steps) if sampling.temperature else None
+            draws = Draws([sampling], [noise.take(steps) if sampling.temperature else no_noise()])
             self._sequence_cache_bytes = self._fused.sequence_cache_bytes(self.streams, tokens + steps)
-            ids = self._fused.decode_sequence(lead, self.network.additions(condition), given, drawn, steps, sampling)
+            known, places = [tokens] * self.streams, tokens + steps
+            found, _ = self._fused.decode_sequence(lead, self.network.additions(condition), given, known, places, draws)
+            ids = found[:, tokens:]
+            if np.array(ids).min() < 0:
+                raise not_finite()
         for start in range(0, ids.shape[1], max(1, length - tokens)):
             self._append(ids[:, start : start + max(1, length - tokens)])
         return ids
@@ -173,14 +169,57 @@ class Lockstep:
         self._settle()
         self._append(ids[:, None])
 
+    @property
+    def at_boundary(self) -> bool:
+        """Do the streams stand where a patch begins, with nothing made of it yet?"""
+        if self._in_place is not None:
+            return True
+        finest, ahead = self._states[self._last], 1 if self._lucid else 0
+        return self._patch.shape[1] == finest.tokens == ahead and finest.cache is None and self._logits is None
+
+    def join(self, other: "Lockstep") -> bool:
+        """Take in the streams of another batch behind these; the shorter ones are padded before their first row.
+
+        Returns:
+            False where nothing was done: both have to stand at a boundary, with caches of MLX, and together they have to be
+            decoded as they were apart.
+        """
+        if self._fused is not None or not (self.at_boundary and other.at_boundary):
+            return False
+        counts = self.streams, other.streams
+        decoder = patch_decoder(self.network, sum(counts)) if self._bits == CacheBits() else None
+        if (decoder is None) != (self._on_gpu is None):
+            return False
+        self._settle()
+        other._settle()
+        self._on_gpu = decoder
+        patches = max(self._states[0].tokens, other._states[0].tokens)
+        self._filler = [filler + patches - state._states[0].tokens for state in (self, other) for filler in state._filler]
+        self._left_padding = mx.array(self._filler) if any(self._filler) else None
+        for state, theirs in zip(self._states, other._states, strict=True):
+            if state.cache is not None:
+                assert isinstance(state.cache, GraphCache) and isinstance(theirs.cache, GraphCache)
+                state.cache.join(theirs.cache, counts)
+            if state.condition is not None and theirs.condition is not None:
+                state.condition = mx.concatenate([state.condition, theirs.condition])
+        self._states[0].tokens = patches
+        self._patch = mx.concatenate([self._patch, other._patch])
+        self._before_patch = mx.concatenate([self._before_patch, other._before_patch])
+        self.positions = self.positions + other.positions
+        return True
+
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
         self.positions = [self.positions[stream] for stream in streams]
         if self._in_place is not None:
             live = self._live or range(self._in_place[1].shape[0])
             self._live = [live[stream] for stream in streams]
-        else:
-            self._keep(streams)
+            return
+        self._keep(streams)
+        complete = self._states[self._last].tokens == self.config.stages[self._last].length
+        if complete and max(self.positions) < self.config.max_bytes:  # the one for which there was no room is gone
+            self._logits = self._logits if self._lucid else None
+            self._turn()
 
     def _keep(self, streams: Sequence[int]) -> None:
         """Drop all that is known of other streams, but for their positions."""
@@ -298,8 +337,8 @@ class Lockstep:
         self._sequence_cache_bytes = state.cache.nbytes
         return self.network.head(hidden)
 
-    def _prefill(self, prompts: Sequence[bytes]) -> None:
-        """Read the prompts, coarse to fine."""
+    def _prefill(self, prompts: Sequence[bytes]) -> Iterator[int]:
+        """Read the prompts, coarse to fine; yields the rows of each slice of the global stage but the last."""
         config = self.config
         # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
         slack = 1 if self._lucid else 0
@@ -318,7 +357,7 @@ class Lockstep:
         self._left_padding = mx.array(padding) if padding else None
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
-        hidden = self._read_global(tokens, self._left_padding)
+        hidden = yield from self._read_global(tokens, self._left_padding)
         self._states[1].condition = self.network.to_next(0, hidden)
         used = 0
         for number in range(1, self._last):
@@ -337,7 +376,7 @@ class Lockstep:
             if max(self.positions) < config.max_bytes:
                 self._turn()
 
-    def _read_global(self, tokens: mx.array, padding: mx.array | None) -> mx.array:
+    def _read_global(self, tokens: mx.array, padding: mx.array | None) -> Generator[int, None, mx.array]:
         """Feed the global stage its leading row and the patches of the prompts; the last hidden row."""
         batch, count, _ = tokens.shape
         first: int | mx.array = 0 if padding is None else -padding
@@ -357,6 +396,8 @@ class Lockstep:
         for start in range(0, count + 1, PREFILL_ROWS):
             hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)
+            if start + PREFILL_ROWS <= count:
+                yield PREFILL_ROWS
         self._states[0].tokens = count
         return hidden[:, -1]
 
@@ -402,27 +443,6 @@ class Lockstep:
         return GraphCache(stage.stack, stage.config, number > 0, padding, bits)
 
 
-class GraphCache:
-    """What one stage remembers, as arrays of MLX; takes rows through the network's own layers."""
-
-    def __init__(self, stack: Stack, stage: StageConfig, short: bool, padding: Sequence[int], bits: CacheBits) -> None:
-        self._stack = stack
-        left = mx.array(list(padding)) if padding else None
-        self.layers: list[KeyValueCache] = [
-            KeyValueCache(left, rows_per_step=stage.length + 1) if short
-            else KeyValueCache(left) if bits == CacheBits()
-            else PackedKeyValueCache(bits.keys, bits.values, left)
-            for _ in range(stage.layers)
-        ]  # fmt: skip
-
-    def run(self, rows: mx.array) -> mx.array:
-        return self._stack(rows, self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    def keep(self, streams: Sequence[int]) -> None:
-        chosen = mx.array(list(streams))
-        for layer in self.layers:
-            layer.keep(chosen)
+def fused_stages(network: MegaByte, bits: CacheBits) -> FusedStages | None:
+    """The fused stages of a network, or None where no kernels run that know its layers and a cache of so many bits."""
+    return fuse(network) if rotates(network.config.stages[0].width_of_head, bits) else None

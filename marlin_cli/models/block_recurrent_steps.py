@@ -107,12 +107,19 @@ def stacks(config: BlockRecurrentConfig) -> tuple[CachedStack, ...]:
     return (
         CachedStack(
             "memory", config.layers, config.heads, 1, config.head_dim,
-            kept=lambda rows: min(rows, config.block_bytes + (rows - 1) % config.block_bytes + 1),
+            kept=lambda rows: min(rows, config.block_bytes + (rows - 1) % config.block_bytes + 1), cycle=config.block_bytes,
         ),
         CachedStack(
             "states", len(config.recurrent_layers), config.heads, 1, config.head_dim, sequence_rows=config.state_vectors
         ),
     )  # fmt: skip
+
+
+def beside_bytes(config: BlockRecurrentConfig) -> int:
+    """The open block's keys as they came; states as they are and as they are read."""
+    keys = config.layers * config.block_bytes * config.head_dim
+    states = len(config.recurrent_layers) * config.state_vectors * 2 * (config.d_model + config.head_dim)
+    return 4 * (keys + states)
 
 
 def part_bytes(config: BlockRecurrentConfig) -> dict[str, int]:
@@ -156,7 +163,7 @@ BLOCK_RECURRENT = Architecture(
     packed_keys=packed_keys,
     is_gated=lambda config: True,
     input_of=input_of,
-    decoding=DecodingShape(stacks, part_bytes, miniature=miniature_of),
+    decoding=DecodingShape(stacks, part_bytes, beside_bytes=beside_bytes, miniature=miniature_of),
     tuning=Tuning(parts=None),
     continuing=Continuing(
         Reading.BLOCKS,

@@ -112,8 +112,14 @@ def rows_kept(config: EvaByteConfig, rows: int) -> int:
 
 def stacks(config: EvaByteConfig) -> tuple[CachedStack, ...]:
     """The blocks, which keep a window and chunks."""
-    kept = partial(rows_kept, config)
-    return (CachedStack("window", config.layers, config.heads, config.heads, config.head_dim, kept=kept),)
+    kept, heads, cycle = partial(rows_kept, config), config.heads, config.window_bytes
+    return (CachedStack("window", config.layers, heads, heads, config.head_dim, kept=kept, cycle=cycle),)
+
+
+def beside_bytes(config: EvaByteConfig) -> int:
+    """The rows of the open window's chunks, and of the open chunk as they came."""
+    rows = config.window_bytes // config.chunk_bytes + config.chunk_bytes
+    return 4 * 2 * config.layers * config.d_model * rows
 
 
 def miniature_of(config: EvaByteConfig) -> EvaByteConfig:
@@ -142,7 +148,7 @@ EVABYTE = Architecture(
     is_gated=lambda config: True,
     input_of=input_of,
     overflows_in_float16=True,  # trained in bfloat16
-    decoding=DecodingShape(stacks, miniature=miniature_of),
+    decoding=DecodingShape(stacks, beside_bytes=beside_bytes, miniature=miniature_of),
     tuning=Tuning(parts=None),
     continuing=Continuing(
         Reading.WINDOWS,

@@ -6,8 +6,9 @@ import pytest
 from block_recurrent_cases import SIZES, random_block_recurrent
 
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.continuation import begin
+from marlin_cli.engine.continuation import begin, way_of
 from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.merged_streams import MergedStreams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.errors import UsageError
 from marlin_cli.models import preset
@@ -65,6 +66,9 @@ def test_its_memory_is_what_the_plan_says():
     costs = costs_of(network.config, {}, 3 * BLOCK - 1, 32, 32)
     # Beside keys, values and what is read of states there are the states themselves, before and after their norm.
     assert 0.5 < sum(costs.cache_bytes.values()) / state.cache_bytes["memory"] < 1.5
+    for rows in (1, BLOCK, 2 * BLOCK - 1, 3 * BLOCK + 1):
+        held = begin(network, [bytes(rows)]).cache_bytes["memory"]
+        assert held <= MergedStreams(network, way_of(network).begin, lambda *_: 0, CacheBits()).most_bytes(rows)
     assert costs.cache_bytes == costs_of(network.config, {}, 30 * BLOCK - 1, 32, 32).cache_bytes
 
 

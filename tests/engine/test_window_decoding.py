@@ -6,8 +6,9 @@ import pytest
 from evabyte_cases import SIZES, random_evabyte
 
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.continuation import begin
+from marlin_cli.engine.continuation import begin, way_of
 from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.merged_streams import MergedStreams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.models import continuing_of, preset
 from marlin_cli.models.evabyte_steps import rows_kept
@@ -55,6 +56,7 @@ def test_its_memory_is_what_the_plan_says(bits):
     planned = costs_of(network.config, {}, rows, width, 32).cache_bytes["window"]
     # Beside the rows that are read there are those of the open window's chunks, which none sees yet.
     assert planned <= state.cache_bytes["window"] < 1.5 * planned
+    assert state.cache_bytes["window"] <= MergedStreams(network, way_of(network).begin, lambda *_: 0, bits).most_bytes(rows)
     assert rows_kept(network.config, rows) == CHUNK + 9 * WINDOW // CHUNK
 
 

@@ -1,0 +1,31 @@
+"""The scheduler of a network, chosen in one place."""
+
+from marlin_cli.engine.cache import CacheBits, check_cache_bits
+from marlin_cli.engine.continuation import way_of
+from marlin_cli.engine.merged_streams import MergedStreams
+from marlin_cli.engine.scheduling import Request, Scheduler, SchedulerLimits
+from marlin_cli.engine.stream_scheduler import StreamScheduler
+from marlin_cli.engine.streams import Streams
+from marlin_cli.models import Network, decoding_of
+
+
+def scheduler_of(
+    network: Network, limits: SchedulerLimits | None = None, cache_bits: CacheBits | None = None
+) -> Scheduler[Request]:
+    """A scheduler of streams that the network continues.
+
+    Args:
+        cache_bits: of the keys and values that every stream keeps.
+
+    Raises:
+        UsageError: `cache_bits` do not fit the network.
+    """
+    return StreamScheduler(network, streams_of(network, cache_bits or CacheBits()), limits or SchedulerLimits())
+
+
+def streams_of(network: Network, bits: CacheBits) -> Streams:
+    """The streams of a network: of kernels that take rows of all of them where there are any, else in batches."""
+    if bits != CacheBits():
+        check_cache_bits(bits.keys, bits.values, decoding_of(network.config).stacks(network.config)[0].head_dim)
+    way = way_of(network)
+    return way.together(network, bits) or MergedStreams(network, way.begin_unread or way.begin, way.phase, bits)
