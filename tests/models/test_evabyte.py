@@ -81,7 +81,8 @@ def test_keys_that_chunks_read_too_are_not_scaled():
         ({"vocab_size": 319}, "vocab_size must be at least 320"),
         ({"end_ids": []}, "end_ids must be ids below 320"),
         ({"end_ids": [320]}, "end_ids must be ids below 320"),
-        ({"norm_eps": -1.0}, "norm_eps must be at least 0"),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 1e-30"),
+        ({"norm_eps": 0.0}, "norm_eps must be at least 1e-30"),  # MLX has no such norm
         ({"rope_theta": float("nan")}, "rope_theta"),
         ({"max_bytes": 1 << 40}, "more than the"),
     ],
