@@ -49,7 +49,8 @@ class EvaByteConfig:
             {
                 "vocab_size": (FIRST_BYTE + 256, 1 << 16), "d_model": (1, most), "ffn_dim": (1, most), "heads": (1, 1 << 12),
                 "layers": (1, 1 << 10), "window_bytes": (1, most), "chunk_bytes": (1, most), "prediction_heads": (1, 64),
-                "norm_eps": (1e-30, 1), "rope_theta": (1, 1e12), "start_id": (0, self.vocab_size - 1), "max_bytes": (1, 1 << 30),
+                "norm_eps": (1e-30, 1), "rope_theta": (1, 1e12), "max_bytes": (1, 1 << 30),
+                "start_id": (0, self.vocab_size - 1),
             },
         )  # fmt: skip
         if self.d_model % self.heads or self.head_dim % 2:

@@ -46,3 +46,12 @@ def test_what_has_no_chats(tmp_path, marlin):
     assert code == 2 and "knows none" in error
     code, _, error = marlin("generate", "megabyte-demo", "-p", "a", "--chat")
     assert code == 2 and "--chat has no meaning for" in error
+
+
+def test_bits_of_what_does_not_grow(tmp_path, marlin):
+    ContinuingModel(random_block_recurrent(head_dim=32), choose_device("cpu")).save(tmp_path / "other")
+    code, _, error = marlin("quantize", "other", "-o", "packed", "--kv-bits", "8")
+    assert code == 2 and "keeps no keys and values that grow" in error and not (tmp_path / "packed").exists()
+    code, _, error = marlin("quantize", "other", "-o", "packed", "--recipe", "smallest")  # which says kv_bits 4
+    assert code == 0, error
+    assert marlin("generate", "packed", "-p", "a", "--max-bytes", "3")[0] == 0
