@@ -56,7 +56,7 @@ def block_recurrent(context: int, folder: Path) -> tuple[Any, Callable[[np.ndarr
                 _, memories, states = model(segment, xl_memories=memories, states=states)
             handed.extend((memories, states))
         logits, _, _ = model(torch.from_numpy(ids[None, whole:]), xl_memories=handed[0], states=handed[1])
-        return np.array(logits[0, -1])
+        return logits[0, -1].numpy()
 
     return network, last
 

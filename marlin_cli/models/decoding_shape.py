@@ -47,13 +47,13 @@ class DecodingShape:
         stacks: (config) -> the stacks that keep keys and values, coarse to fine; the first keeps the whole context.
         part_bytes: (config) -> bytes from one pass through a part of the network to the next; 1 where it is not named.
         layer_bytes: (path of a layer, config) -> the same of a linear layer.
-        beside_bytes: (config) -> bytes in float32 that a stream may hold beside the rows of its first stack.
         miniature: (config) -> the same model, as narrow as its layout lets it be, with a little more context: what it takes is
             all that decoding does beside products and attention. None: the time of a byte is not predicted.
+        beside_bytes: (config) -> bytes in float32 that a stream may hold beside the rows of its first stack.
     """
 
     stacks: Callable[[Any], tuple[CachedStack, ...]]
     part_bytes: Callable[[Any], Mapping[str, int]] = _each_byte
     layer_bytes: Callable[[str, Any], int] = lambda path, config: 1
-    beside_bytes: Callable[[Any], int] = lambda config: 0
     miniature: Callable[[Any], Any] | None = None
+    beside_bytes: Callable[[Any], int] = lambda config: 0
