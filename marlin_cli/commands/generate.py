@@ -160,13 +160,12 @@ def generate(
             return follow_along(loaded, ranks, batch_size)
         if chat:
             prompted = [each.in_chat(loaded.network) for each in prompted]
+        marks = sentinel or chat
         for each in prompted:
             each.check_fits(loaded.config.max_bytes)
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
-                write_json_lines(continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=sentinel or chat)
+                write_json_lines(continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks)
             else:
-                summary = write_stream(
-                    continues.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel or chat), raw=raw
-                )
+                summary = write_stream(continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks), raw=raw)
                 console.note_to_terminal(f"{len(prompted[0].data)} bytes in, {summary}, on {loaded.device.name}")
