@@ -136,9 +136,19 @@ def _keep_input(kept: Kept, path: str, groups: int, add_rows: Callable[[str, mx.
     """Keep the sums over sequences of x [..., channels], whose rows come in sequences of `groups`."""
     channels = x.shape[-1]
     sequences = x.size // (groups * channels) if groups else 0
-    kept[path] = _moments(x.reshape(sequences, groups, channels), path)
+    found = _moments(x.reshape(sequences, groups, channels), path)
+    # A layer may be called several times in a pass, as those are that write states, once a block.
+    kept[path] = found if path not in kept else _both(kept[path], found)
     if add_rows is not None and sequences:
         add_rows(path, x.reshape(-1, channels))
+
+
+def _both(one: Moments, other: Moments) -> Moments:
+    return Moments(
+        one.count + other.count,
+        one.sum_squares + other.sum_squares,
+        np.maximum(one.absolute_maximum, other.absolute_maximum),
+    )
 
 
 def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.array) -> None:
