@@ -1,6 +1,6 @@
 """The law of packed products: at most 1.05 of the dense one's time, and 8-bit activations at most what float32 ones take.
 
-    python benchmarks/product_law.py [--march native,x86-64-v3] [--rows 1,8] [--shapes 256x256] [--formats nvfp4] [--peer|--exact]
+    python benchmarks/product_law.py [--march native,x86-64-v3] [--rows 1,8] [--shapes KxN] [--formats nvfp4] [--peer|--exact]
 
 Every format by every number of rows, shape, activation width and build that this processor runs. A cell's sides take turns on
 the same x, and the shortest time of each counts. Prints a line a cell, then the worst of each build. `--peer` times
