@@ -307,7 +307,7 @@ def test_answers_go_out_in_the_order_of_their_inputs_as_they_come(model, monkeyp
     texts = [bytes([65 + n]) * (40 if n % 3 == 0 else 1) for n in range(11)]
     out, seen, first_is_out = io.BytesIO(), [], threading.Event()
     out.flush = first_is_out.set
-    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out))
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out, isatty=lambda: False))
 
     def inputs():
         yield Prompt(texts[0])
