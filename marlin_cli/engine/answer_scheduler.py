@@ -21,6 +21,7 @@ from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
 from marlin_cli.engine.sampling import draw
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, SchedulerLimits
+from marlin_cli.engine.split import agreed
 from marlin_cli.engine.stream_scheduler import cost_of
 from marlin_cli.engine.streams import ROWS_READ_ALONE, StreamNoise
 from marlin_cli.errors import UsageError
@@ -157,7 +158,7 @@ class AnsweringScheduler:
         self._read()
         if self._decoding:
             news += self._write()
-        return news
+        return agreed(self._network, news)
 
     def release(self, stream: int) -> None:
         self._telling.pop(stream, None)

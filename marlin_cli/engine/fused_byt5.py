@@ -11,6 +11,7 @@ from marlin_cli.models import bygpt5
 from marlin_cli.models.bygpt5 import ByGPT5
 from marlin_cli.models.byt5 import Attention, ByT5, Decoder, DecoderBlock, Encoder, EncoderBlock
 from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
@@ -26,8 +27,9 @@ class FusedByT5:
 
     def __init__(self, network: ByT5, module: Any) -> None:
         self._network, self.module = network, module
-        # None for an encoder that pools, which stays with the graph.
-        self.encoder = kernel_stack(module, network.config, network.encoder) if isinstance(network.encoder, Encoder) else None
+        # None for an encoder that pools, or that ranks share: they stay with the graph.
+        known = isinstance(network.encoder, Encoder) and share_of(network) is None
+        self.encoder = kernel_stack(module, network.config, network.encoder) if known else None
         if network.config.decoder_layers:
             self._decoder = kernel_stack(module, network.config, network.decoder)
             self._head = kernel_head(module, network)
@@ -79,7 +81,7 @@ class FusedAnswers:
 def fuse_byt5(network: ByT5) -> FusedByT5 | None:
     """The fused stacks of a network, or None where the kernels do not run or do not know a layer of it."""
     stacks: list[Encoder | Decoder] = [network.decoder] if network.config.decoder_layers else []
-    if isinstance(network.encoder, Encoder):
+    if isinstance(network.encoder, Encoder) and share_of(network) is None:
         stacks.append(network.encoder)
     if mx.default_device() != mx.Device(mx.cpu) or not knows_stack(network, stacks):
         return None
