@@ -270,6 +270,19 @@ BENCH: Mapping[str, Uses] = {
     "--link": _of(CONTINUES, needs=("--ranks",)),
 }
 
+SERVE: Mapping[str, Uses] = {
+    "MODEL": _of(*CONTINUING, ANSWERS),
+    **dict.fromkeys(("--host", "--port", "--name"), _of()),
+    "--api-key": _of(without=("--api-key-file",)),
+    "--api-key-file": _of(without=("--api-key",)),
+    **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
+    "--k-bits": _of(*CONTINUING),
+    "--v-bits": _of(*CONTINUING),
+    "--activation-bits": _of(),
+    "--import": _of(CONTINUES),
+    "--device": _of(),
+}
+
 INFO: Mapping[str, Uses] = {
     "MODEL|FILE": _of(),
     "--fingerprint": _of(needs=("MODEL|FILE",)),
@@ -286,6 +299,7 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "generate": GENERATE,
     "label": LABEL,
     "encode": ENCODE,
+    "serve": SERVE,
     "bench": BENCH,
     "info": INFO,
 }
