@@ -61,11 +61,12 @@ def load(
     activation_bits: int = 16,
     dtype: mx.Dtype | None = None,
     options: ImportOptions | None = None,
+    split: Ranks = ALONE,
 ) -> AnyModel:
     """Read any supported model; see `Model.from_pretrained`. What it can do is said by its class."""
     found = MODELS[capability_of(path)]
     return found.from_pretrained(
-        path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, dtype=dtype, options=options
+        path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, dtype=dtype, options=options, split=split
     )
 
 

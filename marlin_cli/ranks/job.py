@@ -88,6 +88,19 @@ class Ranks:
         finally:
             self._watch.in_collective = before
 
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While rank 0 alone hears Ctrl-C and SIGTERM, which launchers send to all, and lets what runs come to its end."""
+        if self._watch is None:
+            yield
+            return
+        previous, self._watch.deaf = signal.signal(signal.SIGINT, signal.SIG_IGN), True
+        try:
+            yield
+        finally:
+            self._watch.deaf = False
+            signal.signal(signal.SIGINT, previous)
+
     def send(self, rank: int, message: bytes) -> None:
         """Send to another rank: rank 0 to any, each other to rank 0. It does not wait for anybody."""
         assert self._watch is not None

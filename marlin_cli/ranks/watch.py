@@ -76,6 +76,7 @@ class Watch:
         self.lost: str | None = None  # the line that says why the job is over
         self.told = False  # rank 0 knows, and says it
         self.in_collective = False
+        self.deaf = False  # to signals that ask this process to end: rank 0 hears them for all
         self._number = 0  # of the collective that is next
         self._ready = dict.fromkeys(connections, 0)  # collectives that the other side has reached
         self._left: set[int] = set()
@@ -137,6 +138,8 @@ class Watch:
 
     def stop(self, number: int, _: object) -> None:
         """Interrupt the main thread, where this runs: once, since it will be saving what it has."""
+        if self.deaf and self.lost is None:
+            return
         before, self._stopping = self._stopping, True
         if not before and not self.leaving:
             raise KeyboardInterrupt if self.lost is not None else Terminated(number)
