@@ -71,9 +71,11 @@ class _Together:
         return mx.array([cache.offset for cache in self._caches])
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        streams = range(len(self._caches))
-        own = [[each[stream : stream + 1] for each in (queries, keys, values)] for stream in streams]
-        return mx.concatenate([self._caches[stream].attend(*own[stream], scale, window) for stream in streams])
+        found = [
+            cache.attend(queries[n : n + 1], keys[n : n + 1], values[n : n + 1], scale, window)
+            for n, cache in enumerate(self._caches)
+        ]
+        return mx.concatenate(found)
 
     def delay(self, slot: int, rows: mx.array) -> mx.array:
         return mx.concatenate([cache.delay(slot, rows[n : n + 1]) for n, cache in enumerate(self._caches)])

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import fused_stages
 from marlin_cli.engine.fused import FusedCache, FusedStages
+from marlin_cli.engine.graph_cache import GraphCache
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
 from marlin_cli.engine.streams import Ask, Drawn, Floats, slices
@@ -34,7 +35,7 @@ class _Stream:
         before: the id before them.
     """
 
-    def __init__(self, cache: FusedCache, unread: Ids, given: list[int], before: int) -> None:
+    def __init__(self, cache: FusedCache | GraphCache, unread: Ids, given: list[int], before: int) -> None:
         self.cache, self.unread, self.given, self.before = cache, unread, given, before
         self.rows = 0
         self.enters = True

@@ -68,7 +68,7 @@ class Routed:
         self._waiting.append((number, request))
         return number
 
-    def advance(self) -> list[Piece]:
+    def advance(self) -> Sequence[Piece]:
         while self._waiting and min(self._running) < self._most:
             rank = self._running.index(min(self._running))
             number, request = self._waiting.popleft()
@@ -132,7 +132,7 @@ class Mirrored:
         _tell_all(self._ranks, "admit", number, request)
         return number
 
-    def advance(self) -> list[Piece]:
+    def advance(self) -> Sequence[Piece]:
         _tell_all(self._ranks, "advance")
         with self._ranks.computing():
             return self._own.advance()
