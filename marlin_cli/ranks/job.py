@@ -186,6 +186,8 @@ def joined() -> Iterator[Ranks]:
     try:
         watch.start()
         yield Ranks(launch.rank, watch.size, watch)
+        if watch.lost is not None:  # the block has taken the interrupt for a wish to end, and did
+            raise _ConnectionLost(watch.lost)
     except BaseException as error:
         watch.leaving = True  # before anything else: an interrupt from here on would hide what is said
         ending = _ending(watch, error)
