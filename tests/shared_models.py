@@ -16,6 +16,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import MarlinError
 from marlin_cli.models import ARCHITECTURES, Capability
+from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -50,9 +51,13 @@ CASES: dict[str, tuple[Any, str | None]] = {
 }
 
 
+# A model of which each rank has all.
+WHOLE = {"bygpt5": ByGPT5Config(d_model=64, ffn_dim=128, heads=2, head_dim=32, layers=1, max_bytes=96)}
+
+
 def write(folder: Path, name: str) -> None:
     """A case's model, of random weights."""
-    config, packing = CASES[name]
+    config, packing = (WHOLE[name], None) if name in WHOLE else CASES[name]
     architecture = ARCHITECTURES[config.model_type]
     model: Any = MODELS[architecture.capability].from_config(config, device="cpu")
     mx.random.seed(sum(map(ord, name)))

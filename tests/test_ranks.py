@@ -402,3 +402,18 @@ def test_a_process_that_nothing_launched_is_alone() -> None:
         assert ranks is ALONE
         assert ranks.gather(b"x") == [b"x"]
     assert not is_follower()
+
+
+def test_a_deaf_rank_ends_when_another_is_lost_and_not_before(connected: tuple[Connection, Connection]) -> None:
+    watch = Watch(1, 2, {0: connected[0]})
+    ranks = Ranks(1, 2, watch)
+    before = signal.getsignal(signal.SIGINT)
+    with ranks.deaf():
+        watch.stop(signal.SIGTERM, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        watch.lost = "rank 0 of 2 ended"
+        with pytest.raises(KeyboardInterrupt):
+            watch.stop(signal.SIGTERM, None)
+    assert signal.getsignal(signal.SIGINT) is before
+    with ALONE.deaf(), ALONE.computing():
+        pass

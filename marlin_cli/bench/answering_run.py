@@ -13,7 +13,7 @@ from marlin_cli.bench.answering_result import AnsweringModelReport, AnsweringRep
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
-from marlin_cli.bench.ranked import of_ranks
+from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import read_checkpoint
@@ -76,6 +76,8 @@ def _run(request: AnsweringRequest, ranks: Ranks) -> AnsweringReport:
     scores: Sequence[PairQuality | None] = [None] * len(models)
     if request.quality is not None:
         reference = _reference(request, request.quality, models, ranks)
+        named_models = [*request.models, request.quality.reference]
+        check_alike(ranks, named_models, (side for pair in pairs for side in (pair.source, pair.target)))
         named = dict(zip(labels, models, strict=True))
         check_pairs_fit(named if reference is None else {**named, "the reference": reference}, pairs)
     speeds = [None] * len(models) if request.throughput is None else _time(models, request.throughput)

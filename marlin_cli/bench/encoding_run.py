@@ -10,7 +10,7 @@ from marlin_cli.bench.encoding_result import EncodingModelReport, EncodingReport
 from marlin_cli.bench.encoding_speed import EncodingSpeed, check_texts_fit, measure_encoding, shapes_of
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
-from marlin_cli.bench.ranked import of_ranks
+from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
@@ -73,6 +73,7 @@ def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
         quality = replace(quality, window_bytes=_window_bytes(quality, [*models, reference]))
         texts = _texts(quality, [*models, reference])
         check_comparable(named, texts, reference)
+        check_alike(ranks, [*request.models, quality.reference], (text for found in texts.values() for text in found))
     speeds = [None] * len(models) if request.throughput is None else _time(models, request.throughput)
     if quality is not None:
         total = sum(len(text) for found in texts.values() for text in found)

@@ -16,7 +16,7 @@ from marlin_cli import console
 from marlin_cli.api import ranks_to_split
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
-from marlin_cli.bench.ranked import of_ranks
+from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
@@ -178,6 +178,7 @@ def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> li
         ranks.check_alike(job=key())
     total = sum(window.scored for part in scoring.windows.values() for window in part)
     if request.split is not None:  # no rank may do less than another, by what it has kept
+        check_alike(ranks, names, [_fingerprint_of_windows(scoring.windows).encode()])
         with console.byte_progress("scoring", total) as progress, ranks.computing():
             return measure_quality(scoring.networks, scoring.windows, scoring.reference, progress.advance)
     total //= ranks.size

@@ -29,6 +29,7 @@ __all__ = [
     "lasting",
     "possible_heads",
     "read_checkpoint",
+    "sketch",
 ]
 
 # Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
@@ -263,6 +264,32 @@ def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
         for file in files_of(path):
             check_regular(file, CheckpointError)
             digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+# Of each end of a file that `sketch` looks at.
+SKETCHED_BYTES = 1 << 20
+
+
+def sketch(path: Path) -> str:
+    """SHA-256 over the names, sizes and ends of a model's files: tells models apart at once, not a damage in between.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot be read.
+    """
+    layout = _layout_with_config(path)
+    digest = hashlib.sha256()
+    try:
+        for file in [weights_file(path)] if layout is None else WITH_CONFIG[layout].files(path):
+            check_regular(file, CheckpointError)
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}\n".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(SKETCHED_BYTES))
+                opened.seek(max(0, size - SKETCHED_BYTES))
+                digest.update(opened.read(SKETCHED_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
     return digest.hexdigest()

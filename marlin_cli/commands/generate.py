@@ -85,7 +85,7 @@ def generate(
     from marlin_cli.answering_model import AnsweringModel
     from marlin_cli.api import capability_of, ranks_to_split
     from marlin_cli.commands.given import check_models
-    from marlin_cli.commands.leading import follow_along, leading
+    from marlin_cli.commands.leading import check_alike, follow_along, leading
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.writers import write_json_lines, write_stream
@@ -121,6 +121,7 @@ def generate(
             raw=raw,
         )
         with joined() as ranks:
+            check_alike(ranks, model, kv_bits=kv_bits, activation_bits=activation_bits, split=split, batch_size=batch_size)
             leads = ranks.rank == 0
             inputs = answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts) if leads else []
             answering = AnsweringModel.from_pretrained(
@@ -136,6 +137,10 @@ def generate(
                 answering_run.run(answers, request, inputs, batch_size * ranks.size)
         return
     with joined() as ranks:
+        check_alike(
+            ranks, model, kv_bits=cache_bits, activation_bits=activation_bits, imports=imports, split=split,
+            batch_size=batch_size,
+        )  # fmt: skip
         leads = ranks.rank == 0
         prompted = []
         if leads:

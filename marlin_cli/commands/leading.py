@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from marlin_cli.answering_model import AnsweringModel
+from marlin_cli.checkpoints import sketch
+from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
 from marlin_cli.engine.beams import Beams
@@ -16,6 +18,18 @@ from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.ranks import Ranks
+from marlin_cli.version import __version__
+
+
+def check_alike(ranks: Ranks, model: str, **settings: Any) -> None:
+    """See that all ranks have the same model and were started with the same settings, as far as these change what it writes.
+
+    Raises:
+        DistributedError: they were not.
+        CheckpointError: the model cannot be read.
+    """
+    if ranks.size > 1:
+        ranks.check_alike(version=__version__, model=sketch(locate_model(model)), settings=repr(settings))
 
 
 @contextlib.contextmanager

@@ -45,7 +45,10 @@ def quality(out: str) -> Any:
     return json.loads(out)["models"][0]["quality"]
 
 
-@pytest.mark.parametrize("model", ["grouped", "byt5", "canine"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("model", ["grouped", pytest.param("byt5", marks=SLOW), pytest.param("canine", marks=SLOW)])
 def test_ranks_score_as_one_process(model: str, folder: Path) -> None:
     alone = subprocess.run([sys.executable, *command(folder, model)], capture_output=True, text=True, check=True)
     with ring(command(folder, model), folder) as processes:
@@ -54,7 +57,7 @@ def test_ranks_score_as_one_process(model: str, folder: Path) -> None:
     assert quality(first[1]) == quality(alone.stdout)
 
 
-@pytest.mark.parametrize(("model", "part"), [("grouped", "global"), ("byt5", "encoder")])
+@pytest.mark.parametrize(("model", "part"), [("grouped", "global"), pytest.param("byt5", "encoder", marks=SLOW)])
 def test_ranks_that_share_a_model_score_nearly_as_one_process(model: str, part: str, folder: Path) -> None:
     alone = subprocess.run([sys.executable, *command(folder, model)], capture_output=True, text=True, check=True)
     with ring(command(folder, model, "--split", part), folder) as processes:
