@@ -41,6 +41,7 @@ SERVED_BY = {
     CONTINUES: "marlin generate",
     BYTEWISE: "marlin generate",
     ANSWERS: "marlin generate and marlin encode",
+    ENCODER_ALONE: "marlin label and marlin encode",
     ENCODES: "marlin label and marlin encode",
 }
 

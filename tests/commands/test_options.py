@@ -29,7 +29,7 @@ from marlin_cli.ops.device import choose_device
 COMMANDS = get_command(cli.app).commands
 
 # Commands that have no shipped model of their own.
-NEED_A_MODEL = ("quantize", "label", "encode")
+NEED_A_MODEL = ("quantize", "label", "encode", "serve")
 
 # What stands after an option that takes a value, and what it needs beside it.
 VALUES = {
@@ -121,6 +121,16 @@ VALUES = {
     "--longest": "9",
     "--dtype": "bfloat16",
     "--pool": "mean",
+    "--host": "127.0.0.1",
+    "--port": "0",
+    "--name": "tiny",
+    "--api-key": "key",
+    "--api-key-file": "SHORT",
+    "--max-streams": "2",
+    "--max-waiting": "2",
+    "--cache-memory": "1G",
+    "--drain-seconds": "1",
+    "--rows": "fast",
 }
 
 
@@ -270,7 +280,7 @@ USED = [
     if (command in ("label", "encode") and family in HEADS and (command, family) != ("label", "none"))
     or (command == "bench" and family in ("none", "sentence"))
     or (family in SERVED[command] and has_part(use, family))
-    if has_head(use, family)
+    if has_head(use, family) and command != "serve"  # which does not end by itself: tests/serving has its own
     # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
     if not (family is Family.ENCODER_ALONE and (command == "generate" or option == "--no-throughput"))
     and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")

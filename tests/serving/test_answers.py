@@ -71,7 +71,7 @@ def test_beams_find_the_best_answers(name, model, client):
 
 
 def test_a_shortest_answer_and_sentinels(model, client):
-    data = model.generate(b"<extra_id_0> a", 12, min_length=12, sentinels=True)
+    data = bytes(model.generate_stream(b"<extra_id_0> a", 12, min_length=12, sentinels=True))
     [choice] = complete(client, "<extra_id_0> a", extra={"min_tokens": 12, "sentinels": True}, logprobs=2).choices
     assert bytes(choice.token_ids) == data
     assert b"".join(map(bytes, choice.logprobs.bytes)) == data and len(choice.logprobs.top_logprobs[0]) == 2
