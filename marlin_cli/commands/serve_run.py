@@ -65,12 +65,14 @@ def run(model: str, name: str | None, settings: "ServerSettings", split: str | N
     Of several ranks, rank 0 serves, and streams run on all, or with `split` all share the model.
     """
     from marlin_cli.api import load, ranks_to_split
+    from marlin_cli.commands.leading import check_alike
     from marlin_cli.engine.routing import dismiss, follow, over_ranks
     from marlin_cli.ranks import joined
     from marlin_cli.serving.loading import served_model
     from marlin_cli.serving.server import serve
 
     with joined() as ranks:
+        check_alike(ranks, model, split=split, limits=settings.limits, **options)
         shared = ranks_to_split(split, model, ranks)
         if ranks.rank > 0:
             with ranks.deaf():
