@@ -5,9 +5,9 @@
     python benchmarks/ranks.py killed
     python benchmarks/ranks.py paper
 
-Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each. On a machine that others use,
-wall times say little: the processor time of a process, and of the busier rank, is beside them (of a rank that waits for the
-other one too, as a ring polls).
+Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each; with --ring too, all on the first
+GPU. On a machine that others use, wall times say little: the processor time of a process, and of the busier rank, is beside
+them (of a rank that waits for the other one too, as a ring polls).
 
 streams: `marlin generate --prompts` of the demo by one process and by two ranks of one thread each; outputs are compared.
 split: a random MegaByte by one process and by two ranks that share its global stage: both must write the same bytes as each
@@ -30,28 +30,29 @@ from pathlib import Path
 WORDS = "the global stage reads a patch at a time and the local one its bytes in turn ".split()
 
 
-def environments(ranks: int, device: str, folder: Path, threads: int) -> list[dict[str, str]]:
+def environments(ranks: int, nccl: bool, folder: Path, threads: int) -> list[dict[str, str]]:
     """Of each process; of one alone nothing says that it is a rank."""
     common = {**os.environ, "MARLIN_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     if ranks == 1:
         return [{**common, "CUDA_VISIBLE_DEVICES": "0"}]
-    if device == "cuda":
-        nccl = {"MLX_WORLD_SIZE": str(ranks), "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": "12345"}
-        return [{**common, **nccl, "MLX_RANK": str(n), "CUDA_VISIBLE_DEVICES": str(n)} for n in range(ranks)]
+    if nccl:
+        launch = {"MLX_WORLD_SIZE": str(ranks), "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": "12345"}
+        return [{**common, **launch, "MLX_RANK": str(n), "CUDA_VISIBLE_DEVICES": str(n)} for n in range(ranks)]
     servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
     hosts = [[f"127.0.0.1:{server.getsockname()[1]}"] for server in servers]
     for server in servers:
         server.close()
     (folder / "hosts.json").write_text(json.dumps(hosts))
-    return [{**common, "MLX_HOSTFILE": str(folder / "hosts.json"), "MLX_RANK": str(n)} for n in range(ranks)]
+    launch = {"MLX_HOSTFILE": str(folder / "hosts.json"), "CUDA_VISIBLE_DEVICES": "0"}
+    return [{**common, **launch, "MLX_RANK": str(n)} for n in range(ranks)]
 
 
-def run(command: list[str], ranks: int, device: str, folder: Path, threads: int) -> tuple[list[str], float, float]:
+def run(command: list[str], ranks: int, nccl: bool, folder: Path, threads: int) -> tuple[list[str], float, float]:
     """What each process wrote, wall seconds, and processor seconds of the busiest."""
     begun = time.perf_counter()
     processes = [
         subprocess.Popen([sys.executable, *command], env=each, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        for each in environments(ranks, device, folder, threads)
+        for each in environments(ranks, nccl, folder, threads)
     ]
     written, busiest = [], 0.0
     for process in processes:
@@ -83,11 +84,11 @@ def streams(given: argparse.Namespace, folder: Path) -> None:
     texts = {}
     for _ in range(given.repeats):
         for ranks, times in best.items():
-            written, wall, busiest = run(command, ranks, given.device, folder, given.threads)
+            written, wall, busiest = run(command, ranks, given.nccl, folder, given.threads)
             texts[ranks] = [json.loads(line)["bytes_base64"] for line in written[0].splitlines()]
             best[ranks] = [wall, busiest] if not times else [min(times[0], wall), min(times[1], busiest)]
     # A command that generates nothing takes this.
-    _, idle, idle_cpu = run([*command[:-1], "0"], 1, given.device, folder, given.threads)
+    _, idle, idle_cpu = run([*command[:-1], "0"], 1, given.nccl, folder, given.threads)
     for ranks, (wall, busiest) in best.items():
         print(f"{ranks} process(es): {wall:.2f} s, {busiest:.2f} s of processor in the busiest")
     ratio, cpu = (best[1][0] - idle) / (best[2][0] - idle), (best[1][1] - idle_cpu) / (best[2][1] - idle_cpu)
@@ -154,7 +155,7 @@ def split(given: argparse.Namespace, folder: Path) -> None:
     command = [__file__, "decode", "--folder", str(path), "--bytes", str(given.bytes), "--repeats", str(given.repeats)]
     command += ["--device", given.device]
     found = {
-        ranks: [json.loads(each) for each in run(command, ranks, given.device, folder, given.threads)[0]] for ranks in (1, 2)
+        ranks: [json.loads(each) for each in run(command, ranks, given.nccl, folder, given.threads)[0]] for ranks in (1, 2)
     }
     [alone], shared = found[1], found[2]
     print(f"{given.layers} layers of {given.dim}, {given.format}: {alone['held'] / 1e6:.0f} MB of weights")
@@ -176,7 +177,7 @@ def killed(given: argparse.Namespace, folder: Path) -> None:
     command = [sys.executable, __file__, "decode", "--folder", str(path), "--bytes", "4096", "--repeats", "1000"]
     both = [
         subprocess.Popen([*command, "--device", given.device], env=each, stderr=subprocess.PIPE, text=True)
-        for each in environments(2, given.device, folder, given.threads)
+        for each in environments(2, given.nccl, folder, given.threads)
     ]
     time.sleep(given.seconds)
     both[1].send_signal(signal.SIGKILL)
@@ -243,7 +244,9 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=3600, help="A second, at which weights are read (paper).")
     parser.add_argument("--inside", default="12,300,tree", help="The link within a host (paper), as bench --link has it.")
     parser.add_argument("--across", default="25,40,tree", help="The link between hosts (paper).")
+    parser.add_argument("--ring", action="store_true")
     given = parser.parse_args()
+    given.nccl = given.device == "cuda" and not given.ring
     if given.job == "decode":
         return decode(given, given.folder)
     with tempfile.TemporaryDirectory() as name:

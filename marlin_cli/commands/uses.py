@@ -103,7 +103,7 @@ GENERATE: Mapping[str, Uses] = {
     "--input-prefix": _of(*ENCODER_FIRST),
     "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
-    "--split": _of(),  # a model that ranks cannot share says so itself
+    "--split": _of(CONTINUES, ANSWERS),
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
     "--import": _of(CONTINUES),
@@ -266,7 +266,7 @@ BENCH: Mapping[str, Uses] = {
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
-    "--split": _of(*READS_BYTES, needs=_SCORED, without=("--resume", "--reference-cache")),
+    "--split": _of(CONTINUES, ANSWERS, needs=_SCORED, without=("--resume", "--reference-cache")),
     "--ranks": _of(CONTINUES, needs=("--plan",)),
     "--link": _of(CONTINUES, needs=("--ranks",)),
 }

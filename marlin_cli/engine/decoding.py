@@ -1,8 +1,7 @@
 """Cached decoding of MegaByte, one byte at a time, for streams that stand at the same byte of their patches."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -10,28 +9,14 @@ import numpy as np
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import FusedStages, fuse, rotates
-from marlin_cli.engine.graph_cache import GraphCache
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
+from marlin_cli.engine.stage_caches import GraphCache, StageCache
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512
-
-
-class StageCache(Protocol):
-    """What one stage of a batch of streams remembers."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows in use."""
-
-    def run(self, rows: mx.array) -> mx.array:
-        """Take rows [streams, n, dim], which follow those seen before, through the layers: hidden rows."""
-
-    def keep(self, streams: Sequence[int]) -> None:
-        """Keep these members of the batch."""
 
 
 @dataclass
@@ -53,12 +38,15 @@ class Lockstep:
         network: the model.
         prompts: the bytes of each stream; `phase` must be equal for all of them.
         cache_bits: bits of the global keys and values.
+        read: are the prompts read at once? Else by `read_slice`.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
     """
 
-    def __init__(self, network: MegaByte, prompts: Sequence[bytes], cache_bits: CacheBits | None = None) -> None:
+    def __init__(
+        self, network: MegaByte, prompts: Sequence[bytes], cache_bits: CacheBits | None = None, *, read: bool = True
+    ) -> None:
         self.network = network
         self.config = network.config
         self._lucid = self.config.layout == "megabyte_pytorch"
@@ -83,7 +71,13 @@ class Lockstep:
         self._logits: mx.array | None = None
         self._sequence_cache_bytes = 0
         self.positions = [len(prompt) for prompt in prompts]
-        self._prefill(prompts)
+        self._reading = self._prefill(prompts)
+        while read and self.read_slice():
+            pass
+
+    def read_slice(self) -> bool:
+        """Read the next rows of the prompts, `PREFILL_ROWS` of each at most; whether any are left. Nothing is drawn before."""
+        return next(self._reading, None) is not None
 
     @staticmethod
     def phase(config: MegaByteConfig, prompt_bytes: int) -> tuple[int, bool]:
@@ -343,8 +337,8 @@ class Lockstep:
         self._sequence_cache_bytes = state.cache.nbytes
         return self.network.head(hidden)
 
-    def _prefill(self, prompts: Sequence[bytes]) -> None:
-        """Read the prompts, coarse to fine."""
+    def _prefill(self, prompts: Sequence[bytes]) -> Iterator[int]:
+        """Read the prompts, coarse to fine; yields the rows of each slice of the global stage but the last."""
         config = self.config
         # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
         slack = 1 if self._lucid else 0
@@ -363,7 +357,7 @@ class Lockstep:
         self._left_padding = mx.array(padding) if padding else None
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
-        hidden = self._read_global(tokens, self._left_padding)
+        hidden = yield from self._read_global(tokens, self._left_padding)
         self._states[1].condition = self.network.to_next(0, hidden)
         used = 0
         for number in range(1, self._last):
@@ -382,7 +376,7 @@ class Lockstep:
             if max(self.positions) < config.max_bytes:
                 self._turn()
 
-    def _read_global(self, tokens: mx.array, padding: mx.array | None) -> mx.array:
+    def _read_global(self, tokens: mx.array, padding: mx.array | None) -> Generator[int, None, mx.array]:
         """Feed the global stage its leading row and the patches of the prompts; the last hidden row."""
         batch, count, _ = tokens.shape
         first: int | mx.array = 0 if padding is None else -padding
@@ -402,6 +396,8 @@ class Lockstep:
         for start in range(0, count + 1, PREFILL_ROWS):
             hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)
+            if start + PREFILL_ROWS <= count:
+                yield PREFILL_ROWS
         self._states[0].tokens = count
         return hidden[:, -1]
 

@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
-from marlin_cli.engine.graph_cache import GraphCache, run_together
+from marlin_cli.engine.graph_rows import run_together
 from marlin_cli.engine.sampling import Draws, kernel_drawing
+from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm

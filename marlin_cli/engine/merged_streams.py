@@ -105,7 +105,7 @@ class MergedStreams:
     """`Streams` of any network that a `continuation.Way` continues.
 
     Args:
-        begin: see `continuation.Way`.
+        begin: see `continuation.Way`; what it gives may have its prompts yet to read, by its `read_slice`.
         phase: see `continuation.Way`.
     """
 
@@ -118,11 +118,14 @@ class MergedStreams:
     ) -> None:
         self._network, self._begin, self._phase, self._bits = network, begin, phase, bits
         self._unread: dict[int, Sequence[int]] = {}
+        self._entering: _Batch | None = None  # the batch whose prompts are being read
+        self._gone: set[int] = set()  # streams of it that have ended meanwhile
         self._batches: list[_Batch] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(sum(batch.state.cache_bytes.values()) for batch in self._batches)
+        entering = [] if self._entering is None else [self._entering]
+        return sum(sum(batch.state.cache_bytes.values()) for batch in [*self._batches, *entering])
 
     def most_bytes(self, ids: int) -> int:
         stack = decoding_of(self._network.config).stacks(self._network.config)[0]
@@ -141,7 +144,7 @@ class MergedStreams:
         self._unread[stream] = ids
 
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
-        self._read_some(asks)
+        self._read(asks)
         self._join()
         found: dict[int, Drawn] = {}
         for batch in self._batches:
@@ -157,6 +160,10 @@ class MergedStreams:
 
     def end(self, stream: int) -> None:
         self._unread.pop(stream, None)
+        if self._entering is not None and stream in self._entering.streams:
+            self._gone.add(stream)
+            if self._gone.issuperset(self._entering.streams):
+                self._entering = None
         for batch in self._batches:
             rows = [row for row, other in enumerate(batch.streams) if other != stream]
             if not rows:
@@ -165,16 +172,28 @@ class MergedStreams:
             if len(rows) < len(batch.streams):
                 batch.keep(rows)
 
-    def _read_some(self, asks: Mapping[int, Ask]) -> None:
-        """Read the prompt that came first, and others of its phase beside it."""
-        if not self._unread:
+    def _read(self, asks: Mapping[int, Ask]) -> None:
+        """Read a slice of the prompt that came first, and of others of its phase beside it; all of it if nobody waits."""
+        if self._entering is None and self._unread:
+            kinds = {
+                stream: (self._phase(self._network.config, len(ids)), one_drawing() and asks[stream].settings)
+                for stream, ids in self._unread.items()
+            }
+            first = next(iter(kinds.values()))
+            together = [stream for stream, kind in kinds.items() if kind == first][:READ_TOGETHER]
+            state = self._begin(self._network, [self._unread.pop(stream) for stream in together], self._bits)
+            settings = [asks[stream].settings for stream in together]
+            self._entering, self._gone = _Batch(state, together, settings, self._network.config.vocab_size), set()
+        if self._entering is None:
             return
-        phases = {stream: self._phase(self._network.config, len(ids)) for stream, ids in self._unread.items()}
-        first = next(iter(phases.values()))
-        together = [stream for stream, phase in phases.items() if phase == first][:READ_TOGETHER]
-        state = self._begin(self._network, [self._unread.pop(stream) for stream in together], self._bits)
-        settings = [asks[stream].settings for stream in together]
-        self._batches.append(_Batch(state, together, settings, self._network.config.vocab_size))
+        read_slice = getattr(self._entering.state, "read_slice", lambda: False)
+        while read_slice():
+            if self._batches:
+                return
+        batch, self._entering = self._entering, None
+        if self._gone:  # while it was read
+            batch.keep([row for row, stream in enumerate(batch.streams) if stream not in self._gone])
+        self._batches.append(batch)
 
     def _join(self) -> None:
         """Make one of batches that stand at the same boundary."""
@@ -190,9 +209,14 @@ class MergedStreams:
         self._batches = joined
 
 
+def one_drawing() -> bool:
+    """Whether a step has one drawing for all its streams: a GPU's whole patches have, operations have one by row."""
+    return gpu() is not None and not by_operations()
+
+
 def may_walk_together(one: _Batch, other: _Batch) -> bool:
-    """Whether one step draws for both: operations have settings by row, a GPU's whole patches one drawing for all."""
-    if gpu() is None or by_operations():
+    """Whether one step draws for both."""
+    if not one_drawing():
         return True
     same_ids = not one.settings[0].temperature or one.drawn[0] == other.drawn[0]
     return one.alike and other.alike and one.settings[0] == other.settings[0] and same_ids

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import fused_stages
 from marlin_cli.engine.fused import FusedCache, FusedStages
-from marlin_cli.engine.graph_cache import GraphCache
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
+from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.streams import Ask, Drawn, Floats, slices
 from marlin_cli.models.megabyte import MegaByte
 

@@ -34,4 +34,4 @@ def streams_of(network: Network, bits: CacheBits) -> Streams:
     if bits != CacheBits():
         check_cache_bits(bits.keys, bits.values, decoding_of(network.config).stacks(network.config)[0].head_dim)
     way = way_of(network)
-    return way.together(network, bits) or MergedStreams(network, way.begin, way.phase, bits)
+    return way.together(network, bits) or MergedStreams(network, way.begin_unread or way.begin, way.phase, bits)

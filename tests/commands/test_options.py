@@ -281,9 +281,9 @@ USED = [
     or (command == "bench" and family in ("none", "sentence"))
     or (family in SERVED[command] and has_part(use, family))
     if has_head(use, family) and command != "serve"  # which does not end by itself: tests/serving has its own
-    # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
+    # The first writes nothing, the second is for shapes and extras that these small models and this place lack, and ranks.
     if not (family is Family.ENCODER_ALONE and (command == "generate" or option == "--no-throughput"))
-    and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
+    and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot", "--split")
 ]
 
 
