@@ -56,8 +56,8 @@ def application(
     policy = _policy(page)
 
     async def health(_: Request) -> Response:
-        if engine.failed.is_set() or desk.closing:
-            raise Refusal(503, "the server is stopping" if desk.closing else "the engine fails; see the server's log")
+        if desk.closing or engine.broken:
+            raise Refusal(503, "the server is stopping" if desk.closing else "the engine fails; the server's log tells why")
         return JSONResponse({"status": "ok"})
 
     async def models(_: Request) -> Response:

@@ -90,6 +90,7 @@ class Connection(H11Protocol):
 
     def end(self) -> None:
         """Close now, whatever is not sent yet."""
+        self._patience.idle.pop(self, None)  # at once: it is lost later, and meanwhile another has to make room
         self.transport.abort()
 
     @property

@@ -34,9 +34,10 @@ LONGEST_RETRY_S = 60
 
 @dataclass
 class Stream:
-    """One stream of an order. Times are `time.monotonic`."""
+    """One stream of an order; no byte of it is kept. Times are `time.monotonic`."""
 
-    ask: Ask
+    prompt_bytes: int
+    seed: int
     stop_reason: str | None = None
     generated_bytes: int = 0
     first_s: float | None = None
@@ -87,10 +88,10 @@ class Order:
             "error": None if self.refusal is None else self.refusal.message,
             "streams": [
                 {
-                    "prompt_bytes": len(each.ask.prompt),
+                    "prompt_bytes": each.prompt_bytes,
                     "generated_bytes": each.generated_bytes,
                     "stop_reason": each.stop_reason,
-                    "seed": each.ask.sampling.seed,
+                    "seed": each.seed,
                     "first_byte_ms": None if each.first_s is None else round(1000 * (each.first_s - self.opened_s), 3),
                     "wall_ms": round(1000 * ((each.end_s or now) - self.opened_s), 3),
                 }
@@ -149,7 +150,8 @@ class Desk:
             requests = [self._served.request(ask) for ask in asks]
         except UsageError as error:
             raise bad(str(error)) from None
-        order = Order(f"{prefix}-{secrets.token_hex(12)}", [Stream(ask) for ask in asks], time.monotonic(), time.time())
+        streams = [Stream(len(ask.prompt), ask.sampling.seed) for ask in asks]
+        order = Order(f"{prefix}-{secrets.token_hex(12)}", streams, time.monotonic(), time.time())
         self._remember(order)
         for number, request in enumerate(requests):
             self._open[self._next] = order, number
@@ -187,6 +189,7 @@ class Desk:
     def close(self, order: Order) -> None:
         """The client has all that it wanted: what still runs is forgotten."""
         gone = [key for key, (owner, _) in self._open.items() if owner is order]
+        order.news.clear()
         for key in gone:
             del self._open[key]
             self._engine.close(key)
@@ -231,7 +234,7 @@ class Desk:
         order.news.append((number, piece))
         if stream.first_s is None:
             stream.first_s = now
-            self._metrics.first_byte(len(stream.ask.prompt), now - order.opened_s)
+            self._metrics.first_byte(stream.prompt_bytes, now - order.opened_s)
         stream.generated_bytes += len(piece.data)
         self._metrics.generated(len(piece.data))
         if piece.stop_reason is not None:

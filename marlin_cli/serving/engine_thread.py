@@ -9,15 +9,15 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from marlin_cli import console
 from marlin_cli.engine.scheduling import Piece, Scheduler
 from marlin_cli.errors import MarlinError, UsageError
 
-# Quanta that may fail one after the other before the server gives up.
-MOST_FAILURES = 3
+# Quanta that fail one after the other, from which on the server calls itself broken.
+FAILURES_OF_BROKEN = 3
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class EngineThread:
     Attributes:
         deliver: takes the events of a quantum, in the thread.
         load: the last known.
-        failed: set when the engine has given up.
+        ended: set when the engine can do no more.
     """
 
     def __init__(self, make: Callable[[], Callable[[], Scheduler[Any]]]) -> None:
@@ -70,7 +70,7 @@ class EngineThread:
         self._events: list[Event] = []
         self._failures = 0
         self.load = Load()
-        self.failed = threading.Event()
+        self.ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -86,6 +86,11 @@ class EngineThread:
             except NotYet:
                 if self._started.done():
                     raise
+
+    @property
+    def broken(self) -> bool:
+        """Did nothing work lately?"""
+        return self._failures >= FAILURES_OF_BROKEN or self.ended.is_set()
 
     def open(self, key: int, request: Any) -> None:
         """Begin a stream under a number that no other has."""
@@ -109,13 +114,17 @@ class EngineThread:
             self._started.set_exception(error)
             return
         self._started.set_result(None)
-        while self._obey():
+        while True:
             try:
+                if not self._obey():
+                    return
                 self._advance()
                 self._failures = 0
+                self._tell()
             except Exception as error:
-                self._recover(error, make_scheduler)
-            self._tell()
+                if not self._recover(error, make_scheduler):
+                    self.ended.set()
+                    return
 
     def _obey(self) -> bool:
         """Do what was asked since; wait where there is nothing else to do. False at the end."""
@@ -165,10 +174,10 @@ class EngineThread:
             if piece.stop_reason is not None:
                 del self._keys[piece.stream], self._streams[key]
         last = self.load
-        self.load = Load(0, 0, 0, last.quanta + 1, last.streams_in_quanta + running)
+        self.load = replace(last, quanta=last.quanta + 1, streams_in_quanta=last.streams_in_quanta + running)
 
-    def _recover(self, error: Exception, make_scheduler: Callable[[], Scheduler[Any]]) -> None:
-        """All streams are lost, and the next ones have a new scheduler: what the old one holds is not known."""
+    def _recover(self, error: Exception, make_scheduler: Callable[[], Scheduler[Any]]) -> bool:
+        """All streams are lost, and the next ones have a new scheduler: what the old one holds is not known. Is there one?"""
         if not isinstance(error, (MarlinError, MemoryError)):
             traceback.print_exc()
         message = _said(error)
@@ -177,13 +186,19 @@ class EngineThread:
         self._keys.clear()
         self._failures += 1
         console.failure(f"all streams are lost: {message}")
-        if self._failures >= MOST_FAILURES:
-            self.failed.set()
-        self._scheduler = make_scheduler()
+        events, self._events = self._events, []
+        self.deliver(events)
+        try:
+            self._scheduler = make_scheduler()
+        except Exception:
+            traceback.print_exc()
+            return False
+        return True
 
     def _tell(self) -> None:
         scheduler, last = self._scheduler, self.load
-        self.load = Load(scheduler.running, scheduler.waiting, scheduler.cache_bytes, last.quanta, last.streams_in_quanta)
+        counts = {"running": scheduler.running, "waiting": scheduler.waiting, "cache_bytes": scheduler.cache_bytes}
+        self.load = replace(last, **counts)
         events, self._events = self._events, []
         if events:
             self.deliver(events)

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -76,7 +77,11 @@ def _check_size(scope: Scope) -> None:
 
 def hosts_of(bound: str, key: str | None) -> frozenset[str] | None:
     """The names by which a server bound to this address may be called: with a key, or an address that others reach, any."""
-    return LOOPBACK if key is None and bound in LOOPBACK else None
+    try:
+        loopback = bound == "localhost" or ipaddress.ip_address(bound).is_loopback
+    except ValueError:  # a name
+        loopback = False
+    return LOOPBACK | {bound} if key is None and loopback else None
 
 
 def _place(url: str) -> str | None:

@@ -124,5 +124,6 @@ class LibraryHandler(logging.Handler):
         """Pass a record on."""
         message = record.getMessage().strip()
         self._to_log({"time": now(), "level": record.levelname.lower(), "message": message[:1000]})
-        if record.exc_info and record.exc_info[1] is not None:
-            traceback.print_exception(record.exc_info[1], file=sys.stderr)
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and not isinstance(error, OSError):  # which is no bug: no descriptors, say
+            traceback.print_exception(error, file=sys.stderr)

@@ -31,8 +31,13 @@ from marlin_cli.serving.request_log import LibraryHandler, LineWriter
 from marlin_cli.serving.served import Served
 
 # Descriptors that connections may not take: files, pipes, what libraries open.
-SPARE_DESCRIPTORS = 64
+SPARE_DESCRIPTORS = 128
 MOST_CONNECTIONS = 4096
+
+# Connections that the system holds until they are accepted, and those that asyncio accepts before it does anything else: as
+# many as its own backlog, and all of them before one that is too many can be closed.
+BACKLOG = 2048
+AT_ONCE = 16
 
 # After the last answer of a server that ends, until connections are closed whatever they hold.
 LAST_WORDS_S = 0.5
@@ -95,8 +100,8 @@ def serve(settings: ServerSettings, load: Load) -> None:
             writer.close()
     if not engine.stop(seconds=1.0):
         console.note("marlin: the engine did not end within a second")
-    if engine.failed.is_set():
-        raise BackendError("the engine failed several times; what it said stands above")
+    if engine.ended.is_set():
+        raise BackendError("the engine can do no more; what it said stands above")
     if cut_short_by is not None:
         raise KeyboardInterrupt if cut_short_by == signal.SIGINT else Terminated(cut_short_by)
 
@@ -133,9 +138,10 @@ def make_server(
         served, desk, engine, metrics, write, key=settings.key, hosts=hosts_of(settings.host, settings.key),
         created=int(time.time()), connections=lambda: len(server.server_state.connections),
     )  # fmt: skip
+    connections: Any = connections_with(patience)
     config = uvicorn.Config(
-        app, loop="asyncio", http=connections_with(patience), ws="none", lifespan="off", log_config=None,  # type: ignore[arg-type]
-        access_log=False, proxy_headers=False, server_header=False, workers=1, timeout_keep_alive=math.ceil(patience.head_s),
+        app, loop="asyncio", http=connections, ws="none", lifespan="off", log_config=None, access_log=False,
+        proxy_headers=False, server_header=False, workers=1, backlog=AT_ONCE, timeout_keep_alive=math.ceil(patience.head_s),
     )  # fmt: skip
     server = Server(config, desk, engine, settings.drain_s)
     return server
@@ -160,6 +166,8 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so: from here on signals are heard as this server hears them."""
         await super().startup(sockets)
+        for each in sockets or []:
+            each.listen(BACKLOG)
         if self.announcement is not None:
             console.note(self.announcement)
 
@@ -185,7 +193,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """End when the engine has given up."""
-        return await super().on_tick(counter) or self.engine.failed.is_set()
+        return await super().on_tick(counter) or self.engine.ended.is_set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let streams end, then cut them short, then the connections."""
@@ -196,7 +204,7 @@ class Server(uvicorn.Server):
 
     async def _close(self) -> None:
         end = time.monotonic() + self._drain_s
-        while self.desk.open and time.monotonic() < end and not (self.force_exit or self.engine.failed.is_set()):
+        while self.desk.open and time.monotonic() < end and not (self.force_exit or self.engine.ended.is_set()):
             await asyncio.sleep(0.02)
         if self.desk.open:
             self.cut_short_by = self._signals[0] if self._signals else None

@@ -240,3 +240,12 @@ def test_a_connection_serves_one_request_after_the_other(server):
             while not said.endswith(b"}"):
                 said += connection.recv(1000)
             assert said.startswith(b"HTTP/1.1 200 ")
+
+
+def test_many_connections_at_once_make_room_for_each_other_before_any_is_impatient():
+    served, schedulers, _ = parrot()
+    with running(lambda: (served, schedulers), patience=Patience(8)) as server, contextlib.ExitStack() as all_of_them:
+        for _ in range(100):
+            all_of_them.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        assert server.call("GET", "/health")[0] == 200
+        server.until(lambda: len(server.server.server_state.connections) <= 8)

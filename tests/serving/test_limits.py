@@ -153,3 +153,27 @@ def test_a_quiet_stream_says_that_it_lives(held, monkeypatch):
         while b": still here\n\n" not in said:
             said += connection.recv(1 << 12)
             held.server.desk._loop.call_soon_threadsafe(held.desk._look_after)
+
+
+def test_an_engine_that_always_breaks_is_no_good_health_until_it_works_again(place):
+    server, _ = place
+    for _ in range(3):
+        assert server.ask("/v1/completions", {"prompt": "break"})[0] == 500
+    status, _, body = server.call("GET", "/health")
+    assert status == 503 and b"the engine fails" in body
+    assert server.ask("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] == 200
+    server.until(lambda: server.call("GET", "/health")[0] == 200)
+
+
+def test_an_engine_that_can_do_no_more_ends_the_server():
+    served, schedulers, _ = parrot()
+    made = []
+
+    def once():
+        assert not made, "no second scheduler, on purpose"
+        made.append(schedulers())
+        return made[0]
+
+    with running(lambda: (served, once)) as server:
+        assert server.ask("/v1/completions", {"prompt": "break"})[0] == 500
+        server.until(lambda: server.engine.ended.is_set() and not server._thread.is_alive())
