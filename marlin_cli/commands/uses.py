@@ -281,7 +281,7 @@ SERVE: Mapping[str, Uses] = {
     "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),
     "--import": _of(CONTINUES),
-    "--split": _of(),  # a model that ranks cannot share says so itself
+    "--split": _of(CONTINUES, ANSWERS),
     "--device": _of(),
 }
 
