@@ -9,8 +9,7 @@ from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.checkpoints import sketch
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
-from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.routing import dismiss, follow, over_ranks
 from marlin_cli.engine.sampling import Sampling
@@ -19,6 +18,9 @@ from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, 
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.ranks import Ranks
 from marlin_cli.version import __version__
+
+# Rows of prompts that are read between two steps of what is decoded: nobody waits for one more than for another.
+SLICE_ROWS = 256
 
 
 def check_alike(ranks: Ranks, model: str, **settings: Any) -> None:
@@ -52,7 +54,7 @@ def follow_along(model: Any, ranks: Ranks, batch_size: int) -> None:
 
 
 def _scheduler_of(model: Any, batch_size: int) -> Scheduler[Any]:
-    limits = SchedulerLimits(max_streams=batch_size)
+    limits = SchedulerLimits(max_streams=batch_size, slice_rows=SLICE_ROWS)
     return scheduler_of(model.network, limits, getattr(model, "cache_bits", None))
 
 
@@ -94,26 +96,11 @@ class LeadingAnswers:
     """A model that answers, whose inputs go to all ranks; an `AnsweringModel` for who writes."""
 
     def __init__(self, model: AnsweringModel, scheduler: Scheduler[Any]) -> None:
-        self._scheduler, self.config, self.device, self._memory_bits = scheduler, model.config, model.device, model.kv_bits
+        self.scheduler, self.config, self.device, self.kv_bits = scheduler, model.config, model.device, model.kv_bits
 
     def pieces(
         self, prompts: Sequence[bytes], limits: AnswerLimits, sampling: Sampling, *, sentinels: bool = False
     ) -> Iterator[Piece]:
         """See `AnsweringModel.pieces`."""
-        return _pieces(self._scheduler, self._requests(prompts, limits, sampling, None, sentinels))
-
-    def answers(
-        self, inputs: Sequence[bytes], limits: AnswerLimits, sampling: Sampling, beams: Beams | None, *, sentinels: bool = False
-    ) -> list[list[Answer]]:
-        """See `AnsweringModel.answers`."""
-        found: dict[int, list[Answer]] = {}
-        for piece in _pieces(self._scheduler, self._requests(inputs, limits, sampling, beams, sentinels)):
-            if isinstance(piece, AnswerPiece) and piece.stop_reason is not None:
-                found[piece.stream] = [dataclasses.replace(each, stream=piece.stream) for each in piece.answers]
-        return [found[stream] for stream in range(len(inputs))]
-
-    def _requests(
-        self, inputs: Sequence[bytes], limits: AnswerLimits, sampling: Sampling, beams: Beams | None, sentinels: bool
-    ) -> list[AnswerRequest]:
-        bits = self._memory_bits
-        return [AnswerRequest(each, limits, sampling, beams, sentinels, memory_bits=bits) for each in inputs]
+        requests = [AnswerRequest(each, limits, sampling, sentinels=sentinels, memory_bits=self.kv_bits) for each in prompts]
+        return _pieces(self.scheduler, requests)

@@ -58,7 +58,7 @@ class AnswerRequest:
     sampling: Sampling = field(default_factory=Sampling)
     beams: Beams | None = None  # several answers, of which nothing is told before the end
     sentinels: bool = False  # `<extra_id_N>` stands for that special id, in the input and in what is told of the answer
-    memory_bits: int = 16  # of the keys and values that the decoder reads of the input: 4, 8 or 16
+    memory_bits: int | None = None  # of the keys and values that the decoder reads of the input: 4, 8, 16, or the scheduler's
     logprobs: int | None = None  # how many of the likeliest ids are told beside each drawn one; None: nothing is told
 
     def __post_init__(self) -> None:

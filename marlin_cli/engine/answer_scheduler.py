@@ -67,14 +67,22 @@ class AnsweringScheduler:
 
     Args:
         streams: how the network reads and writes; as is best here unless given.
+        memory_bits: of keys and values that the decoder reads of an input whose request says nothing of them.
 
     Raises:
         UsageError: the network has no decoder.
     """
 
-    def __init__(self, network: ByT5, limits: SchedulerLimits | None = None, streams: AnswerStreams[Any] | None = None) -> None:
+    def __init__(
+        self,
+        network: ByT5,
+        limits: SchedulerLimits | None = None,
+        streams: AnswerStreams[Any] | None = None,
+        *,
+        memory_bits: int = 16,
+    ) -> None:
         check_answers(network)
-        self._network, self._limits = network, limits or SchedulerLimits()
+        self._network, self._limits, self._bits = network, limits or SchedulerLimits(), memory_bits
         self._answers: AnswerStreams[Any] = streams or fuse_answers(network) or GraphStreams(network)
         self._count = 0
         self._over: list[Ended] = []  # at once, with nothing to read
@@ -107,10 +115,11 @@ class AnsweringScheduler:
     def admit_ids(self, ids: Sequence[int], request: AnswerRequest) -> int:
         """As `admit`, of an input that is given as ids, its end among them; the request's prompt is not read."""
         config, limits, sampling, beams = self._network.config, request.limits, request.sampling, request.beams
-        if request.memory_bits != 16:
-            check_cache_bits(request.memory_bits, request.memory_bits, config.head_dim)
+        bits = self._bits if request.memory_bits is None else request.memory_bits
+        if bits != 16:
+            check_cache_bits(bits, bits, config.head_dim)
         number, ends = self._count, config.answer_ends
-        source = Source(ids, 1 if beams is None else beams.count, request.memory_bits)
+        source = Source(ids, 1 if beams is None else beams.count, bits)
         needs, most = self._most_bytes(source, limits), self._limits.cache_bytes
         if most is not None and needs > most:
             raise UsageError(

@@ -100,7 +100,7 @@ def _scheduled(scheduler: AnsweringScheduler) -> Steps:
 
 def _in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerRequest) -> Steps:
     limits, sampling = request.limits, request.sampling
-    state = AnswerState(network, sources, memory_bits=request.memory_bits)
+    state = AnswerState(network, sources, memory_bits=request.memory_bits or 16)
     going = [(stream, OneAnswer(stream, limits, network.config.answer_ends)) for stream in range(len(sources))]
     if limits.max_length == 0:
         yield [(stream, (writing.empty(),)) for stream, writing in going]
@@ -134,7 +134,7 @@ def _in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerReq
 
 def _searched_in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerRequest, beams: Beams) -> Steps:
     limits, count = request.limits, beams.count
-    state = AnswerState(network, sources, answers=count, memory_bits=request.memory_bits)
+    state = AnswerState(network, sources, answers=count, memory_bits=request.memory_bits or 16)
     going = [(stream, SearchedAnswers(stream, limits, beams, network.config.answer_ends)) for stream in range(len(sources))]
     if limits.max_length == 0:
         yield [(stream, searching.answers()) for stream, searching in going]

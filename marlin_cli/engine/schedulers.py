@@ -9,6 +9,7 @@ from marlin_cli.engine.merged_streams import MergedStreams
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.engine.stream_scheduler import StreamScheduler
 from marlin_cli.engine.streams import Streams
+from marlin_cli.errors import UsageError
 from marlin_cli.models import Network, decoding_of
 from marlin_cli.models.byt5 import ByT5
 
@@ -19,13 +20,16 @@ def scheduler_of(
     """A scheduler of streams that the network continues (its requests are `Request`s), or answers (`AnswerRequest`s).
 
     Args:
-        cache_bits: of the keys and values that every stream keeps; requests for answers have bits of their own.
+        cache_bits: of the keys and values that every stream keeps, in one width where it reads an input.
 
     Raises:
         UsageError: `cache_bits` do not fit the network, or it is an encoder alone.
     """
     if isinstance(network, ByT5):
-        return AnsweringScheduler(network, limits)
+        bits = cache_bits or CacheBits()
+        if bits.keys != bits.values:
+            raise UsageError("a model that answers keeps keys and values in one width; give one number")
+        return AnsweringScheduler(network, limits, memory_bits=bits.keys)
     return StreamScheduler(network, streams_of(network, cache_bits or CacheBits()), limits or SchedulerLimits())
 
 

@@ -13,6 +13,7 @@ from marlin_cli.engine.answer_requests import AnswerLimits, AnswerPiece, AnswerR
 from marlin_cli.engine.answer_scheduler import AnsweringScheduler
 from marlin_cli.engine.answering import answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, SchedulerLimits
@@ -302,4 +303,15 @@ def test_settings_that_do_not_go_together(settings, message):
 
 
 def test_it_is_the_scheduler_of_its_networks():
-    assert isinstance(scheduler_of(random_byt5(**SHAPE)), AnsweringScheduler)
+    network = random_byt5(**SHAPE)
+    assert isinstance(scheduler_of(network), AnsweringScheduler)
+    assert isinstance(scheduler_of(random_gbst()), AnsweringScheduler)
+    taken = []
+    for bits, request in ((4, AnswerRequest(b"x")), (16, AnswerRequest(b"x", memory_bits=4)), (16, AnswerRequest(b"x"))):
+        scheduler = scheduler_of(network, None, CacheBits(bits, bits))
+        scheduler.admit(request)
+        scheduler.advance()
+        taken.append(scheduler.cache_bytes)
+    assert taken[0] == taken[1] < taken[2], "bits are the scheduler's, or the request's own"
+    with pytest.raises(UsageError, match="one width"):
+        scheduler_of(network, None, CacheBits(4, 8))
