@@ -77,7 +77,8 @@ def run(model: str, name: str | None, settings: "ServerSettings", split: str | N
         if ranks.rank > 0:
             with ranks.deaf():
                 own = load(model, split=shared, **options)
-                return follow(own.scheduler(settings.limits), ranks, own.network)
+                _, schedulers = served_model(own, model, name, settings.limits)
+                return follow(schedulers(), ranks, own.network)
 
         def loaded() -> tuple[Any, Callable[[], Any]]:
             own = load(model, split=shared, **options)
