@@ -282,6 +282,7 @@ SERVE: Mapping[str, Uses] = {
     "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),
     "--import": _of(CONTINUES),
+    "--split": _of(CONTINUES, ANSWERS),
     "--device": _of(),
 }
 
