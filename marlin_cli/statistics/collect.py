@@ -21,12 +21,13 @@ Record = Callable[[mx.array], None]
 
 def hessian_channels(network: Network) -> dict[str, int]:
     """Channels of every input that layers which can be packed see, by the path in whose name it is measured."""
+    return {source: channels for source, channels in _channels(network).items() if part_of(source) != "head"}
+
+
+def _channels(network: Network) -> dict[str, int]:
+    """Channels of every input, by the path in whose name it is measured."""
     layers = linear_layers(network)
-    return {
-        source: int(layers[source]["weight"].shape[1])
-        for source in dict.fromkeys(shared_inputs(network).values())
-        if part_of(source) != "head"
-    }
+    return {source: layers[source]["weight"].shape[1] for source in dict.fromkeys(shared_inputs(network).values())}
 
 
 def measure(network: Network, domain: str, window: npt.NDArray[np.uint8], hessians: HessianAccumulator | None = None) -> Totals:
@@ -89,6 +90,10 @@ def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessi
     with _observed_inputs(network, inputs, domain, hessians, groups):
         # Nothing is evaluated but by the observers, each of which evaluates what leads to it.
         architecture.pass_through(network, sample, watch)
+    # A sample may be too short for some: states are written by whole blocks alone.
+    for path, channels in _channels(network).items():
+        if path not in inputs:
+            inputs[path] = _moments(mx.zeros((0, groups[path], channels)), path)
     return Totals({domain: size_bytes}, inputs, keys, values)
 
 

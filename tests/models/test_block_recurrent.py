@@ -11,6 +11,7 @@ from marlin_cli.models import linear_layers, part_of, shared_inputs
 from marlin_cli.models.block_recurrent import BlockRecurrentConfig
 from marlin_cli.models.block_recurrent_steps import BLOCK_RECURRENT
 from marlin_cli.statistics.collect import measure
+from marlin_cli.statistics.data import pool
 
 IDS = np.random.default_rng(0).integers(0, 256, (2, 29), dtype=np.uint8)
 
@@ -49,6 +50,14 @@ def test_a_layer_that_is_called_once_a_block_is_measured_in_all_of_them():
     # 29 bytes: three whole blocks of 8, each of which writes 6 states; the open one reads them.
     assert rows["layers.0.attention.q_proj"] == 29 and rows["states.0.update_proj"] == 3 * 6
     assert rows["states.0.q_proj"] == 3 * 6
+
+
+def test_a_sample_without_a_whole_block_counts_no_rows_of_what_writes_states():
+    network = random_block_recurrent()
+    short, long = measure(network, "text", IDS[0, :5]), measure(network, "text", IDS[0])
+    assert short.inputs.keys() == long.inputs.keys() and not short.inputs["states.0.update_proj"].count.any()
+    both = pool(short, long)
+    assert (both.inputs["states.0.update_proj"].count == long.inputs["states.0.update_proj"].count).all()
 
 
 @pytest.mark.parametrize(
