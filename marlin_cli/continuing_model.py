@@ -12,6 +12,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model, checked_text, checked_texts
@@ -116,16 +117,24 @@ class ContinuingModel(Model):
             yield from piece.data
 
     def pieces(
-        self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        stopping: Stopping,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        keeper: PromptKeeper | None = None,
     ) -> Iterator[Piece]:
         """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`.
 
         Args:
             sentinels: `<extra_id_N>` stands for that special id of a ByGPT5, in a prompt and in what follows it.
+            keeper: of a single prompt: what knows its beginning and keeps its state, such as a `StateFile`.
         """
         return generate(
-            self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels
-        )
+            self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels,
+            keeper=keeper,
+        )  # fmt: skip
 
     def scheduler(self, limits: SchedulerLimits | None = None) -> Scheduler[Request]:
         """Streams that come and go beside each other; see `marlin_cli.engine.scheduling`. One thread owns it and the model."""

@@ -59,6 +59,14 @@ def generate(
     sentinel: Annotated[
         bool, typer.Option("--sentinel", help="ByT5, ByGPT5: <extra_id_N> stands for that id, in and out.")
     ] = False,
+    save_state: Annotated[
+        str | None,
+        typer.Option(help="File for what the model remembers of the prompt, and the prompt itself, before it continues it."),
+    ] = None,
+    load_state: Annotated[
+        str | None,
+        typer.Option(help="File of --save-state: what the prompt begins with there, in whole patches, is not read again."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 16,
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, on a terminal too.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
@@ -69,6 +77,9 @@ def generate(
 
     The prompt comes from -p, --prompt-file, --hex or a pipe; without any, the model starts from nothing. ByT5 answers
     a pipe line by line, in order; --prompt-file - gives it the whole pipe as one input.
+
+    --save-state keeps what was read of a prompt, for --load-state of a later run whose prompt begins with the same bytes.
+    The file holds the prompt. One that does not fit is left aside with a line that says why, and the output is the same.
     """
     from marlin_cli.backend import require_mlx
 
@@ -79,6 +90,7 @@ def generate(
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
+    from marlin_cli.commands.state_options import check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
     from marlin_cli.engine.answering import AnswerLimits
@@ -95,6 +107,7 @@ def generate(
     imports = parse_import_options(import_options)
     cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
+    check_state_output(save_state)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip
@@ -124,8 +137,11 @@ def generate(
     )
     for each in prompted:
         each.check_fits(loaded.config.max_bytes)
+    keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
     if json_output or prompts is not None:
-        write_json_lines(loaded, prompted, stopping, sampling, batch_size, sentinels=sentinel)
+        write_json_lines(loaded, prompted, stopping, sampling, batch_size, sentinels=sentinel, keeper=keeper)
     else:
-        summary = write_stream(loaded.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel), raw=raw)
-        console.note_to_terminal(f"{len(prompted[0].data)} bytes in, {summary}, on {loaded.device.name}")
+        pieces = loaded.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel, keeper=keeper)
+        summary = write_stream(pieces, raw=raw)
+        known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
+        console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")

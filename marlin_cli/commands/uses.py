@@ -101,6 +101,8 @@ GENERATE: Mapping[str, Uses] = {
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
     "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
+    "--save-state": _of(*CONTINUING, without=("--prompts",)),
+    "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway

@@ -12,6 +12,7 @@ from marlin_cli.commands.prompts import Prompt
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 
 
@@ -83,6 +84,7 @@ def write_json_lines(
     batch_size: int,
     *,
     sentinels: bool = False,
+    keeper: PromptKeeper | None = None,
 ) -> None:
     """Write one JSON object a prompt to stdout, in the order of the prompts.
 
@@ -95,7 +97,7 @@ def write_json_lines(
         first_ms: list[float | None] = [None] * len(batch)
         end_ms = [0.0] * len(batch)
         reasons: list[str | None] = [None] * len(batch)
-        for piece in model.pieces([prompt.data for prompt in batch], stopping, sampling, sentinels=sentinels):
+        for piece in model.pieces([prompt.data for prompt in batch], stopping, sampling, sentinels=sentinels, keeper=keeper):
             now_ms = 1000 * (time.perf_counter() - started)
             data[piece.stream] += piece.data
             end_ms[piece.stream] = now_ms

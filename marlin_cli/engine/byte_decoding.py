@@ -10,6 +10,7 @@ from marlin_cli.engine.encoder_decoder import GrowingCache
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.states import ArrayRows, Beginning, KeptRows, Part, Place, PromptKeeper, StreamState, Units, ids_of
 from marlin_cli.models import Network, architecture_of
 from marlin_cli.models.byt5 import SelfCache
 from marlin_cli.ops import paged_attention
@@ -42,6 +43,12 @@ class Rows(Protocol):
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
 
+    def kept(self) -> KeptRows:
+        """The rows of a single text so far, which stay as they are."""
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
+
 
 class ByteByByte:
     """Decoding state of a batch of streams of equally many ids; an `engine.continuation.Continuation`.
@@ -50,12 +57,19 @@ class ByteByByte:
         network: the model.
         prompts: ids of each stream.
         cache_bits: of the keys and values of every layer.
+        keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
     """
 
-    def __init__(self, network: ByteReader, prompts: Sequence[Sequence[int]], cache_bits: CacheBits | None = None) -> None:
+    def __init__(
+        self,
+        network: ByteReader,
+        prompts: Sequence[Sequence[int]],
+        cache_bits: CacheBits | None = None,
+        keeper: PromptKeeper | None = None,
+    ) -> None:
         self.config = network.config
         bits = cache_bits or CacheBits()
         if bits != CacheBits():
@@ -64,7 +78,17 @@ class ByteByByte:
         self._rows: Rows = GraphRows(network, bits) if fused is None else fused.new_rows(len(prompts), bits)
         self.positions = [len(prompt) for prompt in prompts]
         ids = mx.array([list(prompt) for prompt in prompts], dtype=mx.int32).reshape(len(prompts), -1)
-        self.logits = self._rows.read(network.led(ids))
+        keeper = keeper if len(prompts) == 1 and ids.size else None
+        beginning = None if keeper is None else keeper.restore(prompts[0])
+        if beginning is not None:
+            self._rows.take_up(beginning)
+        if beginning is not None and beginning.here is not None:
+            self.logits = beginning.here.last
+        else:
+            self.logits = self._rows.read(network.led(ids) if beginning is None else ids[:, beginning.units :])
+        if keeper is not None:
+            places = (Place(len(prompts[0]), self.logits),)
+            keeper.keep(StreamState(ids_of(prompts[0]), Units(), self._rows.kept(), places))
 
     @staticmethod
     def phase(config: Any, prompt_ids: int) -> int:
@@ -142,6 +166,15 @@ class GraphRows:
         for cache in self._caches:
             cache.keep(mx.array(list(streams)))
 
+    def kept(self) -> ArrayRows:
+        layers = [cache.stored() for cache in self._caches]
+        return ArrayRows(layers, layers[0][0][0].shape[2])
+
+    def take_up(self, beginning: Beginning) -> None:
+        for number, parts in enumerate(beginning.rows.stored()):
+            keys, values = ([array[:, :, : beginning.count] for array in part] for part in parts)
+            self._caches[number].restore((keys, values))
+
 
 class PackedSelfCache:
     """A `marlin_cli.models.byt5.SelfCache` in 4 bits (nvfp4) or 8 (mxfp8), in pages, packed as they come.
@@ -162,6 +195,15 @@ class PackedSelfCache:
         return paged_attention(
             mx.hadamard_transform(queries), rotated, self._values.append(values), 1.0, relative_bias=bias
         )  # fmt: skip
+
+    def stored(self) -> tuple[Part, Part]:
+        """The rows in use, as `restore` takes them: keys, and values."""
+        return self._keys.stored(), self._values.stored()
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        """Take rows as `stored` gives them, in place of none."""
+        self._keys.add(parts[0])
+        self._values.add(parts[1])
 
     def keep(self, rows: mx.array) -> None:
         """Go on with these sequences, in this order."""

@@ -1,9 +1,11 @@
 """What layers remember while decoding: keys and values, plain or packed, and the rows that a token shift delays."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from marlin_cli.engine.states import Part
 from marlin_cli.errors import UsageError
 from marlin_cli.ops import attention, delay_one_row, paged_attention
 from marlin_cli.ops.reference import PACKED_MODES, KeyValueRows, Packed, pack_rows
@@ -39,6 +41,11 @@ class Rows:
         storage[:, :, self.count : total] = new
         self.count = total
         return storage[:, :, :total]
+
+    def so_far(self) -> mx.array:
+        """The rows in use."""
+        assert self._storage is not None
+        return self._storage[:, :, : self.count]
 
     def with_room(self) -> mx.array:
         """All storage, with room for a row or more behind those that are there."""
@@ -125,6 +132,24 @@ class KeyValueCache:
         self._delayed_rows[slot] = seen + rows.shape[1]
         return delayed
 
+    def stored(self) -> tuple[Part, Part]:
+        """The rows in use, as `restore` takes them: keys, and values."""
+        return [self._keys.so_far()], [self._values.so_far()]
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        """Take rows as `stored` gives them, in place of none. They are copied."""
+        self.append(parts[0][0], parts[1][0])
+
+    @property
+    def delayed(self) -> mx.array | None:
+        """The last row that each slot has seen: [slots, batch, 1, channels]; None for no shift of tokens."""
+        return mx.stack([self._delayed[slot] for slot in sorted(self._delayed)]) if self._delayed else None
+
+    def delay_on(self, delayed: mx.array, rows: int) -> None:
+        """Go on where `delayed` is the last of so many rows."""
+        self._delayed = dict(enumerate(delayed))
+        self._delayed_rows = dict.fromkeys(self._delayed, rows)
+
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
         if self._left_padding is not None:
@@ -148,20 +173,28 @@ class Pages:
 
     def append(self, new: mx.array) -> list[KeyValueRows]:
         """Add rows, and return the pages of all rows so far."""
-        while new.shape[2]:
+        return self.add([new] if self._bits == 16 else pack_rows(new, self._bits)[:2])
+
+    def add(self, parts: Part) -> list[KeyValueRows]:
+        """Add rows as they are stored: themselves, or words and scales; the pages of all rows so far."""
+        while parts[0].shape[2]:
             if not self._open or self._open[0].count == ROWS_PER_PAGE:
-                self._open = [Rows(ROWS_PER_PAGE) for _ in range(1 if self._bits == 16 else 2)]
+                self._open = [Rows(ROWS_PER_PAGE) for _ in parts]
             room = ROWS_PER_PAGE - self._open[0].count
-            part, new = new[:, :, :room], new[:, :, room:]
-            if self._bits == 16:
-                # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
-                page: KeyValueRows = self._open[0].append(mx.contiguous(part))
-            else:
-                packed, scales, bits = pack_rows(part, self._bits)
-                page = Packed(self._open[0].append(packed), self._open[1].append(scales), bits)
+            # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
+            own = [rows.append(mx.contiguous(part[:, :, :room])) for rows, part in zip(self._open, parts, strict=True)]
+            page: KeyValueRows = own[0] if self._bits == 16 else Packed(own[0], own[1], self._bits)
+            parts = [part[:, :, room:] for part in parts]
             if self._open[0].count == ROWS_PER_PAGE:
                 self._full.append(page)
         return self._full if self._open[0].count == ROWS_PER_PAGE else [*self._full, page]
+
+    def stored(self) -> Part:
+        """All rows so far as they are stored."""
+        pages: Sequence[Part] = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
+        if self._open and self._open[0].count < ROWS_PER_PAGE:
+            pages = [*pages, [rows.so_far() for rows in self._open]]
+        return [mx.concatenate(list(parts), axis=2) for parts in zip(*pages, strict=True)]
 
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
@@ -210,6 +243,14 @@ class PackedKeyValueCache(KeyValueCache):
             window=window,
             left_padding=self._left_padding,
         )
+
+    def stored(self) -> tuple[Part, Part]:
+        return self._pages[0].stored(), self._pages[1].stored()
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        self._rows += parts[0][0].shape[2]
+        for pages, part in zip(self._pages, parts, strict=True):
+            pages.add(part)
 
     def keep(self, streams: mx.array) -> None:
         super().keep(streams)

@@ -13,6 +13,7 @@ from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.models import Network, Reading, continuing_of
 
 
@@ -71,13 +72,13 @@ class Way:
     """How networks of one reading are decoded and scored.
 
     Attributes:
-        begin: (network, ids of prompts of one phase, bits of the cache) -> their state; raises `UsageError` for bits
-            that do not fit the network.
+        begin: (network, ids of prompts of one phase, bits of the cache, what keeps a single prompt) -> their state; raises
+            `UsageError` for bits that do not fit the network.
         phase: (config, ids of a prompt) -> what is equal for prompts that can be decoded together.
         fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
     """
 
-    begin: Callable[[Any, Sequence[Any], CacheBits | None], Continuation]
+    begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Continuation]
     phase: Callable[[Any, int], object]
     fuse: Callable[[Any], FusedScoring | None] = lambda network: None
 
@@ -100,4 +101,4 @@ def begin(network: Network, prompts: Sequence[bytes], cache_bits: CacheBits | No
         UsageError: `cache_bits` do not fit the network.
     """
     ids = [continuing_of(network).ids(network.config, prompt, False) for prompt in prompts]
-    return way_of(network).begin(network, ids, cache_bits)
+    return way_of(network).begin(network, ids, cache_bits, None)

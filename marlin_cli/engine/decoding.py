@@ -11,6 +11,8 @@ from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCach
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.state_kinds import is_cut_anywhere, units_of
+from marlin_cli.engine.states import ArrayRows, Beginning, KeptRows, Place, PromptKeeper, StreamState, ids_of
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
@@ -33,6 +35,15 @@ class StageCache(Protocol):
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
 
+    def kept(self) -> KeptRows:
+        """The rows of a single stream so far, which stay as they are."""
+
+    def delayed(self) -> tuple[mx.array, ...]:
+        """See `states.Place`."""
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
+
 
 @dataclass
 class _StageState:
@@ -53,12 +64,19 @@ class Lockstep:
         network: the model.
         prompts: the bytes of each stream; `phase` must be equal for all of them.
         cache_bits: bits of the global keys and values.
+        keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
     """
 
-    def __init__(self, network: MegaByte, prompts: Sequence[bytes], cache_bits: CacheBits | None = None) -> None:
+    def __init__(
+        self,
+        network: MegaByte,
+        prompts: Sequence[bytes],
+        cache_bits: CacheBits | None = None,
+        keeper: PromptKeeper | None = None,
+    ) -> None:
         self.network = network
         self.config = network.config
         self._lucid = self.config.layout == "megabyte_pytorch"
@@ -85,7 +103,7 @@ class Lockstep:
         self._logits: mx.array | None = None
         self._sequence_cache_bytes = 0
         self.positions = [len(prompt) for prompt in prompts]
-        self._prefill(prompts)
+        self._prefill(prompts, keeper if len(prompts) == 1 else None)
 
     @staticmethod
     def phase(config: MegaByteConfig, prompt_bytes: int) -> tuple[int, bool]:
@@ -298,12 +316,10 @@ class Lockstep:
         self._sequence_cache_bytes = state.cache.nbytes
         return self.network.head(hidden)
 
-    def _prefill(self, prompts: Sequence[bytes]) -> None:
+    def _prefill(self, prompts: Sequence[bytes], keeper: PromptKeeper | None) -> None:
         """Read the prompts, coarse to fine."""
-        config = self.config
-        # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
-        slack = 1 if self._lucid else 0
-        patches = [max(0, len(prompt) - slack) // config.patch_size for prompt in prompts]
+        config, units = self.config, units_of(self.config)
+        patches = [units.whole(len(prompt)) for prompt in prompts]
         most = max(patches)
         starts = [count * config.patch_size for count in patches]
         whole = np.zeros((len(prompts), most * config.patch_size), dtype=np.int32)
@@ -318,12 +334,16 @@ class Lockstep:
         self._left_padding = mx.array(padding) if padding else None
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
-        hidden = self._read_global(tokens, self._left_padding)
-        self._states[1].condition = self.network.to_next(0, hidden)
+        beginning = None if keeper is None else keeper.restore(prompts[0])
+        places = self._read_global(tokens, self._left_padding, beginning)
+        self._states[1].condition = places[-1].last
+        if keeper is not None and most:
+            ids, rows = ids_of(prompts[0][: starts[0]]), self._states[0].cache.kept()
+            keeper.keep(StreamState(ids, units, rows, tuple(places), is_cut_anywhere(config)))
         used = 0
         for number in range(1, self._last):
             width = config.bytes_per_token(number)
-            count = max(0, self._patch.shape[1] - used - slack) // width
+            count = max(0, self._patch.shape[1] - used - units.slack) // width
             part = self._patch[:, used : used + count * width].reshape(len(prompts), count, width)
             hidden = self._open(number, part)
             used += count * width
@@ -337,28 +357,39 @@ class Lockstep:
             if max(self.positions) < config.max_bytes:
                 self._turn()
 
-    def _read_global(self, tokens: mx.array, padding: mx.array | None) -> mx.array:
-        """Feed the global stage its leading row and the patches of the prompts; the last hidden row."""
+    def _read_global(self, tokens: mx.array, padding: mx.array | None, beginning: Beginning | None) -> list[Place]:
+        """Feed the global stage its leading row and the patches of the prompts, but for a beginning that is known.
+
+        Returns:
+            Where a single prompt could be taken up later; the last of them says what conditions the next stage.
+        """
         batch, count, _ = tokens.shape
-        first: int | mx.array = 0 if padding is None else -padding
-        lead = self.network.leading_row(0, batch, None, None)
-        rows = self.network.token_rows(0, tokens, first, None)
-        if padding is None:
-            rows = mx.concatenate([lead, rows], axis=1)
-        else:
-            # A filler patch stands where nothing is read; the leading row follows the filler of each stream.
-            where = mx.arange(count + 1)[None, :, None]
-            at = padding[:, None, None]
-            shifted = mx.concatenate([lead, rows], axis=1)
-            rows = mx.where(where == at, lead, mx.where(where < at, mx.zeros_like(shifted), shifted))
-        cache = self._states[0].cache
+        cache, read = self._states[0].cache, 0
         assert cache is not None
-        hidden = rows
-        for start in range(0, count + 1, PREFILL_ROWS):
+        places = [] if beginning is None else list(beginning.places)
+        if beginning is not None:
+            cache.take_up(beginning)
+            read = beginning.units
+        first: int | mx.array = read if padding is None else -padding
+        rows = self.network.token_rows(0, tokens[:, read:], first, None)
+        if beginning is None:
+            lead = self.network.leading_row(0, batch, None, None)
+            if padding is None:
+                rows = mx.concatenate([lead, rows], axis=1)
+            else:
+                # A filler patch stands where nothing is read; the leading row follows the filler of each stream.
+                where = mx.arange(count + 1)[None, :, None]
+                at = padding[:, None, None]
+                shifted = mx.concatenate([lead, rows], axis=1)
+                rows = mx.where(where == at, lead, mx.where(where < at, mx.zeros_like(shifted), shifted))
+        for start in range(0, rows.shape[1], PREFILL_ROWS):
             hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)
+            read = min(start + PREFILL_ROWS, rows.shape[1]) + count - rows.shape[1]
+            if read == count or not is_cut_anywhere(self.config):
+                places.append(Place(read, self.network.to_next(0, hidden[:, -1]), cache.delayed()))
         self._states[0].tokens = count
-        return hidden[:, -1]
+        return places
 
     def _turn(self) -> None:
         """A sequence of the last stage is complete: step the stage above, and open those below anew."""
@@ -426,3 +457,17 @@ class GraphCache:
         chosen = mx.array(list(streams))
         for layer in self.layers:
             layer.keep(chosen)
+
+    def kept(self) -> ArrayRows:
+        return ArrayRows([layer.stored() for layer in self.layers], self.layers[0].rows)
+
+    def delayed(self) -> tuple[mx.array, ...]:
+        return tuple(layer.delayed for layer in self.layers if layer.delayed is not None)
+
+    def take_up(self, beginning: Beginning) -> None:
+        count, stored = beginning.count, beginning.rows.stored()
+        for number, (layer, parts) in enumerate(zip(self.layers, stored, strict=True)):
+            keys, values = ([array[:, :, :count] for array in part] for part in parts)
+            layer.restore((keys, values))
+            if beginning.delayed:
+                layer.delay_on(beginning.delayed[number], count)

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
@@ -132,6 +133,18 @@ class FusedCache:
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
         self._cache.keep(list(streams))
+
+    def kept(self) -> KernelRows:
+        """The rows of a single stream so far, which stay as they are."""
+        return KernelRows(self._cache.copy())
+
+    def delayed(self) -> tuple[mx.array, ...]:
+        """See `states.Place`."""
+        return tuple(self._cache.delayed())
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
+        self._cache = taken_up(self._cache, beginning)
 
 
 def fuse(network: MegaByte) -> FusedStages | None:

@@ -7,6 +7,7 @@ from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import StopMatcher, Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Network, continuing_of
@@ -20,6 +21,7 @@ def generate(
     cache_bits: CacheBits | None = None,
     *,
     sentinels: bool = False,
+    keeper: PromptKeeper | None = None,
 ) -> Iterator[Piece]:
     """Decode all prompts side by side; the pieces of a stream come in order, each byte as soon as it is decoded.
 
@@ -28,6 +30,7 @@ def generate(
 
     Args:
         sentinels: texts stand for such ids, in prompts and in what is generated, which else leaves them out.
+        keeper: what knows the beginning of a single prompt, and takes its state when it has been read, whatever follows.
 
     Raises:
         UsageError: a prompt longer than the model's context, or sentinels where a model has none.
@@ -43,11 +46,13 @@ def generate(
     groups: dict[object, list[int]] = defaultdict(list)
     for stream, text in enumerate(texts):
         if stopping.max_bytes == 0 or len(text) >= limit:
+            if keeper is not None:
+                way.begin(network, [text], cache_bits, keeper)
             yield Piece(stream, b"", "length" if stopping.max_bytes == 0 else "context")
         else:
             groups[way.phase(network.config, len(text))].append(stream)
     running = [
-        _decode(network, streams, [texts[stream] for stream in streams], stopping, sampling, cache_bits, sentinels)
+        _decode(network, streams, [texts[stream] for stream in streams], stopping, sampling, cache_bits, sentinels, keeper)
         for streams in groups.values()
     ]
     while running:
@@ -67,11 +72,12 @@ def _decode(
     sampling: Sampling,
     cache_bits: CacheBits | None,
     sentinels: bool,
+    keeper: PromptKeeper | None,
 ) -> Iterator[list[Piece]]:
     """Decode streams of equal phase: after each step the pieces that it set free."""
     config, continuing = network.config, continuing_of(network)
     ends, first_byte = continuing.ends(config), continuing.first_byte
-    state = way_of(network).begin(network, texts, cache_bits)
+    state = way_of(network).begin(network, texts, cache_bits, keeper if len(texts) == 1 else None)
     noise = Noise(sampling.seed, config.vocab_size)
     matchers = {stream: StopMatcher(stopping.stop) for stream in streams}
     decoded = zeros = 0
