@@ -82,10 +82,12 @@ class ByteByByte:
         beginning = None if keeper is None else keeper.restore(prompts[0])
         if beginning is not None:
             self._rows.take_up(beginning)
-        if beginning is not None and beginning.here is not None:
-            self.logits = beginning.here.last
+        if beginning is None:
+            self.logits = self._rows.read(network.led(ids))
+        elif beginning.units < ids.shape[1]:
+            self.logits = self._rows.read(ids[:, beginning.units :])
         else:
-            self.logits = self._rows.read(network.led(ids) if beginning is None else ids[:, beginning.units :])
+            self.logits = beginning.places[-1].last
         if keeper is not None:
             places = (Place(len(prompts[0]), self.logits),)
             keeper.keep(StreamState(ids_of(prompts[0]), Units(), self._rows.kept(), places))

@@ -47,7 +47,7 @@ def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
         place = (1, config.vocab_size)
     delayed = None
     if not is_cut_anywhere(config):
-        delayed = (dtype, (layers, 2, 1, stage.dim // 2) if by_kernels else (layers, 2, 1, 1, stage.dim))
+        delayed = (dtype, (layers, 2, 1, stage.dim // 2) if by_kernels else (layers, 2, 1, 1, stage.dim // 2))
 
     def tensors(rows: int) -> dict[str, TensorType]:
         found: dict[str, TensorType] = {}
