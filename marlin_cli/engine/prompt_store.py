@@ -189,10 +189,13 @@ class _Folder:
         """See which files are there. Each is opened once: under its name nothing else ever stands."""
         found = {}
         for entry in self._entries():
-            status = entry.stat()
-            stamp = (status.st_ino, status.st_size)
-            file = self._known.get(entry.name)
-            found[entry.name] = file if file is not None and file.stamp == stamp else _File(stamp, self._ids_in(entry.name))
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                status = entry.stat()
+                stamp = (status.st_ino, status.st_size)
+                file = self._known.get(entry.name)
+                found[entry.name] = (
+                    file if file is not None and file.stamp == stamp else _File(stamp, self._ids_in(entry.name))
+                )
         self._known = found
 
     def _ids_in(self, name: str) -> npt.NDArray[np.int32] | None:
