@@ -1,16 +1,18 @@
-// answer_decode: what follows the next id of every answer, in one call.
+// answer_decode: what follows the next ids of every answer or text, in one call.
 #pragma once
 #include "stack.hpp"
 
 namespace marlin {
 
-// Feeds an id to each answer: its embedding, the layers, the head.
-//   table   [vocab, dim] float32
-//   ids     one for each answer
-//   cache   of the answers so far; grows by a row
-//   memory  of the inputs, each with equally many answers; null where the layers read nothing else
-// Returns [answers, vocab] logits.
+// Feeds ids to texts that stand at unlike places: their embeddings, the layers, the head.
+//   table     [vocab, dim] float32
+//   ids       those of the first cache's texts, then of the second's: each text's in their order
+//   rows      by cache: ids of each of its texts, one at least
+//   caches    of the texts so far; a cache grows by its rows
+//   memories  by cache: of the inputs, each with equally many of its texts; none at all where the layers read nothing else
+// Returns [texts, vocab] logits of what follows.
 mlx::core::array answer_decode(const Stack& stack, const mlx::core::array& table, const Product& head, const std::vector<int>& ids,
-                               StackCache& cache, const StackMemory* memory);
+                               const std::vector<int>& rows, const std::vector<StackCache*>& caches,
+                               const std::vector<const StackMemory*>& memories);
 
 }  // namespace marlin

@@ -192,20 +192,35 @@ struct Head {
 
 }  // namespace
 
-void attend(const AttentionTask& task, const std::vector<PageView>& keys, const std::vector<PageView>& values) {
-  const int64_t blocks = (task.rows + ROW_BLOCK - 1) / ROW_BLOCK;
+void attend(const std::vector<AttentionJob>& jobs) {
+  // An item is a block of rows of a head; its work stands in multiplications of a channel.
+  const auto blocks_of = [](const AttentionTask& task) { return (task.rows + ROW_BLOCK - 1) / ROW_BLOCK; };
+  const auto items_of = [&](const AttentionTask& task) { return task.batch * task.heads * blocks_of(task); };
   // A multiplication of few rows comes with a load of its own, and with its share of an exponential.
-  const int64_t work = (task.rows <= FEW_ROWS ? 4 : 2) * std::min(task.rows, ROW_BLOCK) * task.total * task.head_dim;
-  over_threads(task.batch * task.heads * blocks, work,
-               [&](int64_t first, int64_t last) {
-                 for (int64_t item = first; item < last; item++) {
-                   const int64_t block = item % blocks, batch = item / blocks / task.heads, row = block * ROW_BLOCK;
-                   const Head head{task, keys, values, batch, item / blocks % task.heads,
-                                   task.left_padding ? task.left_padding[batch] : 0,
-                                   task.lengths ? std::min<int64_t>(task.lengths[batch], task.total) : task.total};
-                   head.rows(row, std::min(ROW_BLOCK, task.rows - row));
-                 }
-               });
+  const auto work_of = [](const AttentionTask& task) { return (task.rows <= FEW_ROWS ? 4 : 2) * std::min(task.rows, ROW_BLOCK) * std::max<int64_t>(1, task.total); };
+  int64_t all = 0, head_dim = 1;
+  for (const AttentionJob& job : jobs) all += items_of(job.task) * work_of(job.task), head_dim = job.task.head_dim;
+  over_threads(all, head_dim, [&](int64_t first, int64_t last) {
+    int64_t before = 0;
+    for (const AttentionJob& job : jobs) {
+      const AttentionTask& task = job.task;
+      const int64_t items = items_of(task), work = work_of(task), blocks = blocks_of(task);
+      // Those whose work begins in this part.
+      const auto item_at = [&](int64_t place) { return std::clamp<int64_t>((place - before + work - 1) / work, 0, items); };
+      for (int64_t item = item_at(first), end = item_at(last); item < end; item++) {
+        const int64_t block = item % blocks, batch = item / blocks / task.heads, row = block * ROW_BLOCK;
+        const Head head{task, job.keys, job.values, batch, item / blocks % task.heads,
+                        task.left_padding ? task.left_padding[batch] : 0,
+                        task.lengths ? std::min<int64_t>(task.lengths[batch], task.total) : task.total};
+        head.rows(row, std::min(ROW_BLOCK, task.rows - row));
+      }
+      before += items * work;
+    }
+  });
+}
+
+void attend(const AttentionTask& task, const std::vector<PageView>& keys, const std::vector<PageView>& values) {
+  attend({AttentionJob{task, keys, values}});
 }
 
 namespace {

@@ -25,6 +25,14 @@ struct AttentionTask {
   int64_t out_batch, out_head, out_row;
 };
 
+// One task and the rows that it reads.
+struct AttentionJob {
+  AttentionTask task;
+  std::vector<PageView> keys, values;
+};
+
+// All of them, each on its own, spread over threads by their work.
+void attend(const std::vector<AttentionJob>& jobs);
 void attend(const AttentionTask& task, const std::vector<PageView>& keys, const std::vector<PageView>& values);
 
 // One page of the bindings: dense [batch, kv_heads, rows, head_dim] float32, or packed words and scales with their bits.

@@ -5,41 +5,51 @@
 
 namespace marlin {
 
-mx::array local_patch_decode(const Stack& stack, const mx::array& table, const Product& head, const mx::array& lead,
-                             const mx::array& additions, const mx::array& given, const mx::array& noise, int steps,
-                             const Drawing& drawing, PartSeconds* seconds) {
+std::pair<mx::array, std::optional<mx::array>> local_patch_decode(
+    const Stack& stack, const mx::array& table, const Product& head, const mx::array& lead, const mx::array& additions,
+    const mx::array& given, const std::vector<int>& known, int places, const std::vector<mx::array>& noise,
+    const std::vector<Drawing>& drawings, bool with_logits, PartSeconds* seconds) {
   const Stopwatch whole(seconds, &PartSeconds::whole);
   Stopwatch waiting(seconds, &PartSeconds::inputs);
   std::vector<mx::array> inputs;
-  for (const auto& each : {table, lead, additions, given, noise}) inputs.push_back(contiguous_input(each));
+  for (const auto& each : {table, lead, additions, given}) inputs.push_back(contiguous_input(each));
+  for (const auto& each : noise) inputs.push_back(contiguous_input(each));
   mx::eval(inputs);
   waiting.stop();
-  const int64_t streams = lead.shape(0), dim = stack.dim(), vocab = head.columns(), known = given.shape(1), tokens = additions.shape(1);
-  const float *embeddings = inputs[0].data<float>(), *added = inputs[2].data<float>(), *random = inputs[4].data<float>();
+  const int64_t streams = lead.shape(0), dim = stack.dim(), vocab = head.columns(), width = given.shape(1), tokens = additions.shape(1);
+  const auto of_stream = [&](const auto& several, int64_t b) -> const auto& { return several.size() == 1 ? several[0] : several.at(b); };
+  const float *embeddings = inputs[0].data<float>(), *added = inputs[2].data<float>();
   const int32_t* fed = inputs[3].data<int32_t>();
-  StackCache cache = stack.cache(streams, known + steps);
+  std::vector<const float*> random;
+  for (size_t n = 4; n < inputs.size(); n++) random.push_back(inputs[n].data<float>());
+  StackCache cache = stack.cache(streams, places);
   std::vector<float> rows(inputs[1].data<float>(), inputs[1].data<float>() + streams * dim), logits(streams * vocab);
-  std::vector<int32_t> ids(streams), drawn(streams * steps);
-  for (int64_t token = 0; token < known + steps; token++) {
-    stack(rows.data(), streams, 1, &cache, nullptr, nullptr, seconds);
-    if (token < known) {
-      for (int64_t b = 0; b < streams; b++) ids[b] = fed[b * known + token];
-    } else {
-      Stopwatch heading(seconds, &PartSeconds::head);
+  std::vector<float> told(with_logits ? streams * places * vocab : 0);
+  std::vector<int32_t> ids(streams), found(streams * places);
+  const int64_t all_know = *std::min_element(known.begin(), known.end());
+  for (int64_t place = 0; place < places; place++) {
+    stack(rows.data(), {{streams, 1, &cache}}, {}, seconds);
+    if (place >= all_know) {
+      const Stopwatch heading(seconds, &PartSeconds::head);
       head(rows.data(), logits.data(), streams);
-      heading.stop();
-      const Stopwatch choosing(seconds, &PartSeconds::drawing);
-      for (int64_t b = 0; b < streams; b++) {
-        ids[b] = draw(logits.data() + b * vocab, vocab, drawing, random + (token - known) * vocab);
-        drawn[b * steps + token - known] = ids[b];
-      }
     }
-    for (int64_t b = 0; b < streams && token < tokens; b++) {
-      const float *from = embeddings + ids[b] * dim, *addition = added + ((additions.shape(0) == 1 ? 0 : b) * tokens + token) * dim;
+    const Stopwatch choosing(seconds, &PartSeconds::drawing);
+    for (int64_t b = 0; b < streams; b++) {
+      float* own = logits.data() + b * vocab;
+      if (with_logits && place >= all_know) std::copy_n(own, vocab, &told[(b * places + place) * vocab]);
+      const bool drawn = place >= known.at(b);
+      const int32_t id = drawn ? draw(own, vocab, of_stream(drawings, b), of_stream(random, b) + (place - known[b]) * vocab) : fed[b * width + place];
+      found[b * places + place] = id;
+      ids[b] = std::max(id, 0);
+    }
+    for (int64_t b = 0; b < streams && place < tokens; b++) {
+      const float *from = embeddings + ids[b] * dim, *addition = added + ((additions.shape(0) == 1 ? 0 : b) * tokens + place) * dim;
       for (int64_t k = 0; k < dim; k++) rows[b * dim + k] = from[k] + addition[k];
     }
   }
-  return mx::array(drawn.data(), {int(streams), steps}, mx::int32);
+  std::optional<mx::array> all_logits;
+  if (with_logits) all_logits = mx::array(told.data(), {int(streams), places, int(vocab)}, mx::float32);
+  return {mx::array(found.data(), {int(streams), places}, mx::int32), all_logits};
 }
 
 }  // namespace marlin

@@ -9,8 +9,24 @@
 
 namespace marlin {
 
+namespace {
+
+// Whether something can be drawn of them: none is NaN, and the largest is finite.
+bool are_numbers(const float* logits, int64_t vocab) {
+  float most = -std::numeric_limits<float>::infinity();
+  bool numbers = true;
+  for (int64_t k = 0; k < vocab; k++) {
+    most = std::max(most, logits[k]);
+    numbers &= logits[k] == logits[k];
+  }
+  return numbers && std::isfinite(most);
+}
+
+}  // namespace
+
 int32_t draw(float* logits, int64_t vocab, const Drawing& drawing, const float* noise) {
   constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+  if (!are_numbers(logits, vocab)) return -1;
   if (drawing.temperature > 0) {
     for (int64_t k = 0; k < vocab; k++) logits[k] /= drawing.temperature;
     std::vector<float> ordered(logits, logits + vocab);
@@ -51,19 +67,20 @@ float cost_of(const float* logits, int64_t vocab, int32_t id) {
   return std::log(sum(total)) + highest - logits[id];
 }
 
-std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mx::array& logits, const std::vector<int>& forbidden,
-                                                          const Drawing& drawing, const std::optional<mx::array>& noise) {
+std::tuple<std::vector<int>, std::vector<float>> draw_ids(const mx::array& logits, const std::vector<std::vector<int>>& forbidden,
+                                                          const std::vector<Drawing>& drawings, const std::optional<mx::array>& noise) {
   const auto rows = in_memory(logits);
   const std::optional<mx::array> random = noise ? std::optional(in_memory(*noise)) : std::nullopt;
-  const int64_t count = logits.shape(0), vocab = logits.shape(1);
+  const int64_t count = logits.shape(0), vocab = logits.shape(1), apart = noise && noise->shape(0) > 1 ? vocab : 0;
+  const auto of_row = [](const auto& several, int64_t m) -> const auto& { return several.size() == 1 ? several[0] : several.at(m); };
   std::vector<int> ids(count);
   std::vector<float> costs(count), row(vocab);
   for (int64_t m = 0; m < count; m++) {
     const float* from = rows.data<float>() + m * vocab;
     std::copy_n(from, vocab, row.begin());
-    for (int id : forbidden) row.at(id) = -std::numeric_limits<float>::infinity();
-    ids[m] = draw(row.data(), vocab, drawing, random ? random->data<float>() : nullptr);
-    costs[m] = cost_of(from, vocab, ids[m]);
+    for (int id : of_row(forbidden, m)) row.at(id) = -std::numeric_limits<float>::infinity();
+    ids[m] = draw(row.data(), vocab, of_row(drawings, m), random ? random->data<float>() + m * apart : nullptr);
+    costs[m] = ids[m] < 0 ? std::numeric_limits<float>::quiet_NaN() : cost_of(from, vocab, ids[m]);
   }
   return {ids, costs};
 }

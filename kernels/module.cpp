@@ -121,6 +121,9 @@ NB_MODULE(marlin_cpu, m) {
            "layers"_a, "norm"_a.none(), "shape"_a, "relative_bias"_a.none() = nb::none())
       .def("__call__", &marlin::Stack::forward, "x"_a, "cache"_a.none(), "lengths"_a = std::vector<int>{},
            "seconds"_a.none() = nb::none(), nb::call_guard<nb::gil_scoped_release>())
+      .def("ragged", &marlin::Stack::ragged, "x"_a, "rows"_a, "caches"_a = std::vector<marlin::StackCache*>{},
+           "memories"_a = std::vector<const marlin::StackMemory*>{}, "first_layer"_a = 0, "end_layer"_a = -1,
+           "seconds"_a.none() = nb::none(), nb::call_guard<nb::gil_scoped_release>())
       .def("remember", &marlin::Stack::remember, "states"_a, "lengths"_a, "bits"_a, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<marlin::StackMemory>(m, "StackMemory")
       .def_prop_ro("bytes_in_use", &marlin::StackMemory::bytes_in_use)
@@ -150,11 +153,11 @@ NB_MODULE(marlin_cpu, m) {
       .def(nb::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>(), "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "rows"_a, "window"_a, "key_bits"_a, "value_bits"_a)
       .def("seconds", &marlin::AttentionProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
-  m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawing"_a, "noise"_a.none());
-  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "cache"_a, "memory"_a.none(),
-        nb::call_guard<nb::gil_scoped_release>());
+  m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawings"_a, "noise"_a.none());
+  m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "rows"_a, "caches"_a,
+        "memories"_a = std::vector<const marlin::StackMemory*>{}, nb::call_guard<nb::gil_scoped_release>());
   m.def("sequence_costs", &marlin::sequence_costs, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a, "expected"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("local_patch_decode", &marlin::local_patch_decode, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a,
-        "noise"_a, "steps"_a, "drawing"_a, "seconds"_a.none() = nb::none(), nb::call_guard<nb::gil_scoped_release>());
+        "known"_a, "places"_a, "noise"_a, "drawings"_a, "with_logits"_a = false, "seconds"_a.none() = nb::none(), nb::call_guard<nb::gil_scoped_release>());
 }

@@ -34,7 +34,7 @@ mx::array sequence_costs(const Stack& stack, const mx::array& table, const Produ
         for (int64_t k = 0; k < dim; k++) to[(token + 1) * dim + k] = from[k] + addition[k];
       }
     }
-    stack(hidden.data(), count, rows, nullptr);
+    stack(hidden.data(), {{count, rows}});
     for (int64_t m = 0; m < n; m += at_once) {
       const int64_t some = std::min(at_once, n - m);
       head(&hidden[m * dim], logits.data(), some);

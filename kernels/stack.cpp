@@ -1,7 +1,7 @@
 // A stack of transformer layers: every operation on plain memory, so that a step costs its arithmetic and no graph.
 //
 // Many sequences are spread over threads, each of which takes a few of them through all layers while their rows stand in
-// its cache. One sequence is taken through the layers by all threads together.
+// its cache. Few rows are taken through the layers by all threads together.
 #include "stack.hpp"
 
 #include <array>
@@ -254,12 +254,11 @@ void Stack::rotate(float* x, int64_t heads, int64_t position) const {
   }
 }
 
-void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, const Context& context) const {
-  StackCache* cache = context.cache;
-  const int64_t n = count * rows, query_width = shape_.heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim;
-  const int64_t seen = cache ? cache->rows_ : 0, half = dim_ / 2, most_rows = std::min(n, ROWS_OF_A_PRODUCT);
-  const bool packed = cache && cache->packed_;
-  const int32_t* padding = cache && !cache->left_padding_.empty() ? cache->left_padding_.data() + first : nullptr;
+void Stack::through(float* x, const Parts& parts, LayerRange layers, PartSeconds* seconds) const {
+  const int64_t query_width = shape_.heads * shape_.head_dim, kv_width = shape_.kv_heads * shape_.head_dim, half = dim_ / 2;
+  int64_t n = 0;
+  for (const Part& part : parts) n += part.rows();
+  const int64_t most_rows = std::min(n, ROWS_OF_A_PRODUCT);
   Scratch scratch(2 * n * (query_width + kv_width) + most_rows * (2 * dim_ + hidden_dim_ + ffn_dim_) + (shape_.token_shift ? n * dim_ : 0));
   float *queries = scratch.take(n * query_width), *attended = scratch.take(n * query_width);
   float *keys = scratch.take(n * kv_width), *values = scratch.take(n * kv_width);
@@ -267,25 +266,42 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
   float *up = scratch.take(most_rows * hidden_dim_), *gate = scratch.take(most_rows * ffn_dim_);
   float* shifted = scratch.take(shape_.token_shift ? n * dim_ : 0);
 
+  // body(part, its first row) for all parts.
+  const auto over_parts = [&](const auto& body) {
+    int64_t start = 0;
+    for (const Part& part : parts) {
+      body(part, start);
+      start += part.rows();
+    }
+  };
+  const auto padding_of = [](const Part& part) -> const int32_t* {
+    const StackCache* cache = part.all->cache;
+    return cache && !cache->left_padding_.empty() ? cache->left_padding_.data() + part.first : nullptr;
+  };
   // The upper half of the channels one row late; filler before a sequence counts as zeros.
   const auto delay = [&](int64_t layer, int64_t slot) -> const float* {
     if (!shape_.token_shift) return x;
-    for (int64_t b = 0; b < count; b++) {
-      float* kept = cache ? cache->delayed_[layer].data() + (slot * cache->batch_ + first + b) * half : nullptr;
-      for (int64_t r = 0; r < rows; r++) {
-        float* to = shifted + (b * rows + r) * dim_;
-        const float* from = x + (b * rows + r) * dim_;
-        const float* before = r ? from - dim_ + half : kept;
-        const bool blank = !before || (padding && seen + r - 1 < padding[b]);
-        std::memcpy(to, from, half * sizeof(float));
-        if (blank) {
-          std::fill(to + half, to + dim_, 0.0f);
-        } else {
-          std::memcpy(to + half, before, half * sizeof(float));
+    over_parts([&](const Part& part, int64_t start) {
+      StackCache* cache = part.all->cache;
+      const int64_t rows = part.all->rows, seen = cache ? cache->rows_ : 0;
+      const int32_t* padding = padding_of(part);
+      for (int64_t b = 0; b < part.count; b++) {
+        float* kept = cache ? cache->delayed_[layer].data() + (slot * cache->batch_ + part.first + b) * half : nullptr;
+        for (int64_t r = 0; r < rows; r++) {
+          float* to = shifted + (start + b * rows + r) * dim_;
+          const float* from = x + (start + b * rows + r) * dim_;
+          const float* before = r ? from - dim_ + half : kept;
+          const bool blank = !before || (padding && seen + r - 1 < padding[b]);
+          std::memcpy(to, from, half * sizeof(float));
+          if (blank) {
+            std::fill(to + half, to + dim_, 0.0f);
+          } else {
+            std::memcpy(to + half, before, half * sizeof(float));
+          }
         }
+        if (kept) std::memcpy(kept, x + (start + (b + 1) * rows - 1) * dim_ + half, half * sizeof(float));
       }
-      if (kept) std::memcpy(kept, x + ((b + 1) * rows - 1) * dim_ + half, half * sizeof(float));
-    }
+    });
     return shifted;
   };
   const auto over_rows = [&](const auto& body) {
@@ -307,18 +323,40 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
       join(norm, x + m * dim_, some);
     });
   };
-  // `batch` sequences of queries, each against `total` rows.
-  const auto task_of = [&](int64_t batch, int64_t total) {
-    const int64_t row_count = n / batch;
+  // The rows of a part as those of `batch` sequences, each against `total` rows.
+  const auto task_of = [&](const Part& part, int64_t start, int64_t batch, int64_t total) {
+    const int64_t row_count = part.rows() / batch;
     AttentionTask task{batch, shape_.heads, shape_.kv_heads, shape_.head_dim, row_count, 0, total, shape_.scale};
-    task.queries = queries, task.out = attended;
+    task.queries = queries + start * query_width, task.out = attended + start * query_width;
     task.query_batch = task.out_batch = row_count * query_width;
     task.query_head = task.out_head = shape_.head_dim;
     task.query_row = task.out_row = query_width;
     return task;
   };
+  // Rotates what attention reads of a part and writes it where it stays.
+  const auto place = [&](const Part& part, int64_t start, int64_t number) {
+    StackCache* cache = part.all->cache;
+    const int64_t rows = part.all->rows, seen = cache ? cache->rows_ : 0;
+    const int32_t* padding = padding_of(part);
+    for (int64_t m = 0; m < part.rows() && !frequencies_.empty(); m++) {
+      const int64_t position = seen + m % rows - (padding ? padding[m / rows] : 0);
+      rotate(queries + (start + m) * query_width, shape_.heads, position);
+      rotate(keys + (start + m) * kv_width, shape_.kv_heads, position);
+    }
+    if (!cache) return;
+    if (cache->packed_) {
+      hadamard_heads(queries + start * query_width, part.rows() * shape_.heads, shape_.head_dim);
+      hadamard_heads(keys + start * kv_width, part.rows() * shape_.kv_heads, shape_.head_dim);
+    }
+    for (int64_t b = 0; b < part.count; b++) {
+      const int64_t row = (start + b * rows) * kv_width;
+      cache->keys_[number].write(part.first + b, keys + row, rows);
+      cache->values_[number].write(part.first + b, values + row, rows);
+    }
+  };
+  std::vector<AttentionJob> jobs;
 
-  for (size_t number = 0; number < layers_.size(); number++) {
+  for (int64_t number = layers.first; number < layers.end; number++) {
     const Layer& layer = layers_[number];
     const float* from = delay(number, 0);
     over_rows([&](int64_t m, int64_t some) {
@@ -327,51 +365,49 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
     });
     if (layer.q_norm) (*layer.q_norm)(queries, queries, n * shape_.heads);
     if (layer.k_norm) (*layer.k_norm)(keys, keys, n * shape_.kv_heads);
-    for (int64_t m = 0; m < n && !frequencies_.empty(); m++) {
-      const int64_t position = seen + m % rows - (padding ? padding[m / rows] : 0);
-      rotate(queries + m * query_width, shape_.heads, position);
-      rotate(keys + m * kv_width, shape_.kv_heads, position);
-    }
-    if (packed) {
-      hadamard_heads(queries, n * shape_.heads, shape_.head_dim);
-      hadamard_heads(keys, n * shape_.kv_heads, shape_.head_dim);
-    }
-    Stopwatch attending(context.seconds, &PartSeconds::attention);
-    AttentionTask task = task_of(count, seen + rows);
-    task.first = seen;
-    task.causal = shape_.causal;
-    task.window = shape_.window;
-    task.left_padding = padding;
-    task.lengths = context.lengths ? context.lengths + first : nullptr;
-    if (relative_bias_) task.relative_bias = relative_bias_->data<float>(), task.most = relative_bias_->shape(1) / 2;
-    if (cache) {
-      std::vector<PageView> pages[2];
-      for (int which = 0; which < 2; which++) {
-        KeyValuePages& held = (which ? cache->values_ : cache->keys_)[number];
-        for (int64_t b = 0; b < count; b++) held.write(first + b, (which ? values : keys) + b * rows * kv_width, rows);
-        pages[which] = from_sequence(held.views(rows), first, shape_.head_dim);
+    over_parts([&](const Part& part, int64_t start) { place(part, start, number); });
+    Stopwatch attending(seconds, &PartSeconds::attention);
+    jobs.clear();
+    over_parts([&](const Part& part, int64_t start) {
+      const Sequences& all = *part.all;
+      const int64_t seen = all.cache ? all.cache->rows_ : 0;
+      AttentionTask task = task_of(part, start, part.count, seen + all.rows);
+      task.first = seen;
+      task.causal = shape_.causal;
+      task.window = shape_.window;
+      task.left_padding = padding_of(part);
+      task.lengths = all.lengths ? all.lengths + part.first : nullptr;
+      if (relative_bias_) task.relative_bias = relative_bias_->data<float>(), task.most = relative_bias_->shape(1) / 2;
+      if (all.cache) {
+        const auto pages = [&](const KeyValuePages& held) { return from_sequence(held.views(all.rows), part.first, shape_.head_dim); };
+        jobs.push_back({task, pages(all.cache->keys_[number]), pages(all.cache->values_[number])});
+      } else if (shape_.block > 0 && all.rows > shape_.block) {
+        attend_in_blocks(task, shape_.block, queries + start * query_width, keys + start * kv_width, values + start * kv_width);
+      } else {
+        jobs.push_back({task, view(keys + start * kv_width, all.rows, kv_width, shape_.head_dim),
+                        view(values + start * kv_width, all.rows, kv_width, shape_.head_dim)});
       }
-      attend(task, pages[0], pages[1]);
-    } else if (shape_.block > 0 && rows > shape_.block) {
-      attend_in_blocks(task, shape_.block, queries, keys, values);
-    } else {
-      attend(task, view(keys, rows, kv_width, shape_.head_dim), view(values, rows, kv_width, shape_.head_dim));
-    }
+    });
+    attend(jobs);
     attending.stop();
     join_attended(layer.attention_norm, layer.o_proj);
-    if (layer.cross && context.memory) {
-      const StackMemory& memory = *context.memory;
+    if (layer.cross && parts[0].all->memory) {
       over_rows([&](int64_t m, int64_t some) {
         layer.cross->q_proj(read(layer.cross->norm, x + m * dim_, some), queries + m * query_width, some);
       });
-      if (memory.packed_) hadamard_heads(queries, n * shape_.heads, shape_.head_dim);
-      // The rows of all that read a sequence are rows of one: nothing tells them apart.
-      AttentionTask reading = task_of(count / context.readers, memory.rows_);
-      const int64_t source = first / context.readers;
-      reading.causal = false;
-      reading.lengths = memory.lengths_.empty() ? nullptr : memory.lengths_.data() + source;
-      attend(reading, from_sequence(memory.keys_[number].views(0), source, shape_.head_dim),
-             from_sequence(memory.values_[number].views(0), source, shape_.head_dim));
+      jobs.clear();
+      over_parts([&](const Part& part, int64_t start) {
+        const StackMemory& memory = *part.all->memory;
+        if (memory.packed_) hadamard_heads(queries + start * query_width, part.rows() * shape_.heads, shape_.head_dim);
+        // The rows of all that read a sequence are rows of one: nothing tells them apart.
+        AttentionTask reading = task_of(part, start, part.count / part.readers(), memory.rows_);
+        const int64_t source = part.first / part.readers();
+        reading.causal = false;
+        reading.lengths = memory.lengths_.empty() ? nullptr : memory.lengths_.data() + source;
+        jobs.push_back({reading, from_sequence(memory.keys_[number].views(0), source, shape_.head_dim),
+                        from_sequence(memory.values_[number].views(0), source, shape_.head_dim)});
+      });
+      attend(jobs);
       join_attended(layer.cross->norm, layer.cross->o_proj);
     }
     from = delay(number, 1);
@@ -393,37 +429,62 @@ void Stack::sequences(float* x, int64_t first, int64_t count, int64_t rows, cons
       }
     });
   }
-  if (norm_) (*norm_)(x, x, n);
+  if (norm_ && layers.end == int64_t(layers_.size())) (*norm_)(x, x, n);
 }
 
-void Stack::operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory, const int32_t* lengths,
-                       PartSeconds* seconds) const {
-  if (cache) {
-    for (size_t number = 0; number < layers_.size(); number++) {
-      cache->keys_[number].reserve(rows);
-      cache->values_[number].reserve(rows);
-      if (shape_.token_shift) cache->delayed_[number].resize(2 * batch * (dim_ / 2), 0.0f);
+// Parts of few rows together, as far as they stand one after another; a sequence is never cut.
+std::vector<Stack::Parts> Stack::chunks_of(const std::vector<Sequences>& all) const {
+  std::vector<Parts> chunks;
+  int64_t room = 0;
+  for (const Sequences& each : all) {
+    for (int64_t first = 0; first < each.batch;) {
+      Part part{&each, first, 0};
+      const int64_t readers = part.readers();  // those that read the same stay together
+      if (room < each.rows * readers) {
+        chunks.emplace_back();
+        room = std::max(ROWS_AT_ONCE, each.rows * readers);
+      }
+      part.count = std::min(each.batch - first, room / (each.rows * readers) * readers);
+      chunks.back().push_back(part);
+      first += part.count;
+      room -= part.rows();
     }
   }
-  const int64_t readers = memory ? batch / memory->batch_ : 1;
-  // Those that read the same stay together.
-  const int64_t at_once = std::max<int64_t>(1, ROWS_AT_ONCE / rows / readers) * readers;
-  const int64_t chunks = (batch + at_once - 1) / at_once;
-  const Context context{cache, memory, lengths, readers, chunks > 1 ? nullptr : seconds};
-  const auto chunk = [&](int64_t number) {
-    const int64_t first = number * at_once;
-    sequences(x + first * rows * dim_, first, std::min(at_once, batch - first), rows, context);
-  };
-  if (chunks >= threads()) {
-#pragma omp parallel for num_threads(threads()) schedule(dynamic, 1)
-    for (int64_t number = 0; number < chunks; number++) chunk(number);
-  } else {
-    for (int64_t number = 0; number < chunks; number++) chunk(number);
+  return chunks;
+}
+
+void Stack::operator()(float* x, const std::vector<Sequences>& all, LayerRange layers, PartSeconds* seconds) const {
+  if (layers.end < 0) layers.end = layers_.size();
+  for (const Sequences& each : all) {
+    for (size_t number = 0; each.cache && number < layers_.size(); number++) {
+      each.cache->keys_[number].reserve(each.rows);
+      each.cache->values_[number].reserve(each.rows);
+      if (shape_.token_shift) each.cache->delayed_[number].resize(2 * each.batch * (dim_ / 2), 0.0f);
+    }
   }
-  if (cache) {
-    cache->rows_ += rows;
-    for (auto* pages : {&cache->keys_, &cache->values_})
-      for (auto& each : *pages) each.advance(rows);
+  const std::vector<Parts> chunks = chunks_of(all);
+  std::vector<int64_t> starts{0};
+  int64_t most = 0;
+  for (const Parts& parts : chunks) {
+    int64_t rows = 0;
+    for (const Part& part : parts) rows += part.rows();
+    starts.push_back(starts.back() + rows);
+    most = std::max(most, rows);
+  }
+  const int64_t count = chunks.size();
+  const auto chunk = [&](int64_t number) { through(x + starts[number] * dim_, chunks[number], layers, count > 1 ? nullptr : seconds); };
+  // A thread each, unless one would be left with the largest alone.
+  if (count >= threads() && most * threads() <= starts.back() + ROWS_AT_ONCE) {
+#pragma omp parallel for num_threads(threads()) schedule(dynamic, 1)
+    for (int64_t number = 0; number < count; number++) chunk(number);
+  } else {
+    for (int64_t number = 0; number < count; number++) chunk(number);
+  }
+  for (const Sequences& each : all) {
+    if (!each.cache) continue;
+    each.cache->rows_ += each.rows;
+    for (auto* pages : {&each.cache->keys_, &each.cache->values_})
+      for (auto& part : *pages) part.advance(each.rows);
   }
 }
 
@@ -434,8 +495,39 @@ mx::array Stack::forward(const mx::array& x, StackCache* cache, const std::vecto
   waiting.stop();
   std::vector<float> rows(input.data<float>(), input.data<float>() + input.size());
   const std::vector<int32_t> real(lengths.begin(), lengths.end());
-  (*this)(rows.data(), x.shape(0), x.shape(1), cache, nullptr, real.empty() ? nullptr : real.data(), seconds);
+  (*this)(rows.data(), {{x.shape(0), x.shape(1), cache, nullptr, real.empty() ? nullptr : real.data()}}, {}, seconds);
   return mx::array(rows.data(), x.shape(), mx::float32);
+}
+
+mx::array Stack::ragged(const mx::array& x, const std::vector<int>& rows, const std::vector<StackCache*>& caches,
+                        const std::vector<const StackMemory*>& memories, int first_layer, int end_layer, PartSeconds* seconds) const {
+  const Stopwatch whole(seconds, &PartSeconds::whole);
+  Stopwatch waiting(seconds, &PartSeconds::inputs);
+  const auto input = in_memory(x);
+  waiting.stop();
+  const std::vector<Sequences> all = sequences_of(rows, caches, memories);
+  int64_t total = 0;
+  for (const Sequences& each : all) total += each.batch * each.rows;
+  if (total != x.shape(0)) throw std::invalid_argument("the rows of the sequences are not those that are given");
+  const int64_t count = layers_.size(), end = end_layer < 0 ? count : end_layer;
+  if (first_layer < 0 || end > count || (!caches.empty() && (first_layer > 0 || end < count)))
+    throw std::invalid_argument("no such layers, or some of them alone with a cache");
+  std::vector<float> hidden(input.data<float>(), input.data<float>() + input.size());
+  (*this)(hidden.data(), all, {first_layer, end}, seconds);
+  return mx::array(hidden.data(), x.shape(), mx::float32);
+}
+
+std::vector<Sequences> sequences_of(const std::vector<int>& rows, const std::vector<StackCache*>& caches,
+                                    const std::vector<const StackMemory*>& memories) {
+  for (size_t given : {caches.size(), memories.size()})
+    if (given && given != rows.size()) throw std::invalid_argument("a cache and a memory for each sequence, or none at all");
+  std::vector<Sequences> all;
+  for (size_t n = 0; n < rows.size(); n++) {
+    if (rows[n] < 1) throw std::invalid_argument("a sequence has no rows");
+    StackCache* cache = caches.empty() ? nullptr : caches[n];
+    all.push_back({cache ? cache->batch() : 1, rows[n], cache, memories.empty() ? nullptr : memories[n]});
+  }
+  return all;
 }
 
 }  // namespace marlin

@@ -1,5 +1,7 @@
 // A stack of transformer layers as one call, over many sequences at once or over one row after another: MegaByte's blocks,
-// T5's with their relative bias and their reading of another sequence, and BERT's, whose norms follow the sums.
+// T5's with their relative bias and their reading of another sequence, and BERT's, whose norms follow the sums. Sequences that
+// stand at unlike places, with unlike numbers of rows, go through it together: products take the rows of all of them, and
+// attention takes each sequence by itself.
 #pragma once
 #include <memory>
 #include <optional>
@@ -93,6 +95,19 @@ class StackMemory {
   std::vector<KeyValuePages> keys_, values_;
 };
 
+// Sequences that stand at the same place: `batch` of them with `rows` rows each, one after another.
+struct Sequences {
+  int64_t batch, rows;
+  StackCache* cache = nullptr;          // of `batch` sequences: the rows follow those that it has seen
+  const StackMemory* memory = nullptr;  // those that read the same sequence of it stand together, equally many for each
+  const int32_t* lengths = nullptr;     // [batch] real rows, all if null
+};
+
+// The layers from `first` to before `end`. What a cache remembers, it remembers of all layers.
+struct LayerRange {
+  int64_t first = 0, end = -1;  // -1: the last one, and the norm that follows it
+};
+
 class Stack {
  public:
   // relative_bias [heads, 2 * most + 1]: added to scores by clip(key - query, -most, most).
@@ -105,23 +120,25 @@ class Stack {
   // 32, 8 or 4 bits.
   StackMemory remember(const mlx::core::array& states, const std::vector<int>& lengths, int bits) const;
 
-  // x [batch, rows, dim] becomes the hidden rows. With a cache, the rows follow those that it has seen. The sequences that
-  // read the same one of a memory stand together, equally many for each. `lengths` [batch] are real rows, all if null.
+  // x, the rows [.., dim] of all sequences one after another, becomes their hidden rows. No cache comes twice.
   // `seconds` learns what attention takes; sequences that are spread over threads have no clock in common and tell nothing.
-  void operator()(float* x, int64_t batch, int64_t rows, StackCache* cache, const StackMemory* memory = nullptr,
-                  const int32_t* lengths = nullptr, PartSeconds* seconds = nullptr) const;
+  void operator()(float* x, const std::vector<Sequences>& all, LayerRange layers = {}, PartSeconds* seconds = nullptr) const;
   mlx::core::array forward(const mlx::core::array& x, StackCache* cache, const std::vector<int>& lengths, PartSeconds* seconds) const;
+  // x [rows, dim] of sequences with `rows` each, of whose caches there is one for each, or none at all; and so of memories.
+  mlx::core::array ragged(const mlx::core::array& x, const std::vector<int>& rows, const std::vector<StackCache*>& caches,
+                          const std::vector<const StackMemory*>& memories, int first_layer, int end_layer, PartSeconds* seconds) const;
 
  private:
-  // Beside the rows: what they follow, and what they read.
-  struct Context {
-    StackCache* cache;
-    const StackMemory* memory;
-    const int32_t* lengths;
-    int64_t readers;  // sequences for each one of the memory
-    PartSeconds* seconds;
+  // Some of the sequences that stand together.
+  struct Part {
+    const Sequences* all;
+    int64_t first, count;
+    int64_t readers() const { return all->memory ? all->batch / all->memory->batch() : 1; }
+    int64_t rows() const { return count * all->rows; }
   };
-  void sequences(float* x, int64_t first, int64_t count, int64_t rows, const Context& context) const;
+  using Parts = std::vector<Part>;
+  std::vector<Parts> chunks_of(const std::vector<Sequences>& all) const;
+  void through(float* x, const Parts& parts, LayerRange layers, PartSeconds* seconds) const;
   void rotate(float* x, int64_t heads, int64_t position) const;
 
   std::vector<Layer> layers_;
@@ -131,5 +148,9 @@ class Stack {
   std::vector<float> frequencies_;
   std::optional<mlx::core::array> relative_bias_;
 };
+
+// Sequences with a cache each (or none at all), and a memory each (or none at all), of which `rows` has the rows.
+std::vector<Sequences> sequences_of(const std::vector<int>& rows, const std::vector<StackCache*>& caches,
+                                    const std::vector<const StackMemory*>& memories);
 
 }  // namespace marlin

@@ -11,8 +11,8 @@ from marlin_cli import ByT5Config, ByT5Model, load
 from marlin_cli.engine import sampling as sampling_module
 from marlin_cli.engine.answering import AnswerLimits
 from marlin_cli.engine.beams import Beams
-from marlin_cli.engine.generation import Stopping
 from marlin_cli.engine.sampling import Sampling, draw, without
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
 
@@ -202,7 +202,7 @@ def test_costs_are_those_before_ends_are_forbidden():
     likeliest = mx.argsort(-logits, axis=-1)[:, :3].reshape(-1).tolist()
     expected = -(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     for forbidden in ((), likeliest[:1], likeliest):
-        ids, costs = draw(logits, forbidden, Sampling(), None)
+        ids, costs = draw(logits, [forbidden], [Sampling()], None)
         plain = mx.argmax(without(logits, forbidden), axis=-1).tolist()
         assert ids == plain and not set(ids).intersection(forbidden)
         assert costs == pytest.approx([expected[row, value].item() for row, value in enumerate(ids)], abs=1e-5)

@@ -13,8 +13,8 @@ from marlin_cli import cli, load
 from marlin_cli.api import MODELS
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import way_of
-from marlin_cli.engine.generation import Stopping
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import QuantizationError, UsageError
 from marlin_cli.models import architecture_of, continuing_of, linear_layers, part_of
 from marlin_cli.models.byt5_ids import ids_of_bytes

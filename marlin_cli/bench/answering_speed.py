@@ -111,12 +111,12 @@ def _timed(model: AnsweringModel, inputs: Sequence[Sequence[int]], decode_bytes:
         return _Run(encoded - start, 0.0, 0.0, 0, mx.get_peak_memory() - held, [])
     again = clock()
     state = AnswerState(model.network, sources, memory_bits=model.kv_bits)
-    ids, _ = draw(state.logits, (), GREEDY, None)
+    ids, _ = draw(state.logits, [()], [GREEDY], None)
     first = before = clock()
     steps = []
     for _ in range(decode_bytes):
         state.push(mx.array(ids, dtype=mx.int32))
-        ids, _ = draw(state.logits, (), GREEDY, None)
+        ids, _ = draw(state.logits, [()], [GREEDY], None)
         now = clock()
         steps.append(now - before)
         before = now

@@ -86,7 +86,7 @@ def answer(
         return
     while True:
         forbidden = ends if len(written[streams[0]]) < limits.min_length else ()
-        values, costs = draw(state.logits, forbidden, sampling, noise.take(1)[0] if sampling.temperature else None)
+        values, costs = draw(state.logits, [forbidden], [sampling], noise.take(1) if sampling.temperature else None)
         news: list[tuple[int, int | Answer]] = []
         going = []
         for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):

@@ -8,6 +8,7 @@ import mlx.core as mx
 from marlin_cli.engine.cache import CacheBits, Pages, check_cache_bits
 from marlin_cli.engine.encoder_decoder import GrowingCache
 from marlin_cli.engine.finite import not_finite
+from marlin_cli.engine.fused import rotates
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.sampling import Noise, Sampling, sample
 from marlin_cli.engine.states import ArrayRows, Beginning, KeptRows, Part, Place, PromptKeeper, StreamState, Units, ids_of
@@ -74,7 +75,7 @@ class ByteByByte:
         bits = cache_bits or CacheBits()
         if bits != CacheBits():
             check_cache_bits(bits.keys, bits.values, architecture_of(network).packed_keys(self.config).head_dim)
-        fused = fuse_bygpt5(network)
+        fused = fuse_bygpt5(network) if rotates(architecture_of(network).packed_keys(self.config).head_dim, bits) else None
         self._rows: Rows = GraphRows(network, bits) if fused is None else fused.new_rows(len(prompts), bits)
         self.positions = [len(prompt) for prompt in prompts]
         ids = mx.array([list(prompt) for prompt in prompts], dtype=mx.int32).reshape(len(prompts), -1)

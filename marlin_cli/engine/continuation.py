@@ -8,12 +8,15 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.byte_decoding import ByteByByte
+from marlin_cli.engine.byte_streams import byte_streams
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
+from marlin_cli.engine.patch_streams import patch_streams
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.states import PromptKeeper
+from marlin_cli.engine.streams import Streams
 from marlin_cli.models import Network, Reading, continuing_of
 
 
@@ -76,16 +79,19 @@ class Way:
             `UsageError` for bits that do not fit the network.
         phase: (config, ids of a prompt) -> what is equal for prompts that can be decoded together.
         fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
+        together: (network, bits of the cache, what keeps prompts) -> streams whose rows go through the kernels together,
+            wherever each stands; None where there are no such kernels.
     """
 
     begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Continuation]
     phase: Callable[[Any, int], object]
     fuse: Callable[[Any], FusedScoring | None] = lambda network: None
+    together: Callable[[Any, CacheBits, PromptKeeper | None], Streams | None] = lambda network, bits, keeper: None
 
 
 WAYS: dict[Reading, Way] = {
-    Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse),
-    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5),
+    Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse, patch_streams),
+    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5, byte_streams),
 }
 
 

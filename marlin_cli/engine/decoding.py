@@ -9,10 +9,19 @@ import numpy as np
 
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
-from marlin_cli.engine.fused import fuse
-from marlin_cli.engine.sampling import Noise, Sampling, sample
-from marlin_cli.engine.state_kinds import is_cut_anywhere, units_of
-from marlin_cli.engine.states import ArrayRows, Beginning, KeptRows, Place, PromptKeeper, StreamState, ids_of
+from marlin_cli.engine.fused import FusedStages, fuse, rotates
+from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
+from marlin_cli.engine.states import (
+    ArrayRows,
+    Beginning,
+    KeptRows,
+    Place,
+    PromptKeeper,
+    StreamState,
+    ids_of,
+    is_cut_anywhere,
+    units_of,
+)
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
@@ -85,9 +94,7 @@ class Lockstep:
         head_dim = self.config.stages[0].width_of_head
         if self._bits != CacheBits():
             check_cache_bits(self._bits.keys, self._bits.values, head_dim)
-        # The kernels rotate heads whose width is a power of two.
-        rotated = self._bits == CacheBits() or head_dim & (head_dim - 1) == 0
-        self._fused = fuse(network) if rotated else None
+        self._fused = fused_stages(network, self._bits)
         self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
         self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
         # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
@@ -176,9 +183,13 @@ class Lockstep:
             assert condition is not None
             lead = self.network.leading_row(self._last, self.streams, condition, self._before_patch)[:, 0]
             given = self._tail()
-            drawn = noise.take(steps) if sampling.temperature else None
+            draws = Draws([sampling], [noise.take(steps) if sampling.temperature else no_noise()])
             self._sequence_cache_bytes = self._fused.sequence_cache_bytes(self.streams, tokens + steps)
-            ids = self._fused.decode_sequence(lead, self.network.additions(condition), given, drawn, steps, sampling)
+            known, places = [tokens] * self.streams, tokens + steps
+            found, _ = self._fused.decode_sequence(lead, self.network.additions(condition), given, known, places, draws)
+            ids = found[:, tokens:]
+            if np.array(ids).min() < 0:
+                raise not_finite()
         for start in range(0, ids.shape[1], max(1, length - tokens)):
             self._append(ids[:, start : start + max(1, length - tokens)])
         return ids
@@ -335,7 +346,7 @@ class Lockstep:
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
         beginning = None if keeper is None else keeper.restore(prompts[0])
-        places = self._read_global(tokens, self._left_padding, beginning)
+        places = self._read_global(tokens, self._left_padding, beginning, pauses=keeper is not None)
         self._states[1].condition = places[-1].last
         if keeper is not None and most:
             ids, rows = ids_of(prompts[0][: starts[0]]), self._states[0].cache.kept()
@@ -357,8 +368,13 @@ class Lockstep:
             if max(self.positions) < config.max_bytes:
                 self._turn()
 
-    def _read_global(self, tokens: mx.array, padding: mx.array | None, beginning: Beginning | None) -> list[Place]:
+    def _read_global(
+        self, tokens: mx.array, padding: mx.array | None, beginning: Beginning | None, *, pauses: bool
+    ) -> list[Place]:
         """Feed the global stage its leading row and the patches of the prompts, but for a beginning that is known.
+
+        Args:
+            pauses: are the places where reading pauses asked for too?
 
         Returns:
             Where a single prompt could be taken up later; the last of them says what conditions the next stage.
@@ -386,7 +402,7 @@ class Lockstep:
             hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)
             read = min(start + PREFILL_ROWS, rows.shape[1]) + count - rows.shape[1]
-            if read == count or not is_cut_anywhere(self.config):
+            if read == count or (pauses and not is_cut_anywhere(self.config)):
                 places.append(Place(read, self.network.to_next(0, hidden[:, -1]), cache.delayed()))
         self._states[0].tokens = count
         return places
@@ -431,6 +447,11 @@ class Lockstep:
             return self._fused.new_cache(number, self.streams, padding, bits.keys, bits.values)
         stage = self.network.stages[number]
         return GraphCache(stage.stack, stage.config, number > 0, padding, bits)
+
+
+def fused_stages(network: MegaByte, bits: CacheBits) -> FusedStages | None:
+    """The fused stages of a network, or None where no kernels run that know its layers and a cache of so many bits."""
+    return fuse(network) if rotates(network.config.stages[0].width_of_head, bits) else None
 
 
 class GraphCache:

@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from marlin_cli.engine.cache import ROWS_PER_PAGE
-from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
+from marlin_cli.engine.sampling import Draws, kernel_drawing
 from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
@@ -70,27 +70,45 @@ class FusedStages:
             self._seconds[number],
         )
 
-    def decode_sequence(
-        self, lead: mx.array, additions: mx.array, given: mx.array, noise: mx.array | None, steps: int, sampling: Sampling
-    ) -> mx.array:
-        """Draw the ids that follow `given` in a sequence of the last stage, in one call.
+    def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: "Sequence[FusedCache]") -> mx.array:
+        """Take rows of many streams, which stand anywhere, through the layers of a stage in one call: hidden rows.
 
         Args:
-            lead: [streams, dim] its leading row.
+            rows: [sum of counts, dim], those of each stream together; they follow those that its cache has seen.
+            caches: of one stream each, and each of another.
+        """
+        held = [each.held for each in caches]
+        hidden: mx.array = self._stacks[number].ragged(rows, list(counts), held, seconds=self._seconds[number])
+        return hidden
+
+    def decode_sequence(
+        self,
+        lead: mx.array,
+        additions: mx.array,
+        given: mx.array,
+        known: Sequence[int],
+        places: int,
+        draws: Draws,
+        *,
+        with_logits: bool = False,
+    ) -> tuple[mx.array, mx.array | None]:
+        """Draw the ids that follow those given in sequences of the last stage, in one call.
+
+        Args:
+            lead: [streams, dim] their leading rows.
             additions: [streams or 1, tokens, dim], see `MegaByte.additions`.
-            given: [streams, n] the ids that stand in it already.
-            noise: [steps, vocab]; not read when the temperature is 0.
+            given: [streams, n] the ids that stand in them already, of each stream as many as `known` has.
+            places: how many ids each has in the end.
 
         Returns:
-            [streams, steps] int32
+            The ids [streams, places] int32, -1 where the model gave no numbers, and, if asked for, the logits
+            [streams, places, vocab] that they were drawn from.
         """
-        drawing = self._module.Drawing(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        if noise is None:
-            noise = mx.zeros((0,))
-        return self._module.local_patch_decode(
-            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), noise, steps, drawing,
-            self._seconds[-1],
+        found, logits = self._module.local_patch_decode(
+            self._stacks[-1], self._table, self._head, lead, additions, given.astype(mx.int32), list(known), places,
+            draws.noise, [kernel_drawing(self._module, each) for each in draws.settings], with_logits, self._seconds[-1],
         )  # fmt: skip
+        return found, logits
 
     def costs(self, ids: mx.array) -> mx.array:
         """What each of ids [batch, total] costs, in nats, as `MegaByte.__call__` predicts it: [batch, total] float32."""
@@ -109,6 +127,14 @@ class FusedStages:
         )  # fmt: skip
         return network.in_order(nats, batch, total)
 
+    def cache_bytes(self, number: int, rows: int, key_bits: int = 16, value_bits: int = 16) -> int:
+        """Bytes that the cache of a stage takes for `rows` rows of one stream."""
+        stage = self._stages[number]
+        pages = -(-rows // ROWS_PER_PAGE) * ROWS_PER_PAGE if number == 0 else rows
+        delayed = 2 * 4 * (stage.dim // 2) * stage.layers if self._network.config.token_shift else 0
+        widths = sum(row_bytes(stage.width_of_head, bits) for bits in (key_bits, value_bits))
+        return pages * (stage.kv_heads or stage.heads) * widths * stage.layers + delayed
+
     def sequence_cache_bytes(self, streams: int, rows: int) -> int:
         """Bytes of the cache that `decode_sequence` has for `rows` rows, until it returns."""
         stage = self._stages[-1]
@@ -119,32 +145,42 @@ class FusedCache:
     """What one stage remembers, in the kernels' own pages; takes rows through the stage's layers."""
 
     def __init__(self, stack: Any, cache: Any, seconds: Any) -> None:
-        self._stack, self._cache, self._seconds = stack, cache, seconds
+        self._stack, self.held, self._seconds = stack, cache, seconds
 
     def run(self, rows: mx.array) -> mx.array:
         """Hidden rows of `rows` [streams, n, dim], which follow those seen before."""
-        return self._stack(rows, self._cache, seconds=self._seconds)
+        return self._stack(rows, self.held, seconds=self._seconds)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows in use."""
-        return int(self._cache.bytes_in_use)
+        return int(self.held.bytes_in_use)
 
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
-        self._cache.keep(list(streams))
+        self.held.keep(list(streams))
 
     def kept(self) -> KernelRows:
         """The rows of a single stream so far, which stay as they are."""
-        return KernelRows(self._cache.copy())
+        return KernelRows(self.held.copy())
 
     def delayed(self) -> tuple[mx.array, ...]:
         """See `states.Place`."""
-        return tuple(self._cache.delayed())
+        return tuple(self.held.delayed())
 
     def take_up(self, beginning: Beginning) -> None:
         """Go on from the beginning of a prompt, in place of nothing."""
-        self._cache = taken_up(self._cache, beginning)
+        self.held = taken_up(self.held, beginning)
+
+
+def rotates(head_dim: int, bits: CacheBits) -> bool:
+    """Whether the kernels rotate heads of such a width as a cache of so many bits asks for."""
+    return bits == CacheBits() or head_dim & (head_dim - 1) == 0
+
+
+def row_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of a row of a head in a cache of the kernels: float32 for 16 bits, else codes and their scales."""
+    return {16: 4 * head_dim, 8: head_dim + head_dim // 32, 4: head_dim // 2 + head_dim // 16}[bits]
 
 
 def fuse(network: MegaByte) -> FusedStages | None:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, kernel_head, kernel_stack, knows_stack
 from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.bygpt5 import ByGPT5
@@ -57,12 +58,27 @@ class FusedByGPT5:
         """Logits [n, vocab] of what follows ids [n, rows], which follow those in the cache."""
         table = self._network.embedding.weight
         if ids.shape[1] == 1:
-            logits: mx.array = self._module.answer_decode(self._stack, table, self._head, ids[:, 0].tolist(), cache, None)
+            logits: mx.array = self._module.answer_decode(self._stack, table, self._head, ids[:, 0].tolist(), [1], [cache])
             return logits
         step = max(1, ROWS_AT_ONCE // ids.shape[0])
         for start in range(0, ids.shape[1], step):
             hidden = self._stack(table[ids[:, start : start + step]], cache)
         return self._predicted(hidden[:, -1])
+
+    def read_together(self, ids: Sequence[Sequence[int]], texts: "Sequence[FusedRows]") -> mx.array:
+        """Append ids to texts of one stream each, one to each at least, in one call: logits [texts, vocab] of what follows."""
+        flat, counts = [value for own in ids for value in own], [len(own) for own in ids]
+        caches = [each.cache for each in texts]
+        table = self._network.embedding.weight
+        logits: mx.array = self._module.answer_decode(self._stack, table, self._head, flat, counts, caches)
+        return logits
+
+    def cache_bytes(self, rows: int, cache_bits: CacheBits) -> int:
+        """Bytes that the cache of one text takes for `rows` rows."""
+        config = self._network.config
+        pages = -(-rows // SELF_CACHE_ROWS) * SELF_CACHE_ROWS
+        widths = sum(row_bytes(config.head_dim, bits) for bits in (cache_bits.keys, cache_bits.values))
+        return pages * config.heads * widths * config.layers
 
     def _predicted(self, hidden: mx.array) -> mx.array:
         """Logits [.., vocab] of hidden rows [.., d_model]."""
@@ -74,28 +90,28 @@ class FusedRows:
     """What the network remembers of a batch of texts, in the kernels' own pages; an `engine.byte_decoding.Rows`."""
 
     def __init__(self, fused: FusedByGPT5, cache: Any) -> None:
-        self._fused, self._cache = fused, cache
+        self._fused, self.cache = fused, cache
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values in use."""
-        return int(self._cache.bytes_in_use)
+        return int(self.cache.bytes_in_use)
 
     def read(self, ids: mx.array) -> mx.array:
         """Append ids [n, rows], one row at least: logits [n, vocab] of what follows."""
-        return self._fused.read(ids, self._cache)
+        return self._fused.read(ids, self.cache)
 
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch, in this order."""
-        self._cache.keep(list(streams))
+        self.cache.keep(list(streams))
 
     def kept(self) -> KernelRows:
         """The rows of a single text so far, which stay as they are."""
-        return KernelRows(self._cache.copy())
+        return KernelRows(self.cache.copy())
 
     def take_up(self, beginning: Beginning) -> None:
         """Go on from the beginning of a prompt, in place of nothing."""
-        self._cache = taken_up(self._cache, beginning)
+        self.cache = taken_up(self.cache, beginning)
 
 
 def fuse_bygpt5(network: Any) -> FusedByGPT5 | None:

@@ -61,7 +61,7 @@ class FusedAnswers:
         return int(self._memory.bytes_in_use)
 
     def push(self, ids: mx.array) -> mx.array:
-        logits: mx.array = self._module.answer_decode(*self._parts, ids.tolist(), self._cache, self._memory)
+        logits: mx.array = self._module.answer_decode(*self._parts, ids.tolist(), [1], [self._cache], [self._memory])
         return logits
 
     def keep(self, answers: Sequence[int], streams: Sequence[int] | None) -> None:

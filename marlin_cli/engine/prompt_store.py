@@ -55,6 +55,8 @@ class PromptStore:
         OutputError: the folder cannot be made, or others may write in it: whoever does decides what the model seems to say.
     """
 
+    keeps_outputs = True  # what answers a prompt is a part of the next one, where people talk with a model
+
     def __init__(self, kind: StateKind, folder: Path | None = None, limits: StoreLimits | None = None) -> None:
         self._kind, self._limits = kind, limits or StoreLimits()
         self._memory = _Memory(self._limits.memory_bytes)
@@ -193,9 +195,7 @@ class _Folder:
                 status = entry.stat()
                 stamp = (status.st_ino, status.st_size)
                 file = self._known.get(entry.name)
-                found[entry.name] = (
-                    file if file is not None and file.stamp == stamp else _File(stamp, self._ids_in(entry.name))
-                )
+                found[entry.name] = file if file is not None and file.stamp == stamp else _File(stamp, self._ids_in(entry.name))
         self._known = found
 
     def _ids_in(self, name: str) -> npt.NDArray[np.int32] | None:
@@ -259,6 +259,6 @@ def _private(folder: Path) -> Path:
     try:
         return make_private_folder(folder)
     except NotPrivate as error:
-        raise OutputError(f"{folder}: is not for this user alone: {error}") from None
+        raise OutputError(str(error)) from None
     except OSError as error:
         raise OutputError(f"{folder}: cannot write: {error.strerror or error}") from None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -71,11 +72,29 @@ class Noise:
         self._left = mx.concatenate([taken, self._left])
 
 
+class Draws(NamedTuple):
+    """How the next ids of several streams are drawn, each of which has settings and noise of its own, or all have the same.
+
+    Attributes:
+        settings: by stream, or one for all.
+        noise: of the ids that a stream draws, in their order: [draws, vocab]; by stream, or one for all. Nothing stands in
+            it where the temperature is 0.
+    """
+
+    settings: Sequence[Sampling]
+    noise: Sequence[mx.array]
+
+
+def no_noise() -> mx.array:
+    """What stands for the noise of a stream that takes the likeliest ids."""
+    return mx.zeros((0, 0))
+
+
 def sample(logits: mx.array, settings: Sampling, noise: mx.array | None) -> mx.array:
     """Draw one id from each row of logits [batch, vocab]: [batch] uint32.
 
     Args:
-        noise: [vocab] Gumbel noise of this step; not read when the temperature is 0.
+        noise: [vocab] Gumbel noise of this step, or [batch or 1, vocab]; not read when the temperature is 0.
     """
     if settings.temperature == 0:
         return mx.argmax(logits, axis=-1)
@@ -98,21 +117,47 @@ def sample(logits: mx.array, settings: Sampling, noise: mx.array | None) -> mx.a
     return mx.argmax(logits + noise, axis=-1)
 
 
-def draw(
-    logits: mx.array, forbidden: Sequence[int], settings: Sampling, noise: mx.array | None
-) -> tuple[list[int], list[float]]:
-    """One id for each row of logits [batch, vocab], and minus the logarithm of the probability that they give it.
+def sample_rows(logits: mx.array, settings: Sequence[Sampling], noise: mx.array | None) -> mx.array:
+    """`sample` with settings of its own for each row of logits [rows, vocab], or with one for all: [rows] uint32.
 
     Args:
-        forbidden: ids that are not drawn; the probabilities are those before.
-        noise: [vocab], see `sample`.
+        noise: [rows, vocab], or [1, vocab] for all; not read where the temperature is 0.
+    """
+    if len(set(settings)) == 1:
+        return sample(logits, settings[0], noise)
+    return mx.concatenate([
+        sample(logits[row : row + 1], each, None if noise is None else noise[row if noise.shape[0] > 1 else 0])
+        for row, each in enumerate(settings)
+    ])  # fmt: skip
+
+
+def kernel_drawing(module: Any, settings: Sampling) -> Any:
+    """The CPU kernels' own copy of settings."""
+    return module.Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+
+
+def draw(
+    logits: mx.array, forbidden: Sequence[Sequence[int]], settings: Sequence[Sampling], noise: mx.array | None
+) -> tuple[list[int], list[float]]:
+    """One id for each row of logits [rows, vocab], and minus the logarithm of the probability that they give it.
+
+    Where they are no numbers the cost is none either, and the id says nothing.
+
+    Args:
+        forbidden: ids that are not drawn, by row or one for all; the probabilities are those before.
+        settings: by row, or one for all.
+        noise: [rows, vocab], or [1, vocab] for all; see `sample`.
     """
     module = kernels()[0] if mx.default_device() == mx.Device(mx.cpu) and logits.dtype == mx.float32 else None
     if module is not None:
-        drawing = module.Drawing(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-        ids, costs = module.draw_ids(logits, list(forbidden), drawing, noise)
+        drawings = [kernel_drawing(module, each) for each in settings]
+        ids, costs = module.draw_ids(logits, [list(each) for each in forbidden], drawings, noise)
         return ids, costs
-    drawn = sample(without(logits, forbidden), settings, noise)
+    alike = len({tuple(each) for each in forbidden}) == 1
+    allowed = without(logits, forbidden[0]) if alike else mx.concatenate([
+        without(logits[row : row + 1], each) for row, each in enumerate(forbidden)
+    ])  # fmt: skip
+    drawn = sample_rows(allowed, settings, noise)
     nats = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, drawn[:, None], axis=-1)[:, 0]
     mx.eval(drawn, nats)  # together: an evaluation costs more than either
     return drawn.tolist(), nats.tolist()  # type: ignore[return-value]

@@ -198,6 +198,8 @@ class StateFile:
         save: the file to write.
     """
 
+    keeps_outputs = False  # what follows a prompt is another's business, as with llama.cpp's --prompt-cache
+
     def __init__(self, kind: StateKind, load: Path | None = None, save: Path | None = None) -> None:
         self._kind, self._load, self._save = kind, load, save
         self._found: StreamState | None = None

@@ -5,29 +5,16 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.decoding import fused_stages
 from marlin_cli.engine.fingerprints import arithmetic_of, fingerprint_of
-from marlin_cli.engine.fused import fuse
+from marlin_cli.engine.fused import rotates
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.state_files import FORMAT, TYPES, VERSION, StateKind, TensorType
-from marlin_cli.engine.states import Units
+from marlin_cli.engine.states import is_cut_anywhere, units_of
 from marlin_cli.models import continuing_of
 from marlin_cli.models.architecture import Reading
-from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.reference import PACKED_MODES
 from marlin_cli.version import __version__
-
-
-def units_of(config: Any) -> Units:
-    """How a network of this configuration reads ids into rows."""
-    if isinstance(config, MegaByteConfig):
-        # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
-        return Units(config.patch_size, 1 if config.layout == "megabyte_pytorch" else 0)
-    return Units()
-
-
-def is_cut_anywhere(config: Any) -> bool:
-    """See `StreamState`."""
-    return not getattr(config, "token_shift", False)
 
 
 def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
@@ -37,12 +24,12 @@ def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
     if by_patches:
         stage, following = config.stages[0], config.stages[1]
         layers, heads, head_dim = stage.layers, stage.kv_heads or stage.heads, stage.width_of_head
-        by_kernels = (bits == CacheBits() or head_dim & (head_dim - 1) == 0) and fuse(network) is not None
+        by_kernels = fused_stages(network, bits) is not None
         dtype, lead = network.byte_embedding.weight.dtype, 1
         place: tuple[int, ...] = (1, 1 if config.layout == "prefix" else following.length, following.dim)
     else:
         layers, heads, head_dim = config.layers, config.heads, config.head_dim
-        by_kernels = fuse_bygpt5(network) is not None
+        by_kernels = rotates(head_dim, bits) and fuse_bygpt5(network) is not None
         dtype, lead = network.embedding.weight.dtype, int(config.starts_all)
         place = (1, config.vocab_size)
     delayed = None

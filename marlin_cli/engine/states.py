@@ -13,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.models.megabyte_config import MegaByteConfig
+
 # Rows of the keys or of the values of a layer: [1, heads, rows, ..], and the scales of their groups where they are packed.
 Part: TypeAlias = Sequence[mx.array]
 Layers: TypeAlias = Sequence[tuple[Part, Part]]
@@ -188,13 +190,32 @@ class StreamState:
 
 
 class PromptKeeper(Protocol):
-    """What readers of prompts ask, on the one thread that owns the network and its caches."""
+    """What readers of prompts ask, on the one thread that owns the network and its caches.
+
+    Attributes:
+        keeps_outputs: is it given the state of a prompt once more, with what followed it, when the stream has ended?
+    """
+
+    keeps_outputs: bool
 
     def restore(self, ids: Sequence[int]) -> Beginning | None:
         """The longest beginning of a prompt that is known; None: read all of it."""
 
     def keep(self, state: StreamState) -> None:
         """Take the state of a prompt that has been read. Nothing of it may change later; caches see to that."""
+
+
+def units_of(config: Any) -> Units:
+    """How a network of this configuration reads ids into rows."""
+    if isinstance(config, MegaByteConfig):
+        # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
+        return Units(config.patch_size, 1 if config.layout == "megabyte_pytorch" else 0)
+    return Units()
+
+
+def is_cut_anywhere(config: Any) -> bool:
+    """See `StreamState`."""
+    return not getattr(config, "token_shift", False)
 
 
 def ids_of(ids: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -10,9 +10,10 @@ from decoder_cases import BYGPT5, random_bygpt5
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.byte_decoding import ByteByByte
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.models import preset
 from marlin_cli.models.bygpt5 import ByGPT5Config

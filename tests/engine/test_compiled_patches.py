@@ -8,8 +8,9 @@ from marlin_cli.engine import decoding, whole_patches
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.compiled_patches import TAIL_ROWS, CompiledPatches, compiled_patches
 from marlin_cli.engine.decoding import CacheBits, Lockstep
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import metal_few_rows
 from marlin_cli.quantization.apply import quantize_network

@@ -10,8 +10,9 @@ from marlin_cli.engine import decoding, scoring
 from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.fused import fuse
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.quantization.apply import quantize_network

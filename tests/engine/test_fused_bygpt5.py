@@ -10,9 +10,10 @@ from marlin_cli.engine import fused_bygpt5
 from marlin_cli.engine.byte_decoding import ByteByByte, GraphRows
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fused_bygpt5 import FusedRows, fuse_bygpt5
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.ops import cpu
 from marlin_cli.quantization.formats import FORMATS
 

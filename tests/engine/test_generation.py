@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.engine.generation import StopMatcher, Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.stopping import StopMatcher, Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.models.megabyte_config import MegaByteConfig
 

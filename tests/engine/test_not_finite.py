@@ -11,9 +11,10 @@ from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.answering import AnswerLimits, answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.decoding import Lockstep
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models.byt5_ids import ids_of_bytes
 from marlin_cli.models.megabyte import MegaByte
@@ -54,16 +55,12 @@ def test_what_stops_being_a_number_on_the_way_ends_the_stream(
     if not fused:
         monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
     network = random_network(MegaByteConfig(**small_sizes))
-    turn = Lockstep._turn
+    to_next, patches = MegaByte.to_next, iter(range(100))
 
-    def overflowing(state: Lockstep) -> None:
-        turn(state)
-        if state.positions[0] >= 12:
-            finest = state._states[-1]
-            assert finest.condition is not None
-            finest.condition = finest.condition * mx.nan
+    def overflowing(network: MegaByte, number: int, hidden: mx.array) -> mx.array:
+        return to_next(network, number, hidden) * (mx.nan if next(patches) >= 3 else 1)
 
-    monkeypatch.setattr(Lockstep, "_turn", overflowing)
+    monkeypatch.setattr(MegaByte, "to_next", overflowing)
     pieces = generate(network, [b"ab"], Stopping(max_bytes=60), Sampling())
     seen = b""
     with pytest.raises(CheckpointError, match=MESSAGE):
@@ -79,6 +76,7 @@ def test_a_check_changes_nothing(each_config: MegaByteConfig, random_network: Ca
     def bytes_of(check: Callable[[Lockstep], None]) -> list[tuple[int, bytes]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Lockstep, "check_finite", check)
+            patch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
             pieces = generate(network, [b"abcde", b"x"], Stopping(max_bytes=40), SAMPLINGS[1])
             return [(piece.stream, piece.data) for piece in pieces]
 

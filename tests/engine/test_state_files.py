@@ -60,7 +60,7 @@ def others(tmp_path):
     return [*found, (tmp_path / "weights.safetensors").read_bytes()]
 
 
-@pytest.mark.parametrize(("config", "bits"), [(MegaByteConfig(**PACKABLE), CacheBits()), (SHIFTED, CacheBits(8, 4))])
+@pytest.mark.parametrize(("config", "bits"), [(MegaByteConfig(**PACKABLE), CacheBits()), (SHIFTED, CacheBits(4, 4))])
 def test_three_hundred_files_that_are_not_as_they_were_written_change_nothing(config, bits, tmp_path, capfd):
     """Each means the bytes of ordinary reading, and one line that names the file."""
     network, path = random_weights(config), tmp_path / "state"

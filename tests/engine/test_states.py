@@ -31,9 +31,8 @@ def exact_rows():
 @pytest.fixture(params=["kernels", "graph"])
 def reader(request, monkeypatch):
     if request.param == "graph":
-        for module in ("state_kinds", "decoding"):
-            monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse", lambda network: None)
-        for module in ("state_kinds", "byte_decoding"):
+        monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+        for module in ("state_kinds", "byte_decoding", "byte_streams"):
             monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse_bygpt5", lambda network: None)
     elif MODULE is None:
         pytest.skip(f"no CPU kernels here: {cpu.kernels()[1]}")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from marlin_cli.engine import decoding, whole_patches
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import dispatch
 from marlin_cli.quantization.apply import quantize_network

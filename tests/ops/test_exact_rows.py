@@ -7,8 +7,9 @@ from byt5_cases import random_byt5
 
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer
 from marlin_cli.engine.decoding import CacheBits, Lockstep
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models.megabyte import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.dispatch import attention, linear, paged_attention

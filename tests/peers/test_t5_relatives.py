@@ -9,8 +9,9 @@ import pytest
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.config import from_mapping
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer
-from marlin_cli.engine.generation import Stopping, generate
+from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models import fill
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
 from marlin_cli.models.gbst import Gbst, GbstConfig

@@ -1,0 +1,187 @@
+"""Streams in batches that walk in lockstep, where no kernel takes the rows of unlike streams: on GPUs, and by operations.
+
+A prompt is read alone, or with those of its phase that came with it. Batches that stand at the same boundary become one,
+padded to the longest, where one step can draw for all of them (`may_walk_together`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from marlin_cli.engine.cache import ROWS_PER_STEP, CacheBits
+from marlin_cli.engine.fused import row_bytes
+from marlin_cli.engine.sampling import Noise, Sampling, sample_rows
+from marlin_cli.engine.states import PromptKeeper
+from marlin_cli.engine.streams import Ask, Drawn
+from marlin_cli.errors import CheckpointError
+from marlin_cli.models import Network, decoding_of
+from marlin_cli.ops.dispatch import by_operations, gpu
+
+# Streams whose prompts are read at the same time at most.
+READ_TOGETHER = 8
+
+
+class _Batch:
+    """Streams that walk together.
+
+    Attributes:
+        noises: of each stream; one object for all that have the same settings and have drawn equally many ids.
+        drawn: ids of each stream so far.
+    """
+
+    def __init__(self, state: Any, streams: Sequence[int], settings: Sequence[Sampling], vocab: int) -> None:
+        self.state, self.streams = state, list(streams)
+        self.settings = [each if each.temperature else Sampling() for each in settings]
+        shared = {each: Noise(each.seed, vocab) for each in self.settings}
+        self.noises = [shared[each] for each in self.settings]
+        self.drawn = [0] * len(self.streams)
+        self._zeros, self._check_at = 0, 0  # zeros so far: whatever is no number draws them, and they are seldom else
+
+    @property
+    def alike(self) -> bool:
+        """Does one drawing do for all?"""
+        return len(set(self.settings)) == 1 and len(set(map(id, self.noises))) == 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these alone."""
+        self.streams, self.drawn = [self.streams[row] for row in rows], [self.drawn[row] for row in rows]
+        self.settings, self.noises = [self.settings[row] for row in rows], [self.noises[row] for row in rows]
+        self.state.keep(rows)
+
+    def take_in(self, other: "_Batch") -> None:
+        """The streams of another one walk with these, whose state has joined this one's."""
+        one_noise = self.alike and other.alike and self.settings[0] == other.settings[0]
+        if one_noise and (not self.settings[0].temperature or self.drawn[0] == other.drawn[0]):
+            other.noises = [self.noises[0]] * len(other.noises)
+        self.streams, self.drawn = self.streams + other.streams, self.drawn + other.drawn
+        self.settings, self.noises = self.settings + other.settings, self.noises + other.noises
+
+    def advance(self, most: int, with_logits: bool) -> tuple[mx.array | np.ndarray, mx.array | None]:
+        """Draw the next ids [streams, n]: all that the open patch lacks, or one; with the logits that one was drawn from.
+
+        Raises:
+            CheckpointError: predictions that are not finite.
+        """
+        if self._zeros >= self._check_at:
+            self.state.check_finite()
+            self._check_at = max(1, 2 * self._zeros)
+        logits = None
+        if self.alike and not with_logits:
+            ids = self.state.advance(self.settings[0], self.noises[0], most)
+        else:
+            logits = self.state.logits
+            ids = sample_rows(logits, self.settings, self._noise_of_an_id())[:, None]
+            self.state.push(ids[:, 0])
+        self._zeros += int((np.array(ids) == 0).sum())
+        self.drawn = [count + ids.shape[1] for count in self.drawn]
+        return ids, logits
+
+    def _noise_of_an_id(self) -> mx.array | None:
+        if not any(each.temperature for each in self.settings):
+            return None
+        taken = {each: noise.take(1) for each, noise in {id(noise): noise for noise in self.noises}.items()}
+        return mx.concatenate([taken[id(noise)] for noise in self.noises])
+
+
+class MergedStreams:
+    """`Streams` of any network that a `continuation.Way` continues.
+
+    Args:
+        begin: see `continuation.Way`.
+        phase: see `continuation.Way`.
+        keeper: of prompts, which are read one by one then, as each may begin elsewhere.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Any],
+        phase: Callable[[Any, int], object],
+        bits: CacheBits,
+        keeper: PromptKeeper | None = None,
+    ) -> None:
+        self._network, self._begin, self._phase, self._bits, self._keeper = network, begin, phase, bits, keeper
+        self._unread: dict[int, Sequence[int]] = {}
+        self._batches: list[_Batch] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(sum(batch.state.cache_bytes.values()) for batch in self._batches)
+
+    def most_bytes(self, ids: int) -> int:
+        stack = decoding_of(self._network.config).stacks(self._network.config)[0]
+        rows = -(-(ids // stack.row_bytes + 1) // ROWS_PER_STEP) * ROWS_PER_STEP
+        return (
+            rows
+            * stack.layers
+            * stack.kv_heads
+            * sum(row_bytes(stack.head_dim, bits) for bits in (self._bits.keys, self._bits.values))
+        )
+
+    def bytes_together(self, most: Sequence[int]) -> int:
+        return len(most) * max(most, default=0)  # they are padded to the longest
+
+    def begin(self, stream: int, ids: Sequence[int]) -> None:
+        self._unread[stream] = ids
+
+    def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
+        self._read_some(asks)
+        self._join()
+        found: dict[int, Drawn] = {}
+        for batch in self._batches:
+            own = [asks[stream] for stream in batch.streams]
+            try:
+                ids, logits = batch.advance(max(ask.most for ask in own), any(ask.with_logits for ask in own))
+            except CheckpointError:
+                found |= {stream: Drawn([-1]) for stream in batch.streams}
+                continue
+            told = None if logits is None else np.array(logits)
+            for row, (ask, values) in enumerate(zip(own, np.array(ids).tolist(), strict=True)):
+                found[batch.streams[row]] = Drawn(values, told[row : row + 1] if told is not None and ask.with_logits else None)
+        return found
+
+    def end(self, stream: int) -> None:
+        self._unread.pop(stream, None)
+        for batch in self._batches:
+            rows = [row for row, other in enumerate(batch.streams) if other != stream]
+            if not rows:
+                self._batches.remove(batch)
+                return
+            if len(rows) < len(batch.streams):
+                batch.keep(rows)
+
+    def _read_some(self, asks: Mapping[int, Ask]) -> None:
+        """Read the prompt that came first, and others of its phase beside it."""
+        if not self._unread:
+            return
+        phases = {stream: self._phase(self._network.config, len(ids)) for stream, ids in self._unread.items()}
+        first = next(iter(phases.values()))
+        together = [stream for stream, phase in phases.items() if phase == first]
+        together = together[: READ_TOGETHER if self._keeper is None else 1]
+        prompts = [self._unread.pop(stream) for stream in together]
+        state = self._begin(self._network, prompts, self._bits, self._keeper)
+        settings = [asks[stream].settings for stream in together]
+        self._batches.append(_Batch(state, together, settings, self._network.config.vocab_size))
+
+    def _join(self) -> None:
+        """Make one of batches that stand at the same boundary."""
+        joined: list[_Batch] = []
+        for batch in self._batches:
+            for other in joined:
+                join = getattr(other.state, "join", None)
+                if join is not None and may_walk_together(other, batch) and join(batch.state):
+                    other.take_in(batch)
+                    break
+            else:
+                joined.append(batch)
+        self._batches = joined
+
+
+def may_walk_together(one: _Batch, other: _Batch) -> bool:
+    """Whether one step draws for both: operations have settings by row, a GPU's whole patches one drawing for all."""
+    if gpu() is None or by_operations():
+        return True
+    same_ids = not one.settings[0].temperature or one.drawn[0] == other.drawn[0]
+    return one.alike and other.alike and one.settings[0] == other.settings[0] and same_ids
