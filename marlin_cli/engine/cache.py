@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -42,8 +43,9 @@ class Rows:
         self.count = total
         return storage[:, :, :total]
 
-    def so_far(self) -> mx.array:
-        """The rows in use."""
+    @property
+    def all(self) -> mx.array:
+        """The rows so far, one at least."""
         assert self._storage is not None
         return self._storage[:, :, : self.count]
 
@@ -67,6 +69,18 @@ class Rows:
         """Keep these members of the batch."""
         if self._storage is not None:
             self._storage = self._storage[streams]
+
+    def join(self, other: "Rows") -> None:
+        """Take in the members of another batch behind these. All end with the same row: the shorter begin with filler."""
+        if self._storage is None or other._storage is None:
+            return
+        count = max(self.count, other.count)
+        capacity = -(-count // self._rows_per_step) * self._rows_per_step
+        self._storage = mx.concatenate([
+            mx.pad(each._storage[:, :, : each.count], [(0, 0), (0, 0), (count - each.count, capacity - count), (0, 0)])
+            for each in (self, other) if each._storage is not None
+        ])  # fmt: skip
+        self.count = count
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +148,7 @@ class KeyValueCache:
 
     def stored(self) -> tuple[Part, Part]:
         """The rows in use, as `restore` takes them: keys, and values."""
-        return [self._keys.so_far()], [self._values.so_far()]
+        return [self._keys.all], [self._values.all]
 
     def restore(self, parts: tuple[Part, Part]) -> None:
         """Take rows as `stored` gives them, in place of none. They are copied."""
@@ -157,6 +171,27 @@ class KeyValueCache:
         self._delayed = {slot: row[streams] for slot, row in self._delayed.items()}
         self._keys.keep(streams)
         self._values.keep(streams)
+
+    def join(self, other: "KeyValueCache", streams: tuple[int, int]) -> None:
+        """Take in the members of another batch behind these; the shorter ones have more filler.
+
+        Args:
+            streams: members of this batch and of the other.
+        """
+        rows = max(self.rows, other.rows)
+        padding = [
+            mx.zeros((count,), dtype=mx.int32) if each._left_padding is None else each._left_padding
+            for each, count in zip((self, other), streams, strict=True)
+        ]
+        if self.rows != other.rows or self._left_padding is not None or other._left_padding is not None:
+            self._left_padding = mx.concatenate([padding[0] + (rows - self.rows), padding[1] + (rows - other.rows)])
+        self._delayed = {slot: mx.concatenate([row, other._delayed[slot]]) for slot, row in self._delayed.items()}
+        self._delayed_rows = dict.fromkeys(self._delayed_rows, rows)
+        self._join_rows(other)
+
+    def _join_rows(self, other: Any) -> None:
+        self._keys.join(other._keys)
+        self._values.join(other._values)
 
 
 class Pages:
@@ -193,7 +228,7 @@ class Pages:
         """All rows so far as they are stored."""
         pages: Sequence[Part] = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
         if self._open and self._open[0].count < ROWS_PER_PAGE:
-            pages = [*pages, [rows.so_far() for rows in self._open]]
+            pages = [*pages, [rows.all for rows in self._open]]
         return [mx.concatenate(list(parts), axis=2) for parts in zip(*pages, strict=True)]
 
     def keep(self, streams: mx.array) -> None:
@@ -204,6 +239,33 @@ class Pages:
         ]
         for rows in self._open:
             rows.keep(streams)
+
+    def join(self, other: "Pages") -> None:
+        """Take in the members of another batch behind these; see `Rows.join`. What is packed is not packed again."""
+        everything = [pages._everything() for pages in (self, other)]
+        if not all(everything):
+            return
+        count = max(parts[0].shape[2] for parts in everything)
+        filled = [
+            [mx.pad(part, [(0, 0), (0, 0), (count - part.shape[2], 0), (0, 0)]) for part in parts] for parts in everything
+        ]
+        together = [mx.concatenate(list(parts)) for parts in zip(*filled, strict=True)]
+        self._full, self._open = [], []
+        for first in range(0, count, ROWS_PER_PAGE):
+            self._open = [Rows(ROWS_PER_PAGE) for _ in together]
+            arrays = [
+                rows.append(mx.contiguous(part[:, :, first : first + ROWS_PER_PAGE]))
+                for rows, part in zip(self._open, together, strict=True)
+            ]
+            if self._open[0].count == ROWS_PER_PAGE:
+                self._full.append(arrays[0] if self._bits == 16 else Packed(arrays[0], arrays[1], self._bits))
+
+    def _everything(self) -> list[mx.array]:
+        """All rows, or all words and all scales; nothing if there are none."""
+        full = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
+        if self._open and self._open[0].count < ROWS_PER_PAGE:
+            full.append([rows.all for rows in self._open])
+        return [mx.concatenate(list(parts), axis=2) for parts in zip(*full, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -256,6 +318,11 @@ class PackedKeyValueCache(KeyValueCache):
         super().keep(streams)
         for pages in self._pages:
             pages.keep(streams)
+
+    def _join_rows(self, other: Any) -> None:
+        self._rows = max(self._rows, other._rows)
+        for pages, others in zip(self._pages, other._pages, strict=True):
+            pages.join(others)
 
 
 def check_cache_bits(key_bits: int, value_bits: int, head_dim: int) -> None:

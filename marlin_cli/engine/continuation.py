@@ -1,5 +1,6 @@
 """The ways in which bytes are continued, by what a network takes at a step, behind one protocol that generation drives."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -77,6 +78,7 @@ class Way:
     Attributes:
         begin: (network, ids of prompts of one phase, bits of the cache, what keeps a single prompt) -> their state; raises
             `UsageError` for bits that do not fit the network.
+        begin_unread: the same, but the prompts are read by the state's `read_slice`; None where nothing reads them in slices.
         phase: (config, ids of a prompt) -> what is equal for prompts that can be decoded together.
         fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
         together: (network, bits of the cache, what keeps prompts) -> streams whose rows go through the kernels together,
@@ -85,13 +87,14 @@ class Way:
 
     begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Continuation]
     phase: Callable[[Any, int], object]
+    begin_unread: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Any] | None = None
     fuse: Callable[[Any], FusedScoring | None] = lambda network: None
     together: Callable[[Any, CacheBits, PromptKeeper | None], Streams | None] = lambda network, bits, keeper: None
 
 
 WAYS: dict[Reading, Way] = {
-    Reading.PATCHES: Way(Lockstep, Lockstep.phase, fuse, patch_streams),
-    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, fuse_bygpt5, byte_streams),
+    Reading.PATCHES: Way(Lockstep, Lockstep.phase, functools.partial(Lockstep, read=False), fuse, patch_streams),
+    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, byte_streams),
 }
 
 

@@ -1,57 +1,23 @@
 """Cached decoding of MegaByte, one byte at a time, for streams that stand at the same byte of their patches."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache, check_cache_bits
+from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import FusedStages, fuse, rotates
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
-from marlin_cli.engine.states import (
-    ArrayRows,
-    Beginning,
-    KeptRows,
-    Place,
-    PromptKeeper,
-    StreamState,
-    ids_of,
-    is_cut_anywhere,
-    units_of,
-)
+from marlin_cli.engine.stage_caches import GraphCache, StageCache
+from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, ids_of, is_cut_anywhere, units_of
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
-from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
-from marlin_cli.models.megabyte_layers import Stack
+from marlin_cli.models.megabyte_config import MegaByteConfig
 
 # Rows of the global transformer fed at once while a prompt is read: bounds the memory of attention.
 PREFILL_ROWS = 512
-
-
-class StageCache(Protocol):
-    """What one stage of a batch of streams remembers."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows in use."""
-
-    def run(self, rows: mx.array) -> mx.array:
-        """Take rows [streams, n, dim], which follow those seen before, through the layers: hidden rows."""
-
-    def keep(self, streams: Sequence[int]) -> None:
-        """Keep these members of the batch."""
-
-    def kept(self) -> KeptRows:
-        """The rows of a single stream so far, which stay as they are."""
-
-    def delayed(self) -> tuple[mx.array, ...]:
-        """See `states.Place`."""
-
-    def take_up(self, beginning: Beginning) -> None:
-        """Go on from the beginning of a prompt, in place of nothing."""
 
 
 @dataclass
@@ -74,6 +40,7 @@ class Lockstep:
         prompts: the bytes of each stream; `phase` must be equal for all of them.
         cache_bits: bits of the global keys and values.
         keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
+        read: are the prompts read at once? Else by `read_slice`.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
@@ -85,6 +52,8 @@ class Lockstep:
         prompts: Sequence[bytes],
         cache_bits: CacheBits | None = None,
         keeper: PromptKeeper | None = None,
+        *,
+        read: bool = True,
     ) -> None:
         self.network = network
         self.config = network.config
@@ -110,7 +79,13 @@ class Lockstep:
         self._logits: mx.array | None = None
         self._sequence_cache_bytes = 0
         self.positions = [len(prompt) for prompt in prompts]
-        self._prefill(prompts, keeper if len(prompts) == 1 else None)
+        self._reading = self._prefill(prompts, keeper if len(prompts) == 1 else None)
+        while read and self.read_slice():
+            pass
+
+    def read_slice(self) -> bool:
+        """Read the next rows of the prompts, `PREFILL_ROWS` of each at most; whether any are left. Nothing is drawn before."""
+        return next(self._reading, None) is not None
 
     @staticmethod
     def phase(config: MegaByteConfig, prompt_bytes: int) -> tuple[int, bool]:
@@ -202,14 +177,57 @@ class Lockstep:
         self._settle()
         self._append(ids[:, None])
 
+    @property
+    def at_boundary(self) -> bool:
+        """Do the streams stand where a patch begins, with nothing made of it yet?"""
+        if self._in_place is not None:
+            return True
+        finest, ahead = self._states[self._last], 1 if self._lucid else 0
+        return self._patch.shape[1] == finest.tokens == ahead and finest.cache is None and self._logits is None
+
+    def join(self, other: "Lockstep") -> bool:
+        """Take in the streams of another batch behind these; the shorter ones are padded before their first row.
+
+        Returns:
+            False where nothing was done: both have to stand at a boundary, with caches of MLX, and together they have to be
+            decoded as they were apart.
+        """
+        if self._fused is not None or not (self.at_boundary and other.at_boundary):
+            return False
+        counts = self.streams, other.streams
+        decoder = patch_decoder(self.network, sum(counts)) if self._bits == CacheBits() else None
+        if (decoder is None) != (self._on_gpu is None):
+            return False
+        self._settle()
+        other._settle()
+        self._on_gpu = decoder
+        patches = max(self._states[0].tokens, other._states[0].tokens)
+        self._filler = [filler + patches - state._states[0].tokens for state in (self, other) for filler in state._filler]
+        self._left_padding = mx.array(self._filler) if any(self._filler) else None
+        for state, theirs in zip(self._states, other._states, strict=True):
+            if state.cache is not None:
+                assert isinstance(state.cache, GraphCache) and isinstance(theirs.cache, GraphCache)
+                state.cache.join(theirs.cache, counts)
+            if state.condition is not None and theirs.condition is not None:
+                state.condition = mx.concatenate([state.condition, theirs.condition])
+        self._states[0].tokens = patches
+        self._patch = mx.concatenate([self._patch, other._patch])
+        self._before_patch = mx.concatenate([self._before_patch, other._before_patch])
+        self.positions = self.positions + other.positions
+        return True
+
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
         self.positions = [self.positions[stream] for stream in streams]
         if self._in_place is not None:
             live = self._live or range(self._in_place[1].shape[0])
             self._live = [live[stream] for stream in streams]
-        else:
-            self._keep(streams)
+            return
+        self._keep(streams)
+        complete = self._states[self._last].tokens == self.config.stages[self._last].length
+        if complete and max(self.positions) < self.config.max_bytes:  # the one for which there was no room is gone
+            self._logits = self._logits if self._lucid else None
+            self._turn()
 
     def _keep(self, streams: Sequence[int]) -> None:
         """Drop all that is known of other streams, but for their positions."""
@@ -327,8 +345,8 @@ class Lockstep:
         self._sequence_cache_bytes = state.cache.nbytes
         return self.network.head(hidden)
 
-    def _prefill(self, prompts: Sequence[bytes], keeper: PromptKeeper | None) -> None:
-        """Read the prompts, coarse to fine."""
+    def _prefill(self, prompts: Sequence[bytes], keeper: PromptKeeper | None) -> Iterator[int]:
+        """Read the prompts, coarse to fine; yields the rows of each slice of the global stage but the last."""
         config, units = self.config, units_of(self.config)
         patches = [units.whole(len(prompt)) for prompt in prompts]
         most = max(patches)
@@ -346,7 +364,7 @@ class Lockstep:
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
         beginning = None if keeper is None else keeper.restore(prompts[0])
-        places = self._read_global(tokens, self._left_padding, beginning, pauses=keeper is not None)
+        places = yield from self._read_global(tokens, self._left_padding, beginning, pauses=keeper is not None)
         self._states[1].condition = places[-1].last
         if keeper is not None and most:
             ids, rows = ids_of(prompts[0][: starts[0]]), self._states[0].cache.kept()
@@ -370,7 +388,7 @@ class Lockstep:
 
     def _read_global(
         self, tokens: mx.array, padding: mx.array | None, beginning: Beginning | None, *, pauses: bool
-    ) -> list[Place]:
+    ) -> Generator[int, None, list[Place]]:
         """Feed the global stage its leading row and the patches of the prompts, but for a beginning that is known.
 
         Args:
@@ -404,6 +422,8 @@ class Lockstep:
             read = min(start + PREFILL_ROWS, rows.shape[1]) + count - rows.shape[1]
             if read == count or (pauses and not is_cut_anywhere(self.config)):
                 places.append(Place(read, self.network.to_next(0, hidden[:, -1]), cache.delayed()))
+            if read < count:
+                yield PREFILL_ROWS
         self._states[0].tokens = count
         return places
 
@@ -452,43 +472,3 @@ class Lockstep:
 def fused_stages(network: MegaByte, bits: CacheBits) -> FusedStages | None:
     """The fused stages of a network, or None where no kernels run that know its layers and a cache of so many bits."""
     return fuse(network) if rotates(network.config.stages[0].width_of_head, bits) else None
-
-
-class GraphCache:
-    """What one stage remembers, as arrays of MLX; takes rows through the network's own layers."""
-
-    def __init__(self, stack: Stack, stage: StageConfig, short: bool, padding: Sequence[int], bits: CacheBits) -> None:
-        self._stack = stack
-        left = mx.array(list(padding)) if padding else None
-        self.layers: list[KeyValueCache] = [
-            KeyValueCache(left, rows_per_step=stage.length + 1) if short
-            else KeyValueCache(left) if bits == CacheBits()
-            else PackedKeyValueCache(bits.keys, bits.values, left)
-            for _ in range(stage.layers)
-        ]  # fmt: skip
-
-    def run(self, rows: mx.array) -> mx.array:
-        return self._stack(rows, self.layers)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
-
-    def keep(self, streams: Sequence[int]) -> None:
-        chosen = mx.array(list(streams))
-        for layer in self.layers:
-            layer.keep(chosen)
-
-    def kept(self) -> ArrayRows:
-        return ArrayRows([layer.stored() for layer in self.layers], self.layers[0].rows)
-
-    def delayed(self) -> tuple[mx.array, ...]:
-        return tuple(layer.delayed for layer in self.layers if layer.delayed is not None)
-
-    def take_up(self, beginning: Beginning) -> None:
-        count, stored = beginning.count, beginning.rows.stored()
-        for number, (layer, parts) in enumerate(zip(self.layers, stored, strict=True)):
-            keys, values = ([array[:, :, :count] for array in part] for part in parts)
-            layer.restore((keys, values))
-            if beginning.delayed:
-                layer.delay_on(beginning.delayed[number], count)

@@ -34,7 +34,7 @@ class GrowingCache:
 
     def stored(self) -> tuple[Part, Part]:
         """The rows in use, as `restore` takes them: keys, and values."""
-        return [self._keys.so_far()], [self._values.so_far()]
+        return [self._keys.all], [self._values.all]
 
     def restore(self, parts: tuple[Part, Part]) -> None:
         """Take rows as `stored` gives them, in place of none. They are copied."""

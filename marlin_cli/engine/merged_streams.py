@@ -14,7 +14,7 @@ from marlin_cli.engine.cache import ROWS_PER_STEP, CacheBits
 from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.sampling import Noise, Sampling, sample_rows
 from marlin_cli.engine.states import PromptKeeper
-from marlin_cli.engine.streams import Ask, Drawn
+from marlin_cli.engine.streams import Ask, Drawn, Floats
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import Network, decoding_of
 from marlin_cli.ops.dispatch import by_operations, gpu
@@ -58,12 +58,29 @@ class _Batch:
         self.streams, self.drawn = self.streams + other.streams, self.drawn + other.drawn
         self.settings, self.noises = self.settings + other.settings, self.noises + other.noises
 
-    def advance(self, most: int, with_logits: bool) -> tuple[mx.array | np.ndarray, mx.array | None]:
-        """Draw the next ids [streams, n]: all that the open patch lacks, or one; with the logits that one was drawn from.
+    def walk(self, asks: Sequence[Ask]) -> tuple[np.ndarray, Floats | None]:
+        """Draw ids up to the next boundary, or until a stream has all that it asks for, or one where there are no boundaries.
+
+        Returns:
+            The ids [streams, n], and the logits [streams, n, vocab] that they were drawn from, if any stream asks for them.
 
         Raises:
             CheckpointError: predictions that are not finite.
         """
+        told = any(ask.with_logits for ask in asks)
+        least, most = min(ask.most for ask in asks), max(ask.most for ask in asks)
+        ids, logits = [], []
+        drawn = 0
+        while drawn == 0 or not (drawn >= least or getattr(self.state, "at_boundary", True)):
+            new, rows = self._advance(most - drawn, told)
+            ids.append(np.array(new))
+            drawn += new.shape[1]
+            if rows is not None:
+                logits.append(np.array(rows)[:, None])
+        return np.concatenate(ids, axis=1), np.concatenate(logits, axis=1) if told else None
+
+    def _advance(self, most: int, with_logits: bool) -> tuple[mx.array | np.ndarray, mx.array | None]:
+        """Draw the next ids [streams, n]: all that the open patch lacks, or one, with the logits that it was drawn from."""
         if self._zeros >= self._check_at:
             self.state.check_finite()
             self._check_at = max(1, 2 * self._zeros)
@@ -89,7 +106,7 @@ class MergedStreams:
     """`Streams` of any network that a `continuation.Way` continues.
 
     Args:
-        begin: see `continuation.Way`.
+        begin: see `continuation.Way`; what it gives may have its prompts yet to read, by its `read_slice`.
         phase: see `continuation.Way`.
         keeper: of prompts, which are read one by one then, as each may begin elsewhere.
     """
@@ -104,11 +121,14 @@ class MergedStreams:
     ) -> None:
         self._network, self._begin, self._phase, self._bits, self._keeper = network, begin, phase, bits, keeper
         self._unread: dict[int, Sequence[int]] = {}
+        self._entering: _Batch | None = None  # the batch whose prompts are being read
+        self._gone: set[int] = set()  # streams of it that have ended meanwhile
         self._batches: list[_Batch] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(sum(batch.state.cache_bytes.values()) for batch in self._batches)
+        entering = [] if self._entering is None else [self._entering]
+        return sum(sum(batch.state.cache_bytes.values()) for batch in [*self._batches, *entering])
 
     def most_bytes(self, ids: int) -> int:
         stack = decoding_of(self._network.config).stacks(self._network.config)[0]
@@ -127,23 +147,26 @@ class MergedStreams:
         self._unread[stream] = ids
 
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
-        self._read_some(asks)
+        self._read(asks)
         self._join()
         found: dict[int, Drawn] = {}
         for batch in self._batches:
             own = [asks[stream] for stream in batch.streams]
             try:
-                ids, logits = batch.advance(max(ask.most for ask in own), any(ask.with_logits for ask in own))
+                ids, logits = batch.walk(own)
             except CheckpointError:
                 found |= {stream: Drawn([-1]) for stream in batch.streams}
                 continue
-            told = None if logits is None else np.array(logits)
-            for row, (ask, values) in enumerate(zip(own, np.array(ids).tolist(), strict=True)):
-                found[batch.streams[row]] = Drawn(values, told[row : row + 1] if told is not None and ask.with_logits else None)
+            for row, (ask, values) in enumerate(zip(own, ids.tolist(), strict=True)):
+                found[batch.streams[row]] = Drawn(values, logits[row] if logits is not None and ask.with_logits else None)
         return found
 
     def end(self, stream: int) -> None:
         self._unread.pop(stream, None)
+        if self._entering is not None and stream in self._entering.streams:
+            self._gone.add(stream)
+            if self._gone.issuperset(self._entering.streams):
+                self._entering = None
         for batch in self._batches:
             rows = [row for row, other in enumerate(batch.streams) if other != stream]
             if not rows:
@@ -152,18 +175,30 @@ class MergedStreams:
             if len(rows) < len(batch.streams):
                 batch.keep(rows)
 
-    def _read_some(self, asks: Mapping[int, Ask]) -> None:
-        """Read the prompt that came first, and others of its phase beside it."""
-        if not self._unread:
+    def _read(self, asks: Mapping[int, Ask]) -> None:
+        """Read a slice of the prompt that came first, and of others of its phase beside it; all of it if nobody waits."""
+        if self._entering is None and self._unread:
+            kinds = {
+                stream: (self._phase(self._network.config, len(ids)), one_drawing() and asks[stream].settings)
+                for stream, ids in self._unread.items()
+            }
+            first = next(iter(kinds.values()))
+            together = [stream for stream, kind in kinds.items() if kind == first]
+            together = together[: READ_TOGETHER if self._keeper is None else 1]
+            prompts = [self._unread.pop(stream) for stream in together]
+            state = self._begin(self._network, prompts, self._bits, self._keeper)
+            settings = [asks[stream].settings for stream in together]
+            self._entering, self._gone = _Batch(state, together, settings, self._network.config.vocab_size), set()
+        if self._entering is None:
             return
-        phases = {stream: self._phase(self._network.config, len(ids)) for stream, ids in self._unread.items()}
-        first = next(iter(phases.values()))
-        together = [stream for stream, phase in phases.items() if phase == first]
-        together = together[: READ_TOGETHER if self._keeper is None else 1]
-        prompts = [self._unread.pop(stream) for stream in together]
-        state = self._begin(self._network, prompts, self._bits, self._keeper)
-        settings = [asks[stream].settings for stream in together]
-        self._batches.append(_Batch(state, together, settings, self._network.config.vocab_size))
+        read_slice = getattr(self._entering.state, "read_slice", lambda: False)
+        while read_slice():
+            if self._batches:
+                return
+        batch, self._entering = self._entering, None
+        if self._gone:  # while it was read
+            batch.keep([row for row, stream in enumerate(batch.streams) if stream not in self._gone])
+        self._batches.append(batch)
 
     def _join(self) -> None:
         """Make one of batches that stand at the same boundary."""
@@ -179,9 +214,14 @@ class MergedStreams:
         self._batches = joined
 
 
+def one_drawing() -> bool:
+    """Whether a step has one drawing for all its streams: a GPU's whole patches have, operations have one by row."""
+    return gpu() is not None and not by_operations()
+
+
 def may_walk_together(one: _Batch, other: _Batch) -> bool:
-    """Whether one step draws for both: operations have settings by row, a GPU's whole patches one drawing for all."""
-    if gpu() is None or by_operations():
+    """Whether one step draws for both."""
+    if not one_drawing():
         return True
     same_ids = not one.settings[0].temperature or one.drawn[0] == other.drawn[0]
     return one.alike and other.alike and one.settings[0] == other.settings[0] and same_ids

@@ -34,4 +34,5 @@ def streams_of(network: Network, bits: CacheBits, keeper: PromptKeeper | None = 
     if bits != CacheBits():
         check_cache_bits(bits.keys, bits.values, decoding_of(network.config).stacks(network.config)[0].head_dim)
     way = way_of(network)
-    return way.together(network, bits, keeper) or MergedStreams(network, way.begin, way.phase, bits, keeper)
+    begin = way.begin_unread or way.begin
+    return way.together(network, bits, keeper) or MergedStreams(network, begin, way.phase, bits, keeper)

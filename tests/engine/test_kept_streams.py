@@ -79,6 +79,18 @@ def test_streams_that_begin_where_others_have_been_give_their_own_bytes(config, 
         store.close()
 
 
+@pytest.mark.parametrize("name", ["prefix", "megabyte_pytorch", "bygpt5"])
+def test_so_do_streams_that_are_merged_where_no_kernels_run(monkeypatch, name):
+    monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+    for module in ("state_kinds", "byte_decoding", "byte_streams"):
+        monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse_bygpt5", lambda network: None)
+    config, bits = CASES[name]
+    network, asked = random_weights(config), requests(12)
+    store = PromptStore(kind_of(network, bits), None, StoreLimits(fewest_rows=2))
+    assert run(network, asked, bits, store, arrivals=1) == [run(network, [each], bits)[0] for each in asked]
+    assert store.memory_bytes > 0
+
+
 def test_a_stream_that_is_released_while_it_is_read_leaves_nothing(tmp_path):
     network = random_weights(MegaByteConfig(**PACKABLE))
     store = PromptStore(kind_of(network), None, StoreLimits(fewest_rows=1))

@@ -11,6 +11,7 @@ from decoder_cases import random_bygpt5
 from packed_layers import packed
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.compiled_patches import compiled_patches
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Request, SchedulerLimits
@@ -125,6 +126,77 @@ def test_so_do_networks_that_go_operation_by_operation(each_network, monkeypatch
     """And join each other with padding."""
     monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
     assert_same(each_network, mixed(30, seed=5), LIMITS, exact=False)
+
+
+@pytest.fixture
+def by_operations(monkeypatch):
+    monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+
+
+@pytest.mark.parametrize("bits", [None, CacheBits(8, 8), CacheBits(8, 4)], ids=["float32", "8 bits", "8 and 4 bits"])
+def test_batches_become_one_where_they_stand_at_the_same_boundary(
+    random_network, each_config, bits, by_operations, monkeypatch
+):
+    """Whatever their lengths, beyond a page of the cache too; those that come in slices come later."""
+    monkeypatch.setattr("marlin_cli.engine.decoding.PREFILL_ROWS", 50)
+    byte_dim = each_config.byte_dim or 64 // each_config.patch_size
+    network = random_network(replace(each_config, global_dim=64, byte_dim=byte_dim, max_bytes=1600))
+    rng = random.Random(0)
+    requests = [
+        Request(rng.randbytes(count), Stopping(60), Sampling(1.0, seed=count % 3)) for count in (5, 1040, 12, 0, 1200, 30)
+    ]
+    scheduler, batches = scheduler_of(network, cache_bits=bits), []
+    advance = scheduler.advance
+    monkeypatch.setattr(scheduler, "advance", lambda: (advance(), batches.append(len(scheduler._streams._batches)))[0])
+    found = [(outcome.data, outcome.reason) for outcome in run(scheduler, requests)]
+    assert 1 in batches[batches.index(max(batches)) :]
+    assert found == [(outcome.data, outcome.reason) for outcome in (alone(network, each, bits) for each in requests)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_gpu_takes_whole_patches_of_those_that_one_drawing_does_for(
+    random_network, small_sizes, temperature, by_operations, monkeypatch
+):
+    """Here without a GPU, and not compiled."""
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    monkeypatch.setattr("marlin_cli.engine.decoding.patch_decoder", compiled_patches)
+    monkeypatch.setattr("marlin_cli.engine.merged_streams.gpu", lambda: "metal")
+    network = random_network(MegaByteConfig(**small_sizes))
+    requests = [
+        Request(b"abcdefghi"[:n], Stopping(30), Sampling(temperature, seed=seed))
+        for n, seed in [(4, 1), (8, 1), (5, 1), (4, 2)]
+    ]
+    scheduler, most = scheduler_of(network), []
+    advance = scheduler.advance
+    monkeypatch.setattr(scheduler, "advance", lambda: (advance(), most.append(len(scheduler._streams._batches)))[0])
+    found = [outcome.data for outcome in run(scheduler, requests)]
+    assert found == [alone(network, each).data for each in requests]
+    assert most[4] == (3 if temperature else 1)  # of unlike seed, or at another byte of its own
+
+
+def test_a_stream_can_be_released_while_its_prompt_is_read_beside_others(
+    random_network, small_sizes, by_operations, monkeypatch
+):
+    monkeypatch.setattr("marlin_cli.engine.decoding.PREFILL_ROWS", 3)
+    network = random_network(MegaByteConfig(**small_sizes))
+    runs, *enter = [Request(bytes([65 + n]) * length, Stopping(30)) for n, length in enumerate((4, 60, 64, 68))]
+    for gone in ([1], [1, 2, 3]):
+        scheduler = scheduler_of(network)
+        outcomes = {scheduler.admit(runs): Outcome()}
+        scheduler.advance()
+        outcomes |= {scheduler.admit(request): Outcome() for request in enter}
+        scheduler.advance()
+        for stream in gone:
+            scheduler.release(stream)
+        while scheduler.running:
+            for piece in scheduler.advance():
+                outcomes[piece.stream].add(piece)
+        assert scheduler.cache_bytes == 0
+        for stream, request in enumerate([runs, *enter]):
+            if stream == 0:
+                assert outcomes[0].reason == "length"
+            else:
+                assert outcomes[stream].data == (b"" if stream in gone else alone(network, request).data)
 
 
 @pytest.mark.slow
