@@ -179,7 +179,7 @@ class _Folder:
         return None
 
     def add(self, state: StreamState, replaced: Sequence[StreamState]) -> None:
-        """Write a state soon, and remove the files of those whose place it takes."""
+        """Write a state soon, if the disk keeps up, and remove the files of those whose place it takes."""
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait((state, [name_of(each, self._kind) for each in replaced]))
 

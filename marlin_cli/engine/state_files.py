@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from marlin_cli import console
 from marlin_cli.engine.fingerprints import bytes_of, digest_of
-from marlin_cli.engine.states import ArrayRows, Beginning, Place, StreamState, Units, ids_of
+from marlin_cli.engine.states import ArrayRows, Beginning, Place, StreamState, Units
 from marlin_cli.errors import CheckpointError, MarlinError, OutputError
 from marlin_cli.files import check_utf8_name
 from marlin_cli.tensor_files import read_safetensors, safetensors_header, write_safetensors
@@ -64,12 +64,11 @@ def write_state(path: Path, state: StreamState, kind: StateKind) -> None:
         OutputError: it cannot be written.
     """
     check_utf8_name(path, OutputError)
-    arrays = _arrays_of(state)
-    parts = {name: (TYPES[array.dtype], array.shape, bytes_of(array)) for name, array in arrays.items()}
+    parts = _parts_of(state)
     facts = {**kind.facts, "prompt_ids": str(len(state.ids))}
     metadata = {**facts, SUM: digest_of(facts, parts)}
     with writing(path, private=True) as temporary:
-        shapes = {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in parts.items()}
+        shapes = {name: (dtype, shape) for name, (dtype, shape, _) in parts.items()}
         write_safetensors(temporary, shapes, (data for _, _, data in parts.values()), metadata)
 
 
@@ -133,23 +132,28 @@ def read_ids(path: Path, kind: StateKind) -> npt.NDArray[np.int32]:
         raise StateError(f"{path}: cannot read: {error}") from None
 
 
-def _arrays_of(state: StreamState) -> dict[str, mx.array]:
-    arrays = {
-        "ids": mx.array(ids_of(state.ids)),
-        "places": mx.array(np.array([place.units for place in state.places], dtype=np.int32)),
-        "last": mx.stack([place.last for place in state.places]),
+def _parts_of(state: StreamState) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
+    """Type, shape and bytes of every tensor, by name; nothing is computed, as this may be another thread than MLX's."""
+    places = np.array([place.units for place in state.places], dtype=np.int32)
+    parts = {
+        "ids": ("I32", state.ids.shape, memoryview(np.ascontiguousarray(state.ids)).cast("B")),
+        "places": ("I32", places.shape, memoryview(places).cast("B")),
+        "last": _stacked([[place.last] for place in state.places]),
     }
     if not state.is_cut_anywhere:
-        arrays["delayed"] = mx.stack([mx.stack(list(place.delayed)) for place in state.places])
+        parts["delayed"] = _stacked([place.delayed for place in state.places], inner=True)
     for layer, both in enumerate(state.rows.stored()):
         for name, part in zip(("keys", "values"), both, strict=True):
-            arrays.update(zip(_names(layer, name), part, strict=False))
-    mx.eval(arrays)
-    return arrays
+            for full_name, array in zip((f"{layer}.{name}", f"{layer}.{name}.scales"), part, strict=False):
+                parts[full_name] = (TYPES[array.dtype], array.shape, bytes_of(array))
+    return parts
 
 
-def _names(layer: int, name: str) -> tuple[str, str]:
-    return f"{layer}.{name}", f"{layer}.{name}.scales"
+def _stacked(rows: Sequence[Sequence[mx.array]], *, inner: bool = False) -> tuple[str, tuple[int, ...], memoryview]:
+    """Type, shape and bytes of arrays of one shape behind each other: [rows, ..], with `inner` [rows, arrays of a row, ..]."""
+    first = rows[0][0]
+    shape = (len(rows), *((len(rows[0]),) if inner else ()), *first.shape)
+    return TYPES[first.dtype], shape, memoryview(b"".join(bytes_of(array) for row in rows for array in row))
 
 
 def _checked_facts(path: Path, metadata: Mapping[str, str], kind: StateKind) -> int:
