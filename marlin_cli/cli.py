@@ -17,6 +17,7 @@ from marlin_cli.commands.calibrate import calibrate
 from marlin_cli.commands.encode import encode
 from marlin_cli.commands.generate import generate
 from marlin_cli.commands.given import Command
+from marlin_cli.commands.info import info
 from marlin_cli.commands.label import label
 from marlin_cli.commands.quantize import quantize
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
@@ -25,7 +26,6 @@ from marlin_cli.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in help texts are meant: [name=]path
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -58,7 +58,7 @@ def _until_reader_goes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (calibrate, quantize, generate, label, encode, bench):
+for _command in (calibrate, quantize, generate, label, encode, bench, info):
     app.command(cls=Command)(_until_reader_goes(_command))
 
 

@@ -48,13 +48,17 @@ def failure(message: str) -> None:
         _stderr().print(f"marlin: {printable(message)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
-    """A table; the first column is text, the others are right-aligned numbers. Rank 0 alone prints it."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False, numbers: bool = True
+) -> None:
+    """A table; the first column is text, the others are right-aligned numbers, or text too. Rank 0 alone prints it."""
     if is_follower():
         return
-    grid = Table(title=printable(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        grid.add_column(printable(column), justify="left" if number == 0 else "right", no_wrap=number > 0, overflow="fold")
+    headed = any(columns)
+    grid = Table(title=printable(title), title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=headed)
+    for place, column in enumerate(columns):
+        number = numbers and place > 0
+        grid.add_column(printable(column), justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         grid.add_row(*map(printable, row))
     # A pipe has no width: give it one in which no column is cut.

@@ -23,6 +23,7 @@ __all__ = [
     "ImportOptions",
     "architecture_of",
     "check_weight",
+    "files_of",
     "fingerprint",
     "lasting",
     "possible_heads",
@@ -229,6 +230,16 @@ def architecture_of(path: Path) -> str:
     return str(document.get("model_type", "megabyte")) if isinstance(document, dict) else "megabyte"
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that a model consists of.
+
+    Raises:
+        CheckpointError: there is no model.
+    """
+    layout = _layout_with_config(path)
+    return [weights_file(path)] if layout is None else WITH_CONFIG[layout].files(path)
+
+
 def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
     """SHA-256 over the names and bytes of a model's files: equal for equal models, wherever they lie.
 
@@ -239,12 +250,11 @@ def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
         CheckpointError: there is no model, or it cannot be read.
     """
     layout = _layout_with_config(path)
-    files = [weights_file(path)] if layout is None else WITH_CONFIG[layout].files(path)
     digest = hashlib.sha256()
     if options is not None and options.language is not None and layout == "la_canine":
         digest.update(f"language:{options.language}\n".encode())
     try:
-        for file in files:
+        for file in files_of(path):
             check_regular(file, CheckpointError)
             digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
     except OSError as error:

@@ -183,16 +183,29 @@ def _check_uses(
         if None not in reasons:
             named = families - {Family.ENCODER_ALONE} or families  # where it does not matter whether there is a decoder
             what = " and ".join(family.value for family in Family if family in named)
-            raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}')}")
+            hint = _instead(command, option, families, parts)
+            raise UsageError(f"{option} {next(filter(None, reasons), f'has no meaning for {models}, {what}{hint}')}")
         wanted = {part for use in uses if use is not None for part in use.parts}
         if parts is not None and wanted and not wanted & parts:
-            raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}")
+            hint = _instead(command, option, families, parts)
+            raise UsageError(f"{option} has no meaning for {models}, whose parts are {', '.join(sorted(parts))}{hint}")
         fitting = {head for use in uses if use is not None for head in use.heads}
         if heads and fitting and not fitting & heads:
             does = [HEADS[head] for head in HEADS if head in heads]
             said = f", which {does[0]}" if len(does) == 1 else ""
             wanted_of = " or ".join(HEADS[head] for head in HEADS if head in fitting)
             raise UsageError(f"{option} has no meaning for {models}{said}; it is for one that {wanted_of}")
+
+
+def _instead(command: str, option: str, families: frozenset[Family], parts: frozenset[str] | None) -> str:
+    """The options that ask the same of the parts that the models have, as the end of a message; empty if there are none."""
+    kind = option.rpartition("-")[2]
+    found = [
+        each
+        for each, uses in USES[command].items()
+        if each.endswith(f"-{kind}") and any({*use.parts} & (parts or set()) for of, use in uses.items() if of in families)
+    ]
+    return f"; it has {', '.join(found)}" if found and any(use.parts for use in USES[command][option].values()) else ""
 
 
 def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
-from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, fingerprint, lasting, read_checkpoint
 from marlin_cli.checkpoints.export import export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
@@ -20,7 +21,7 @@ from marlin_cli.commands.calibration_bytes import CalibrationBytes
 from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
-from marlin_cli.errors import ConfigError, UsageError
+from marlin_cli.errors import AssumptionWarning, ConfigError, UsageError
 from marlin_cli.models import Network, architecture_of, build, config_as_mapping, linear_layers
 from marlin_cli.quantization.apply import (
     Quantized,
@@ -94,6 +95,13 @@ def pack(
             with scratch_folder(target) as scratch:
                 reports, kept = packing.write(scratch / target.name, overwrite=False)
                 export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
+    if statistics is not None and statistics.model != fingerprint(locate_model(model), options):
+        warnings.warn(
+            f"{statistics_file}: measured on other weights than those of {model}, whose layers have these names too; that is"
+            " right where one was tuned from the other",
+            AssumptionWarning,
+            stacklevel=2,
+        )
     if json_output:
         print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:

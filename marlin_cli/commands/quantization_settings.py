@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from marlin_cli.checkpoints.export import EXPORTS
-from marlin_cli.errors import StatisticsError, UsageError
+from marlin_cli.errors import ConfigError, StatisticsError, UsageError
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import PROTECTED, LayerPlan, QuantizationSettings, format_from_bits, load_recipe
 from marlin_cli.text import quoted
@@ -14,27 +14,29 @@ from marlin_cli.text import quoted
 
 def settings_of(
     recipe: str | None,
-    global_bits: int | None,
-    local_bits: int | None,
+    bits: int | None,
+    bits_by_part: Mapping[str, int | None],
+    format_by_part: Mapping[str, str | None],
     kv_bits: int | None,
-    global_format: str | None,
-    local_format: str | None,
     group_size: int | None,
     overrides: Sequence[str],
 ) -> QuantizationSettings:
     """The recipe's settings (or the defaults), changed by the options that were given.
+
+    Args:
+        bits: of every part for which nothing else is given; `wo` has at least its own.
+        bits_by_part, format_by_part: None where nothing is given.
 
     Raises:
         UsageError: bits and a format that contradict each other, or an override without a format.
         ConfigError: an unknown recipe or format, or impossible bits.
     """
     base = load_recipe(recipe) if recipe is not None else QuantizationSettings()
-    changes: dict[str, Any] = {
-        "global_format": _format("global", global_bits, global_format),
-        "local_format": _format("local", local_bits, local_format),
-        "kv_bits": kv_bits,
-        "group_size": group_size,
-    }
+    changes: dict[str, Any] = {"kv_bits": kv_bits, "group_size": group_size}
+    for part, own in bits_by_part.items():
+        named = _format(part, own, format_by_part.get(part))
+        for_all = None if bits is None or part == "wo" else _format_of("--bits", bits)
+        changes[f"{part}_format"] = for_all if named is None else named
     changes = {name: value for name, value in changes.items() if value is not None}
     if overrides:
         changes["overrides"] = {**base.overrides, **_overrides(overrides)}
@@ -96,10 +98,17 @@ def _format(part: str, bits: int | None, name: str | None) -> str | None:
     if bits is None:
         return name
     if name is None:
-        return format_from_bits(bits)
+        return _format_of(f"--{part}-bits", bits)
     if name in FORMATS and FORMATS[name].bits != bits:
         raise UsageError(f"--{part}-bits {bits} and --{part}-format {name} contradict each other; give one")
     return name
+
+
+def _format_of(option: str, bits: int) -> str:
+    try:
+        return format_from_bits(bits)
+    except ConfigError as error:
+        raise UsageError(f"{option}: {error}") from None
 
 
 def _overrides(texts: Sequence[str]) -> dict[str, str]:

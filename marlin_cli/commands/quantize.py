@@ -11,6 +11,10 @@ def quantize(
     command_line: typer.Context,
     model: Annotated[str, typer.Argument(help="Path, shipped name or hub repository of a model.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of every part: 4, 8 or 16; options of a part go before it. ByT5's wo: see --wo-bits."),
+    ] = None,
     global_bits: Annotated[
         int | None, typer.Option(help="Bits of the global part, of CANINE the deep layers: 4, 8 or 16. Default 4.")
     ] = None,
@@ -110,7 +114,6 @@ def quantize(
     from marlin_cli.commands.options import parse_import_options, parse_size
     from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, naming, settings_of
     from marlin_cli.engine.heads import with_heads
-    from marlin_cli.quantization.plan import format_from_bits
 
     if output is None and not dry_run:
         raise UsageError("--output is missing; name the folder to write, or pass --dry-run")
@@ -127,10 +130,13 @@ def quantize(
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
         return
-    settings = settings_of(recipe, global_bits, local_bits, kv_bits, global_format, local_format, group_size, override or [])
-    byt5_bits = {"encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits, "wo": wo_bits}
-    formats = {f"{part}_format": format_from_bits(bits) for part, bits in byt5_bits.items() if bits is not None}
-    settings = dataclasses.replace(settings, **formats)  # type: ignore[arg-type]
+    by_part = {
+        "global": global_bits, "local": local_bits, "encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits,
+        "wo": wo_bits,
+    }  # fmt: skip
+    settings = settings_of(
+        recipe, bits, by_part, {"global": global_format, "local": local_format}, kv_bits, group_size, override or []
+    )
     if balance_keys:
         settings = dataclasses.replace(settings, balance_keys=True)
     calibration = CalibrationBytes("calibration", tuple(calibration_corpus or ()), tuple(calibration_pairs or ()))

@@ -186,6 +186,7 @@ _CALIBRATED = ("--sequential", "--target-bpw")
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
     "--output": _of(),
+    "--bits": _PACKING,
     "--global-bits": _part("global"),
     "--local-bits": _part("local"),
     "--encoder-bits": _part("encoder"),
@@ -267,6 +268,14 @@ BENCH: Mapping[str, Uses] = {
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
 }
 
+INFO: Mapping[str, Uses] = {
+    "MODEL|FILE": _of(),
+    "--fingerprint": _of(needs=("MODEL|FILE",)),
+    "--json": _of(),
+    "--import": _of(CONTINUES, ENCODES, needs=("MODEL|FILE",)),
+    "--device": _of(),
+}
+
 MODELS = ("MODEL", "MODEL|FILE")  # the arguments whose families a command serves
 
 USES: Mapping[str, Mapping[str, Uses]] = {
@@ -276,4 +285,5 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "label": LABEL,
     "encode": ENCODE,
     "bench": BENCH,
+    "info": INFO,
 }

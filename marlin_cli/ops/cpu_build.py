@@ -48,24 +48,55 @@ def load_kernels() -> ModuleType:
         UsageError: MARLIN_CACHE is no absolute path.
     """
     compiler = find_compiler()
-    root: Path | None = None
-    try:
-        root = cache_folder()
-        make_private_folder(root)
-        toolchain = find_toolchain(compiler, _version_once(compiler, root))
-        folder = make_private_folder(root / toolchain.fingerprint()[:16])
-        module = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    root = _cache_root()
+    with _cache_errors(root):
+        toolchain, module = _place(compiler, root)
         found = _loaded(module)
         if found is None:  # only now: a cache that cannot be written serves too
-            with locked(folder / "lock"):
+            with locked(module.with_name("lock")):
                 found = _loaded(module) or _built(toolchain, module)
         return found
+
+
+def are_built() -> bool:
+    """Does this machine have the extension already? Builds and loads nothing.
+
+    Raises:
+        BuildError, UsageError: as `load_kernels`, but that a build is not tried.
+    """
+    compiler = find_compiler()
+    root = _cache_root()
+    with _cache_errors(root):
+        _, module = _place(compiler, root)
+        return _is_whole(module)
+
+
+def _cache_root() -> Path:
+    try:
+        return cache_folder()
+    except OutputError as error:
+        raise BuildError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _cache_errors(root: Path) -> Iterator[None]:
+    """What goes wrong with the cache as a `BuildError`."""
+    try:
+        yield
     except NotPrivate as error:
         raise BuildError(f"the cache is not to be trusted: {error}") from None
     except OutputError as error:
         raise BuildError(str(error)) from None
     except OSError as error:
         raise BuildError(f"cannot write to the cache {root}: {error.strerror or error}") from None
+
+
+def _place(compiler: str, root: Path) -> tuple[Toolchain, Path]:
+    """How the library of this machine is built, and where it lies when it is."""
+    make_private_folder(root)
+    toolchain = find_toolchain(compiler, _version_once(compiler, root))
+    folder = make_private_folder(root / toolchain.fingerprint()[:16])
+    return toolchain, folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def cache_folder() -> Path:
@@ -79,12 +110,18 @@ def cache_folder() -> Path:
 
 def _loaded(module: Path) -> ModuleType | None:
     """The library at a path, if it is there and the very one that was built, and loads."""
-    try:
-        if read_private(_digest_of(module), 64).decode("ascii", "replace") == sha256_of_private(module):
+    with contextlib.suppress(ImportError):
+        if _is_whole(module):
             return imported(module)
-    except (FileNotFoundError, ImportError):
-        pass
     return None
+
+
+def _is_whole(module: Path) -> bool:
+    """Is the library at a path the very one that was built?"""
+    try:
+        return read_private(_digest_of(module), 64).decode("ascii", "replace") == sha256_of_private(module)
+    except FileNotFoundError:
+        return False
 
 
 def _built(toolchain: Toolchain, module: Path) -> ModuleType:

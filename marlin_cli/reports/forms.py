@@ -36,6 +36,7 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    numbers: bool = True  # in all columns but the first
 
 
 def to_json(report: Any) -> str:

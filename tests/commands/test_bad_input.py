@@ -197,7 +197,7 @@ CASES = {
     "an output that is there": (["quantize", "megabyte-demo", "-o", "folder"], 1, "folder: already exists"),
     "an output nowhere": (["quantize", "megabyte-demo", "-o", "a/b"], 1, "the folder a does not exist"),
     "an output that is a file": (["quantize", "megabyte-demo", "-o", "empty", "--overwrite"], 1, "empty: is a file"),
-    "odd bits": (["quantize", "megabyte-demo", "-o", "x", "--global-bits", "3"], 1, "bits must be 4, 8 or 16"),
+    "odd bits": (["quantize", "megabyte-demo", "-o", "x", "--global-bits", "3"], 2, "bits must be 4, 8 or 16"),
     "an unknown format": (["quantize", "megabyte-demo", "-o", "x", "--local-format", "nvfp5"], 1, "mean 'nvfp4'?"),
     "bits against a format": (
         ["quantize", "megabyte-demo", "-o", "x", "--global-bits", "8", "--global-format", "nvfp4"], 2, "contradict"

@@ -45,6 +45,35 @@ def test_the_report_adds_up(packed):
     assert 0 < header < 30_000
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "formats"),
+    [
+        ("megabyte-demo", ["--bits", 4], {"global": ["nvfp4"], "local": ["nvfp4"]}),
+        ("megabyte-demo", ["--bits", 8, "--global-format", "int4"], {"global": ["int4"], "local": ["mxfp8"]}),
+        ("byt5-demo", ["--bits", 4, "--cross-bits", 16], {"encoder": ["mxfp8", "nvfp4"], "cross": ["bfloat16"]}),
+        ("byt5-demo", ["--bits", 4, "--wo-bits", 4], {"encoder": ["nvfp4"], "decoder": ["nvfp4"], "cross": ["nvfp4"]}),
+    ],
+)
+def test_bits_are_of_every_part_that_has_none_of_its_own(model, options, formats):
+    parts = json.loads(run(model, "--dry-run", "--json", *options).stdout)["parts"]
+    found = {part: sorted(each["format"] for each in parts if each["part"] == part) for part in formats}
+    assert found == formats
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("megabyte-demo", ["--bits", 5], "--bits: bits must be 4, 8 or 16, found 5"),
+        ("megabyte-demo", ["--local-bits", 3], "--local-bits: bits must be 4, 8 or 16, found 3"),
+        ("byt5-demo", ["--global-bits", 4], "; it has --encoder-bits, --decoder-bits, --cross-bits, --wo-bits"),
+        ("megabyte-demo", ["--cross-bits", 4], "; it has --global-bits, --local-bits"),
+    ],
+)
+def test_bits_that_cannot_be_name_the_option_and_those_to_take(model, options, message):
+    err = run(model, "--dry-run", *options, code=2).stderr
+    assert message in err and len(err.splitlines()) == 1
+
+
 def test_the_folder_loads_in_marlin_with_its_cache_bits(packed, demo):
     model = load(packed[0])
     assert (model.cache_bits.keys, model.cache_bits.values) == (8, 8)

@@ -105,6 +105,15 @@ def test_a_budget_chooses_formats_and_writes_a_recipe_that_gives_the_same_files(
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+def test_statistics_of_other_weights_are_taken_and_said(files, tmp_path):
+    folder, stats, _ = files
+    MegaByteModel.from_config(load(folder / "model").config, seed=2).save(tmp_path / "other")
+    result = run("quantize", tmp_path / "other", "-o", tmp_path / "out", "--method", "awq", "--stats", stats)
+    assert [line for line in result.stderr.splitlines() if f"{stats}: measured on other weights than those of" in line]
+    result = run("quantize", folder / "model", "-o", tmp_path / "own", "--method", "awq", "--stats", stats)
+    assert "other weights" not in result.stderr
+
+
 def test_distilling(files, tmp_path):
     folder, stats, corpora = files
     corpora = [part.replace("--corpus", "--distill-corpus") for part in corpora]
