@@ -108,7 +108,7 @@ class PatchStreams:
         conditions = [self._streams[number].places[-1].last for number in ready]
         reads = {number: stream.due for number, stream in self._streams.items() if not stream.enters}
         entering = {number: stream.due for number, stream in self._streams.items() if stream.enters and stream.due}
-        reads |= slices(entering, bool(reads or ready), slice_rows)
+        reads |= slices(entering, len(reads) + len(ready), slice_rows)
         if reads:
             hidden = self._read(reads)
             ends = dict(zip(reads, (np.cumsum(list(reads.values())) - 1).tolist(), strict=True))
