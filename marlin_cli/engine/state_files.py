@@ -136,8 +136,8 @@ def _parts_of(state: StreamState) -> dict[str, tuple[str, tuple[int, ...], memor
     """Type, shape and bytes of every tensor, by name; nothing is computed, as this may be another thread than MLX's."""
     places = np.array([place.units for place in state.places], dtype=np.int32)
     parts = {
-        "ids": ("I32", state.ids.shape, memoryview(np.ascontiguousarray(state.ids)).cast("B")),
-        "places": ("I32", places.shape, memoryview(places).cast("B")),
+        "ids": ("I32", state.ids.shape, memoryview(state.ids.tobytes())),
+        "places": ("I32", places.shape, memoryview(places.tobytes())),
         "last": _stacked([[place.last] for place in state.places]),
     }
     if not state.is_cut_anywhere:

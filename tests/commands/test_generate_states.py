@@ -65,7 +65,7 @@ def test_a_file_that_does_not_fit_is_told_and_changes_nothing(saved, tmp_path):
             "--load-state has no meaning for byt5-demo, a model that answers",
         ),
         (("-p", "a prompt", "--save-state", "{}"), 1, "is a folder; name a file to write"),
-        (("-p", "a prompt", "--save-state", "{}/no/file"), 1, "{}/no: no such folder"),
+        (("-p", "a prompt", "--save-state", "{}/no/file"), 1, "the folder {}/no does not exist; make it first"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(arguments, code, said, tmp_path):
