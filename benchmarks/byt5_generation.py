@@ -27,7 +27,7 @@ from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging
 
 from marlin_cli import ByT5Model
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.encoder_decoder import encode
 from marlin_cli.ops import round_activations
 from marlin_cli.ops.cpu import kernels, thread_count

@@ -27,7 +27,7 @@ from published import machine, markers_of, write_between_markers
 from relatives_models import PIECE, ROWS, TASKS, Task, Texts, split_texts, trained
 
 from marlin_cli.corpus import TextCorpus, open_corpus, open_pairs
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.sentences import SplitSettings
 from marlin_cli.files import shipped
 from marlin_cli.models import ARCHITECTURES, Network, architecture_of, preset

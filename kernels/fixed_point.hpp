@@ -1,8 +1,8 @@
 // Products in fixed point, whose sums of whole numbers are exact: what all ways of multiplying them share.
 //
-// A group of x becomes whole numbers of 28 bits and a sign under a power of two, where a sum in float32 keeps 24 bits, and these a few
-// signed digits. Codes of weights stand for small whole numbers (all but mxfp8's), so that digits and weights add up exactly, in any
-// order; sums of a lane are scaled and added up in the order of the depth. So a row comes out the same whichever rows are beside it.
+// A group of x becomes whole numbers under a power of two, and these a few signed digits. Codes of weights stand for small whole numbers
+// (all but mxfp8's), so that digits and weights add up exactly, in any order; sums of a lane are scaled and added up in the order of the
+// depth. So a row comes out the same whichever rows are beside it.
 #pragma once
 #include <bit>
 #include <vector>
@@ -15,8 +15,9 @@ namespace marlin::fixed {
 // Largest values of a group between 2^-96 and 2^64, which leave room for scales on either side.
 constexpr int32_t LEAST_EXPONENT = 127 - 96, MOST_EXPONENT = 127 + 63;
 
-// The exponent, as its bits are, of the largest of GROUP values; that of values that are all zero is the least.
-template <int64_t GROUP>
+// The exponent, as its bits are, of the largest of GROUP values plus CARRY units in its last place; that of values that are all zero is
+// the least.
+template <int64_t GROUP, int32_t CARRY = 0>
 inline int32_t exponent_of(const float* from) {
   Integers most{};
   for (int64_t k = 0; k < GROUP; k += LANES) {
@@ -24,17 +25,20 @@ inline int32_t exponent_of(const float* from) {
     most = chosen(magnitudes > most, magnitudes, most);
   }
   const int32_t value = largest(most);
-  return value == 0 ? LEAST_EXPONENT : value >> 23;
+  return value == 0 ? LEAST_EXPONENT : (value + CARRY) >> 23;
 }
 
 inline bool fits(int32_t exponent) { return exponent >= LEAST_EXPONENT && exponent <= MOST_EXPONENT; }
 
-// What values are multiplied by, so that the largest is at least 2^27 and below 2^28.
-inline float to_whole(int32_t exponent) { return std::bit_cast<float>((281 - exponent) << 23); }
+// What values are multiplied by, so that the largest is below 2^BITS.
+template <int BITS>
+inline float to_whole(int32_t exponent) {
+  return std::bit_cast<float>((253 + BITS - exponent) << 23);
+}
 // What 2^DROPPED of such a whole number is worth.
-template <int DROPPED>
+template <int BITS, int DROPPED = 0>
 inline float worth(int32_t exponent) {
-  return std::bit_cast<float>((exponent - 27 + DROPPED) << 23);
+  return std::bit_cast<float>((exponent - (BITS - 1) + DROPPED) << 23);
 }
 
 // The sum of x over each group, which biases of affine formats meet.
@@ -47,35 +51,50 @@ inline void sum_groups(const float* x, int64_t groups, float* sums) {
   }
 }
 
-// Sums of ROWS rows of x and as many columns are in registers together; a row that does not fit is left to `alone`.
+// The lanes of a vector on top of each other, as many as a register holds.
+inline RegisterFloats folded(const auto& values) {
+  if constexpr (std::is_same_v<std::remove_cvref_t<decltype(values)>, RegisterFloats>) {
+    return values;
+  } else {
+    return folded(values.low + values.high);
+  }
+}
+
+// A row that does not fit is left to `alone`.
 using Alone = void (*)(Kind kind, Targets targets, const float* x);
 
 // Way has: Laid, which holds rows of x as digits; lay_out(x, w, laid, row), false where a group has another size, infinite or not a number;
-// together<ROWS, COLUMNS>(w, laid, first row, out, first column, groups, ahead).
+// together<ROWS, COLUMNS>(w, laid, first row, out, first column, groups, ahead), whose sums are in registers.
 template <class Way>
 void multiply(Kind kind, Targets targets, const float* x, int64_t rows, Alone alone) {
-  constexpr int COLUMNS = Way::COLUMNS;
-  constexpr int64_t BYTES_IN_CACHE = 1 << 18, WORK_OF_A_VALUE = 4;
+  constexpr int64_t COLUMNS = Way::COLUMNS, ROWS = Way::ROWS, BYTES_IN_CACHE = 1 << 18, WORK_OF_A_VALUE = 4;
   const Matrix& any = targets[0].w;
   thread_local typename Way::Laid kept;
   thread_local std::vector<uint8_t> kept_fitting;
   typename Way::Laid& laid = kept;
   std::vector<uint8_t>& fitting = kept_fitting;
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(COLUMNS);
-  const int64_t at_once = std::clamp<int64_t>(BYTES_IN_CACHE / (4 * any.depth), 2, rows + 1) / 2 * 2;
+  const int64_t at_once = std::clamp<int64_t>(BYTES_IN_CACHE / (4 * any.depth) / ROWS * ROWS, ROWS, std::max(rows, ROWS));
   laid.resize(any, std::min(rows, at_once));
   fitting.assign(rows, 1);
   for (int64_t start = 0; start < rows; start += at_once) {
-    const int64_t count = std::min(at_once, rows - start);
+    const int64_t count = std::min(at_once, rows - start), parts = (count + ROWS - 1) / ROWS;
     over_threads(count, any.depth * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
       for (int64_t m = first; m < last; m++) fitting[start + m] = Way::lay_out(x + (start + m) * any.depth, any, laid, m);
     });
     over_columns(targets, 1, count * any.depth, [&](const Target& target, int64_t first, int64_t last) {
       float* out = target.out + start * target.w.columns;
       by_columns<COLUMNS>(first, last, [&](auto some, int64_t n) {
-        int64_t m = 0;
-        for (; m + 2 <= count; m += 2) Way::template together<2, some>(target.w, laid, m, out, n, groups, ahead);
-        if (m < count) Way::template together<1, some>(target.w, laid, m, out, n, groups, ahead);
+        const auto run = [&](auto own, int64_t m) { Way::template together<own, some>(target.w, laid, m, out, n, groups, ahead); };
+        if constexpr (some == 1) {
+          for (int64_t m = 0; m < count; m++) run(std::integral_constant<int, 1>{}, m);
+        } else {
+          // Parts as equal as can be: a part of few rows decodes as many weights as a whole one.
+          for (int64_t part = 0; part < parts; part++) {
+            const int64_t m = count * part / parts;
+            for_few_rows<ROWS>(count * (part + 1) / parts - m, [&](auto own) { run(own, m); });
+          }
+        }
       });
       finish(target, start, count, first, last - first);
     });

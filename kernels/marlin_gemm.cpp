@@ -77,6 +77,7 @@ void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, i
       if (multiply_fixed(kind, targets, x, rows, multiply_alone)) return;
       return multiply_registers(kind, targets, x, rows);
     case Way::lines:
+      if (kind == Kind::mxfp8) return multiply_e4m3(targets, x, rows);
       return by_few_rows(targets, x, rows, LINES_AT_ONCE, [&](Targets own, const float* from, int64_t count) {
         multiply_lines_or_registers(kind, own, from, count);
       });

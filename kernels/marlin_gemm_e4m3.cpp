@@ -2,6 +2,7 @@
 // group add up before its scale multiplies them once, and in the same order whichever rows and columns are beside them.
 #include "marlin_gemm_e4m3.hpp"
 
+#include "dense_lines.hpp"
 #include "threads.hpp"
 #include "packed_lines.hpp"
 #include "targets.hpp"
@@ -44,8 +45,9 @@ struct Halves {
 };
 #endif
 
-// TOGETHER rows of weights against ROWS rows of x.
-template <int ROWS, int TOGETHER>
+// TOGETHER rows of weights against ROWS rows of x. IN_PARTS: products of a group add up before its scale multiplies them once, which costs one row
+// less, and is another order than any other number of rows has.
+template <bool IN_PARTS, int ROWS, int TOGETHER>
 inline void together(const Matrix& w, const float* x, float* out, int64_t n0, int64_t groups, int64_t ahead) {
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
@@ -68,38 +70,74 @@ inline void together(const Matrix& w, const float* x, float* out, int64_t n0, in
 #pragma GCC unroll 2
     for (int64_t half = 0; half < GROUP; half += LANES) {
       Vector weights[TOGETHER];
-      for (int n = 0; n < TOGETHER; n++) weights[n] = halves.weights(n, rows[n].weight, group, half);
+      for (int n = 0; n < TOGETHER; n++) {
+        weights[n] = halves.weights(n, rows[n].weight, group, half);
+        if constexpr (!IN_PARTS) weights[n] *= splat(scales[n][group % LANES]);
+      }
       for (int m = 0; m < ROWS; m++) {
         const Vector own = load(x + m * w.depth + group * GROUP + half);
-        for (int n = 0; n < TOGETHER; n++) add_products(parts[n][m], weights[n], own);
+        for (int n = 0; n < TOGETHER; n++) add_products(IN_PARTS ? parts[n][m] : sums[n][m], weights[n], own);
       }
     }
-    for (int n = 0; n < TOGETHER; n++)
-      for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * splat_as<Sums>(scales[n][group % LANES]);
+    if constexpr (IN_PARTS)
+      for (int n = 0; n < TOGETHER; n++)
+        for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * splat_as<Sums>(scales[n][group % LANES]);
   }
   for (int m = 0; m < ROWS; m++)
     for (int n = 0; n < TOGETHER; n++) out[m * w.columns + n0 + n] = sum(sums[n][m]);
 }
 
-template <int ROWS>
+template <bool IN_PARTS, int ROWS>
 void multiply(Targets targets, const float* x) {
   const Matrix& any = targets[0].w;
 #if MARLIN_AVX512
   constexpr int TOGETHER = ROWS <= 2 ? 4 : 2;
 #else
-  constexpr int TOGETHER = ROWS <= 2 ? 4 / ROWS : 1;  // sums and parts of sums, one and one register each
+  constexpr int TOGETHER = ROWS <= 2 ? 4 / ROWS : 2;
 #endif
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<ROWS, some>(target.w, x, target.out, n, groups, ahead); });
+    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<IN_PARTS, ROWS, some>(target.w, x, target.out, n, groups, ahead); });
     finish(target, 0, ROWS, first, last - first);
+  });
+}
+
+// Weights of a row under their scales, as floats.
+void unpack(const Packed& row, int64_t groups, float* to) {
+  alignas(64) float scales[LANES];
+  Halves<1> halves;
+  for (int64_t group = 0; group < groups; group++) {
+    if (group % LANES == 0) store(e8m0_of_groups(row, group, groups - group) * (1 / E4M3_FACTOR), scales);
+    halves.unpack(0, row.weight + group * GROUP, group);
+    for (int64_t half = 0; half < GROUP; half += LANES)
+      store(halves.weights(0, row.weight, group, half) * splat(scales[group % LANES]), to + group * GROUP + half);
+  }
+}
+
+void multiply_written_out(Targets targets, const float* x, int64_t rows) {
+  constexpr int64_t BYTES_IN_CACHE = 1 << 18, OF_A_TURN = 12;  // columns: whole turns of a dense product
+  const Matrix& any = targets[0].w;
+  const int64_t depth = any.depth, groups = any.groups(), stride = depth + LANES;  // rows that are a page apart share too few places of the caches
+  const DenseRows laid(x, rows, depth);
+  const int64_t at_once = std::max(OF_A_TURN, BYTES_IN_CACHE / int64_t(depth * sizeof(float)) / OF_A_TURN * OF_A_TURN);
+  over_columns(targets, 1, rows * depth, [&](const Target& target, int64_t first, int64_t last) {
+    thread_local AlignedBytes kept;
+    auto* weights = reinterpret_cast<float*>(kept.of(at_once * stride * sizeof(float)));
+    for (int64_t n = first; n < last; n += at_once) {
+      const int64_t count = std::min(at_once, last - n);
+      for (int64_t each = 0; each < count; each++) unpack(target.w.row(n + each, groups), groups, weights + each * stride);
+      multiply_dense_lines(laid, {weights, stride}, target.out + n, target.w.columns, 0, count);
+    }
+    finish(target, 0, rows, first, last - first);
   });
 }
 
 }  // namespace
 
 void multiply_e4m3(Targets targets, const float* x, int64_t rows) {
-  for_few_rows(rows, [&](auto some) { multiply<some>(targets, x); });
+  if (rows > 4) return multiply_written_out(targets, x, rows);
+  if (rows <= 2 && !exact_rows()) return for_few_rows<2>(rows, [&](auto some) { multiply<true, some>(targets, x); });
+  for_few_rows(rows, [&](auto some) { multiply<false, some>(targets, x); });
 }
 
 }  // namespace marlin

@@ -1,25 +1,31 @@
-// marlin_gemm in fixed point by products of bytes (VNNI and VBMI): out[M, N] = x[M, K] @ W[N, K]^T in float32.
+// marlin_gemm in fixed point by products of bytes: out[M, N] = x[M, K] @ W[N, K]^T in float32. All formats of whole weights, but int8 on x86
+// without VNNI, whose products fit no 16 bits (marlin_gemm_words.cpp).
 //
-// Four signed digits of a byte, sixty-four products an instruction. A product of floats costs each sixteen weights a lookup and a
-// multiplication; for one row this costs a third less.
+// Three signed digits of a byte, of which each meets all weights of a packed register in one or two instructions: a lane's products of all
+// digits fit 32 bits together, so that it is converted and scaled once. With VNNI that is a quarter less than products of floats take.
 #include "marlin_gemm_fixed.hpp"
 
+#include "fixed_point.hpp"
 #include "packed_lines.hpp"
+#include "whole_weights.hpp"
 
-#if MARLIN_VNNI_BYTES
 namespace marlin {
 
 namespace {
 
-constexpr int64_t DIGITS = 4;
+constexpr int64_t DIGITS = 3;
 
-// Each format: HALVES, what a packed byte holds; weights are their codes, or TABLE's numbers less OFFSET, times FACTOR and the scale of
-// their GROUP. scales(row, group, count): sixteen groups', of which `count` are there. Biases meet the sums of x over each group.
-struct Float4 {
-  static constexpr int64_t HALVES = 2;
-  static constexpr bool affine = false;
-  static constexpr int32_t OFFSET = 64;
-  alignas(16) static constexpr uint8_t TABLE[16] = {64, 65, 66, 67, 68, 70, 72, 76, 64, 63, 62, 61, 60, 58, 56, 52};
+// Read once: GCC would read what several instructions take anew for each.
+#if MARLIN_AVX512 || MARLIN_AVX2
+#define KEEP_IN_REGISTER(values) asm("" : "+v"(values))
+#else
+#define KEEP_IN_REGISTER(values)
+#endif
+
+// Each format: weights under the scale of their GROUP; BITS of x, so that no sum of a lane is beyond 32. scales(row, group, count): sixteen
+// groups', of which `count` are there. Biases meet the sums of x over each group; CENTRE has moved from codes to them.
+struct Float4 : WholeFloat4 {
+  static constexpr int BITS = 23, CENTRE = 0;
 };
 
 struct Nvfp4 : Float4 {
@@ -34,211 +40,260 @@ struct Mxfp4 : Float4 {
   static Vector scales(const Packed& row, int64_t group, int64_t count) { return e8m0_of_groups(row, group, count); }
 };
 
-template <int BITS, int64_t GROUP_SIZE>
-struct Affine {
-  static constexpr int64_t HALVES = 8 / BITS, GROUP = GROUP_SIZE;
-  static constexpr bool affine = true;
-  static constexpr int32_t OFFSET = 0;
-  static constexpr float FACTOR = 1.0f;
-  alignas(16) static constexpr uint8_t TABLE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+template <int64_t GROUP_SIZE>
+struct Int4 : WholeInt4 {
+  static constexpr int64_t GROUP = GROUP_SIZE;
+  static constexpr int BITS = 23, CENTRE = 0;
+  static Vector scales(const Packed& row, int64_t group, int64_t count) { return load_some(row.scales + group, count); }
+};
+
+template <int64_t GROUP_SIZE>
+struct Int8 : WholeInt8 {
+  static constexpr int64_t GROUP = GROUP_SIZE;
+  static constexpr int BITS = 22, CENTRE = 128, OFFSET = WholeInt8::OFFSET + CENTRE;  // from -128 to 127
   static Vector scales(const Packed& row, int64_t group, int64_t count) { return load_some(row.scales + group, count); }
 };
 
 template <class Format>
-constexpr int64_t WEIGHTS = LINE * Format::HALVES;  // of a line
+struct Way {
+#if MARLIN_AVX512
+  static constexpr int COLUMNS = 4, ROWS = 4;
+#else
+  static constexpr int COLUMNS = 2, ROWS = 4;
+#endif
+  static constexpr int64_t HALVES = Format::nibbles ? 2 : 1, WEIGHTS = REGISTER * HALVES, OF_A_LANE = WEIGHTS / DWORDS;  // of a packed line
+  static constexpr int64_t LINES = LANES * Format::GROUP / WEIGHTS;                                                     // that sixteen scales serve
+  static constexpr int64_t RECORD = (DIGITS * HALVES + (Format::OFFSET != 0)) * REGISTER;                               // of a line of x
 
-// Rows of x by lines: digits [rows, lines, 4, halves, 64 bytes]; what OFFSET adds to the sums of lanes, in the upper two and the lower two
-// digits, [rows, lines, 2, lanes]; what 2^16 is worth, by groups; and the sums of groups.
-template <class Format>
-struct Laid {
-  AlignedBytes digits, offsets;
-  std::vector<float> units, sums;
-  int64_t lines = 0, groups = 0;
+  // Rows of x by lines: digits [rows, lines, 3, halves, bytes] and, behind those of a line, what OFFSET takes from its lanes; what a whole
+  // number is worth, [rows, groups]; and the sums of groups.
+  struct Laid {
+    AlignedBytes records;
+    std::vector<float> units, sums;
+    int64_t lines = 0, groups = 0;
 
-  void resize(const Matrix& w, int64_t rows) {
-    lines = (w.row_bytes + LINE - 1) / LINE, groups = w.groups();
-    digits.of(rows * digit_bytes());
-    offsets.of(rows * offset_bytes());
-    units.resize(std::max<size_t>(units.size(), rows * groups));
-    if (Format::affine) sums.resize(std::max<size_t>(sums.size(), rows * groups));
-  }
-  int64_t digit_bytes() const { return lines * DIGITS * Format::HALVES * LINE; }
-  int64_t offset_bytes() const { return lines * 2 * LINE; }
+    void resize(const Matrix& w, int64_t rows) {
+      lines = (w.row_bytes + REGISTER - 1) / REGISTER, groups = w.groups();
+      records.of(rows * lines * RECORD);
+      units.resize(std::max<size_t>(units.size(), rows * groups));
+      if (Format::affine) sums.resize(std::max<size_t>(sums.size(), rows * groups));
+    }
+    uint8_t* row(int64_t m) { return records.data() + m * lines * RECORD; }
+    const uint8_t* row(int64_t m) const { return records.data() + m * lines * RECORD; }
+  };
+
+  static bool lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m);
+  template <int ROWS, int TOGETHER>
+  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead);
 };
 
-// Whole numbers of two lanes of nibbles, and what OFFSET adds to the sums of their products: -OFFSET times their own sum. That has to
-// be a multiple of 256, for accumulators start from it in the digits above the lowest, [2, lanes]. So sums are made multiples of four:
-// one or two of the eight numbers move by one.
-template <int32_t OFFSET>
-inline __m512i with_offsets(__m512i whole, int32_t* to) {
-  static_assert(OFFSET == 64);
-  __m512i sums = _mm512_add_epi32(whole, _mm512_shuffle_i64x2(whole, whole, 0xb1));
-  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_BADC));
-  sums = _mm512_add_epi32(sums, _mm512_shuffle_epi32(sums, _MM_PERM_CDAB));
-  const auto constant = [](int32_t value) { return _mm512_set1_epi32(value); };
-  const __m512i over = _mm512_sub_epi32(_mm512_and_si512(_mm512_add_epi32(sums, constant(2)), constant(3)), constant(2));
-  const __m512i offsets = _mm512_srai_epi32(_mm512_sub_epi32(over, sums), 2);  // 256ths
-  constexpr __mmask16 FIRSTS = 0x0101;
-  const auto store = [&](__m512i digits, int32_t* there) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(there), _mm512_castsi512_si128(_mm512_maskz_compress_epi32(FIRSTS, digits)));
-  };
-  store(_mm512_srai_epi32(offsets, 16), to);
-  store(_mm512_and_si512(offsets, constant(0xffff)), to + LANES);
-  // Shares of `over` by quads: (over + 0) / 8, .. (over + 7) / 8, rounded down, add up to it.
-  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm512_sub_epi32(whole, _mm512_srai_epi32(_mm512_add_epi32(over, steps), 3));
-}
+// ---- x as digits
 
-// Row m of those that are laid out. False where a group has another size, infinite or not a number.
-template <class Format>
-bool lay_out(const float* x, const Matrix& w, Laid<Format>& laid, int64_t m) {
-  constexpr int64_t VECTORS = Format::GROUP / LANES, OF_A_LINE = WEIGHTS<Format> / LANES, HALVES = Format::HALVES;
-  const int64_t groups = laid.groups, lines = laid.lines;
-  uint8_t* digits = laid.digits.data() + m * laid.digit_bytes();
-  auto* offsets = reinterpret_cast<int32_t*>(laid.offsets.data() + m * laid.offset_bytes());
-  // The bytes of sixteen numbers by digit, half of a packed byte and place: eight quads of four bytes, or of eight, of which each goes to
-  // a row of 64 bytes of its own, or two to one.
+typedef uint8_t Sixteen __attribute__((vector_size(16)));
+
+// Digits of sixteen whole numbers, each a byte in its place of the lower three; digit and half of a packed byte have a register each.
+template <int64_t HALVES>
+inline void store_digits(const Integers& whole, uint8_t* to) {
+  const Integers bytes = (whole + 0x808080) ^ 0x808080;  // what a byte lacks to its sign goes to the next
+#if MARLIN_AVX512 && defined(__AVX512VBMI__)
   alignas(64) static constexpr auto order = [] {
     std::array<uint8_t, 64> from{};
     for (int n = 0; n < 64; n++) from[n] = uint8_t(n % (16 / HALVES) * 4 * HALVES + n / (16 / HALVES) % HALVES * 4 + n / 16);
     return from;
   }();
-  const __m512i quads = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i places = HALVES == 2 ? _mm512_slli_epi64(quads, 6)
-                                     : _mm512_add_epi64(_mm512_slli_epi64(_mm512_srli_epi64(quads, 1), 6),
-                                                        _mm512_slli_epi64(_mm512_and_si512(quads, _mm512_set1_epi64(1)), 3));
-  const __m512i carries = _mm512_set1_epi32(0x808080);
-  const auto put = [&](int64_t vector, __m512i whole) {
-    const int64_t line = vector / OF_A_LINE, inside = vector % OF_A_LINE;
-    if constexpr (Format::OFFSET != 0) whole = with_offsets<Format::OFFSET>(whole, offsets + line * 2 * LANES + inside * 2);
-    // Signed digits: what a byte lacks to its sign goes to the next.
-    const __m512i signed_bytes = _mm512_xor_si512(_mm512_add_epi32(whole, carries), carries);
-    const __m512i ordered = _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), signed_bytes);
-    _mm512_i64scatter_epi64(digits + line * DIGITS * HALVES * LINE + inside * (16 / HALVES), places, ordered, 1);
+  const __m512i ordered = _mm512_permutexvar_epi8(_mm512_load_si512(order.data()), __m512i(bytes));
+  const Sixteen digits[DIGITS] = {Sixteen(_mm512_castsi512_si128(ordered)), Sixteen(_mm512_extracti32x4_epi32(ordered, 1)),
+                                  Sixteen(_mm512_extracti32x4_epi32(ordered, 2))};
+#elif MARLIN_SHUFFLES
+  Sixteen fours[4], pairs[4];
+  store_as(bytes, fours);
+  for (Sixteen& four : fours)
+    four = HALVES == 2 ? __builtin_shufflevector(four, four, 0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15)
+                       : __builtin_shufflevector(four, four, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int n = 0; n < 2; n++) {
+    pairs[n] = __builtin_shufflevector(fours[2 * n], fours[2 * n + 1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    pairs[2 + n] = __builtin_shufflevector(fours[2 * n], fours[2 * n + 1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  Sixteen digits[DIGITS] = {__builtin_shufflevector(pairs[0], pairs[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                            __builtin_shufflevector(pairs[0], pairs[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31),
+                            __builtin_shufflevector(pairs[2], pairs[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)};
+  if constexpr (HALVES == 2)
+    for (Sixteen& digit : digits) digit = __builtin_shufflevector(digit, digit, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+#else
+  Sixteen digits[DIGITS];
+  for (int digit = 0; digit < DIGITS; digit++)
+    for (int n = 0; n < LANES; n++) digits[digit][n % HALVES * 8 + n / HALVES] = uint8_t(bytes[n] >> (8 * digit));
+#endif
+  for (int64_t digit = 0; digit < DIGITS; digit++) {
+    const auto* from = reinterpret_cast<const uint8_t*>(&digits[digit]);
+    for (int64_t half = 0; half < HALVES; half++) std::memcpy(to + (digit * HALVES + half) * REGISTER, from + 16 / HALVES * half, 16 / HALVES);
+  }
+}
+
+// sums + the products of a packed line and a digit of x.
+template <int64_t HALVES>
+inline __attribute__((always_inline)) RegisterIntegers dot_of_line(RegisterIntegers sums, const RegisterBytes* weights, const RegisterBytes* x) {
+  if constexpr (HALVES == 2) {
+    return dot_of_two(sums, weights, x);
+  } else {
+    return dot<false>(sums, weights[0], x[0]);
+  }
+}
+
+template <class Format>
+bool Way<Format>::lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m) {
+  constexpr int64_t VECTORS = Format::GROUP / LANES, OF_A_LINE = WEIGHTS / LANES;
+  // A largest value just below a power of two has no room for digits with a sign: it counts as that power.
+  constexpr int32_t CARRY = 0x10200;
+  const int64_t groups = laid.groups;
+  uint8_t* records = laid.row(m);
+  float* units = laid.units.data() + m * groups;
+  const auto put = [&](int64_t vector, const Integers& whole) {
+    store_digits<HALVES>(whole, records + vector / OF_A_LINE * RECORD + vector % OF_A_LINE * (LANES / HALVES));
   };
   bool all_fit = true;
   for (int64_t group = 0; group < groups; group++) {
     const float* from = x + group * Format::GROUP;
-    const int32_t exponent = fixed::exponent_of<Format::GROUP>(from);
+    const int32_t exponent = fixed::exponent_of<Format::GROUP, CARRY>(from);
     const bool fits = fixed::fits(exponent);
     all_fit &= fits;
-    laid.units[m * groups + group] = fits ? fixed::worth<16>(exponent) * Format::FACTOR : 0.0f;
-    const Vector factor = splat(fits ? fixed::to_whole(exponent) : 0.0f);
-    for (int64_t v = 0; v < VECTORS; v++) {
-      const __m512i whole = _mm512_cvtps_epi32(__m512(load(from + v * LANES) * factor));
-      put(group * VECTORS + v, fits ? whole : _mm512_setzero_si512());
+    units[group] = fits ? fixed::worth<Format::BITS>(exponent) * Format::FACTOR : 0.0f;
+    const float factor = fits ? fixed::to_whole<Format::BITS>(exponent) : 0.0f;
+    for (int64_t v = 0; v < VECTORS; v++) put(group * VECTORS + v, fits ? nearest<Integers>(load(from + v * LANES) * factor) : Integers{});
+  }
+  for (int64_t vector = groups * VECTORS; vector < laid.lines * OF_A_LINE; vector++) put(vector, Integers{});
+  if constexpr (Format::OFFSET != 0) {
+    const RegisterBytes one = RegisterBytes{} + uint8_t(1), ones[2] = {one, one};
+    for (int64_t line = 0; line < laid.lines; line++) {
+      uint8_t* digits = records + line * RECORD;
+      RegisterIntegers total{};
+      for (int64_t digit = DIGITS - 1; digit >= 0; digit--) {
+        const uint8_t* from = digits + digit * HALVES * REGISTER;
+        const RegisterBytes own[2] = {load_as<RegisterBytes>(from), load_as<RegisterBytes>(from + (HALVES - 1) * REGISTER)};
+        total = dot_of_line<HALVES>(total << 8, ones, own);
+      }
+      store_as(total * -Format::OFFSET, digits + DIGITS * HALVES * REGISTER);
     }
   }
-  for (int64_t vector = groups * VECTORS; vector < lines * OF_A_LINE; vector++) put(vector, _mm512_setzero_si512());
   if (Format::affine) fixed::sum_groups<Format::GROUP>(x, groups, laid.sums.data() + m * groups);
   return all_fit;
 }
 
+// ---- products
+
+// Scales of sixteen groups, handed out by lines.
+template <class Way, int64_t GROUP>
+struct Scales {
+#if MARLIN_AVX512
+  Vector values;
+  __attribute__((always_inline)) void set(const Vector& scales) { values = scales; }
+  __attribute__((always_inline)) RegisterFloats of(int64_t line) const {
+    alignas(64) static constexpr auto places = [] {
+      std::array<int32_t, Way::LINES * LANES> from{};
+      for (int64_t n = 0; n < Way::LINES * LANES; n++) from[n] = int32_t(n * Way::OF_A_LANE / GROUP);
+      return from;
+    }();
+    return Vector(_mm512_permutexvar_ps(_mm512_load_si512(places.data() + line * LANES), __m512(values)));
+  }
+#else
+  float values[LANES + DWORDS];  // and what a register reads beyond
+  __attribute__((always_inline)) void set(const Vector& scales) { store(scales, values); }
+  __attribute__((always_inline)) RegisterFloats of(int64_t line) const {
+    constexpr int64_t LANES_OF_GROUP = GROUP / Way::OF_A_LANE;
+    const float* from = values + line * Way::WEIGHTS / GROUP;
+    if constexpr (LANES_OF_GROUP < DWORDS) return spread<LANES_OF_GROUP>(from);
+    return splat_as<RegisterFloats>(*from);
+  }
+#endif
+};
+
 // ROWS rows of x from m0 on by TOGETHER columns from n0 on.
-template <class Format, int ROWS, int TOGETHER>
-void together(const Matrix& w, const Laid<Format>& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
-  constexpr int64_t HALVES = Format::HALVES, LINES = LANES * Format::GROUP / WEIGHTS<Format>;  // that sixteen scales serve
-  const int64_t lines = laid.lines;
-  alignas(64) static constexpr auto spread = [] {  // of sixteen scales over the lanes of each line
-    std::array<int32_t, LINES * LANES> from{};
-    for (int64_t n = 0; n < LINES * LANES; n++) from[n] = int32_t(n * WEIGHTS<Format> / LANES / Format::GROUP);
-    return from;
-  }();
-  const __m512i table = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(Format::TABLE)));
+template <class Format>
+template <int ROWS, int TOGETHER>
+void Way<Format>::together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+  const int64_t lines = laid.lines, stride = lines * RECORD;
+  const uint8_t* x = laid.row(m0);
+  const float* units = laid.units.data() + m0 * groups;
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
-  Vector sums[ROWS][TOGETHER] = {};
+  RegisterFloats sums[ROWS][TOGETHER] = {};
   const auto each = [](auto body) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int n = 0; n < TOGETHER; n++) body(n);
   };
-  // As many lines as sixteen scales serve, stage by stage: what waits for what is as far apart as the registers allow.
+  // As many lines as sixteen scales serve, digit by digit: what waits for what is as far apart as the registers allow.
   const auto step = [&](int64_t first, auto all) __attribute__((always_inline)) {
-    const int64_t group = first * WEIGHTS<Format> / Format::GROUP, count = all ? LANES : groups - group;
-    Vector scales[ROWS][TOGETHER];
+    const int64_t group = first * WEIGHTS / Format::GROUP, count = all ? LANES : groups - group;
+    Scales<Way, Format::GROUP> scales[ROWS][TOGETHER];
     each([&](int n) __attribute__((always_inline)) {
       const Vector own = Format::scales(rows[n], group, count);
-#pragma GCC unroll 2
-      for (int m = 0; m < ROWS; m++) scales[m][n] = own * load_some(laid.units.data() + (m0 + m) * groups + group, count);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) scales[m][n].set(own * load_some(units + m * groups + group, count));
     });
     for (int64_t line = first; line < (all ? first + LINES : lines); line++) {
-      __m512i weights[HALVES][TOGETHER];
+      RegisterBytes weights[TOGETHER][2];
       each([&](int n) __attribute__((always_inline)) {
-        const uint8_t* from = rows[n].weight + line * LINE;
+        const uint8_t* from = rows[n].weight + line * REGISTER;
         __builtin_prefetch(from + ahead);
-        __m512i bytes = all ? __m512i(load_bytes(from)) : __m512i(load_bytes(from, w.row_bytes - line * LINE));
-        asm("" : "+v"(bytes));  // read once: GCC would twice, and packed rows lie across the lines of the cache
-        if constexpr (HALVES == 2) {
-          // The table repeats: of an index the lower four bits count.
-          weights[0][n] = _mm512_permutexvar_epi8(bytes, table);
-          weights[1][n] = _mm512_permutexvar_epi8(_mm512_srli_epi32(bytes, 4), table);
-        } else {
-          weights[0][n] = bytes;
-        }
+        RegisterBytes packed = all ? load_as<RegisterBytes>(from) : load_first(from, w.row_bytes - line * REGISTER);
+        KEEP_IN_REGISTER(packed);  // packed rows lie across the lines of the cache
+        const auto whole = unpack<Format>(packed);
+        weights[n][0] = whole.first;
+        if constexpr (HALVES == 2) weights[n][1] = whole.second;
       });
-      const __m512i lanes = _mm512_load_si512(spread.data() + (line - first) * LANES);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int m = 0; m < ROWS; m++) {
-        const uint8_t* digits = laid.digits.data() + (m0 + m) * laid.digit_bytes() + line * DIGITS * HALVES * LINE;
-        const uint8_t* offsets = laid.offsets.data() + (m0 + m) * laid.offset_bytes() + line * 2 * LINE;
-        __m512i upper[TOGETHER], lower[TOGETHER];
-        each([&](int n) __attribute__((always_inline)) {
-          upper[n] = Format::OFFSET ? _mm512_load_si512(offsets) : _mm512_setzero_si512();
-          lower[n] = Format::OFFSET ? _mm512_load_si512(offsets + LINE) : _mm512_setzero_si512();
-        });
-        const auto add_products = [&](__m512i* totals, int digit) __attribute__((always_inline)) {
-#pragma GCC unroll 2
-          for (int half = 0; half < HALVES; half++) {
-            const __m512i values = _mm512_load_si512(digits + (digit * HALVES + half) * LINE);
-            each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_dpbusd_epi32(totals[n], weights[half][n], values); });
+        const uint8_t* digits = x + m * stride + line * RECORD;
+        // One row has too few sums under way to wait for a chain of all three digits: the lowest goes on its own.
+        constexpr bool APART = ROWS == 1;
+        RegisterIntegers totals[TOGETHER] = {}, lowest[TOGETHER];
+        const auto add = [&](RegisterIntegers* to, int64_t digit) __attribute__((always_inline)) {
+          RegisterBytes own[2];
+          for (int64_t half = 0; half < HALVES; half++) {
+            own[half] = load_as<RegisterBytes>(digits + (digit * HALVES + half) * REGISTER);
+            KEEP_IN_REGISTER(own[half]);
           }
+          each([&](int n) __attribute__((always_inline)) { to[n] = dot_of_line<HALVES>(to[n], weights[n], own); });
         };
-        const auto up_a_digit = [&](__m512i* totals) __attribute__((always_inline)) {
-          each([&](int n) __attribute__((always_inline)) { totals[n] = _mm512_slli_epi32(totals[n], 8); });
-        };
-        add_products(upper, 3);
-        add_products(lower, 1);
-        up_a_digit(upper);
-        up_a_digit(lower);
-        add_products(upper, 2);
-        add_products(lower, 0);
+        const auto up_a_digit = [&] { each([&](int n) __attribute__((always_inline)) { totals[n] = totals[n] << 8; }); };
         each([&](int n) __attribute__((always_inline)) {
-          const Vector both = Vector(_mm512_cvtepi32_ps(upper[n])) + Vector(_mm512_cvtepi32_ps(lower[n])) * 0x1p-16f;
-          sums[m][n] += both * Vector(_mm512_permutexvar_ps(lanes, __m512(scales[m][n])));
+          lowest[n] = Format::OFFSET ? load_as<RegisterIntegers>(digits + DIGITS * HALVES * REGISTER) : RegisterIntegers{};
+        });
+        add(totals, 2);
+        if (APART) add(lowest, 0);
+        up_a_digit();
+        add(totals, 1);
+        up_a_digit();
+        if (!APART) add(totals, 0);
+        each([&](int n) __attribute__((always_inline)) {
+          if (APART || Format::OFFSET) totals[n] += lowest[n];
+          sums[m][n] += converted<RegisterFloats>(totals[n]) * scales[m][n].of(line - first);
         });
       }
     }
   };
-  const int64_t inside = w.row_bytes / LINE / LINES * LINES;
+  const int64_t inside = w.row_bytes / REGISTER / LINES * LINES;
   for (int64_t first = 0; first < inside; first += LINES) step(first, std::true_type{});
   if (inside < lines) step(inside, std::false_type{});
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int m = 0; m < ROWS; m++) {
     if constexpr (Format::affine) {
       for (int64_t g = 0; g < groups; g += LANES) {
         const Vector of_x = load_some(laid.sums.data() + (m0 + m) * groups + g, groups - g);
-        each([&](int n) { sums[m][n] += load_some(rows[n].biases + g, groups - g) * of_x; });
+        each([&](int n) {
+          const Vector biases = load_some(rows[n].biases + g, groups - g) + load_some(rows[n].scales + g, groups - g) * float(Format::CENTRE);
+          sums[m][n] += fixed::folded(biases * of_x);
+        });
       }
     }
     each([&](int n) { out[(m0 + m) * w.columns + n0 + n] = sum(sums[m][n]); });
   }
 }
 
-template <class Format>
-struct Way {
-  static constexpr int COLUMNS = 4;
-  using Laid = marlin::Laid<Format>;
-  static bool lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m) { return marlin::lay_out<Format>(x, w, laid, m); }
-  template <int ROWS, int TOGETHER>
-  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
-    marlin::together<Format, ROWS, TOGETHER>(w, laid, m0, out, n0, groups, ahead);
-  }
-};
-
 template <int64_t GROUP_SIZE>
-using WayOfInt4 = Way<Affine<4, GROUP_SIZE>>;
+using WayOfInt4 = Way<Int4<GROUP_SIZE>>;
 template <int64_t GROUP_SIZE>
-using WayOfInt8 = Way<Affine<8, GROUP_SIZE>>;
+using WayOfInt8 = Way<Int8<GROUP_SIZE>>;
 
 }  // namespace
 
@@ -249,10 +304,13 @@ bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows, fi
     case Kind::nvfp4: return fixed::multiply<Way<Nvfp4>>(kind, targets, x, rows, alone), true;
     case Kind::mxfp4: return fixed::multiply<Way<Mxfp4>>(kind, targets, x, rows, alone), true;
     case Kind::int4: return fixed::by_group_size<WayOfInt4>(group_size, affine);
+#if MARLIN_PAIRS_OF_BYTES
+    case Kind::int8: return multiply_words(targets, x, rows, alone);
+#else
     case Kind::int8: return fixed::by_group_size<WayOfInt8>(group_size, affine);
+#endif
     default: return false;
   }
 }
 
 }  // namespace marlin
-#endif

@@ -133,7 +133,8 @@ template <class Format>
 void multiply(Targets targets, const float* x, int64_t rows) {
   const int64_t depth = targets[0].w.depth, parts = (depth + DEPTH - 1) / DEPTH;
   const int64_t blocks = (rows + tiles::ROWS_OF_A_COPY - 1) / tiles::ROWS_OF_A_COPY, at_once = (rows + blocks - 1) / blocks;
-  const float* laid = lay_out(x, rows, depth, at_once);
+  const bool copied = parts > 2;
+  const float* laid = copied ? lay_out(x, rows, depth, at_once) : x;
   over_columns(targets, WIDTH, rows * depth, [&](const Target& target, int64_t first, int64_t last) {
     const Matrix& w = target.w;
     alignas(64) float panel[DEPTH * WIDTH];
@@ -144,7 +145,8 @@ void multiply(Targets targets, const float* x, int64_t rows) {
         for (int64_t part = 0; part < parts; part++) {
           const int64_t some = std::min(DEPTH, depth - part * DEPTH);
           decode<Format>(w, column, part * DEPTH, some, panel);
-          tiles::pass({laid + (m * parts + part * count) * DEPTH, DEPTH}, {panel, WIDTH}, target.out + m * w.columns + column, w.columns, count, columns,
+          const Strided from = copied ? Strided{laid + (m * parts + part * count) * DEPTH, DEPTH} : Strided{x + m * depth + part * DEPTH, depth};
+          tiles::pass(from, {panel, WIDTH}, target.out + m * w.columns + column, w.columns, count, columns,
                       some, part > 0, tiles::Ahead({nullptr, 0}, 0, 0));
         }
         finish(target, m, count, column, columns);

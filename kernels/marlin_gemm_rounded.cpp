@@ -2,24 +2,25 @@
 // their products with the codes of weights are sums of whole numbers, four a lane and instruction where the processor has it.
 //
 // One row to three: each packed row is read once, its bytes as they lie; a lane adds up neighbours. More rows: tiles of
-// columns are unpacked into bytes that stay in the first cache, one column a lane, and all rows of x pass over them.
+// columns are unpacked into bytes, one column a lane, and all rows of x pass over them. Both give the same bits: whole sums of a unit are
+// exact in any order, and what they are worth is added up in one order, as CLASSES sums over each CLASSES-th unit and then their sum.
 #include "marlin_gemm_rounded.hpp"
 
+#include <bit>
 #include <cmath>
 #include <stdexcept>
 #include <type_traits>
 
-#include "threads.hpp"
-#include "packed_columns.hpp"
 #include "packed_lines.hpp"
 #include "targets.hpp"
-#include "whole_numbers.hpp"
+#include "whole_weights.hpp"
 
 namespace marlin {
 
 namespace {
 
 constexpr int64_t BLOCK = 32;  // values of x under one scale
+constexpr int64_t CLASSES = DWORDS;
 
 // A dword of x for every lane.
 inline Bytes four_of(const int8_t* from) {
@@ -28,115 +29,56 @@ inline Bytes four_of(const int8_t* from) {
   return bits_as<Bytes>(Integers{} + four);
 }
 
-// sums[i] + the products of bytes 4i .. 4i+3. Bytes of weights are unsigned with VNNI, and signed without; SMALL ones are below
-// 32 and both. Bytes of x are signed, and never -128.
-template <bool SMALL, class Numbers, class Codes>
-inline __attribute__((always_inline)) Numbers dot(const Numbers& sums, const Codes& weights, const Codes& x) {
-  if constexpr (IS_PAIR<Numbers>) {
-    return {dot<SMALL>(sums.low, weights.low, x.low), dot<SMALL>(sums.high, weights.high, x.high)};
-  } else {
-#if MARLIN_VNNI
-    return add_quads(sums, weights, x);
-#elif MARLIN_AVX512
-    // Two products fit 16 bits: 2 * 128 * 127 at most. An unsigned and a signed factor: the sign moves over to x.
-    const __mmask64 negative = _mm512_movepi8_mask(__m512i(weights));
-    const __m512i signed_x = SMALL ? __m512i(x) : _mm512_mask_sub_epi8(__m512i(x), negative, _mm512_setzero_si512(), __m512i(x));
-    const __m512i pairs = _mm512_maddubs_epi16(SMALL ? __m512i(weights) : _mm512_abs_epi8(__m512i(weights)), signed_x);
-    return sums + Numbers(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-#elif MARLIN_AVX2
-    // As above.
-    const __m256i pairs = SMALL ? _mm256_maddubs_epi16(__m256i(weights), __m256i(x))
-                                : _mm256_maddubs_epi16(_mm256_abs_epi8(__m256i(weights)), _mm256_sign_epi8(__m256i(x), __m256i(weights)));
-    return sums + Numbers(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#elif MARLIN_NEON
-    const int8x16_t w = int8x16_t(weights), values = int8x16_t(x);
-#if defined(__ARM_FEATURE_DOTPROD)
-    return Numbers(vdotq_s32(int32x4_t(sums), w, values));
-#else
-    const int32x4_t lower = vpaddlq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(values)));
-    const int32x4_t upper = vpaddlq_s16(vmull_s8(vget_high_s8(w), vget_high_s8(values)));
-    return Numbers(vaddq_s32(int32x4_t(sums), vpaddq_s32(lower, upper)));
-#endif
-#else
-    Numbers totals = sums;
-    for (size_t lane = 0; lane < sizeof(sums) / sizeof(int32_t); lane++)
-      for (size_t part = 0; part < 4; part++) totals[lane] += int8_t(weights[4 * lane + part]) * int8_t(x[4 * lane + part]);
-    return totals;
-#endif
-  }
-}
-
-// How each format's bytes become whole numbers. The number that a code stands for is its byte less OFFSET, under the scale of
-// its group times FACTOR. UNIT: weights whose whole sums are scaled together.
-struct FourBits {
-  static constexpr bool nibbles = true, affine = false;
-  static constexpr int OFFSET = 12;  // E2M1 doubled runs from -12 to 12
-  static constexpr uint8_t TABLE[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-};
-
-struct Nvfp4 : FourBits, E4m3Scales {
+// Each format: UNIT, weights whose whole sums are scaled together; their scales, of sixteen units of a row and of one unit of sixteen
+// columns, times FACTOR.
+struct Nvfp4 : WholeFloat4 {
   static constexpr int64_t UNIT = 16;
   static constexpr float FACTOR = 0.5f / E4M3_FACTOR;
   explicit Nvfp4(const Matrix&) {}
 
-  // Sixteen columns' scales of the group whose codes are the bytes number `part` of dwords.
+  static Vector of_units(const Packed& row, int64_t unit, int64_t count) { return e4m3_of_groups(row, unit, count); }
   static Vector of_columns(Integers codes, int part) { return e4m3_of(codes, part); }
 };
 
-struct Mxfp4 : FourBits, E8m0Scales {
+struct Mxfp4 : WholeFloat4 {
   static constexpr int64_t UNIT = 32;
   static constexpr float FACTOR = 0.5f;
   explicit Mxfp4(const Matrix&) {}
 
+  static Vector of_units(const Packed& row, int64_t unit, int64_t count) { return e8m0_of_groups(row, unit, count); }
   static Vector of_columns(Integers codes, int part) { return e8m0_of(codes, part); }
 };
 
-// What the biases add comes from the sums of x over each group.
-struct Affine : FloatScales {
-  static constexpr bool affine = true;
+// Groups of any number of units. What the biases add comes from the sums of x over each group.
+template <class Codes>
+struct Affine : Codes {
   static constexpr int64_t UNIT = 32;
-  static constexpr float FACTOR = 1.0f;
-  using FloatScales::FloatScales;
-};
+  explicit Affine(const Matrix& w) : units_of_group(w.group_size / UNIT) {
+    for (int lane = 0; lane < LANES; lane++) spread[lane] = int32_t(lane / units_of_group);
+  }
 
-struct Int4 : Affine {
-  static constexpr bool nibbles = true;
-  static constexpr int OFFSET = 0;
-  static constexpr uint8_t TABLE[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  explicit Int4(const Matrix& w) : Affine(w, 2 * LINE) {}
-};
-
-struct Int8 : Affine {
-  static constexpr bool nibbles = false;
-#if MARLIN_VNNI
-  static constexpr int OFFSET = 0;
-  static constexpr uint8_t FLIP = 0;
+  Vector of_units(const Packed& row, int64_t unit, int64_t count) const {
+    if (units_of_group == 1) return load_some(row.scales + unit, count);
+    const float* from = row.scales + unit / units_of_group;
+    const int64_t groups = (std::min<int64_t>(count, LANES) + units_of_group - 1) / units_of_group;
+#if MARLIN_AVX512
+    return Vector(_mm512_permutexvar_ps(__m512i(spread), __m512(load_some(from, groups))));
+#elif MARLIN_AVX2
+    const __m256 some = _mm256_maskload_ps(from, first_lanes(groups));
+    return {_mm256_permutevar8x32_ps(some, __m256i(spread.low)), _mm256_permutevar8x32_ps(some, __m256i(spread.high))};
 #else
-  static constexpr int OFFSET = -128;  // as signed bytes
-  static constexpr uint8_t FLIP = 128;
-#endif
-  explicit Int8(const Matrix& w) : Affine(w, LINE) {}
-};
-
-// Weights of a vector of packed bytes: with nibbles the even ones and the odd ones, else all of them, in `first`.
-struct Whole {
-  Bytes first, second;
-};
-
-template <class Format>
-inline __attribute__((always_inline)) Whole unpack(const Bytes& packed) {
-  if constexpr (!Format::nibbles) {
-    return {packed ^ Format::FLIP, packed};
-  } else if constexpr (Format::affine) {
-    return {packed & 15, packed >> 4};
-  } else {
-#if MARLIN_AVX512 && defined(__AVX512VBMI__)
-    return {looked_up(Format::TABLE, packed), looked_up(Format::TABLE, Bytes(_mm512_srli_epi16(__m512i(packed), 4)))};
-#else
-    return {looked_up(Format::TABLE, packed & 15), looked_up(Format::TABLE, packed >> 4)};
+    Vector scales{};
+    for (int lane = 0; lane < LANES; lane++) scales[lane] = spread[lane] < groups ? from[spread[lane]] : 0.0f;
+    return scales;
 #endif
   }
-}
+
+  int64_t units_of_group;
+  Integers spread;
+};
+
+using Int4 = Affine<WholeInt4>;
+using Int8 = Affine<WholeInt8>;
 
 // Thirty-two bytes, each eight of them as four even ones and four odd ones: so do nibbles come apart.
 inline void even_then_odd(int8_t* bytes) {
@@ -154,10 +96,11 @@ inline void even_then_odd(int8_t* bytes) {
 
 // Rows of x as whole numbers. Memory stays with the thread for its next product.
 struct Rounded {
-  int64_t blocks = 0;           // of a row
-  std::vector<int8_t> codes;    // [rows, blocks, 32], in the order in which weights come apart
-  std::vector<float> scales;    // [rows, blocks]
-  std::vector<int32_t> sums;    // [rows, 2 * blocks] of sixteen codes each, where they are asked for
+  int64_t units = 0;             // of a row: as many as there are, and to whole vectors of them
+  std::vector<int8_t> codes;     // of rows and units, in the order in which packed weights meet them
+  std::vector<float> scales;     // [rows, units], times FACTOR
+  std::vector<int32_t> starts;   // [rows, units]: what takes the offset of the weights back
+  std::vector<float> group_sums; // [rows, groups]: of what the numbers stand for, for biases
 };
 
 // One block: codes of x[0 .. count), the scale, and the sums of both halves where `sums` is given.
@@ -181,132 +124,180 @@ inline void round_block(const float* x, int64_t count, int8_t* codes, float* sca
   }
 }
 
-template <class Format>
-void round_rows(const float* x, int64_t rows, int64_t depth, bool with_sums, Rounded& rounded) {
-  const int64_t blocks = rounded.blocks = (depth + BLOCK - 1) / BLOCK;
+// Each row of x. Units BY_CLASS: those of a class side by side, [class, unit, UNIT]. Else as packed lines meet them, [line, halves of a byte, REGISTER].
+template <class Format, bool BY_CLASS>
+void round_rows(const float* x, int64_t rows, const Matrix& w, Rounded& rounded) {
+  constexpr int64_t UNIT = Format::UNIT, WORK_OF_A_VALUE = 8;
+  const int64_t depth = w.depth, there = (depth + BLOCK - 1) / BLOCK * BLOCK / UNIT, units = rounded.units = (there + LANES - 1) / LANES * LANES;
   const auto grow = [](auto& memory, int64_t count) {
     if (int64_t(memory.size()) < count) memory.resize(count);
   };
-  grow(rounded.codes, rows * blocks * BLOCK);
-  grow(rounded.scales, rows * blocks);
-  grow(rounded.sums, with_sums ? 2 * rows * blocks : 0);
-  constexpr int64_t WORK_OF_A_VALUE = 8;
+  grow(rounded.codes, rows * units * UNIT);
+  grow(rounded.scales, rows * units);
+  if (Format::OFFSET != 0) grow(rounded.starts, rows * units);
+  const int64_t groups = w.groups(), blocks_of_group = std::max<int64_t>(1, w.group_size / BLOCK);
+  if (Format::affine) grow(rounded.group_sums, rows * groups);
   over_threads(rows, depth * WORK_OF_A_VALUE, [&](int64_t first, int64_t last) {
-    for (int64_t block = first * blocks; block < last * blocks; block++) {
-      const int64_t row = block / blocks, k = block % blocks * BLOCK;
-      int8_t* codes = rounded.codes.data() + block * BLOCK;
-      round_block(x + row * depth + k, depth - k, codes, &rounded.scales[block], with_sums ? &rounded.sums[2 * block] : nullptr);
-      if (Format::nibbles) even_then_odd(codes);
+    for (int64_t m = first; m < last; m++) {
+      const auto put = [&](int64_t unit, const int8_t* codes, float scale, int32_t sum) {
+        const int64_t place = m * units + (BY_CLASS ? unit % CLASSES * (units / CLASSES) + unit / CLASSES : unit);
+        if constexpr (BY_CLASS) {
+          std::memcpy(rounded.codes.data() + place * UNIT, codes, UNIT);
+        } else {
+          constexpr int64_t HALVES = Format::nibbles ? 2 : 1;
+          for (int64_t dword = 0; dword < UNIT / 4; dword++) {
+            const int64_t lane = (place * UNIT / 4 + dword) / HALVES, half = dword % HALVES;
+            std::memcpy(rounded.codes.data() + (lane / DWORDS * HALVES + half) * REGISTER + lane % DWORDS * 4, codes + 4 * dword, 4);
+          }
+        }
+        rounded.scales[place] = scale;
+        if (Format::OFFSET != 0) rounded.starts[place] = sum * -Format::OFFSET;
+      };
+      float group_sum = 0.0f;
+      for (int64_t block = 0; block * BLOCK < depth; block++) {
+        int8_t codes[BLOCK];
+        float scale;
+        int32_t sums[2];
+        round_block(x + m * depth + block * BLOCK, depth - block * BLOCK, codes, &scale, Format::affine || Format::OFFSET != 0 ? sums : nullptr);
+        if (Format::nibbles) even_then_odd(codes);
+        if constexpr (UNIT == BLOCK) {
+          put(block, codes, scale * Format::FACTOR, sums[0] + sums[1]);
+        } else {
+          for (int half = 0; half < 2; half++) put(2 * block + half, codes + half * UNIT, scale * Format::FACTOR, sums[half]);
+        }
+        if constexpr (Format::affine) {
+          group_sum += scale * float(sums[0] + sums[1]);
+          if ((block + 1) % blocks_of_group == 0) rounded.group_sums[m * groups + block / blocks_of_group] = std::exchange(group_sum, 0.0f);
+        }
+      }
+      const int8_t zeros[UNIT] = {};
+      for (int64_t unit = there; unit < units; unit++) put(unit, zeros, 0.0f, 0);
     }
   });
 }
 
-// The sum of x over each group of an affine format, [rows, groups].
-std::vector<float> sums_of_groups(const Rounded& rounded, int64_t rows, const Matrix& w) {
-  const int64_t groups = w.groups(), blocks_of_group = w.group_size / BLOCK;
-  std::vector<float> sums(rows * groups);
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t first = m * rounded.blocks + g * blocks_of_group;
-      for (int64_t block = first; block < first + blocks_of_group; block++)
-        sums[m * groups + g] += rounded.scales[block] * float(rounded.sums[2 * block] + rounded.sums[2 * block + 1]);
-    }
-  return sums;
-}
-
 // ---- one row to three: lanes along the depth
 
-// What a vector of packed bytes meets of a row of x.
-struct Meeting {
-  Bytes first, second;  // as `Whole`
-  Integers start;       // what takes the offset of the weights back
-  Vector scale;
-};
-
-// The even lanes of two vectors, and the odd ones.
-inline void apart(const Integers& first, const Integers& second, Integers& even, Integers& odd) {
-#if MARLIN_AVX512 && MARLIN_SHUFFLES
-  even = __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  odd = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+// Neighbours of two registers added up, for the `level`-th time: in the end a lane is a unit, in an order that `in_order` mends.
+inline __attribute__((always_inline)) RegisterIntegers neighbours([[maybe_unused]] int level, RegisterIntegers first, RegisterIntegers second) {
+#if MARLIN_AVX512
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  const auto lanes = [&](__m512i places) { return RegisterIntegers(_mm512_permutex2var_epi32(__m512i(first), places, __m512i(second))); };
+  return lanes(even) + lanes(odd);
+#elif MARLIN_AVX2
+  // Twice within the halves of a register, and then those.
+  const __m256i a = __m256i(first), b = __m256i(second);
+  if (level < 2) return RegisterIntegers(_mm256_hadd_epi32(a, b));
+  return RegisterIntegers(_mm256_permute2x128_si256(a, b, 0x20)) + RegisterIntegers(_mm256_permute2x128_si256(a, b, 0x31));
 #else
-  int32_t lanes[2 * LANES], evens[LANES], odds[LANES];
-  store_as(first, lanes);
-  store_as(second, lanes + LANES);
-  for (int lane = 0; lane < LANES; lane++) evens[lane] = lanes[2 * lane], odds[lane] = lanes[2 * lane + 1];
-  even = load_as<Integers>(evens);
-  odd = load_as<Integers>(odds);
+  RegisterIntegers sums;
+  for (int64_t lane = 0; lane < DWORDS / 2; lane++) {
+    sums[lane] = first[2 * lane] + first[2 * lane + 1];
+    sums[DWORDS / 2 + lane] = second[2 * lane] + second[2 * lane + 1];
+  }
+  return sums;
 #endif
 }
 
-template <class Format>
-void lay_out(const Rounded& rounded, int64_t rows, int64_t lines, std::vector<Meeting>& meetings) {
-  constexpr int64_t CODES = Format::nibbles ? 2 * LINE : LINE, LANES_OF_BLOCK = LANES * BLOCK / CODES;
-  if (int64_t(meetings.size()) < rows * lines) meetings.resize(rows * lines);
-  for (int64_t m = 0; m < rows; m++) {
-    const int8_t* codes = rounded.codes.data() + m * rounded.blocks * BLOCK;
-    const float* scales = rounded.scales.data() + m * rounded.blocks;
-    for (int64_t line = 0; line < lines; line++) {
-      Meeting& meeting = meetings[m * lines + line];
-      const int64_t left = rounded.blocks * BLOCK - line * CODES;
-      Integers dwords[2];
-      dwords[0] = bits_as<Integers>(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES), left));
-      if constexpr (Format::nibbles) {
-        dwords[1] = left > LINE ? bits_as<Integers>(load_bytes(reinterpret_cast<const uint8_t*>(codes + line * CODES + LINE), left - LINE)) : Integers{};
-        Integers even, odd;
-        apart(dwords[0], dwords[1], even, odd);
-        meeting.first = bits_as<Bytes>(even), meeting.second = bits_as<Bytes>(odd);
-      } else {
-        meeting.first = bits_as<Bytes>(dwords[0]);
-      }
-      if constexpr (Format::OFFSET != 0) {
-        const Bytes ones = Bytes{} + uint8_t(1);
-        Integers total = dot<true>(Integers{}, ones, meeting.first);
-        if constexpr (Format::nibbles) total = dot<true>(total, ones, meeting.second);
-        meeting.start = total * -Format::OFFSET;
-      }
-      const int64_t block = line * CODES / BLOCK;
-      for (int lane = 0; lane < LANES; lane++) {
-        const int64_t own = block + lane / LANES_OF_BLOCK;
-        meeting.scale[lane] = own < rounded.blocks ? scales[own] * Format::FACTOR : 0.0f;
-      }
-    }
+template <int LEVELS>
+inline __attribute__((always_inline)) RegisterIntegers in_order(RegisterIntegers units) {
+#if MARLIN_AVX2
+  if constexpr (LEVELS == 1) return RegisterIntegers(_mm256_permute4x64_epi64(__m256i(units), 0xd8));
+  if constexpr (LEVELS == 2) return RegisterIntegers(_mm256_permutevar8x32_epi32(__m256i(units), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#endif
+  return units;
+}
+
+// Part of a vector, as a register.
+inline __attribute__((always_inline)) RegisterFloats register_of(const auto& values, int64_t part) {
+  if constexpr (IS_PAIR<std::remove_cvref_t<decltype(values)>>) {
+    constexpr int64_t OF_A_HALF = sizeof(values.low) / REGISTER;
+    return part < OF_A_HALF ? register_of(values.low, part) : register_of(values.high, part - OF_A_HALF);
+  } else {
+    return values;
   }
 }
 
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Format& format, const Matrix& w, const Meeting* meetings, const float* group_sums, float* out, int64_t n0,
-                     int64_t groups, int64_t ahead) {
-  constexpr int64_t WEIGHTS = Format::nibbles ? 2 * LINE : LINE;
-  const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE;
+inline void together(const Format& format, const Matrix& w, const Rounded& rounded, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+  constexpr int64_t HALVES = Format::nibbles ? 2 : 1, LINES = Format::UNIT / (4 * HALVES);  // that have a register of units
+  constexpr int LEVELS = std::countr_zero(uint64_t(LINES));
+  const int64_t units = rounded.units, stride = units * Format::UNIT, there = w.depth / Format::UNIT;
+  const auto* x = reinterpret_cast<const uint8_t*>(rounded.codes.data());
   Packed rows[TOGETHER];
+#pragma GCC unroll 4
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
-  Sums sums[TOGETHER][ROWS] = {};
-  const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
-    Whole weights[TOGETHER];
-    Vector scales[TOGETHER];
+  RegisterFloats sums[TOGETHER][ROWS] = {};
+  // Whole sums of a register of units of a row of weights, from this line on: what two lines have is joined as soon as both are there.
+  const auto units_of = [&](const uint8_t* weight, int64_t line, auto all, RegisterIntegers* totals) __attribute__((always_inline)) {
+    RegisterIntegers waiting[LEVELS + 1][ROWS];
+    const auto add = [&](int64_t own_line, int number) __attribute__((always_inline)) {
+      const uint8_t* from = weight + own_line * REGISTER;
+      const int64_t left = w.row_bytes - own_line * REGISTER;
+      if (all) __builtin_prefetch(from + ahead);
+      const RegisterBytes packed = all ? load_as<RegisterBytes>(from) : load_first(from, left);
+      const Whole<RegisterBytes> weights = unpack<Format>(packed);
+#pragma GCC unroll 4
+      for (int m = 0; m < ROWS; m++) {
+        const uint8_t* codes = x + m * stride + own_line * HALVES * REGISTER;
+        RegisterIntegers total{};
+        if (!all && left <= 0) {  // behind the row
+        } else if constexpr (Format::nibbles) {
+          const RegisterBytes own[2] = {load_as<RegisterBytes>(codes), load_as<RegisterBytes>(codes + REGISTER)}, both[2] = {weights.first, weights.second};
+          total = dot_of_two(total, both, own);
+        } else {
+          total = dot<false>(total, weights.first, load_as<RegisterBytes>(codes));
+        }
+        int level = 0;
+#pragma GCC unroll 4
+        for (; number >> level & 1; level++) total = neighbours(level, waiting[level][m], total);
+        waiting[level][m] = total;
+      }
+    };
+    [&]<int... NUMBERS>(std::integer_sequence<int, NUMBERS...>) __attribute__((always_inline)) {
+      (add(line + NUMBERS, NUMBERS), ...);
+    }(std::make_integer_sequence<int, LINES>{});
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++) totals[m] = in_order<LEVELS>(waiting[LEVELS][m]);
+  };
+  // Sixteen units from `unit` on.
+  const auto step = [&](int64_t unit, auto all) __attribute__((always_inline)) {
+#pragma GCC unroll 4
     for (int n = 0; n < TOGETHER; n++) {
-      const uint8_t* from = rows[n].weight + line * LINE;
-      __builtin_prefetch(from + ahead);
-      weights[n] = unpack<Format>(all ? load_bytes(from) : load_bytes(from, w.row_bytes - line * LINE));
-      scales[n] = format.of_lanes(rows[n], line, all ? LANES : groups - line * WEIGHTS / w.group_size);
-    }
-    for (int m = 0; m < ROWS; m++) {
-      const Meeting& meeting = meetings[m * lines + line];
-      for (int n = 0; n < TOGETHER; n++) {
-        Integers total = Format::OFFSET ? meeting.start : Integers{};
-        total = dot<Format::nibbles>(total, weights[n].first, meeting.first);
-        if constexpr (Format::nibbles) total = dot<true>(total, weights[n].second, meeting.second);
-        add_products(sums[n][m], converted<Vector>(total), scales[n] * meeting.scale);
+      const Vector scales = format.of_units(rows[n], unit, all ? LANES : there - unit);
+#pragma GCC unroll 4
+      for (int64_t part = 0; part < LANES / DWORDS; part++) {
+        const int64_t first = unit + part * DWORDS;
+        if (!all && first >= there) break;
+        RegisterIntegers totals[ROWS];
+        if (all || first + DWORDS <= there) {
+          units_of(rows[n].weight, first / DWORDS * LINES, std::true_type{}, totals);
+        } else {
+          units_of(rows[n].weight, first / DWORDS * LINES, std::false_type{}, totals);
+        }
+#pragma GCC unroll 4
+        for (int m = 0; m < ROWS; m++) {
+          const int64_t place = m * units + first;
+          if constexpr (Format::OFFSET != 0) totals[m] += load_as<RegisterIntegers>(rounded.starts.data() + place);
+          sums[n][m] += converted<RegisterFloats>(totals[m]) * (register_of(scales, part) * load_as<RegisterFloats>(rounded.scales.data() + place));
+        }
       }
     }
   };
-  for (int64_t line = 0; line < whole; line++) step(line, true);
-  if (whole < lines) step(whole, false);
+  int64_t unit = 0;
+  for (; unit + LANES <= there; unit += LANES) step(unit, std::true_type{});
+  if (unit < units) step(unit, std::false_type{});
+#pragma GCC unroll 4
   for (int n = 0; n < TOGETHER; n++) {
+#pragma GCC unroll 4
     for (int m = 0; m < ROWS; m++) {
-      if constexpr (Format::affine)
-        for (int64_t g = 0; g < groups; g += LANES)
-          add_products(sums[n][m], load_some(rows[n].biases + g, groups - g), load_some(group_sums + m * groups + g, groups - g));
+      if constexpr (Format::affine) {
+        for (int64_t g = 0; g < groups; g += LANES) {
+          const Vector biases = load_some(rows[n].biases + g, groups - g), of_x = load_some(rounded.group_sums.data() + m * groups + g, groups - g);
+#pragma GCC unroll 4
+          for (int64_t part = 0; part < LANES / DWORDS; part++) sums[n][m] += register_of(biases, part) * register_of(of_x, part);
+        }
+      }
       out[m * w.columns + n0 + n] = sum(sums[n][m]);
     }
   }
@@ -320,18 +311,14 @@ void few_rows(Targets targets, const float* x) {
   constexpr int TOGETHER = 2;  // as many unpacked weights as sixteen registers have room for
 #endif
   thread_local Rounded kept_rounded;
-  thread_local std::vector<Meeting> kept_meetings;
   Rounded& rounded = kept_rounded;
-  std::vector<Meeting>& meetings = kept_meetings;
   const Matrix& any = targets[0].w;
-  round_rows<Format>(x, ROWS, any.depth, Format::affine, rounded);
-  lay_out<Format>(rounded, ROWS, (any.row_bytes + LINE - 1) / LINE, meetings);
-  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, ROWS, any) : std::vector<float>{};
+  round_rows<Format, false>(x, ROWS, any, rounded);
   const Format format(any);
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
     by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) {
-      together<Format, ROWS, some>(format, target.w, meetings.data(), group_sums.data(), target.out, n, groups, ahead);
+      together<Format, ROWS, some>(format, target.w, rounded, target.out, n, groups, ahead);
     });
     finish(target, 0, ROWS, first, last - first);
   });
@@ -339,7 +326,6 @@ void few_rows(Targets targets, const float* x) {
 
 // ---- more rows: lanes are columns
 
-constexpr int64_t CHUNK = 256;  // of the depth, unpacked at a time: 8 KB for a tile; two threads of a core share the first cache
 #if MARLIN_AVX512
 constexpr int WIDE = 2;          // vectors of columns in a tile
 constexpr int ROWS_AT_ONCE = 6;  // of x: twelve sums of floats and twelve of whole numbers fit 32 registers
@@ -348,100 +334,116 @@ constexpr int WIDE = 1, ROWS_AT_ONCE = 4;  // whole numbers in eight registers o
 #endif
 constexpr int64_t TILE = WIDE * LANES;
 
-// A chunk of a tile's columns: four weights of each column a vector, and the scales and biases of its groups.
+// All of a tile's columns: four weights of each column a vector, scales of units and biases of groups, those of a class side by side. The
+// second cache holds it.
 template <class Format>
-struct Panel {
-  Bytes weights[CHUNK / 4][WIDE];
-  Vector scales[CHUNK / Format::UNIT][WIDE];
-  Vector biases[CHUNK / BLOCK][WIDE];
-};
+class Panel {
+ public:
+  static constexpr int64_t STEPS = Format::UNIT / 4;
+  using Tile = Vector[WIDE];
 
-template <class Format>
-void unpack_panel(const Matrix& w, int64_t column, int64_t k, int64_t count, Panel<Format>& panel) {
-  constexpr int64_t WEIGHTS = Format::nibbles ? 2 * LINE : LINE;
-  const int64_t first_byte = Format::nibbles ? k / 2 : k;
-  for (int c = 0; c < WIDE; c++) {
-    const Columns columns(w, column + c * LANES);
-    for (int64_t line = 0; line * WEIGHTS < count; line++) {
-      Integers dwords[LANES];
-      columns.line(first_byte + line * LINE, dwords);
-      for (int j = 0; j < LANES; j++) {
-        const Whole whole = unpack<Format>(bits_as<Bytes>(dwords[j]));
-        if constexpr (Format::nibbles) {
-          panel.weights[2 * (line * LANES + j)][c] = whole.first;
-          panel.weights[2 * (line * LANES + j) + 1][c] = whole.second;
-        } else {
-          panel.weights[line * LANES + j][c] = whole.first;
+  Panel(const Matrix& w, int64_t units) : of_class(units / CLASSES), groups_of_class((w.groups() + CLASSES - 1) / CLASSES) {
+    thread_local AlignedBytes kept;
+    uint8_t* memory = kept.of(units * (STEPS * sizeof(Bytes[WIDE]) + sizeof(Tile)) + groups_of_class * CLASSES * sizeof(Tile));
+    weights = reinterpret_cast<Bytes(*)[WIDE]>(memory);
+    scales = reinterpret_cast<Tile*>(memory + units * STEPS * sizeof(Bytes[WIDE]));
+    biases = scales + units;
+  }
+
+  int64_t of_class, groups_of_class;
+  Bytes (*weights)[WIDE];  // [units, STEPS]
+  Tile *scales, *biases;
+
+  void unpack(const Matrix& w, int64_t column) {
+    constexpr int64_t DWORDS_OF_UNIT = Format::UNIT * (Format::nibbles ? 4 : 8) / 32;
+    const int64_t units = w.depth / Format::UNIT;
+    for (int c = 0; c < WIDE; c++) {
+      const Columns columns(w, column + c * LANES);
+      for (int64_t first = 0; first < units; first += LANES / DWORDS_OF_UNIT) {
+        Integers dwords[LANES];
+        columns.line(first * DWORDS_OF_UNIT * 4, dwords);
+        for (int64_t j = 0; j < LANES && first + j / DWORDS_OF_UNIT < units; j++) {
+          Bytes(*to)[WIDE] = weights + place(first + j / DWORDS_OF_UNIT) * STEPS + j % DWORDS_OF_UNIT * (STEPS / DWORDS_OF_UNIT);
+          const Whole<Bytes> whole = marlin::unpack<Format>(bits_as<Bytes>(dwords[j]));
+          to[0][c] = whole.first;
+          if constexpr (Format::nibbles) to[1][c] = whole.second;
+        }
+      }
+      if constexpr (Format::affine) {
+        const int64_t units_of_group = w.group_size / Format::UNIT;
+        for (int64_t group = 0; group < w.groups(); group++) {
+          Vector scale;
+          columns.floats(group, scale, biases[group % CLASSES * groups_of_class + group / CLASSES][c]);
+          for (int64_t unit = group * units_of_group; unit < (group + 1) * units_of_group; unit++) scales[place(unit)][c] = scale;
+        }
+      } else {
+        for (int64_t first = 0; first < units; first += 4) {
+          const Integers codes = columns.four_codes(first);
+          for (int part = 0; part < 4 && first + part < units; part++) scales[place(first + part)][c] = Format::of_columns(codes, part);
         }
       }
     }
-    const int64_t units = (count + BLOCK - 1) / BLOCK * BLOCK / Format::UNIT;
-    if constexpr (Format::affine) {
-      const int64_t group = k / w.group_size, units_of_group = w.group_size / Format::UNIT;
-      for (int64_t g = 0; g * units_of_group < units; g++) {
-        Vector scale;
-        columns.floats(group + g, scale, panel.biases[g][c]);
-        for (int64_t unit = 0; unit < units_of_group; unit++) panel.scales[g * units_of_group + unit][c] = scale;
-      }
-    } else {
-      const int64_t first = k / Format::UNIT, there = columns.groups() - first;
-      for (int64_t unit = 0; unit < units; unit += 4) {
-        const Integers codes = columns.four_codes(first + unit);
-        for (int part = 0; part < 4 && unit + part < units; part++)
-          panel.scales[unit + part][c] = unit + part < there ? Format::of_columns(codes, part) : Vector{};
-      }
-    }
   }
-}
 
-// What a panel meets: rows of x from some column on.
-struct Rows {
-  const int8_t* codes;        // [rows, codes_stride]
-  const float* scales;        // [rows, stride of blocks], times FACTOR
-  const int32_t* starts;      // [rows, 2 * stride]: what takes the offset of the weights back, for each sixteen codes
-  const float* group_sums;    // [rows, groups], for biases
-  int64_t blocks, groups;     // strides
+ private:
+  int64_t place(int64_t unit) const { return unit % CLASSES * of_class + unit / CLASSES; }
 };
 
+// The sum of each class, in the order in which `sum` adds up the lanes of a register.
+template <int ROWS>
+inline void add_classes(Vector (*sums)[ROWS][WIDE]) {
+#if MARLIN_AVX512 || MARLIN_AVX2
+  for (int64_t half = CLASSES / 2; half > 0; half /= 2)
+    for (int64_t own = 0; own < half; own++)
+      for (int m = 0; m < ROWS; m++)
+        for (int c = 0; c < WIDE; c++) sums[own][m][c] += sums[own + half][m][c];
+#else
+  for (int64_t own = 1; own < CLASSES; own++)
+    for (int m = 0; m < ROWS; m++)
+      for (int c = 0; c < WIDE; c++) sums[0][m][c] += sums[own][m][c];
+#endif
+}
+
+// ROWS rows of x from m0 on.
 template <class Format, int ROWS>
-void rows_of_tile(const Panel<Format>& panel, const Rows& x, float* out, int64_t out_stride, int64_t columns, int64_t count, int64_t panel_groups,
-                  bool add) {
-  constexpr int64_t UNITS = BLOCK / Format::UNIT, STEPS = Format::UNIT / 4;
-  const int64_t blocks = (count + BLOCK - 1) / BLOCK;
-  Vector sums[ROWS][WIDE] = {};
-  for (int64_t block = 0; block < blocks; block++) {
-    for (int64_t half = 0; half < UNITS; half++) {
-      const int64_t unit = block * UNITS + half;
+void rows_of_tile(const Panel<Format>& panel, const Rounded& x, int64_t m0, const Matrix& w, float* out, int64_t columns) {
+  constexpr int64_t UNIT = Format::UNIT, STEPS = UNIT / 4;
+  const int64_t units = w.depth / UNIT, groups = w.groups();
+  const int8_t* all_codes = x.codes.data() + m0 * x.units * UNIT;
+  const float* all_scales = x.scales.data() + m0 * x.units;
+  const int32_t* all_starts = x.starts.data() + m0 * x.units;
+  Vector sums[CLASSES][ROWS][WIDE];
+  for (int64_t own = 0; own < CLASSES; own++) {
+    Vector of_class[ROWS][WIDE] = {};
+    const int64_t first = own * panel.of_class, last = first + std::max<int64_t>(0, (units - own + CLASSES - 1) / CLASSES);
+    for (int64_t unit = first; unit < last; unit++) {
       Integers totals[ROWS][WIDE];
-      for (int m = 0; m < ROWS; m++) {
-        int32_t start = 0;
-        if constexpr (Format::OFFSET != 0) start = x.starts[2 * (m * x.blocks + block) + half];
-        for (int c = 0; c < WIDE; c++) totals[m][c] = Integers{} + start;
-      }
+      for (int m = 0; m < ROWS; m++)
+        for (int c = 0; c < WIDE; c++) totals[m][c] = Integers{} + (Format::OFFSET ? all_starts[m * x.units + unit] : 0);
       for (int64_t step = 0; step < STEPS; step++) {
         const Bytes* weights = panel.weights[unit * STEPS + step];
-        const int8_t* codes = x.codes + 4 * (unit * STEPS + step);
+        const int8_t* codes = all_codes + unit * UNIT + 4 * step;
         for (int m = 0; m < ROWS; m++) {
-          const Bytes four = four_of(codes + m * x.blocks * BLOCK);
+          const Bytes four = four_of(codes + m * x.units * UNIT);
           for (int c = 0; c < WIDE; c++) totals[m][c] = dot<Format::nibbles>(totals[m][c], weights[c], four);
         }
       }
       for (int m = 0; m < ROWS; m++) {
-        const Vector scale = splat(x.scales[m * x.blocks + block]);
-        for (int c = 0; c < WIDE; c++) sums[m][c] += converted<Vector>(totals[m][c]) * (panel.scales[unit][c] * scale);
+        const Vector scale = splat(all_scales[m * x.units + unit]);
+        for (int c = 0; c < WIDE; c++) of_class[m][c] += converted<Vector>(totals[m][c]) * (panel.scales[unit][c] * scale);
       }
     }
+    if constexpr (Format::affine)
+      for (int64_t g = own; g < groups; g += CLASSES)
+        for (int m = 0; m < ROWS; m++)
+          for (int c = 0; c < WIDE; c++)
+            of_class[m][c] += panel.biases[own * panel.groups_of_class + g / CLASSES][c] * x.group_sums[(m0 + m) * groups + g];
+    for (int m = 0; m < ROWS; m++)
+      for (int c = 0; c < WIDE; c++) sums[own][m][c] = of_class[m][c];
   }
-  if constexpr (Format::affine)
-    for (int64_t g = 0; g < panel_groups; g++)
-      for (int m = 0; m < ROWS; m++)
-        for (int c = 0; c < WIDE; c++) sums[m][c] += panel.biases[g][c] * x.group_sums[m * x.groups + g];
-  for (int m = 0; m < ROWS; m++) {
-    for (int c = 0; c * LANES < columns; c++) {
-      float* to = out + m * out_stride + c * LANES;
-      store_some(add ? sums[m][c] + load_some(to, columns - c * LANES) : sums[m][c], to, columns - c * LANES);
-    }
-  }
+  add_classes<ROWS>(sums);
+  for (int m = 0; m < ROWS; m++)
+    for (int c = 0; c * LANES < columns; c++) store_some(sums[0][m][c], out + m * w.columns + c * LANES, columns - c * LANES);
 }
 
 template <class Format>
@@ -449,48 +451,20 @@ void many_rows(Targets targets, const float* x, int64_t rows) {
   const Matrix& any = targets[0].w;
   thread_local Rounded kept_rounded;
   Rounded& rounded = kept_rounded;
-  round_rows<Format>(x, rows, any.depth, Format::affine || Format::OFFSET != 0, rounded);
-  const int64_t groups = any.groups(), blocks = rounded.blocks;
-  const std::vector<float> group_sums = Format::affine ? sums_of_groups(rounded, rows, any) : std::vector<float>{};
-  for (int64_t block = 0; block < rows * blocks; block++) rounded.scales[block] *= Format::FACTOR;
-  if constexpr (Format::OFFSET != 0) {
-    for (int64_t block = 0; block < rows * blocks; block++) {
-      int32_t* sums = &rounded.sums[2 * block];
-      if (Format::UNIT == BLOCK) sums[0] += sums[1];
-      sums[0] *= -Format::OFFSET, sums[1] *= -Format::OFFSET;
-    }
-  }
+  round_rows<Format, true>(x, rows, any, rounded);
   const int64_t parts = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   over_columns(targets, TILE, rows * any.depth, [&](const Target& target, int64_t first, int64_t last) {
     const Matrix& w = target.w;
-    float* out = target.out;
-    Panel<Format> panel;
+    Panel<Format> panel(w, rounded.units);
     for (int64_t tile = first; tile < last; tile++) {
       const int64_t column = tile * TILE, columns = std::min(TILE, w.columns - column);
-      for (int64_t k = 0; k < w.depth; k += CHUNK) {
-        const int64_t count = std::min(CHUNK, w.depth - k), panel_groups = count / w.group_size;
-        unpack_panel<Format>(w, column, k, count, panel);
-        for (int64_t part = 0; part < parts; part++) {
-          // Parts as equal as can be: a part of few rows loads as many weights as a whole one.
-          const int64_t m = rows * part / parts, own = rows * (part + 1) / parts - m;
-          const Rows here{rounded.codes.data() + m * blocks * BLOCK + k, rounded.scales.data() + m * blocks + k / BLOCK,
-                          rounded.sums.data() + 2 * (m * blocks + k / BLOCK), Format::affine ? &group_sums[m * groups + k / w.group_size] : nullptr,
-                          blocks, groups};
-          const auto run = [&](auto count_of_rows) {
-            rows_of_tile<Format, decltype(count_of_rows)::value>(panel, here, out + m * w.columns + column, w.columns, columns, count,
-                                                                 panel_groups, k > 0);
-          };
-          switch (own) {
-            case 1: run(std::integral_constant<int, 1>{}); break;
-            case 2: run(std::integral_constant<int, 2>{}); break;
-            case 3: run(std::integral_constant<int, 3>{}); break;
-#if MARLIN_AVX512
-            case 4: run(std::integral_constant<int, 4>{}); break;
-            case 5: run(std::integral_constant<int, 5>{}); break;
-#endif
-            default: run(std::integral_constant<int, ROWS_AT_ONCE>{});
-          }
-        }
+      panel.unpack(w, column);
+      for (int64_t part = 0; part < parts; part++) {
+        // Parts as equal as can be: a part of few rows loads as many weights as a whole one.
+        const int64_t m = rows * part / parts;
+        for_few_rows<ROWS_AT_ONCE>(rows * (part + 1) / parts - m, [&](auto own) {
+          rows_of_tile<Format, own>(panel, rounded, m, w, target.out + m * w.columns + column, columns);
+        });
       }
       finish(target, 0, rows, column, columns);
     }

@@ -1,68 +1,25 @@
-// marlin_gemm in fixed point by products of words: out[M, N] = x[M, K] @ W[N, K]^T in float32, for all processors without VNNI's bytes.
+// marlin_gemm in fixed point by products of words: out[M, N] = x[M, K] @ W[N, K]^T in float32, for int8 on x86 without VNNI.
 //
-// Two digits of fourteen bits, whose products with whole weights fit two a dword. A packed line of bytes is taken a nibble of each word at
-// a time (or a byte of each), so that a shift, a mask and a lookup are all there is between memory and multiplication: fewer instructions
-// than a conversion to floats, and as many multiplications.
+// Two digits of fourteen bits, whose products with whole weights fit two a dword. A packed line of bytes is taken a byte of each word at
+// a time, so that a shift or a mask is all there is between memory and multiplication.
 #include "marlin_gemm_fixed.hpp"
 
-#include "decode.hpp"
 #include "fixed_point.hpp"
 #include "packed_lines.hpp"
+#include "whole_weights.hpp"
 
-#if !MARLIN_VNNI_BYTES
+#if MARLIN_PAIRS_OF_BYTES
 namespace marlin {
 
 namespace {
 
 constexpr int DIGIT = 14;  // bits
 
-// Each format: HALVES, what a packed byte holds; weights are the words number `part` of a register of packed bytes, times FACTOR and the
-// scale of their GROUP. scales(row, group, count): sixteen groups', of which `count` are there. Biases meet the sums of x over each group.
-struct Float4 {
-  static constexpr int64_t HALVES = 2, PARTS = 4;
-  static constexpr bool affine = false;
-  alignas(16) static constexpr uint8_t TABLE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, 255, 254, 253, 252, 250, 248, 244};
-
-  // Looked up in the upper byte, where it has its sign; code 0 below it is nothing.
-  template <int PART>
-  static __attribute__((always_inline)) RegisterWords part(RegisterWords packed) {
-    const RegisterWords moved = PART == 0 ? packed << 8 : PART == 1 ? packed << 4 : PART == 2 ? packed : packed >> 4;
-    return RegisterWords(looked_up(TABLE, RegisterBytes(moved & 0x0f00)));
-  }
-};
-
-struct Nvfp4 : Float4 {
-  static constexpr int64_t GROUP = 16;
-  static constexpr float FACTOR = 0x1p-9f / E4M3_FACTOR;
-  static Vector scales(const Packed& row, int64_t group, int64_t count) { return e4m3_of_groups(row, group, count); }
-};
-
-struct Mxfp4 : Float4 {
-  static constexpr int64_t GROUP = 32;
-  static constexpr float FACTOR = 0x1p-9f;
-  static Vector scales(const Packed& row, int64_t group, int64_t count) { return e8m0_of_groups(row, group, count); }
-};
-
+// Weights are the bytes number `part` of a register of packed words, times the scale of their GROUP. Biases meet the sums of x over each.
 template <int64_t GROUP_SIZE>
-struct Affine {
+struct Int8 {
   static constexpr int64_t GROUP = GROUP_SIZE;
-  static constexpr bool affine = true;
-  static constexpr float FACTOR = 1.0f;
   static Vector scales(const Packed& row, int64_t group, int64_t count) { return load_some(row.scales + group, count); }
-};
-
-template <int64_t GROUP_SIZE>
-struct Int4 : Affine<GROUP_SIZE> {
-  static constexpr int64_t HALVES = 2, PARTS = 4;
-  template <int PART>
-  static __attribute__((always_inline)) RegisterWords part(RegisterWords packed) {
-    return PART == 3 ? packed >> 12 : (packed >> (4 * PART)) & 15;
-  }
-};
-
-template <int64_t GROUP_SIZE>
-struct Int8 : Affine<GROUP_SIZE> {
-  static constexpr int64_t HALVES = 1, PARTS = 2;
   template <int PART>
   static __attribute__((always_inline)) RegisterWords part(RegisterWords packed) {
     return PART ? packed >> 8 : packed & 255;
@@ -72,11 +29,11 @@ struct Int8 : Affine<GROUP_SIZE> {
 template <class Format>
 struct Way {
 #if MARLIN_AVX512
-  static constexpr int COLUMNS = 4;
+  static constexpr int COLUMNS = 4, ROWS = 2;
 #else
-  static constexpr int COLUMNS = 2;  // as many sums as there are registers
+  static constexpr int COLUMNS = 2, ROWS = 2;  // as many sums as there are registers
 #endif
-  static constexpr int64_t WEIGHTS = REGISTER * Format::HALVES, PARTS = Format::PARTS;          // of a line, of a word
+  static constexpr int64_t WEIGHTS = REGISTER, PARTS = 2, BITS = 28;                            // of a line, of a word, of x
   static constexpr int64_t LANES_OF_GROUP = Format::GROUP / (WEIGHTS / DWORDS);                 // of one line, or of several
   static constexpr int64_t SPAN = std::max<int64_t>(1, LANES_OF_GROUP / DWORDS);                // lines under one scale
   static constexpr int64_t LINES_OF_SCALES = LANES * Format::GROUP / WEIGHTS;                   // that sixteen scales serve
@@ -93,7 +50,7 @@ struct Way {
       groups = lines * UNITS_OF_LINE / SPAN;
       words.of(rows * lines * PARTS * 2 * REGISTER);
       units.resize(std::max<size_t>(units.size(), rows * groups));
-      if (Format::affine) sums.resize(std::max<size_t>(sums.size(), rows * w.groups()));
+      sums.resize(std::max<size_t>(sums.size(), rows * w.groups()));
     }
     int16_t* row(int64_t m) { return reinterpret_cast<int16_t*>(words.data()) + m * lines * PARTS * REGISTER; }
     const uint8_t* row(int64_t m) const { return words.data() + m * lines * PARTS * 2 * REGISTER; }
@@ -112,8 +69,8 @@ struct Way {
         const int32_t exponent = group < groups ? exponent_of(x, group) : fixed::LEAST_EXPONENT;
         const bool there = group < groups && fixed::fits(exponent);
         fitting &= group >= groups || there;
-        const float factor = there ? fixed::to_whole(exponent) : 0.0f;
-        if (group < laid.groups) units[group] = there ? fixed::worth<DIGIT>(exponent) * Format::FACTOR : 0.0f;
+        const float factor = there ? fixed::to_whole<BITS>(exponent) : 0.0f;
+        if (group < laid.groups) units[group] = there ? fixed::worth<BITS, DIGIT>(exponent) : 0.0f;
         for (int64_t v = 0; v < GROUP; v += LANES) {
           const Integers whole = there ? nearest<Integers>(load(x + group * GROUP + v) * factor) : Integers{};
           const Integers upper = (whole + (1 << (DIGIT - 1))) >> DIGIT;
@@ -126,7 +83,7 @@ struct Way {
           for (int64_t digit = 0; digit < 2; digit++, to += WORDS)
             for (int64_t n = 0; n < WORDS; n++) to[n] = digits[digit][line * WEIGHTS + n * PARTS + part];
     }
-    if (Format::affine) fixed::sum_groups<GROUP>(x, groups, laid.sums.data() + m * groups);
+    fixed::sum_groups<GROUP>(x, groups, laid.sums.data() + m * groups);
     return fitting;
   }
 
@@ -176,10 +133,6 @@ struct Way {
         };
         add(std::integral_constant<int, 0>{});
         add(std::integral_constant<int, 1>{});
-        if constexpr (PARTS == 4) {
-          add(std::integral_constant<int, 2>{});
-          add(std::integral_constant<int, 3>{});
-        }
       }
 #pragma GCC unroll 2
       for (int m = 0; m < ROWS; m++) {
@@ -206,36 +159,23 @@ struct Way {
     }
     for (int n = 0; n < TOGETHER; n++) {
       for (int m = 0; m < ROWS; m++) {
-        float total = sum(sums[n][m]);
-        if constexpr (Format::affine) {
-          Vector biases{};
-          for (int64_t g = 0; g < groups; g += LANES)
-            biases += load_some(rows[n].biases + g, groups - g) * load_some(laid.sums.data() + (m0 + m) * groups + g, groups - g);
-          total += sum(biases);
-        }
-        out[(m0 + m) * w.columns + n0 + n] = total;
+        Vector biases{};
+        for (int64_t g = 0; g < groups; g += LANES)
+          biases += load_some(rows[n].biases + g, groups - g) * load_some(laid.sums.data() + (m0 + m) * groups + g, groups - g);
+        out[(m0 + m) * w.columns + n0 + n] = sum(sums[n][m] + fixed::folded(biases));
       }
     }
   }
 };
 
 template <int64_t GROUP_SIZE>
-using WayOfInt4 = Way<Int4<GROUP_SIZE>>;
-template <int64_t GROUP_SIZE>
 using WayOfInt8 = Way<Int8<GROUP_SIZE>>;
 
 }  // namespace
 
-bool multiply_fixed(Kind kind, Targets targets, const float* x, int64_t rows, fixed::Alone alone) {
-  const int64_t group_size = targets[0].w.group_size;
-  const auto affine = [&](auto way) { fixed::multiply<decltype(way)>(kind, targets, x, rows, alone); };
-  switch (kind) {
-    case Kind::nvfp4: return fixed::multiply<Way<Nvfp4>>(kind, targets, x, rows, alone), true;
-    case Kind::mxfp4: return fixed::multiply<Way<Mxfp4>>(kind, targets, x, rows, alone), true;
-    case Kind::int4: return fixed::by_group_size<WayOfInt4>(group_size, affine);
-    case Kind::int8: return fixed::by_group_size<WayOfInt8>(group_size, affine);
-    default: return false;
-  }
+bool multiply_words(Targets targets, const float* x, int64_t rows, fixed::Alone alone) {
+  return fixed::by_group_size<WayOfInt8>(targets[0].w.group_size,
+                                         [&](auto way) { fixed::multiply<decltype(way)>(Kind::int8, targets, x, rows, alone); });
 }
 
 }  // namespace marlin

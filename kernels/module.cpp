@@ -14,6 +14,7 @@
 #include "logits.hpp"
 #include "probes.hpp"
 #include "sequence_costs.hpp"
+#include "sliced_encoding.hpp"
 #include "ways.hpp"
 
 namespace nb = nanobind;
@@ -128,6 +129,12 @@ NB_MODULE(marlin_cpu, m) {
   nb::class_<marlin::StackMemory>(m, "StackMemory")
       .def_prop_ro("bytes_in_use", &marlin::StackMemory::bytes_in_use)
       .def("keep", &marlin::StackMemory::keep, "sequences"_a);
+  nb::class_<marlin::SlicedEncoding>(m, "SlicedEncoding")
+      .def(nb::init<const marlin::Stack&, const marlin::Stack&, const array&, const std::vector<int>&, const std::vector<int>&>(), "encoder"_a,
+           "decoder"_a, "x"_a, "sizes"_a, "bits"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+      .def("advance", &marlin::SlicedEncoding::advance, "rows"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("keep", &marlin::SlicedEncoding::keep, "inputs"_a)
+      .def("memories", &marlin::SlicedEncoding::memories);
 
   nb::class_<marlin::CharacterEmbedding>(m, "CharacterEmbedding")
       .def(nb::init<const std::vector<array>&, const std::vector<int>&, const array&, const array&, marlin::Norm>(), "tables"_a, "primes"_a,

@@ -194,6 +194,23 @@ std::vector<mx::array> StackCache::delayed() const {
   return last;
 }
 
+StackMemory::StackMemory(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int64_t rows, int bits, std::vector<int32_t> lengths)
+    : batch_(batch), rows_(rows), heads_(kv_heads), head_dim_(head_dim), packed_(bits < 32), lengths_(std::move(lengths)) {
+  constexpr int64_t ROWS_OF_A_PAGE = 4096;
+  for (int64_t layer = 0; layer < layers; layer++)
+    for (auto* pages : {&keys_, &values_})
+      pages->emplace_back(batch, kv_heads, head_dim, bits, std::min(rows, ROWS_OF_A_PAGE)).reserve(rows);
+}
+
+void StackMemory::append(int64_t layer, float* keys, const float* values, int64_t count) {
+  if (packed_) hadamard_heads(keys, batch_ * count * heads_, head_dim_);
+  for (bool key : {true, false}) {
+    KeyValuePages& pages = (key ? keys_ : values_)[layer];
+    for (int64_t b = 0; b < batch_; b++) pages.write(b, (key ? keys : values) + b * count * heads_ * head_dim_, count);
+    pages.advance(count);
+  }
+}
+
 int64_t StackMemory::bytes_in_use() const { return bytes_of(keys_, values_); }
 
 void StackMemory::keep(const std::vector<int>& sequences) {
@@ -221,21 +238,14 @@ StackCache Stack::cache(int64_t batch, int64_t rows) const {
 }
 
 StackMemory Stack::remember(const mx::array& states, const std::vector<int>& lengths, int bits) const {
-  constexpr int64_t ROWS_OF_A_PAGE = 4096;
   const auto input = in_memory(states);
   const int64_t batch = states.shape(0), rows = states.shape(1), width = shape_.kv_heads * shape_.head_dim;
-  StackMemory memory;
-  memory.batch_ = batch, memory.rows_ = rows, memory.packed_ = bits < 32, memory.lengths_.assign(lengths.begin(), lengths.end());
-  std::vector<float> projected(batch * rows * width);
-  for (const Layer& layer : layers_) {
-    for (bool key : {true, false}) {
-      (key ? layer.cross->k_proj : layer.cross->v_proj)(input.data<float>(), projected.data(), batch * rows);
-      if (key && memory.packed_) hadamard_heads(projected.data(), batch * rows * shape_.kv_heads, shape_.head_dim);
-      auto& pages = (key ? memory.keys_ : memory.values_).emplace_back(batch, shape_.kv_heads, shape_.head_dim, bits, std::min(rows, ROWS_OF_A_PAGE));
-      pages.reserve(rows);
-      for (int64_t b = 0; b < batch; b++) pages.write(b, projected.data() + b * rows * width, rows);
-      pages.advance(rows);
-    }
+  StackMemory memory(layers_.size(), batch, shape_.kv_heads, shape_.head_dim, rows, bits, {lengths.begin(), lengths.end()});
+  std::vector<float> keys(batch * rows * width), values(batch * rows * width);
+  for (size_t number = 0; number < layers_.size(); number++) {
+    layers_[number].cross->k_proj(input.data<float>(), keys.data(), batch * rows);
+    layers_[number].cross->v_proj(input.data<float>(), values.data(), batch * rows);
+    memory.append(number, keys.data(), values.data(), rows);
   }
   return memory;
 }

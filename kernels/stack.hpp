@@ -83,13 +83,18 @@ class StackCache {
 // Keys and values of another sequence, as each layer reads them. It never grows.
 class StackMemory {
  public:
+  // Of a batch of sequences that will have `rows` each, and have none yet.
+  StackMemory(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int64_t rows, int bits, std::vector<int32_t> lengths = {});
+  // Adds rows [count, width] of keys and values of one layer to each sequence. It may turn the keys.
+  void append(int64_t layer, float* keys, const float* values, int64_t count);
+
   int64_t bytes_in_use() const;
   int64_t batch() const { return batch_; }
   void keep(const std::vector<int>& sequences);
 
  private:
   friend class Stack;
-  int64_t batch_, rows_;
+  int64_t batch_, rows_, heads_, head_dim_;
   bool packed_;
   std::vector<int32_t> lengths_;  // real rows of each sequence; empty: all
   std::vector<KeyValuePages> keys_, values_;
@@ -129,6 +134,7 @@ class Stack {
                           const std::vector<const StackMemory*>& memories, int first_layer, int end_layer, PartSeconds* seconds) const;
 
  private:
+  friend class SlicedEncoding;
   // Some of the sequences that stand together.
   struct Part {
     const Sequences* all;

@@ -54,15 +54,12 @@ void by_columns(int64_t first, int64_t last, const Body& body) {
   for (; n < last; n++) body(std::integral_constant<int, 1>{}, n);
 }
 
-// body(ROWS), an integral_constant, for one to four rows.
-template <class Body>
+// body(ROWS), an integral_constant, for one to MOST rows.
+template <int MOST = 4, class Body>
 void for_few_rows(int64_t rows, const Body& body) {
-  switch (rows) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    default: return body(std::integral_constant<int, 4>{});
-  }
+  if constexpr (MOST > 1)
+    if (rows < MOST) return for_few_rows<MOST - 1>(rows, body);
+  body(std::integral_constant<int, MOST>{});
 }
 
 }  // namespace marlin

@@ -49,9 +49,10 @@ std::vector<Way> ways_here(Kind kind, bool rounded) {
 }
 
 Way way_of(Kind kind, const Matrix& w, int64_t rows, bool rounded) {
-  if (exact_rows()) return rounded ? Way::whole_lines : kind == Kind::mxfp8 ? Way::lines : Way::fixed;
+  // Whole numbers give the same bits both ways.
+  if (exact_rows() && !rounded) return kind == Kind::mxfp8 ? Way::lines : Way::fixed;
   for (const auto& [most, way] : table()[int(kind)][rounded][w.columns * w.depth > MOST_SMALL_WEIGHTS])
-    if (rows <= most && is_here(way, kind, rounded)) return way;
+    if (rows <= most && is_here(way, kind, rounded) && (!exact_rows() || multiplies_whole_numbers(way))) return way;
   if (rounded) return rows <= 3 ? Way::whole_lines : Way::whole_columns;
   return rows == 1 && kind != Kind::mxfp8 ? Way::fixed : rows <= 4 && is_here(Way::lines, kind, rounded) ? Way::lines : rows <= 16 ? Way::registers : Way::panels;
 }

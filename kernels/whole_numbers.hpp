@@ -8,9 +8,6 @@
 
 #if (MARLIN_AVX512 && defined(__AVX512VNNI__)) || (MARLIN_AVX2 && (defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))))
 #define MARLIN_VNNI 1
-#if MARLIN_AVX512 && defined(__AVX512VBMI__)
-#define MARLIN_VNNI_BYTES 1  // fixed point in digits of a byte (marlin_gemm_fixed.cpp), elsewhere in words (marlin_gemm_words.cpp)
-#endif
 #endif
 
 namespace marlin {
@@ -28,6 +25,18 @@ using RegisterBytes = RegisterOf<uint8_t, REGISTER>::type;
 using RegisterWords = RegisterOf<uint16_t, REGISTER>::type;
 using RegisterIntegers = RegisterOf<int32_t, REGISTER>::type;
 using RegisterFloats = RegisterOf<float, REGISTER>::type;
+
+// The first `count` bytes of a register; the others are zero.
+inline RegisterBytes load_first(const uint8_t* from, int64_t count) {
+  if (count >= REGISTER) return load_as<RegisterBytes>(from);
+#if MARLIN_AVX512
+  return RegisterBytes(_mm512_maskz_loadu_epi8(count > 0 ? (1ull << count) - 1 : 0, from));
+#else
+  uint8_t bytes[REGISTER] = {};
+  if (count > 0) std::memcpy(bytes, from, count);
+  return load_as<RegisterBytes>(bytes);
+#endif
+}
 
 #if MARLIN_VNNI
 // sums[i] + the products of unsigned bytes of a, 4i .. 4i + 3, and signed ones of b.

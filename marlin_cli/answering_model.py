@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from marlin_cli.engine import byte_states
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerRequest
 from marlin_cli.engine.answer_scoring import bits_of_answers
-from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
+from marlin_cli.engine.answering import answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.schedulers import scheduler_of
+from marlin_cli.engine.scheduling import Piece, Scheduler, SchedulerLimits
 from marlin_cli.engine.spans import OUTSIDE, Place, Span
 from marlin_cli.engine.stopping import StopMatcher, Stopping
 from marlin_cli.errors import UsageError
@@ -149,6 +152,14 @@ class AnsweringModel(Model):
                     data = matchers[stream].flush() + (bytes_with_sentinels([new]) if sentinels else b"")
                     if data:
                         yield Piece(stream, data)
+
+    def scheduler(self, limits: SchedulerLimits | None = None) -> Scheduler[AnswerRequest]:
+        """Answers that come and go beside each other; see `marlin_cli.engine.scheduling`. One thread owns it and the model.
+
+        Raises:
+            UsageError: an encoder alone.
+        """
+        return scheduler_of(self.network, limits, CacheBits(self.kv_bits, self.kv_bits))
 
     def logits(self, source: bytes, target: bytes) -> mx.array:
         """Logits [len(target) + 1, vocab] float32, teacher-forced: row i predicts byte i of the target, the last its end.

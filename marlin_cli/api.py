@@ -11,7 +11,10 @@ from marlin_cli.checkpoints import architecture_of
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.encoding_model import EncodingModel
+from marlin_cli.errors import UsageError
 from marlin_cli.models import Architecture, Capability, architecture_named
+from marlin_cli.ranks import ALONE, Ranks
+from marlin_cli.text import quoted
 
 # The design document's names of the first models of each kind.
 MegaByteModel = ContinuingModel
@@ -59,9 +62,28 @@ def load(
     activation_bits: int = 16,
     dtype: mx.Dtype | None = None,
     options: ImportOptions | None = None,
+    split: Ranks = ALONE,
 ) -> AnyModel:
     """Read any supported model; see `Model.from_pretrained`. What it can do is said by its class."""
     found = MODELS[capability_of(path)]
     return found.from_pretrained(
-        path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, dtype=dtype, options=options
+        path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, dtype=dtype, options=options, split=split
     )
+
+
+def ranks_to_split(part: str | None, model: str, ranks: Ranks) -> Ranks:
+    """The ranks that share a model: all of the job where --split names its part, else none.
+
+    Raises:
+        UsageError: another part than the model's, or a process that is alone.
+    """
+    if part is None:
+        return ALONE
+    architecture = architecture_at(model)
+    if architecture.split is None or architecture.split.part != part:
+        known = "each rank holds all" if architecture.split is None else f"ranks share the {architecture.split.part}"
+        mend = "leave it out" if architecture.split is None else f"take --split {architecture.split.part}"
+        raise UsageError(f"--split {quoted(part)}: {model} is a {architecture.title}, of which {known}; {mend}")
+    if ranks.size == 1:
+        raise UsageError(f"--split {part} shares a model among ranks, and this process is alone; start it by mlx.launch -n 2")
+    return ranks

@@ -20,6 +20,7 @@ from marlin_cli.commands.given import Command
 from marlin_cli.commands.info import info
 from marlin_cli.commands.label import label
 from marlin_cli.commands.quantize import quantize
+from marlin_cli.commands.serve import serve
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
 from marlin_cli.text import one_line
 from marlin_cli.version import __version__
@@ -58,7 +59,7 @@ def _until_reader_goes(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (calibrate, quantize, generate, label, encode, bench, info):
+for _command in (calibrate, quantize, generate, label, encode, serve, bench, info):
     app.command(cls=Command)(_until_reader_goes(_command))
 
 

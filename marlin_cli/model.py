@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import ImportOptions, lasting, read_checkpoint
+from marlin_cli.checkpoints import Checkpoint, ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
-from marlin_cli.config import check_same, describe
+from marlin_cli.config import check_same, describe, from_mapping
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CheckpointError, UsageError
-from marlin_cli.models import ARCHITECTURES, Capability, architecture_named, build, config_as_mapping
+from marlin_cli.models import ARCHITECTURES, Capability, Share, architecture_named, build, config_as_mapping
+from marlin_cli.models.splitting import Cut, share_among, share_of
 from marlin_cli.ops import round_activations
 from marlin_cli.ops.device import Device, choose_device
+from marlin_cli.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from marlin_cli.quantization.plan import QuantizationSettings
@@ -116,6 +118,7 @@ class Model:
         activation_bits: int = 16,
         dtype: mx.Dtype | None = None,
         options: ImportOptions | None = None,
+        split: Ranks = ALONE,
     ) -> AnyModel:
         """Read any supported checkpoint: a path, the name of a shipped model, or a repository on the hub.
 
@@ -129,14 +132,25 @@ class Model:
             dtype: of weights and activations; float32 on a CPU and as the architecture has it elsewhere if None.
             options: what a foreign checkpoint does not reveal. What is assumed where it says nothing is an
                 `AssumptionWarning`, and stands in `marlin["assumed"]`.
+            split: ranks that share it: each holds a part and runs all that the others run, in the same order.
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be used, or does something else with bytes.
-            UsageError: a type in which the network overflows, or bits of what it does not keep.
+            UsageError: a type in which the network overflows, bits of what it does not keep, or ranks that cannot share it.
             BackendError: the device is not there.
         """
         where = locate_model(str(path))
-        checkpoint = read_checkpoint(where, with_heads(where, options or ImportOptions()))
+        share: Share | None = None
+
+        def wanted(checkpoint: Checkpoint) -> dict[str, Cut]:
+            nonlocal share
+            architecture = architecture_named(checkpoint.config, str(path))
+            share = share_among(split, architecture, str(path))
+            settings = from_mapping(architecture.config, checkpoint.config, str(path))
+            return share.cuts(settings, checkpoint.weights, str(path))
+
+        options = with_heads(where, options or ImportOptions())
+        checkpoint = read_checkpoint(where, options, wanted=None if split.size == 1 else wanted)
         chosen = choose_device(device)
         architecture = architecture_named(checkpoint.config, str(path))
         if architecture.capability is not cls.capability:
@@ -144,8 +158,10 @@ class Model:
             raise CheckpointError(f"{path}: holds a {found}; take load, or name a model that {cls.capability.value}")
         if architecture.overflows_in_float16 and dtype is not None and dtype == mx.float16:
             raise UsageError(f"dtype: a {architecture.title} overflows in float16; use bfloat16 or float32")
-        wanted = dtype or chosen.dtype or (mx.bfloat16 if architecture.overflows_in_float16 else None)
-        network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=wanted)
+        number = dtype or chosen.dtype or (mx.bfloat16 if architecture.overflows_in_float16 else None)
+        network = build(
+            checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=number, share=share
+        )
         if config is not None:
             check_same(network.config, config, str(path))
         if kv_bits not in (None, 16, (16, 16)) and not architecture.packed_keys(network.config).paths:
@@ -176,6 +192,7 @@ class Model:
         """
         from marlin_cli.quantization.apply import quantize_network
 
+        self._check_whole()
         result = quantize_network(self.network, settings, statistics)
         tables = {"quantization": result.quantization, "marlin": {**lasting(self.marlin), **result.marlin}}
         return self._with_cache(result.network, self.device, settings.kv_bits, **tables)
@@ -185,6 +202,13 @@ class Model:
 
         Raises:
             OutputError: the folder exists, or cannot be written.
+            UsageError: ranks share the network.
         """
+        self._check_whole()
         weights = dict(tree_flatten(self.network.parameters()))
         write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
+
+    def _check_whole(self) -> None:
+        """Raise `UsageError` for a network that ranks share."""
+        if share_of(self.network) is not None:
+            raise UsageError("this rank holds a part of the model alone; load it in one process to pack or save it")

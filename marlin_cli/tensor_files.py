@@ -86,6 +86,65 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return dict(arrays), metadata
 
 
+# Of rows that are read to take columns out of them.
+BLOCK_BYTES = 1 << 20
+
+# Types of which parts are read, and the words of that size in numpy.
+_WORDS = {
+    "F32": ("float32", "<u4"), "F16": ("float16", "<u2"), "BF16": ("bfloat16", "<u2"), "U32": ("uint32", "<u4"),
+    "U8": ("uint8", "u1"),
+}  # fmt: skip
+
+
+def read_slices(path: Path, cuts: Mapping[str, tuple[slice, ...]], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parts of the arrays of a safetensors file (`mlx.core.array`); of what lies between them one block at a time is in memory.
+
+    Args:
+        cuts: name -> what is wanted, by axis. Names that the file has not, of another type than a network's or of another
+            shape than `shapes` says, are left out.
+
+    Raises:
+        CheckpointError: see `safetensors_header`; or the file became shorter.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    tensors, _ = safetensors_header(path)
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            places = json.loads(file.read(header_bytes))
+            found = {}
+            for name, cut in cuts.items():
+                entry = tensors.get(name)
+                if entry is None or entry["dtype"] not in _WORDS or tuple(entry["shape"]) != shapes[name]:
+                    continue
+                dtype, words = _WORDS[entry["dtype"]]
+                file.seek(8 + header_bytes + places[name]["data_offsets"][0])
+                part = _read_slice(file, np.dtype(words), shapes[name], cut)
+                found[name] = mx.array(part).view(getattr(mx, dtype))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot read: {one_line(error)[:MOST_SAID]}") from None
+    return found
+
+
+def _read_slice(file: Any, words: Any, shape: tuple[int, ...], cut: tuple[slice, ...]) -> Any:
+    """A part of the array that begins where the file stands, a few rows at a time: a map would keep what is not wanted, too."""
+    import numpy as np
+
+    rows = range(*cut[0].indices(shape[0]))
+    row_words = math.prod(shape[1:])
+    file.seek(rows.start * row_words * words.itemsize, 1)
+    step = max(1, BLOCK_BYTES // max(1, row_words * words.itemsize))
+    parts = []
+    for start in range(0, len(rows), step):
+        count = min(step, len(rows) - start)
+        data = file.read(count * row_words * words.itemsize)
+        block = np.frombuffer(data, dtype=words).reshape(count, *shape[1:])  # ValueError where the file has become shorter
+        parts.append(np.ascontiguousarray(block[(slice(None), *cut[1:])]))
+    return np.concatenate(parts) if parts else np.zeros((0, *shape[1:]), dtype=words)
+
+
 def save_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write MLX arrays as safetensors to a temporary path inside `writing` or `writing_folder`.
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
-VOID = {"meta", "br", "line", "rect", "circle", "polyline"}
+VOID = {"meta", "br", "input", "line", "rect", "circle", "polyline"}
 
 # Under these names Chromium is installed.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

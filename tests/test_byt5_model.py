@@ -9,7 +9,7 @@ from mlx.utils import tree_map
 
 from marlin_cli import ByT5Config, ByT5Model, load
 from marlin_cli.engine import sampling as sampling_module
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling, draw, without
 from marlin_cli.engine.stopping import Stopping

@@ -25,11 +25,11 @@ def test_help_names_the_four_subcommands_and_imports_nothing_heavy():
     )
     result = run("--help", code=code)
     assert result.returncode == 0, result.stderr
-    for name in ("calibrate", "quantize", "generate", "bench"):
+    for name in ("calibrate", "quantize", "generate", "serve", "bench"):
         assert name in result.stdout
 
 
-@pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "bench"])
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "serve", "bench"])
 def test_every_option_has_help(name):
     from typer.main import get_command
 
@@ -41,7 +41,7 @@ def test_every_option_has_help(name):
         assert parameter.help, parameter.name
 
 
-@pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "bench"])
+@pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "serve", "bench"])
 def test_help_prints_every_text_as_it_is_written(name):
     from typer.main import get_command
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ring import ended, start_ring
 
 from marlin_cli.errors import DistributedError, MarlinError, UsageError
 from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
-from marlin_cli.ranks.watch import Connection
+from marlin_cli.ranks.watch import Connection, Watch
 
 # What takes seconds to import is imported where it is used: most ranks here do without.
 
@@ -153,16 +154,7 @@ def start(folder: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def starting(job: str, only: tuple[int, ...] = (0, 1)) -> list["subprocess.Popen[str]"]:
-        hosts = folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-        new = [
-            subprocess.Popen(
-                [sys.executable, __file__, job, str(folder)],
-                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in only
-        ]  # fmt: skip
+        new = start_ring([__file__, job, str(folder)], folder, only=only)
         started.extend(new)
         return new
 
@@ -170,33 +162,6 @@ def start(folder: Path) -> Iterator[Start]:
     for process in started:
         process.kill()
         process.communicate()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, of a range that no outgoing connection is given."""
-    ports: list[int] = []
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                try:
-                    with socket.socket() as server:
-                        server.bind(("127.0.0.1", port))
-                except OSError:
-                    continue
-                ports.append(port)
-        if len(ports) == count:
-            break
-    return ports
-
-
-def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each."""
-    results = []
-    for process in processes:
-        out, error = process.communicate(timeout=60)
-        results.append((process.returncode, out, error))
-    return results
 
 
 def test_two_ranks_of_which_one_is_killed_go_on_to_what_one_process_gives(start: Start, folder: Path) -> None:
@@ -389,8 +354,66 @@ def test_what_no_rank_says_ends_a_connection(data: bytes) -> None:
     there.close()
 
 
+@pytest.fixture
+def connected() -> Iterator[tuple[Connection, Connection]]:
+    """Both ends of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = Connection(socket.create_connection(server.getsockname()))
+        other = Connection(server.accept()[0])
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_bytes_follow_the_message_that_counts_them(connected: tuple[Connection, Connection]) -> None:
+    one, other = connected
+    data = bytes(range(256)) * 40
+    one.send(data, bytes=len(data))
+    one.send(beat=True)
+    assert other.receive() == {"bytes": len(data)}
+    assert other.payload(len(data)) == data
+    assert other.receive() == {"beat": True}
+
+
+@pytest.mark.parametrize("size", [-1, 1 << 40, "5", None, 2.0])
+def test_a_count_of_bytes_that_no_rank_sends_ends_a_connection(size: Any, connected: tuple[Connection, Connection]) -> None:
+    assert connected[0].payload(size) is None
+
+
+def test_messages_are_told_by_their_sender_and_waited_for_no_longer_than_asked(
+    connected: tuple[Connection, Connection],
+) -> None:
+    first, second = Watch(0, 2, {1: connected[0]}), Watch(1, 2, {0: connected[1]})
+    first.start()
+    second.start()
+    second.send(0, b"from 1")
+    second.send(0, b"")
+    assert first.receive(10) == (1, b"from 1")
+    assert first.receive(10) == (1, b"")
+    assert first.receive(0) is None
+    first.send(1, b"from 0")
+    assert second.receive(None) == (0, b"from 0")
+    first.close()
+    second.close()
+
+
 def test_a_process_that_nothing_launched_is_alone() -> None:
     with joined() as ranks:
         assert ranks is ALONE
         assert ranks.gather(b"x") == [b"x"]
     assert not is_follower()
+
+
+def test_a_deaf_rank_ends_when_another_is_lost_and_not_before(connected: tuple[Connection, Connection]) -> None:
+    watch = Watch(1, 2, {0: connected[0]})
+    ranks = Ranks(1, 2, watch)
+    before = signal.getsignal(signal.SIGINT)
+    with ranks.deaf():
+        watch.stop(signal.SIGTERM, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        watch.lost = "rank 0 of 2 ended"
+        with pytest.raises(KeyboardInterrupt):
+            watch.stop(signal.SIGTERM, None)
+    assert signal.getsignal(signal.SIGINT) is before
+    with ALONE.deaf(), ALONE.computing():
+        pass

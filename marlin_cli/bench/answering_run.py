@@ -8,10 +8,12 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.answering_model import AnsweringModel
+from marlin_cli.api import ranks_to_split
 from marlin_cli.bench.answering_result import AnsweringModelReport, AnsweringReport, PairSettings
 from marlin_cli.bench.answering_speed import AnsweringSpeed, batch_sizes_of, check_inputs_fit, measure_answering
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
+from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import read_checkpoint
@@ -22,6 +24,7 @@ from marlin_cli.corpus.pairs import locate_pairs
 from marlin_cli.errors import UsageError
 from marlin_cli.prediction.sizes import bytes_by_part, weights_by_part
 from marlin_cli.quality.pairs import PairQuality, check_pairs_fit, measure_pairs
+from marlin_cli.ranks import Ranks, joined
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class AnsweringRequest:
     device: str = "auto"
     kv_bits: int | None = None
     activation_bits: int = 16
+    split: str | None = None  # the part of the models that ranks share; else each has all, and some of the passes
 
     def __post_init__(self) -> None:
         if self.throughput is None and self.quality is None:
@@ -50,10 +54,19 @@ def run(request: AnsweringRequest) -> AnsweringReport:
     Raises:
         MarlinError: a model or pairs that cannot be read, or settings that do not fit a model.
     """
+    with joined() as ranks:
+        return _run(of_ranks(request, ranks), ranks)
+
+
+def _run(request: AnsweringRequest, ranks: Ranks) -> AnsweringReport:
     pairs = [] if request.quality is None else _pairs(request.quality)
     models = [
         AnsweringModel.from_pretrained(
-            name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
+            name,
+            device=request.device,
+            kv_bits=request.kv_bits,
+            activation_bits=request.activation_bits,
+            split=ranks_to_split(request.split, name, ranks),
         )
         for name in request.models
     ]
@@ -62,19 +75,25 @@ def run(request: AnsweringRequest) -> AnsweringReport:
     labels = labels_of(request.models)
     scores: Sequence[PairQuality | None] = [None] * len(models)
     if request.quality is not None:
-        reference = _reference(request, request.quality, models)
+        reference = _reference(request, request.quality, models, ranks)
+        named_models = [*request.models, request.quality.reference]
+        check_alike(ranks, named_models, (side for pair in pairs for side in (pair.source, pair.target)))
         named = dict(zip(labels, models, strict=True))
         check_pairs_fit(named if reference is None else {**named, "the reference": reference}, pairs)
     speeds = [None] * len(models) if request.throughput is None else _time(models, request.throughput)
     if request.quality is not None:
         passes = len(models) + (reference is not None and reference not in models)
         with console.byte_progress("scoring", passes * sum(len(pair.source) + len(pair.target) for pair in pairs)) as progress:
-            scores = measure_pairs(named, pairs, reference, progress.advance)
+            if request.split is None:
+                scores = measure_pairs(named, pairs, reference, progress.advance, ranks=ranks)
+            else:
+                with ranks.computing():
+                    scores = measure_pairs(named, pairs, reference, progress.advance)
     reports = [
         AnsweringModelReport(
             model=label,
             weights=weights_by_part(model.network),
-            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
+            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name), check_values=False).weights),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             kv_bits=model.kv_bits,
             speeds=None if speed is None else tuple(speed),
@@ -115,12 +134,15 @@ def _pairs(settings: PairSettings) -> list[Pair]:
     return [pairs[(2 * number + 1) * len(pairs) // (2 * count)] for number in range(count)]
 
 
-def _reference(request: AnsweringRequest, settings: PairSettings, models: Sequence[AnsweringModel]) -> AnsweringModel | None:
+def _reference(
+    request: AnsweringRequest, settings: PairSettings, models: Sequence[AnsweringModel], ranks: Ranks
+) -> AnsweringModel | None:
     if settings.reference is None:
         return None
     if settings.reference in request.models:
         return models[request.models.index(settings.reference)]
-    return AnsweringModel.from_pretrained(settings.reference, device=request.device)
+    shared = ranks_to_split(request.split, settings.reference, ranks)
+    return AnsweringModel.from_pretrained(settings.reference, device=request.device, split=shared)
 
 
 def _time(models: Sequence[AnsweringModel], settings: ThroughputSettings) -> list[list[AnsweringSpeed]]:

@@ -10,6 +10,7 @@ from marlin_cli.bench.encoding_result import EncodingModelReport, EncodingReport
 from marlin_cli.bench.encoding_speed import EncodingSpeed, check_texts_fit, measure_encoding, shapes_of
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
+from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.run import labels_of
 from marlin_cli.bench.throughput import ThroughputSettings
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
@@ -20,6 +21,7 @@ from marlin_cli.errors import UsageError
 from marlin_cli.prediction.sizes import bytes_by_part, weights_by_part
 from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
 from marlin_cli.quality.texts import TextQuality, check_comparable, measure_texts, readable
+from marlin_cli.ranks import Ranks, joined
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ def run(request: EncodingRequest) -> EncodingReport:
     Raises:
         MarlinError: a model or texts that cannot be read, or settings that do not fit a model.
     """
+    with joined() as ranks:
+        return _run(of_ranks(request, ranks), ranks)
+
+
+def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
     models = [_loaded(request, name) for name in request.models]
     if request.throughput is not None:
         check_texts_fit(models, request.throughput)
@@ -66,16 +73,17 @@ def run(request: EncodingRequest) -> EncodingReport:
         quality = replace(quality, window_bytes=_window_bytes(quality, [*models, reference]))
         texts = _texts(quality, [*models, reference])
         check_comparable(named, texts, reference)
+        check_alike(ranks, [*request.models, quality.reference], (text for found in texts.values() for text in found))
     speeds = [None] * len(models) if request.throughput is None else _time(models, request.throughput)
     if quality is not None:
         total = sum(len(text) for found in texts.values() for text in found)
         with console.byte_progress("comparing", total * len(models)) as progress:
-            scores = measure_texts(named, texts, reference, progress.advance)
+            scores = measure_texts(named, texts, reference, progress.advance, ranks=ranks)
     reports = [
         EncodingModelReport(
             model=label,
             weights=weights_by_part(model.network),
-            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name), request.options).weights),
+            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name), request.options, check_values=False).weights),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             speeds=None if speed is None else tuple(speed),
             quality=score,

@@ -13,8 +13,10 @@ from pathlib import Path
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
+from marlin_cli.api import ranks_to_split
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
+from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
@@ -51,6 +53,7 @@ class Request:
     kv_bits: int | tuple[int, int] | None = None  # of keys and values, or of each
     activation_bits: int = 16
     roofline: bool = False  # measure this machine's bandwidth too, and what decoding makes of it
+    split: str | None = None  # the part of the models that ranks share; else each has all, and some of the passes
     resume: bool = False  # go on with the quality run of these models, bytes and settings that was interrupted
     reference_cache_bytes: int = DEFAULT_LIMIT_BYTES  # for log-probabilities of the reference, kept between runs; 0 for none
 
@@ -76,28 +79,27 @@ def run(request: Request) -> Report:
 
 
 def _run(request: Request, ranks: Ranks) -> Report:
-    if ranks.size > 1:
-        if request.quality is None:
-            raise UsageError(f"{ranks.size} ranks share a quality run; give --quality, or measure speed in one process")
-        if request.throughput is not None:
-            console.note(f"speed is not measured: {ranks.size} ranks would disturb each other")
-            request = dataclasses.replace(request, throughput=None)
+    request = of_ranks(request, ranks)
     models = [
         ContinuingModel.from_pretrained(
-            name, device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
+            name,
+            device=request.device,
+            kv_bits=request.kv_bits,
+            activation_bits=request.activation_bits,
+            split=ranks_to_split(request.split, name, ranks),
         )
         for name in request.models
     ]
     if request.throughput is not None:
         check_run_fits(models, request.throughput)
-    scoring = None if request.quality is None else _prepared(request, request.quality, models)
+    scoring = None if request.quality is None else _prepared(request, request.quality, models, ranks)
     speeds = None if request.throughput is None else _time(models, request.throughput, request.roofline)
     scores = None if scoring is None else _score(scoring, request, models[0].device.name, ranks)
     reports = [
         ModelReport(
             model=label,
             weights=weights_by_part(model.network),
-            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name)).weights),
+            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name), check_values=False).weights),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             cache_bits=model.cache_bits,
             throughput=None if speeds is None else speeds[number],
@@ -123,13 +125,14 @@ class _Scoring:
     reference: Network | None
 
 
-def _prepared(request: Request, settings: QualitySettings, models: Sequence[ContinuingModel]) -> _Scoring:
+def _prepared(request: Request, settings: QualitySettings, models: Sequence[ContinuingModel], ranks: Ranks) -> _Scoring:
     networks = {label: model.network for label, model in zip(labels_of(request.models), models, strict=True)}
     reference = None
     if settings.reference in request.models:
         reference = models[request.models.index(settings.reference)].network
     elif settings.reference is not None:
-        reference = ContinuingModel.from_pretrained(settings.reference, device=request.device).network
+        shared = ranks_to_split(request.split, settings.reference, ranks)
+        reference = ContinuingModel.from_pretrained(settings.reference, device=request.device, split=shared).network
     windows = cut(files_by_domain(*settings.corpora), settings.windowing)
     check_windows_fit(networks, windows, reference)
     if any(model.cache_bits != CacheBits() for model in models):
@@ -173,7 +176,12 @@ def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> li
 
     if ranks.size > 1:
         ranks.check_alike(job=key())
-    total = sum(window.scored for part in scoring.windows.values() for window in part) // ranks.size
+    total = sum(window.scored for part in scoring.windows.values() for window in part)
+    if request.split is not None:  # no rank may do less than another, by what it has kept
+        check_alike(ranks, names, [_fingerprint_of_windows(scoring.windows).encode()])
+        with console.byte_progress("scoring", total) as progress, ranks.computing():
+            return measure_quality(scoring.networks, scoring.windows, scoring.reference, progress.advance)
+    total //= ranks.size
     keeping: contextlib.AbstractContextManager[Journal | None] = contextlib.nullcontext()
     if cache is not None:
         keeping = Journal(cache / "quality", key, rank=ranks.rank, resume=request.resume)

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, names_in, read_foreign, weights_file
+from marlin_cli.checkpoints.parts import Wanted, part_of
 from marlin_cli.checkpoints.state_dicts import names_of_models
 from marlin_cli.documents import read_json
 from marlin_cli.errors import AssumptionWarning, CheckpointError, ConfigError
@@ -28,6 +29,7 @@ __all__ = [
     "lasting",
     "possible_heads",
     "read_checkpoint",
+    "sketch",
 ]
 
 # Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
@@ -74,7 +76,9 @@ LASTING = (ASSUMED, "rotated_states")
 CACHE_BITS = (4, 8, 16)
 
 
-def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_values: bool = True) -> Checkpoint:
+def read_checkpoint(
+    path: Path, options: ImportOptions | None = None, *, check_values: bool = True, wanted: Wanted | None = None
+) -> Checkpoint:
     """Read a model folder or file of any supported layout.
 
     Weights come in the types they are stored in; torch's float64 comes as float32.
@@ -83,6 +87,7 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         options: what a foreign checkpoint does not reveal.
         check_values: look at every weight now, which brings them all into memory; off, the caller calls `check_weight`
             on each as it takes it.
+        wanted: what of the arrays a rank holds, see `parts`; all of them if None.
 
     Raises:
         CheckpointError: no supported layout, a damaged or unsafe file, weights that are not finite numbers, or an
@@ -101,6 +106,8 @@ def read_checkpoint(path: Path, options: ImportOptions | None = None, *, check_v
         _check_options(checkpoint, options)
     _check_marlin(checkpoint)
     checkpoint = _with_assumptions(checkpoint, options)
+    if wanted is not None:
+        checkpoint = part_of(checkpoint, wanted)
     for name, array in checkpoint.weights.items():
         _check_kind(checkpoint, name, array)
         if check_values:
@@ -257,6 +264,32 @@ def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
         for file in files_of(path):
             check_regular(file, CheckpointError)
             digest.update(f"{file.name}:{sha256_of_file(file)}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+# Of each end of a file that `sketch` looks at.
+SKETCHED_BYTES = 1 << 20
+
+
+def sketch(path: Path) -> str:
+    """SHA-256 over the names, sizes and ends of a model's files: tells models apart at once, not a damage in between.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot be read.
+    """
+    layout = _layout_with_config(path)
+    digest = hashlib.sha256()
+    try:
+        for file in [weights_file(path)] if layout is None else WITH_CONFIG[layout].files(path):
+            check_regular(file, CheckpointError)
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}\n".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(SKETCHED_BYTES))
+                opened.seek(max(0, size - SKETCHED_BYTES))
+                digest.update(opened.read(SKETCHED_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
     return digest.hexdigest()

@@ -117,6 +117,26 @@ def bench(
     bandwidth: Annotated[
         float | None, typer.Option(help="With --plan: GB/s at which memory is read; measured unless given.")
     ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="Ranks (mlx.launch -n N marlin ..) share this part of the models: global or encoder. With --quality; without"
+            " it each rank has the models, and scores some of the bytes.",
+        ),
+    ] = None,
+    plan_ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", min=2, max=4096, help="With --plan: so many ranks too, by streams and by --split global."),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="US,GB/S[,tree]",
+            help="With --ranks: microseconds and GB/s of a sum over two ranks, for example 300,1; tree: over more it grows by"
+            " the logarithm, not by as much for each.",
+        ),
+    ] = None,
 ) -> None:
     """Measure models side by side: bytes per second, memory, and with --quality bits per byte by domain.
 
@@ -148,7 +168,7 @@ def bench(
         from marlin_cli.commands.bench_plan import show_plan
 
         check_models(command_line, names)
-        return show_plan(names, context, bits, cache, bandwidth, device)
+        return show_plan(names, context, bits, cache, bandwidth, device, plan_ranks, link)
     if against is not None:
         names = (against, *names)
     sizes = {
@@ -178,6 +198,7 @@ def bench(
         kv_bits=cache,
         activation_bits=activation_bits,
         roofline=roofline,
+        split=split,
         resume=resume,
         reference_cache_bytes=parse_size(reference_cache, "--reference-cache"),
     )

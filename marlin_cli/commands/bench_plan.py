@@ -3,6 +3,10 @@ and the one that this machine's operations predict.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from marlin_cli.prediction.ranks import Held, Link
 
 
 def show_plan(
@@ -12,11 +16,17 @@ def show_plan(
     cache_bits: int | tuple[int, int] | None,
     gigabytes_per_second: float | None,
     device: str,
+    ranks: int | None = None,
+    link: str | None = None,
 ) -> None:
     """Print a table a model. The bandwidth is measured unless it is given, and then operations are too, where that can be done.
 
     Raises:
         MarlinError: a model that cannot be read or does not continue bytes, or options that do not fit it.
+
+    Args:
+        ranks: what so many make of it is told too.
+        link: of the ranks, as `prediction.ranks.parse_link` takes it.
     """
     from marlin_cli import console
     from marlin_cli.checkpoints import read_checkpoint
@@ -40,7 +50,7 @@ def show_plan(
         raise UsageError(f"--bandwidth must be more than 0, found {gigabytes_per_second}")
     plans = []
     for name in names:
-        checkpoint = read_checkpoint(locate_model(name))
+        checkpoint = read_checkpoint(locate_model(name), check_values=False)
         architecture = architecture_named(checkpoint.config, name)
         if architecture.decoding is None:
             raise UsageError(f"--plan: {name} is a {architecture.title}; arithmetic is known of models that continue bytes")
@@ -62,7 +72,8 @@ def show_plan(
             shapes = layer_shapes(network) if bits is None else at_bits(layer_shapes(network), bits)
             kept = CacheBits(cache_bits or 16, cache_bits or 16)
             predicted = predicted_seconds(config, shapes, lengths, kept)
-        plans.append((name, costs, predicted))
+        shared = None if ranks is None else _held(config, checkpoint.weights, ranks, name)
+        plans.append((name, costs, predicted, sizes, config, shared))
     if gigabytes_per_second is None:
         choose_device(device)
         measured = measure_bandwidth()
@@ -70,7 +81,7 @@ def show_plan(
         console.note(f"measured: copies {measured.copy / 1e9:.1f} GB/s, matrix times vector {rate / 1e9:.1f} GB/s")
     else:
         rate = gigabytes_per_second * 1e9
-    for name, costs, predicted in plans:
+    for name, costs, predicted, sizes, config, shared in plans:
         rows = [
             ["attention, pairs", *(f"{each.attention_pairs:,}" for each in costs)],
             ["of a flat byte model", *(f"{each.flat_attention_pairs:,}" for each in costs)],
@@ -87,5 +98,53 @@ def show_plan(
         if predicted is not None:
             rows += [[f"predicted, us: {part}", *(f"{1e6 * each[part]:,.3g}" for each in predicted)] for part in predicted[0]]
             rows.append(["predicted, us: all", *(f"{1e6 * sum(each.values()):,.3g}" for each in predicted)])
+        if ranks is not None:
+            seconds = predicted or [{part: size / rate for part, size in each.read_bytes.items()} for each in costs]
+            rows += _rows_of_ranks(costs, sizes, seconds, shared, config, ranks, _link(link, slow=here))
         title = f"Plan of {name} at {rate / 1e9:.1f} GB/s"
         console.table(title, ["", *(f"{each.context_bytes:,} bytes" for each in costs)], rows, to_stdout=True)
+
+
+def _held(config: Any, weights: Any, ranks: int, name: str) -> "Held | None":
+    """What a rank holds where all share the model; None, which is said, where so many cannot."""
+    from marlin_cli import console
+    from marlin_cli.errors import UsageError
+    from marlin_cli.prediction.ranks import held_by_one
+
+    try:
+        return held_by_one(config, weights, ranks, name)
+    except UsageError as error:
+        console.note(f"only streams over ranks are told: {error}")
+        return None
+
+
+def _link(given: str | None, *, slow: bool) -> "Link":
+    """The link of the ranks: as given, else that of processes on one machine, or of GPUs on one board."""
+    from marlin_cli import console
+    from marlin_cli.prediction.ranks import parse_link
+
+    if given is None:
+        given = "300,1" if slow else "12,100,tree"
+        console.note(f"assumed --link {given}: a sum over two ranks takes so many microseconds, and GB/s beyond")
+    return parse_link(given)
+
+
+def _rows_of_ranks(
+    costs: Sequence[Any], sizes: Any, seconds: Sequence[Any], shared: "Held | None", config: Any, ranks: int, link: "Link"
+) -> list[list[str]]:
+    from marlin_cli.prediction.ranks import by_split, by_streams
+
+    ways = {"streams": [by_streams(each, sizes, taken, ranks) for each, taken in zip(costs, seconds, strict=True)]}
+    if shared is not None:
+        ways[f"--split {shared.part}"] = [
+            by_split(each, sizes, taken, shared, config, link) for each, taken in zip(costs, seconds, strict=True)
+        ]
+    rows = []
+    for way, plans in ways.items():
+        where = f"{ranks} ranks by {way}"
+        rows += [
+            [f"{where}: bytes of memory each", *(f"{plan.memory_bytes:,.0f}" for plan in plans)],
+            [f"{where}: us a byte", *(f"{1e6 * plan.seconds_per_byte:,.3g}" for plan in plans)],
+            [f"{where}: bytes/s of all", *(f"{plan.bytes_per_second:,.0f}" for plan in plans)],
+        ]
+    return rows

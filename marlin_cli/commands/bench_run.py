@@ -73,7 +73,7 @@ def _of_pairs(request: Request) -> answering_run.AnsweringRequest:
     quality = None if asked is None else PairSettings(asked.corpora, asked.windowing.max_bytes, asked.reference)
     assert not isinstance(request.kv_bits, tuple)  # --k-bits and --v-bits are refused for models that answer
     return answering_run.AnsweringRequest(
-        request.models, request.throughput, quality, request.device, request.kv_bits, request.activation_bits
+        request.models, request.throughput, quality, request.device, request.kv_bits, request.activation_bits, request.split
     )
 
 

@@ -67,7 +67,15 @@ def generate(
         str | None,
         typer.Option(help="File of --save-state: what the prompt begins with there, in whole patches, is not read again."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side, by each rank.")] = 16,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="Ranks (mlx.launch -n N marlin ..) share this part of the model: global, of a MegaByte, or encoder, of a ByT5."
+            " Without it each has the model, and prompts go to all.",
+        ),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Bytes as they are, on a terminal too.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
@@ -86,18 +94,20 @@ def generate(
     require_mlx()
     from marlin_cli import console
     from marlin_cli.answering_model import AnsweringModel
-    from marlin_cli.api import capability_of
+    from marlin_cli.api import capability_of, ranks_to_split
     from marlin_cli.commands.given import check_models
+    from marlin_cli.commands.leading import check_alike, follow_along, leading
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
-    from marlin_cli.commands.state_options import check_state_output, state_file
+    from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
-    from marlin_cli.engine.answering import AnswerLimits
+    from marlin_cli.engine.answer_requests import AnswerLimits
     from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.sampling import Sampling
     from marlin_cli.engine.stopping import Stopping
     from marlin_cli.models import Capability
+    from marlin_cli.ranks import joined
 
     sequences = [bytes_of_argument(text) for text in stop or []]
     sequences += [bytes_of_hex(text, "--stop-hex") for text in stop_hex or []]
@@ -123,25 +133,52 @@ def generate(
             json=json_output or prompts is not None,
             raw=raw,
         )
-        inputs = answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts)
-        answering = AnsweringModel.from_pretrained(model, device=device, kv_bits=kv_bits, activation_bits=activation_bits)
-        answering_run.run(answering, request, inputs, batch_size)
+        with joined() as ranks:
+            check_alike(ranks, model, kv_bits=kv_bits, activation_bits=activation_bits, split=split, batch_size=batch_size)
+            leads = ranks.rank == 0
+            inputs = answering_run.inputs_of(prompt, prompt_file, hex_prompt, prompts) if leads else []
+            answering = AnsweringModel.from_pretrained(
+                model,
+                device=device,
+                kv_bits=kv_bits,
+                activation_bits=activation_bits,
+                split=ranks_to_split(split, model, ranks),
+            )
+            if not leads:
+                return follow_along(answering, ranks, batch_size)
+            with leading(answering, ranks, batch_size) as answers:
+                answering_run.run(answers, request, inputs, batch_size * ranks.size)
         return
-    prompted = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
-    loaded = ContinuingModel.from_pretrained(
-        model,
-        device=device,
-        kv_bits=cache_bits,
-        activation_bits=activation_bits,
-        options=imports,
-    )
-    for each in prompted:
-        each.check_fits(loaded.config.max_bytes)
-    keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
-    if json_output or prompts is not None:
-        write_json_lines(loaded, prompted, stopping, sampling, batch_size, sentinels=sentinel, keeper=keeper)
-    else:
-        pieces = loaded.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel, keeper=keeper)
-        summary = write_stream(pieces, raw=raw)
-        known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
-        console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")
+    with joined() as ranks:
+        check_one_reader(ranks.size, save_state, load_state)
+        check_alike(
+            ranks, model, kv_bits=cache_bits, activation_bits=activation_bits, imports=imports, split=split,
+            batch_size=batch_size,
+        )  # fmt: skip
+        leads = ranks.rank == 0
+        prompted = []
+        if leads:
+            prompted = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
+        loaded = ContinuingModel.from_pretrained(
+            model,
+            device=device,
+            kv_bits=cache_bits,
+            activation_bits=activation_bits,
+            options=imports,
+            split=ranks_to_split(split, model, ranks),
+        )
+        if not leads:
+            return follow_along(loaded, ranks, batch_size)
+        for each in prompted:
+            each.check_fits(loaded.config.max_bytes)
+        keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
+        with leading(loaded, ranks, batch_size) as continues:
+            if json_output or prompts is not None:
+                write_json_lines(
+                    continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=sentinel, keeper=keeper
+                )
+            else:
+                pieces = continues.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel, keeper=keeper)
+                summary = write_stream(pieces, raw=raw)
+                known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
+                console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")

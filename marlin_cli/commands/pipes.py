@@ -3,12 +3,11 @@
 Pipes are read unbuffered and by a thread of their own: one that waits in a buffer's lock would disturb the exit.
 """
 
-import itertools
 import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from marlin_cli.corpus.lines import MOST_LINE_BYTES
 from marlin_cli.errors import UsageError
@@ -56,35 +55,51 @@ def as_they_come(inputs: Iterable[T], size: int) -> Iterator[list[T]]:
 
     An error comes after the inputs before it.
     """
-    waiting: queue.Queue[tuple[T] | Exception | None] = queue.Queue(maxsize=4 * size)
+    arriving = Arriving(inputs, 4 * size)
+    while batch := arriving.take(size, wait=True):
+        yield batch
+    arriving.check()
 
-    def read() -> None:
-        try:
-            for each in inputs:
-                waiting.put((each,))
-            waiting.put(None)
-        except Exception as error:  # it belongs to the caller, who is in another thread
-            waiting.put(error)
 
-    threading.Thread(target=read, daemon=True).start()
-    ended: Exception | bool = False
-    while not ended:
-        batch: list[T] = []
-        for number in itertools.count():
+class Arriving(Generic[T]):
+    """Inputs as they come, read by a thread.
+
+    Args:
+        ahead: that are read before they are asked for.
+    """
+
+    def __init__(self, inputs: Iterable[T], ahead: int) -> None:
+        self._waiting: queue.Queue[tuple[T] | Exception | None] = queue.Queue(maxsize=ahead)
+        self._error: Exception | None = None
+        self.over = False  # has all been taken?
+        threading.Thread(target=self._read, args=[inputs], daemon=True).start()
+
+    def take(self, most: int, *, wait: bool) -> list[T]:
+        """Those that are there, `most` at most. With `wait` it waits for one, and nothing means that all is over."""
+        taken: list[T] = []
+        while not self.over and len(taken) < most:
             try:
-                each = waiting.get(block=number == 0)
+                each = self._waiting.get(block=wait and not taken)
             except queue.Empty:
                 break
-            if not isinstance(each, tuple):
-                ended = each or True
-                break
-            batch.append(each[0])
-            if len(batch) == size:
-                break
-        if batch:
-            yield batch
-    if isinstance(ended, Exception):
-        raise ended
+            if isinstance(each, tuple):
+                taken.append(each[0])
+            else:
+                self.over, self._error = True, each
+        return taken
+
+    def check(self) -> None:
+        """Raise the error that ended the inputs, if one did."""
+        if self._error is not None:
+            raise self._error
+
+    def _read(self, inputs: Iterable[T]) -> None:
+        try:
+            for each in inputs:
+                self._waiting.put((each,))
+            self._waiting.put(None)
+        except Exception as error:  # it belongs to the caller, who is in another thread
+            self._waiting.put(error)
 
 
 def _read(descriptor: int, where: str) -> bytes:

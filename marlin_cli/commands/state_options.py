@@ -20,6 +20,17 @@ def check_state_output(save: str | None) -> None:
         check_output_file(Path(save))
 
 
+def check_one_reader(ranks: int, save: str | None, load: str | None) -> None:
+    """Refuse states where several ranks read a prompt, each of which would have one of its own.
+
+    Raises:
+        UsageError: there are several, and a state is asked for.
+    """
+    if ranks > 1 and (save is not None or load is not None):
+        option = "--save-state" if load is None else "--load-state"
+        raise UsageError(f"{option}: a state is what one process has read, and here {ranks} ranks read; run one alone")
+
+
 def state_file(model: ContinuingModel, prompt: Prompt, load: str | None, save: str | None) -> StateFile:
     """What knows the beginning of the prompt, and writes its state.
 

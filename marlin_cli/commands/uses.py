@@ -41,6 +41,7 @@ SERVED_BY = {
     CONTINUES: "marlin generate",
     BYTEWISE: "marlin generate",
     ANSWERS: "marlin generate and marlin encode",
+    ENCODER_ALONE: "marlin label and marlin encode",
     ENCODES: "marlin label and marlin encode",
 }
 
@@ -104,6 +105,7 @@ GENERATE: Mapping[str, Uses] = {
     "--save-state": _of(*CONTINUING, without=("--prompts",)),
     "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
+    "--split": _of(CONTINUES, ANSWERS),
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
     "--import": _of(CONTINUES),
@@ -266,6 +268,22 @@ BENCH: Mapping[str, Uses] = {
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
+    "--split": _of(CONTINUES, ANSWERS, needs=_SCORED, without=("--resume", "--reference-cache")),
+    "--ranks": _of(CONTINUES, needs=("--plan",)),
+    "--link": _of(CONTINUES, needs=("--ranks",)),
+}
+
+SERVE: Mapping[str, Uses] = {
+    "MODEL": _of(*CONTINUING, ANSWERS),
+    **dict.fromkeys(("--host", "--port", "--name"), _of()),
+    "--api-key": _of(without=("--api-key-file",)),
+    "--api-key-file": _of(without=("--api-key",)),
+    **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
+    "--k-bits": _of(*CONTINUING),
+    "--v-bits": _of(*CONTINUING),
+    "--activation-bits": _of(),
+    "--import": _of(CONTINUES),
+    "--device": _of(),
 }
 
 INFO: Mapping[str, Uses] = {
@@ -284,6 +302,7 @@ USES: Mapping[str, Mapping[str, Uses]] = {
     "generate": GENERATE,
     "label": LABEL,
     "encode": ENCODE,
+    "serve": SERVE,
     "bench": BENCH,
     "info": INFO,
 }

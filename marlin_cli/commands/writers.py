@@ -5,15 +5,30 @@ import codecs
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
-from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
+
+
+class Continues(Protocol):
+    """What continues prompts: a `ContinuingModel`, or ranks that have it."""
+
+    def pieces(
+        self,
+        prompts: Sequence[bytes],
+        stopping: Stopping,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        keeper: PromptKeeper | None = None,
+    ) -> Iterator[Piece]:
+        """See `ContinuingModel.pieces`."""
 
 
 def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False) -> str:
@@ -77,7 +92,7 @@ class TerminalView:
 
 
 def write_json_lines(
-    model: ContinuingModel,
+    model: Continues,
     prompts: Sequence[Prompt],
     stopping: Stopping,
     sampling: Sampling,
@@ -86,37 +101,63 @@ def write_json_lines(
     sentinels: bool = False,
     keeper: PromptKeeper | None = None,
 ) -> None:
-    """Write one JSON object a prompt to stdout, in the order of the prompts.
+    """Write one JSON object a prompt to stdout, in the order of the prompts, each when it and those before it have ended.
 
-    `wall_ms` and `first_byte_ms` count from the start of the batch that the prompt was decoded in.
+    What has ended is written whatever ends the run. `wall_ms` and `first_byte_ms` count from the start of the batch that the
+    prompt was decoded in.
     """
     for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        started = time.perf_counter()
-        data = [b""] * len(batch)
-        first_ms: list[float | None] = [None] * len(batch)
-        end_ms = [0.0] * len(batch)
-        reasons: list[str | None] = [None] * len(batch)
-        for piece in model.pieces([prompt.data for prompt in batch], stopping, sampling, sentinels=sentinels, keeper=keeper):
-            now_ms = 1000 * (time.perf_counter() - started)
-            data[piece.stream] += piece.data
-            end_ms[piece.stream] = now_ms
-            if piece.data and first_ms[piece.stream] is None:
-                first_ms[piece.stream] = now_ms
-            reasons[piece.stream] = piece.stop_reason
-        for index, prompt in enumerate(batch):
-            wall_ms = end_ms[index]
-            document = {
-                "index": first + index,
-                **({} if prompt.name is None else {"id": prompt.name}),
-                "prompt_bytes": len(prompt.data),
-                "generated_bytes": len(data[index]),
-                "bytes_base64": base64.b64encode(data[index]).decode("ascii"),
-                "text": decode(data[index]),
-                "stop_reason": reasons[index],
-                "first_byte_ms": first_ms[index],
-                "wall_ms": wall_ms,
-                "bytes_per_second": 1000 * len(data[index]) / wall_ms if wall_ms else None,
-            }
-            sys.stdout.write(json.dumps(document, ensure_ascii=True, allow_nan=False) + "\n")
+        batch = [_Line(first + place, prompt) for place, prompt in enumerate(prompts[first : first + batch_size])]
+        written = 0
+        try:
+            prompted = [line.prompt.data for line in batch]
+            for piece in model.pieces(prompted, stopping, sampling, sentinels=sentinels, keeper=keeper):
+                batch[piece.stream].take(piece)
+                while written < len(batch) and batch[written].ended:
+                    batch[written].write()
+                    written += 1
+        finally:
+            for line in batch[written:]:
+                if line.ended:
+                    line.write()
+
+
+class _Line:
+    """The object of one prompt, as it grows."""
+
+    def __init__(self, index: int, prompt: Prompt) -> None:
+        self.index, self.prompt = index, prompt
+        self._started = time.perf_counter()
+        self._data = b""
+        self._reason: str | None = None
+        self._first_ms: float | None = None
+        self._end_ms = 0.0
+
+    @property
+    def ended(self) -> bool:
+        return self._reason is not None
+
+    def take(self, piece: Piece) -> None:
+        """What was decoded now."""
+        self._end_ms = 1000 * (time.perf_counter() - self._started)
+        self._data += piece.data
+        if piece.data and self._first_ms is None:
+            self._first_ms = self._end_ms
+        self._reason = piece.stop_reason
+
+    def write(self) -> None:
+        """Write it to stdout."""
+        document = {
+            "index": self.index,
+            **({} if self.prompt.name is None else {"id": self.prompt.name}),
+            "prompt_bytes": len(self.prompt.data),
+            "generated_bytes": len(self._data),
+            "bytes_base64": base64.b64encode(self._data).decode("ascii"),
+            "text": decode(self._data),
+            "stop_reason": self._reason,
+            "first_byte_ms": self._first_ms,
+            "wall_ms": self._end_ms,
+            "bytes_per_second": 1000 * len(self._data) / self._end_ms if self._end_ms else None,
+        }
+        sys.stdout.write(json.dumps(document, ensure_ascii=True, allow_nan=False) + "\n")
         sys.stdout.flush()

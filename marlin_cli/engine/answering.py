@@ -1,55 +1,31 @@
-"""Answers of ByT5: inputs as ids in, bytes out as they are decoded, for one input or many of unequal lengths."""
+"""Answers of ByT5: inputs as ids in, ids out as they are decoded, for one input or many of unequal lengths.
 
-import math
+Where the kernels take rows of inputs that stand at places of their own, an input enters when another's answer has ended;
+elsewhere, as on GPUs, all go in step.
+"""
+
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from marlin_cli.engine.beams import Beams, BeamSearch
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerRequest
+from marlin_cli.engine.answer_scheduler import AnsweringScheduler, Written
+from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers
+from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.finite import not_finite
-from marlin_cli.engine.sampling import Noise, Sampling, draw, without
-from marlin_cli.errors import UsageError
+from marlin_cli.engine.fused_answers import fuse_answers
+from marlin_cli.engine.sampling import Noise, Sampling, draw
+from marlin_cli.engine.scheduling import NOT_FINITE, SchedulerLimits
 from marlin_cli.models.byt5 import ByT5
-from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
+from marlin_cli.models.byt5_ids import ids_of_bytes
 
+# Nobody waits for one answer more than for another, so inputs are read in large parts.
+ALL_AT_ONCE = SchedulerLimits(slice_rows=1024)
 
-@dataclass(frozen=True)
-class AnswerLimits:
-    """How an answer begins and ends. Numbers count ids after the prefix: bytes, special ids and the end.
-
-    Raises:
-        UsageError: numbers that contradict each other, or an empty stop sequence.
-    """
-
-    max_length: int = 256
-    min_length: int = 0  # none of the model's ends before so many ids
-    prefix: bytes = b""  # what every answer begins with; part of the answer
-    stop: tuple[bytes, ...] = ()  # byte sequences that end an answer; they are not part of it
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_length <= self.max_length:
-            raise UsageError(f"min_length {self.min_length} must be from 0 to max_length ({self.max_length})")
-        if any(not sequence for sequence in self.stop):
-            raise UsageError("a stop sequence is empty; give at least one byte")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer to one input."""
-
-    stream: int  # which input
-    rank: int  # 0 for the best
-    ids: tuple[int, ...]  # prefix included, the end and what ended it left out
-    score: float  # log-probability of the ids after the prefix, the end included; of beams, over length ** penalty
-    stop_reason: str  # end: one of the model's own; stop: a stop sequence; length: max_length reached
-
-    @property
-    def data(self) -> bytes:
-        """The bytes; special ids are left out."""
-        return bytes_of_ids(self.ids)
+# After each step what is new: (input, id), or (input, answers) for one that has ended.
+Steps = Iterator[list[tuple[int, int | tuple[Answer, ...]]]]
 
 
 def answer(
@@ -60,7 +36,7 @@ def answer(
     *,
     memory_bits: int = 16,
 ) -> Iterator[list[tuple[int, int | Answer]]]:
-    """Decode one answer to each input, all side by side: greedy, or as `sampling` says.
+    """Decode one answer to each input, many side by side: greedy, or as `sampling` says.
 
     Yields:
         After each step what is new: (input, id), or (input, answer) for one that has ended. An input has the same
@@ -69,51 +45,9 @@ def answer(
     Raises:
         CheckpointError: predictions that are not finite.
     """
-    sampling = sampling or Sampling()
-    prefix = ids_of_bytes(limits.prefix)
-    ends = network.config.answer_ends
-    if not sources:
-        return
-    state = AnswerState(network, sources, memory_bits=memory_bits)
-    for value in prefix:
-        state.push(mx.full((len(sources),), value, dtype=mx.int32))
-    streams = list(range(len(sources)))
-    written: list[list[int]] = [[] for _ in streams]
-    scores = [0.0] * len(streams)
-    noise = Noise(sampling.seed, network.config.vocab_size)
-    if limits.max_length == 0:
-        yield [(stream, Answer(stream, 0, tuple(prefix), 0.0, "length")) for stream in streams]
-        return
-    while True:
-        forbidden = ends if len(written[streams[0]]) < limits.min_length else ()
-        values, costs = draw(state.logits, [forbidden], [sampling], noise.take(1) if sampling.temperature else None)
-        news: list[tuple[int, int | Answer]] = []
-        going = []
-        for row, (stream, value, cost) in enumerate(zip(streams, values, costs, strict=True)):
-            if not math.isfinite(cost):
-                raise not_finite()
-            scores[stream] -= cost
-            own = written[stream]
-            reason, cut = None, 0
-            if value in ends:
-                reason = "end"
-            else:
-                own.append(value)
-                news.append((stream, value))
-                cut = _stopped(own, limits.stop)
-                reason = "stop" if cut else "length" if len(own) >= limits.max_length else None
-            if reason is None:
-                going.append(row)
-            else:
-                ids_left = (*prefix, *own[: len(own) - cut])
-                news.append((stream, Answer(stream, 0, ids_left, scores[stream], reason)))
-        yield news
-        if not going:
-            return
-        if len(going) < len(streams):
-            streams = [streams[row] for row in going]
-            state.keep(going, going)
-        state.push(mx.array([values[row] for row in going], dtype=mx.int32))
+    request = AnswerRequest(b"", limits, sampling or Sampling(), memory_bits=memory_bits)
+    for news in _steps(network, sources, request):
+        yield [(stream, new[0] if isinstance(new, tuple) else new) for stream, new in news]
 
 
 def answer_with_beams(
@@ -124,53 +58,103 @@ def answer_with_beams(
     *,
     memory_bits: int = 16,
 ) -> list[list[Answer]]:
-    """The best answers to each input, best first, by beam search over all inputs side by side.
+    """The best answers to each input, best first, by beam search over many inputs side by side.
 
     Raises:
         UsageError: stop sequences, which beams do not take.
         CheckpointError: predictions that are not finite.
     """
-    if limits.stop:
-        raise UsageError("stop sequences do not go with beams; use the end id, or no beams")
+    request = AnswerRequest(b"", limits, beams=beams, memory_bits=memory_bits)
+    found = {stream: new for news in _steps(network, sources, request) for stream, new in news if isinstance(new, tuple)}
+    return [list(found[stream]) for stream in range(len(sources))]
+
+
+def _steps(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerRequest) -> Steps:
     if not sources:
-        return []
-    prefix, ends = ids_of_bytes(limits.prefix), network.config.answer_ends
-    searches = [BeamSearch(beams, limits.max_length) for _ in sources]
-    open_streams = [stream for stream, search in enumerate(searches) if not search.done]
-    state = AnswerState(network, sources, answers=beams.count, memory_bits=memory_bits)
-    for value in prefix:
-        state.push(mx.full((len(sources) * beams.count,), value, dtype=mx.int32))
-    step = 0
-    while open_streams:
+        return
+    streams = fuse_answers(network)
+    if streams is not None:
+        scheduler = AnsweringScheduler(network, ALL_AT_ONCE, streams)
+        for ids in sources:
+            scheduler.admit_ids(ids, request)
+        yield from _scheduled(scheduler)
+    elif request.beams is None:
+        yield from _in_step(network, sources, request)
+    else:
+        yield from _searched_in_step(network, sources, request, request.beams)
+
+
+def _scheduled(scheduler: AnsweringScheduler) -> Steps:
+    while scheduler.running or scheduler.waiting:
+        news: list[tuple[int, int | tuple[Answer, ...]]] = []
+        for new in scheduler.news():
+            if isinstance(new, Written):
+                news.append((new.stream, new.id))
+            elif new.reason == NOT_FINITE:
+                raise not_finite()
+            else:
+                news.append((new.stream, new.answers))
+        if news:
+            yield news
+
+
+def _in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerRequest) -> Steps:
+    limits, sampling = request.limits, request.sampling
+    state = AnswerState(network, sources, memory_bits=request.memory_bits or 16)
+    going = [(stream, OneAnswer(stream, limits, network.config.answer_ends)) for stream in range(len(sources))]
+    if limits.max_length == 0:
+        yield [(stream, (writing.empty(),)) for stream, writing in going]
+        return
+    for value in ids_of_bytes(limits.prefix):
+        state.push(mx.full((len(sources),), value, dtype=mx.int32))
+    noise = Noise(sampling.seed, network.config.vocab_size)
+    while going:
+        drawn = noise.take(1) if sampling.temperature else None
+        values, costs = draw(state.logits, [going[0][1].forbidden], [sampling], drawn)
+        news: list[tuple[int, int | tuple[Answer, ...]]] = []
+        rows = []
+        for row, ((stream, writing), value, cost) in enumerate(zip(going, values, costs, strict=True)):
+            is_part, found = writing.take(value, cost)
+            if is_part:
+                news.append((stream, value))
+            if found is None:
+                rows.append(row)
+            elif found.stop_reason == NOT_FINITE:
+                raise not_finite()
+            else:
+                news.append((stream, (found,)))
+        yield news
+        if len(rows) < len(going):
+            going = [going[row] for row in rows]
+            if going:
+                state.keep(rows, rows)
+        if going:
+            state.push(mx.array([values[row] for row in rows], dtype=mx.int32))
+
+
+def _searched_in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerRequest, beams: Beams) -> Steps:
+    limits, count = request.limits, beams.count
+    state = AnswerState(network, sources, answers=count, memory_bits=request.memory_bits or 16)
+    going = [(stream, SearchedAnswers(stream, limits, beams, network.config.answer_ends)) for stream in range(len(sources))]
+    if limits.max_length == 0:
+        yield [(stream, searching.answers()) for stream, searching in going]
+        return
+    for value in ids_of_bytes(limits.prefix):
+        state.push(mx.full((len(sources) * count,), value, dtype=mx.int32))
+    while going:
         logits = state.logits - mx.logsumexp(state.logits, axis=-1, keepdims=True)
-        if step < limits.min_length:
-            logits = without(logits, ends)
-        step += 1
-        table = np.array(logits).reshape(len(open_streams), beams.count, -1)
+        table = np.array(logits).reshape(len(going), count, -1)
         if np.isnan(table).any():
             raise not_finite()
         rows, ids, places = [], [], []
-        for place, stream in enumerate(open_streams):
-            parents, values = searches[stream].step(table[place], frozenset(ends))
-            if not searches[stream].done:
-                rows += [place * beams.count + parent for parent in parents]
+        for place, (_, searching) in enumerate(going):
+            parents, values = searching.take(table[place])
+            if not searching.done:
+                rows += [place * count + parent for parent in parents]
                 ids += values
                 places.append(place)
-        if not places:
-            break
-        state.keep(rows, None if len(places) == len(open_streams) else places)
-        open_streams = [open_streams[place] for place in places]
-        state.push(mx.array(ids, dtype=mx.int32))
-    return [
-        [
-            Answer(stream, rank, (*prefix, *each.ids[: len(each.ids) - ended]), float(each.score), "end" if ended else "length")
-            for rank, each in enumerate(search.answers)
-            for ended in [bool(each.ids) and each.ids[-1] in ends]
-        ]
-        for stream, search in enumerate(searches)
-    ]
-
-
-def _stopped(ids: Sequence[int], sequences: tuple[bytes, ...]) -> int:
-    """How many ids at the end are a stop sequence; 0 for none."""
-    return next((len(each) for each in sequences if list(ids[-len(each) :]) == ids_of_bytes(each)), 0)
+        yield [(stream, searching.answers()) for stream, searching in going if searching.done]
+        if places:
+            state.keep(rows, None if len(places) == len(going) else places)
+            state.push(mx.array(ids, dtype=mx.int32))
+        going = [going[place] for place in places]

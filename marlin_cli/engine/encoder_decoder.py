@@ -144,9 +144,7 @@ class AnswerState:
 
     def __init__(self, network: ByT5, sources: Sequence[Sequence[int]], *, answers: int = 1, memory_bits: int = 16) -> None:
         config = network.config
-        if not config.decoder_layers:
-            labels = " (marlin encode), or to label (marlin label)" if config.labels else " (marlin encode)"
-            raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
+        check_answers(network)
         if memory_bits != 16:
             check_cache_bits(memory_bits, memory_bits, config.head_dim)
         source, lengths = padded(sources, config.pad_id)
@@ -172,6 +170,13 @@ class AnswerState:
         """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
         self.logits = self.logits[mx.array(list(answers))]
         self._answers.keep(answers, streams)
+
+
+def check_answers(network: ByT5) -> None:
+    """Raise `UsageError` for a network that has no decoder."""
+    if not network.config.decoder_layers:
+        labels = " (marlin encode), or to label (marlin label)" if network.config.labels else " (marlin encode)"
+        raise UsageError(f"the model is an encoder alone and cannot answer; ask it to encode{labels}")
 
 
 def _by_graph(

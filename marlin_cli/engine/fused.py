@@ -7,14 +7,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
+from marlin_cli.engine.graph_rows import run_together
 from marlin_cli.engine.sampling import Draws, kernel_drawing
+from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
+KNOWN = (Linear, QuantizedLinear)
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
@@ -24,8 +28,10 @@ class FusedStages:
     def __init__(self, network: MegaByte, module: Any) -> None:
         self._network, self._module = network, module
         self._stages = network.config.stages
-        self._stacks = [
+        self._stacks: list[Any] = [
             _stack(module, network.config, stage.config, stage.stack, network.config.attention_window if number == 0 else None)
+            if _knows(stage.stack)
+            else None
             for number, stage in enumerate(network.stages)
         ]
         self._head = kernel_product(module, network.output)
@@ -52,15 +58,26 @@ class FusedStages:
 
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
+        if not self.has(number):
+            return self._network.stages[number].stack(rows)
         return self._stacks[number](rows, None)
+
+    def has(self, number: int) -> bool:
+        """Do the kernels run this stage? One that ranks share goes by the network itself."""
+        return self._stacks[number] is not None
 
     def predictions(self, windows: mx.array) -> mx.array:
         """Logits [n, length, vocab] float32 of windows [n, length], as the network itself gives them."""
         return self._network(windows, self.run_stage)
 
-    def new_cache(self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int) -> "FusedCache":
+    def new_cache(
+        self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int
+    ) -> "FusedCache | GraphCache":
         """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing."""
         stage = self._stages[number]
+        if not self.has(number):
+            stack = self._network.stages[number].stack
+            return GraphCache(stack, stage, number > 0, padding, CacheBits(key_bits, value_bits))
         rows = ROWS_PER_PAGE if number == 0 else stage.length + 1
         bits = [32 if wanted == 16 else wanted for wanted in (key_bits, value_bits)]
         kv_heads = stage.kv_heads or stage.heads
@@ -70,13 +87,15 @@ class FusedStages:
             self._seconds[number],
         )
 
-    def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: "Sequence[FusedCache]") -> mx.array:
+    def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: Sequence[Any]) -> mx.array:
         """Take rows of many streams, which stand anywhere, through the layers of a stage in one call: hidden rows.
 
         Args:
             rows: [sum of counts, dim], those of each stream together; they follow those that its cache has seen.
             caches: of one stream each, and each of another.
         """
+        if not self.has(number):
+            return run_together(self._network.stages[number].stack, rows, counts, caches)
         held = [each.held for each in caches]
         hidden: mx.array = self._stacks[number].ragged(rows, list(counts), held, seconds=self._seconds[number])
         return hidden
@@ -191,12 +210,13 @@ def fuse(network: MegaByte) -> FusedStages | None:
     module = kernels()[0]
     if module is None or any(array.dtype != mx.float32 for array in arrays):
         return None
-    known = (Linear, QuantizedLinear)
-    for stage in network.stages:
-        for layer in stage.stack.layers:
-            if not all(type(part) in known for part in (*_attention_parts(layer), *_ffn_parts(layer))):
-                return None
-    return FusedStages(network, module) if type(network.output) in known else None
+    shared = 0 if share_of(network) is None else 1  # the first stage, then, whose sums no kernel makes
+    known = all(_knows(stage.stack) for stage in network.stages[shared:]) and type(network.output) in KNOWN
+    return FusedStages(network, module) if known else None
+
+
+def _knows(stack: Stack) -> bool:
+    return all(type(part) in KNOWN for layer in stack.layers for part in (*_attention_parts(layer), *_ffn_parts(layer)))
 
 
 def _attention_parts(layer: Block) -> list[nn.Module]:

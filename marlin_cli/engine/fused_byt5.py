@@ -11,6 +11,7 @@ from marlin_cli.models import bygpt5
 from marlin_cli.models.bygpt5 import ByGPT5
 from marlin_cli.models.byt5 import Attention, ByT5, Decoder, DecoderBlock, Encoder, EncoderBlock
 from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 
@@ -25,28 +26,35 @@ class FusedByT5:
     """The kernels' own copies of a network's two stacks; they share its arrays. Made by `fuse_byt5`."""
 
     def __init__(self, network: ByT5, module: Any) -> None:
-        self._network, self._module = network, module
-        self._encoder = kernel_stack(module, network.config, network.encoder) if isinstance(network.encoder, Encoder) else None
+        self._network, self.module = network, module
+        # None for an encoder that pools, or that ranks share: they stay with the graph.
+        known = isinstance(network.encoder, Encoder) and share_of(network) is None
+        self.encoder = kernel_stack(module, network.config, network.encoder) if known else None
         if network.config.decoder_layers:
             self._decoder = kernel_stack(module, network.config, network.decoder)
             self._head = kernel_head(module, network)
 
+    @property
+    def decoder_parts(self) -> tuple[Any, mx.array, Any]:
+        """The decoder's stack, the table of embeddings, and the head."""
+        return self._decoder, self._network.embedding.weight, self._head
+
     def encode(self, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
-        """See `ByT5.encode`; an encoder that pools stays with the graph."""
-        if self._encoder is None:
+        """See `ByT5.encode`."""
+        if self.encoder is None:
             return self._network.encode(ids, lengths)
         network = self._network
-        return self._encoder(network.rows(ids, lengths), None, _listed(network.state_lengths(lengths)))
+        return self.encoder(network.rows(ids, lengths), None, _listed(network.state_lengths(lengths)))
 
     def answers(self, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int) -> "FusedAnswers":
         """Decoding state over the encoder's states [n, states, d_model], with `answers` answers to each input."""
         config = self._network.config
         real = _listed(self._network.state_lengths(lengths))
         memory = self._decoder.remember(states, real, 32 if memory_bits == 16 else memory_bits)
-        cache = self._module.StackCache(
+        cache = self.module.StackCache(
             config.decoder_layers, states.shape[0] * answers, config.heads, config.head_dim, 32, 32, SELF_CACHE_ROWS, []
         )
-        return FusedAnswers(self._module, self._decoder, self._network.embedding.weight, self._head, cache, memory)
+        return FusedAnswers(self.module, *self.decoder_parts, cache, memory)
 
 
 class FusedAnswers:
@@ -73,7 +81,7 @@ class FusedAnswers:
 def fuse_byt5(network: ByT5) -> FusedByT5 | None:
     """The fused stacks of a network, or None where the kernels do not run or do not know a layer of it."""
     stacks: list[Encoder | Decoder] = [network.decoder] if network.config.decoder_layers else []
-    if isinstance(network.encoder, Encoder):
+    if isinstance(network.encoder, Encoder) and share_of(network) is None:
         stacks.append(network.encoder)
     if mx.default_device() != mx.Device(mx.cpu) or not knows_stack(network, stacks):
         return None

@@ -18,6 +18,7 @@ from marlin_cli.engine.decoding import fused_stages
 from marlin_cli.engine.fused import FusedCache, FusedStages
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
+from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, is_cut_anywhere, units_of
 from marlin_cli.engine.streams import Ask, Drawn, Floats, slices
 from marlin_cli.models.megabyte import MegaByte
@@ -39,7 +40,7 @@ class _Stream:
         condition: of the patch after those seen, once it is known: [streams, slots, dim], and its row there.
     """
 
-    def __init__(self, cache: FusedCache, unread: Ids, given: list[int], before: int) -> None:
+    def __init__(self, cache: FusedCache | GraphCache, unread: Ids, given: list[int], before: int) -> None:
         self.cache, self.unread, self.given, self.before = cache, unread, given, before
         self.rows = 0
         self.enters = True

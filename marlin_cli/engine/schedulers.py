@@ -1,13 +1,18 @@
 """The scheduler of a network, chosen in one place."""
 
+from typing import Any
+
+from marlin_cli.engine.answer_scheduler import AnsweringScheduler
 from marlin_cli.engine.cache import CacheBits, check_cache_bits
 from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.merged_streams import MergedStreams
-from marlin_cli.engine.scheduling import Request, Scheduler, SchedulerLimits
+from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stream_scheduler import StreamScheduler
 from marlin_cli.engine.streams import Streams
+from marlin_cli.errors import UsageError
 from marlin_cli.models import Network, decoding_of
+from marlin_cli.models.byt5 import ByT5
 
 
 def scheduler_of(
@@ -15,16 +20,22 @@ def scheduler_of(
     limits: SchedulerLimits | None = None,
     cache_bits: CacheBits | None = None,
     keeper: PromptKeeper | None = None,
-) -> Scheduler[Request]:
-    """A scheduler of streams that the network continues.
+) -> Scheduler[Any]:
+    """A scheduler of streams that the network continues (its requests are `Request`s), or answers (`AnswerRequest`s).
 
     Args:
-        cache_bits: of the keys and values that every stream keeps.
-        keeper: what knows the beginnings of prompts, and keeps what is read of them: such as a `PromptStore`.
+        cache_bits: of the keys and values that every stream keeps, in one width where it reads an input.
+        keeper: what knows the beginnings of prompts, and keeps what is read of them, such as a `PromptStore`; an input that is
+            answered is read as a whole, and has none.
 
     Raises:
-        UsageError: `cache_bits` do not fit the network.
+        UsageError: `cache_bits` do not fit the network, or it is an encoder alone.
     """
+    if isinstance(network, ByT5):
+        bits = cache_bits or CacheBits()
+        if bits.keys != bits.values:
+            raise UsageError("a model that answers keeps keys and values in one width; give one number")
+        return AnsweringScheduler(network, limits, memory_bits=bits.keys)
     streams = streams_of(network, cache_bits or CacheBits(), keeper)
     return StreamScheduler(network, streams, limits or SchedulerLimits())
 

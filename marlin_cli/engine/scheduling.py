@@ -4,6 +4,7 @@ A scheduler belongs to one thread, which owns the network, its streams and their
 The bytes of a request never depend on its neighbours, as far as the products of a row do not (`MARLIN_ROWS=exact`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -106,7 +107,7 @@ class Scheduler(Protocol[AnyRequest]):
             UsageError: it can never fit, the model's context or the bound of the caches being what they are.
         """
 
-    def advance(self) -> list[Piece]:
+    def advance(self) -> Sequence[Piece]:
         """One quantum: a slice of a prompt that enters, and a patch (or byte) of all streams that stand together.
 
         Returns:

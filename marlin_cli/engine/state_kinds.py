@@ -24,7 +24,8 @@ def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
     if by_patches:
         stage, following = config.stages[0], config.stages[1]
         layers, heads, head_dim = stage.layers, stage.kv_heads or stage.heads, stage.width_of_head
-        by_kernels = fused_stages(network, bits) is not None
+        fused = fused_stages(network, bits)
+        by_kernels = fused is not None and fused.has(0)
         dtype, lead = network.byte_embedding.weight.dtype, 1
         place: tuple[int, ...] = (1, 1 if config.layout == "prefix" else following.length, following.dim)
     else:

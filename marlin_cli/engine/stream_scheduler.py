@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, Piece, Request, SchedulerLimits
+from marlin_cli.engine.split import agreed
 from marlin_cli.engine.stopping import StopMatcher
 from marlin_cli.engine.streams import Ask, Drawn, Floats, StreamNoise, Streams
 from marlin_cli.errors import UsageError
@@ -79,7 +80,7 @@ class StreamScheduler:
                 self.release(number)
             if piece.data or piece.stop_reason is not None:
                 pieces.append(piece)
-        return pieces
+        return agreed(self._network, pieces)
 
     def release(self, stream: int) -> None:
         if self._running.pop(stream, None) is not None:

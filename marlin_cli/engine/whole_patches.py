@@ -11,6 +11,7 @@ from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.compiled_patches import compiled_patches
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops.dispatch import by_operations, gpu
 
 
@@ -76,6 +77,7 @@ class WholePatches(Protocol):
 def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:
     """The decoder of whole patches, or None where they are decoded operation by operation."""
     device = gpu()
-    if device is None or by_operations():
+    # No kernel sums over ranks.
+    if device is None or by_operations() or share_of(network) is not None:
         return None
     return compiled_patches(network, streams) if device == "metal" else cuda_patches.patch_decoder(network, streams)

@@ -21,6 +21,7 @@ from marlin_cli.models.gbst_steps import GBST
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
+from marlin_cli.models.splitting import Share
 from marlin_cli.text import quoted
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "DecodingShape",
     "Network",
     "Reading",
+    "Share",
     "architecture_named",
     "architecture_of",
     "build",
@@ -61,6 +63,7 @@ def build(
     *,
     where: str,
     dtype: mx.Dtype | None = None,
+    share: Share | None = None,
 ) -> Network:
     """The network that `config` describes, holding `weights`.
 
@@ -70,6 +73,7 @@ def build(
         quantization: mlx-lm's table: `group_size`, `bits`, `mode`, and by layer path the same or false.
         where: the file that begins every error.
         dtype: floating-point weights and activations are cast to it; as stored if None.
+        share: what of it this rank holds; `weights` are cut accordingly (`Share.cuts`).
 
     Raises:
         ConfigError: an unknown architecture or an impossible configuration.
@@ -83,7 +87,11 @@ def build(
         found = f"the weight {quoted(f'{absent[0]}.attention_norm.weight')} is missing"
         raise CheckpointError(f"{where}: {found}, with all of {len(absent):,} layers that config.json asks for")
     network: Network = architecture.network(settings)
+    if share is not None:
+        share.narrow(network)
     fill(network, weights, quantization, where=where, dtype=dtype)
+    if share is not None:
+        share.join(network)
     return network
 
 

@@ -141,6 +141,23 @@ class Tuning:
     parts: tuple[str, ...] | None = ("local", "head")
 
 
+@dataclass(frozen=True)
+class Split:
+    """The blocks that ranks may share (`models.splitting`): each has an `attention` and an `ffn`, named as everywhere.
+
+    Attributes:
+        part: their part of the model, see `models.part_of`.
+        blocks: (config) -> their paths.
+        heads: (config) -> heads of the queries, and of the keys and values.
+        by_head: weights whose last axis counts the heads.
+    """
+
+    part: str
+    blocks: Callable[[Any], Sequence[str]]
+    heads: Callable[[Any], tuple[int, int]]
+    by_head: tuple[str, ...] = ()
+
+
 # A layer whose input is that of its neighbour, which is measured in its place.
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "up_proj"}
 
@@ -187,6 +204,7 @@ class Architecture:
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
         continuing: how its networks continue bytes, where that is what they do.
+        split: what ranks may share of one; None where each holds all of it.
     """
 
     name: str
@@ -212,3 +230,4 @@ class Architecture:
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)
     continuing: Continuing | None = None
+    split: Split | None = None

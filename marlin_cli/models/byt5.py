@@ -5,6 +5,7 @@ bias a stack and none between decoder and encoder. `downsample_factor` above 1 i
 checkpoint: layers with a local window over bytes, pooling, layers over the pooled rows, and back to bytes.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -133,6 +134,17 @@ class EncoderAttention(Attention):
         queries = self._heads(self.q_proj(x))
         return self._joined(relative_attention(queries, keys, values, bias, window=window, lengths=lengths))
 
+    def of_inputs(self, x: mx.array, bias: mx.array, ends: Sequence[int], window: int | None) -> mx.array:
+        """Attention of inputs that stand one after the other in rows x [1, rows, d_model], each up to its own of `ends`."""
+        keys, values = self.keys_values(x)
+        queries = self._heads(self.q_proj(x))
+        parts = [
+            relative_attention(queries[own], keys[own], values[own], bias, window=window)
+            for start, end in itertools.pairwise((0, *ends))
+            for own in [(slice(None), slice(None), slice(start, end))]
+        ]
+        return self._joined(mx.concatenate(parts, axis=2))
+
 
 class DecoderAttention(Attention):
     def __call__(self, x: mx.array, bias: mx.array, cache: SelfCache | None) -> mx.array:
@@ -181,6 +193,11 @@ class EncoderBlock(nn.Module):
 
     def __call__(self, x: mx.array, bias: mx.array, lengths: mx.array | None, window: int | None = None) -> mx.array:
         x = x + self.attention(self.attention_norm(x), bias, lengths, window)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def of_inputs(self, x: mx.array, bias: mx.array, ends: Sequence[int], window: int | None) -> mx.array:
+        """See `EncoderAttention.of_inputs`: as if each input were alone."""
+        x = x + self.attention.of_inputs(self.attention_norm(x), bias, ends, window)
         return x + self.ffn(self.ffn_norm(x))
 
 

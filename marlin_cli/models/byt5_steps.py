@@ -16,6 +16,7 @@ from marlin_cli.models.architecture import (
     PackedKeys,
     Piece,
     Rotation,
+    Split,
     State,
     Tuning,
     Watch,
@@ -182,13 +183,8 @@ def rotation(config: ByT5Config) -> Rotation:
         raise QuantizationError("a ByT5 with a tied head cannot be rotated: its embedding cannot take the last norm's gain")
     if config.downsample_factor > 1 and config.pooling == "max":
         raise QuantizationError("an encoder that pools by the maximum cannot be rotated; one that pools by the mean can")
-    over_bytes = 0 if config.downsample_factor == 1 else config.layers_over_bytes
     decoder = [f"decoder.layers.{index}" for index in range(config.decoder_layers)]
-    blocks = [
-        *(f"encoder.local_layers.{index}" for index in range(over_bytes)),
-        *(f"encoder.layers.{index}" for index in range(config.encoder_layers - over_bytes)),
-        *decoder,
-    ]
+    blocks = [*encoder_blocks(config), *decoder]
     return Rotation(
         widths={"d_model": config.d_model},
         blocks=dict.fromkeys(blocks, config.head_dim),
@@ -198,6 +194,15 @@ def rotation(config: ByT5Config) -> Rotation:
         },
         rows=("embedding.weight",),
     )
+
+
+def encoder_blocks(config: ByT5Config) -> list[str]:
+    """The paths of the encoder's blocks, in the order in which rows pass them."""
+    over_bytes = 0 if config.downsample_factor == 1 else config.layers_over_bytes
+    return [
+        *(f"encoder.local_layers.{index}" for index in range(over_bytes)),
+        *(f"encoder.layers.{index}" for index in range(config.encoder_layers - over_bytes)),
+    ]
 
 
 def packed_keys(config: ByT5Config) -> PackedKeys:
@@ -226,4 +231,10 @@ BYT5 = Architecture(
     # All is tuned, as most is lost in the encoder, and in shorter steps: packed, the divergence is a thirtieth of a
     # MegaByte's, and Adam's steps, which are as long at any gradient, took it further off than packing had (LOG).
     tuning=Tuning(share=0.05, parts=None),
+    split=Split(
+        "encoder",
+        encoder_blocks,
+        lambda config: (config.heads, config.heads),
+        by_head=("encoder.relative_bias.weight", "encoder.local_bias.weight"),
+    ),
 )

@@ -16,6 +16,7 @@ from marlin_cli.models.architecture import (
     Piece,
     Reading,
     Rotation,
+    Split,
     State,
     Watch,
     neighbour_with_same_input,
@@ -164,6 +165,11 @@ def packed_keys(config: MegaByteConfig) -> PackedKeys:
     )
 
 
+def shared_blocks(config: MegaByteConfig) -> list[str]:
+    """The blocks of the global stage, which run once a patch: the sums of the others would come with every byte."""
+    return [f"global.layers.{index}" for index in range(config.stages[0].layers)]
+
+
 def ids_of_prompt(config: MegaByteConfig, prompt: bytes, sentinels: bool) -> bytes:
     """The bytes, which are the ids.
 
@@ -198,4 +204,5 @@ MEGABYTE = Architecture(
     rows_of_sequence=rows_of_sequence,
     continuing=Continuing(Reading.PATCHES, lambda network, windows: network(windows), ids_of_prompt, ends),
     decoding=MEGABYTE_DECODING,
+    split=Split("global", shared_blocks, lambda config: (config.global_heads, config.global_kv_heads or config.global_heads)),
 )

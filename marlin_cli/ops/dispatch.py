@@ -175,6 +175,7 @@ OPERATIONS = {
     "stack": ("cpu", "metal", "cuda"),
     "character_encoder": ("cpu",),
     "answer_decode": ("cpu", "metal"),
+    "sliced_encoding": ("cpu",),
     "sequence_costs": ("cpu",),
     "local_patch_decode": ("cpu", "metal", "cuda"),
 }

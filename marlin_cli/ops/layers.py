@@ -21,8 +21,12 @@ class Linear(nn.Module):
             self.bias = mx.zeros((rows,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = linear(x, self.weight)
+        y = self.product(x)
         return y + self.bias if "bias" in self else y
+
+    def product(self, x: mx.array) -> mx.array:
+        """x @ W.T"""
+        return linear(x, self.weight)
 
 
 class QuantizedLinear(nn.Module):
@@ -45,6 +49,11 @@ class QuantizedLinear(nn.Module):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
+        y = self.product(x)
+        return y + self["bias"] if "bias" in self else y
+
+    def product(self, x: mx.array) -> mx.array:
+        """x @ W.T"""
         y = packed_linear(
             x,
             self["weight"],
@@ -58,7 +67,7 @@ class QuantizedLinear(nn.Module):
         if "global_scale" in self:
             scale = self["global_scale"]
             y = y * scale.astype(y.dtype) if self._scale_is_exact else (y * scale).astype(y.dtype)
-        return y + self["bias"] if "bias" in self else y
+        return y
 
 
 def round_activations(network: nn.Module, activation_bits: int) -> None:

@@ -57,11 +57,12 @@ def _by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
     """Sums of (path, size) by part."""
     sums = dict.fromkeys(PARTS, 0)
     for path, size in sizes:
-        sums[_part(path)] += size
+        sums[part_of_weight(path)] += size
     return {part: size for part, size in sums.items() if size}
 
 
-def _part(path: str) -> str:
+def part_of_weight(path: str) -> str:
+    """The part that a parameter counts with: as its layer, but for embeddings."""
     layer, _, _ = path.rpartition(".")
     if any(name.endswith(_EMBEDDINGS) for name in path.split(".")):
         return "embeddings"

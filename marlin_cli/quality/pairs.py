@@ -13,12 +13,16 @@ import numpy.typing as npt
 
 from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.corpus import Pair
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.answer_scoring import bits_of_answers
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.wire import Wire
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids, ids_of_bytes
 from marlin_cli.quality.edit_distance import edit_distance
 from marlin_cli.quality.estimates import Estimate, Floats, ratio
+from marlin_cli.ranks import ALONE, Ranks
+
+WIRE = Wire(())
 
 # Bytes of inputs and answers, filler among them, that are scored side by side.
 BYTES_PER_PASS = 8192
@@ -81,8 +85,13 @@ def measure_pairs(
     pairs: Sequence[Pair],
     reference: AnsweringModel | None = None,
     on_bytes: Callable[[int], None] = lambda count: None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> list[PairQuality]:
     """Score models (by their names) on the same pairs.
+
+    Ranks share the passes out, each to be done by one of them whole: any number gives the same numbers, and every rank gets
+    them.
 
     Args:
         reference: what the models are compared with; when it is one of them, it is run once.
@@ -91,15 +100,16 @@ def measure_pairs(
     Raises:
         UsageError: see `check_pairs_fit`.
         CheckpointError: predictions that are not finite.
+        DistributedError: another rank ended, or has other pairs.
     """
     check_pairs_fit({**models, **({} if reference is None else {"the reference": reference})}, pairs)
-    expected = None if reference is None else answers_to(reference, pairs, "the reference", on_bytes)
+    expected = None if reference is None else answers_to(reference, pairs, "the reference", on_bytes, ranks)
     results = []
     for name, model in models.items():
         if model is reference and expected is not None:
             results.append(quality_of(pairs, expected, expected))
         else:
-            results.append(quality_of(pairs, answers_to(model, pairs, name, on_bytes), expected))
+            results.append(quality_of(pairs, answers_to(model, pairs, name, on_bytes, ranks), expected))
     return results
 
 
@@ -116,22 +126,33 @@ def check_pairs_fit(models: Mapping[str, AnsweringModel], pairs: Sequence[Pair])
 
 
 def answers_to(
-    model: AnsweringModel, pairs: Sequence[Pair], name: str = "the model", on_bytes: Callable[[int], None] = lambda count: None
+    model: AnsweringModel,
+    pairs: Sequence[Pair],
+    name: str = "the model",
+    on_bytes: Callable[[int], None] = lambda count: None,
+    ranks: Ranks = ALONE,
 ) -> Answers:
     """Run a model on every pair. No result depends on which pairs share a pass.
 
     Raises:
         CheckpointError: predictions that are not finite.
     """
-    bits = bits_of_pairs(model, pairs, name)
+    batches = list(_batches(pairs))
+    own = batches[ranks.rank :: ranks.size]
+    bits = _bits_of_batches(model, pairs, name, own)
     data = [b""] * len(pairs)
-    for batch in _batches(pairs):
+    for batch in own:
         chosen = [pairs[index] for index in batch]
         limits = [ANSWER_RATIO * max(len(pair.source), len(pair.target)) + ANSWER_EXTRA_BYTES for pair in chosen]
         found = model.answers([pair.source for pair in chosen], AnswerLimits(max(limits)))
         for index, limit, (answer,) in zip(batch, limits, found, strict=True):
             data[index] = bytes_of_ids(answer.ids[:limit])
         on_bytes(sum(len(pair.source) + len(pair.target) for pair in chosen))
+    if ranks.size > 1:
+        mine = [index for batch in own for index in batch]
+        for payload in ranks.gather(WIRE.to_bytes([(index, float(bits[index]), data[index]) for index in mine])):
+            for index, cost, answer_data in WIRE.from_bytes(payload):
+                bits[index], data[index] = cost, answer_data
     errors = np.array([edit_distance(_text(each), _text(pair.target)) for each, pair in zip(data, pairs, strict=True)], float)
     exact = np.array([each == pair.target for each, pair in zip(data, pairs, strict=True)])
     return Answers(data, bits, errors, exact)
@@ -143,8 +164,13 @@ def bits_of_pairs(model: AnsweringModel, pairs: Sequence[Pair], name: str = "the
     Raises:
         CheckpointError: predictions that are not finite.
     """
+    return _bits_of_batches(model, pairs, name, list(_batches(pairs)))
+
+
+def _bits_of_batches(model: AnsweringModel, pairs: Sequence[Pair], name: str, batches: Sequence[list[int]]) -> Floats:
+    """As `bits_of_pairs`, of the pairs of some passes; what is said of the others means nothing."""
     bits = np.empty(len(pairs))
-    for batch in _batches(pairs):
+    for batch in batches:
         sources = [[*ids_of_bytes(pairs[index].source), model.config.end_id] for index in batch]
         targets = [pairs[index].target for index in batch]
         bits[batch] = bits_of_answers(model.network, sources, targets, memory_bits=model.kv_bits, name=name)

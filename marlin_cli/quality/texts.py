@@ -1,16 +1,19 @@
 """How near a model that encodes texts comes to another, such as itself in 16 bits: states, labels, ends of sentences."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.documents import parse_json
 from marlin_cli.encoding_model import EncodingModel
 from marlin_cli.engine.sentences import boundary_scores, ids_of_pieces, sentences_of
 from marlin_cli.engine.spans import Span
-from marlin_cli.errors import InputError, UsageError
+from marlin_cli.errors import DistributedError, InputError, UsageError
 from marlin_cli.quality.estimates import Estimate, Floats, ratio
+from marlin_cli.ranks import ALONE, Ranks
 
 # Texts that are read side by side.
 TEXTS_AT_ONCE = 16
@@ -56,8 +59,13 @@ def measure_texts(
     texts: Mapping[str, Sequence[bytes]],
     reference: EncodingModel,
     on_bytes: Callable[[int], None] = lambda count: None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> list[TextQuality]:
     """Compare models (by their names) with a reference on the same texts (by their domains).
+
+    Ranks share the batches out, each to be done by one of them whole: any number gives the same numbers, and every rank gets
+    them.
 
     Args:
         reference: when it is one of the models, it is run once.
@@ -68,17 +76,36 @@ def measure_texts(
         CheckpointError: numbers that are not finite.
     """
     check_comparable(models, texts, reference)
+    batches = [
+        (domain, found[start : start + TEXTS_AT_ONCE])
+        for domain, found in texts.items()
+        for start in range(0, len(found), TEXTS_AT_ONCE)
+    ]
+    done: dict[int, list[list[_Sums]]] = {}  # by batch, and then by model
+    for number in range(ranks.rank, len(batches), ranks.size):
+        batch = batches[number][1]
+        expected = _seen(reference, batch)
+        done[number] = []
+        for model in models.values():
+            seen = expected if model is reference else _seen(model, batch)
+            done[number].append([_compared(*pair) for pair in zip(seen, expected, strict=True)])
+            on_bytes(sum(map(len, batch)))
+    done = _gathered(done, ranks)
     sums: dict[str, dict[str, list[_Sums]]] = {name: {domain: [] for domain in texts} for name in models}
-    for domain, found in texts.items():
-        for start in range(0, len(found), TEXTS_AT_ONCE):
-            batch = found[start : start + TEXTS_AT_ONCE]
-            expected = _seen(reference, batch)
-            for name, model in models.items():
-                seen = expected if model is reference else _seen(model, batch)
-                sums[name][domain] += [_compared(*pair) for pair in zip(seen, expected, strict=True)]
-                on_bytes(sum(map(len, batch)))
+    for number, (domain, _) in enumerate(batches):
+        for name, of_model in zip(models, done[number], strict=True):
+            sums[name][domain] += of_model
     characters = {domain: [len(text.decode("utf-8")) for text in found] for domain, found in texts.items()}
     return [_quality(sums[name], characters) for name in models]
+
+
+def _gathered(own: dict[int, list[list[_Sums]]], ranks: Ranks) -> dict[int, list[list[_Sums]]]:
+    """The sums of all batches, from the ranks that did them."""
+    if ranks.size == 1:
+        return own
+    payloads = ranks.gather(json.dumps(list(own.items())).encode())
+    everyone = [parse_json(part, "the sums of a rank", DistributedError) for part in payloads]
+    return {number: sums for part in everyone for number, sums in part}
 
 
 def check_comparable(

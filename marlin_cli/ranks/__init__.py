@@ -7,7 +7,7 @@ the closed connection, that one is gone; from missing beats, that its machine is
 interrupted as by Ctrl-C, which saves what is worth saving, and rank 0 says in one line which rank it was.
 """
 
-from marlin_cli.ranks.job import ALONE, Ranks, joined
+from marlin_cli.ranks.job import ALONE, FoundByAll, Ranks, joined
 from marlin_cli.ranks.launch import Launch, is_follower, launch_of
 
-__all__ = ["ALONE", "Launch", "Ranks", "is_follower", "joined", "launch_of"]
+__all__ = ["ALONE", "FoundByAll", "Launch", "Ranks", "is_follower", "joined", "launch_of"]

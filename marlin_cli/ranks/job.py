@@ -33,7 +33,7 @@ class _ConnectionLost(DistributedError):
     """A collective broke off; which rank ended is for the watch to say."""
 
 
-class _FoundByAll(DistributedError):
+class FoundByAll(DistributedError):
     """What every rank finds for itself, so that none has to be named."""
 
 
@@ -57,6 +57,59 @@ class Ranks:
             for rank, part in enumerate(self._exchange(payload[start : start + CHUNK_BYTES])):
                 received[rank] += part[: lengths[rank] - start] if start < lengths[rank] else b""
         return [bytes(part) for part in received]
+
+    @property
+    def group(self) -> Any:
+        """All ranks, as `mx.distributed` takes them; None where there is but one."""
+        if self._watch is None:
+            return None
+        import mlx.core as mx
+
+        return mx.distributed.init()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """While ranks compute together: a collective breaks off, or waits for ever, where another rank is gone.
+
+        Whoever does not come back from one is ended within a second, so nothing is left here that should be saved.
+
+        Raises:
+            DistributedError: the connection broke.
+        """
+        if self._watch is None:
+            yield
+            return
+        before, self._watch.in_collective = self._watch.in_collective, True
+        try:
+            yield
+        except RuntimeError as error:
+            time.sleep(2 * BEAT_SECONDS)  # the watch knows which rank it was, and interrupts this
+            raise _ConnectionLost(f"the ranks lost their connection: {one_line(error)}") from None
+        finally:
+            self._watch.in_collective = before
+
+    @contextlib.contextmanager
+    def deaf(self) -> Iterator[None]:
+        """While rank 0 alone hears Ctrl-C and SIGTERM, which launchers send to all, and lets what runs come to its end."""
+        if self._watch is None:
+            yield
+            return
+        previous, self._watch.deaf = signal.signal(signal.SIGINT, signal.SIG_IGN), True
+        try:
+            yield
+        finally:
+            self._watch.deaf = False
+            signal.signal(signal.SIGINT, previous)
+
+    def send(self, rank: int, message: bytes) -> None:
+        """Send to another rank: rank 0 to any, each other to rank 0. It does not wait for anybody."""
+        assert self._watch is not None
+        self._watch.send(rank, message)
+
+    def receive(self, seconds: float | None = None) -> tuple[int, bytes] | None:
+        """The next message and who sent it; None if there is none for so long. Without an end it waits as long as it takes."""
+        assert self._watch is not None
+        return self._watch.receive(seconds)
 
     def collect(self, source: Path | None, target_of: Callable[[int], Path]) -> list[bool]:
         """Copy a file of each other rank to `target_of(its rank)` at rank 0; whether each rank has one, by rank.
@@ -93,7 +146,7 @@ class Ranks:
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
-                    raise _FoundByAll(f"rank {rank} has another {name} than rank 0; start all ranks on the same job")
+                    raise FoundByAll(f"rank {rank} has another {name} than rank 0; start all ranks on the same job")
 
     def _exchange(self, part: bytes) -> list[bytes]:
         """One collective of at most `CHUNK_BYTES` of each rank; parts come back padded to the longest."""
@@ -102,18 +155,12 @@ class Ranks:
 
         assert self._watch is not None
         self._watch.agree()
-        try:
-            self._watch.in_collective = True
+        with self.computing():
             longest = int(np.array(mx.distributed.all_gather(mx.array([len(part)], mx.int32))).max())
             if longest == 0:
                 return [b""] * self.size
             padded = np.frombuffer(part.ljust(longest, b"\0"), dtype=np.uint8)
             gathered = np.array(mx.distributed.all_gather(mx.array(padded))).reshape(self.size, longest)
-        except RuntimeError as error:
-            time.sleep(2 * BEAT_SECONDS)  # the watch knows which rank it was, and interrupts this
-            raise _ConnectionLost(f"the ranks lost their connection: {one_line(error)}") from None
-        finally:
-            self._watch.in_collective = False
         return [row.tobytes() for row in gathered]
 
 
@@ -139,6 +186,8 @@ def joined() -> Iterator[Ranks]:
     try:
         watch.start()
         yield Ranks(launch.rank, watch.size, watch)
+        if watch.lost is not None:  # the block has taken the interrupt for a wish to end, and did
+            raise _ConnectionLost(watch.lost)
     except BaseException as error:
         watch.leaving = True  # before anything else: an interrupt from here on would hide what is said
         ending = _ending(watch, error)
@@ -155,7 +204,7 @@ def _ending(watch: Watch, error: BaseException) -> BaseException:
     if watch.lost is not None and isinstance(error, KeyboardInterrupt | _ConnectionLost):
         error = DistributedError(watch.lost)
     elif isinstance(error, MarlinError):
-        watch.fail(str(error), by_all=isinstance(error, _FoundByAll))
+        watch.fail(str(error), by_all=isinstance(error, FoundByAll))
     else:
         watch.fail("interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}")
     return SystemExit(error.exit_code) if watch.told and isinstance(error, MarlinError) else error

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import sys
@@ -21,23 +22,26 @@ SILENT_SECONDS = 30.0  # without a beat a rank counts as gone
 MOST_MESSAGE_BYTES = 16 << 10
 MOST_REASON_LETTERS = 2000
 
+# Of what a rank that is known sends beside its messages: prompts, and what follows them.
+MOST_PAYLOAD_BYTES = 256 << 20
+
 # A main thread that is interrupted may first have to finish a pass of a large model, or nothing at all.
 STOP_SECONDS = 60.0
-STOP_COLLECTIVE_SECONDS = 3.0
+STOP_COLLECTIVE_SECONDS = 1.0
 
 
 class Connection:
-    """Messages to and from one other rank: a line of JSON each."""
+    """Messages to and from one other rank: a line of JSON each, and after some as many bytes as it says."""
 
     def __init__(self, plug: socket.socket) -> None:
         plug.settimeout(SILENT_SECONDS)
         plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._lines, self._lock = plug, plug.makefile("rb"), threading.Lock()
 
-    def send(self, **message: Any) -> None:
+    def send(self, payload: bytes = b"", **message: Any) -> None:
         # A peer that is gone is found out where its messages are read.
         with self._lock, contextlib.suppress(OSError):
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
+            self._socket.sendall(json.dumps(message).encode() + b"\n" + payload)
 
     def receive(self) -> dict[str, Any] | None:
         """The next message; None when the peer is gone, silent for too long, or says what no rank says."""
@@ -47,6 +51,16 @@ class Connection:
         except (OSError, ValueError, DistributedError):  # ValueError: closed by `close`
             return None
         return message if isinstance(message, dict) else None
+
+    def payload(self, size: Any) -> bytes | None:
+        """The bytes after a message that says so; None when the peer is gone, or it says what no rank says."""
+        if not isinstance(size, int) or not 0 <= size <= MOST_PAYLOAD_BYTES:
+            return None
+        try:
+            data = self._lines.read(size)
+        except (OSError, ValueError):
+            return None
+        return data if len(data) == size else None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -62,12 +76,14 @@ class Watch:
         self.lost: str | None = None  # the line that says why the job is over
         self.told = False  # rank 0 knows, and says it
         self.in_collective = False
+        self.deaf = False  # to signals that ask this process to end: rank 0 hears them for all
         self._number = 0  # of the collective that is next
         self._ready = dict.fromkeys(connections, 0)  # collectives that the other side has reached
         self._left: set[int] = set()
         self.leaving = False  # the main thread has begun to end the job, and is not interrupted any more
         self._closed = self._stopping = False
         self._news = threading.Condition()
+        self._inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
 
     def start(self) -> None:
         """From here on the main thread is interrupted when a rank is lost: by SIGTERM, which must lead to `stop`."""
@@ -85,6 +101,21 @@ class Watch:
                 self._news.wait(0.1)  # short: a signal is handled between waits
         if self.rank == 0:
             self._send(ready=self._number)
+
+    def send(self, rank: int, message: bytes) -> None:
+        """Send to a rank that there is a connection to."""
+        self._connections[rank].send(message, bytes=len(message))
+
+    def receive(self, seconds: float | None) -> tuple[int, bytes] | None:
+        """The next message and its sender, or None after so many seconds. Interrupted when a rank is lost."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = 0.1 if end is None else min(0.1, end - time.monotonic())  # short: a signal is handled between waits
+            try:
+                return self._inbox.get(timeout=max(0.0, left))
+            except queue.Empty:
+                if end is not None and time.monotonic() >= end:
+                    return None
 
     def fail(self, reason: str, *, by_all: bool = False) -> None:
         """Tell the others that this rank ends before its time. Rank 0 says why; wait until it has heard.
@@ -107,6 +138,8 @@ class Watch:
 
     def stop(self, number: int, _: object) -> None:
         """Interrupt the main thread, where this runs: once, since it will be saving what it has."""
+        if self.deaf and self.lost is None:
+            return
         before, self._stopping = self._stopping, True
         if not before and not self.leaving:
             raise KeyboardInterrupt if self.lost is not None else Terminated(number)
@@ -122,7 +155,12 @@ class Watch:
 
     def _read(self, peer: int, connection: Connection) -> None:
         while (message := connection.receive()) is not None:
-            if isinstance(message.get("ready"), int):
+            if "bytes" in message:
+                data = connection.payload(message["bytes"])
+                if data is None:
+                    break
+                self._inbox.put((peer, data))
+            elif isinstance(message.get("ready"), int):
                 with self._news:
                     self._ready[peer] = message["ready"]
                     self._news.notify_all()

@@ -11,7 +11,7 @@ import pytest
 from marlin_cli import ByT5Model, load
 from marlin_cli.checkpoints import fingerprint, read_checkpoint
 from marlin_cli.checkpoints.hugging_face import config_of, names_of
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.errors import CheckpointError, ConfigError
 

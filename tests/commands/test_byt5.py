@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from marlin_cli import ByT5Config, ByT5Model, cli, load
 from marlin_cli.commands import answering_run
 from marlin_cli.commands.prompts import Prompt
-from marlin_cli.engine.answering import AnswerLimits
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 

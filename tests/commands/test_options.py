@@ -29,7 +29,7 @@ from marlin_cli.ops.device import choose_device
 COMMANDS = get_command(cli.app).commands
 
 # Commands that have no shipped model of their own.
-NEED_A_MODEL = ("quantize", "label", "encode")
+NEED_A_MODEL = ("quantize", "label", "encode", "serve")
 
 # What stands after an option that takes a value, and what it needs beside it.
 VALUES = {
@@ -57,9 +57,14 @@ VALUES = {
     "--min-length": "1",
     "--prefix": "a",
     "--input-prefix": "a",
+    "--save-state": "out.state",
+    "--load-state": "TEXT",
     "--batch-size": "2",
     "--import": "heads=2",
     "--device": "cpu",
+    "--split": "global",
+    "--ranks": "2",
+    "--link": "10,1",
     "--corpus": "TEXT",
     "--pairs": "PAIRS",
     "--output": "OUT",
@@ -118,6 +123,16 @@ VALUES = {
     "--longest": "9",
     "--dtype": "bfloat16",
     "--pool": "mean",
+    "--host": "127.0.0.1",
+    "--port": "0",
+    "--name": "tiny",
+    "--api-key": "key",
+    "--api-key-file": "SHORT",
+    "--max-streams": "2",
+    "--max-waiting": "2",
+    "--cache-memory": "1G",
+    "--drain-seconds": "1",
+    "--rows": "fast",
 }
 
 
@@ -267,10 +282,10 @@ USED = [
     if (command in ("label", "encode") and family in HEADS and (command, family) != ("label", "none"))
     or (command == "bench" and family in ("none", "sentence"))
     or (family in SERVED[command] and has_part(use, family))
-    if has_head(use, family)
-    # The first writes nothing, and the second is for shapes and extras that these small models and this place lack.
+    if has_head(use, family) and command != "serve"  # which does not end by itself: tests/serving has its own
+    # The first writes nothing, the second is for shapes and extras that these small models and this place lack, and ranks.
     if not (family is Family.ENCODER_ALONE and (command == "generate" or option == "--no-throughput"))
-    and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot")
+    and option not in ("--show", "--merge", "--compare", "--import", "--balance-keys", "--dequantize", "--plot", "--split")
 ]
 
 
@@ -292,6 +307,8 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         arguments += [] if {"--corpus", "--pairs"} & {*arguments} else ["--corpus", "TEXT"]
     if command == "generate" and not {"--max-bytes", "--max-length"} & {*arguments}:
         arguments += ["--max-bytes", "3"]
+    if "--save-state" in arguments:
+        arguments += ["--prompt", "a patch"]
     kind = Family.ENCODES if family in HEADS else family
     if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}

@@ -8,9 +8,10 @@ from mlx.utils import tree_map
 
 from marlin_cli.engine import cuda_patches, decoding, whole_patches
 from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
-from marlin_cli.engine.decoding import CacheBits, GraphCache, Lockstep
+from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import BackendError, CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByte

@@ -6,7 +6,8 @@ import pytest
 from byt5_cases import random_byt5
 
 from marlin_cli.engine import encoder_decoder
-from marlin_cli.engine.answering import AnswerLimits, answer
+from marlin_cli.engine.answer_requests import AnswerLimits
+from marlin_cli.engine.answering import answer
 from marlin_cli.engine.compiled_answers import TAIL_ROWS, CompiledAnswers
 from marlin_cli.engine.encoder_decoder import AnswerState, GraphAnswers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS

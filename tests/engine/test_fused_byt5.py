@@ -7,7 +7,8 @@ import pytest
 from mlx.utils import tree_map
 
 from marlin_cli.engine import encoder_decoder
-from marlin_cli.engine.answering import AnswerLimits, answer_with_beams
+from marlin_cli.engine.answer_requests import AnswerLimits
+from marlin_cli.engine.answering import answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.fused_byt5 import FusedAnswers, fuse_byt5

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from byt5_cases import random_byt5
 
+from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.answer_scoring import bits_of_answers
-from marlin_cli.engine.answering import AnswerLimits, answer, answer_with_beams
+from marlin_cli.engine.answering import answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.generation import generate

@@ -119,7 +119,7 @@ def test_answers_at_unlike_places_read_inputs_of_their_own(same):
 
 def test_an_encoder_of_unlike_inputs_can_be_cut_between_layers(same):
     network = random_byt5(d_model=64, encoder_layers=3)
-    encoder = fuse_byt5(network)._encoder
+    encoder = fuse_byt5(network).encoder
     inputs = [mx.array(np.arange(3, 3 + length)[None]) for length in (1, 70, 300, 12)]
     counts = [each.shape[1] for each in inputs]
     rows = mx.concatenate([network.rows(each, None)[0] for each in inputs])
@@ -133,7 +133,7 @@ def test_an_encoder_of_unlike_inputs_can_be_cut_between_layers(same):
 
 def test_what_does_not_go_together_is_no_call():
     network = random_byt5(d_model=64, encoder_layers=2)
-    encoder = fuse_byt5(network)._encoder
+    encoder = fuse_byt5(network).encoder
     cache = MODULE.StackCache(2, 1, 2, 32, 32, 32, 64, [])
     for rows, counts, caches, layers in [
         (3, [1, 1], [], (0, 2)), (2, [2, 0], [], (0, 2)), (2, [1, 1], [cache], (0, 2)), (2, [2], [cache], (0, 1)),

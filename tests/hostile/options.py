@@ -29,6 +29,7 @@ VALUES = {
         "--stop-hex", "--kv-bits", "--k-bits", "--v-bits", "--activation-bits", "--beams", "--n-best", "--length-penalty",
         "--early-stopping",
         "--max-length", "--min-length", "--prefix", "--input-prefix", "--batch-size", "--import", "--device",
+        "--split",
     ],
     "quantize": [
         "--global-bits", "--local-bits", "--encoder-bits", "--decoder-bits", "--cross-bits", "--wo-bits", "--kv-bits",
@@ -46,7 +47,7 @@ VALUES = {
         "--max-bytes-per-file",
         "--max-quality-bytes", "--reference-cache", "--kv-bits", "--activation-bits", "--format", "--report", "--plot",
         "--device", "--against",
-        "--save", "--context", "--batch", "--bits", "--bandwidth", "--repeats", "-o",
+        "--save", "--context", "--batch", "--bits", "--bandwidth", "--repeats", "-o", "--split", "--ranks", "--link",
     ],
 }  # fmt: skip
 # What keeps a run short when the options drawn are good ones.

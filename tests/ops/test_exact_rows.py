@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from byt5_cases import random_byt5
 
-from marlin_cli.engine.answering import Answer, AnswerLimits, answer
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits
+from marlin_cli.engine.answering import answer
 from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling

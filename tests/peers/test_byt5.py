@@ -11,7 +11,8 @@ import pytest
 
 from marlin_cli import load
 from marlin_cli.checkpoints import read_checkpoint
-from marlin_cli.engine.answering import Answer, AnswerLimits, answer, answer_with_beams
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits
+from marlin_cli.engine.answering import answer, answer_with_beams
 from marlin_cli.engine.beams import Beams
 from marlin_cli.errors import AssumptionWarning, CheckpointError
 from marlin_cli.models import build

@@ -8,7 +8,8 @@ import pytest
 
 from marlin_cli.checkpoints import read_checkpoint
 from marlin_cli.config import from_mapping
-from marlin_cli.engine.answering import Answer, AnswerLimits, answer
+from marlin_cli.engine.answer_requests import Answer, AnswerLimits
+from marlin_cli.engine.answering import answer
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.stopping import Stopping
