@@ -13,8 +13,8 @@ request gives is compared with what it gives alone (they have to be equal where 
     alone while the others stand still; to join, all keys and values are copied to the longest; every stream reads as many rows
     as the longest has.
 - S2: 8 streams over one, decoding alone.
-- S4: while 4 streams run, a prompt of 32 KiB arrives, in slices of so many rows at most: the longest gap between their pieces over the
-  median gap, before it and in all; and the time until its first byte over the time that it takes alone.
+- S4: while 4 streams run, a prompt of 32 KiB arrives, in slices of so many rows at most: the longest gap between their pieces
+  over the median gap, before it and in all; and the time until its first byte over the time that it takes alone.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """The comparisons with other packages, gathered in one Markdown table: every part is another benchmark with small settings.
 
-    python benchmarks/peers.py [--only NAME,..] [--results peers.jsonl] [--again] [--markdown README.md]
+    python benchmarks/peers.py [--only NAME,..] [--march native,x86-64-v3] [--results FILE] [--again] [--markdown README.md]
 
 Each part runs in a process of its own, one after another, on as many cores as it has threads (MARLIN_THREADS), and compares
 outputs itself. Its rows are kept in --results as soon as it ends, so a stopped run goes on where it was; --again measures
 parts anew that are there already. The table goes to stdout, and with --markdown between the two markers of that file. A
 part that fails, or that takes longer than --seconds, is a row that says so, and the exit status is then 1. About 20
-minutes on 2 cores. Needs the extra `peers`: `make peers`.
+minutes on 2 cores. `--march` runs them with marlin's kernels built for other processors too (MARLIN_MARCH; the peers are what
+they are), and each row says which class its kernels are of. Needs the extra `peers`: `make peers`.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def run(name: str, settings: dict[str, Any], seconds: float) -> Outcome:
     """A part's rows; those measured before it failed are kept too."""
     part = PARTS[name]
     # A peer's package may bring the OpenMP that is loaded first, for both: it waits as marlin's own is told to.
-    environment = WAITING | dict(os.environ)
+    environment = WAITING | dict(os.environ) | {"MARLIN_MARCH": settings["march"]}
     if part.threads is not None:
         environment |= {"MARLIN_THREADS": str(part.threads), "OMP_NUM_THREADS": str(part.threads)}
     start = time.perf_counter()
@@ -107,6 +108,17 @@ def run(name: str, settings: dict[str, Any], seconds: float) -> Outcome:
     return Outcome(name, settings, time.perf_counter() - start, failure, rows)
 
 
+def processor_class(march: str) -> str:
+    """The class of processor of the kernels for `march`, which are built now if they are not there."""
+    code = (
+        "from marlin_cli.ops.cpu import kernels; module, _ = kernels(); print(module.processor_class() if module else 'none')"
+    )
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "MARLIN_MARCH": march}
+    ).stdout.strip()
+
+
 def versions() -> str:
     """What is compared, as installed."""
     return ", ".join(f"{package} {version(package)}" for package in PACKAGES)
@@ -122,21 +134,23 @@ def table(outcomes: list[Outcome]) -> str:
         f" {'; '.join(installed)}.",
         "Ratios are marlin's speed over the peer's: more than 1 is faster.",
         "",
-        "| what | marlin | peer | ratio | outputs | script |",
-        "|---|---|---|---|---|---|",
+        "| what | marlin | peer | ratio | outputs | kernels | script |",
+        "|---|---|---|---|---|---|---|",
     ]
     for outcome in outcomes:
         script = f"`{PARTS[outcome.name].script}.py`"
         cells = [list(row.values()) for row in outcome.rows]
         if outcome.failure:
             cells.append([outcome.name, outcome.failure, "", "", ""])
-        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in [*row, script]) + " |" for row in cells]
+        last = [outcome.settings["class"], script]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in [*row, *last]) + " |" for row in cells]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas: " + ", ".join(PARTS))
+    parser.add_argument("--march", default=os.environ.get("MARLIN_MARCH", "native"), help="as of MARLIN_MARCH, with commas")
     parser.add_argument("--results", type=Path, default=Path("peers.jsonl"))
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--markdown", type=Path)
@@ -147,19 +161,23 @@ def main() -> None:
         parser.error(f"unknown part {unknown[0]}; known: {', '.join(PARTS)}")
     settings = {"machine": machine(), "threads": os.environ.get("MARLIN_THREADS", "all"), "versions": versions()}
     lines = arguments.results.read_text(encoding="utf-8").splitlines() if arguments.results.exists() else []
-    found = {outcome.name: outcome for outcome in (Outcome(**json.loads(line)) for line in lines)}
-    for number, name in enumerate(names, start=1):
-        wanted = settings | {"options": PARTS[name].options}
-        is_done = name in found and not found[name].failure and wanted.items() <= found[name].settings.items()
-        if is_done and not arguments.again:
+    outcomes = [Outcome(**json.loads(line)) for line in lines]
+    found = {(outcome.name, outcome.settings["class"]): outcome for outcome in outcomes if "class" in outcome.settings}
+    builds = {processor_class(march): march for march in arguments.march.split(",")}
+    asked = [(name, built_for) for built_for in builds for name in names]
+    for number, (name, built_for) in enumerate(asked, start=1):
+        wanted = settings | {"options": PARTS[name].options, "class": built_for, "march": builds[built_for]}
+        done = found.get((name, built_for))
+        if done and not done.failure and wanted.items() <= done.settings.items() and not arguments.again:
             continue
-        print(f"[{number}/{len(names)}] {name}", file=sys.stderr, flush=True)
+        said = f"[{number}/{len(asked)}] {name}, {built_for}"
+        print(said, file=sys.stderr, flush=True)
         outcome = run(name, wanted | {"date": str(datetime.date.today())}, arguments.seconds)
-        print(f"[{number}/{len(names)}] {name}: {outcome.seconds:.0f} s {outcome.failure}", file=sys.stderr, flush=True)
-        found[name] = outcome
+        print(f"{said}: {outcome.seconds:.0f} s {outcome.failure}", file=sys.stderr, flush=True)
+        found[name, built_for] = outcome
         with arguments.results.open("a", encoding="utf-8") as out:
             out.write(json.dumps(asdict(outcome)) + "\n")
-    chosen = [found[name] for name in PARTS if name in found]
+    chosen = sorted(found.values(), key=lambda outcome: list(PARTS).index(outcome.name))
     text = table(chosen)
     if arguments.markdown is not None:
         write_between_markers(arguments.markdown, text, MARKERS)

@@ -1,10 +1,11 @@
 """The law of packed products: at most 1.05 of the dense one's time, and 8-bit activations at most what float32 ones take.
 
-    python benchmarks/product_law.py [--march native,x86-64-v3] [--rows 1,8] [--shapes 1472x3584] [--formats nvfp4] [--peer]
+    python benchmarks/product_law.py [--march native,x86-64-v3] [--rows 1,8] [--shapes KxN] [--formats nvfp4] [--peer|--exact]
 
 Every format by every number of rows, shape, activation width and build that this processor runs. A cell's sides take turns on
 the same x, and the shortest time of each counts. Prints a line a cell, then the worst of each build. `--peer` times
-mx.quantized_matmul beside them (one thread, whatever it is given). Each build is a process of its own, with kernels built for
+mx.quantized_matmul beside them (one thread, whatever it is given), `--exact` the same products with MARLIN_ROWS=exact, whose
+price it prints. Each build is a process of its own, with kernels built for
 that processor (MARLIN_MARCH) and kept in the cache.
 """
 
@@ -39,7 +40,7 @@ class Cell(NamedTuple):
         return max(self.over_dense / MOST_DENSE, self.rounded_over_own / MOST_ROUNDED)
 
 
-def cells(module, formats, shapes, counts, rounds: int, peer: bool):
+def cells(module, formats, shapes, counts, rounds: int, peer: bool, exact: bool):
     for depth, columns in shapes:
         weight = mx.random.normal((columns, depth)) * depth**-0.5
         mx.eval(weight)
@@ -63,7 +64,9 @@ def cells(module, formats, shapes, counts, rounds: int, peer: bool):
                 }
                 if peer:
                     sides["mlx"] = lambda x=x, w=words, s=scales, b=biases, o=settings: mx.quantized_matmul(x, w, s, b, **o)
-                took = turns(sides, rounds)
+                if exact:
+                    sides |= {f"exact {key}": side for key, side in sides.items() if key != "mlx"}
+                took = turns(module, sides, rounds)
                 way = [module.chosen_way(kind, columns, depth, settings["group_size"], rows, bits) for bits in (16, 8)]
                 cell = Cell(f"{name} {depth}x{columns} M={rows}", took["16"] / took["dense"], took.get("8", 0.0) / took["16"])
                 read = (words.nbytes + scales.nbytes + (0 if biases is None else biases.nbytes)) / took["16"]
@@ -71,22 +74,33 @@ def cells(module, formats, shapes, counts, rounds: int, peer: bool):
                     f"{cell.name}: {1e6 * took['16']:.0f} us by {way[0]}, {cell.over_dense:.2f} of dense,"
                     f" {read / 1e9:.1f} GB/s;"
                     + (f" 8-bit activations {cell.rounded_over_own:.2f} of that, by {way[1]}" if "8" in took else "")
+                    + (
+                        " exact"
+                        + "".join(
+                            f" {key} {took[f'exact {key}'] / took[key]:.2f}," for key in ("16", "8", "dense") if key in took
+                        )
+                        if exact
+                        else ""
+                    )
                     + (f"; mx.quantized_matmul {took['mlx'] / took['16']:.1f}x slower" if peer else ""),
                     flush=True,
                 )
                 yield cell
 
 
-def turns(sides, rounds: int) -> dict[str, float]:
+def turns(module, sides, rounds: int) -> dict[str, float]:
     """Seconds of each side, the shortest of so many turns."""
 
-    def seconds(side, count: int) -> float:
+    def seconds(key: str, count: int) -> float:
+        side = sides[key]
+        module.set_exact_rows(key.startswith("exact"))
         start = time.perf_counter()
         mx.eval([side() for _ in range(count)])
         return (time.perf_counter() - start) / count
 
-    counts = {key: max(1, int(SECONDS_A_TURN / max(seconds(side, 1), 1e-7))) for key, side in sides.items()}
-    each = [{key: seconds(side, counts[key]) for key, side in sides.items()} for _ in range(rounds)]
+    counts = {key: max(1, int(SECONDS_A_TURN / max(seconds(key, 1), 1e-7))) for key in sides}
+    each = [{key: seconds(key, counts[key]) for key in sides} for _ in range(rounds)]
+    module.set_exact_rows(False)
     return {key: min(turn[key] for turn in each) for key in sides}
 
 
@@ -98,10 +112,11 @@ def main() -> None:
     parser.add_argument("--formats", default=",".join(PACKING))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--exact", action="store_true")
     arguments = parser.parse_args()
     if arguments.march:
-        rest = [f"--{key}={value}" for key, value in vars(arguments).items() if key not in ("march", "peer")]
-        rest += ["--peer"] if arguments.peer else []
+        rest = [f"--{key}={value}" for key, value in vars(arguments).items() if key not in ("march", "peer", "exact")]
+        rest += [f"--{key}" for key in ("peer", "exact") if getattr(arguments, key)]
         for march in arguments.march.split(","):
             subprocess.run([sys.executable, __file__, *rest], env={**os.environ, "MARLIN_MARCH": march}, check=True)
         return
@@ -113,7 +128,7 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     rows = list(map(int, arguments.rows.split(",")))
     found = sorted(
-        cells(module, arguments.formats.split(","), shapes, rows, arguments.rounds, arguments.peer),
+        cells(module, arguments.formats.split(","), shapes, rows, arguments.rounds, arguments.peer, arguments.exact),
         key=lambda cell: -cell.excess,
     )
     beyond = [cell for cell in found if cell.excess > 1]

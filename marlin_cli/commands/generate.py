@@ -57,7 +57,10 @@ def generate(
         str, typer.Option(help="ByT5: what every input begins with, such as the task or language, '<eng-us>: '.")
     ] = "",
     sentinel: Annotated[
-        bool, typer.Option("--sentinel", help="ByT5, ByGPT5: <extra_id_N> stands for that id, in and out.")
+        bool, typer.Option("--sentinel", help="ByT5, ByGPT5, EvaByte: <extra_id_N> and such stand for that id, in and out.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="EvaByte-SFT: the prompt is what a user says, in the form of a chat.")
     ] = False,
     save_state: Annotated[
         str | None,
@@ -169,16 +172,19 @@ def generate(
         )
         if not leads:
             return follow_along(loaded, ranks, batch_size)
+        if chat:
+            prompted = [each.in_chat(loaded.network) for each in prompted]
+        marks = sentinel or chat
         for each in prompted:
             each.check_fits(loaded.config.max_bytes)
         keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
                 write_json_lines(
-                    continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=sentinel, keeper=keeper
+                    continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks, keeper=keeper
                 )
             else:
-                pieces = continues.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel, keeper=keeper)
+                pieces = continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks, keeper=keeper)
                 summary = write_stream(pieces, raw=raw)
                 known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
                 console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")

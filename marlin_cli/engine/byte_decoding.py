@@ -1,7 +1,7 @@
 """Cached decoding of networks that take bytes one after the other (ByGPT5), for streams of equally many bytes."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
@@ -44,11 +44,23 @@ class Rows(Protocol):
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
 
+
+@runtime_checkable
+class KeptTexts(Rows, Protocol):
+    """`Rows` from which another text may go on."""
+
     def kept(self) -> KeptRows:
         """The rows of a single text so far, which stay as they are."""
 
     def take_up(self, beginning: Beginning) -> None:
         """Go on from the beginning of a prompt, in place of nothing."""
+
+
+def rows_of_layers(network: ByteReader, streams: int, bits: CacheBits) -> Rows:
+    """What a network whose layers keep all keys and values remembers of so many texts that have no ids yet."""
+    rotated = rotates(architecture_of(network).packed_keys(network.config).head_dim, bits)
+    fused = fuse_bygpt5(network) if rotated else None
+    return GraphRows(network, bits) if fused is None else fused.new_rows(streams, bits)
 
 
 class ByteByByte:
@@ -59,6 +71,8 @@ class ByteByByte:
         prompts: ids of each stream.
         cache_bits: of the keys and values of every layer.
         keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
+        new_rows: (network, streams, bits) -> what is remembered of so many texts that have no ids yet.
+        level: of the cache that this counts as, see `models.decoding_shape`.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
@@ -66,32 +80,35 @@ class ByteByByte:
 
     def __init__(
         self,
-        network: ByteReader,
+        network: Any,
         prompts: Sequence[Sequence[int]],
         cache_bits: CacheBits | None = None,
         keeper: PromptKeeper | None = None,
+        *,
+        new_rows: Callable[[Any, int, CacheBits], Rows] = rows_of_layers,
+        level: str = "decoder",
     ) -> None:
-        self.config = network.config
+        self.config, self._level = network.config, level
         bits = cache_bits or CacheBits()
-        if bits != CacheBits():
-            check_cache_bits(bits.keys, bits.values, architecture_of(network).packed_keys(self.config).head_dim)
-        fused = fuse_bygpt5(network) if rotates(architecture_of(network).packed_keys(self.config).head_dim, bits) else None
-        self._rows: Rows = GraphRows(network, bits) if fused is None else fused.new_rows(len(prompts), bits)
+        packed_keys = architecture_of(network).packed_keys(self.config)
+        if bits != CacheBits() and packed_keys.paths:
+            check_cache_bits(bits.keys, bits.values, packed_keys.head_dim)
+        self._rows = new_rows(network, len(prompts), bits)
         self.positions = [len(prompt) for prompt in prompts]
         ids = mx.array([list(prompt) for prompt in prompts], dtype=mx.int32).reshape(len(prompts), -1)
-        keeper = keeper if len(prompts) == 1 and ids.size else None
-        beginning = None if keeper is None else keeper.restore(prompts[0])
-        if beginning is not None:
-            self._rows.take_up(beginning)
+        texts = self._rows if isinstance(self._rows, KeptTexts) and len(prompts) == 1 and ids.size else None
+        beginning = None if keeper is None or texts is None else keeper.restore(prompts[0])
+        if beginning is not None and texts is not None:
+            texts.take_up(beginning)
         if beginning is None:
             self.logits = self._rows.read(network.led(ids))
         elif beginning.units < ids.shape[1]:
             self.logits = self._rows.read(ids[:, beginning.units :])
         else:
             self.logits = beginning.places[-1].last
-        if keeper is not None:
+        if keeper is not None and texts is not None:
             places = (Place(len(prompts[0]), self.logits),)
-            keeper.keep(StreamState(ids_of(prompts[0]), Units(), self._rows.kept(), places))
+            keeper.keep(StreamState(ids_of(prompts[0]), Units(), texts.kept(), places))
 
     @staticmethod
     def phase(config: Any, prompt_ids: int) -> int:
@@ -106,7 +123,7 @@ class ByteByByte:
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use."""
-        return {"decoder": self._rows.nbytes}
+        return {self._level: self._rows.nbytes}
 
     @property
     def part_seconds(self) -> dict[str, float] | None:

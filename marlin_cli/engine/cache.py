@@ -1,6 +1,5 @@
 """What layers remember while decoding: keys and values, plain or packed, and the rows that a token shift delays."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,13 @@ class Rows:
         storage = self._with_room((batch, heads, added, width), new.dtype)
         storage[:, :, self.count : total] = new
         self.count = total
-        return storage[:, :, :total]
+        return self.rows
+
+    @property
+    def rows(self) -> mx.array:
+        """All rows so far, of which there are some."""
+        assert self._storage is not None
+        return self._storage[:, :, : self.count]
 
     @property
     def all(self) -> mx.array:
@@ -217,19 +222,23 @@ class Pages:
                 self._open = [Rows(ROWS_PER_PAGE) for _ in parts]
             room = ROWS_PER_PAGE - self._open[0].count
             # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
-            own = [rows.append(mx.contiguous(part[:, :, :room])) for rows, part in zip(self._open, parts, strict=True)]
-            page: KeyValueRows = own[0] if self._bits == 16 else Packed(own[0], own[1], self._bits)
+            for rows, part in zip(self._open, parts, strict=True):
+                rows.append(mx.contiguous(part[:, :, :room]))
             parts = [part[:, :, room:] for part in parts]
             if self._open[0].count == ROWS_PER_PAGE:
-                self._full.append(page)
-        return self._full if self._open[0].count == ROWS_PER_PAGE else [*self._full, page]
+                self._full.append(self._page)
+        return self.pages
 
-    def stored(self) -> Part:
-        """All rows so far as they are stored."""
-        pages: Sequence[Part] = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
-        if self._open and self._open[0].count < ROWS_PER_PAGE:
-            pages = [*pages, [rows.all for rows in self._open]]
-        return [mx.concatenate(list(parts), axis=2) for parts in zip(*pages, strict=True)]
+    @property
+    def pages(self) -> list[KeyValueRows]:
+        """The pages of all rows so far."""
+        return [*self._full, self._page] if self._open and self._open[0].count < ROWS_PER_PAGE else self._full
+
+    @property
+    def _page(self) -> KeyValueRows:
+        """The page that is being filled, or that is full now."""
+        rows = [each.rows for each in self._open]
+        return rows[0] if self._bits == 16 else Packed(rows[0], rows[1], self._bits)
 
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
@@ -242,7 +251,7 @@ class Pages:
 
     def join(self, other: "Pages") -> None:
         """Take in the members of another batch behind these; see `Rows.join`. What is packed is not packed again."""
-        everything = [pages._everything() for pages in (self, other)]
+        everything = [pages.stored() for pages in (self, other)]
         if not all(everything):
             return
         count = max(parts[0].shape[2] for parts in everything)
@@ -260,7 +269,7 @@ class Pages:
             if self._open[0].count == ROWS_PER_PAGE:
                 self._full.append(arrays[0] if self._bits == 16 else Packed(arrays[0], arrays[1], self._bits))
 
-    def _everything(self) -> list[mx.array]:
+    def stored(self) -> list[mx.array]:
         """All rows, or all words and all scales; nothing if there are none."""
         full = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
         if self._open and self._open[0].count < ROWS_PER_PAGE:

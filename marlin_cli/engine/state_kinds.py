@@ -11,14 +11,23 @@ from marlin_cli.engine.fused import rotates
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.state_files import FORMAT, TYPES, VERSION, StateKind, TensorType
 from marlin_cli.engine.states import is_cut_anywhere, units_of
-from marlin_cli.models import continuing_of
+from marlin_cli.errors import UsageError
+from marlin_cli.models import architecture_of, continuing_of
 from marlin_cli.models.architecture import Reading
 from marlin_cli.ops.reference import PACKED_MODES
 from marlin_cli.version import __version__
 
 
 def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
-    """The kind of the states of a network on this device; reads every weight once."""
+    """The kind of the states of a network on this device; reads every weight once.
+
+    Raises:
+        UsageError: what such a network remembers of a prompt is not kept.
+    """
+    if continuing_of(network).reading not in (Reading.PATCHES, Reading.BYTES):
+        raise UsageError(
+            f"what a {architecture_of(network).title} remembers of a prompt is not kept; its prompts are read anew"
+        )
     bits, config = cache_bits or CacheBits(), network.config
     by_patches = continuing_of(network).reading is Reading.PATCHES
     if by_patches:

@@ -32,6 +32,7 @@ def peers(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "FOLDER", tmp_path)
     monkeypatch.setattr(peers, "PARTS", {"one": peers.Part("good", count), "two": peers.Part("bad", count, threads=1)})
     monkeypatch.setattr(peers, "PACKAGES", ("mlx",))
+    monkeypatch.setattr(peers, "processor_class", {"native": "amx", "x86-64-v3": "avx2"}.__getitem__)
     return peers
 
 
@@ -53,9 +54,16 @@ def test_a_part_is_measured_once_and_a_failed_one_again(peers, tmp_path, monkeyp
     text = page.read_text()
     assert text.startswith("before\n" + peers.MARKERS[0]) and text.endswith(peers.MARKERS[1] + "after\n")
     assert "old" not in text
-    assert text.count("| a \\| b | 1 ms | its 2 ms | 2x | the same | `good.py` |") == 1
+    assert text.count("| a \\| b | 1 ms | its 2 ms | 2x | the same | amx | `good.py` |") == 1
     assert "| two | failed with status 3 |" in text
     assert "[2/2] two" in capfd.readouterr().err
+
+
+def test_each_class_of_processor_has_rows_of_its_own(peers, tmp_path, monkeypatch, capfd):
+    assert run(peers, monkeypatch, tmp_path, "--only", "one") == (0, 1)
+    assert run(peers, monkeypatch, tmp_path, "--only", "one", "--march", "native,x86-64-v3") == (0, 2)
+    rows = [line for line in capfd.readouterr().out.splitlines() if "good.py" in line]
+    assert [row.split(" | ")[-2] for row in rows[-2:]] == ["amx", "avx2"]
 
 
 def test_a_page_without_the_place_is_named(peers, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ CASES = {
     "bygpt5": (CONTINUING["bygpt5"], CacheBits()),
     **{
         f"{name}, {bits.keys} and {bits.values} bits": (config, bits)
-        for name, config in (*CONTINUING.items(), ("shifted", SHIFTED))
+        for name, config in (("megabyte", CONTINUING["megabyte"]), ("bygpt5", CONTINUING["bygpt5"]), ("shifted", SHIFTED))
         for bits in PACKED_BITS
     },
 }

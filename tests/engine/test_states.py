@@ -12,6 +12,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.state_files import read_state, write_state
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.states import ArrayRows, KernelRows, Place, StreamState, Units, ids_of
+from marlin_cli.errors import UsageError
 from marlin_cli.models import continuing_of
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
@@ -174,3 +175,13 @@ def test_what_kernels_keep_is_told_by_its_kind(random_network, small_sizes):
     network, keeper = random_network(MegaByteConfig(**small_sizes)), Keeper()
     read(network, PROMPT, CacheBits(), keeper)
     assert isinstance(keeper.kept.rows, KernelRows if MODULE else ArrayRows)
+
+
+def test_networks_that_remember_otherwise_say_so(random_network):
+    from conftest import CONTINUING
+
+    others = [config for config in CONTINUING.values() if config.model_type not in ("megabyte", "bygpt5")]
+    assert others
+    for config in others:
+        with pytest.raises(UsageError, match="states of prompts are of a MegaByte or ByGPT5; a .* reads its prompts anew"):
+            kind_of(random_network(config))

@@ -27,7 +27,7 @@ COMPILERS = {
 DOT_PRODUCTS = "-march=armv8.2-a+dotprod"
 PATHS = {"neon": [], "neon, dot products": [DOT_PRODUCTS], "portable": ["-U__ARM_NEON"]}
 # Beside marlin_gemm.cpp, which the driver includes.
-PRODUCTS = sorted(path.name for path in shipped("kernels").glob("marlin_gemm_*.cpp")) + ["ways.cpp"]
+PRODUCTS = sorted(path.name for path in shipped("kernels").glob("marlin_gemm_*.cpp")) + ["dense_lines.cpp", "ways.cpp"]
 OTHER_KERNELS = ["flash_attention.cpp", "linear.cpp", "marlin_gemm.cpp"]
 
 

@@ -64,14 +64,15 @@ def test_200_answers_are_the_same_alone_and_in_batches(name):
     rng = random.Random(0)
     network = packed(random_byt5(d_model=64), name)
     sources = [[3 + byte for byte in rng.randbytes(rng.randrange(1, 90))] for _ in range(200)]
-    limits, sampling = AnswerLimits(max_length=48, stop=(b"a", b"\x80")), Sampling(1.0, seed=1)
+    limits = AnswerLimits(max_length=48, stop=tuple(bytes([byte]) for byte in range(0, 256, 16)))
 
     def answers(some):
-        news = (new for step in answer(network, some, limits, sampling) for new in step)
+        news = (new for step in answer(network, some, limits) for new in step)
         found = {stream: (one.ids, one.score, one.stop_reason) for stream, one in news if isinstance(one, Answer)}
         return [found[stream] for stream in range(len(some))]
 
     alone = [answers([source])[0] for source in sources]
-    assert len({len(ids) for ids, _, _ in alone}) > 20
+    lengths = {len(ids) for ids, _, _ in alone}
+    assert len(lengths) > 9, lengths
     for size in SIZES:
         assert [one for start in range(0, 200, size) for one in answers(sources[start : start + size])] == alone
