@@ -1,11 +1,13 @@
 // Keys or values in pages: storage, and packing as rows come. Scales are chosen as for weights, data-free.
 #include "key_value_pages.hpp"
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 
 #include "common.hpp"
 #include "decode.hpp"
+#include "layer_parts.hpp"
 
 namespace marlin {
 
@@ -86,12 +88,28 @@ KeyValuePages::KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int
 }
 
 KeyValuePages::Page KeyValuePages::new_page() const {
-  const int64_t rows = batch_ * heads_ * rows_per_page_;
-  return {allocate(rows * row_bytes_), allocate(rows * row_codes_)};
+  return {allocate(page_rows() * row_bytes_), allocate(page_rows() * row_codes_)};
 }
 
 void KeyValuePages::reserve(int64_t count) {
-  while (int64_t(pages_.size()) * rows_per_page_ < rows_ + count) pages_.push_back(new_page());
+  const int64_t pages = (rows_ + count + rows_per_page_ - 1) / rows_per_page_;
+  for (int64_t number = rows_ / rows_per_page_; number < std::min<int64_t>(pages, pages_.size()); number++) {
+    Page& page = pages_[number];
+    if (page.data.use_count() == 1) {
+      std::atomic_thread_fence(std::memory_order_acquire);  // whoever shared it until now may have read it in another thread
+      continue;
+    }
+    Page own = new_page();
+    std::memcpy(own.data.get(), page.data.get(), page_rows() * row_bytes_);
+    std::memcpy(own.codes.get(), page.codes.get(), page_rows() * row_codes_);
+    page = std::move(own);
+  }
+  while (int64_t(pages_.size()) < pages) pages_.push_back(new_page());
+}
+
+void KeyValuePages::cut(int64_t rows) {
+  rows_ = std::min(rows_, rows);
+  pages_.resize(std::min<size_t>(pages_.size(), (rows_ + rows_per_page_ - 1) / rows_per_page_));
 }
 
 void KeyValuePages::write(int64_t batch, const float* from, int64_t count) {
@@ -123,10 +141,58 @@ void KeyValuePages::keep(const std::vector<int>& streams) {
   }
 }
 
+template <class Body>
+void KeyValuePages::over_runs(const Body& body) const {
+  for (int64_t first = 0; first < rows_; first += rows_per_page_)
+    for (int64_t sequence = 0; sequence < batch_ * heads_; sequence++)
+      body(pages_[first / rows_per_page_], sequence * rows_per_page_, sequence * rows_ + first, std::min(rows_per_page_, rows_ - first));
+}
+
+std::vector<mx::array> KeyValuePages::stored() const {
+  const auto part = [&](int64_t width, mx::Dtype dtype) {
+    const int64_t bytes = batch_ * heads_ * rows_ * width * mx::size_of(dtype);
+    return mx::array(mx::allocator::malloc(bytes), {int(batch_), int(heads_), int(rows_), int(width)}, dtype);
+  };
+  std::vector<mx::array> parts;
+  if (bits_ == 32) {
+    parts = {part(head_dim_, mx::float32)};
+  } else {
+    parts = {part(row_bytes_, mx::uint8), part(row_codes_, mx::uint8)};
+  }
+  over_runs([&](const Page& page, int64_t from, int64_t to, int64_t count) {
+    std::memcpy(parts[0].data<uint8_t>() + to * row_bytes_, page.data.get() + from * row_bytes_, count * row_bytes_);
+    if (row_codes_) std::memcpy(parts[1].data<uint8_t>() + to * row_codes_, page.codes.get() + from * row_codes_, count * row_codes_);
+  });
+  return parts;
+}
+
+void KeyValuePages::restore(const std::vector<mx::array>& parts, int64_t rows) {
+  std::vector<mx::array> given;
+  for (const auto& part : parts) given.push_back(in_memory(part));
+  const int64_t count = batch_ * heads_ * rows;
+  if (given.size() != (bits_ == 32 ? 1 : 2) || int64_t(given[0].nbytes()) != count * row_bytes_ ||
+      (row_codes_ && int64_t(given[1].nbytes()) != count * row_codes_))
+    throw std::invalid_argument("these are no rows of such a cache");
+  pages_.clear();
+  rows_ = 0;
+  reserve(rows);
+  rows_ = rows;
+  over_runs([&](const Page& page, int64_t to, int64_t from, int64_t some) {
+    std::memcpy(page.data.get() + to * row_bytes_, given[0].data<uint8_t>() + from * row_bytes_, some * row_bytes_);
+    if (row_codes_) std::memcpy(page.codes.get() + to * row_codes_, given[1].data<uint8_t>() + from * row_codes_, some * row_codes_);
+  });
+}
+
+std::vector<std::pair<int64_t, int64_t>> KeyValuePages::places() const {
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (const Page& page : pages_) found.emplace_back(reinterpret_cast<intptr_t>(page.data.get()), page_rows() * (row_bytes_ + row_codes_));
+  return found;
+}
+
 int64_t KeyValuePages::bytes_in_use() const { return rows_ * batch_ * heads_ * (row_bytes_ + row_codes_); }
 
 int64_t KeyValuePages::bytes_allocated() const {
-  return int64_t(pages_.size()) * batch_ * heads_ * rows_per_page_ * (row_bytes_ + row_codes_);
+  return int64_t(pages_.size()) * page_rows() * (row_bytes_ + row_codes_);
 }
 
 std::vector<PageView> KeyValuePages::views(int64_t more) const {

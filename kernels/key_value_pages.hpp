@@ -16,22 +16,33 @@ struct PageView {
   int64_t batch, head, row, rows;
 };
 
+// A copy shares the pages: whichever of the two writes into one first has a page of its own from then on.
 class KeyValuePages {
  public:
   // bits: 32 (float32), 8 or 4.
   KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int bits, int64_t rows_per_page);
 
-  // Makes room for `count` more rows. What is there stays where it is.
+  // Makes room for `count` more rows. What is there stays where it is, but for a page that a copy shares.
   void reserve(int64_t count);
   // Writes rows [count, heads * head_dim] of stream `batch` behind the `rows` that are there; `advance` counts them in.
   void write(int64_t batch, const float* from, int64_t count);
   void advance(int64_t count) { rows_ += count; }
   void clear() { rows_ = 0; }
+  // Forgets all but the first `rows` rows.
+  void cut(int64_t rows);
   void keep(const std::vector<int>& streams);
+
+  // The rows as they stand in the pages: [batch, heads, rows, head_dim] float32, or of packed ones their bytes
+  // [batch, heads, rows, ..] and the scales of their groups [batch, heads, rows, groups], both uint8.
+  std::vector<mlx::core::array> stored() const;
+  // Takes `rows` rows as `stored` gives them, in place of those that are there.
+  void restore(const std::vector<mlx::core::array>& parts, int64_t rows);
 
   int64_t rows() const { return rows_; }
   int64_t bytes_in_use() const;     // of the rows so far
   int64_t bytes_allocated() const;  // of the pages
+  // Where each page lies, and its bytes: what two caches both name they share.
+  std::vector<std::pair<int64_t, int64_t>> places() const;
   // Pages that hold the rows so far and `more`.
   std::vector<PageView> views(int64_t more) const;
 
@@ -40,6 +51,10 @@ class KeyValuePages {
     std::shared_ptr<uint8_t> data, codes;  // MLX's memory, so that its accounts are whole
   };
   Page new_page() const;
+  int64_t page_rows() const { return batch_ * heads_ * rows_per_page_; }
+  // Calls body(page, row of the page's memory, row of [batch, heads, rows], rows) on rows that stand together in both.
+  template <class Body>
+  void over_runs(const Body& body) const;
 
   int64_t batch_, heads_, head_dim_, rows_per_page_, row_bytes_, row_codes_, rows_ = 0;
   int bits_;

@@ -103,7 +103,13 @@ NB_MODULE(marlin_cpu, m) {
       .def_prop_ro("rows", &marlin::StackCache::rows)
       .def_prop_ro("bytes_in_use", &marlin::StackCache::bytes_in_use)
       .def_prop_ro("bytes_allocated", &marlin::StackCache::bytes_allocated)
-      .def("keep", &marlin::StackCache::keep, "streams"_a);
+      .def("keep", &marlin::StackCache::keep, "streams"_a)
+      .def("copy", [](const marlin::StackCache& cache) { return marlin::StackCache(cache); })
+      .def("cut", &marlin::StackCache::cut, "rows"_a, "delayed"_a)
+      .def("stored", &marlin::StackCache::stored, nb::call_guard<nb::gil_scoped_release>())
+      .def("restore", &marlin::StackCache::restore, "layers"_a, "rows"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("places", &marlin::StackCache::places)
+      .def("delayed", &marlin::StackCache::delayed);
   nb::class_<marlin::PartSeconds>(m, "PartSeconds")
       .def(nb::init<>())
       .def_ro("whole", &marlin::PartSeconds::whole)

@@ -153,6 +153,47 @@ void StackCache::keep(const std::vector<int>& streams) {
   batch_ = streams.size();
 }
 
+void StackCache::cut(int64_t rows, const std::vector<mx::array>& delayed) {
+  rows_ = std::min(rows_, rows);
+  for (auto* pages : {&keys_, &values_})
+    for (auto& each : *pages) each.cut(rows);
+  if (!delayed.empty() && delayed.size() != delayed_.size()) throw std::invalid_argument("there is a last row for each layer");
+  for (size_t layer = 0; layer < delayed.size(); layer++) {
+    const auto last = in_memory(delayed[layer]);
+    delayed_[layer].assign(last.data<float>(), last.data<float>() + last.size());
+  }
+}
+
+StackCache::Stored StackCache::stored() const {
+  Stored layers;
+  for (size_t layer = 0; layer < keys_.size(); layer++) layers.emplace_back(keys_[layer].stored(), values_[layer].stored());
+  return layers;
+}
+
+void StackCache::restore(const Stored& layers, int64_t rows) {
+  if (layers.size() != keys_.size()) throw std::invalid_argument("these are no rows of such a cache");
+  for (size_t layer = 0; layer < keys_.size(); layer++) {
+    keys_[layer].restore(layers[layer].first, rows);
+    values_[layer].restore(layers[layer].second, rows);
+  }
+  rows_ = rows;
+}
+
+std::vector<std::pair<int64_t, int64_t>> StackCache::places() const {
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (const auto* pages : {&keys_, &values_})
+    for (const auto& each : *pages)
+      for (const auto& place : each.places()) found.push_back(place);
+  return found;
+}
+
+std::vector<mx::array> StackCache::delayed() const {
+  std::vector<mx::array> last;
+  for (const auto& rows : delayed_)
+    if (!rows.empty()) last.emplace_back(rows.data(), mx::Shape{2, int(batch_), int(rows.size() / (2 * batch_))}, mx::float32);
+  return last;
+}
+
 StackMemory::StackMemory(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int64_t rows, int bits, std::vector<int32_t> lengths)
     : batch_(batch), rows_(rows), heads_(kv_heads), head_dim_(head_dim), packed_(bits < 32), lengths_(std::move(lengths)) {
   constexpr int64_t ROWS_OF_A_PAGE = 4096;

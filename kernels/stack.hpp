@@ -48,7 +48,7 @@ struct StackShape {
   int64_t block;             // rows see those of their own block of so many; -1: of all
 };
 
-// What a stack remembers of the rows it has seen.
+// What a stack remembers of the rows it has seen. A copy shares the pages until one of the two goes on.
 class StackCache {
  public:
   StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
@@ -61,6 +61,15 @@ class StackCache {
   bool packed() const { return packed_; }
   void clear();
   void keep(const std::vector<int>& streams);
+  // Goes back to the first `rows` rows, behind which `delayed` stands: see there; empty for no shift of tokens.
+  void cut(int64_t rows, const std::vector<mlx::core::array>& delayed);
+  // Of each layer what `KeyValuePages::stored` gives of its keys and of its values.
+  using Stored = std::vector<std::pair<std::vector<mlx::core::array>, std::vector<mlx::core::array>>>;
+  Stored stored() const;
+  void restore(const Stored& layers, int64_t rows);
+  std::vector<std::pair<int64_t, int64_t>> places() const;  // see `KeyValuePages::places`
+  // Of each layer the last row of both slots [2, batch, channels]; empty for no shift of tokens.
+  std::vector<mlx::core::array> delayed() const;
 
  private:
   friend class Stack;

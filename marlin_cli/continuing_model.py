@@ -1,6 +1,7 @@
 """`ContinuingModel`, the Python interface to networks that continue bytes: logits, bits per byte, the bytes that follow."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -8,10 +9,13 @@ import numpy as np
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.generation import generate
+from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.state_kinds import kind_of
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model, checked_text, checked_texts
@@ -116,20 +120,41 @@ class ContinuingModel(Model):
             yield from piece.data
 
     def pieces(
-        self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        stopping: Stopping,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        keeper: PromptKeeper | None = None,
     ) -> Iterator[Piece]:
         """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`.
 
         Args:
             sentinels: `<extra_id_N>` stands for that special id of a ByGPT5 or EvaByte, in a prompt and in what follows it.
+            keeper: of a single prompt: what knows its beginning and keeps its state, such as a `StateFile`.
         """
         return generate(
-            self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels
-        )
+            self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels,
+            keeper=keeper,
+        )  # fmt: skip
 
-    def scheduler(self, limits: SchedulerLimits | None = None) -> Scheduler[Request]:
-        """Streams that come and go beside each other; see `marlin_cli.engine.scheduling`. One thread owns it and the model."""
-        return scheduler_of(self.network, limits, self.cache_bits)
+    def scheduler(self, limits: SchedulerLimits | None = None, keeper: PromptKeeper | None = None) -> Scheduler[Request]:
+        """Streams that come and go beside each other; see `marlin_cli.engine.scheduling`. One thread owns it and the model.
+
+        Args:
+            keeper: what knows the beginnings of prompts, and keeps what is read of them, such as a `prompt_store`.
+        """
+        return scheduler_of(self.network, limits, self.cache_bits, keeper)
+
+    def prompt_store(self, folder: str | Path | None = None, limits: StoreLimits | None = None) -> PromptStore:
+        """A store of prompts for the `scheduler` of this model, in memory and, where one is given, in a folder.
+
+        Raises:
+            OutputError: the folder cannot be made, or others may write in it.
+        """
+        kind = kind_of(self.network, self.cache_bits)
+        return PromptStore(kind, None if folder is None else Path(folder), limits)
 
     def quantize(
         self,

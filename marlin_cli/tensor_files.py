@@ -23,7 +23,7 @@ MOST_SAID = 200
 MOST_HEADER_BYTES = 4 << 20
 
 # Bytes of a number, by the type's name in safetensors: those that are written here.
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "U32": 4, "U8": 1}
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I64": 8, "I32": 4, "U32": 4, "U8": 1}
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

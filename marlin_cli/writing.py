@@ -27,12 +27,15 @@ MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, *, private: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well it is flushed to disk and renamed to `path`.
 
     The temporary file keeps the suffix of `path`. Nothing stands under the final name unless it is whole; what earlier
     runs for the same `path` left because they were killed is removed first. A link is followed, and a device or a pipe
     is written into when all is ready, for renaming would take its place.
+
+    Args:
+        private: nobody but its owner may read it.
 
     Raises:
         OutputError: the folder is missing or not writable, the target is a folder, or the disk is full.
@@ -58,7 +61,8 @@ def writing(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(source, sink)
         else:
             _flush(temporary)
-            temporary.chmod(0o666 & ~_umask())
+            if not private:
+                temporary.chmod(0o666 & ~_umask())
             temporary.replace(target)
             _flush(target.parent)
     except BrokenPipeError:
@@ -178,7 +182,16 @@ def _open_lock(path: Path) -> int:
 
 def _remove_abandoned(path: Path, suffix: str = "") -> None:
     """Remove what is left of writing `path` and that no running process holds: temporary folders, or files of this suffix."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.????????{UNFINISHED}{glob.escape(suffix)}"):
+    remove_abandoned(path.parent, glob.escape(path.name), suffix)
+
+
+def remove_abandoned(folder: Path, names: str, suffix: str = "") -> None:
+    """Remove what is left of writing files or folders of these names (a pattern) and that no running process holds.
+
+    Args:
+        suffix: of files; nothing for folders.
+    """
+    for left in folder.glob(f".{names}.????????{UNFINISHED}{glob.escape(suffix)}"):
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
             lock = _locked(left)
             if lock is not None:

@@ -62,6 +62,14 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="EvaByte-SFT: the prompt is what a user says, in the form of a chat.")
     ] = False,
+    save_state: Annotated[
+        str | None,
+        typer.Option(help="File for what the model remembers of the prompt, and the prompt itself, before it continues it."),
+    ] = None,
+    load_state: Annotated[
+        str | None,
+        typer.Option(help="File of --save-state: what the prompt begins with there, in whole patches, is not read again."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side, by each rank.")] = 16,
     split: Annotated[
         str | None,
@@ -80,6 +88,9 @@ def generate(
 
     The prompt comes from -p, --prompt-file, --hex or a pipe; without any, the model starts from nothing. ByT5 answers
     a pipe line by line, in order; --prompt-file - gives it the whole pipe as one input.
+
+    --save-state keeps what was read of a prompt, for --load-state of a later run whose prompt begins with the same bytes.
+    The file holds the prompt. One that does not fit is left aside with a line that says why, and the output is the same.
     """
     from marlin_cli.backend import require_mlx
 
@@ -91,6 +102,7 @@ def generate(
     from marlin_cli.commands.leading import check_alike, follow_along, leading
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
+    from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
     from marlin_cli.engine.answer_requests import AnswerLimits
@@ -108,6 +120,7 @@ def generate(
     imports = parse_import_options(import_options)
     cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
+    check_state_output(save_state)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip
@@ -140,6 +153,7 @@ def generate(
                 answering_run.run(answers, request, inputs, batch_size * ranks.size)
         return
     with joined() as ranks:
+        check_one_reader(ranks.size, save_state, load_state)
         check_alike(
             ranks, model, kv_bits=cache_bits, activation_bits=activation_bits, imports=imports, split=split,
             batch_size=batch_size,
@@ -163,9 +177,14 @@ def generate(
         marks = sentinel or chat
         for each in prompted:
             each.check_fits(loaded.config.max_bytes)
+        keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
-                write_json_lines(continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks)
+                write_json_lines(
+                    continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks, keeper=keeper
+                )
             else:
-                summary = write_stream(continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks), raw=raw)
-                console.note_to_terminal(f"{len(prompted[0].data)} bytes in, {summary}, on {loaded.device.name}")
+                pieces = continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks, keeper=keeper)
+                summary = write_stream(pieces, raw=raw)
+                known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
+                console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")

@@ -36,7 +36,7 @@ LARGEST_NUMBER = (1 << 64) - 1
 
 # Options that name files to write, and those that name what is read. Of --output alone a folder may take the place of
 # the MODEL that it is made from, which --overwrite allows.
-OUTPUTS = ("--output", "--save", "--report", "--plot", "--save-recipe")
+OUTPUTS = ("--output", "--save", "--report", "--plot", "--save-recipe", "--save-state")
 INPUTS = (
     "MODEL", "MODEL|FILE", "--stats", "--recipe", "--corpus", "--pairs", "--quality", "--reference", "--against", "--compare",
     "--calibration-corpus", "--calibration-pairs", "--distill-corpus", "--distill-pairs",

@@ -15,6 +15,7 @@ from marlin_cli.engine.routing import dismiss, follow, over_ranks
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, SchedulerLimits
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.ranks import Ranks
 from marlin_cli.version import __version__
@@ -86,9 +87,16 @@ class LeadingModel:
         self._scheduler, self.config, self.device = scheduler, model.config, model.device
 
     def pieces(
-        self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        stopping: Stopping,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        keeper: PromptKeeper | None = None,
     ) -> Iterator[Piece]:
-        """See `ContinuingModel.pieces`."""
+        """See `ContinuingModel.pieces`; prompts that several ranks read have no keeper."""
+        assert keeper is None
         return _pieces(self._scheduler, [Request(prompt, stopping, sampling, sentinels) for prompt in prompts])
 
 

@@ -102,6 +102,8 @@ GENERATE: Mapping[str, Uses] = {
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
     "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
+    "--save-state": _of(*CONTINUING, without=("--prompts",)),
+    "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--chat": _of(BYTEWISE),  # a model of another form says so itself
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--split": _of(CONTINUES, ANSWERS),

@@ -12,6 +12,7 @@ from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 
 
@@ -19,7 +20,13 @@ class Continues(Protocol):
     """What continues prompts: a `ContinuingModel`, or ranks that have it."""
 
     def pieces(
-        self, prompts: Sequence[bytes], stopping: Stopping, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        stopping: Stopping,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        keeper: PromptKeeper | None = None,
     ) -> Iterator[Piece]:
         """See `ContinuingModel.pieces`."""
 
@@ -92,6 +99,7 @@ def write_json_lines(
     batch_size: int,
     *,
     sentinels: bool = False,
+    keeper: PromptKeeper | None = None,
 ) -> None:
     """Write one JSON object a prompt to stdout, in the order of the prompts, each when it and those before it have ended.
 
@@ -102,7 +110,8 @@ def write_json_lines(
         batch = [_Line(first + place, prompt) for place, prompt in enumerate(prompts[first : first + batch_size])]
         written = 0
         try:
-            for piece in model.pieces([line.prompt.data for line in batch], stopping, sampling, sentinels=sentinels):
+            prompted = [line.prompt.data for line in batch]
+            for piece in model.pieces(prompted, stopping, sampling, sentinels=sentinels, keeper=keeper):
                 batch[piece.stream].take(piece)
                 while written < len(batch) and batch[written].ended:
                     batch[written].write()

@@ -1,15 +1,17 @@
 """Cached decoding of networks that take bytes one after the other (ByGPT5), for streams of equally many bytes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
 from marlin_cli.engine.cache import CacheBits, Pages, check_cache_bits
 from marlin_cli.engine.encoder_decoder import GrowingCache
 from marlin_cli.engine.finite import not_finite
+from marlin_cli.engine.fused import rotates
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.sampling import Noise, Sampling, sample
+from marlin_cli.engine.states import ArrayRows, Beginning, KeptRows, Part, Place, PromptKeeper, StreamState, Units, ids_of
 from marlin_cli.models import Network, architecture_of
 from marlin_cli.models.byt5 import SelfCache
 from marlin_cli.ops import paged_attention
@@ -43,9 +45,21 @@ class Rows(Protocol):
         """Keep these members of the batch."""
 
 
+@runtime_checkable
+class KeptTexts(Rows, Protocol):
+    """`Rows` from which another text may go on."""
+
+    def kept(self) -> KeptRows:
+        """The rows of a single text so far, which stay as they are."""
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
+
+
 def rows_of_layers(network: ByteReader, streams: int, bits: CacheBits) -> Rows:
     """What a network whose layers keep all keys and values remembers of so many texts that have no ids yet."""
-    fused = fuse_bygpt5(network)
+    rotated = rotates(architecture_of(network).packed_keys(network.config).head_dim, bits)
+    fused = fuse_bygpt5(network) if rotated else None
     return GraphRows(network, bits) if fused is None else fused.new_rows(streams, bits)
 
 
@@ -56,6 +70,7 @@ class ByteByByte:
         network: the model.
         prompts: ids of each stream.
         cache_bits: of the keys and values of every layer.
+        keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
         new_rows: (network, streams, bits) -> what is remembered of so many texts that have no ids yet.
         level: of the cache that this counts as, see `models.decoding_shape`.
 
@@ -68,6 +83,7 @@ class ByteByByte:
         network: Any,
         prompts: Sequence[Sequence[int]],
         cache_bits: CacheBits | None = None,
+        keeper: PromptKeeper | None = None,
         *,
         new_rows: Callable[[Any, int, CacheBits], Rows] = rows_of_layers,
         level: str = "decoder",
@@ -80,7 +96,19 @@ class ByteByByte:
         self._rows = new_rows(network, len(prompts), bits)
         self.positions = [len(prompt) for prompt in prompts]
         ids = mx.array([list(prompt) for prompt in prompts], dtype=mx.int32).reshape(len(prompts), -1)
-        self.logits = self._rows.read(network.led(ids))
+        texts = self._rows if isinstance(self._rows, KeptTexts) and len(prompts) == 1 and ids.size else None
+        beginning = None if keeper is None or texts is None else keeper.restore(prompts[0])
+        if beginning is not None and texts is not None:
+            texts.take_up(beginning)
+        if beginning is None:
+            self.logits = self._rows.read(network.led(ids))
+        elif beginning.units < ids.shape[1]:
+            self.logits = self._rows.read(ids[:, beginning.units :])
+        else:
+            self.logits = beginning.places[-1].last
+        if keeper is not None and texts is not None:
+            places = (Place(len(prompts[0]), self.logits),)
+            keeper.keep(StreamState(ids_of(prompts[0]), Units(), texts.kept(), places))
 
     @staticmethod
     def phase(config: Any, prompt_ids: int) -> int:
@@ -158,6 +186,15 @@ class GraphRows:
         for cache in self._caches:
             cache.keep(mx.array(list(streams)))
 
+    def kept(self) -> ArrayRows:
+        layers = [cache.stored() for cache in self._caches]
+        return ArrayRows(layers, layers[0][0][0].shape[2])
+
+    def take_up(self, beginning: Beginning) -> None:
+        for number, parts in enumerate(beginning.rows.stored()):
+            keys, values = ([array[:, :, : beginning.count] for array in part] for part in parts)
+            self._caches[number].restore((keys, values))
+
 
 class PackedSelfCache:
     """A `marlin_cli.models.byt5.SelfCache` in 4 bits (nvfp4) or 8 (mxfp8), in pages, packed as they come.
@@ -178,6 +215,15 @@ class PackedSelfCache:
         return paged_attention(
             mx.hadamard_transform(queries), rotated, self._values.append(values), 1.0, relative_bias=bias
         )  # fmt: skip
+
+    def stored(self) -> tuple[Part, Part]:
+        """The rows in use, as `restore` takes them: keys, and values."""
+        return self._keys.stored(), self._values.stored()
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        """Take rows as `stored` gives them, in place of none."""
+        self._keys.add(parts[0])
+        self._values.add(parts[1])
 
     def keep(self, rows: mx.array) -> None:
         """Go on with these sequences, in this order."""

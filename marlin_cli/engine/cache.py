@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from marlin_cli.engine.states import Part
 from marlin_cli.errors import UsageError
 from marlin_cli.ops import attention, delay_one_row, paged_attention
 from marlin_cli.ops.reference import PACKED_MODES, KeyValueRows, Packed, pack_rows
@@ -150,6 +151,24 @@ class KeyValueCache:
         self._delayed_rows[slot] = seen + rows.shape[1]
         return delayed
 
+    def stored(self) -> tuple[Part, Part]:
+        """The rows in use, as `restore` takes them: keys, and values."""
+        return [self._keys.all], [self._values.all]
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        """Take rows as `stored` gives them, in place of none. They are copied."""
+        self.append(parts[0][0], parts[1][0])
+
+    @property
+    def delayed(self) -> mx.array | None:
+        """The last row that each slot has seen: [slots, batch, 1, channels]; None for no shift of tokens."""
+        return mx.stack([self._delayed[slot] for slot in sorted(self._delayed)]) if self._delayed else None
+
+    def delay_on(self, delayed: mx.array, rows: int) -> None:
+        """Go on where `delayed` is the last of so many rows."""
+        self._delayed = dict(enumerate(delayed))
+        self._delayed_rows = dict.fromkeys(self._delayed, rows)
+
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
         if self._left_padding is not None:
@@ -194,18 +213,18 @@ class Pages:
 
     def append(self, new: mx.array) -> list[KeyValueRows]:
         """Add rows, and return the pages of all rows so far."""
-        while new.shape[2]:
+        return self.add([new] if self._bits == 16 else pack_rows(new, self._bits)[:2])
+
+    def add(self, parts: Part) -> list[KeyValueRows]:
+        """Add rows as they are stored: themselves, or words and scales; the pages of all rows so far."""
+        while parts[0].shape[2]:
             if not self._open or self._open[0].count == ROWS_PER_PAGE:
-                self._open = [Rows(ROWS_PER_PAGE) for _ in range(1 if self._bits == 16 else 2)]
+                self._open = [Rows(ROWS_PER_PAGE) for _ in parts]
             room = ROWS_PER_PAGE - self._open[0].count
-            part, new = new[:, :, :room], new[:, :, room:]
-            if self._bits == 16:
-                # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
-                self._open[0].append(mx.contiguous(part))
-            else:
-                packed, scales, _ = pack_rows(part, self._bits)
-                self._open[0].append(packed)
-                self._open[1].append(scales)
+            # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
+            for rows, part in zip(self._open, parts, strict=True):
+                rows.append(mx.contiguous(part[:, :, :room]))
+            parts = [part[:, :, room:] for part in parts]
             if self._open[0].count == ROWS_PER_PAGE:
                 self._full.append(self._page)
         return self.pages
@@ -232,7 +251,7 @@ class Pages:
 
     def join(self, other: "Pages") -> None:
         """Take in the members of another batch behind these; see `Rows.join`. What is packed is not packed again."""
-        everything = [pages._everything() for pages in (self, other)]
+        everything = [pages.stored() for pages in (self, other)]
         if not all(everything):
             return
         count = max(parts[0].shape[2] for parts in everything)
@@ -250,7 +269,7 @@ class Pages:
             if self._open[0].count == ROWS_PER_PAGE:
                 self._full.append(arrays[0] if self._bits == 16 else Packed(arrays[0], arrays[1], self._bits))
 
-    def _everything(self) -> list[mx.array]:
+    def stored(self) -> list[mx.array]:
         """All rows, or all words and all scales; nothing if there are none."""
         full = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
         if self._open and self._open[0].count < ROWS_PER_PAGE:
@@ -295,6 +314,14 @@ class PackedKeyValueCache(KeyValueCache):
             window=window,
             left_padding=self._left_padding,
         )
+
+    def stored(self) -> tuple[Part, Part]:
+        return self._pages[0].stored(), self._pages[1].stored()
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        self._rows += parts[0][0].shape[2]
+        for pages, part in zip(self._pages, parts, strict=True):
+            pages.add(part)
 
     def keep(self, streams: mx.array) -> None:
         super().keep(streams)

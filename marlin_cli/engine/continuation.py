@@ -17,6 +17,7 @@ from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.patch_streams import patch_streams
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.streams import Streams
 from marlin_cli.engine.window_decoding import window_rows
 from marlin_cli.models import Network, Reading, continuing_of
@@ -77,20 +78,20 @@ class Way:
     """How networks of one reading are decoded and scored.
 
     Attributes:
-        begin: (network, ids of prompts of one phase, bits of the cache) -> their state; raises `UsageError` for bits
-            that do not fit the network.
+        begin: (network, ids of prompts of one phase, bits of the cache, what keeps a single prompt) -> their state; raises
+            `UsageError` for bits that do not fit the network.
         begin_unread: the same, but the prompts are read by the state's `read_slice`; None where nothing reads them in slices.
         phase: (config, ids of a prompt) -> what is equal for prompts that can be decoded together.
         fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
-        together: (network, bits of the cache) -> streams whose rows go through the kernels together, wherever each stands; None
-            where there are no such kernels.
+        together: (network, bits of the cache, what keeps prompts) -> streams whose rows go through the kernels together,
+            wherever each stands; None where there are no such kernels.
     """
 
-    begin: Callable[[Any, Sequence[Any], CacheBits | None], Continuation]
+    begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Continuation]
     phase: Callable[[Any, int], object]
-    begin_unread: Callable[[Any, Sequence[Any], CacheBits | None], Any] | None = None
+    begin_unread: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Any] | None = None
     fuse: Callable[[Any], FusedScoring | None] = lambda network: None
-    together: Callable[[Any, CacheBits], Streams | None] = lambda network, bits: None
+    together: Callable[[Any, CacheBits, PromptKeeper | None], Streams | None] = lambda network, bits, keeper: None
 
 
 WAYS: dict[Reading, Way] = {
@@ -113,4 +114,4 @@ def begin(network: Network, prompts: Sequence[bytes], cache_bits: CacheBits | No
         UsageError: `cache_bits` do not fit the network.
     """
     ids = [continuing_of(network).ids(network.config, prompt, False) for prompt in prompts]
-    return way_of(network).begin(network, ids, cache_bits)
+    return way_of(network).begin(network, ids, cache_bits, None)

@@ -11,6 +11,7 @@ from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import FusedStages, fuse, rotates
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
 from marlin_cli.engine.stage_caches import GraphCache, StageCache
+from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, ids_of, is_cut_anywhere, units_of
 from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
@@ -38,6 +39,7 @@ class Lockstep:
         network: the model.
         prompts: the bytes of each stream; `phase` must be equal for all of them.
         cache_bits: bits of the global keys and values.
+        keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
         read: are the prompts read at once? Else by `read_slice`.
 
     Raises:
@@ -45,7 +47,13 @@ class Lockstep:
     """
 
     def __init__(
-        self, network: MegaByte, prompts: Sequence[bytes], cache_bits: CacheBits | None = None, *, read: bool = True
+        self,
+        network: MegaByte,
+        prompts: Sequence[bytes],
+        cache_bits: CacheBits | None = None,
+        keeper: PromptKeeper | None = None,
+        *,
+        read: bool = True,
     ) -> None:
         self.network = network
         self.config = network.config
@@ -71,7 +79,7 @@ class Lockstep:
         self._logits: mx.array | None = None
         self._sequence_cache_bytes = 0
         self.positions = [len(prompt) for prompt in prompts]
-        self._reading = self._prefill(prompts)
+        self._reading = self._prefill(prompts, keeper if len(prompts) == 1 else None)
         while read and self.read_slice():
             pass
 
@@ -337,12 +345,10 @@ class Lockstep:
         self._sequence_cache_bytes = state.cache.nbytes
         return self.network.head(hidden)
 
-    def _prefill(self, prompts: Sequence[bytes]) -> Iterator[int]:
+    def _prefill(self, prompts: Sequence[bytes], keeper: PromptKeeper | None) -> Iterator[int]:
         """Read the prompts, coarse to fine; yields the rows of each slice of the global stage but the last."""
-        config = self.config
-        # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
-        slack = 1 if self._lucid else 0
-        patches = [max(0, len(prompt) - slack) // config.patch_size for prompt in prompts]
+        config, units = self.config, units_of(self.config)
+        patches = [units.whole(len(prompt)) for prompt in prompts]
         most = max(patches)
         starts = [count * config.patch_size for count in patches]
         whole = np.zeros((len(prompts), most * config.patch_size), dtype=np.int32)
@@ -357,12 +363,16 @@ class Lockstep:
         self._left_padding = mx.array(padding) if padding else None
         self._states[0].cache = self._new_cache(0, padding)
         tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
-        hidden = yield from self._read_global(tokens, self._left_padding)
-        self._states[1].condition = self.network.to_next(0, hidden)
+        beginning = None if keeper is None else keeper.restore(prompts[0])
+        places = yield from self._read_global(tokens, self._left_padding, beginning, pauses=keeper is not None)
+        self._states[1].condition = places[-1].last
+        if keeper is not None and most:
+            ids, rows = ids_of(prompts[0][: starts[0]]), self._states[0].cache.kept()
+            keeper.keep(StreamState(ids, units, rows, tuple(places), is_cut_anywhere(config)))
         used = 0
         for number in range(1, self._last):
             width = config.bytes_per_token(number)
-            count = max(0, self._patch.shape[1] - used - slack) // width
+            count = max(0, self._patch.shape[1] - used - units.slack) // width
             part = self._patch[:, used : used + count * width].reshape(len(prompts), count, width)
             hidden = self._open(number, part)
             used += count * width
@@ -376,30 +386,46 @@ class Lockstep:
             if max(self.positions) < config.max_bytes:
                 self._turn()
 
-    def _read_global(self, tokens: mx.array, padding: mx.array | None) -> Generator[int, None, mx.array]:
-        """Feed the global stage its leading row and the patches of the prompts; the last hidden row."""
+    def _read_global(
+        self, tokens: mx.array, padding: mx.array | None, beginning: Beginning | None, *, pauses: bool
+    ) -> Generator[int, None, list[Place]]:
+        """Feed the global stage its leading row and the patches of the prompts, but for a beginning that is known.
+
+        Args:
+            pauses: are the places where reading pauses asked for too?
+
+        Returns:
+            Where a single prompt could be taken up later; the last of them says what conditions the next stage.
+        """
         batch, count, _ = tokens.shape
-        first: int | mx.array = 0 if padding is None else -padding
-        lead = self.network.leading_row(0, batch, None, None)
-        rows = self.network.token_rows(0, tokens, first, None)
-        if padding is None:
-            rows = mx.concatenate([lead, rows], axis=1)
-        else:
-            # A filler patch stands where nothing is read; the leading row follows the filler of each stream.
-            where = mx.arange(count + 1)[None, :, None]
-            at = padding[:, None, None]
-            shifted = mx.concatenate([lead, rows], axis=1)
-            rows = mx.where(where == at, lead, mx.where(where < at, mx.zeros_like(shifted), shifted))
-        cache = self._states[0].cache
+        cache, read = self._states[0].cache, 0
         assert cache is not None
-        hidden = rows
-        for start in range(0, count + 1, PREFILL_ROWS):
+        places = [] if beginning is None else list(beginning.places)
+        if beginning is not None:
+            cache.take_up(beginning)
+            read = beginning.units
+        first: int | mx.array = read if padding is None else -padding
+        rows = self.network.token_rows(0, tokens[:, read:], first, None)
+        if beginning is None:
+            lead = self.network.leading_row(0, batch, None, None)
+            if padding is None:
+                rows = mx.concatenate([lead, rows], axis=1)
+            else:
+                # A filler patch stands where nothing is read; the leading row follows the filler of each stream.
+                where = mx.arange(count + 1)[None, :, None]
+                at = padding[:, None, None]
+                shifted = mx.concatenate([lead, rows], axis=1)
+                rows = mx.where(where == at, lead, mx.where(where < at, mx.zeros_like(shifted), shifted))
+        for start in range(0, rows.shape[1], PREFILL_ROWS):
             hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)
-            if start + PREFILL_ROWS <= count:
+            read = min(start + PREFILL_ROWS, rows.shape[1]) + count - rows.shape[1]
+            if read == count or (pauses and not is_cut_anywhere(self.config)):
+                places.append(Place(read, self.network.to_next(0, hidden[:, -1]), cache.delayed()))
+            if read < count:
                 yield PREFILL_ROWS
         self._states[0].tokens = count
-        return hidden[:, -1]
+        return places
 
     def _turn(self) -> None:
         """A sequence of the last stage is complete: step the stage above, and open those below anew."""

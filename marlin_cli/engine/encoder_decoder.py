@@ -11,6 +11,7 @@ from marlin_cli.engine.compiled_encoder import CompiledEncoder
 from marlin_cli.engine.cuda_answers import CudaAnswers, cuda_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
 from marlin_cli.engine.sampling import Noise, Sampling, draw
+from marlin_cli.engine.states import Part
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.models.byt5_ids import padded
@@ -33,6 +34,15 @@ class GrowingCache:
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> mx.array:
         everything = self._keys.append(keys), self._values.append(values)
         return attention(queries, *everything, 1.0, causal=True, relative_bias=bias)
+
+    def stored(self) -> tuple[Part, Part]:
+        """The rows in use, as `restore` takes them: keys, and values."""
+        return [self._keys.all], [self._values.all]
+
+    def restore(self, parts: tuple[Part, Part]) -> None:
+        """Take rows as `stored` gives them, in place of none. They are copied."""
+        self._keys.append(parts[0][0])
+        self._values.append(parts[1][0])
 
     def keep(self, rows: mx.array) -> None:
         """Go on with these sequences, in this order; one may come twice."""

@@ -10,6 +10,7 @@ from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
 from marlin_cli.engine.graph_rows import run_together
 from marlin_cli.engine.sampling import Draws, kernel_drawing
 from marlin_cli.engine.stage_caches import GraphCache
+from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
@@ -177,6 +178,18 @@ class FusedCache:
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
         self.held.keep(list(streams))
+
+    def kept(self) -> KernelRows:
+        """The rows of a single stream so far, which stay as they are."""
+        return KernelRows(self.held.copy())
+
+    def delayed(self) -> tuple[mx.array, ...]:
+        """See `states.Place`."""
+        return tuple(self.held.delayed())
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
+        self.held = taken_up(self.held, beginning)
 
 
 def rotates(head_dim: int, bits: CacheBits) -> bool:

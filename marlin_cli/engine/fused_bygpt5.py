@@ -8,6 +8,7 @@ import mlx.core as mx
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, kernel_head, kernel_stack, knows_stack
+from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.bygpt5 import ByGPT5
 from marlin_cli.models.byt5_ids import FIRST_BYTE
 from marlin_cli.ops.cpu import kernels
@@ -103,6 +104,14 @@ class FusedRows:
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch, in this order."""
         self.cache.keep(list(streams))
+
+    def kept(self) -> KernelRows:
+        """The rows of a single text so far, which stay as they are."""
+        return KernelRows(self.cache.copy())
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
+        self.cache = taken_up(self.cache, beginning)
 
 
 def fuse_bygpt5(network: Any) -> FusedByGPT5 | None:

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, SchedulerLimits
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
-from marlin_cli.models import Network
+from marlin_cli.models import Network, continuing_of
 
 
 def generate(
@@ -19,6 +21,7 @@ def generate(
     cache_bits: CacheBits | None = None,
     *,
     sentinels: bool = False,
+    keeper: PromptKeeper | None = None,
 ) -> Iterator[Piece]:
     """Decode all prompts side by side; the pieces of a stream come in order, as soon as they are decoded.
 
@@ -26,15 +29,33 @@ def generate(
 
     Args:
         sentinels: texts stand for such ids, in prompts and in what is generated, which else leaves them out.
+        keeper: what knows the beginnings of prompts, and takes their states when they have been read, whatever follows.
 
     Raises:
         UsageError: a prompt longer than the model's context, or sentinels where a model has none.
         CheckpointError: predictions that are not finite.
     """
-    scheduler = scheduler_of(network, SchedulerLimits(max_streams=max(1, len(prompts))), cache_bits)
+    scheduler = scheduler_of(network, SchedulerLimits(max_streams=max(1, len(prompts))), cache_bits, keeper)
     streams = {scheduler.admit(Request(prompt, stopping, sampling, sentinels)): n for n, prompt in enumerate(prompts)}
+    if keeper is not None:
+        _read_alone(network, prompts, stopping, cache_bits, sentinels, keeper)
     while scheduler.running or scheduler.waiting:
         for piece in scheduler.advance():
             if piece.stop_reason == NOT_FINITE:
                 raise not_finite()
             yield Piece(streams[piece.stream], piece.data, piece.stop_reason)
+
+
+def _read_alone(
+    network: Network,
+    prompts: Sequence[bytes],
+    stopping: Stopping,
+    cache_bits: CacheBits | None,
+    sentinels: bool,
+    keeper: PromptKeeper,
+) -> None:
+    """Read the prompts that nothing follows, which no scheduler reads, for what keeps them."""
+    for prompt in prompts:
+        ids = continuing_of(network).ids(network.config, prompt, sentinels)
+        if stopping.max_bytes == 0 or len(ids) >= network.config.max_bytes:
+            way_of(network).begin(network, [ids], cache_bits, keeper)

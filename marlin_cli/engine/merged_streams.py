@@ -13,6 +13,7 @@ import numpy as np
 from marlin_cli.engine.cache import ROWS_PER_STEP, CacheBits
 from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.sampling import Noise, Sampling, sample_rows
+from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.streams import Ask, Drawn, Floats
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import Network, decoding_of
@@ -107,16 +108,18 @@ class MergedStreams:
     Args:
         begin: see `continuation.Way`; what it gives may have its prompts yet to read, by its `read_slice`.
         phase: see `continuation.Way`.
+        keeper: of prompts, which are read one by one then, as each may begin elsewhere.
     """
 
     def __init__(
         self,
         network: Network,
-        begin: Callable[[Any, Sequence[Any], CacheBits | None], Any],
+        begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Any],
         phase: Callable[[Any, int], object],
         bits: CacheBits,
+        keeper: PromptKeeper | None = None,
     ) -> None:
-        self._network, self._begin, self._phase, self._bits = network, begin, phase, bits
+        self._network, self._begin, self._phase, self._bits, self._keeper = network, begin, phase, bits, keeper
         self._unread: dict[int, Sequence[int]] = {}
         self._entering: _Batch | None = None  # the batch whose prompts are being read
         self._gone: set[int] = set()  # streams of it that have ended meanwhile
@@ -181,8 +184,10 @@ class MergedStreams:
                 for stream, ids in self._unread.items()
             }
             first = next(iter(kinds.values()))
-            together = [stream for stream, kind in kinds.items() if kind == first][:READ_TOGETHER]
-            state = self._begin(self._network, [self._unread.pop(stream) for stream in together], self._bits)
+            together = [stream for stream, kind in kinds.items() if kind == first]
+            together = together[: READ_TOGETHER if self._keeper is None else 1]
+            prompts = [self._unread.pop(stream) for stream in together]
+            state = self._begin(self._network, prompts, self._bits, self._keeper)
             settings = [asks[stream].settings for stream in together]
             self._entering, self._gone = _Batch(state, together, settings, self._network.config.vocab_size), set()
         if self._entering is None:

@@ -19,6 +19,7 @@ from marlin_cli.engine.fused import FusedCache, FusedStages
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
 from marlin_cli.engine.stage_caches import GraphCache
+from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, is_cut_anywhere, units_of
 from marlin_cli.engine.streams import Ask, Drawn, Floats, slices
 from marlin_cli.models.megabyte import MegaByte
 
@@ -33,12 +34,29 @@ class _Stream:
         rows: that it has seen, the leading row among them.
         given: the ids after those patches: the beginning of the open one.
         before: the id before them.
+        enters: is its prompt still being read?
+        seen: the patches that it has seen, if they are kept.
+        places: where reading has paused before, if they are kept and a shift of tokens asks for them.
+        condition: of the patch after those seen, once it is known: [streams, slots, dim], and its row there.
     """
 
     def __init__(self, cache: FusedCache | GraphCache, unread: Ids, given: list[int], before: int) -> None:
         self.cache, self.unread, self.given, self.before = cache, unread, given, before
         self.rows = 0
         self.enters = True
+        self.seen: list[Ids] = []
+        self.places: list[Place] = []
+        self.condition: tuple[mx.array, int] | None = None
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Begin behind what need not be read."""
+        self.cache.take_up(beginning)
+        self.rows, self.places = beginning.count, list(beginning.places)
+        self.seen, self.unread = [self.unread[: beginning.units]], self.unread[beginning.units :]
+
+    def pause(self, condition: mx.array, row: int) -> Place:
+        """Where it may be taken up: here, where the next patch has this condition."""
+        return Place(self.rows - 1, condition[row : row + 1], self.cache.delayed())
 
     @property
     def due(self) -> int:
@@ -56,8 +74,9 @@ class _First(NamedTuple):
 class PatchStreams:
     """`Streams` of a MegaByte whose layers the kernels know. Made by `patch_streams`."""
 
-    def __init__(self, network: MegaByte, fused: FusedStages, bits: CacheBits) -> None:
+    def __init__(self, network: MegaByte, fused: FusedStages, bits: CacheBits, keeper: PromptKeeper | None = None) -> None:
         self._network, self._config, self._fused, self._bits = network, network.config, fused, bits
+        self._keeper = keeper
         # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is left open; and the first id after it.
         self._ahead = 1 if network.config.layout == "megabyte_pytorch" else 0
         self._streams: dict[int, _Stream] = {}
@@ -81,22 +100,57 @@ class PatchStreams:
         cache = self._fused.new_cache(0, 1, [], self._bits.keys, self._bits.values)
         before = ids[whole - 1] if whole else self._config.bos_byte
         self._streams[stream] = _Stream(cache, unread, list(ids[whole:]), before)
+        beginning = None if self._keeper is None else self._keeper.restore(ids)
+        if beginning is not None:
+            self._streams[stream].take_up(beginning)
 
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
+        ready = [number for number, stream in self._streams.items() if stream.enters and stream.due == 0]  # all was known
+        conditions = [self._streams[number].places[-1].last for number in ready]
         reads = {number: stream.due for number, stream in self._streams.items() if not stream.enters}
-        entering = {number: stream.due for number, stream in self._streams.items() if stream.enters}
-        reads |= slices(entering, len(reads), slice_rows)
-        hidden = self._read(reads)
-        ends = np.cumsum(list(reads.values())) - 1
-        ready = [(number, end) for number, end in zip(reads, ends.tolist(), strict=True) if self._streams[number].due == 0]
+        entering = {number: stream.due for number, stream in self._streams.items() if stream.enters and stream.due}
+        reads |= slices(entering, len(reads) + len(ready), slice_rows)
+        if reads:
+            hidden = self._read(reads)
+            ends = dict(zip(reads, (np.cumsum(list(reads.values())) - 1).tolist(), strict=True))
+            read = [number for number in reads if self._streams[number].due == 0]
+            ready += read
+            if read:
+                conditions.append(self._network.to_next(0, hidden[mx.array([ends[number] for number in read])]))
+            else:
+                mx.eval(hidden)
+            if self._keeper is not None and not is_cut_anywhere(self._config):
+                self._pause({number: end for number, end in ends.items() if self._streams[number].due}, hidden)
         if not ready:
-            mx.eval(hidden)
             return {}
-        last = hidden[mx.array([end for _, end in ready])]
-        return self._walk({number: asks[number] for number, _ in ready}, self._network.to_next(0, last))
+        condition = conditions[0] if len(conditions) == 1 else mx.concatenate(conditions)
+        for row, number in enumerate(ready):
+            self._streams[number].condition = condition, row
+            if self._streams[number].enters:
+                self._keep(self._streams[number])
+        return self._walk({number: asks[number] for number in ready}, condition)
 
     def end(self, stream: int) -> None:
-        self._streams.pop(stream, None)
+        ended = self._streams.pop(stream, None)
+        if ended is not None and not ended.enters and self._keeper is not None and self._keeper.keeps_outputs:
+            self._keep(ended)
+
+    def _pause(self, ends: Mapping[int, int], hidden: mx.array) -> None:
+        """Note where streams stand whose prompts have been read so far; `ends` has the last row of each in `hidden`."""
+        if ends:
+            conditions = self._network.to_next(0, hidden[mx.array(list(ends.values()))])
+            for row, number in enumerate(ends):
+                self._streams[number].places.append(self._streams[number].pause(conditions, row))
+
+    def _keep(self, stream: _Stream) -> None:
+        """Hand over what stands for all that a stream has seen."""
+        if self._keeper is None or stream.rows < 2:
+            return
+        assert stream.condition is not None
+        ids, here = np.concatenate(stream.seen).reshape(-1), stream.pause(*stream.condition)
+        places = (*(place for place in stream.places if place.units < here.units), here)
+        cut_anywhere = is_cut_anywhere(self._config)
+        self._keeper.keep(StreamState(ids, units_of(self._config), stream.cache.kept(), places, cut_anywhere))
 
     def _read(self, reads: Mapping[int, int]) -> mx.array:
         """Take so many rows of each stream through the global stage: hidden rows [sum, dim]."""
@@ -113,6 +167,8 @@ class PatchStreams:
             order += range(1 + len(index), 1 + len(index) + len(new))
             index += range(first, first + len(new))
             patches.append(new)
+            if self._keeper is not None:
+                stream.seen.append(new)
             stream.unread = stream.unread[len(new) :]
             stream.rows += count
         tokens = mx.array(np.concatenate(patches))[:, None]
@@ -175,7 +231,7 @@ class PatchStreams:
         return found
 
 
-def patch_streams(network: MegaByte, bits: CacheBits) -> PatchStreams | None:
+def patch_streams(network: MegaByte, bits: CacheBits, keeper: PromptKeeper | None = None) -> PatchStreams | None:
     """The streams of a network, or None where no kernels run that know its layers and such a cache."""
     fused = fused_stages(network, bits)
-    return None if fused is None else PatchStreams(network, fused, bits)
+    return None if fused is None else PatchStreams(network, fused, bits, keeper)

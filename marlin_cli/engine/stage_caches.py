@@ -6,6 +6,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, PackedKeyValueCache
+from marlin_cli.engine.states import ArrayRows, Beginning, KeptRows
 from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Stack
 
@@ -22,6 +23,15 @@ class StageCache(Protocol):
 
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch."""
+
+    def kept(self) -> KeptRows:
+        """The rows of a single stream so far, which stay as they are."""
+
+    def delayed(self) -> tuple[mx.array, ...]:
+        """See `states.Place`."""
+
+    def take_up(self, beginning: Beginning) -> None:
+        """Go on from the beginning of a prompt, in place of nothing."""
 
 
 class GraphCache:
@@ -48,6 +58,20 @@ class GraphCache:
         chosen = mx.array(list(streams))
         for layer in self.layers:
             layer.keep(chosen)
+
+    def kept(self) -> ArrayRows:
+        return ArrayRows([layer.stored() for layer in self.layers], self.layers[0].rows)
+
+    def delayed(self) -> tuple[mx.array, ...]:
+        return tuple(layer.delayed for layer in self.layers if layer.delayed is not None)
+
+    def take_up(self, beginning: Beginning) -> None:
+        count, stored = beginning.count, beginning.rows.stored()
+        for number, (layer, parts) in enumerate(zip(self.layers, stored, strict=True)):
+            keys, values = ([array[:, :, :count] for array in part] for part in parts)
+            layer.restore((keys, values))
+            if beginning.delayed:
+                layer.delay_on(beginning.delayed[number], count)
 
     def join(self, other: "GraphCache", streams: tuple[int, int]) -> None:
         """Take in the members of another batch, see `KeyValueCache.join`."""

@@ -57,6 +57,8 @@ VALUES = {
     "--min-length": "1",
     "--prefix": "a",
     "--input-prefix": "a",
+    "--save-state": "out.state",
+    "--load-state": "TEXT",
     "--batch-size": "2",
     "--import": "heads=2",
     "--device": "cpu",
@@ -305,6 +307,8 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
         arguments += [] if {"--corpus", "--pairs"} & {*arguments} else ["--corpus", "TEXT"]
     if command == "generate" and not {"--max-bytes", "--max-length"} & {*arguments}:
         arguments += ["--max-bytes", "3"]
+    if "--save-state" in arguments:
+        arguments += ["--prompt", "a patch"]
     kind = Family.ENCODES if family in HEADS else family
     if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}
