@@ -25,9 +25,8 @@ def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
         UsageError: what such a network remembers of a prompt is not kept.
     """
     if continuing_of(network).reading not in (Reading.PATCHES, Reading.BYTES):
-        raise UsageError(
-            f"what a {architecture_of(network).title} remembers of a prompt is not kept; its prompts are read anew"
-        )
+        title = architecture_of(network).title
+        raise UsageError(f"states of prompts are of a MegaByte or ByGPT5; a {title} reads its prompts anew")
     bits, config = cache_bits or CacheBits(), network.config
     by_patches = continuing_of(network).reading is Reading.PATCHES
     if by_patches:

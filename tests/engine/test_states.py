@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import CONTINUING
 from engine.state_cases import CASES, OTHERS, PROMPT, Keeper
 
 from marlin_cli.engine.cache import CacheBits
@@ -178,8 +179,6 @@ def test_what_kernels_keep_is_told_by_its_kind(random_network, small_sizes):
 
 
 def test_networks_that_remember_otherwise_say_so(random_network):
-    from conftest import CONTINUING
-
     others = [config for config in CONTINUING.values() if config.model_type not in ("megabyte", "bygpt5")]
     assert others
     for config in others:
