@@ -23,6 +23,13 @@ def serve(
     cache_memory: Annotated[
         str | None, typer.Option(help="What the caches of all streams may grow to, for example 4G; others wait.")
     ] = None,
+    state_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for prompts that were read: what begins alike is not read again. 0: none. Default 256M."),
+    ] = None,
+    state_folder: Annotated[
+        str | None, typer.Option(help="Folder that keeps them too, over restarts; it holds what clients wrote.")
+    ] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM or Ctrl-C.")] = 3.0,
     rows: Annotated[
         str,
@@ -49,6 +56,8 @@ def serve(
 
     Each request is a line of JSON on stdout. SIGTERM and Ctrl-C let what runs end, a second one does not.
     """
+    from pathlib import Path
+
     from marlin_cli.commands.serve_run import check_server, key_of, run, use_rows
 
     check_server()
@@ -60,12 +69,18 @@ def serve(
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.engine.scheduling import SchedulerLimits
+    from marlin_cli.serving.loading import KeptPrompts
     from marlin_cli.serving.server import ServerSettings
 
     cache_bytes = None if cache_memory is None else parse_size(cache_memory, "--cache-memory")
     limits = SchedulerLimits(max_streams=max_streams, cache_bytes=cache_bytes)
     settings = ServerSettings(host, port, key, limits, max_waiting, drain_seconds)
+    kept = KeptPrompts(
+        parse_size(state_memory or "256M", "--state-memory"),
+        None if state_folder is None else Path(state_folder),
+        is_asked_for=state_folder is not None or state_memory is not None,
+    )
     imports = parse_import_options(import_options)
     bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
-    run(model, name, settings, split, device=device, kv_bits=bits, activation_bits=activation_bits, options=imports)
+    run(model, name, settings, kept, split, device=device, kv_bits=bits, activation_bits=activation_bits, options=imports)

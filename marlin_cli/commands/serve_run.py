@@ -8,6 +8,7 @@ from marlin_cli.errors import BackendError, UsageError
 from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
+    from marlin_cli.serving.loading import KeptPrompts
     from marlin_cli.serving.server import ServerSettings
 
 KEY_VARIABLE = "MARLIN_API_KEY"
@@ -59,10 +60,18 @@ def use_rows(rows: str) -> None:
     os.environ["MARLIN_ROWS"] = rows
 
 
-def run(model: str, name: str | None, settings: "ServerSettings", split: str | None = None, **options: Any) -> None:
+def run(
+    model: str,
+    name: str | None,
+    settings: "ServerSettings",
+    kept: "KeptPrompts",
+    split: str | None = None,
+    **options: Any,
+) -> None:
     """Load the model in the thread that will own it, and serve it; see `serving.server.serve`.
 
-    Of several ranks, rank 0 serves, and streams run on all, or with `split` all share the model.
+    Prompts are kept by a process that is alone. Of several ranks, rank 0 serves, and streams run on all, or with `split`
+    all share the model.
     """
     from marlin_cli.api import load, ranks_to_split
     from marlin_cli.commands.leading import check_alike
@@ -71,7 +80,12 @@ def run(model: str, name: str | None, settings: "ServerSettings", split: str | N
     from marlin_cli.serving.loading import served_model
     from marlin_cli.serving.server import serve
 
+    stores = []
     with joined() as ranks:
+        if kept.is_asked_for and ranks.size > 1:
+            raise UsageError(
+                f"--state-memory and --state-folder are of one process, and {ranks.size} ranks run; leave them out"
+            )
         check_alike(ranks, model, split=split, limits=settings.limits, **options)
         shared = ranks_to_split(split, model, ranks)
         if ranks.rank > 0:
@@ -82,11 +96,16 @@ def run(model: str, name: str | None, settings: "ServerSettings", split: str | N
 
         def loaded() -> tuple[Any, Callable[[], Any]]:
             own = load(model, split=shared, **options)
-            served, schedulers = served_model(own, model, name, settings.limits)
+            store = None if ranks.size > 1 else kept.store_for(own)
+            if store is not None:
+                stores.append(store)
+            served, schedulers = served_model(own, model, name, settings.limits, store)
             return served, lambda: over_ranks(schedulers(), ranks, own.network, settings.limits.max_streams)
 
         with ranks.computing():  # nothing is left that should be saved when a rank is lost
             serve(settings, loaded)
+        for store in stores:
+            store.close()
         dismiss(ranks)
 
 

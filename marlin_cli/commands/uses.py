@@ -280,6 +280,8 @@ SERVE: Mapping[str, Uses] = {
     "--api-key": _of(without=("--api-key-file",)),
     "--api-key-file": _of(without=("--api-key",)),
     **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
+    "--state-memory": _of(*CONTINUING),
+    "--state-folder": _of(*CONTINUING),
     "--k-bits": _of(*CONTINUING),
     "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),

@@ -1,10 +1,14 @@
 """A loaded model as the server has it: what it reads, how requests are made for it, and what schedules its streams."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from marlin_cli.api import AnyModel
 from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.continuing_model import ContinuingModel
+from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES, Capability, continuing_of
@@ -14,14 +18,46 @@ from marlin_cli.serving.chat_template import find_template
 from marlin_cli.serving.served import Served, answering_request, continuing_request
 
 
+@dataclass(frozen=True)
+class KeptPrompts:
+    """What a server keeps of the prompts it has read, so that one that begins alike is not read again.
+
+    Attributes:
+        memory_bytes: 0 keeps none in memory.
+        folder: where files go; None: nowhere.
+        is_asked_for: by the user, who is told where a model cannot.
+    """
+
+    memory_bytes: int = 256 << 20
+    folder: Path | None = None
+    is_asked_for: bool = False
+
+    def store_for(self, model: AnyModel) -> PromptStore | None:
+        """The store of a model; None where nothing is kept of it.
+
+        Raises:
+            OutputError: a folder that cannot be made, or in which others may write.
+            UsageError: the user asks for what this model cannot do.
+        """
+        if not isinstance(model, ContinuingModel) or not (self.memory_bytes or self.folder):
+            return None
+        try:
+            return model.prompt_store(self.folder, StoreLimits(memory_bytes=self.memory_bytes))
+        except UsageError:
+            if self.is_asked_for:
+                raise
+            return None
+
+
 def served_model(
-    model: AnyModel, path: str, name: str | None, limits: SchedulerLimits
+    model: AnyModel, path: str, name: str | None, limits: SchedulerLimits, store: PromptStore | None = None
 ) -> tuple[Served, Callable[[], Scheduler[Any]]]:
     """What is served, and what makes schedulers of it.
 
     Args:
         path: as the model was named; its folder may hold a chat template.
         name: what clients call it; None: the last part of `path`.
+        store: of prompts; of a model that continues bytes alone.
 
     Raises:
         CheckpointError: a chat template that is damaged.
@@ -45,7 +81,7 @@ def served_model(
     served = Served(
         called, architecture.title, architecture.capability, most, first_byte, has_sentinels, text_of, request, template
     )
-    return served, lambda: able.scheduler(limits)
+    return served, lambda: able.scheduler(limits) if store is None else able.scheduler(limits, store)
 
 
 def _sentinel(id: int) -> bytes:

@@ -131,6 +131,8 @@ VALUES = {
     "--max-streams": "2",
     "--max-waiting": "2",
     "--cache-memory": "1G",
+    "--state-memory": "1M",
+    "--state-folder": "STATES",
     "--drain-seconds": "1",
     "--rows": "fast",
 }
