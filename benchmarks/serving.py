@@ -39,7 +39,9 @@ def server(model, *options):
     command = [sys.executable, "-m", "marlin_cli", "serve", model, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
-            yield process, int(process.stderr.readline().decode().rpartition(":")[2])
+            while " at http://" not in (line := process.stderr.readline().decode()):
+                assert line, "the server ended"  # else it builds kernels first
+            yield process, int(line.rpartition(":")[2])
         finally:
             process.kill()
 

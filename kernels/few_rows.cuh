@@ -12,8 +12,8 @@ constexpr int TILE_ROWS = 8, MOST_ROWS = 16, PIECE_VALUES = 8, THREADS = WARPS *
 
 enum Kind { DENSE, NVFP4, MXFP4, MXFP8, INT4, INT8 };
 enum NormKind { RMS, LAYER, VARIANCE };
-enum Activation { SWIGLU, GELU, GELU_TANH, RELU, SILU };
-enum Part { FIRST, QKV, OUT, UP, DOWN, LAST, PARTS_IN_ALL };
+enum Activation { GELU, GELU_TANH, RELU, SILU };
+enum Part { FIRST, QKV, OUT, UP, DOWN, LAST, MEMORY_QUERY, MEMORY_OUT };
 
 // A linear layer, as `marlin_cli.ops.cuda_stages` lays it out.
 struct Linear {
@@ -31,7 +31,7 @@ struct Linear {
 template <int PART>
 struct Job {
   static constexpr int KIND = KINDS[PART], GROUP = GROUPS[PART], WIDTH = WIDTHS[PART], HEIGHT = ROWS[PART];
-  static constexpr bool PAIRED = PART == UP && ACTIVATION == SWIGLU;
+  static constexpr bool PAIRED = PART == UP && GATED;
   static constexpr int LAYERS_BESIDE = PAIRED ? 2 : 1;
   // Dense float32 weights are three bfloat16 side by side, which read x once each.
   static constexpr int SIDES = KIND == DENSE ? X_PARTS : 1, DEPTH = WIDTH * SIDES;
@@ -63,10 +63,11 @@ struct Job {
 // Phases that write rows of x are shared out alike, so that the same thread always has the same places of it.
 template <int PART>
 __device__ constexpr int Job<PART>::log_size() {
-  if (PART != OUT && PART != DOWN && PART != FIRST) return own_log_size();
-  const int out = Job<OUT>::own_log_size(), down = Job<DOWN>::own_log_size(), first = IS_GLOBAL ? Job<FIRST>::own_log_size() : out;
+  if (PART != OUT && PART != DOWN && PART != FIRST && PART != MEMORY_OUT) return own_log_size();
+  const int out = Job<OUT>::own_log_size(), down = Job<DOWN>::own_log_size();
+  const int other = IS_GLOBAL ? Job<FIRST>::own_log_size() : ANSWERS ? Job<MEMORY_OUT>::own_log_size() : out;
   const int both = out < down ? out : down;
-  return first < both ? first : both;
+  return other < both ? other : both;
 }
 
 // Where a warp stands in the sharing of a job.
@@ -114,6 +115,15 @@ struct Operand {
   using Own = Job<PART>;
   static constexpr int LOG_PIECES = Own::LOG_PIECES, STRIDE = Own::STRIDE;
   uint4* pieces;
+
+  // Where a value of rows [STREAMS, WIDTH] stands that are copied piece by piece.
+  static __device__ __forceinline__ int copied_place(int row, int column) {
+    const int within = column % PIECE_VALUES;
+    int half = within;
+    if (LOG_PIECES == 1) half = 2 * (within / 4 * 2 + within % 2) + within % 4 / 2;
+    if (LOG_PIECES == 2) half = 2 * (within % 4) + within / 4;
+    return row * Own::WIDTH + column - within + half;
+  }
 
   static __device__ __forceinline__ int place(int row, int piece) {
     const int within = piece & ((4 << LOG_PIECES) - 1);
@@ -179,6 +189,8 @@ struct Weights {
   uint32_t scales[CODES ? LOADS : 1];
   float affine[AFFINE ? LOADS : 1][2];  // scale and zero
   float bias[2];                        // of the first output of this thread; of a pair, each one's own
+  const T* norm;                        // of the phase that reads what this one gives, where it writes rows of x; or null
+  T norm_weight;                        // of the outputs of this thread
 };
 static_assert(LOADS % 2 == 0);
 
@@ -328,12 +340,17 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[2][2][4], const Lane
   }
 }
 
-// The first loads of a warp's tile of a phase, whose linear layers these are, and the bias of what this thread will have.
+// The first loads of a warp's tile of a phase, whose linear layers these are, and the bias of what this thread will have; `norm`
+// is that of the phase that will read it.
 template <int PART>
-__device__ __forceinline__ void send_for(Weights& weights, const Linear* linears, int round = 0) {
+__device__ __forceinline__ void send_for(Weights& weights, const Linear* linears, const T* norm = nullptr, int round = 0) {
   using Own = Job<PART>;
   int tile = Team<PART>::tile(round);
   if (tile >= Own::TILES) return;
+  if constexpr (COPIED && (PART == FIRST || PART == OUT || PART == MEMORY_OUT || PART == DOWN)) {
+    weights.norm = norm;
+    weights.norm_weight = norm[min(tile * TILE_ROWS + Team<PART>::thread() % TILE_ROWS, Own::HEIGHT - 1)];
+  }
   const Lane<PART> lane(linears, tile);
 #pragma unroll
   for (int slot = 0; slot < LOADS; slot++) {
@@ -384,7 +401,7 @@ __device__ __forceinline__ void multiply(
     if (tile >= Own::TILES) return;  // the same for the team, and nothing follows for it
     const Lane<PART> own(linears, tile);
     if (round > 0) {
-      send_for<PART>(weights, linears, round);
+      send_for<PART>(weights, linears, weights.norm, round);
       Crew::synchronize();  // the sums of the tile before have been read
     }
     float sums[2][2][4] = {};

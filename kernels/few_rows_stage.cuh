@@ -17,6 +17,10 @@ struct Layer {
   const T *attention_norm, *ffn_norm, *query_norm, *key_norm;  // the last two may be null
   T *keys, *values;  // [streams, kv_heads, capacity, head_dim]; of a local stage see OWN_CACHE
   Linear qkv[3], out, up[2], down;  // up: gate and up, or up alone
+  // Of a decoder that reads a memory: [inputs, heads, states, head_dim], or words and scales of that.
+  const T* memory_norm;
+  const void *memory_keys, *key_scales, *memory_values, *value_scales;
+  Linear memory_query, memory_out;
 };
 
 struct Stage {
@@ -27,10 +31,12 @@ struct Stage {
   void* logits;             // [streams, vocab]
   const T *table, *norm;    // [vocab, width]; [dim]
   int32_t* mailbox;         // of the host, for the ids of some launches: each the launch's number, then [streams, steps]
+  const T* bias;            // [heads, 2 * REACH + 1]: what is added to scores by distance
+  const int32_t* lengths;   // [inputs] states that are no filler; null: all
   Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
-  int32_t capacity, unused;
+  int32_t capacity, states;
   float log2_theta, scale, eps;
-  int32_t padding;  // to 8 bytes
+  int32_t inputs;
 };
 
 using Kept = cuda::std::conditional_t<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
@@ -38,9 +44,12 @@ using Kept = cuda::std::conditional_t<X_PARTS == 1, __nv_bfloat16, float>;  // w
 constexpr int SEEN = HEAD_DIM + 4, QUERIES = HEADS * HEAD_DIM, KEYS = KV_HEADS * HEAD_DIM, QKV_ROW = QUERIES + 2 * KEYS;
 constexpr int QUERY_HEADS = HEADS / KV_HEADS;  // that share a head of the cache
 // In a local stage a warp attends alone to a head, of all heads in each block or of one; it has its cache for itself, in memory
-// that nobody else reads. In a global stage all warps of a block share a head's rows.
-constexpr bool ALONE = !IS_GLOBAL && STREAMS * HEADS <= 2 * WARPS;
+// that nobody else reads. Elsewhere all warps of a block share a head's rows.
+constexpr bool ALONE = !BY_BLOCKS && STREAMS * HEADS <= 2 * WARPS;
 constexpr int CELLS_A_KEPT_PAIR = X_PARTS == 1 ? 1 : 2;
+// Whether a norm stands before a phase's product.
+template <int PART>
+constexpr bool HAS_NORM = PART == QKV || PART == UP || PART == LAST || PART == MEMORY_QUERY;
 // Of x in a phase with a norm: values that a lane takes at once, and that a warp does.
 constexpr int NORMED_VALUES = TAGGED ? 2 : 8, SEGMENT = 32 * NORMED_VALUES, SEGMENTS = (DIM + SEGMENT - 1) / SEGMENT;
 constexpr int X_BUFFERS = TAGGED ? 2 : 1;  // without barriers a warp may still read one phase's x while another brings the next
@@ -53,8 +62,11 @@ __device__ __forceinline__ void put_float(void* to, int place, float value, unsi
   }
 }
 
-// By whole warps, lanes of odd places beside those of the even ones before.
-__device__ __forceinline__ void put_kept(void* to, int place, float value, bool there, unsigned phase) {
+// A value of a row that waits for the product of phase READER. By whole warps, lanes of odd places beside those of the even ones
+// before.
+template <int READER>
+__device__ __forceinline__ void put_kept(void* to, int row, int column, float value, bool there, unsigned phase) {
+  const int place = COPIED ? Operand<READER>::copied_place(row, column) : row * WIDTHS[READER] + column;
   if constexpr (!TAGGED) {
     if (there) static_cast<Kept*>(to)[place] = from_float<Kept>(value);
   } else if constexpr (X_PARTS > 1) {
@@ -68,7 +80,7 @@ __device__ __forceinline__ void put_kept(void* to, int place, float value, bool 
 // Which values of rows of x a thread brings: OWN times COUNT side by side, by warps, a segment of a row each.
 template <int PART, int COUNT>
 struct Share {
-  static constexpr bool KEPT = X_PARTS == 1 && (PART == DOWN || PART == OUT);  // 16 bits each
+  static constexpr bool KEPT = X_PARTS == 1 && (PART == DOWN || PART == OUT || PART == MEMORY_OUT);  // 16 bits each
   static constexpr int WIDTH = WIDTHS[PART], SEGMENT = 32 * COUNT, SEGMENTS = (WIDTH + SEGMENT - 1) / SEGMENT;
   static constexpr bool ONE_COLUMN = WARPS % SEGMENTS == 0;  // a thread's items are of one column
   static constexpr int ITEMS = STREAMS * SEGMENTS, OWN = (ITEMS + WARPS - 1) / WARPS;
@@ -86,6 +98,8 @@ struct Share {
     }
   }
 };
+
+__device__ __forceinline__ float no_bias(int) { return 0.0f; }
 
 struct Machine {
   Stage* stage;
@@ -124,7 +138,7 @@ struct Machine {
 
   template <int PART>
   __device__ __forceinline__ Operand<PART> operand() const {
-    constexpr int BUFFER = PART == OUT || PART == DOWN || PART == FIRST ? X_BUFFERS - 1 : 0;
+    constexpr int BUFFER = PART == OUT || PART == DOWN || PART == FIRST || PART == MEMORY_OUT ? X_BUFFERS - 1 : 0;
     return {memory + BUFFER * (MEMORY_BYTES / 16 / X_BUFFERS)};
   }
 
@@ -165,7 +179,7 @@ struct Machine {
   __device__ __forceinline__ void bring(const T* norm, const Load& load) {
     using Own = Job<PART>;
     using Mine = Share<PART, COUNT>;
-    constexpr bool NORMED = PART == QKV || PART == UP || PART == LAST, CENTRED = NORMED && NORM_KIND != RMS;
+    constexpr bool NORMED = HAS_NORM<PART>, CENTRED = NORMED && NORM_KIND != RMS;
     const Operand<PART> x = operand<PART>();
     const int lane = threadIdx.x % 32;
     clear_rest<PART>();
@@ -267,10 +281,61 @@ struct Machine {
     }
   }
 
+  // Rows of x that stand in memory piece by piece as they do in shared memory, which lanes fill from bank to bank.
+  template <int PART>
+  __device__ __forceinline__ void copy_rows(const void* from) {
+    using Own = Job<PART>;
+    constexpr int PIECES = Own::WIDTH / PIECE_VALUES, PLACES = Own::WHOLE / PIECE_VALUES, LOG = Own::LOG_PIECES;
+    uint4* to = operand<PART>().pieces;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < STREAMS * PLACES; i += THREADS) {
+      const int row = i / PLACES, place = i % PLACES, within = place & ((4 << LOG) - 1);
+      const int piece = place - within + ((within & 3) << LOG) + (within >> 2);  // see Operand::place
+      if (PIECES == PLACES || piece < PIECES) {
+        copy_piece(to + row * Own::STRIDE + place, static_cast<const uint4*>(from) + row * PIECES + piece);
+      } else {
+        to[row * Own::STRIDE + place] = uint4{0, 0, 0, 0};
+      }
+    }
+  }
+
+  // Where rows of x are copied: of each tile of columns [streams], the sums of squares of x before it was multiplied by a norm.
+  __device__ __forceinline__ float* squares_of_tiles() const { return static_cast<float*>(stage->x) + STREAMS * DIM; }
+
+  // Rows of x with the squares of each, by a warp, to where `factor_of_row` looks.
+  template <int PART>
+  __device__ __forceinline__ void copy_normed() {
+    constexpr int TILES = Job<OUT>::SECOND, EACH = (TILES + 31) / 32, OWN = (STREAMS + WARPS - 1) / WARPS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float squares[OWN][EACH];
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const int tile = lane + 32 * i, row = warp + n * WARPS;
+        squares[n][i] = tile < TILES && row < STREAMS ? __ldcg(squares_of_tiles() + tile * STREAMS + row) : 0.0f;
+      }
+    }
+    copy_rows<PART>(stage->x);
+#pragma unroll
+    for (int n = 0; n < OWN; n++) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < EACH; i++) sum += squares[n][i];
+      sum = sum_of_warp(sum);
+      const int row = warp + n * WARPS;
+      for (int i = lane; row < STREAMS && i < SEGMENTS; i += 32) squares_of<PART>()[row * SEGMENTS + i] = i == 0 ? sum : 0.0f;
+    }
+    wait_for_copies();
+  }
+
   // The same of what was kept for a product.
   template <int PART>
   __device__ __forceinline__ void bring_kept(const void* from) {
-    if constexpr (TAGGED && X_PARTS == 1) {
+    if constexpr (COPIED) {
+      copy_rows<PART>(from);
+      wait_for_copies();
+    } else if constexpr (TAGGED && X_PARTS == 1) {
       bring<PART, 4>(nullptr, [&](const auto& mine, auto& values) {
         using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
         const Cell* cells[Mine::AT_ONCE];
@@ -383,10 +448,30 @@ struct Machine {
     }
   }
 
+  // A head's query of a memory.
+  __device__ __forceinline__ void prepare_for_memory(Head& head, int stream, int number) {
+    const int place = stream * QKV_ROW + number * HEAD_DIM + Head::piece() * 8;
+    if constexpr (TAGGED) {
+      const Cell* cells[4];
+      bool there[4];
+      uint32_t bits[4][2];
+#pragma unroll
+      for (int i = 0; i < 4; i++) cells[i] = static_cast<const Cell*>(stage->qkv) + place + 2 * i, there[i] = true;
+      read_cells(grid, cells, there, phase, bits);
+#pragma unroll
+      for (int i = 0; i < 8; i++) head.query[i] = __uint_as_float(bits[i / 2][i % 2]);
+    } else {
+      load_values(static_cast<const float*>(stage->qkv) + place, head.query);
+    }
+    if constexpr (MEMORY_BITS < 16) Head::spread(head.query);
+#pragma unroll
+    for (int i = 0; i < 8; i++) head.query[i] *= stage->scale * LOG2_E;
+  }
+
   // Puts the new key and value behind `seen` rows.
   static __device__ __forceinline__ void remember(const Head& head, T* keys, T* values, int seen) {
     if (Head::group() > 0) return;
-    const int64_t place = int64_t(seen) * HEAD_DIM + Head::piece() * 8;
+    const int64_t place = int64_t(seen) * ROW_STRIDE + Head::piece() * 8;
     store_values(keys + place, head.key), store_values(values + place, head.value);
   }
 
@@ -399,7 +484,7 @@ struct Machine {
   __device__ __forceinline__ void attend_by_warp(Head& head, Head::Rows& some, const Layer& layer, int task, int seen) {
     T *keys = layer.keys + own_rows(task), *values = layer.values + own_rows(task);
     prepare(head, layer, task / HEADS, task % HEADS);
-    head.see(some, keys, values, 0, seen, 0, 1, true);
+    head.see(some, Head::Rows::From{keys, values}, 0, seen, 0, 1, true, no_bias);
     remember(head, keys, values, seen);
     const float share = X_PARTS == 1 ? __fdividef(1.0f, head.weight) : 1.0f / head.weight;
 #pragma unroll
@@ -412,12 +497,12 @@ struct Machine {
     const Operand<OUT> x = operand<OUT>();
     const int first = threadIdx.x / 32;
     Head::Rows some;
-    if (first < STREAMS * HEADS) some.load(layer.keys + own_rows(first), layer.values + own_rows(first), 0, seen, 1);
+    if (first < STREAMS * HEADS) some.load({layer.keys + own_rows(first), layer.values + own_rows(first)}, 0, seen, 1);
     clear_rest<OUT>();
     stage_qkv();
     __syncthreads();
     for (int task = first; task < STREAMS * HEADS; task += WARPS) {
-      if (task > first) some.load(layer.keys + own_rows(task), layer.values + own_rows(task), 0, seen, 1);
+      if (task > first) some.load({layer.keys + own_rows(task), layer.values + own_rows(task)}, 0, seen, 1);
       Head head;
       attend_by_warp(head, some, layer, task, seen);
       if (Head::group() > 0) continue;
@@ -435,14 +520,18 @@ struct Machine {
   __device__ __forceinline__ void attend_by_warps(const Layer& layer, int seen) {
     for (int task = threadIdx.x / 32 * BLOCKS + blockIdx.x; task < STREAMS * HEADS; task += WARPS * BLOCKS) {
       Head::Rows some;
-      some.load(layer.keys + own_rows(task), layer.values + own_rows(task), 0, seen, 1);
+      some.load({layer.keys + own_rows(task), layer.values + own_rows(task)}, 0, seen, 1);
       Head head;
       attend_by_warp(head, some, layer, task, seen);
       if (Head::group() > 0) continue;
       const int place = task / HEADS * QUERIES + task % HEADS * HEAD_DIM + Head::piece() * 8;
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        if constexpr (TAGGED && X_PARTS == 1) {
+        if constexpr (COPIED) {
+          const int row = task / HEADS, column = task % HEADS * HEAD_DIM + Head::piece() * 8 + i;
+          put_kept<OUT>(stage->attended, row, column, head.seen[i], true, phase + 1);
+          put_kept<OUT>(stage->attended, row, column + 1, head.seen[i + 1], true, phase + 1);
+        } else if constexpr (TAGGED && X_PARTS == 1) {
           const uint32_t pair = pair_of<false>(head.seen[i], head.seen[i + 1]);
           store_one(static_cast<Cell*>(stage->attended) + (place + i) / 2, cell_of(pair, phase + 1));
         } else if constexpr (TAGGED) {
@@ -456,37 +545,26 @@ struct Machine {
     }
   }
 
-  // Heads of streams and splits of their rows in a global stage, a crew of warps of a block each: as many as leave a crew for each,
-  // or two warps.
-  static constexpr int TASKS = STREAMS * HEADS * SPLITS;
-  static constexpr int CREW = TASKS <= BLOCKS || WARPS < 4 ? WARPS : TASKS <= 2 * BLOCKS || WARPS < 8 ? WARPS / 2 : WARPS / 4;
-
-  __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
-    constexpr int CREWS = WARPS / CREW;
-    const int crew = threadIdx.x / 32 / CREW, warp = threadIdx.x / 32 % CREW;
-    float* joining = this->joining + crew * CREW * SEEN;
+  // Heads of streams, and COUNT splits of their rows, a crew of warps of a block each: as many as leave a crew for each, or two
+  // warps. see(head, stream, number, split, warp, size) has a warp of a crew look at its share.
+  template <int READER, int COUNT, typename See>
+  __device__ __forceinline__ void attend_by_crews(const See& see) {
+    constexpr int TASKS = STREAMS * HEADS * COUNT;
+    constexpr int SIZE = TASKS <= BLOCKS || WARPS < 4 ? WARPS : TASKS <= 2 * BLOCKS || WARPS < 8 ? WARPS / 2 : WARPS / 4;
+    constexpr int CREWS = WARPS / SIZE;
+    const int crew = threadIdx.x / 32 / SIZE, warp = threadIdx.x / 32 % SIZE;
+    float* joining = this->joining + crew * SIZE * SEEN;
     auto synchronize = [&] {
       if constexpr (CREWS == 1) {
         __syncthreads();
       } else {
-        synchronize_team(1 + crew, CREW * 32);
+        synchronize_team(1 + crew, SIZE * 32);
       }
     };
     for (int task = crew * BLOCKS + blockIdx.x; task < TASKS; task += CREWS * BLOCKS) {
-      const int split = task % SPLITS, number = task / SPLITS % HEADS, stream = task / SPLITS / HEADS;
-      int start = padding == nullptr ? 0 : padding[stream];
-      if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
-      const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
-      const int end = start + int(int64_t(count) * (split + 1) / SPLITS);
-      const int64_t cache = int64_t(stream * KV_HEADS + number / QUERY_HEADS) * stage->capacity * HEAD_DIM;
-      T *keys = layer.keys + cache, *values = layer.values + cache;
-      const bool with_new = split == SPLITS - 1 && warp == CREW - 1;
-      Head::Rows some;
-      some.load(keys, values, first + warp * Head::CROWD, end, CREW);
+      const int split = task % COUNT, number = task / COUNT % HEADS, stream = task / COUNT / HEADS;
       Head head;
-      prepare(head, layer, stream, number);
-      head.see(some, keys, values, first, end, warp, CREW, with_new);
-      if (with_new && number % QUERY_HEADS == 0) remember(head, keys, values, seen);
+      see(head, stream, number, split, warp, SIZE);
       if (Head::group() == 0) {
 #pragma unroll
         for (int i = 0; i < 8; i++) joining[warp * SEEN + Head::piece() * 8 + i] = head.seen[i];
@@ -494,18 +572,18 @@ struct Machine {
       }
       synchronize();
       constexpr int WHOLE_WARPS = (HEAD_DIM + 31) / 32 * 32;
-      for (int i = threadIdx.x % (CREW * 32); i < WHOLE_WARPS; i += CREW * 32) {
+      for (int i = threadIdx.x % (SIZE * 32); i < WHOLE_WARPS; i += SIZE * 32) {
         float peak = NOTHING_SEEN, weight = 0.0f, seen_here = 0.0f;
         const int place = min(i, HEAD_DIM - 1);
 #pragma unroll
-        for (int w = 0; w < CREW; w++) peak = fmaxf(peak, joining[w * SEEN + HEAD_DIM]);
+        for (int w = 0; w < SIZE; w++) peak = fmaxf(peak, joining[w * SEEN + HEAD_DIM]);
 #pragma unroll
-        for (int w = 0; w < CREW; w++) {
+        for (int w = 0; w < SIZE; w++) {
           const float share_of_warp = exp2f(joining[w * SEEN + HEAD_DIM] - peak);
           weight += share_of_warp * joining[w * SEEN + HEAD_DIM + 1], seen_here += share_of_warp * joining[w * SEEN + place];
         }
-        if constexpr (SPLITS == 1) {
-          put_kept(stage->attended, (stream * HEADS + number) * HEAD_DIM + i, seen_here / weight, i < HEAD_DIM, phase + 1);
+        if constexpr (COUNT == 1) {
+          put_kept<READER>(stage->attended, stream, number * HEAD_DIM + i, seen_here / weight, i < HEAD_DIM, phase + 1);
         } else {
           if (i < HEAD_DIM) put_float(stage->parts, task * SEEN + i, seen_here, phase + 1);
           if (i == 0) put_float(stage->parts, task * SEEN + HEAD_DIM, peak, phase + 1);
@@ -516,8 +594,45 @@ struct Machine {
     }
   }
 
-  // What the splits have seen, joined: COUNT values of a head, `place` of them in a part.
-  template <int COUNT>
+  __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
+    attend_by_crews<OUT, SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
+      int start = padding == nullptr ? 0 : padding[stream];
+      if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
+      const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
+      const int end = start + int(int64_t(count) * (split + 1) / SPLITS), kv_head = number / QUERY_HEADS;
+      const int64_t cache = int64_t(stream * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
+      T *keys = layer.keys + cache, *values = layer.values + cache;
+      const bool with_new = split == SPLITS - 1 && warp == warps - 1;
+      const Head::Rows::From from{keys, values};
+      Head::Rows some;
+      some.load(from, first + warp * Head::CROWD, end, warps);
+      prepare(head, layer, stream, number);
+      if constexpr (ANSWERS) {
+        const T* bias = stage->bias + number * (2 * REACH + 1) + REACH;
+        head.see(some, from, first, end, warp, warps, with_new, [&](int row) { return LOG2_E * to_float(bias[max(row - seen, -REACH)]); });
+      } else {
+        head.see(some, from, first, end, warp, warps, with_new, no_bias);
+      }
+      if (with_new && number % QUERY_HEADS == 0) remember(head, keys, values, seen);
+    });
+  }
+
+  // The heads of a decoder over the memory of their inputs; streams beyond the last input read that one's.
+  __device__ __forceinline__ void attend_to_memory(const Layer& layer) {
+    attend_by_crews<MEMORY_OUT, MEMORY_SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
+      const int input = min(stream, stage->inputs - 1), count = stage->lengths == nullptr ? stage->states : stage->lengths[input];
+      const int first = int(int64_t(count) * split / MEMORY_SPLITS), end = int(int64_t(count) * (split + 1) / MEMORY_SPLITS);
+      const Head::MemoryRows::From from{
+          layer.memory_keys, layer.key_scales, layer.memory_values, layer.value_scales, int64_t(input * HEADS + number) * stage->states};
+      Head::MemoryRows some;
+      some.load(from, first + warp * Head::CROWD, end, warps);
+      prepare_for_memory(head, stream, number);
+      head.see(some, from, first, end, warp, warps, false, no_bias);
+    });
+  }
+
+  // What SPLITS splits have seen, joined: COUNT values of a head, `place` of them in a part.
+  template <int SPLITS, int COUNT>
   __device__ __forceinline__ void join(int row, int column, float (&values)[COUNT]) {
     const int first = (row * HEADS + column / HEAD_DIM) * SPLITS * SEEN, place = column % HEAD_DIM;
     float seen[SPLITS][COUNT], ends[SPLITS][2], peak = NOTHING_SEEN, weight = 0.0f;
@@ -560,14 +675,16 @@ struct Machine {
     for (int i = 0; i < COUNT; i++) values[i] *= weight;
   }
 
+  template <int PART>
   __device__ __forceinline__ void bring_attended() {
-    if constexpr (!IS_GLOBAL || SPLITS == 1) {
-      bring_kept<OUT>(stage->attended);
+    constexpr int COUNT = PART == MEMORY_OUT ? MEMORY_SPLITS : BY_BLOCKS ? SPLITS : 1;
+    if constexpr (COUNT == 1) {
+      bring_kept<PART>(stage->attended);
     } else {
-      bring<OUT, NORMED_VALUES>(nullptr, [&](const auto& mine, auto& values) {
+      bring<PART, NORMED_VALUES>(nullptr, [&](const auto& mine, auto& values) {
 #pragma unroll
         for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
-          if (mine.there[n]) join(mine.row[n], mine.column[n], values[n]);
+          if (mine.there[n]) join<COUNT>(mine.row[n], mine.column[n], values[n]);
         }
       });
     }
@@ -578,8 +695,7 @@ struct Machine {
     return x / (1.0f + expf(-x));
   }
 
-  static __device__ __forceinline__ float activated(float up, float gated) {
-    if constexpr (ACTIVATION == SWIGLU) return silu(up) * gated;  // up is the gate here
+  static __device__ __forceinline__ float activated(float up) {
     if constexpr (ACTIVATION == GELU) return 0.5f * up * (1.0f + erff(up * 0.70710678f));
     if constexpr (ACTIVATION == GELU_TANH) return up / (1.0f + expf(-1.59576912f * (up + 0.044715f * up * up * up)));
     if constexpr (ACTIVATION == RELU) return fmaxf(up, 0.0f);
@@ -595,7 +711,7 @@ struct Machine {
     multiply<PART>(
         sent, linears, operand<PART>(), partial,
         [&](int round, int n, int layer, int row, int column, float one, float other, float bias, float other_bias, bool there) {
-          if constexpr (PART == QKV || PART == UP || PART == LAST) {
+          if constexpr (HAS_NORM<PART>) {
             const float factor = factor_of_row<PART>(row < STREAMS ? row : 0);
             one *= factor, other *= factor;
           }
@@ -603,20 +719,34 @@ struct Machine {
         });
   }
 
-  // What is added to rows of x, and the sum to all.
-  template <int PART, typename Come>
-  __device__ __forceinline__ void add_product(const Linear* linear, const Come& come) {
+  // What is added to rows of x, and the sum to all, for READER or, where `last`, for the last product.
+  template <int PART, int READER, typename Come>
+  __device__ __forceinline__ void add_product(const Linear* linear, bool last, const Come& come) {
     multiply_all<PART>(linear, come, [&](int round, int n, int, int row, int column, float one, float, bool there) {
       if constexpr (PART != FIRST) one += residual[round][n];
       residual[round][n] = one;
-      if (there) put_float(stage->x, row * DIM + column, one, phase + 1);
+      if constexpr (COPIED) {
+        float square = there ? one * one : 0.0f;
+#pragma unroll
+        for (int offset = 1; offset < TILE_ROWS; offset *= 2) square += __shfl_xor_sync(0xffffffff, square, offset);
+        if (!there) return;
+        const int place = last ? Operand<LAST>::copied_place(row, column) : Operand<READER>::copied_place(row, column);
+        static_cast<Kept*>(stage->x)[place] = from_float<Kept>(one * to_float(sent.norm_weight));
+        if (column % TILE_ROWS == 0) squares_of_tiles()[column / TILE_ROWS * STREAMS + row] = square;
+      } else {
+        if (there) put_float(stage->x, row * DIM + column, one, phase + 1);
+      }
     });
   }
 
   // x of a phase with a norm, from what the phase before wrote.
   template <int PART>
   __device__ __forceinline__ void bring_normed(const T* norm) {
-    bring<PART, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) { load_floats(stage->x, mine, values); });
+    if constexpr (COPIED) {
+      copy_normed<PART>();
+    } else {
+      bring<PART, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) { load_floats(stage->x, mine, values); });
+    }
   }
 
   // All layers over rows of which `seen` came before, and `last`: done(row, column, value, there) takes what that gives. The first
@@ -640,34 +770,47 @@ struct Machine {
             const int before = which == 0 ? 0 : which == 1 ? QUERIES : QUERIES + KEYS;
             if (there) put_float(stage->qkv, row * QKV_ROW + before + column, one, phase + 1);
           });
-      go_on([&] { send_for<OUT>(sent, &layer.out), send_ahead<UP>(layer.up); });
+      go_on([&] { send_for<OUT>(sent, &layer.out, ANSWERS ? layer.memory_norm : layer.ffn_norm), send_ahead<UP>(layer.up); });
       if constexpr (!ALONE) {
-        if constexpr (IS_GLOBAL) {
+        if constexpr (BY_BLOCKS) {
           attend_by_blocks(layer, seen, padding);
         } else {
           attend_by_warps(layer, seen);
         }
         go_on([] {});
       }
-      add_product<OUT>(&layer.out, [&] {
+      add_product<OUT, ANSWERS ? MEMORY_QUERY : UP>(&layer.out, false, [&] {
         if constexpr (ALONE) {
           attend_alone(layer, seen);
         } else {
-          bring_attended();
+          bring_attended<OUT>();
         }
       });
+      if constexpr (ANSWERS) {
+        go_on([&] { send_for<MEMORY_QUERY>(sent, &layer.memory_query), send_ahead<MEMORY_OUT>(&layer.memory_out); });
+        multiply_all<MEMORY_QUERY>(
+            &layer.memory_query, [&] { bring_normed<MEMORY_QUERY>(layer.memory_norm); },
+            [&](int, int, int, int row, int column, float one, float, bool there) {
+              if (there) put_float(stage->qkv, row * QKV_ROW + column, one, phase + 1);
+            });
+        go_on([&] { send_for<MEMORY_OUT>(sent, &layer.memory_out, layer.ffn_norm); });
+        attend_to_memory(layer);
+        go_on([] {});
+        add_product<MEMORY_OUT, UP>(&layer.memory_out, false, [&] { bring_attended<MEMORY_OUT>(); });
+      }
       go_on([&] { send_for<UP>(sent, layer.up), send_ahead<DOWN>(&layer.down); });
       multiply_all<UP>(
           layer.up, [&] { bring_normed<UP>(layer.ffn_norm); },
           [&](int, int, int, int row, int column, float one, float other, bool there) {
-            put_kept(stage->hidden, row * FFN_DIM + column, activated(one, other), there, phase + 1);
+            const float value = activated(one) * (GATED ? other : 1.0f);  // one is the gate
+            put_kept<DOWN>(stage->hidden, row, column, value, there, phase + 1);
           });
       const bool more = number + 1 < LAYERS;
       go_on([&] {
-        send_for<DOWN>(sent, &layer.down);
+        send_for<DOWN>(sent, &layer.down, more ? layers[number + 1].attention_norm : stage->norm);
         if (more) send_ahead<QKV>(layers[number + 1].qkv);
       });
-      add_product<DOWN>(&layer.down, [&] { bring_kept<DOWN>(stage->hidden); });
+      add_product<DOWN, QKV>(&layer.down, !more, [&] { bring_kept<DOWN>(stage->hidden); });
       go_on([&] {
         if (more) {
           send_for<QKV>(sent, layers[number + 1].qkv), send_ahead<OUT>(&layers[number + 1].out);
@@ -689,7 +832,7 @@ struct Machine {
   // The weights of a phase after the next one, where they do not stay in the second-level cache anyway.
   template <int PART>
   __device__ __forceinline__ void send_ahead(const Linear* linears) const {
-    if constexpr (IS_GLOBAL) send_tiles_to_cache<PART>(linears);
+    if constexpr (BY_BLOCKS) send_tiles_to_cache<PART>(linears);
   }
 };
 

@@ -11,114 +11,18 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
     const uint8_t* model, const marlin::T* lead, const marlin::T* added, const int32_t* given, const float* noise, int32_t* ids,
     float temperature, float top_p, float min_p, int top_k, int known, int steps, int number, unsigned first_phase) {
   using namespace marlin;
-  constexpr int VOCAB = Job<LAST>::HEIGHT, MAIL_SLOTS = 4, MAIL_WORDS = 2048, GAVE_UP = -1, NOT_FINITE = -2;
-  constexpr int SCORES = (VOCAB + 63) / 64;
+  constexpr int VOCAB = Job<LAST>::HEIGHT;
   Machine machine(model, first_phase);
   const Stage& stage = *machine.stage;
-  int32_t* mail = stage.mailbox + number % MAIL_SLOTS * MAIL_WORDS;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int32_t* mail = mail_of(stage, number);
 
-  // The id of each stream from its logits, by a warp, to `chosen`; every block draws for itself.
+  // Every block draws for itself; the first one tells.
   auto draw = [&](int step) {
-    for (int stream = warp; stream < STREAMS; stream += WARPS) {
-      float scores[SCORES][2];  // of ids 2 * lane + 64 * n and the next one
-      const float nothing = -cuda::std::numeric_limits<float>::infinity();
-      if constexpr (TAGGED) {
-        const Cell* cells[SCORES];
-        bool there[SCORES];
-        uint32_t bits[SCORES][2];
-#pragma unroll
-        for (int n = 0; n < SCORES; n++) {
-          there[n] = 64 * n + 2 * lane < VOCAB, cells[n] = static_cast<const Cell*>(stage.logits) + stream * VOCAB + 64 * n + 2 * lane;
-        }
-        read_cells(machine.grid, cells, there, machine.phase, bits);
-#pragma unroll
-        for (int n = 0; n < SCORES; n++) {
-#pragma unroll
-          for (int i = 0; i < 2; i++) scores[n][i] = there[n] ? __uint_as_float(bits[n][i]) : nothing;
-        }
-      } else {
-        const float* logits = static_cast<const float*>(stage.logits) + stream * VOCAB;
-#pragma unroll
-        for (int n = 0; n < SCORES; n++) {  // loaded together, as each takes long
-#pragma unroll
-          for (int i = 0; i < 2; i++) scores[n][i] = 64 * n + 2 * lane + i < VOCAB ? __ldcg(logits + 64 * n + 2 * lane + i) : nothing;
-        }
-      }
-      float highest = nothing;
-      int id = VOCAB;
-      bool finite = true, any = false;  // all below infinity, and some above minus that
-#pragma unroll
-      for (int n = 0; n < SCORES; n++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) finite = finite && scores[n][i] < -nothing, any = any || scores[n][i] > nothing;
-      }
-      finite = __all_sync(0xffffffff, finite) && __any_sync(0xffffffff, any);
-      if (noise != nullptr) {
-        float* scaled = reinterpret_cast<float*>(machine.memory) + stream * VOCAB;
-#pragma unroll
-        for (int n = 0; n < SCORES; n++) {
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            if (64 * n + 2 * lane + i < VOCAB) scaled[64 * n + 2 * lane + i] = scores[n][i] / temperature;
-          }
-        }
-        __syncwarp();
-        for (int i = lane; i < VOCAB; i += 32) highest = fmaxf(highest, scaled[i]);
-        highest = largest_of_warp(highest);
-        // What an order would tell, without one: how many are likelier than each, and how likely they are together.
-        float total = 0.0f, lowest = nothing;
-        if (0 < top_k && top_k < VOCAB) {
-          lowest = -lowest;
-          for (int i = lane; i < VOCAB; i += 32) {
-            int likelier = 0;
-            for (int j = 0; j < VOCAB; j++) likelier += scaled[j] > scaled[i];
-            if (likelier < top_k) lowest = fminf(lowest, scaled[i]);
-          }
-          lowest = -largest_of_warp(-lowest);
-        }
-        if (top_p < 1.0f) {
-          for (int i = lane; i < VOCAB; i += 32) total += scaled[i] < lowest ? 0.0f : expf(scaled[i] - highest);
-          total = sum_of_warp(total);
-          float inside = -nothing;
-          for (int i = lane; i < VOCAB; i += 32) {
-            if (scaled[i] < lowest) continue;
-            float before = 0.0f;
-            for (int j = 0; j < VOCAB; j++) before += scaled[j] > scaled[i] ? expf(scaled[j] - highest) : 0.0f;
-            if (before / total < top_p) inside = fminf(inside, scaled[i]);
-          }
-          lowest = -largest_of_warp(-inside);
-        }
-        if (min_p > 0.0f) lowest = fmaxf(lowest, highest + logf(min_p));
-        highest = nothing;
-        for (int i = lane; i < VOCAB; i += 32) {
-          const float score = scaled[i] < lowest ? nothing : scaled[i] + noise[(step - known) * VOCAB + i];
-          if (id == VOCAB || score > highest) highest = score, id = i;
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < SCORES; n++) {
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int other = 64 * n + 2 * lane + i;
-            if (other < VOCAB && (id == VOCAB || scores[n][i] > highest)) highest = scores[n][i], id = other;
-          }
-        }
-      }
-      best_of_warp(highest, id);
-      if (lane == 0) {
-        machine.chosen[stream] = finite ? id : 0;
-        if (blockIdx.x == 0) ids[stream * PATCH + step] = id, mail[1 + stream * steps + step - known] = finite ? id : NOT_FINITE;
-      }
-    }
-  };
-  // Everything in the mailbox is there for the host that finds the number. For thread 0 of block 0, after the others.
-  auto post = [&] {
-    if (machine.grid.failed()) {
-      for (int i = 0; i < STREAMS * steps; i++) mail[1 + i] = GAVE_UP;
-    }
-    __threadfence_system();
-    *static_cast<volatile int32_t*>(mail) = number;
+    const float* here = noise == nullptr ? nullptr : noise + (step - known) * VOCAB;
+    draw_ids<false>(machine, {here, nullptr, temperature, top_p, min_p, top_k}, [&](int stream, int id, bool finite, float) {
+      machine.chosen[stream] = finite ? id : 0;
+      if (blockIdx.x == 0) ids[stream * PATCH + step] = id, mail[1 + stream * steps + step - known] = finite ? id : NOT_FINITE;
+    });
   };
   // Values of the row that a step begins with.
   auto fresh = [&](int step, int row, int column, auto& values) {
@@ -131,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
   };
 
   if (machine.grid.failed()) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) post();
+    if (blockIdx.x == 0 && threadIdx.x == 0) post(machine, mail, number, STREAMS * steps);
     return;
   }
   send_for<QKV>(machine.sent, machine.layers[0].qkv);
@@ -176,5 +80,5 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
   if (blockIdx.x > 0) return;
   draw(known + steps - 1);
   __syncthreads();
-  if (threadIdx.x == 0) post();
+  if (threadIdx.x == 0) post(machine, mail, number, STREAMS * steps);
 }

@@ -67,6 +67,14 @@ __device__ __forceinline__ void send_to_cache(const void* from, uint32_t bytes) 
 #endif
 }
 
+// Sixteen bytes from memory to shared memory, past the first cache, that are there after `wait_for_copies`, for this thread.
+__device__ __forceinline__ void copy_piece(uint4* to, const uint4* from) {
+  const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 __device__ __forceinline__ unsigned long long nanoseconds() {
   unsigned long long value;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));

@@ -10,9 +10,9 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
   Machine machine(model, first_phase);
   const Stage& stage = *machine.stage;
   if (machine.grid.failed()) return;  // the ids say so already
-  send_for<FIRST>(machine.sent, &stage.first);
+  send_for<FIRST>(machine.sent, &stage.first, machine.layers[0].attention_norm);
   machine.rotate_at(seen, padding);
-  machine.add_product<FIRST>(&stage.first, [&] {
+  machine.add_product<FIRST, QKV>(&stage.first, false, [&] {
     machine.bring<FIRST, 8>(nullptr, [&](const auto& mine, auto& values) {
 #pragma unroll
       for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {

@@ -55,7 +55,7 @@ class ContinuingModel(Model):
     def logits(self, data: bytes) -> mx.array:
         """Logits [len(data), vocab] float32: row i is the distribution of byte i given the bytes before it.
 
-        Byte b has column b of a MegaByte, and b + 3 of a ByGPT5.
+        Byte b has column b of a MegaByte or a Block-Recurrent Transformer, b + 3 of a ByGPT5, and b + 64 of an EvaByte.
 
         Raises:
             UsageError: more bytes than the model's context.
@@ -121,7 +121,7 @@ class ContinuingModel(Model):
         """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`.
 
         Args:
-            sentinels: `<extra_id_N>` stands for that special id of a ByGPT5, in a prompt and in what follows it.
+            sentinels: `<extra_id_N>` stands for that special id of a ByGPT5 or EvaByte, in a prompt and in what follows it.
         """
         return generate(
             self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels
@@ -143,7 +143,8 @@ class ContinuingModel(Model):
     ) -> "ContinuingModel":
         """A copy with packed weights. `settings` says more than bits, and stands in for them when given.
 
-        A MegaByte has a global and a local part, a ByGPT5 a decoder; bits of another part say nothing.
+        A MegaByte has a global and a local part, a ByGPT5 a decoder, an EvaByte a global one, and a Block-Recurrent
+        Transformer has states beside it, which take the local bits; bits of another part say nothing.
 
         Raises:
             QuantizationError: a layer that cannot be packed so.

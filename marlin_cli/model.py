@@ -164,11 +164,13 @@ class Model:
         )
         if config is not None:
             check_same(network.config, config, str(path))
-        if kv_bits not in (None, 16, (16, 16)) and not architecture.packed_keys(network.config).paths:
+        keeps_keys = bool(architecture.packed_keys(network.config).paths)
+        if kv_bits not in (None, 16, (16, 16)) and not keeps_keys:
             raise UsageError(f"kv_bits: this {architecture.title} keeps no keys and values; leave it out")
         round_activations(network, activation_bits)
         if kv_bits is None:
-            kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16))
+            # A recipe may speak of a cache that a model has not.
+            kv_bits = int((checkpoint.marlin or {}).get("kv_bits", 16)) if keeps_keys else 16
         return cls._with_cache(network, chosen, kv_bits, quantization=checkpoint.quantization, marlin=checkpoint.marlin)
 
     @classmethod

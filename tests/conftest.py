@@ -13,9 +13,11 @@ from mlx.utils import tree_map
 
 from marlin_cli import MegaByteModel
 from marlin_cli.models import ARCHITECTURES
+from marlin_cli.models.block_recurrent import BlockRecurrentConfig
 from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.canine import CanineConfig
+from marlin_cli.models.evabyte import EvaByteConfig
 from marlin_cli.models.gbst import GbstConfig
 from marlin_cli.models.la_canine import LaCanineConfig
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
@@ -67,6 +69,27 @@ PACKABLE = {
 CONTINUING = {
     "megabyte": MegaByteConfig(**PACKABLE),
     "bygpt5": ByGPT5Config(**T5, layers=1, max_bytes=96),
+    "block_recurrent": BlockRecurrentConfig(
+        d_model=32,
+        ffn_dim=64,
+        heads=2,
+        head_dim=32,
+        layers=2,
+        recurrent_layers=(0,),
+        block_bytes=48,
+        state_vectors=6,
+        max_bytes=96,
+    ),
+    "evabyte": EvaByteConfig(
+        d_model=32,
+        ffn_dim=64,
+        heads=1,
+        layers=1,
+        window_bytes=24,
+        chunk_bytes=8,
+        prediction_heads=3,
+        max_bytes=96,
+    ),
 }
 ANSWERING = {
     "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),

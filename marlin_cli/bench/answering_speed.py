@@ -19,7 +19,7 @@ from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.bench.spreads import Percentiles, Spread, percentiles_of, spread_of
 from marlin_cli.bench.throughput import ThroughputSettings, sample_prompt
 from marlin_cli.engine.encoder_decoder import AnswerState, encode
-from marlin_cli.engine.sampling import draw
+from marlin_cli.engine.sampling import Noise
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import ids_of_bytes
 from marlin_cli.prediction.greedy import GREEDY
@@ -111,12 +111,13 @@ def _timed(model: AnsweringModel, inputs: Sequence[Sequence[int]], decode_bytes:
         return _Run(encoded - start, 0.0, 0.0, 0, mx.get_peak_memory() - held, [])
     again = clock()
     state = AnswerState(model.network, sources, memory_bits=model.kv_bits)
-    ids, _ = draw(state.logits, [()], [GREEDY], None)
+    noise = Noise(0, model.config.vocab_size)  # nobody reads it
+    ids, _ = state.draw((), GREEDY, noise, decode_bytes + 1)
     first = before = clock()
     steps = []
-    for _ in range(decode_bytes):
-        state.push(mx.array(ids, dtype=mx.int32))
-        ids, _ = draw(state.logits, [()], [GREEDY], None)
+    for step in range(decode_bytes):
+        state.push(ids)
+        ids, _ = state.draw((), GREEDY, noise, decode_bytes - step)
         now = clock()
         steps.append(now - before)
         before = now

@@ -9,7 +9,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.checkpoints import bygpt5, canine, gbst, gguf_t5, hugging_face, la_canine, megabyte_pytorch, native, paper
+from marlin_cli.checkpoints import (
+    block_recurrent,
+    bygpt5,
+    canine,
+    evabyte,
+    gbst,
+    gguf_t5,
+    hugging_face,
+    la_canine,
+    megabyte_pytorch,
+    native,
+    paper,
+)
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, names_in, read_foreign, weights_file
 from marlin_cli.checkpoints.parts import Wanted, part_of
 from marlin_cli.checkpoints.state_dicts import names_of_models
@@ -39,24 +51,30 @@ WITH_CONFIG = {
     "la_canine": la_canine,
     "gbst": gbst,
     "bygpt5": bygpt5,  # before hugging_face, whose T5 some of them say they are
+    "evabyte": evabyte,
     "hugging_face": hugging_face,
     "native": native,
 }
 
 # Foreign layouts that the names of the tensors tell.
-IMPORTERS = {"megabyte_pytorch": megabyte_pytorch, "paper": paper}
+IMPORTERS: dict[str, Any] = {"megabyte_pytorch": megabyte_pytorch, "paper": paper, "block_recurrent": block_recurrent}
 
-# The architecture of each layout with a configuration but marlin's own, which names it.
+# The architecture of each layout but marlin's own, which names it.
 ARCHITECTURE_OF = {
     "gguf_t5": "byt5",
     "canine": "canine",
     "la_canine": "la_canine",
     "gbst": "gbst",
     "bygpt5": "bygpt5",
+    "evabyte": "evabyte",
     "hugging_face": "byt5",
+    "megabyte_pytorch": "megabyte",
+    "paper": "megabyte",
+    "block_recurrent": "block_recurrent",
 }
 
-# The field of a configuration that each option speaks of. The window stands apart: an option goes before the file.
+# The field of a configuration that each option speaks of, where an importer has no table of its own. The window stands
+# apart: an option goes before the file.
 FIELD_OF_OPTION = {
     "heads": "global_heads",
     "head_dim": "global_head_dim",
@@ -68,6 +86,8 @@ FIELD_OF_OPTION = {
     "attention_scale": "attention_scale",
 }
 
+# Options that say which tensors of a file to take, or that another was found by trial.
+OF_ANY_LAYOUT = ("weights", "heads_by_trial")
 
 # marlin's table of config.json: under which name the assumptions of an import stand there, and what goes with every copy.
 ASSUMED = "assumed"
@@ -158,15 +178,18 @@ def _read_foreign(path: Path, options: ImportOptions) -> tuple[Foreign, Any]:
     return foreign, importer
 
 
-def _check_foreign(path: Path) -> None:
-    """See by the names of its tensors that a file without a configuration is of a layout that has none.
+def _layout_by_names(path: Path) -> str:
+    """The layout of a file without a configuration, by the names of its tensors.
 
     Raises:
         CheckpointError: it is not, or there is no such file, or several.
     """
     models = names_of_models(names_in(path), [each.MARKER for each in IMPORTERS.values()], path)
-    if not any(each.recognises(dict.fromkeys(own)) for own in models for each in IMPORTERS.values()):
-        raise _of_no_layout(weights_file(path), models[0])
+    for own in models:
+        for name, each in IMPORTERS.items():
+            if each.recognises(dict.fromkeys(own)):
+                return name
+    raise _of_no_layout(weights_file(path), models[0])
 
 
 def _of_no_layout(path: Path, names: Iterable[str]) -> CheckpointError:
@@ -227,10 +250,7 @@ def architecture_of(path: Path) -> str:
         CheckpointError: there is no model, or one of no known layout.
         ConfigError: config.json is damaged.
     """
-    layout = _layout_with_config(path)
-    if layout is None:
-        _check_foreign(path)
-        return "megabyte"
+    layout = _layout_with_config(path) or _layout_by_names(path)
     if layout != "native":
         return ARCHITECTURE_OF[layout]
     document = read_json((path if path.is_dir() else path.parent) / native.CONFIG)
@@ -296,10 +316,14 @@ def sketch(path: Path) -> str:
 
 
 def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
-    if options.language is not None:
-        raise CheckpointError(f"{checkpoint.path}: the import option language has no meaning here; leave it out")
     config = checkpoint.config
-    for option, field in FIELD_OF_OPTION.items():
+    own = getattr(IMPORTERS[checkpoint.layout], "FIELD_OF_OPTION", None)
+    fields = FIELD_OF_OPTION if own is None else own
+    elsewhere = (*OF_ANY_LAYOUT, *(("attention_window",) if own is None else ()))
+    for name in (field.name for field in dataclasses.fields(options)):
+        if getattr(options, name) is not None and name not in fields and name not in elsewhere:
+            raise CheckpointError(f"{checkpoint.path}: the import option {name} has no meaning here; leave it out")
+    for option, field in fields.items():
         wanted, found = getattr(options, option), config.get(field)
         if option == "rope":
             found = str(found).endswith("rope")

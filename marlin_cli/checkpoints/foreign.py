@@ -59,6 +59,7 @@ class ImportOptions:
     bos_byte: int | None = None  # what leads where no learned pads do (paper, without model_config)
     weights: Copy | None = None  # which of two copies, of which one is the mean over the training
     heads_by_trial: bool | None = None  # the heads were chosen by sample bytes, which is an assumption too
+    block_bytes: int | None = None  # bytes of a block (block_recurrent)
     language: str | None = None  # whose adapters to take, by its code or the number of its row (la_canine)
 
 
@@ -268,6 +269,15 @@ class Taken:
     def drop(self, suffix: str) -> None:
         """Leave out tensors whose names end so (buffers that are computed anew)."""
         self._left = {name: tensor for name, tensor in self._left.items() if not name.endswith(suffix)}
+
+    def drop_zeros(self, name: str) -> None:
+        """Leave out a buffer that its class fills with zeros, if it is there.
+
+        Raises:
+            CheckpointError: it holds something else.
+        """
+        if name in self._left and mx.any(self._left.pop(name) != 0).item():
+            raise CheckpointError(f"{self._path}: {quoted(name)} holds numbers, where its class has zeros alone")
 
     def finish(self) -> None:
         """Raise `CheckpointError` if a tensor has found no place."""

@@ -98,6 +98,34 @@ def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> No
     if chosen.name == "cpu" and kernels()[0] is not None:
         for model in models:
             _show_layers(model, activation_bits)
+    if chosen.name == "cuda":
+        _show_whole(models)
+
+
+def _show_whole(models: Sequence[str]) -> None:
+    """How each model decodes on an NVIDIA GPU, and why, by streams side by side."""
+    from marlin_cli.api import load
+    from marlin_cli.engine import cuda_answers, cuda_patches
+    from marlin_cli.models.byt5 import ByT5
+    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.ops.dispatch import by_operations
+
+    rows = []
+    for model in models:
+        network = load(model, device="cuda").network
+        for streams in (1, 16, 64):
+            why: str | None = "byte by byte: no kernel takes this architecture whole"
+            if by_operations():
+                why = "MARLIN_PATCHES=operations"
+            elif isinstance(network, MegaByte):
+                why = cuda_patches.why_operations(network, streams)
+            elif isinstance(network, ByT5) and network.config.decoder_layers:
+                why = cuda_answers.why_operations(network, 16, streams)
+            rows.append(
+                [model, str(streams), "operation by operation" if why else "whole", why or "the kernels know every part"]
+            )
+    if rows:
+        console.table("decoding", ["model", "streams", "path", "why"], rows, to_stdout=True)
 
 
 def _show_layers(model: str, activation_bits: int) -> None:

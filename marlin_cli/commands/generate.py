@@ -57,7 +57,10 @@ def generate(
         str, typer.Option(help="ByT5: what every input begins with, such as the task or language, '<eng-us>: '.")
     ] = "",
     sentinel: Annotated[
-        bool, typer.Option("--sentinel", help="ByT5, ByGPT5: <extra_id_N> stands for that id, in and out.")
+        bool, typer.Option("--sentinel", help="ByT5, ByGPT5, EvaByte: <extra_id_N> and such stand for that id, in and out.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="EvaByte-SFT: the prompt is what a user says, in the form of a chat.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side, by each rank.")] = 16,
     split: Annotated[
@@ -155,11 +158,14 @@ def generate(
         )
         if not leads:
             return follow_along(loaded, ranks, batch_size)
+        if chat:
+            prompted = [each.in_chat(loaded.network) for each in prompted]
+        marks = sentinel or chat
         for each in prompted:
             each.check_fits(loaded.config.max_bytes)
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
-                write_json_lines(continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=sentinel)
+                write_json_lines(continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks)
             else:
-                summary = write_stream(continues.pieces([prompted[0].data], stopping, sampling, sentinels=sentinel), raw=raw)
+                summary = write_stream(continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks), raw=raw)
                 console.note_to_terminal(f"{len(prompted[0].data)} bytes in, {summary}, on {loaded.device.name}")

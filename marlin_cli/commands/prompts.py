@@ -7,14 +7,17 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any
+from dataclasses import dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any
 
 from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex
 from marlin_cli.config import describe
 from marlin_cli.corpus.lines import lines_of
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from marlin_cli.models import Network
 
 # What is read of a prompt, and of a file of prompts, before it is refused: a device or a pipe may have no end.
 MOST_PROMPT_BYTES = 16 << 20
@@ -29,6 +32,19 @@ class Prompt:
     data: bytes
     name: Any = None
     where: str = field(default="the prompt", compare=False)
+
+    def in_chat(self, network: "Network") -> "Prompt":
+        """The same as what a user says in a chat, whose marks stand in it as names.
+
+        Raises:
+            UsageError: the model was tuned for no form of chats.
+        """
+        from marlin_cli.models import architecture_of, continuing_of
+
+        form = continuing_of(network).chat
+        if form is None:
+            raise UsageError(f"--chat: a {architecture_of(network).title} has no form of chats; leave it out")
+        return replace(self, data=form(self.data))
 
     def check_fits(self, most_bytes: int) -> None:
         """Raise `UsageError` for more bytes than the model reads."""

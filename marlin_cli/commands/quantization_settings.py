@@ -5,8 +5,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.export import EXPORTS
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.config import from_mapping
 from marlin_cli.errors import ConfigError, StatisticsError, UsageError
+from marlin_cli.models import architecture_named
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import PROTECTED, LayerPlan, QuantizationSettings, format_from_bits, load_recipe
 from marlin_cli.text import quoted
@@ -92,6 +96,16 @@ def check_exportable(plans: Sequence[LayerPlan]) -> None:
             f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
             f" ({len(other)} layers in all); choose {remedy}"
         )
+
+
+def check_keeps_keys(model: str, options: ImportOptions, kv_bits: int | None) -> None:
+    """Raise `UsageError` for bits of keys and values where a model keeps none that grow; `options` are of its import."""
+    if kv_bits in (None, 16):
+        return
+    checkpoint = read_checkpoint(locate_model(model), options, check_values=False)
+    architecture = architecture_named(checkpoint.config, model)
+    if not architecture.packed_keys(from_mapping(architecture.config, checkpoint.config, model)).paths:
+        raise UsageError(f"--kv-bits {kv_bits}: this {architecture.title} keeps no keys and values that grow; leave it out")
 
 
 def _format(part: str, bits: int | None, name: str | None) -> str | None:

@@ -112,7 +112,13 @@ def quantize(
     from marlin_cli.commands.calibration_bytes import CalibrationBytes
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_import_options, parse_size
-    from marlin_cli.commands.quantization_settings import check_export, domain_weights_of, naming, settings_of
+    from marlin_cli.commands.quantization_settings import (
+        check_export,
+        check_keeps_keys,
+        domain_weights_of,
+        naming,
+        settings_of,
+    )
     from marlin_cli.engine.heads import with_heads
 
     if output is None and not dry_run:
@@ -130,6 +136,7 @@ def quantize(
     if dequantize:
         run.unpack(model, options, target, overwrite=overwrite, json_output=json_output)
         return
+    check_keeps_keys(model, options, kv_bits)
     by_part = {
         "global": global_bits, "local": local_bits, "encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits,
         "wo": wo_bits,

@@ -23,7 +23,7 @@ def serve(
     cache_memory: Annotated[
         str | None, typer.Option(help="What the caches of all streams may grow to, for example 4G; others wait.")
     ] = None,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM or Ctrl-C.")] = 4.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM or Ctrl-C.")] = 3.0,
     rows: Annotated[
         str,
         typer.Option(help="exact: a stream's bytes never depend on its neighbours. fast: as quick as the CPU can."),
@@ -35,6 +35,14 @@ def serve(
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART",
+            help="Ranks (mlx.launch -n N marlin ..) share this part of the model: global, of a MegaByte, or encoder, of a ByT5."
+            " Without it each has the model, and streams run on all.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
     """Serve a model over HTTP: OpenAI's completions and chats, raw bytes, metrics, and a page to try it.
@@ -60,4 +68,4 @@ def serve(
     imports = parse_import_options(import_options)
     bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
-    run(model, name, settings, device=device, kv_bits=bits, activation_bits=activation_bits, options=imports)
+    run(model, name, settings, split, device=device, kv_bits=bits, activation_bits=activation_bits, options=imports)

@@ -59,16 +59,35 @@ def use_rows(rows: str) -> None:
     os.environ["MARLIN_ROWS"] = rows
 
 
-def run(model: str, name: str | None, settings: "ServerSettings", **options: Any) -> None:
-    """Load the model in the thread that will own it, and serve it; see `serving.server.serve`."""
-    from marlin_cli.api import load
+def run(model: str, name: str | None, settings: "ServerSettings", split: str | None = None, **options: Any) -> None:
+    """Load the model in the thread that will own it, and serve it; see `serving.server.serve`.
+
+    Of several ranks, rank 0 serves, and streams run on all, or with `split` all share the model.
+    """
+    from marlin_cli.api import load, ranks_to_split
+    from marlin_cli.commands.leading import check_alike
+    from marlin_cli.engine.routing import dismiss, follow, over_ranks
+    from marlin_cli.ranks import joined
     from marlin_cli.serving.loading import served_model
     from marlin_cli.serving.server import serve
 
-    def loaded() -> tuple[Any, Callable[[], Any]]:
-        return served_model(load(model, **options), model, name, settings.limits)
+    with joined() as ranks:
+        check_alike(ranks, model, split=split, limits=settings.limits, **options)
+        shared = ranks_to_split(split, model, ranks)
+        if ranks.rank > 0:
+            with ranks.deaf():
+                own = load(model, split=shared, **options)
+                _, schedulers = served_model(own, model, name, settings.limits)
+                return follow(schedulers(), ranks, own.network)
 
-    serve(settings, loaded)
+        def loaded() -> tuple[Any, Callable[[], Any]]:
+            own = load(model, split=shared, **options)
+            served, schedulers = served_model(own, model, name, settings.limits)
+            return served, lambda: over_ranks(schedulers(), ranks, own.network, settings.limits.max_streams)
+
+        with ranks.computing():  # nothing is left that should be saved when a rank is lost
+            serve(settings, loaded)
+        dismiss(ranks)
 
 
 def _checked(key: str, where: str) -> str:

@@ -102,11 +102,12 @@ GENERATE: Mapping[str, Uses] = {
     "--prefix": _of(*ENCODER_FIRST),
     "--input-prefix": _of(*ENCODER_FIRST),
     "--sentinel": _of(BYTEWISE, *ENCODER_FIRST),
+    "--chat": _of(BYTEWISE),  # a model of another form says so itself
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--split": _of(CONTINUES, ANSWERS),
     "--raw": _of(without=("--json", "--prompts")),
     "--json": _of(),  # what --prompts writes anyway
-    "--import": _of(CONTINUES),
+    "--import": _of(*CONTINUING),
     "--device": _of(),
 }
 
@@ -168,7 +169,7 @@ CALIBRATE: Mapping[str, Uses] = {
     "--merge": _of(without=("--show",)),
     "--show": _of(),
     "--json": _of(),
-    "--import": _of(CONTINUES, ENCODES, without=_MEASURING),
+    "--import": _of(*CONTINUING, ENCODES, without=_MEASURING),
     "--device": _of(without=_MEASURING),
 }
 
@@ -188,7 +189,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--output": _of(),
     "--bits": _PACKING,
     "--global-bits": _part("global"),
-    "--local-bits": _part("local"),
+    "--local-bits": _part("local", "states"),
     "--encoder-bits": _part("encoder"),
     "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
     "--cross-bits": _part("cross", of=(ANSWERS,)),
@@ -196,7 +197,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--kv-bits": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
     "--balance-keys": _of(*CONTINUING, ANSWERS, needs=("--stats",), without=_UNPACKING),
     "--global-format": _part("global"),
-    "--local-format": _part("local"),
+    "--local-format": _part("local", "states"),
     "--group-size": _PACKING,
     "--stats": _of(without=(*_UNPACKING, "--sequential")),  # with --method rtn too: errors are of the outputs then
     "--method": _PACKING,
@@ -218,7 +219,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--dry-run": _of(),
     "--dequantize": _of(),
     "--overwrite": _of(needs=("--output",)),
-    "--import": _of(CONTINUES, ENCODES),
+    "--import": _of(*CONTINUING, ENCODES),
     "--json": _of(),
 }
 
@@ -281,6 +282,7 @@ SERVE: Mapping[str, Uses] = {
     "--v-bits": _of(*CONTINUING),
     "--activation-bits": _of(),
     "--import": _of(CONTINUES),
+    "--split": _of(CONTINUES, ANSWERS),
     "--device": _of(),
 }
 

@@ -16,7 +16,7 @@ from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import AnswerState
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused_answers import fuse_answers
-from marlin_cli.engine.sampling import Noise, Sampling, draw
+from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.scheduling import NOT_FINITE, SchedulerLimits
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes
@@ -106,11 +106,12 @@ def _in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerReq
         yield [(stream, (writing.empty(),)) for stream, writing in going]
         return
     for value in ids_of_bytes(limits.prefix):
-        state.push(mx.full((len(sources),), value, dtype=mx.int32))
+        state.push([value] * len(sources))
     noise = Noise(sampling.seed, network.config.vocab_size)
+    written = 0
     while going:
-        drawn = noise.take(1) if sampling.temperature else None
-        values, costs = draw(state.logits, [going[0][1].forbidden], [sampling], drawn)
+        values, costs = state.draw(going[0][1].forbidden, sampling, noise, limits.max_length - written)
+        written += 1
         news: list[tuple[int, int | tuple[Answer, ...]]] = []
         rows = []
         for row, ((stream, writing), value, cost) in enumerate(zip(going, values, costs, strict=True)):
@@ -129,7 +130,7 @@ def _in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerReq
             if going:
                 state.keep(rows, rows)
         if going:
-            state.push(mx.array([values[row] for row in rows], dtype=mx.int32))
+            state.push([values[row] for row in rows])
 
 
 def _searched_in_step(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerRequest, beams: Beams) -> Steps:
@@ -140,7 +141,7 @@ def _searched_in_step(network: ByT5, sources: Sequence[Sequence[int]], request: 
         yield [(stream, searching.answers()) for stream, searching in going]
         return
     for value in ids_of_bytes(limits.prefix):
-        state.push(mx.full((len(sources) * count,), value, dtype=mx.int32))
+        state.push([value] * len(sources) * count)
     while going:
         logits = state.logits - mx.logsumexp(state.logits, axis=-1, keepdims=True)
         table = np.array(logits).reshape(len(going), count, -1)
@@ -156,5 +157,5 @@ def _searched_in_step(network: ByT5, sources: Sequence[Sequence[int]], request: 
         yield [(stream, searching.answers()) for stream, searching in going if searching.done]
         if places:
             state.keep(rows, None if len(places) == len(going) else places)
-            state.push(mx.array(ids, dtype=mx.int32))
+            state.push(ids)
         going = [going[place] for place in places]

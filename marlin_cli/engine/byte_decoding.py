@@ -1,6 +1,6 @@
 """Cached decoding of networks that take bytes one after the other (ByGPT5), for streams of equally many bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -43,6 +43,12 @@ class Rows(Protocol):
         """Keep these members of the batch."""
 
 
+def rows_of_layers(network: ByteReader, streams: int, bits: CacheBits) -> Rows:
+    """What a network whose layers keep all keys and values remembers of so many texts that have no ids yet."""
+    fused = fuse_bygpt5(network)
+    return GraphRows(network, bits) if fused is None else fused.new_rows(streams, bits)
+
+
 class ByteByByte:
     """Decoding state of a batch of streams of equally many ids; an `engine.continuation.Continuation`.
 
@@ -50,18 +56,28 @@ class ByteByByte:
         network: the model.
         prompts: ids of each stream.
         cache_bits: of the keys and values of every layer.
+        new_rows: (network, streams, bits) -> what is remembered of so many texts that have no ids yet.
+        level: of the cache that this counts as, see `models.decoding_shape`.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
     """
 
-    def __init__(self, network: ByteReader, prompts: Sequence[Sequence[int]], cache_bits: CacheBits | None = None) -> None:
-        self.config = network.config
+    def __init__(
+        self,
+        network: Any,
+        prompts: Sequence[Sequence[int]],
+        cache_bits: CacheBits | None = None,
+        *,
+        new_rows: Callable[[Any, int, CacheBits], Rows] = rows_of_layers,
+        level: str = "decoder",
+    ) -> None:
+        self.config, self._level = network.config, level
         bits = cache_bits or CacheBits()
-        if bits != CacheBits():
-            check_cache_bits(bits.keys, bits.values, architecture_of(network).packed_keys(self.config).head_dim)
-        fused = fuse_bygpt5(network)
-        self._rows: Rows = GraphRows(network, bits) if fused is None else fused.new_rows(len(prompts), bits)
+        packed_keys = architecture_of(network).packed_keys(self.config)
+        if bits != CacheBits() and packed_keys.paths:
+            check_cache_bits(bits.keys, bits.values, packed_keys.head_dim)
+        self._rows = new_rows(network, len(prompts), bits)
         self.positions = [len(prompt) for prompt in prompts]
         ids = mx.array([list(prompt) for prompt in prompts], dtype=mx.int32).reshape(len(prompts), -1)
         self.logits = self._rows.read(network.led(ids))
@@ -79,7 +95,7 @@ class ByteByByte:
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use."""
-        return {"decoder": self._rows.nbytes}
+        return {self._level: self._rows.nbytes}
 
     @property
     def part_seconds(self) -> dict[str, float] | None:

@@ -46,7 +46,7 @@ class ByteStreams:
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
         entering = {number: len(stream.unread) for number, stream in self._streams.items() if stream.enters}
         reads = {number: 1 for number, stream in self._streams.items() if not stream.enters}
-        reads |= slices(entering, bool(reads), slice_rows)
+        reads |= slices(entering, len(reads), slice_rows)
         ids = {number: self._streams[number].unread[:count] for number, count in reads.items()}
         logits = self._fused.read_together(list(ids.values()), [self._streams[number].rows for number in ids])
         done = []

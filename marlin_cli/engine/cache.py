@@ -39,7 +39,13 @@ class Rows:
         storage = self._with_room((batch, heads, added, width), new.dtype)
         storage[:, :, self.count : total] = new
         self.count = total
-        return storage[:, :, :total]
+        return self.rows
+
+    @property
+    def rows(self) -> mx.array:
+        """All rows so far, of which there are some."""
+        assert self._storage is not None
+        return self._storage[:, :, : self.count]
 
     @property
     def all(self) -> mx.array:
@@ -195,13 +201,25 @@ class Pages:
             part, new = new[:, :, :room], new[:, :, room:]
             if self._bits == 16:
                 # Rows that fill a page would stay a view into the whole prompt, which every kernel would copy at every step.
-                page: KeyValueRows = self._open[0].append(mx.contiguous(part))
+                self._open[0].append(mx.contiguous(part))
             else:
-                packed, scales, bits = pack_rows(part, self._bits)
-                page = Packed(self._open[0].append(packed), self._open[1].append(scales), bits)
+                packed, scales, _ = pack_rows(part, self._bits)
+                self._open[0].append(packed)
+                self._open[1].append(scales)
             if self._open[0].count == ROWS_PER_PAGE:
-                self._full.append(page)
-        return self._full if self._open[0].count == ROWS_PER_PAGE else [*self._full, page]
+                self._full.append(self._page)
+        return self.pages
+
+    @property
+    def pages(self) -> list[KeyValueRows]:
+        """The pages of all rows so far."""
+        return [*self._full, self._page] if self._open and self._open[0].count < ROWS_PER_PAGE else self._full
+
+    @property
+    def _page(self) -> KeyValueRows:
+        """The page that is being filled, or that is full now."""
+        rows = [each.rows for each in self._open]
+        return rows[0] if self._bits == 16 else Packed(rows[0], rows[1], self._bits)
 
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from marlin_cli.engine.block_decoding import block_rows
 from marlin_cli.engine.byte_decoding import ByteByByte
 from marlin_cli.engine.byte_streams import byte_streams
 from marlin_cli.engine.cache import CacheBits
@@ -17,6 +18,7 @@ from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.patch_streams import patch_streams
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.streams import Streams
+from marlin_cli.engine.window_decoding import window_rows
 from marlin_cli.models import Network, Reading, continuing_of
 
 
@@ -94,6 +96,8 @@ class Way:
 WAYS: dict[Reading, Way] = {
     Reading.PATCHES: Way(Lockstep, Lockstep.phase, functools.partial(Lockstep, read=False), fuse, patch_streams),
     Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, byte_streams),
+    Reading.BLOCKS: Way(functools.partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
+    Reading.WINDOWS: Way(functools.partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
 }
 
 

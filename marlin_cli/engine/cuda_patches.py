@@ -3,7 +3,6 @@
 `patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,34 +10,43 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from marlin_cli import console
 from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cuda_layers import linear_arrays, say_once
+from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
-from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
-from marlin_cli.ops.cuda_driver import Memory, Queue
+from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
-from marlin_cli.ops.cuda_stages import LayerArrays, LinearArrays, StageArrays, StageOnDevice, dense_arrays, takes_stage
+from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, takes_stage
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
+MOST_STREAMS_IN_ALL = 64  # in groups of as many as one launch takes
 SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
-NOISE_STEPS = 64, 512  # drawn at once, at first and then: getting them to the device waits for MLX
 
 
 class Patch(NamedTuple):
     """A patch that has been queued."""
 
-    number: int  # of the launch; see `PatchDecoder.read`
+    numbers: tuple[int, ...]  # of the launches of each group; see `PatchDecoder.read`
     slot: int  # where its ids and the condition of the patch that follows are
     more: bool  # whether that condition is made
     steps: int  # ids drawn
+
+
+class _Group(NamedTuple):
+    """Streams that a launch takes, and their stages."""
+
+    first: int
+    whole: StageOnDevice
+    local: StageOnDevice
 
 
 class PatchDecoder:
@@ -56,13 +64,13 @@ class PatchDecoder:
         self._stages, self._added, self._steps = stages, added, added.shape[0]
         self._queue = Queue()
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
-        self._noise = _NoiseAhead(self._queue, stages[1].last.rows)
+        self._noise = NoiseAhead(self._queue, stages[1].last.rows)
         self._make(streams, None, None)
 
     @property
     def sequence_cache_bytes(self) -> int:
         """Bytes of the local stage's cache."""
-        return self._local.cache_bytes
+        return sum(group.local.cache_bytes for group in self._groups)
 
     def keep(self, streams: int) -> None:
         """Go on with fewer streams, all that was queued being settled."""
@@ -83,7 +91,7 @@ class PatchDecoder:
             padding: [streams] filler rows of the caches.
         """
         if self._wanted != self._streams:
-            self._make(self._wanted, self._global.known, self._local.known)
+            self._make(self._wanted, self._groups[0].whole.known, self._groups[0].local.known)
         mx.eval(condition, given)
         self._known = given.shape[1]
         if self._known:
@@ -102,16 +110,23 @@ class PatchDecoder:
         filters = sampling.temperature, sampling.top_p, sampling.min_p, sampling.top_k
         ids, slot = self._ids_of(self._slot), self._slot
         given = self._given.address if known else 0
-        number = self._local.decode_sequence(self._lead, self._added_there.address, given, drawn, filters, known, steps, ids)
+        numbers = []
+        for group in self._groups:
+            first = 4 * group.first
+            places = self._lead + group.first * self._row_bytes, self._added_there.address, given and given + first * known
+            numbers.append(group.local.decode_sequence(*places, drawn, filters, known, steps, ids + first * self._steps))
         if more:
             if self._room == 0:
                 self.settle(caches)
                 self._give_room(caches)
             self._lead = self._condition_of(slot)
-            self._global.step(ids, self._rows, self._padding.address if self._padded else 0, self._lead)
+            for group in self._groups:
+                padding = self._padding.address + 4 * group.first if self._padded else 0
+                out = self._lead + group.first * self._row_bytes
+                group.whole.step(ids + 4 * group.first * self._steps, self._rows, padding, out)
             self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
         self._slot = (slot + 1) % SLOTS
-        return Patch(number, slot, more, steps)
+        return Patch(tuple(numbers), slot, more, steps)
 
     def read(self, patch: Patch) -> np.ndarray:
         """The ids [streams, steps] drawn in a patch, waited for.
@@ -120,8 +135,11 @@ class PatchDecoder:
             BackendError: the GPU did not finish it.
             CheckpointError: some were predicted by what is no number.
         """
-        assert self._local.mailbox is not None
-        ids = self._local.mailbox.read(patch.number, self._streams, patch.steps)
+        found = []
+        for group, number in zip(self._groups, patch.numbers, strict=True):
+            assert group.local.mailbox is not None
+            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps))
+        ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
         return ids
@@ -159,24 +177,37 @@ class PatchDecoder:
 
     def _give_room(self, caches: Sequence[KeyValueCache], *others: mx.array) -> list[int]:
         storage = [cache.with_room() for cache in caches]
-        found = self._global.set_caches(storage, *others)
+        arrays = [array for pair in storage for array in pair]
+        found = addresses([*arrays, *others])
+        places, found = found[: len(arrays)], found[len(arrays) :]
+        for group in self._groups:
+            bytes_before = [group.first * (array.nbytes // array.shape[0]) for array in arrays]
+            own = [place + before for place, before in zip(places, bytes_before, strict=True)]
+            group.whole.use_caches(arrays, own)
         self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
         return found
 
     def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
         self._streams = self._wanted = streams
-        self._global = StageOnDevice(self._stages[0], streams, self._steps, self._queue, global_known)
-        self._local = StageOnDevice(self._stages[1], streams, self._steps, self._queue, local_known)
-        both = self._global, self._local
-        for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
-            stage.load(code)
-        self._local.own_caches(self._steps)
+        self._groups: list[_Group] = []
+        for first in range(0, streams, MOST_STREAMS):
+            count = min(MOST_STREAMS, streams - first)
+            both = (
+                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known),
+                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known),
+            )
+            for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
+                stage.load(code)
+            global_known, local_known = both[0].known, both[1].known
+            both[1].own_caches(self._steps)
+            self._groups.append(_Group(first, *both))
         local = self._stages[1]
-        self._condition_bytes = streams * local.dim * local.table.dtype.size
+        self._row_bytes = local.dim * local.table.dtype.size
+        self._condition_bytes = streams * self._row_bytes
         self._ids_bytes = 4 * streams * self._steps
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
         self._added_there = self._queue.allocate(self._added.nbytes)
-        self._queue.write(self._added_there.address, _bytes_of(self._added))
+        self._queue.write(self._added_there.address, bytes_of(self._added))
         self._padding, self._given = self._queue.allocate(4 * streams), self._queue.allocate(self._ids_bytes)
         self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
 
@@ -191,55 +222,27 @@ class PatchDecoder:
         return self._kept.address + SLOTS * self._apart(self._condition_bytes) + slot * self._apart(self._ids_bytes)
 
 
-class _NoiseAhead:
-    """Noise on the device, for many steps at once; each step's is what `Noise` gives it."""
-
-    def __init__(self, queue: Queue, vocab: int) -> None:
-        self._queue, self._vocab = queue, vocab
-        self._memory: Memory | None = None
-        self._taken: mx.array | None = None  # [steps, vocab]
-        self._used = 0
-
-    def take(self, noise: Noise, steps: int) -> int:
-        """The address of the noise of the next steps."""
-        if self._taken is None or self._used + steps > self._taken.shape[0]:
-            first = self._taken is None
-            self.close(noise)
-            count = max(steps, NOISE_STEPS[0] if first else NOISE_STEPS[1])
-            self._taken = noise.take(count)
-            mx.eval(self._taken)
-            if self._memory is None or self._memory.size < self._taken.nbytes:
-                self._memory = self._queue.allocate(max(self._taken.nbytes, 4 * NOISE_STEPS[1] * self._vocab))
-            self._queue.write(self._memory.address, _bytes_of(self._taken))
-        assert self._memory is not None
-        self._used += steps
-        return self._memory.address + 4 * self._vocab * (self._used - steps)
-
-    def give_back(self, steps: int) -> None:
-        """The last steps were not used."""
-        self._used -= steps
-
-    def close(self, noise: Noise) -> None:
-        """Give back to `noise` what was not used."""
-        if self._taken is not None:
-            noise.give_back(self._taken[self._used :])
-        self._taken, self._used = None, 0
-
-
-def _bytes_of(array: mx.array) -> bytes:
-    """The bits of an array in rows."""
-    words = {2: mx.uint16, 4: mx.uint32}[array.dtype.size]
-    return np.array(mx.contiguous(array).view(words)).tobytes()
+def why_operations(network: MegaByte, streams: int) -> str | None:
+    """Why patches of so many streams are decoded operation by operation; None where they are launched whole."""
+    config, at_once = network.config, min(streams, MOST_STREAMS)
+    if at_once * config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
+        return f"{streams} streams of {config.patch_size} bytes a patch are more than {MOST_STREAMS_IN_ALL} or {MOST_IDS} ids"
+    if config.layout != "prefix":
+        return f"the layout is {config.layout}, the kernels know prefix"
+    if config.token_shift or network.stages[0].positions is not None:
+        return "a token shift, or learned positions of patches"
+    stages = [stage for stage in (global_stage(network), local_stage(network)) if stage is not None]
+    if len(stages) < 2:
+        return "layers of a kind that the kernels do not know, or with 8-bit activations"
+    if not all(takes_stage(stage, at_once) for stage in stages):
+        return "float16, formats that differ from layer to layer, or sizes that the kernels do not take"
+    return None
 
 
 def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
-    if streams * network.config.patch_size > MOST_IDS:
-        return None
     stages = global_stage(network), local_stage(network)
-    if stages[0] is None or stages[1] is None:
-        return None
-    if not all(takes_stage(stage, streams) for stage in stages if stage is not None):
+    if why_operations(network, streams) is not None or stages[0] is None or stages[1] is None:
         return None
     last = network.stages[-1]
     shape = (network.config.patch_size, last.config.dim)
@@ -248,13 +251,8 @@ def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     try:
         return PatchDecoder((stages[0], stages[1]), added, streams)
     except BackendError as error:
-        _say_once(f"patches are decoded operation by operation: {error}")
+        say_once(f"patches are decoded operation by operation: {error}")
         return None
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    console.note(message)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:
@@ -275,21 +273,6 @@ def local_stage(network: MegaByte) -> StageArrays | None:
     if network.config.layout != "prefix" or head is None:
         return None
     return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, None, head, -1)
-
-
-def linear_arrays(layer: nn.Module | None) -> LinearArrays | None:
-    """The arrays of a linear layer; None where it is of a kind that the kernels do not know."""
-    if type(layer) is Linear:
-        return dense_arrays(layer.weight, layer.get("bias"))
-    if type(layer) is not QuantizedLinear or layer.activation_bits != 16:
-        return None
-    kind = f"int{layer.bits}" if layer.mode == "affine" else layer.mode
-    if kind not in ("nvfp4", "mxfp4", "mxfp8", "int4", "int8"):
-        return None
-    factor = layer["global_scale"].item() if "global_scale" in layer else 1.0
-    return LinearArrays(
-        layer["weight"], kind, layer["scales"], layer.get("biases"), layer.get("bias"), factor, layer.group_size
-    )
 
 
 def _stage_arrays(

@@ -7,7 +7,10 @@ import mlx.core as mx
 
 from marlin_cli.engine.cache import Rows, check_cache_bits
 from marlin_cli.engine.compiled_answers import CompiledAnswers, MemoryRows, compiled_answers
+from marlin_cli.engine.compiled_encoder import CompiledEncoder
+from marlin_cli.engine.cuda_answers import CudaAnswers, cuda_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
+from marlin_cli.engine.sampling import Noise, Sampling, draw
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5, Memory, PlainMemory
 from marlin_cli.models.byt5_ids import padded
@@ -92,9 +95,8 @@ class Answers(Protocol):
 class GraphAnswers:
     """`Answers` by the network itself, an operation at a time."""
 
-    def __init__(self, network: ByT5, states: mx.array, lengths: mx.array | None, memory_bits: int) -> None:
+    def __init__(self, network: ByT5, plain: list[PlainMemory], memory_bits: int) -> None:
         self._network = network
-        plain = network.memory(states, lengths)
         self.memory: list[PlainMemory] | list[PackedMemory] = (
             plain if memory_bits == 16 else [PackedMemory(each, memory_bits) for each in plain]
         )
@@ -139,26 +141,43 @@ class AnswerState:
             check_cache_bits(memory_bits, memory_bits, config.head_dim)
         source, lengths = padded(sources, config.pad_id)
         fused = fuse_byt5(network)
-        self._answers: Answers
+        self._answers: Answers | CudaAnswers
+        self._logits: mx.array | None = None
         if fused is None:
-            self._answers = _by_graph(network, network.encode(source, lengths), lengths, answers, memory_bits)
+            self._answers = _by_graph(network, encode(network, source, lengths), lengths, answers, memory_bits)
         else:
             self._answers = fused.answers(fused.encode(source, lengths), lengths, answers, memory_bits)
-        self.logits: mx.array
-        self.push(mx.full((len(sources) * answers,), config.start_id, dtype=mx.int32))
+        self.push([config.start_id] * len(sources) * answers)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of what is held of the inputs."""
         return self._answers.memory_bytes
 
-    def push(self, ids: mx.array) -> None:
+    @property
+    def logits(self) -> mx.array:
+        if self._logits is None:
+            assert isinstance(self._answers, CudaAnswers)
+            self._logits = self._answers.logits()
+        return self._logits
+
+    def push(self, ids: Sequence[int] | mx.array) -> None:
         """Append ids [inputs x answers] to the answers and predict what follows."""
-        self.logits = self._answers.push(ids)
+        if isinstance(self._answers, CudaAnswers):
+            self._answers.push(ids)
+            self._logits = None
+        else:
+            self._logits = self._answers.push(ids if isinstance(ids, mx.array) else mx.array(list(ids), dtype=mx.int32))
+
+    def draw(self, forbidden: Sequence[int], sampling: Sampling, noise: Noise, most: int) -> tuple[list[int], list[float]]:
+        """See `sampling.draw`, with the noise of the next step; from here on at most `most` ids will be drawn."""
+        if isinstance(self._answers, CudaAnswers):
+            return self._answers.draw(forbidden, sampling, noise, most)
+        return draw(self.logits, [forbidden], [sampling], noise.take(1) if sampling.temperature else None)
 
     def keep(self, answers: Sequence[int], streams: Sequence[int] | None = None) -> None:
         """Go on with these answers, in this order, and of the inputs with `streams` (all of them if None)."""
-        self.logits = self.logits[mx.array(list(answers))]
+        self._logits = None if self._logits is None else self._logits[mx.array(list(answers))]
         self._answers.keep(answers, streams)
 
 
@@ -171,12 +190,15 @@ def check_answers(network: ByT5) -> None:
 
 def _by_graph(
     network: ByT5, states: mx.array, lengths: mx.array | None, answers: int, memory_bits: int
-) -> GraphAnswers | CompiledAnswers:
-    """Decoding over the encoder's states: on Metal a compiled graph a step where that is known, else by operations."""
-    graph = GraphAnswers(network, states, lengths, memory_bits)
-    if gpu() != "metal" or by_operations():
+) -> GraphAnswers | CompiledAnswers | CudaAnswers:
+    """Decoding over the encoder's states: by what the GPU in use has for whole steps, else by operations."""
+    device = None if by_operations() else gpu()
+    encoder = CompiledEncoder(network) if device == "cuda" else network
+    graph = GraphAnswers(network, encoder.memory(states, lengths), memory_bits)
+    if device is None:
         return graph
-    return compiled_answers(network, [_rows(each) for each in graph.memory], answers) or graph
+    memory = [_rows(each) for each in graph.memory]
+    return (compiled_answers if device == "metal" else cuda_answers)(network, memory, answers) or graph
 
 
 def _rows(memory: PlainMemory | PackedMemory) -> MemoryRows:
@@ -186,6 +208,9 @@ def _rows(memory: PlainMemory | PackedMemory) -> MemoryRows:
 
 
 def encode(network: ByT5, ids: mx.array, lengths: mx.array | None = None) -> mx.array:
-    """See `ByT5.encode`: in one call where the kernels run."""
+    """See `ByT5.encode`: in one call where the kernels run, as a compiled graph on an NVIDIA GPU."""
     fused = fuse_byt5(network)
-    return network.encode(ids, lengths) if fused is None else fused.encode(ids, lengths)
+    if fused is not None:
+        return fused.encode(ids, lengths)
+    compiled = gpu() == "cuda" and not by_operations()
+    return CompiledEncoder(network).encode(ids, lengths) if compiled else network.encode(ids, lengths)

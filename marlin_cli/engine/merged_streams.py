@@ -128,14 +128,15 @@ class MergedStreams:
         return sum(sum(batch.state.cache_bytes.values()) for batch in [*self._batches, *entering])
 
     def most_bytes(self, ids: int) -> int:
-        stack = decoding_of(self._network.config).stacks(self._network.config)[0]
-        rows = -(-(ids // stack.row_bytes + 1) // ROWS_PER_STEP) * ROWS_PER_STEP
+        decoding = decoding_of(self._network.config)
+        stack = decoding.stacks(self._network.config)[0]
+        rows = -(-stack.most_kept(ids // stack.row_bytes + 1) // ROWS_PER_STEP) * ROWS_PER_STEP
         return (
             rows
             * stack.layers
             * stack.kv_heads
             * sum(row_bytes(stack.head_dim, bits) for bits in (self._bits.keys, self._bits.values))
-        )
+        ) + decoding.beside_bytes(self._network.config)
 
     def bytes_together(self, most: Sequence[int]) -> int:
         return len(most) * max(most, default=0)  # they are padded to the longest

@@ -85,7 +85,7 @@ class PatchStreams:
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
         reads = {number: stream.due for number, stream in self._streams.items() if not stream.enters}
         entering = {number: stream.due for number, stream in self._streams.items() if stream.enters}
-        reads |= slices(entering, bool(reads), slice_rows)
+        reads |= slices(entering, len(reads), slice_rows)
         hidden = self._read(reads)
         ends = np.cumsum(list(reads.values())) - 1
         ready = [(number, end) for number, end in zip(reads, ends.tolist(), strict=True) if self._streams[number].due == 0]

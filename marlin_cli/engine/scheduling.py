@@ -67,7 +67,7 @@ class SchedulerLimits:
 
     max_streams: int = 64  # that run at once; others wait for their turn, in their order
     cache_bytes: int | None = None  # what the caches of all that run may grow to; None: no bound
-    slice_rows: int = 64  # rows of a prompt that are read between two steps of the streams that run
+    slice_rows: int = 64  # rows of prompts that are read at most between two steps of the streams that run
 
     def __post_init__(self) -> None:
         for name in ("max_streams", "cache_bytes", "slice_rows"):

@@ -68,7 +68,7 @@ class Streams(Protocol):
 
         Args:
             asks: of every stream.
-            slice_rows: rows of prompts at most, while there are streams that wait for their next ids.
+            slice_rows: rows of prompts at most, while there are streams that wait for their next ids; see `slices`.
 
         Returns:
             What each stream drew, of those that did.
@@ -78,18 +78,22 @@ class Streams(Protocol):
         """Forget a stream, wherever it stands."""
 
 
-# Rows of prompts that are read at once while no stream waits for ids.
-ROWS_READ_ALONE = 256
+# Rows of prompts that are read at once: while no stream waits for ids; for each that does; and if few do.
+ROWS_READ_ALONE, ROWS_A_STREAM, LEAST_ROWS = 256, 4, 16
 
 
-def slices(unread: Mapping[int, int], ready: bool, slice_rows: int) -> dict[int, int]:
+def slices(unread: Mapping[int, int], ready: int, slice_rows: int) -> dict[int, int]:
     """How many rows of each prompt are read next, in their order; prompts that get none are left out.
+
+    The more streams wait for ids, the longer a step of theirs is, and the longer a slice may be beside it: about twice as long.
 
     Args:
         unread: rows by stream.
-        ready: does any other stream wait for ids?
+        ready: other streams, which wait for ids.
+        slice_rows: rows at most where there are such.
     """
-    room = slice_rows if ready else max(slice_rows, ROWS_READ_ALONE)
+    few = min(slice_rows, max(LEAST_ROWS, ROWS_A_STREAM * ready))
+    room = few if ready else max(slice_rows, ROWS_READ_ALONE)
     found = {}
     for stream, rows in unread.items():
         if room == 0:

@@ -13,10 +13,12 @@ from marlin_cli.documents import read_json
 from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.files import shipped
 from marlin_cli.models.architecture import Architecture, Capability, Continuing, Network, Reading
+from marlin_cli.models.block_recurrent_steps import BLOCK_RECURRENT
 from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine_steps import CANINE, LA_CANINE
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
+from marlin_cli.models.evabyte_steps import EVABYTE
 from marlin_cli.models.gbst_steps import GBST
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
@@ -53,7 +55,9 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 # model_type -> architecture.
-ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (MEGABYTE, BYT5, BYGPT5, GBST, CANINE, LA_CANINE)}
+ARCHITECTURES: dict[str, Architecture] = {
+    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, GBST, CANINE, LA_CANINE)
+}
 
 
 def build(

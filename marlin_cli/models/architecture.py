@@ -48,6 +48,8 @@ class Reading(str, Enum):
 
     PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
+    BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.MemoryReader`
+    WINDOWS = "windows"  # the same, with a memory of a window and of chunks before it: a `models.evabyte.EvaByte`
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Continuing:
         ends: (config) -> ids that end a text.
         first_byte: id of the byte 0.
         sentinel: (id) -> the text that stands for an id that is neither a byte nor an end.
+        chat: (what a user says) -> the chat in which it stands, up to the answer, to be read with `sentinels`; None where
+            there is no form of chats.
     """
 
     reading: Reading
@@ -70,6 +74,7 @@ class Continuing:
     ends: Callable[[Any], Container[int]]
     first_byte: int = 0
     sentinel: Callable[[int], bytes] = lambda value: b""
+    chat: Callable[[bytes], bytes] | None = None
 
 
 # What a batch has become so far, by name. `rows` [.., channels] is what the next block reads; `real`, where there is
@@ -98,6 +103,7 @@ class PackedKeys:
 
     Attributes:
         rotated: do positions rotate channels, in pairs of the two halves of a head (interleaved: of neighbours)?
+        queries_alone: do queries alone read keys, so that both can be scaled against each other?
     """
 
     paths: tuple[str, ...]
@@ -105,6 +111,7 @@ class PackedKeys:
     head_dim: int
     rotated: bool = False
     interleaved: bool = False
+    queries_alone: bool = True
 
 
 @dataclass(frozen=True)

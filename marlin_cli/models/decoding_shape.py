@@ -15,6 +15,8 @@ class CachedStack:
         sequence_rows: rows of a sequence, after which the next begins anew; None: the rows of the whole context are kept,
             in as few bits as `--kv-bits` says.
         window: rows back that attention sees; None: all.
+        kept: (rows of a context) -> those that are kept, and read, at its end; of the first stack alone.
+        cycle: rows after which some of those that are kept are dropped; until then each adds one.
     """
 
     level: str
@@ -25,6 +27,12 @@ class CachedStack:
     row_bytes: int = 1
     sequence_rows: int | None = None
     window: int | None = None
+    kept: Callable[[int], int] = lambda rows: rows
+    cycle: int = 1
+
+    def most_kept(self, rows: int) -> int:
+        """The most rows that are kept on the way through a context of so many."""
+        return max(self.kept(rows), self.kept(rows // self.cycle * self.cycle))
 
 
 def _each_byte(config: Any) -> Mapping[str, int]:
@@ -41,9 +49,11 @@ class DecodingShape:
         layer_bytes: (path of a layer, config) -> the same of a linear layer.
         miniature: (config) -> the same model, as narrow as its layout lets it be, with a little more context: what it takes is
             all that decoding does beside products and attention. None: the time of a byte is not predicted.
+        beside_bytes: (config) -> bytes in float32 that a stream may hold beside the rows of its first stack.
     """
 
     stacks: Callable[[Any], tuple[CachedStack, ...]]
     part_bytes: Callable[[Any], Mapping[str, int]] = _each_byte
     layer_bytes: Callable[[str, Any], int] = lambda path, config: 1
     miniature: Callable[[Any], Any] | None = None
+    beside_bytes: Callable[[Any], int] = lambda config: 0

@@ -9,7 +9,7 @@ from marlin_cli.models.architecture import Network
 from marlin_cli.ops import Linear, QuantizedLinear
 
 # First names of paths that are names of parts too; the other layers belong to the global part.
-PARTS = ("middle", "local", "encoder", "decoder")
+PARTS = ("middle", "local", "encoder", "decoder", "states")
 
 
 def linear_layers(network: Network) -> dict[str, nn.Module]:
@@ -18,8 +18,8 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
 
 
 def part_of(path: str) -> str:
-    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross or head."""
-    if path == "output":
+    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross, states or head."""
+    if path in ("output", "drafts"):  # of the next id, and of those further on
         return "head"
     names = path.split(".")
     if names[0] == "decoder" and "cross" in names:

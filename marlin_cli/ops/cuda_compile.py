@@ -44,6 +44,12 @@ def compiled(texts: Sequence[str]) -> list[bytes]:
     return [code for code in found if code is not None]
 
 
+@functools.lru_cache(maxsize=64)
+def machine_code(text: str) -> bytes:
+    """Machine code of one text, kept in this process too. Raises as `compiled`."""
+    return compiled([text])[0]
+
+
 @functools.cache
 def _announce() -> None:
     console.note("compiling the GPU's kernels for this model, once for this machine (a few seconds)")

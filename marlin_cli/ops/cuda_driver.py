@@ -53,6 +53,13 @@ class Queue:
         code = _driver().cuMemcpyHtoDAsync_v2(ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)), self._stream)
         _check(code, "does not copy to the device")
 
+    def copy(self, to: int, address: int, size: int) -> None:
+        """Copy bytes within the device, after what has been queued."""
+        code = _driver().cuMemcpyDtoDAsync_v2(
+            ctypes.c_uint64(to), ctypes.c_uint64(address), ctypes.c_size_t(size), self._stream
+        )
+        _check(code, "does not copy on the device")
+
     def read(self, address: int, size: int) -> bytes:
         """Bytes from there, after what has been queued."""
         data = ctypes.create_string_buffer(size)
@@ -71,9 +78,7 @@ class Queue:
 
     def load(self, code: bytes, name: str, blocks: int, threads: int, shared_bytes: int) -> "Launcher":
         """A kernel from machine code; its blocks, which wait for each other, are on the device at once or not at all."""
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "does not load a kernel")
-        _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "does not find a kernel")
+        function = _function(code, name)
         size = ctypes.c_int(shared_bytes)
         _check(_driver().cuFuncSetAttribute(function, MOST_DYNAMIC_SHARED_BYTES, size), "gives no shared memory")
 
@@ -84,7 +89,6 @@ class Queue:
             )
             _check(code, f"does not launch {name}")
 
-        weakref.finalize(launch, _driver().cuModuleUnload, module).atexit = False
         return launch
 
 
@@ -132,6 +136,15 @@ def _context() -> ctypes.c_void_p:
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), 0), "has no context")
     _check(_driver().cuCtxSetCurrent(context), "has no context")
     return context
+
+
+@functools.lru_cache(maxsize=64)
+def _function(code: bytes, name: str) -> ctypes.c_void_p:
+    """A kernel in the device's context; it stays there, as loading takes longer than many launches."""
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code), "does not load a kernel")
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "does not find a kernel")
+    return function
 
 
 def _check(code: int, what: str) -> None:

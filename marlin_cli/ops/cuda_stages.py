@@ -1,4 +1,4 @@
-"""One stage of a MegaByte as CUDA kernels take it whole: its arrays by address in one record, and the launches that read it.
+"""One stage, or a decoder, as CUDA kernels take it whole: its arrays by address in one record, and the launches that read it.
 
 The kernels change their caches and scratch memory in place, which MLX knows nothing of: so these arrays are nobody else's, a
 launch depends on the one before through what it reads, and `addresses` are asked for anew whenever an array is another one.
@@ -9,11 +9,12 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int32, c_uint32, c_uint64
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, pinned, shared_memory
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
@@ -23,116 +24,23 @@ from marlin_cli.ops.kernel_source import code
 KINDS = ("dense", "nvfp4", "mxfp4", "mxfp8", "int4", "int8")  # as `Kind` in few_rows.cuh
 LANE_VALUES = {"dense": 8, "nvfp4": 32, "mxfp4": 32, "mxfp8": 16, "int4": 32, "int8": 16}
 NORM_KINDS = ("rmsnorm", "layernorm", "variance")  # as `NormKind` in few_rows_stage.cuh
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu", "silu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")  # swiglu is a gated silu
 HEAD_DIMS = (16, 32, 64, 128, 256)
 WARPS = 8  # of a block, which has a multiprocessor to itself
 LOADS = 8  # of 16 bytes of weights that a lane has under way
 CROWDED, WIDE = 8, 1024  # with more streams and wider rows than these, half as many loads leave registers for the rest
 MOST_STREAMS = 16  # rows of a product of the matrix units
 MOST_LOOKS = 50_000  # of all blocks at the values of rows of x: more cost more than a barrier
+# Rows of x that a block brings through its registers, as copying them wins with more values and wider rows only.
+MOST_BROUGHT, NARROW = 8192, 1024
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 
 # Bytes of the records as few_rows_stage.cuh lays them out.
-STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 184, 328, 40
+STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 200, 448, 40
 NO_LINEAR = bytes(LINEAR_BYTES)
-
-
-@dataclass(frozen=True)
-class LinearArrays:
-    """A linear layer, packed or dense; see `dense_arrays` of the latter."""
-
-    weight: mx.array  # [rows, depth] bfloat16, or its words
-    kind: str = "dense"
-    scales: mx.array | None = None
-    zeros: mx.array | None = None  # of int4 and int8
-    bias: mx.array | None = None
-    factor: float = 1.0
-    group: int = 1  # of dense weights: the parts side by side whose sum they are
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def depth(self) -> int:
-        bits = {"dense": 16, "mxfp8": 8, "int8": 8}.get(self.kind, 4)
-        return self.weight.shape[1] if self.kind == "dense" else self.weight.shape[1] * 32 // bits
-
-    @property
-    def width(self) -> int:
-        """Values of a row of x, which repeat for each part of the weight."""
-        return self.depth // self.group if self.kind == "dense" else self.depth
-
-    @property
-    def shape(self) -> tuple[int, int, str, int]:
-        return self.rows, self.depth, self.kind, self.group
-
-    def arrays(self) -> list[mx.array | None]:
-        return [self.weight, self.scales, self.zeros, self.bias]
-
-
-def dense_arrays(weight: mx.array, bias: mx.array | None) -> LinearArrays:
-    """A dense layer: bfloat16 as it is; float32 as a copy in three bfloat16 side by side, whose sum it is."""
-    if weight.dtype != mx.float32:
-        return LinearArrays(weight, bias=bias)
-    parts, rest = [], weight
-    for _ in range(3):
-        parts.append(rest.astype(mx.bfloat16))
-        rest = rest - parts[-1].astype(mx.float32)
-    return LinearArrays(mx.concatenate(parts, axis=1), bias=bias, group=len(parts))
-
-
-@dataclass(frozen=True)
-class LayerArrays:
-    """A transformer layer."""
-
-    attention_norm: mx.array
-    ffn_norm: mx.array
-    query_norm: mx.array | None
-    key_norm: mx.array | None
-    qkv: tuple[LinearArrays, LinearArrays, LinearArrays]
-    out: LinearArrays
-    up: tuple[LinearArrays, ...]  # gate and up, or up alone
-    down: LinearArrays
-
-    def linears(self) -> list[LinearArrays]:
-        return [*self.qkv, self.out, *self.up, self.down]
-
-
-@dataclass(frozen=True)
-class StageArrays:
-    """A stage with what stands before and after its layers, which share a type: bfloat16 or float32."""
-
-    layers: tuple[LayerArrays, ...]
-    table: mx.array  # [vocab, width] embeddings of bytes
-    norm: mx.array | None
-    first: LinearArrays | None  # of the bytes of a patch to a row
-    last: LinearArrays  # to logits, or to what the next stage is given
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int  # -1: none
-    theta: float  # of rotation; 0: none
-    interleaved: bool
-    norm_kind: str
-    activation: str
-    eps: float
-
-    @property
-    def dim(self) -> int:
-        return self.layers[0].out.rows
-
-    @property
-    def ffn_dim(self) -> int:
-        return self.layers[0].up[0].rows
-
-    def linears(self) -> list[LinearArrays]:
-        ends = [self.last] if self.first is None else [self.first, self.last]
-        return [linear for layer in self.layers for linear in layer.linears()] + ends
 
 
 def takes_stage(stage: StageArrays, streams: int) -> bool:
@@ -181,9 +89,15 @@ def is_tagged(stage: StageArrays, streams: int) -> bool:
     return streams * stage.dim * blocks_of(stage) <= MOST_LOOKS and stage.last.rows % 2 == 0
 
 
+def is_copied(stage: StageArrays, streams: int) -> bool:
+    """Whether rows of x stand in memory as products read them, see few_rows_stage.cuh: where there are many to bring."""
+    plain = stage.table.dtype == mx.bfloat16 and stage.norm_kind == "rmsnorm"
+    return plain and not is_tagged(stage, streams) and stage.dim > NARROW and streams * stage.dim > MOST_BROUGHT
+
+
 def _attends_alone(stage: StageArrays, streams: int) -> bool:
     """Whether each block does all attention itself, see few_rows_stage.cuh."""
-    return stage.first is None and streams * stage.heads <= 2 * WARPS
+    return stage.first is None and not stage.answers and streams * stage.heads <= 2 * WARPS
 
 
 def _memory_bytes(stage: StageArrays, streams: int) -> int:
@@ -200,7 +114,8 @@ def _memory_bytes(stage: StageArrays, streams: int) -> int:
 
 def _linears_by_part(stage: StageArrays) -> list[LinearArrays | None]:
     layer = stage.layers[0]
-    return [stage.first, layer.qkv[0], layer.out, layer.up[0], layer.down, stage.last]
+    reading = [None, None] if layer.memory is None else [layer.memory.query, layer.memory.out]
+    return [stage.first, layer.qkv[0], layer.out, layer.up[0], layer.down, stage.last, *reading]
 
 
 def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
@@ -208,30 +123,34 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
     parts = _linears_by_part(stage)
     kinds = [0 if part is None else KINDS.index(part.kind) for part in parts]
     tasks = streams * stage.heads
-    splits = 1 if stage.first is None else max(1, min(MOST_SPLITS, blocks // tasks))
+    splits = max(1, min(MOST_SPLITS, blocks // tasks))
     beside = [[layer.qkv, (layer.out,), layer.up, (layer.down,)] for layer in stage.layers]
     within = [any(each.bias is not None for layer in beside for each in layer[part]) for part in range(4)]
-    biased = [stage.first is not None and stage.first.bias is not None, *within, stage.last.bias is not None]
+    biased = [stage.first is not None and stage.first.bias is not None, *within, stage.last.bias is not None, False, False]
     values = {
         "X_PARTS": 1 if stage.table.dtype == mx.bfloat16 else 3, "WARPS": WARPS, "BLOCKS": blocks,
         "LOADS": LOADS // 2 if streams > CROWDED and stage.dim > WIDE else LOADS,
-        "IS_GLOBAL": stage.first is not None, "TAGGED": is_tagged(stage, streams), "STREAMS": streams,
+        "IS_GLOBAL": stage.first is not None, "TAGGED": is_tagged(stage, streams), "COPIED": is_copied(stage, streams),
+        "STREAMS": streams,
         "LAYERS": len(stage.layers), "DIM": stage.dim, "HEADS": stage.heads, "KV_HEADS": stage.kv_heads,
         "HEAD_DIM": stage.head_dim, "FFN_DIM": stage.ffn_dim, "PATCH": steps, "BYTE_WIDTH": stage.table.shape[1],
-        "SPLITS": splits, "WINDOW": stage.window, "NORM_KIND": NORM_KINDS.index(stage.norm_kind),
-        "ACTIVATION": ACTIVATIONS.index(stage.activation), "ROTATES": bool(stage.theta), "INTERLEAVED": stage.interleaved,
+        "SPLITS": 1 if stage.first is None else splits, "WINDOW": stage.window, "NORM_KIND": NORM_KINDS.index(stage.norm_kind),
+        "ACTIVATION": ACTIVATIONS.index("silu" if stage.activation == "swiglu" else stage.activation),
+        "GATED": len(stage.layers[0].up) == 2, "ROTATES": bool(stage.theta), "INTERLEAVED": stage.interleaved,
         "QK_NORM": stage.layers[0].query_norm is not None, "MEMORY_BYTES": _memory_bytes(stage, streams),
         "KINDS": kinds, "GROUPS": [1 if part is None else part.group for part in parts],
         "WIDTHS": [8 if part is None else part.width for part in parts],
         "ROWS": [8 if part is None else part.rows for part in parts],
-        "HAS_BIAS": biased, "ALL_KINDS": sum(1 << kind for kind in set(kinds[0 if stage.first is not None else 1 :])),
+        "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
+        "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
+        "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
     }  # fmt: skip
     return constants(stage.table.dtype, values)
 
 
 def kernel_name(stage: StageArrays) -> str:
-    """The kernel that takes a stage: the last one's steps, or a patch of the first one's."""
-    return "local_patch_decode" if stage.first is None else "stack"
+    """The kernel that takes a stage: the last one's steps, or a patch of the first one's; or a decoder's steps."""
+    return "answer_decode" if stage.answers else "local_patch_decode" if stage.first is None else "stack"
 
 
 class StageOnDevice:
@@ -240,7 +159,7 @@ class StageOnDevice:
     Args:
         stage: what `takes_stage` takes.
         streams: 1 to 16.
-        steps: bytes of a patch.
+        steps: bytes of a patch; of a decoder as many ids as a launch is fed at most.
         queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
     """
@@ -260,7 +179,7 @@ class StageOnDevice:
         self._caches: list[mx.array] = []
         self._own_cache: Memory | None = None
         # Numbers of phases, by which values are told apart: those of a launch are fewer than this.
-        self._phases_a_launch = (5 * len(stage.layers) + 3) * (steps if stage.first is None else 1)
+        self._phases_a_launch = (8 * len(stage.layers) + 3) * (steps if stage.first is None else 1)
         self._phase = 0
 
     def load(self, machine_code: bytes) -> None:
@@ -268,15 +187,18 @@ class StageOnDevice:
         size = shared_bytes(self.stage, self.streams)
         self._launch = self._queue.load(machine_code, kernel_name(self.stage), self.blocks, WARPS * 32, size)
 
-    def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]], *others: mx.array) -> list[int]:
+    def set_caches(self, caches: Sequence[tuple[mx.array, mx.array]]) -> None:
         """Keys and values of each layer, [streams, kv_heads, capacity, head_dim], in the stage's type; changed in place.
 
-        They are MLX's, which may move them when it writes to them. Returns the addresses of `others`, asked for with theirs.
+        They are MLX's, which may move them when it writes to them.
         """
-        self._caches = [array for pair in caches for array in pair]
-        found = addresses([*self._caches, *others])
-        self._record(found[: len(self._caches)], self._caches[0].shape[2])
-        return found[len(self._caches) :]
+        arrays = [array for pair in caches for array in pair]
+        self.use_caches(arrays, addresses(arrays))
+
+    def use_caches(self, arrays: Sequence[mx.array], places: list[int]) -> None:
+        """The same where the rows of this stage's streams stand at `places`."""
+        self._caches = list(arrays)
+        self._record(places, arrays[0].shape[2])
 
     @property
     def cache_bytes(self) -> int:
@@ -343,19 +265,32 @@ class StageOnDevice:
         cells = [streams * stage.dim, streams * (width + 2 * kv_width), parts, streams * width, streams * stage.ffn_dim]
         return [256, *(-(-8 * count // 256) * 256 for count in (*cells, streams * stage.last.rows))]
 
-    def _record(self, caches: list[int], capacity: int) -> None:
+    def _record(self, caches: list[int], capacity: int, memory: "MemoryPlaces | None" = None) -> None:
         stage, known = self.stage, iter(self.known)
-        layers = b"".join(_layer_bytes(layer, known, caches[2 * i : 2 * i + 2]) for i, layer in enumerate(stage.layers))
-        table, norm = next(known), next(known)
+        layers = b""
+        for i, layer in enumerate(stage.layers):
+            places = [0] * 4 if memory is None else memory.layers[i]
+            layers += _layer_bytes(layer, known, caches[2 * i : 2 * i + 2], places)
+        table, norm, bias = next(known), next(known), next(known)
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
         mailbox = 0 if self.mailbox is None else self.mailbox.address
-        head = struct.pack("<10Q", *self._places[:-1], table, norm, mailbox)
+        lengths, states, inputs = (0, 0, 0) if memory is None else (memory.lengths, memory.states, memory.inputs)
+        head = struct.pack("<12Q", *self._places[:-1], table, norm, mailbox, bias, lengths)
         log2_theta = math.log2(stage.theta) if stage.theta else 0.0
-        sizes = struct.pack("<2i3fi", capacity, 0, log2_theta, stage.scale, stage.eps, 0)
+        sizes = struct.pack("<2i3fi", capacity, states, log2_theta, stage.scale, stage.eps, inputs)
         record = head + first + last + sizes + layers
         assert len(record) == STAGE_BYTES + LAYER_BYTES * len(stage.layers)
         self._queue.write(self._places[-1], record)
+
+
+class MemoryPlaces(NamedTuple):
+    """Where a memory stands in the device's memory: of each layer keys, their scales, values and theirs."""
+
+    layers: list[list[int]]
+    lengths: int  # 0: all states are real
+    states: int
+    inputs: int
 
 
 def _arrays_of(stage: StageArrays) -> list[mx.array | None]:
@@ -365,18 +300,21 @@ def _arrays_of(stage: StageArrays) -> list[mx.array | None]:
         arrays += [layer.attention_norm, layer.ffn_norm, layer.query_norm, layer.key_norm]
         for linear in layer.linears():
             arrays += linear.arrays()
-    arrays += [stage.table, stage.norm]
+        arrays += [] if layer.memory is None else [layer.memory.norm]
+    arrays += [stage.table, stage.norm, stage.bias]
     for end in (stage.first, stage.last):
         arrays += [] if end is None else end.arrays()
     return arrays
 
 
-def _layer_bytes(layer: LayerArrays, known: Iterator[int], caches: list[int]) -> bytes:
+def _layer_bytes(layer: LayerArrays, known: Iterator[int], caches: list[int], memory: list[int]) -> bytes:
     norms = struct.pack("<4Q", *(next(known) for _ in range(4)))
     linears = [_linear_bytes(linear, known) for linear in layer.linears()]
     if len(layer.up) == 1:
         linears.insert(5, NO_LINEAR)
-    return norms + struct.pack("<2Q", *caches) + b"".join(linears)
+    own, reading = linears[:7], linears[7:] or [NO_LINEAR] * 2
+    memory_norm = 0 if layer.memory is None else next(known)
+    return norms + struct.pack("<2Q", *caches) + b"".join(own) + struct.pack("<5Q", memory_norm, *memory) + b"".join(reading)
 
 
 def _linear_bytes(linear: LinearArrays, known: Iterator[int]) -> bytes:
@@ -384,9 +322,12 @@ def _linear_bytes(linear: LinearArrays, known: Iterator[int]) -> bytes:
 
 
 def blocks_of(stage: StageArrays) -> int:
-    """A block for each multiprocessor, but none that had nothing to multiply in any phase."""
+    """A block for each multiprocessor, but none that had nothing to multiply in any layer.
+
+    One that had a part of the logits alone could still be looking for those of a step when the next step's are written.
+    """
     tiles = [sum(-(-each.rows // 8) for each in layer.qkv) for layer in stage.layers]
-    tiles += [-(-linear.rows // 8) for linear in stage.linears()]
+    tiles += [-(-linear.rows // 8) for layer in stage.layers for linear in layer.linears()]
     return min(multiprocessors(), max(tiles))
 
 

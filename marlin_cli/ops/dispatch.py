@@ -174,14 +174,19 @@ OPERATIONS = {
     "strided_pool": ("metal", "cuda"),
     "stack": ("cpu", "metal", "cuda"),
     "character_encoder": ("cpu",),
-    "answer_decode": ("cpu", "metal"),
+    "answer_decode": ("cpu", "metal", "cuda"),
     "sliced_encoding": ("cpu",),
     "sequence_costs": ("cpu",),
     "local_patch_decode": ("cpu", "metal", "cuda"),
 }
 
 
-WHOLE_PATCHES = ("stack", "local_patch_decode")  # which have kernels of another kind on an NVIDIA GPU
+# Which have kernels of another kind on an NVIDIA GPU.
+WHOLE = {
+    "stack": "a launch a patch of up to 16 streams, groups up to 64",
+    "local_patch_decode": "a launch a patch of up to 16 streams, groups up to 64",
+    "answer_decode": "a launch for some steps of up to 16 answers, groups up to 64",
+}
 
 
 def choices() -> list[Choice]:
@@ -197,8 +202,10 @@ def choices() -> list[Choice]:
     here = device != "cpu" or kernels()[0] is not None
     chosen = []
     for op, twins in OPERATIONS.items():
-        if device == "cuda" and op in WHOLE_PATCHES:
-            chosen.append(Choice(op, device, "a launch a patch, up to 16 streams; compiled once for each shape and kept"))
+        if device != "cpu" and op in WHOLE and by_operations():
+            chosen.append(Choice(op, "reference", "MARLIN_PATCHES=operations"))
+        elif device == "cuda" and op in WHOLE:
+            chosen.append(Choice(op, device, f"{WHOLE[op]}; compiled once for each shape and kept"))
         elif device in twins:
             chosen.append(Choice(op, device if here else "reference", why))
         else:

@@ -1,5 +1,6 @@
 """A kernel for a GPU: its text in kernels/, its parameters, and how MLX makes and launches it; the same for CUDA and Metal."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -44,6 +45,7 @@ class KernelSource:
         return made
 
 
+@functools.cache
 def code(name: str) -> str:
     """A kernel file without comments and indentation: MLX copies and hashes the text at every launch."""
     lines = (line.split("//")[0].strip() for line in shipped(f"kernels/{name}").read_text(encoding="utf-8").splitlines())

@@ -40,7 +40,7 @@ def attention_pairs(config: Any, context_bytes: int) -> int:
     """Pairs of rows over all stages: of a MegaByte with patches of P among T bytes, (T/P)^2 + (T/P) x P^2."""
     first, *finer = decoding_of(config).stacks(config)
     rows = math.ceil(context_bytes / first.row_bytes)
-    total, sequences = rows**2, rows
+    total, sequences = rows * first.kept(rows), rows
     for stack in finer:
         assert stack.sequence_rows is not None
         total += sequences * stack.sequence_rows**2
@@ -86,7 +86,7 @@ def costs_of(
     decoding = decoding_of(config)
     stacks = decoding.stacks(config)
     first = stacks[0]
-    rows = math.ceil(context_bytes / first.row_bytes)
+    rows = first.kept(math.ceil(context_bytes / first.row_bytes))
     seen = rows if first.window is None else min(rows, first.window)
     caches = dict.fromkeys((stack.level for stack in stacks), 0.0)
     caches[first.level] = cache_bytes(first.layers, first.kv_heads, rows, first.head_dim, cache_bits)

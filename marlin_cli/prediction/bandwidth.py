@@ -16,6 +16,7 @@ from marlin_cli.quantization.encoders import Packed, mlx_encode
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.layers import packed_layer
 
+CHAIN = 32  # products or copies in one evaluation of a GPU, which reads the matrix in less time than the host asks for it
 SIDE = 8192  # of a float32 matrix: 256 MiB, more than the caches of a processor hold
 
 
@@ -45,10 +46,17 @@ def measure_bandwidth(
     Args:
         formats: names of packed formats to measure too.
         activation_bits: of what packed weights multiply.
+
+    On a GPU products of chains stand for packed weights too: there kernels that take a network whole read them, as fast as
+    memory gives them, while MLX's products of one row each wait for the host.
     """
     layer = Linear(side, side, bias=False)
     mx.eval(layer.parameters())
     size = layer.weight.nbytes
+    if mx.default_device() != mx.Device(mx.cpu):
+        copies, products = _chains(layer)
+        copy, matvec = (_best(run, repeats, clock) / CHAIN for run in (copies, products))
+        return Bandwidth(2 * size / copy, size / matvec, dict.fromkeys(formats, size / matvec))
     copy = _best(_copy_of(layer.weight), repeats, clock)
     matvec = _best(lambda: _product([layer], side), repeats, clock)
     packed = {}
@@ -90,10 +98,20 @@ def _product(layers: Sequence[Callable[[mx.array], mx.array]], width: int) -> No
     mx.eval(x)
 
 
+def _chains(layer: Linear) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Copies of a matrix, and products of a vector with it, in turn."""
+
+    def copies() -> None:
+        rows = layer.weight
+        for _ in range(CHAIN):
+            rows = rows + 1
+        mx.eval(rows)
+
+    return copies, lambda: _product([layer] * CHAIN, layer.weight.shape[1])
+
+
 def _copy_of(source: mx.array) -> Callable[[], object]:
-    """A copy of an array into memory that is there: on a CPU MLX asks the system for new pages, which takes longer."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        return lambda: mx.eval(source + 0)
+    """A copy of an array into memory that is there: MLX asks the system for new pages, which takes longer."""
     threads = thread_count()
     parts = np.array_split(np.array(source).reshape(-1), threads)
     targets = np.array_split(np.zeros(source.size, dtype=np.float32), threads)

@@ -10,7 +10,10 @@ GREEDY = Sampling(temperature=0.0)
 OVERHEAD = "overhead"  # what decoding takes beyond its parts: Python, the graph between stages, waiting
 
 # The parts of decoding, in the order in which tables and charts have them.
-PARTS = ("global", "global cache", "middle", "local", "local cache", "decoder", "decoder cache", "head", "sampling", OVERHEAD)
+PARTS = (
+    "global", "global cache", "window cache", "memory cache", "middle", "local", "local cache", "states", "states cache",
+    "decoder", "decoder cache", "head", "sampling", OVERHEAD,
+)  # fmt: skip
 
 
 def decoded(state: Continuation, count: int) -> Iterator[int]:

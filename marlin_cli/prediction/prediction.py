@@ -128,7 +128,9 @@ class DecodingProbe:
         widths = [32 if each == 16 else each for each in (bits.keys, bits.values)]
         first, *finer = decoding.stacks(config)
         self._level = f"{first.level} cache"
-        self._kept = {context: _attention(module, first, context // first.row_bytes, widths) for context in contexts}
+        self._kept = {
+            context: _attention(module, first, first.kept(context // first.row_bytes), widths) for context in contexts
+        }
         # A row of a sequence sees half of the others on average.
         local = [
             (
@@ -179,10 +181,11 @@ class DecodingProbe:
 
     def _around_a_patch(self, state: Continuation) -> Mapping[str, float]:
         """What the miniature takes for a patch, less what its attention and its head do."""
-        before, start = state.part_seconds, self._clock()
+        # Where parts are not told apart all of it is overhead: so narrow a model's products and attention are next to nothing.
+        before, start = state.part_seconds or {}, self._clock()
         for _ in decoded(state, self._unit):
             pass
-        found = with_overhead(before, state.part_seconds, self._clock() - start)
+        found = with_overhead(before, state.part_seconds or {}, self._clock() - start)
         assert found is not None
         return {part: seconds for part, seconds in found.items() if part != "head" and not part.endswith(" cache")}
 

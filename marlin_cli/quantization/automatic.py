@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import Network, architecture_of, linear_layers, shared_inputs
+from marlin_cli.models import Network, architecture_of, linear_layers, part_of, shared_inputs
 from marlin_cli.ops import Linear
 from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode
@@ -150,7 +150,7 @@ def _unmeasured(network: Network, formats: Sequence[str]) -> list[Choice]:
     layers = linear_layers(network)
     groups: dict[str, list[str]] = {}
     for path, source in shared_inputs(network).items():
-        if path != "output":
+        if part_of(path) != "head":
             groups.setdefault(source, []).append(path)
     choices = []
     for paths in groups.values():

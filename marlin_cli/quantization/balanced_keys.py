@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
-from marlin_cli.errors import StatisticsError
+from marlin_cli.errors import QuantizationError, StatisticsError
 from marlin_cli.models import Network, architecture_of, with_weights
 from marlin_cli.statistics import Statistics
 
@@ -31,10 +31,14 @@ def with_balanced_keys(network: AnyNetwork, statistics: Statistics) -> AnyNetwor
     """A copy that computes the same, whose keys have no outlying channels where a packed cache holds them.
 
     Raises:
+        QuantizationError: keys that other things than queries read, which scaling would change.
         StatisticsError: the statistics hold no keys of a layer, or keys of another shape.
     """
     parameters = dict(tree_flatten(network.parameters()))
     keys_of = architecture_of(network).packed_keys(network.config)
+    if not keys_of.queries_alone:
+        title = architecture_of(network).title
+        raise QuantizationError(f"--balance-keys: not queries alone read the keys of an {title}; leave it out")
     shape = keys_of.heads, keys_of.head_dim
     for path in keys_of.paths:
         if path not in statistics.totals.keys:

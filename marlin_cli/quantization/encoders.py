@@ -8,7 +8,7 @@ below 2^-9 (weights of standard deviation 0.02 lose precision there, and of 0.00
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -81,13 +81,14 @@ def encode(weight: mx.array, format: Format, group_size: int | None = None, impo
     rows_per_chunk = max(1, CHUNK_WEIGHTS // columns)
     for start in range(0, rows, rows_per_chunk):
         groups = weight[start : start + rows_per_chunk].reshape(-1, columns // group_size, group_size)
-        encoded = encoder(groups, channel_weights, format.bits, lift)
+        codes, *others = encoder(groups, channel_weights, format.bits, lift)
+        encoded = (pack_codes(codes.reshape(-1, columns), format.bits), *others)
         mx.eval(encoded)
         parts.append(encoded)
     arrays = [mx.concatenate(list(pieces)) if len(parts) > 1 else pieces[0] for pieces in zip(*parts, strict=True)]
-    codes, scales = arrays[0], arrays[1].reshape(rows, -1)
+    packed, scales = arrays[0], arrays[1].reshape(rows, -1)
     return Packed(
-        weight=pack_codes(codes.reshape(rows, columns), format.bits),
+        weight=packed,
         scales=scales,
         biases=arrays[2].reshape(rows, -1) if len(arrays) > 2 else None,
         global_scale=math.ldexp(1.0, -lift) if format.mode == "nvfp4" else None,
@@ -124,10 +125,17 @@ def decode(packed: Packed, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 def mlx_encode(weight: mx.array, format: Format, group_size: int) -> Packed:
     """What `mx.quantize` makes of it: the baseline."""
-    rows = weight.shape[0]
-    # MLX 0.32.4 cannot pack an odd number of groups either.
-    arrays = mx.quantize(_with_last_row_twice(weight), group_size=group_size, bits=format.bits, mode=format.mode)
-    packed, scales, *biases = (array[:rows] for array in arrays)
+    parts: list[list[mx.array]] = []
+    for rows in _row_chunks(weight):
+        part = weight[rows]
+        # MLX 0.32.4 cannot pack an odd number of groups either.
+        arrays = mx.quantize(_with_last_row_twice(part), group_size=group_size, bits=format.bits, mode=format.mode)
+        parts.append([array[: part.shape[0]] for array in arrays])
+        if len(part) < len(weight):
+            mx.eval(parts[-1])  # on a CPU it is made of operations, whose results would all be there at once
+    packed, scales, *biases = (
+        mx.concatenate(list(pieces)) if len(parts) > 1 else pieces[0] for pieces in zip(*parts, strict=True)
+    )
     return Packed(packed, scales, biases[0] if biases else None, None, format, group_size)
 
 
@@ -137,10 +145,28 @@ def _with_last_row_twice(array: mx.array) -> mx.array:
 
 def squared_error(weight: mx.array, packed: Packed, importance: mx.array | None = None) -> float:
     """Sum over all weights of the squared error, each channel weighted by `importance` [columns]."""
-    error = mx.square(weight.astype(mx.float32) - decode(packed))
-    if importance is not None:
-        error = error * importance
-    return scalar(error.sum())
+    total = 0.0
+    for rows in _row_chunks(weight):
+        part = dataclasses.replace(
+            packed,
+            weight=packed.weight[rows],
+            scales=packed.scales[rows],
+            biases=None if packed.biases is None else packed.biases[rows],
+        )
+        error = mx.square(weight[rows].astype(mx.float32) - decode(part))
+        total += scalar((error if importance is None else error * importance).sum())
+    return total
+
+
+def squared_sum(weight: mx.array) -> float:
+    """Sum over all weights of their squares."""
+    return sum(scalar(mx.square(weight[rows].astype(mx.float32)).sum()) for rows in _row_chunks(weight))
+
+
+def _row_chunks(weight: mx.array) -> Iterator[slice]:
+    """Slices of the rows of a matrix that are a few megabytes in float32."""
+    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, weight.shape[0], rows))
 
 
 def scalar(array: mx.array) -> float:
@@ -150,7 +176,7 @@ def scalar(array: mx.array) -> float:
 
 def relative_error(weight: mx.array, packed: Packed) -> float:
     """RMS error over RMS weight."""
-    total = scalar(mx.square(weight.astype(mx.float32)).sum())
+    total = squared_sum(weight)
     return math.sqrt(squared_error(weight, packed) / total) if total else 0.0
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from marlin_cli.errors import QuantizationError
 from marlin_cli.ops import QuantizedLinear
-from marlin_cli.quantization.encoders import Packed, mlx_encode, scalar, squared_error
+from marlin_cli.quantization.encoders import Packed, mlx_encode, squared_error, squared_sum
 from marlin_cli.quantization.formats import format_of
 from marlin_cli.quantization.methods import METHODS
 from marlin_cli.quantization.methods.gptq import output_error
@@ -139,7 +139,7 @@ def report_of(weight: mx.array, packed: Packed, plan: LayerPlan, hessian: npt.ND
         energy = float(np.einsum("ij,ij->", original @ hessian, original)) or 1.0
         ours = output_error(original, packed, hessian) / energy
         theirs = output_error(original, baseline, hessian) / energy
-    squared_weight = scalar(mx.square(weight.astype(mx.float32)).sum())
+    squared_weight = squared_sum(weight)
     error, of_mlx = squared_error(weight, packed), squared_error(weight, baseline)
     if not all(math.isfinite(value) for value in (squared_weight, error, 0.0 if ours is None else ours)):
         raise QuantizationError(

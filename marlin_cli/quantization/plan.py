@@ -31,7 +31,7 @@ class QuantizationSettings:
     """
 
     global_format: str = "nvfp4"  # the global transformer, the patch projection and what leads to the next stage
-    local_format: str = "mxfp8"  # the local transformer, and stages between global and local
+    local_format: str = "mxfp8"  # the local transformer, stages between global and local, what writes recurrent states
     encoder_format: str = "nvfp4"
     decoder_format: str = "nvfp4"
     cross_format: str = "nvfp4"  # the decoder's attention to the encoder
@@ -68,6 +68,7 @@ class QuantizationSettings:
         known = {
             "global": self.global_format,
             "middle": self.local_format,
+            "states": self.local_format,
             "local": self.local_format,
             "encoder": self.encoder_format,
             "decoder": self.decoder_format,

@@ -46,24 +46,23 @@ class _Sums:
 
 
 class _Observed(nn.Module):
-    """A linear layer that keeps its last input and output."""
+    """A linear layer that keeps its inputs and outputs of a pass, in which it may be called several times."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self._input: mx.array | None = None
-        self._output: mx.array | None = None
+        self._calls: list[tuple[mx.array, mx.array]] = []
 
     def __call__(self, x: mx.array) -> mx.array:
-        self._input = x
-        self._output = self.layer(x)
-        return self._output
+        output = self.layer(x)
+        self._calls.append((x, output))
+        return output
 
-    @property
-    def seen(self) -> tuple[mx.array, mx.array]:
-        """Input and output of the last call."""
-        assert self._input is not None and self._output is not None
-        return self._input, self._output
+    def take(self) -> tuple[mx.array, mx.array]:
+        """Inputs and outputs [rows, channels] since this was asked last."""
+        calls, self._calls = self._calls, []
+        inputs, outputs = ([_flat(each) for each in some] for some in zip(*calls, strict=True))
+        return (inputs[0], outputs[0]) if len(calls) == 1 else (mx.concatenate(inputs), mx.concatenate(outputs))
 
 
 def quantize_sequentially(
@@ -155,7 +154,7 @@ def _input_squares(network: Network, batches: Sequence[Any], weights: Sequence[f
             before, states[index] = states[index], piece.run(network, states[index])
             mx.eval(states[index])
             for source, observer in observers.items():
-                seen = _real_rows(observer.seen[0], before)
+                seen = _real_rows(observer.take()[0], before)
                 sums[source] = sums.get(source, 0) + weight * np.square(seen).sum(axis=0, dtype=np.float64)
                 rows[source] += weight * len(seen)
         set_modules(network, [(source, observer.layer) for source, observer in observers.items()])
@@ -247,11 +246,11 @@ class _Run:
                 set_modules(network, list(watching.items()))
             for index, _ in enumerate(self._through(piece)):
                 weight, states = self.weights[index], self.states[index]
-                arrays = [_flat(watching[source].seen[0]) for watching in observers]
+                arrays = [watching[source].take()[0] for watching in observers]
                 if missing is not None:
                     at = [_flat(state["rows"]) for state in states]
                     for path in added:
-                        at = [stream + _flat(watching[path].seen[1]) for stream, watching in zip(at, observers, strict=True)]
+                        at = [stream + watching[path].take()[1] for stream, watching in zip(at, observers, strict=True)]
                     arrays.append(at[0] - at[1])
                 mx.eval(arrays)
                 rows = [_real_rows(array, states[0]) for array in arrays]

@@ -35,7 +35,8 @@ def served_model(
     able: Any = model  # of a class with a scheduler, as is seen below
     if architecture.capability is Capability.CONTINUES:
         continuing = continuing_of(network)
-        has_sentinels = bool(continuing.sentinel(continuing.first_byte + 256))
+        # Marks stand behind the bytes, of an EvaByte before them.
+        has_sentinels = any(map(continuing.sentinel, (continuing.first_byte - 1, continuing.first_byte + 256)))
         first_byte, text_of, request = continuing.first_byte, continuing.sentinel, continuing_request
     elif architecture.capability is Capability.ANSWERS and model.config.decoder_layers:
         first_byte, has_sentinels, text_of, request = FIRST_BYTE, True, _sentinel, answering_request

@@ -60,7 +60,7 @@ class ServerSettings:
     key: str | None = None
     limits: SchedulerLimits = SchedulerLimits()
     max_waiting: int = 64
-    drain_s: float = 4.0
+    drain_s: float = 3.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:

@@ -21,12 +21,13 @@ Record = Callable[[mx.array], None]
 
 def hessian_channels(network: Network) -> dict[str, int]:
     """Channels of every input that layers which can be packed see, by the path in whose name it is measured."""
+    return {source: channels for source, channels in _channels(network).items() if part_of(source) != "head"}
+
+
+def _channels(network: Network) -> dict[str, int]:
+    """Channels of every input, by the path in whose name it is measured."""
     layers = linear_layers(network)
-    return {
-        source: int(layers[source]["weight"].shape[1])
-        for source in dict.fromkeys(shared_inputs(network).values())
-        if part_of(source) != "head"
-    }
+    return {source: layers[source]["weight"].shape[1] for source in dict.fromkeys(shared_inputs(network).values())}
 
 
 def measure(network: Network, domain: str, window: npt.NDArray[np.uint8], hessians: HessianAccumulator | None = None) -> Totals:
@@ -89,6 +90,10 @@ def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessi
     with _observed_inputs(network, inputs, domain, hessians, groups):
         # Nothing is evaluated but by the observers, each of which evaluates what leads to it.
         architecture.pass_through(network, sample, watch)
+    # A sample may be too short for some: states are written by whole blocks alone.
+    for path, channels in _channels(network).items():
+        if path not in inputs:
+            inputs[path] = _moments(mx.zeros((0, groups[path], channels)), path)
     return Totals({domain: size_bytes}, inputs, keys, values)
 
 
@@ -136,9 +141,19 @@ def _keep_input(kept: Kept, path: str, groups: int, add_rows: Callable[[str, mx.
     """Keep the sums over sequences of x [..., channels], whose rows come in sequences of `groups`."""
     channels = x.shape[-1]
     sequences = x.size // (groups * channels) if groups else 0
-    kept[path] = _moments(x.reshape(sequences, groups, channels), path)
+    found = _moments(x.reshape(sequences, groups, channels), path)
+    # A layer may be called several times in a pass, as those are that write states, once a block.
+    kept[path] = found if path not in kept else _both(kept[path], found)
     if add_rows is not None and sequences:
         add_rows(path, x.reshape(-1, channels))
+
+
+def _both(one: Moments, other: Moments) -> Moments:
+    return Moments(
+        one.count + other.count,
+        one.sum_squares + other.sum_squares,
+        np.maximum(one.absolute_maximum, other.absolute_maximum),
+    )
 
 
 def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.array) -> None:

@@ -8,6 +8,8 @@ import os
 import pty
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -19,6 +21,7 @@ from marlin_cli.commands.prompts import Prompt
 from marlin_cli.engine.answer_requests import AnswerLimits
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.errors import UsageError
 
 LINES = [b"first", b"", b"\xff\x00 not text", "d\N{LATIN SMALL LETTER E WITH ACUTE}".encode()]
 
@@ -292,3 +295,31 @@ def test_input_prefixes_count(folder, inside, tmp_path):
     arguments = ("generate", folder, "--max-bytes", "1", "--prompts", tmp_path / "p.jsonl", "--input-prefix", "language: ")
     code, _, err = inside(*arguments)
     assert code == 2 and f"{tmp_path / 'p.jsonl'}: line 2: 32,760 bytes, but the model reads 32,758" in err
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_answers_go_out_in_the_order_of_their_inputs_as_they_come(model, monkeypatch, kernels):
+    """The first waits for nobody; of the others some end before those in front of them; an error comes behind them all."""
+    if kernels and answering_run.fuse_answers(model.network) is None:
+        pytest.skip("no CPU kernels here")
+    if not kernels:
+        monkeypatch.setattr(answering_run, "fuse_answers", lambda network: None)
+    texts = [bytes([65 + n]) * (40 if n % 3 == 0 else 1) for n in range(11)]
+    out, seen, first_is_out = io.BytesIO(), [], threading.Event()
+    out.flush = first_is_out.set
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=out, isatty=lambda: False))
+
+    def inputs():
+        yield Prompt(texts[0])
+        seen.append(first_is_out.wait(60))  # the others come when the first is answered
+        yield from map(Prompt, texts[1:])
+        raise UsageError("no more")
+
+    request = answering_run.Request(
+        AnswerLimits(6), Sampling(0.9, seed=3), None, b"in: ", sentinels=False, json=False, raw=True
+    )
+    with pytest.raises(UsageError, match="no more"):
+        answering_run.run(model, request, inputs(), batch_size=3)
+    assert seen == [True]
+    expected = model.answers([b"in: " + text for text in texts], AnswerLimits(6), Sampling(0.9, seed=3))
+    assert out.getvalue() == b"".join(answers[0].data + b"\n" for answers in expected)

@@ -15,7 +15,9 @@ import mlx.core as mx
 import numpy as np
 from cuda_composer import CUDA_NAMES, compose
 
-from marlin_cli.ops import cuda_kernels, cuda_text
+from marlin_cli.engine import cuda_answers as engine_answers
+from marlin_cli.engine import cuda_patches, encoder_decoder, whole_patches
+from marlin_cli.ops import cuda_kernels, cuda_mailbox, cuda_stages, cuda_text
 from marlin_cli.ops.kernel_source import code
 
 COMPILERS = ("g++", "clang++", "clang++-19", "c++")
@@ -174,6 +176,9 @@ class OwnQueue:
     def write(self, address: int, data: bytes) -> None:
         ctypes.memmove(address, data, len(data))
 
+    def copy(self, to: int, address: int, size: int) -> None:
+        ctypes.memmove(to, address, size)
+
     def read(self, address: int, size: int) -> bytes:
         return ctypes.string_at(address, size)
 
@@ -236,3 +241,23 @@ def own_memory(words: int) -> tuple[np.ndarray, int]:
     """`cuda_mailbox.pinned` without a GPU."""
     memory = np.zeros(words, np.int32)
     return memory, memory.ctypes.data
+
+
+def emulate(monkeypatch) -> None:
+    """Whole stages and decoders in the emulator, where there is no GPU, by three blocks of two warps."""
+    monkeypatch.delenv("MARLIN_PATCHES", raising=False)
+    if mx.cuda.is_available():
+        return
+    for module in (cuda_stages, cuda_patches, engine_answers):
+        monkeypatch.setattr(module, "addresses", own_addresses)
+    for module in (cuda_patches, engine_answers):
+        monkeypatch.setattr(module, "Queue", OwnQueue)
+    monkeypatch.setattr(cuda_stages, "text", whole_text)
+    monkeypatch.setattr(cuda_patches, "compiled", own_code)
+    monkeypatch.setattr(engine_answers, "machine_code", lambda text: own_code([text])[0])
+    monkeypatch.setattr(cuda_mailbox, "pinned", own_memory)
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
+    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
+    monkeypatch.setattr(cuda_stages, "WARPS", 2)
+    for module in (whole_patches, encoder_decoder):
+        monkeypatch.setattr(module, "gpu", lambda: "cuda")

@@ -2,12 +2,16 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from cuda_composer import compile_to_cubin, compose, nvcc, translation_unit
 
+from marlin_cli.engine.cuda_answers import decoder_arrays
 from marlin_cli.engine.cuda_patches import global_stage, local_stage
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cuda, cuda_stages, cuda_text
@@ -165,6 +169,28 @@ def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp
         report = compile_to_cubin(text, architecture, tmp_path, strict=False)
         if streams == 1:
             assert all(int(count) <= 64 for count in re.findall(r"(\d+) bytes spill stores", report))
+
+
+@pytest.mark.parametrize(
+    ("format", "answers", "bits"),
+    [("nvfp4", 1, 4), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((None, 16, 16), ("int8", 8, 8)))],
+)
+def test_a_decoder_compiles(format, answers, bits, tmp_path, monkeypatch):
+    """Its steps, as the compiler at run time gets them; with few answers they spill little."""
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
+    network = ByT5(ByT5Config(encoder_layers=1))
+    network.set_dtype(mx.bfloat16)
+    if format is not None:
+        group = 32 if format == "int8" else None
+        settings = QuantizationSettings(
+            encoder_format=format, decoder_format=format, cross_format=format, wo_format="mxfp8", group_size=group
+        )
+        network = quantize_network(network, settings, method="rtn").network
+    stage = replace(decoder_arrays(network), memory_bits=bits)
+    sizes = cuda_stages.sizes_of(stage, answers, cuda_stages.blocks_of(stage), 1)
+    report = compile_to_cubin(cuda_text.PRELUDE + cuda_text.text("answer_decode", sizes), "sm_90a", tmp_path, strict=False)
+    if answers == 1:
+        assert all(int(count) <= 64 for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
 def test_a_fault_is_found(tmp_path):

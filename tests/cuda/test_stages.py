@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from cuda_emulator import OwnQueue, compiler, own_addresses, own_code, own_memory, whole_text
+from cuda_emulator import OwnQueue, compiler, emulate
 from mlx.utils import tree_map
 
 from marlin_cli.engine import cuda_patches, decoding, whole_patches
@@ -16,7 +16,7 @@ from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import BackendError, CheckpointError, UsageError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
-from marlin_cli.ops import cuda_mailbox, cuda_stages
+from marlin_cli.ops import cuda_stages
 from marlin_cli.ops.cuda_stages import StageOnDevice, takes_stage
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -32,18 +32,7 @@ PACKED = ("nvfp4", "mxfp4", "mxfp8", "int4", "int8")
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
-    monkeypatch.delenv("MARLIN_PATCHES", raising=False)
-    if mx.cuda.is_available():
-        return
-    monkeypatch.setattr(cuda_stages, "text", whole_text)
-    monkeypatch.setattr(cuda_stages, "addresses", own_addresses)
-    monkeypatch.setattr(cuda_patches, "compiled", own_code)
-    monkeypatch.setattr(cuda_patches, "Queue", OwnQueue)
-    monkeypatch.setattr(cuda_mailbox, "pinned", own_memory)
-    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 3)
-    monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 1 << 18)
-    monkeypatch.setattr(cuda_stages, "WARPS", 2)
-    monkeypatch.setattr(whole_patches, "gpu", lambda: "cuda")
+    emulate(monkeypatch)
 
 
 def network_of(dtype=mx.float32, format=None, **options):
@@ -166,6 +155,52 @@ def test_a_local_patch(variant, format, streams):
         assert ids.tolist() == best.tolist()
 
 
+@pytest.mark.parametrize("looks", [0, 50_000])
+@pytest.mark.parametrize(
+    ("variant", "format", "streams"),
+    [
+        ("grouped", "nvfp4", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("swiglu", None, 2), ("grouped", "mxfp8", 9))),
+    ],
+)
+def test_sixteen_bits(variant, format, streams, looks, monkeypatch):
+    """Rows that are copied as they stand in memory, or looked at; what rounds at other places is near."""
+    monkeypatch.setattr(cuda_stages, "MOST_LOOKS", looks)
+    monkeypatch.setattr(cuda_stages, "MOST_BROUGHT", looks)
+    monkeypatch.setattr(cuda_stages, "NARROW", 0)
+    network = network_of(format=format, dtype=mx.bfloat16, **VARIANTS[variant])
+    stage, length = global_stage(network), network.config.patch_size
+    assert takes_stage(stage, streams) and cuda_stages.is_copied(stage, streams) == (looks == 0)
+    cache = GraphCache(network["global"], network.stages[0].config, False, [], CacheBits())
+    device, queue = loaded(stage, streams, length)
+    out = queue.allocate(streams * stage.last.rows * 2)
+    caches = [
+        [mx.zeros((streams, stage.kv_heads, 8, stage.head_dim), dtype=mx.bfloat16) for _ in range(2)] for _ in stage.layers
+    ]
+    for patch in range(2):
+        ids = random_ids(streams, length, patch + 1)[..., 0]
+        expected = network.to_next(0, cache.run(network.token_rows(0, ids[:, None], 0, None))[:, -1])[:, 0]
+        device.set_caches(caches)
+        given = to_device(queue, ids)
+        mx.synchronize()
+        device.step(given.address, patch, 0, out.address)
+        found = from_device(queue, out, np.uint16).astype(np.uint32) << 16
+        close(found.view(np.float32).reshape(expected.shape), expected.astype(mx.float32), 4e-2)
+    stage = local_stage(network)
+    device, queue = loaded(stage, streams, length)
+    device.own_caches(length)
+    lead = mx.random.normal((streams, stage.dim), key=mx.random.key(2)).astype(mx.bfloat16)
+    added = mx.zeros((length, stage.dim), dtype=mx.bfloat16)
+    held = [to_device(queue, array.view(mx.uint16)) for array in (lead, added)]
+    out = queue.allocate(4 * streams * length)
+    number = device.decode_sequence(*(each.address for each in held), 0, 0, (0.0, 1.0, 0.0, 0), 0, length, out.address)
+    ids = mx.array(device.mailbox.read(number, streams, length))
+    rows = mx.concatenate([lead[:, None], network.stages[-1].byte_embedding(ids[:, :-1])], axis=1)
+    logits = network.head(network.local(rows)).astype(mx.float32)
+    behind = mx.max(logits, axis=-1) - mx.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+    assert behind.max().item() <= 4e-2 * mx.abs(logits).max().item()
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -193,6 +228,23 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
     assert generated() == whole and {len(stream) for stream in whole} == {19}
     assert generated(stop) == stopped and len(stopped[0]) < 19
+
+
+def test_groups_of_streams(monkeypatch):
+    """More streams than one launch takes: prompts that end inside a patch, and streams that stop."""
+    monkeypatch.setattr(cuda_patches, "MOST_STREAMS", 2)
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    network = network_of(format="mxfp8")
+    prompts = [b"abcdefgh", b"abcd", b"abcdefghij", b"a", b"abcdefgg"]
+    outcomes = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=13), Sampling(0.9, top_k=50)):
+            streams[piece.stream] += piece.data
+        outcomes.append(streams)
+    assert outcomes[0] == outcomes[1] and {len(stream) for stream in outcomes[0]} == {13}
 
 
 def test_what_was_queued_too_far_is_taken_back(monkeypatch):
@@ -255,7 +307,7 @@ def test_the_order_of_threads_does_not_matter(monkeypatch):
 
 def test_what_is_left_to_operations(monkeypatch):
     taken = network_of()
-    assert patch_decoder(taken, 16) is not None and patch_decoder(taken, 17) is None
+    assert patch_decoder(taken, 64) is not None and patch_decoder(taken, 65) is None
     for options in (
         {"layout": "paper", "local_positions": "none"},
         {"token_shift": True},
@@ -277,3 +329,10 @@ def test_what_is_left_to_operations(monkeypatch):
     monkeypatch.setenv("MARLIN_PATCHES", "steps")
     with pytest.raises(UsageError, match="MARLIN_PATCHES"):
         whole_patches.patch_decoder(taken, 1)
+
+
+def test_no_block_has_logits_alone(monkeypatch):
+    """It would be waited for by nobody, and might look for logits that have been written over."""
+    monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
+    stage = local_stage(network_of())
+    assert cuda_stages.blocks_of(stage) == 12 and stage.last.rows == 256  # of 3 x 32 rows of q, k and v, and 96 of gate

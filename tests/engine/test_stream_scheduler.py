@@ -16,6 +16,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Request, SchedulerLimits
 from marlin_cli.engine.stopping import Stopping
+from marlin_cli.engine.streams import slices
 from marlin_cli.errors import UsageError
 from marlin_cli.models import continuing_of
 from marlin_cli.models.megabyte_config import MegaByteConfig
@@ -297,6 +298,21 @@ def test_a_long_prompt_comes_in_slices_and_keeps_nobody_waiting(network):
         came += new
     rows = 21 if network.config.model_type == "megabyte" else 80
     assert len([piece for piece in came if piece.stream == runs]) == -(-rows // 2)
+
+
+@pytest.mark.parametrize(
+    ("ready", "most", "expected"),
+    [
+        (0, 64, {1: 200, 2: 56}),
+        (1, 64, {1: 16}),
+        (8, 64, {1: 32}),
+        (99, 64, {1: 64}),
+        (99, 250, {1: 200, 2: 50}),
+        (1, 3, {1: 3}),
+    ],
+)
+def test_a_slice_is_as_long_as_those_that_wait_can_bear(ready, most, expected):
+    assert slices({1: 200, 2: 300, 3: 5}, ready, most) == expected
 
 
 def test_costs_are_those_of_the_model(network):
