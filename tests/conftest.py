@@ -1,120 +1,20 @@
-"""Small random networks of every layout, and the shipped demo."""
+"""Fixtures of all tests: small random networks, the shipped demo, a browser."""
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # products on an NVIDIA GPU to float32's precision; read at the first of them
 
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
-from mlx.utils import tree_map
 
-from marlin_cli import MegaByteModel
-from marlin_cli.models import ARCHITECTURES
-from marlin_cli.models.block_recurrent import BlockRecurrentConfig
-from marlin_cli.models.bygpt5 import ByGPT5Config
-from marlin_cli.models.byt5_config import ByT5Config
-from marlin_cli.models.canine import CanineConfig
-from marlin_cli.models.evabyte import EvaByteConfig
-from marlin_cli.models.gbst import GbstConfig
-from marlin_cli.models.la_canine import LaCanineConfig
-from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli import MegaByteModel  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
 import page_reader  # noqa: E402 (found by the line above)
-
-SMALL = {
-    "patch_size": 4, "max_bytes": 96,
-    "global_layers": 2, "global_dim": 32, "global_heads": 2,
-    "local_layers": 2, "local_dim": 16, "local_heads": 2,
-}  # fmt: skip
-LUCID = {**SMALL, "layout": "megabyte_pytorch", "byte_dim": 16, "token_shift": True, "ffn": "gelu", "ffn_bias": True}
-MIDDLE = StageConfig(length=2, layers=2, dim=24, heads=2, ffn_dim=48, positions="learned")
-
-# One configuration for each way that rows are made, and for each option of attention and feed-forward.
-CONFIGS = {
-    "prefix": MegaByteConfig(**SMALL),
-    "prefix learned, token shift": MegaByteConfig(
-        **SMALL, global_positions="learned", local_positions="rope", token_shift=True
-    ),
-    "paper": MegaByteConfig(**SMALL, layout="paper", global_positions="learned", ffn="relu", norm="layernorm", qk_norm=True),
-    "paper without pads, window": MegaByteConfig(
-        **SMALL,
-        layout="paper",
-        global_positions="learned+rope",
-        start_tokens=False,
-        attention_window=3,
-        rope_interleaved=True,
-        norm="variance",
-        ffn="silu",
-    ),  # fmt: skip
-    "grouped attention": MegaByteConfig(**SMALL, global_kv_heads=1, local_kv_heads=1, ffn="gelu_tanh"),
-    "megabyte_pytorch": MegaByteConfig(**LUCID, global_positions="learned"),
-    "megabyte_pytorch, 3 stages": MegaByteConfig(
-        **{**LUCID, "patch_size": 8}, global_positions="rope", local_positions="none", middle=(MIDDLE,)
-    ),
-}
-
-
-T5 = {"d_model": 32, "ffn_dim": 64, "heads": 1, "head_dim": 32}
-PACKABLE = {
-    **SMALL, "global_heads": 1, "global_layers": 1, "local_layers": 1, "local_dim": 32, "local_heads": 1,
-    "global_ffn_dim": 64, "local_ffn_dim": 64,
-}  # fmt: skip
-
-# A tiny configuration of each architecture, in sizes that every format packs: tests/test_tiny_models.py runs everything on it.
-CONTINUING = {
-    "megabyte": MegaByteConfig(**PACKABLE),
-    "bygpt5": ByGPT5Config(**T5, layers=1, max_bytes=96),
-    "block_recurrent": BlockRecurrentConfig(
-        d_model=32,
-        ffn_dim=64,
-        heads=2,
-        head_dim=32,
-        layers=2,
-        recurrent_layers=(0,),
-        block_bytes=48,
-        state_vectors=6,
-        max_bytes=96,
-    ),
-    "evabyte": EvaByteConfig(
-        d_model=32,
-        ffn_dim=64,
-        heads=1,
-        layers=1,
-        window_bytes=24,
-        chunk_bytes=8,
-        prediction_heads=3,
-        max_bytes=96,
-    ),
-}
-ANSWERING = {
-    "byt5": ByT5Config(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96),
-    "gbst": GbstConfig(**T5, encoder_layers=1, decoder_layers=1, max_bytes=96, block_sizes=(1, 2, 3, 4), bytes_in_row=3),
-}
-CHARACTERS = {
-    "d_model": 32, "ffn_dim": 64, "heads": 2, "layers": 1, "hash_functions": 4, "hash_buckets": 128, "max_characters": 128,
-    "block_characters": 16,
-}  # fmt: skip
-ENCODING = {
-    "canine": CanineConfig(**CHARACTERS, head="token", labels=("O", "A", "B")),
-    "la_canine": LaCanineConfig(**CHARACTERS, adapter_dim=32, language="cs"),
-}
-
-
-def random_weights(config: Any, seed: int = 0) -> Any:
-    """A network whose every parameter, norms and start vectors included, is random."""
-    mx.random.seed(seed)
-    network: Any = ARCHITECTURES[config.model_type].network(config)
-    network.update(
-        tree_map(lambda a: mx.random.normal(a.shape) * (0.3 if a.ndim == 1 else a.shape[-1] ** -0.5),
-                 network.parameters())
-    )  # fmt: skip
-    mx.eval(network.parameters())
-    return network
+from small_networks import ANSWERING, CONFIGS, CONTINUING, ENCODING, SMALL, random_weights  # noqa: E402 (the same)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import shared_models
-from conftest import ENCODING
 from ring import ended, ring
+from small_networks import ENCODING
 
 from marlin_cli.api import MODELS
 from marlin_cli.models import ARCHITECTURES

@@ -175,6 +175,7 @@ def _network(config):
 def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MARLIN_ROWS", os.environ.get("MARLIN_ROWS", "fast"))  # serve says it to the process, for good
 
     def run(*arguments, stdin=os.devnull):
         monkeypatch.setattr(sys, "argv", ["marlin", *map(str, arguments)])

@@ -58,7 +58,7 @@ def test_a_bygpt5_goes_on_from_every_prompt(bygpt5, marlin, tmp_path):
     [
         (("generate", "--beams", "2"), "--beams has no meaning for bygpt5, a model that continues bytes one by one"),
         (("generate", "--kv-bits", "5"), "--kv-bits must be 4, 8 or 16"),
-        (("generate", "--import", "heads=2"), "--import has no meaning"),
+        (("generate", "--import", "heads=2"), "the import option heads has no meaning here"),
         (("quantize", "-o", "out", "--local-bits", "4"), "--local-bits has no meaning"),
         (("quantize", "-o", "out", "--calibration-pairs", "x", "--sequential"), "--calibration-pairs has no meaning"),
         (("calibrate", "-o", "s.safetensors", "--pairs", "x"), "--pairs has no meaning"),

@@ -1,7 +1,7 @@
 """Networks, prompts and keepers that tests of kept prompts share."""
 
 import numpy as np
-from conftest import CONFIGS, CONTINUING, PACKABLE
+from small_networks import CONFIGS, CONTINUING, PACKABLE
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.models.megabyte_config import MegaByteConfig

@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from conftest import CONFIGS, CONTINUING, PACKABLE, random_weights
 from engine.state_cases import SHIFTED
+from small_networks import CONFIGS, CONTINUING, PACKABLE, random_weights
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits

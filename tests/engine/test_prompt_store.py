@@ -6,8 +6,8 @@ import threading
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PACKABLE, random_weights
 from engine.state_cases import PROMPT
+from small_networks import PACKABLE, random_weights
 
 from marlin_cli.engine.generation import Stopping, generate
 from marlin_cli.engine.prompt_store import SUFFIX, PromptStore, StoreLimits

@@ -7,9 +7,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import PACKABLE, random_weights
 from engine.state_cases import PROMPT, SHIFTED
 from engine.state_mutations import header_of, mutated, with_header
+from small_networks import PACKABLE, random_weights
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fingerprints import fingerprint_of

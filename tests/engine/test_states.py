@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import CONTINUING
 from engine.state_cases import CASES, OTHERS, PROMPT, Keeper
+from small_networks import CONTINUING
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import way_of
