@@ -136,6 +136,7 @@ def test_answers_are_those_of_operations(sampling, monkeypatch):
         alike(both(network, SOURCES, AnswerLimits(24, min_length=3, prefix=b"0123456789a", stop=(stop,)), sampling))
 
 
+@pytest.mark.slow
 def test_groups_of_answers(monkeypatch):
     """More answers than one launch takes, and a group that ends before the others."""
     monkeypatch.setattr(cuda_answers, "MOST_STREAMS", 2)

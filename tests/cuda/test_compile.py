@@ -168,7 +168,7 @@ def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp
         text = cuda_text.PRELUDE + cuda_text.text(cuda_stages.kernel_name(stage), sizes)
         report = compile_to_cubin(text, architecture, tmp_path, strict=False)
         if streams == 1:
-            assert all(int(count) <= 64 for count in re.findall(r"(\d+) bytes spill stores", report))
+            assert all(int(count) <= 128 for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_decoder_compiles(format, answers, bits, tmp_path, monkeypatch):
     sizes = cuda_stages.sizes_of(stage, answers, cuda_stages.blocks_of(stage), 1)
     report = compile_to_cubin(cuda_text.PRELUDE + cuda_text.text("answer_decode", sizes), "sm_90a", tmp_path, strict=False)
     if answers == 1:
-        assert all(int(count) <= 64 for count in re.findall(r"(\d+) bytes spill stores", report))
+        assert all(int(count) <= 128 for count in re.findall(r"(\d+) bytes spill stores", report))
 
 
 def test_a_fault_is_found(tmp_path):

@@ -230,6 +230,7 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     assert generated(stop) == stopped and len(stopped[0]) < 19
 
 
+@pytest.mark.slow
 def test_groups_of_streams(monkeypatch):
     """More streams than one launch takes: prompts that end inside a patch, and streams that stop."""
     monkeypatch.setattr(cuda_patches, "MOST_STREAMS", 2)
