@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from marlin_cli import console
 from marlin_cli.bench.answering_result import AnsweringReport
@@ -106,20 +107,22 @@ def _show_whole(models: Sequence[str]) -> None:
     """How each model decodes on an NVIDIA GPU, and why, by streams side by side."""
     from marlin_cli.api import load
     from marlin_cli.engine import cuda_answers, cuda_patches
-    from marlin_cli.models.byt5 import ByT5
-    from marlin_cli.models.megabyte import MegaByte
+    from marlin_cli.models import Capability, Reading, architecture_of
     from marlin_cli.ops.dispatch import by_operations
 
     rows = []
     for model in models:
-        network = load(model, device="cuda").network
+        network: Any = load(model, device="cuda").network
+        architecture = architecture_of(network)
+        by_patches = architecture.continuing is not None and architecture.continuing.reading is Reading.PATCHES
+        answers = architecture.capability is Capability.ANSWERS and network.config.decoder_layers
         for streams in (1, 16, 64):
             why: str | None = "byte by byte: no kernel takes this architecture whole"
             if by_operations():
                 why = "MARLIN_PATCHES=operations"
-            elif isinstance(network, MegaByte):
+            elif by_patches:
                 why = cuda_patches.why_operations(network, streams)
-            elif isinstance(network, ByT5) and network.config.decoder_layers:
+            elif answers:
                 why = cuda_answers.why_operations(network, 16, streams)
             rows.append(
                 [model, str(streams), "operation by operation" if why else "whole", why or "the kernels know every part"]

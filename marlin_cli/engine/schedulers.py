@@ -11,12 +11,11 @@ from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stream_scheduler import StreamScheduler
 from marlin_cli.engine.streams import Streams
 from marlin_cli.errors import UsageError
-from marlin_cli.models import Network, decoding_of
-from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models import Capability, Network, architecture_of, decoding_of
 
 
 def scheduler_of(
-    network: Network,
+    network: Any,
     limits: SchedulerLimits | None = None,
     cache_bits: CacheBits | None = None,
     keeper: PromptKeeper | None = None,
@@ -31,7 +30,7 @@ def scheduler_of(
     Raises:
         UsageError: `cache_bits` do not fit the network, or it is an encoder alone.
     """
-    if isinstance(network, ByT5):
+    if architecture_of(network).capability is Capability.ANSWERS:
         bits = cache_bits or CacheBits()
         if bits.keys != bits.values:
             raise UsageError("a model that answers keeps keys and values in one width; give one number")

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.models.megabyte_config import MegaByteConfig
+from marlin_cli.models import ARCHITECTURES, Reading
 
 # Rows of the keys or of the values of a layer: [1, heads, rows, ..], and the scales of their groups where they are packed.
 Part: TypeAlias = Sequence[mx.array]
@@ -207,7 +207,8 @@ class PromptKeeper(Protocol):
 
 def units_of(config: Any) -> Units:
     """How a network of this configuration reads ids into rows."""
-    if isinstance(config, MegaByteConfig):
+    continuing = ARCHITECTURES[config.model_type].continuing
+    if continuing is not None and continuing.reading is Reading.PATCHES:
         # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is read by the finer stages.
         return Units(config.patch_size, 1 if config.layout == "megabyte_pytorch" else 0)
     return Units()

@@ -1,14 +1,13 @@
 """What calibration, packing and decoding ask of a Block-Recurrent Transformer; see `models.architecture`."""
 
 import dataclasses
-from collections.abc import Container
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.errors import QuantizationError, UsageError
+from marlin_cli.errors import QuantizationError
 from marlin_cli.models.architecture import (
     Architecture,
     Capability,
@@ -23,6 +22,7 @@ from marlin_cli.models.architecture import (
     neighbour_with_same_input,
 )
 from marlin_cli.models.block_recurrent import BlockRecurrent, BlockRecurrentConfig, LayerMemory
+from marlin_cli.models.byte_ids import ends, ids_of_prompt_of
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
@@ -132,22 +132,6 @@ def miniature_of(config: BlockRecurrentConfig) -> BlockRecurrentConfig:
     return dataclasses.replace(config, d_model=NARROW, heads=1, head_dim=NARROW, ffn_dim=NARROW)
 
 
-def ids_of_prompt(config: BlockRecurrentConfig, prompt: bytes, sentinels: bool) -> bytes:
-    """The bytes, which are the ids.
-
-    Raises:
-        UsageError: sentinels, of which there are none.
-    """
-    if sentinels:
-        raise UsageError("sentinels: a Block-Recurrent Transformer knows none; leave them out")
-    return prompt
-
-
-def ends(config: BlockRecurrentConfig) -> Container[int]:
-    """All ids that are no bytes."""
-    return range(256, config.vocab_size)
-
-
 BLOCK_RECURRENT = Architecture(
     name="block_recurrent",
     title="Block-Recurrent Transformer",
@@ -168,7 +152,7 @@ BLOCK_RECURRENT = Architecture(
     continuing=Continuing(
         Reading.BLOCKS,
         predictions=lambda network, windows: network.predictions(windows),
-        ids=ids_of_prompt,
+        ids=ids_of_prompt_of("Block-Recurrent Transformer"),
         ends=ends,
     ),
 )

@@ -1,13 +1,13 @@
 """What calibration, packing, rotation and tuning ask of a MegaByte; see `models.architecture`."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.errors import QuantizationError, UsageError
+from marlin_cli.errors import QuantizationError
 from marlin_cli.models.architecture import (
     Architecture,
     Capability,
@@ -21,6 +21,7 @@ from marlin_cli.models.architecture import (
     Watch,
     neighbour_with_same_input,
 )
+from marlin_cli.models.byte_ids import ends, ids_of_prompt_of
 from marlin_cli.models.layers import inputs_by_layer, part_of
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
@@ -170,22 +171,6 @@ def shared_blocks(config: MegaByteConfig) -> list[str]:
     return [f"global.layers.{index}" for index in range(config.stages[0].layers)]
 
 
-def ids_of_prompt(config: MegaByteConfig, prompt: bytes, sentinels: bool) -> bytes:
-    """The bytes, which are the ids.
-
-    Raises:
-        UsageError: sentinels, of which there are none.
-    """
-    if sentinels:
-        raise UsageError("sentinels: a MegaByte knows none; leave them out")
-    return prompt
-
-
-def ends(config: MegaByteConfig) -> Container[int]:
-    """All ids that are no bytes."""
-    return range(256, config.vocab_size)
-
-
 MEGABYTE = Architecture(
     name="megabyte",
     title="MegaByte",
@@ -202,7 +187,7 @@ MEGABYTE = Architecture(
     is_gated=lambda config: config.ffn == "swiglu",
     unit_bytes=lambda config: config.patch_size,
     rows_of_sequence=rows_of_sequence,
-    continuing=Continuing(Reading.PATCHES, lambda network, windows: network(windows), ids_of_prompt, ends),
+    continuing=Continuing(Reading.PATCHES, lambda network, windows: network(windows), ids_of_prompt_of("MegaByte"), ends),
     decoding=MEGABYTE_DECODING,
     split=Split("global", shared_blocks, lambda config: (config.global_heads, config.global_kv_heads or config.global_heads)),
 )
