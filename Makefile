@@ -5,7 +5,7 @@ BACKEND := $(if $(filter Darwin,$(shell uname -s)),,cpu)
 comma := ,
 extras = $(if $(strip $(BACKEND)$(1)),[$(subst $() $(),$(comma),$(strip $(BACKEND) $(1)))])
 
-.PHONY: demo test slow metal tune hostile kills lint parity peers clean
+.PHONY: demo test slow metal tune hostile kills lint parity peers docs docs-options docs-output clean
 
 # The main job, offline: calibrate -> quantize -> generate -> bench on the shipped model and bytes.
 demo: .venv/demo
@@ -43,9 +43,23 @@ tune: .venv/demo
 parity: .venv/peers
 	$(BIN)/python -m pytest -m peers
 
-# Speeds beside other packages, as README's table; a stopped run goes on, and `rm peers.jsonl` begins a new one.
+# Speeds beside other packages, as the table of docs/results.md; a stopped run goes on, and `rm peers.jsonl` begins a new one.
 peers: .venv/peers
-	$(BIN)/python benchmarks/peers.py --results peers.jsonl --markdown README.md
+	$(BIN)/python benchmarks/peers.py --results peers.jsonl --markdown docs/results.md
+
+# The documentation as a site in build/docs; its pages ask no other server for anything.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Tables of options and fields, and the picture of the house, from the code.
+docs-options: .venv/dev
+	$(BIN)/python -m tools.options
+	$(BIN)/python -m tools.fields
+	$(BIN)/python -m tools.house
+
+# Runs the commands of README and docs, and writes what they say below them; read the difference.
+docs-output: .venv/peers
+	$(BIN)/python -m tools.outputs
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -63,5 +77,10 @@ peers: .venv/peers
 	$(BIN)/python -m pip install --quiet --editable ".$(call extras,dev peers)"
 	touch $@
 
+.venv/docs: pyproject.toml
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.6,<10"
+	touch $@
+
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv demo-output build

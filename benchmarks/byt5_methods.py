@@ -2,7 +2,7 @@
 
     python benchmarks/byt5_methods.py HELDOUT --results byt5.jsonl [--train CORPUS/train/multilingual] [--per-language 12]
         [--only alike,wo,encoder,auto] [--formats nvfp4,mxfp4,int4,mxfp8] [--methods rtn,gptq] [--distill-steps 400]
-        [--device cpu] [--markdown README.md] [--table-only]
+        [--device cpu] [--markdown docs/results.md] [--table-only]
 
 Segments are those of `byt5_quality`, and so are the pairs that methods measure and tune on; errors are over segments. The
 divergence is that of the packed model's predictions from the 16-bit model's, at every byte of the wanted answer and at its end,

@@ -1,6 +1,7 @@
 """The comparisons with other packages, gathered in one Markdown table: every part is another benchmark with small settings.
 
-    python benchmarks/peers.py [--only NAME,..] [--march native,x86-64-v3] [--results FILE] [--again] [--markdown README.md]
+    python benchmarks/peers.py [--only NAME,..] [--march native,x86-64-v3] [--results FILE] [--again]
+        [--markdown docs/results.md]
 
 Each part runs in a process of its own, one after another, on as many cores as it has threads (MARLIN_THREADS), and compares
 outputs itself. Its rows are kept in --results as soon as it ends, so a stopped run goes on where it was; --again measures

@@ -1,6 +1,6 @@
 """Bits per byte that each method loses in each format, in one Markdown table; what is measured already is kept.
 
-    python benchmarks/quantization_quality.py --heldout FOLDER --results quality.jsonl [--markdown README.md]
+    python benchmarks/quantization_quality.py --heldout FOLDER --results quality.jsonl [--markdown docs/results.md]
         [--only alike,mixed,auto,outliers] [--formats nvfp4,mxfp4,int4,mxfp8] [--methods rtn,gptq,sequential+distill]
         [--model megabyte-demo] [--device cpu] [--corpus CORPUS ..] [--table-only]
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console as RichConsole
@@ -18,6 +19,9 @@ from rich.table import Table
 
 from marlin_cli.ranks import is_follower
 from marlin_cli.text import printable
+
+# Of long work, where nobody sees a moving bar.
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Console(RichConsole):
@@ -55,7 +59,7 @@ def table(
     if is_follower():
         return
     headed = any(columns)
-    grid = Table(title=printable(title), title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=headed)
+    grid = Table(box=None, pad_edge=False, show_header=headed)
     for place, column in enumerate(columns):
         number = numbers and place > 0
         grid.add_column(printable(column), justify="right" if number else "left", no_wrap=number, overflow="fold")
@@ -66,12 +70,14 @@ def table(
     if not console.is_terminal:
         console = Console(stderr=not to_stdout, width=160, emoji=False)
     with contextlib.nullcontext() if to_stdout else _nobody_may_read():
+        # rich would break a title at the width of its table.
+        console.print(printable(title), style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(grid, markup=False)
 
 
 @contextlib.contextmanager
 def byte_progress(description: str, total_bytes: int | None) -> Iterator["ByteProgress"]:
-    """A progress line on stderr: bytes, bytes/s, time left. Silent where stderr is not a terminal."""
+    """A progress line on stderr: bytes, bytes/s, time left. Where stderr is no terminal a line every ten seconds."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -81,19 +87,26 @@ def byte_progress(description: str, total_bytes: int | None) -> Iterator["BytePr
     )
     console = _stderr()
     with Progress(*columns, console=console, disable=not console.is_terminal or is_follower(), transient=True) as progress:
-        yield ByteProgress(progress, description, total_bytes)
+        yield ByteProgress(progress, description, total_bytes, says_lines=not console.is_terminal)
 
 
 class ByteProgress:
     """Handle of `byte_progress`."""
 
-    def __init__(self, progress: Progress, description: str, total_bytes: int | None) -> None:
+    def __init__(self, progress: Progress, description: str, total_bytes: int | None, *, says_lines: bool) -> None:
         self._progress = progress
         self._task = progress.add_task(description, total=total_bytes)
+        self._description, self._total, self._says_lines = description, total_bytes, says_lines
+        self._done, self._said = 0, time.monotonic()
 
     def advance(self, count: int) -> None:
         """Say that `count` more bytes are done."""
         self._progress.advance(self._task, count)
+        self._done += count
+        if self._says_lines and (now := time.monotonic()) - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            share = f", {min(1.0, self._done / self._total):.0%}" if self._total else ""
+            note(f"{self._description}: {self._done:,} bytes{share}")
 
 
 @contextlib.contextmanager

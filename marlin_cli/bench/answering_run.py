@@ -59,7 +59,7 @@ def run(request: AnsweringRequest) -> AnsweringReport:
 
 
 def _run(request: AnsweringRequest, ranks: Ranks) -> AnsweringReport:
-    pairs = [] if request.quality is None else _pairs(request.quality)
+    pairs = [] if request.quality is None else pairs_to_score(request.quality)
     models = [
         AnsweringModel.from_pretrained(
             name,
@@ -110,7 +110,7 @@ def _run(request: AnsweringRequest, ranks: Ranks) -> AnsweringReport:
     )
 
 
-def _pairs(settings: PairSettings) -> list[Pair]:
+def pairs_to_score(settings: PairSettings) -> list[Pair]:
     """The pairs to score: at even steps through the files where there are more bytes than asked for.
 
     A name before a file, as in `name=file`, is the group of its pairs that name none.

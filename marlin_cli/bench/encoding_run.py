@@ -70,8 +70,8 @@ def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
     if quality is not None:
         known = quality.reference in request.models
         reference = models[request.models.index(quality.reference)] if known else _loaded(request, quality.reference)
-        quality = replace(quality, window_bytes=_window_bytes(quality, [*models, reference]))
-        texts = _texts(quality, [*models, reference])
+        quality = replace(quality, window_bytes=fitting_window(quality, [*models, reference]))
+        texts = texts_to_compare(quality, [*models, reference])
         check_comparable(named, texts, reference)
         check_alike(ranks, [*request.models, quality.reference], (text for found in texts.values() for text in found))
     speeds = [None] * len(models) if request.throughput is None else _time(models, request.throughput)
@@ -105,7 +105,7 @@ def _loaded(request: EncodingRequest, name: str) -> EncodingModel:
     )
 
 
-def _window_bytes(settings: TextSettings, models: Sequence[EncodingModel]) -> int:
+def fitting_window(settings: TextSettings, models: Sequence[EncodingModel]) -> int:
     """Bytes of a text, at most as many as asked for; says so where a model takes fewer: a character has one at least."""
     longest = min(model.config.longest - (2 if model.config.marks else 0) for model in models)
     if longest < settings.window_bytes:
@@ -113,7 +113,7 @@ def _window_bytes(settings: TextSettings, models: Sequence[EncodingModel]) -> in
     return int(min(settings.window_bytes, longest))
 
 
-def _texts(settings: TextSettings, models: Sequence[EncodingModel]) -> dict[str, list[bytes]]:
+def texts_to_compare(settings: TextSettings, models: Sequence[EncodingModel]) -> dict[str, list[bytes]]:
     """The texts of each domain; windows that are no UTF-8, and those that a model does not read, are left out and counted."""
     windowing = Windowing(settings.window_bytes, max_bytes=settings.max_bytes)
     windows = cut(files_by_domain(*settings.corpora), windowing)

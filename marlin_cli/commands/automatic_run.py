@@ -10,8 +10,8 @@ from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.commands.calibration_bytes import CalibrationBytes
 from marlin_cli.engine import answer_scoring, scoring
-from marlin_cli.models import Capability, architecture_of, build
-from marlin_cli.quantization.apply import check_method
+from marlin_cli.models import Capability, Network, architecture_of, build
+from marlin_cli.quantization.apply import check_method, plan_network
 from marlin_cli.quantization.automatic import (
     Predict,
     check_target,
@@ -86,5 +86,19 @@ def automatic_settings(
     with writing(recipe) as file:
         file.write_text(recipe_text(mixed, choices, chosen, made), encoding="utf-8")
     expected = sum(choice.divergence[chosen[choice.paths[0]]] for choice in choices)
+    in_all = _bits_of_all(network, mixed)
+    if in_all > target_bits_per_weight:
+        console.note(
+            f"--target-bpw {target_bits_per_weight:g} is of the layers that a format is chosen for; with those that stay as"
+            f" they are (the head) it is {in_all:.2f} bits a weight"
+        )
     console.note(f"{recipe}: the formats chosen; together they should cost a KL divergence of {expected:.5f} bits a prediction")
     return mixed
+
+
+def _bits_of_all(network: Network, settings: QuantizationSettings) -> float:
+    """Bits a weight of all linear layers, the head's 16 among them."""
+    plans = plan_network(network, settings)
+    bits = {plan.path: 16.0 if plan.format is None else plan.format.bits_per_weight(plan.group_size) for plan in plans}
+    weights = sum(plan.rows * plan.columns for plan in plans)
+    return sum(bits[plan.path] * plan.rows * plan.columns for plan in plans) / weights

@@ -32,6 +32,14 @@ def bench(
         bool, typer.Option("--roofline", help="Measure memory bandwidth too, and the share of it that decoding reaches.")
     ] = False,
     no_throughput: Annotated[bool, typer.Option("--no-throughput", help="Leave speed and memory out.")] = False,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,..",
+            help="Pack one model in memory in each, and show one table, a row a format: nvfp4, mxfp4, mxfp8, int4, int8, or two"
+            " for the parts that take 4 and 8 bits unless told, as 4/8. Scores 64k of `default` unless --quality says more.",
+        ),
+    ] = None,
     quality: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,6 +85,9 @@ def bench(
         typer.Option(
             "--kernels", help="List each operation, its kernel on the device and why; how layers of MODELS are multiplied."
         ),
+    ] = False,
+    details: Annotated[
+        bool, typer.Option("--details", help="With --quality: tables by kind of byte and by position in the patch too.")
     ] = False,
     output_format: Annotated[
         Format | None, typer.Option("--format", help="Default: as the name of --output ends, else table.")
@@ -190,6 +201,14 @@ def bench(
         sweep_decodes=decodes if len(decodes) > 1 else (),
         sweep_batches=parse_sizes(batch, "--batch"),
     )
+    if formats is not None:
+        from marlin_cli.commands.bench_formats import show_formats
+
+        check_models(command_line, names)
+        return show_formats(
+            names, formats, quality or (), windowing, None if no_throughput else timing, destination,
+            device=device, activation_bits=activation_bits, language=language,
+        )  # fmt: skip
     request = Request(
         models=names,
         throughput=None if no_throughput else timing,
@@ -204,4 +223,4 @@ def bench(
     )
     bench_run.check_kinds(names)
     check_models(command_line, names)
-    bench_run.run(request, destination, against, language)
+    bench_run.run(request, destination, against, language, details=details)

@@ -29,12 +29,13 @@ def check_kinds(models: Sequence[str]) -> None:
         raise UsageError(f"{found}; measure models of one kind together")
 
 
-def run(request: Request, output: Output, against: str | None, language: str | None = None) -> None:
+def run(request: Request, output: Output, against: str | None, language: str | None = None, *, details: bool = False) -> None:
     """Measure models of one kind, and deliver the result.
 
     Args:
         against: the first model, where the others are paired with it.
         language: whose adapters a model that cuts texts into sentences takes.
+        details: long tables on stdout too; other forms have all numbers.
 
     Raises:
         MarlinError: what cannot be read, measured or written.
@@ -48,7 +49,7 @@ def run(request: Request, output: Output, against: str | None, language: str | N
 
         pairs = table_of_pairs(dataclasses.asdict(found), against)
         console.table(pairs.title, pairs.columns, pairs.rows, to_stdout=output.form is Format.table)
-    output.deliver(_tables_of(found), lambda form: _rendered(found, form))
+    output.deliver(_tables_of(found, details), lambda form: _rendered(found, form))
 
 
 AnyReport: TypeAlias = Report | AnsweringReport | EncodingReport
@@ -89,10 +90,10 @@ def _of_texts(request: Request, language: str | None) -> encoding_run.EncodingRe
     )
 
 
-def _tables_of(found: AnyReport) -> list[Table]:
+def _tables_of(found: AnyReport, details: bool) -> list[Table]:
     if isinstance(found, EncodingReport):
         return encoding_report.to_tables(found)
-    return answering_report.to_tables(found) if isinstance(found, AnsweringReport) else report.to_tables(found)
+    return answering_report.to_tables(found) if isinstance(found, AnsweringReport) else report.to_tables(found, details=details)
 
 
 def _rendered(found: AnyReport, form: str) -> str:

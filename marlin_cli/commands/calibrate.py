@@ -33,9 +33,7 @@ def calibrate(
             " Without it --corpus is read, with spans taken out."
         ),
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write (.safetensors); it replaces statistics that are there.")
-    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File to write (.safetensors).")] = None,
     max_bytes: Annotated[str | None, typer.Option(help="Stop after so many bytes of the corpus, e.g. 2M.")] = None,
     seq_bytes: Annotated[
         str | None,
@@ -49,6 +47,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of files and of the mixing.")] = 0,
     shard: Annotated[str, typer.Option(help="INDEX/COUNT: measure every COUNT-th window; merge the shards.")] = "0/1",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of these options.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace statistics that are there.")] = False,
     hessian: Annotated[
         bool, typer.Option("--hessian", help="Also keep x^T x of every layer's input, which gptq and awq read; large.")
     ] = False,
@@ -84,7 +83,7 @@ def calibrate(
             raise UsageError("--merge needs two statistics files or more: marlin calibrate --merge A B -o OUT")
         from marlin_cli.commands.calibration_run import merge_files
 
-        merge_files([Path(name) for name in named], Path(output), json_output=json_output)
+        merge_files([Path(name) for name in named], Path(output), overwrite=overwrite, json_output=json_output)
         return
     if len(named) > 1:
         raise UsageError(f"one model at a time, found {' and '.join(named[:2])}; corpora are named with --corpus")
@@ -107,6 +106,7 @@ def calibrate(
             Path(output),
             shard=share,
             resume=resume,
+            overwrite=overwrite,
             hessian=hessian,
             options=parse_import_options(import_options),
             device=device,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marlin_cli import console
-from marlin_cli.errors import StatisticsError, UsageError
+from marlin_cli.errors import OutputError, StatisticsError, UsageError
 from marlin_cli.ranks import Ranks
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
 from marlin_cli.statistics.show import domain_table, drawings, summarise, tables
@@ -44,6 +44,7 @@ def run(
     *,
     shard: tuple[int, int],
     resume: bool,
+    overwrite: bool,
     hessian: bool,
     options: "ImportOptions",
     device: str,
@@ -62,7 +63,7 @@ def run(
     from marlin_cli.statistics.run import check_output, unfinished_path
     from marlin_cli.statistics.shared_run import calibrate_together, share_path
 
-    check_output(output, resume=resume)
+    check_output(output, resume=resume, overwrite=overwrite)
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
     network = load(location, device=device, dtype=mx.float32, options=options).network
@@ -105,8 +106,10 @@ def run(
         _report(statistics, output, json_output=json_output)
 
 
-def merge_files(files: Sequence[Path], output: Path, *, json_output: bool) -> None:
+def merge_files(files: Sequence[Path], output: Path, *, overwrite: bool, json_output: bool) -> None:
     """Add up statistics of one model and write the sum."""
+    if output.is_file() and output.stat().st_size and not overwrite:
+        raise OutputError(f"{output}: already exists; name another file or pass --overwrite")
     statistics = load_statistics(files[0])
     for file in files[1:]:
         other = load_statistics(file)

@@ -24,7 +24,10 @@ def generate(
     hex_prompt: Annotated[str | None, typer.Option("--hex", help="Prompt as hexadecimal digits.")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help='JSONL of prompts: {"prompt": text}, {"prompt_base64": ..} or {"prompt_hex": ..}.'),
+        typer.Option(
+            help='A file of prompts, a text a line (.txt) or JSONL: {"prompt": text}, {"prompt_base64": ..} or'
+            ' {"prompt_hex": ..}.'
+        ),
     ] = None,
     max_bytes: Annotated[str, typer.Option(help="Bytes to generate, for example 256 or 4k.")] = "256",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.0,

@@ -59,7 +59,7 @@ class Command(TyperCommand):
             if not str(error).startswith("Got unexpected extra argument"):
                 raise
             takes_files = any(name_of(each) == "--prompt-file" for each in self.params)
-            hint = "; a file is given with --prompt-file, or through a pipe" if takes_files else ""
+            hint = "; a text is given with -p, a file with --prompt-file or through a pipe" if takes_files else ""
             among = ", ".join(map(quoted, given[:8]))
             raise UsageError(f"{ctx.info_name}: an argument too many among {among}{hint}") from None
         if not ctx.resilient_parsing:

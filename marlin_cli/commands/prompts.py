@@ -24,6 +24,8 @@ MOST_PROMPT_BYTES = 16 << 20
 MOST_PROMPTS_BYTES = 64 << 20
 MOST_PROMPTS = 1_000_000
 
+PLAIN = ".txt"  # the name of a file of prompts that are lines, not JSON
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -74,7 +76,8 @@ def one_prompt(text: str | None, file: str | None, hexadecimal: str | None) -> P
 
 
 def read_prompts(file: str) -> list[Prompt]:
-    """Prompts of a JSONL file (or `-`): a string, or an object with prompt, prompt_base64 or prompt_hex, and id.
+    """Prompts of a JSONL file (or `-`): a string, or an object with prompt, prompt_base64 or prompt_hex, and id;
+    of a file that is named .txt each line that is not blank, as it stands.
 
     Raises:
         UsageError: the file cannot be read, is too large, holds no prompt, or a line is none of these.
@@ -82,11 +85,14 @@ def read_prompts(file: str) -> list[Prompt]:
     with _opened(file) as opened:
         lines = lines_of(opened, "stdin" if file == "-" else file, UsageError, most_bytes=MOST_PROMPTS_BYTES)
         rows = itertools.islice(lines, MOST_PROMPTS + 1)
-        prompts = [prompt_of(parse_json(line, where, UsageError), where) for where, line in rows]
+        if file.endswith(PLAIN):
+            prompts = [Prompt(line.removesuffix(b"\r"), where=where) for where, line in rows]
+        else:
+            prompts = [prompt_of(parse_json(line, where, UsageError), where) for where, line in rows]
     if len(prompts) > MOST_PROMPTS:
         raise UsageError(f"{file}: holds more than {MOST_PROMPTS:,} prompts; cut it into several files")
     if not prompts:
-        raise UsageError(f"{file}: no prompts; write one JSON object a line")
+        raise UsageError(f"{file}: no prompts; write {'a text' if file.endswith(PLAIN) else 'one JSON object'} a line")
     return prompts
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from marlin_cli.quantization.apply import (
 from marlin_cli.quantization.distill import distill, settings_for
 from marlin_cli.quantization.feeds import feed_of
 from marlin_cli.quantization.layers import LayerReport, planned
-from marlin_cli.quantization.methods import METHODS, RESCALING
+from marlin_cli.quantization.methods import METHODS, NEED_HESSIANS, RESCALING
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.quantization.sequential import quantize_sequentially
 from marlin_cli.quantization.stream import quantize_checkpoint
@@ -102,6 +102,8 @@ def pack(
             AssumptionWarning,
             stacklevel=2,
         )
+    if statistics is not None and method in NEED_HESSIANS and (few := _too_few_rows(statistics, reports)):
+        console.note(f"marlin: {statistics_file}: {few}; {method} fits noise then: calibrate on more bytes (--max-bytes)")
     if json_output:
         print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:
@@ -110,6 +112,23 @@ def pack(
         from marlin_cli.commands.packing_report import write_report
 
         write_report(page, model, options, target, method, reports, kept, statistics, domain_weights)
+
+
+# Rows of a layer's input for each of its channels, below which x^T x is mostly chance.
+LEAST_ROWS_A_CHANNEL = 4
+
+
+def _too_few_rows(statistics: Statistics, reports: Sequence[LayerReport]) -> str:
+    """What is said where the calibration was too short for its Hessians; empty where it was not."""
+    packed = [report.plan for report in reports if report.plan.format is not None]
+    short = [plan for plan in packed if statistics.rows(plan.path) < LEAST_ROWS_A_CHANNEL * plan.columns]
+    if not short:
+        return ""
+    worst = min(short, key=lambda plan: statistics.rows(plan.path) / plan.columns)
+    return (
+        f"{len(short)} of {len(packed)} layers were measured on fewer than {LEAST_ROWS_A_CHANNEL} rows a channel"
+        f" ({worst.path}: {statistics.rows(worst.path):,} rows, {worst.columns:,} channels)"
+    )
 
 
 @dataclass(frozen=True)

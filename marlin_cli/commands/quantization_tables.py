@@ -40,6 +40,8 @@ def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: M
         kept: bytes of all but the layers' weights, by type.
     """
     parts = by_part(layers)
+    # Where errors of outputs were measured, they are what was made small; those of the weights may be larger for it.
+    by_output = any(part.output_error is not None for part in parts)
     rows = [
         [
             part.part,
@@ -48,8 +50,9 @@ def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: M
             f"{part.bits_per_weight:.2f}",
             f"{part.bytes_before:,}",
             f"{part.bytes_after:,}",
+            *([_percent(part.output_error), _percent(part.mlx_output_error)] if by_output else []),
             _percent(part.relative_error),
-            _percent(part.mlx_relative_error),
+            *([] if by_output else [_percent(part.mlx_relative_error)]),
         ]
         for part in parts
     ]
@@ -57,9 +60,11 @@ def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: M
     before = sum(part.bytes_before for part in parts) + others
     after = sum(part.bytes_after for part in parts) + others
     weights = sum(part.weights for part in parts)
-    rows.append(["other", ", ".join(sorted(kept)), "", "", f"{others:,}", f"{others:,}", "", ""])
-    rows.append(["all", "", "", f"{8 * (after - others) / weights:.2f}", f"{before:,}", f"{after:,}", "", ""])
-    columns = ["part", "format", "layers", "bits/weight", "bytes before", "bytes after", "error", "MLX's encoder"]
+    blank = [""] * (3 if by_output else 2)
+    rows.append(["other", ", ".join(sorted(kept)), "", "", f"{others:,}", f"{others:,}", *blank])
+    rows.append(["all", "", "", f"{8 * (after - others) / weights:.2f}", f"{before:,}", f"{after:,}", *blank])
+    columns = ["part", "format", "layers", "bits/weight", "bytes before", "bytes after"]
+    columns += ["error of outputs", "MLX's", "of weights"] if by_output else ["error", "MLX's encoder"]
     title = f"{model} -> {target}" if target is not None else f"{model}: plan, nothing written"
     console.table(title, columns, rows)
     worst = [
@@ -67,7 +72,7 @@ def show(model: str, target: Path | None, layers: Sequence[LayerReport], kept: M
         for each in map(_worst, worst_layers(layers))
     ]
     if worst:
-        title = "largest squared error of the output over its square, on the calibration's inputs"
+        title = "Largest squared error of the output over its square, on the calibration's inputs"
         console.table(title, ["layer", "format", "error", "MLX's encoder"], worst)
 
 

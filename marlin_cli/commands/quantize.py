@@ -90,6 +90,17 @@ def quantize(
         typer.Option(metavar="compressed-tensors", help="Write it as llm-compressor does; every layer nvfp4 or as it is."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its sizes; write nothing.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Read no weights and write nothing: sizes in 16, 8, 4/8 and 4 bits, of MODEL, a config.json or a preset"
+            " such as byt5-xxl.",
+        ),
+    ] = False,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="With --plan: GB/s at which memory is read, for the bytes a second that it allows.")
+    ] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Unpack a packed model.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
@@ -121,6 +132,10 @@ def quantize(
     )
     from marlin_cli.engine.heads import with_heads
 
+    if plan:
+        from marlin_cli.commands.quantize_plan import show_plan
+
+        return show_plan(model, parse_import_options(import_options), kv_bits, bandwidth, json_output=json_output)
     if output is None and not dry_run:
         raise UsageError("--output is missing; name the folder to write, or pass --dry-run")
     if output is not None:

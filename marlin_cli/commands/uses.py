@@ -167,6 +167,7 @@ CALIBRATE: Mapping[str, Uses] = {
     "--seed": _of(without=_MEASURING),
     "--shard": _of(without=_MEASURING),
     "--resume": _of(without=_MEASURING),  # without a beginning it begins, so that one line does for both
+    "--overwrite": _of(needs=("--output",)),
     "--hessian": _of(without=_MEASURING),
     "--merge": _of(without=("--show",)),
     "--show": _of(),
@@ -175,7 +176,7 @@ CALIBRATE: Mapping[str, Uses] = {
     "--device": _of(without=_MEASURING),
 }
 
-_UNPACKING = ("--dequantize",)
+_UNPACKING = ("--dequantize", "--plan")  # neither packs
 _PACKING = _of(without=_UNPACKING)
 
 
@@ -188,7 +189,7 @@ _CALIBRATED = ("--sequential", "--target-bpw")
 # What --dry-run writes nothing of is allowed beside it: it is put before the line of the run that it is of.
 QUANTIZE: Mapping[str, Uses] = {
     "MODEL": _of(),
-    "--output": _of(),
+    "--output": _of(without=("--plan",)),
     "--bits": _PACKING,
     "--global-bits": _part("global"),
     "--local-bits": _part("local", "states"),
@@ -196,7 +197,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
     "--cross-bits": _part("cross", of=(ANSWERS,)),
     "--wo-bits": _part("encoder", "decoder"),
-    "--kv-bits": _of(*CONTINUING, ANSWERS, without=_UNPACKING),
+    "--kv-bits": _of(*CONTINUING, ANSWERS, without=("--dequantize",)),
     "--balance-keys": _of(*CONTINUING, ANSWERS, needs=("--stats",), without=_UNPACKING),
     "--global-format": _part("global"),
     "--local-format": _part("local", "states"),
@@ -218,8 +219,10 @@ QUANTIZE: Mapping[str, Uses] = {
     "--report": _of(without=(*_UNPACKING, "--dry-run")),
     # Nothing but marlin would read texts' networks so, and transformers take one for a CANINE of its own without weights.
     "--export": _of(*READS_BYTES, without=_UNPACKING),
-    "--dry-run": _of(),
-    "--dequantize": _of(),
+    "--dry-run": _of(without=("--plan",)),
+    "--plan": _of(),
+    "--bandwidth": _of(needs=("--plan",)),
+    "--dequantize": _of(without=("--plan",)),
     "--overwrite": _of(needs=("--output",)),
     "--import": _of(*CONTINUING, ENCODES),
     "--json": _of(),
@@ -227,49 +230,52 @@ QUANTIZE: Mapping[str, Uses] = {
 
 _NOTHING_RUN = ("--kernels", "--compare")
 _NOT_MEASURED = (*_NOTHING_RUN, "--plan")
+_ONE_TABLE = ("--formats",)  # of one model packed in memory, and of nothing else
 _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
-_SCORED = ("--quality",)
+_SCORED = ("--quality", "--formats")
 
 BENCH: Mapping[str, Uses] = {
     "MODEL": _of(without=("--compare",)),
     "--prompt-bytes": _of(without=_NOT_TIMED),
     "--decode-bytes": _of(*CONTINUING, ANSWERS, without=_NOT_TIMED),
     "--repeats": _of(without=_NOT_TIMED),
-    "--seconds": _of(*CONTINUING, without=_NOT_TIMED),
-    "--roofline": _of(*CONTINUING, without=_NOT_TIMED),
+    "--seconds": _of(*CONTINUING, without=(*_NOT_TIMED, *_ONE_TABLE)),
+    "--roofline": _of(*CONTINUING, without=(*_NOT_TIMED, *_ONE_TABLE)),
     "--no-throughput": _of(without=_NOT_MEASURED),
+    "--formats": _of(*PREDICTS, without=_NOT_MEASURED),
+    "--details": _of(*CONTINUING, needs=("--quality",), without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--quality": _of(*PREDICTS, without=_NOT_MEASURED),
-    "--reference": _of(*PREDICTS, needs=_SCORED),
+    "--reference": _of(*PREDICTS, needs=("--quality",), without=_ONE_TABLE),
     "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED),
     "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
     "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
     "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED),
-    "--resume": _of(*CONTINUING, needs=_SCORED),  # without a beginning it begins, as in calibrate
+    "--resume": _of(*CONTINUING, needs=("--quality",), without=_ONE_TABLE),  # without a beginning it begins, as in calibrate
     "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
     "--language": _heads("sentence", without=_NOT_MEASURED),
     # What continues bytes is scored without a cache; answers read one.
     "--kv-bits": {
-        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
-        ANSWERS: Use(without=_NOT_MEASURED),
+        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
+        ANSWERS: Use(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     },
-    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
+    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
     "--activation-bits": _of(without=("--compare", "--plan")),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
     "--output": _of(without=("--kernels", "--plan")),
-    "--report": _of(without=_NOT_MEASURED),
-    "--plot": _of(without=_NOT_MEASURED),
+    "--report": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
+    "--plot": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--device": _of(without=("--compare",)),
-    "--against": _of(*CONTINUING, without=_NOT_TIMED),
-    "--save": _of(without=_NOT_MEASURED),
+    "--against": _of(*CONTINUING, without=(*_NOT_TIMED, *_ONE_TABLE)),
+    "--save": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--compare": _of(),
     "--plan": _of(*CONTINUING, without=("--compare",)),
-    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--batch": _of(without=_NOT_TIMED),
+    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
+    "--batch": _of(without=(*_NOT_TIMED, *_ONE_TABLE)),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
-    "--split": _of(CONTINUES, ANSWERS, needs=_SCORED, without=("--resume", "--reference-cache")),
+    "--split": _of(CONTINUES, ANSWERS, needs=("--quality",), without=("--resume", "--reference-cache", *_ONE_TABLE)),
     "--ranks": _of(CONTINUES, needs=("--plan",)),
     "--link": _of(CONTINUES, needs=("--ranks",)),
 }

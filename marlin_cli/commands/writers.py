@@ -10,6 +10,7 @@ from typing import Protocol
 
 from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
+from marlin_cli.console import note
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
 from marlin_cli.engine.states import PromptKeeper
@@ -57,6 +58,8 @@ def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False)
         sys.stdout.buffer.write(view.flush() + b"\n")
         sys.stdout.buffer.flush()
     wall_s = time.perf_counter() - started
+    if reason == "context":
+        note("marlin: the model's context is full, so it ends here; give a shorter prompt, or its end")
     return f"{count} bytes out ({reason}); first byte after {1000 * (first_s or 0):.0f} ms, {count / wall_s:.1f} bytes/s in all"
 
 

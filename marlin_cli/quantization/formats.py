@@ -14,10 +14,15 @@ class Format:
     bits: int
     group_sizes: tuple[int, ...]
     group_overhead_bits: int  # scale, and bias where there is one
+    layer_bytes: int = 0  # of what a layer has beside its groups
 
     def bits_per_weight(self, group_size: int) -> float:
         """Bits of a weight with its share of the scale."""
         return self.bits + self.group_overhead_bits / group_size
+
+    def bytes_of(self, weights: int, group_size: int) -> int:
+        """Bytes of a layer of so many weights."""
+        return round(weights * self.bits_per_weight(group_size) / 8) + self.layer_bytes
 
     def group_size_for(self, columns: int) -> int | None:
         """The preferred group that divides `columns`, or None."""
@@ -25,7 +30,7 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "nvfp4": Format("nvfp4", "nvfp4", 4, (16,), 8),  # E2M1 under an E4M3 scale
+    "nvfp4": Format("nvfp4", "nvfp4", 4, (16,), 8, 4),  # E2M1 under an E4M3 scale, and a float32 scale of all
     "mxfp4": Format("mxfp4", "mxfp4", 4, (32,), 8),  # E2M1 under an E8M0 scale
     "mxfp8": Format("mxfp8", "mxfp8", 8, (32,), 8),  # E4M3 under an E8M0 scale
     "int4": Format("int4", "affine", 4, (64, 32, 128), 32),  # 16-bit scale and bias

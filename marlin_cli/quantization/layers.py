@@ -72,7 +72,7 @@ def planned(plan: LayerPlan, weight: mx.array) -> LayerReport:
     """The sizes of a layer's weight before, as it is stored, and after, from its plan; nothing of it is read."""
     if plan.format is None:
         return LayerReport(plan, weight.nbytes, weight.nbytes, kept_as=type_name(weight))
-    return LayerReport(plan, weight.nbytes, round(plan.rows * plan.columns * plan.format.bits_per_weight(plan.group_size) / 8))
+    return LayerReport(plan, weight.nbytes, plan.format.bytes_of(plan.rows * plan.columns, plan.group_size))
 
 
 def type_name(array: mx.array) -> str:

@@ -122,6 +122,27 @@ def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16, dec
     )
 
 
+def settings_named(text: str) -> QuantizationSettings:
+    """Settings by a short name: a format or its bits for all parts (nvfp4, 8), or two with a slash between (4/8, int4/int8),
+    the second for the parts that keep 8 bits unless told otherwise.
+
+    Raises:
+        ConfigError: something else.
+    """
+    first, slash, second = text.partition("/")
+    most = _format_named(first)
+    rest = _format_named(second) if slash else most
+    return QuantizationSettings(most, rest, encoder_format=most, decoder_format=most, cross_format=most, wo_format=rest)
+
+
+def _format_named(text: str) -> str:
+    if text in ("4", "8"):
+        return default_format(int(text)).name
+    if text not in FORMATS:
+        raise ConfigError(f"unknown format {text!r}{did_you_mean(text, [*FORMATS, '4', '8', '4/8'])}")
+    return text
+
+
 def load_recipe(name: str) -> QuantizationSettings:
     """Settings from a YAML file, or from a shipped recipe (configs/recipes) by its name.
 

@@ -23,6 +23,8 @@ class PartReport:
     bytes_after: int
     relative_error: float | None
     mlx_relative_error: float | None
+    output_error: float | None = None  # RMS error of outputs over their RMS, the mean of squares weighed by weights
+    mlx_output_error: float | None = None
 
 
 def by_part(layers: Sequence[LayerReport]) -> list[PartReport]:
@@ -52,7 +54,17 @@ def _part(part: str, name: str, members: Sequence[LayerReport]) -> PartReport:
         bytes_after=after,
         relative_error=_relative([(layer.squared_error, layer.squared_weight) for layer in members]),
         mlx_relative_error=_relative([(layer.mlx_squared_error, layer.squared_weight) for layer in members]),
+        output_error=_of_outputs([(layer.output_error, layer) for layer in members]),
+        mlx_output_error=_of_outputs([(layer.mlx_output_error, layer) for layer in members]),
     )
+
+
+def _of_outputs(errors: Sequence[tuple[float | None, LayerReport]]) -> float | None:
+    """The root of the mean of squared errors, weighed by weights; None unless all were measured."""
+    known = [(error, layer.plan.rows * layer.plan.columns) for error, layer in errors if error is not None]
+    if len(known) < len(errors):
+        return None
+    return math.sqrt(sum(error * weights for error, weights in known) / sum(weights for _, weights in known))
 
 
 def _relative(squares: Sequence[tuple[float | None, float | None]]) -> float | None:

@@ -9,13 +9,13 @@ from marlin_cli.reports.forms import Table
 from marlin_cli.reports.measurements import groups_of, scores_of
 
 
-def quality_tables(name: str, quality: Quality, settings: QualitySettings) -> list[Table]:
-    """The scores of the domains, and where there are any those of classes and positions."""
+def quality_tables(name: str, quality: Quality, settings: QualitySettings, *, details: bool) -> list[Table]:
+    """The scores of the domains, and with details those of classes and positions where there are any."""
     tables = [_by_domain(name, quality, settings)]
-    if groups := groups_of(quality):
+    if details and (groups := groups_of(quality)):
         by = "by kind of byte and by position in the patch" if quality.patch_positions else "by kind of byte"
         title = f"Quality of {name} {by}, all domains as one sample"
-        tables.append(_scores_table(title, "bytes that are", groups, settings))
+        tables.append(_scores_table(title, "bytes that are", groups, beside=settings.reference not in (None, name)))
     return tables
 
 
@@ -24,12 +24,12 @@ def _by_domain(name: str, quality: Quality, settings: QualitySettings) -> Table:
         f"Quality of {name} on {', '.join(settings.corpora)}: total bits over total bytes, {_windows(settings)},"
         " standard errors over windows"
     )
-    if settings.reference is not None:
+    if settings.reference is not None and name != settings.reference:
         title += (
             f"\nagainst {settings.reference}: difference of bits/byte; KL(reference || model) in bits/byte, its mean,"
             " median, 99 % and maximum; share of bytes with the same likeliest one"
         )
-    return _scores_table(title, "domain", scores_of(quality), settings)
+    return _scores_table(title, "domain", scores_of(quality), beside=settings.reference not in (None, name))
 
 
 def _windows(settings: QualitySettings) -> str:
@@ -39,14 +39,15 @@ def _windows(settings: QualitySettings) -> str:
     return f"windows of {windowing.window_bytes:,} bytes every {windowing.stride:,}, each byte scored once"
 
 
-def _scores_table(title: str, first: str, scores: Sequence[tuple[str, Score]], settings: QualitySettings) -> Table:
+def _scores_table(title: str, first: str, scores: Sequence[tuple[str, Score]], *, beside: bool) -> Table:
+    """Args: beside: the columns of a comparison too; a model is not compared with itself."""
     columns = [first, "bytes", "windows", "bits/byte", "s.e."]
-    if settings.reference is not None:
+    if beside:
         columns += ["difference", "s.e.", "KL", "s.e.", "median", "99 %", "max", "top-1"]
     rows = []
     for name, score in scores:
         row = [name, f"{score.bytes:,}", f"{score.windows:,}", *_with_error(score.bits_per_byte, ".5f")]
-        rows.append(row + (_beside(score.against_reference) if score.against_reference is not None else []))
+        rows.append(row + (_beside(score.against_reference) if beside and score.against_reference is not None else []))
     return Table(title, columns, rows)
 
 

@@ -21,8 +21,12 @@ def to_markdown(report: Report) -> str:
 RENDERINGS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "md": to_markdown}
 
 
-def to_tables(report: Report) -> list[Table]:
-    """The machine, speed and memory with a column a model, and quality with a table a model."""
+def to_tables(report: Report, *, details: bool = True) -> list[Table]:
+    """The machine, speed and memory with a column a model, and quality with a table a model.
+
+    Args:
+        details: by kind of byte and by position in the patch too.
+    """
     tables = [machine_table(report.machine, report.peak_resident_bytes)]
     if report.throughput_settings is not None:
         tables.append(speed_table(report, report.throughput_settings))
@@ -40,5 +44,5 @@ def to_tables(report: Report) -> list[Table]:
     )
     for model in report.models:
         if model.quality is not None and report.quality_settings is not None:
-            tables += quality_tables(model.model, model.quality, report.quality_settings)
+            tables += quality_tables(model.model, model.quality, report.quality_settings, details=details)
     return tables

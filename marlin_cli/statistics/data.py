@@ -190,6 +190,14 @@ class Statistics:
         largest: npt.NDArray[np.float32] = self._input_of(path).absolute_maximum.max(axis=(0, 1), initial=0.0)
         return largest
 
+    def rows(self, path: str) -> int:
+        """How many rows of a linear layer's input were measured.
+
+        Raises:
+            StatisticsError: no such layer.
+        """
+        return int(self._input_of(path).count.sum())
+
     def _input_of(self, path: str) -> Moments:
         if path not in self.layers:
             raise StatisticsError(f"the statistics hold no layer {quoted(path)}; they belong to another model")

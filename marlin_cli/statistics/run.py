@@ -43,8 +43,8 @@ def unfinished_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(output: Path, *, resume: bool) -> None:
-    """Raise now what `calibrate` would raise after the model is read.
+def check_output(output: Path, *, resume: bool, overwrite: bool = True) -> None:
+    """Raise now what `calibrate` would raise after the model is read, and without `overwrite` for statistics that are there.
 
     Raises:
         OutputError: the output cannot be written or is a file of another kind, or an unfinished run is there and `resume`
@@ -54,6 +54,8 @@ def check_output(output: Path, *, resume: bool) -> None:
         raise OutputError(f"{output}: is a folder; name a file to write")
     if output.is_file() and not holds_statistics(output):
         raise OutputError(f"{output}: is there and holds no statistics, which alone are replaced; name another file")
+    if output.is_file() and output.stat().st_size and not (overwrite or resume):
+        raise OutputError(f"{output}: already exists; name another file or pass --overwrite")
     check_output_parent(output)
     unfinished = unfinished_path(output)
     if unfinished.exists() and not resume:

@@ -194,9 +194,14 @@ def _load(path: Path) -> tuple[Statistics, dict[str, Any] | None]:
     return found, header.corpus_state
 
 
+def _kind(metadata: Mapping[str, str]) -> str:
+    """What a safetensors file that holds no statistics is."""
+    return "the state of a prompt" if "prompt_ids" in metadata else "weights of a model or other arrays"
+
+
 def _header(path: Path, metadata: Mapping[str, str]) -> _Header:
     if METADATA_KEY not in metadata:
-        raise StatisticsError(f"{path}: a safetensors file, but not statistics of marlin calibrate")
+        raise StatisticsError(f"{path}: holds {_kind(metadata)}, not statistics; those come from marlin calibrate -o FILE")
     document = parse_json(metadata[METADATA_KEY], f"{path}: its metadata", StatisticsError)
     version = document.get("version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:

@@ -175,7 +175,7 @@ WRONG = {
     "merging a model": (
         ["--merge", "model/model.safetensors", "model/model.safetensors", "-o", "s.safetensors"],
         1,
-        "model/model.safetensors: a safetensors file, but not statistics",
+        "model/model.safetensors: holds weights of a model or other arrays, not statistics",
     ),
     "merging a file with itself": (
         ["--merge", "once.safetensors", "once.safetensors", "-o", "s.safetensors"],

@@ -103,6 +103,7 @@ VALUES = {
     "--max-bytes-per-file": "64",
     "--max-quality-bytes": "1k",
     "--reference-cache": "0",
+    "--formats": "nvfp4",
     "--format": "json",
     "--plot": "plot.svg",
     "--against": "MODEL",

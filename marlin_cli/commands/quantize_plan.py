@@ -1,0 +1,147 @@
+"""`marlin quantize MODEL --plan`: what a model would take in 16, 8, 4/8 and 4 bits, from its configuration alone."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx.utils import tree_flatten
+
+from marlin_cli import console
+from marlin_cli.checkpoints import ImportOptions, hugging_face, read_checkpoint
+from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.config import from_mapping
+from marlin_cli.documents import read_json
+from marlin_cli.errors import CheckpointError, ConfigError, UsageError
+from marlin_cli.models import ARCHITECTURES, Network, architecture_named, architecture_of, linear_layers, part_of, preset
+from marlin_cli.prediction.arithmetic import costs_of
+from marlin_cli.prediction.sizes import part_of_weight
+from marlin_cli.quantization.plan import KEEP, QuantizationSettings, plan_layers, settings_named
+
+STORED_BYTES = 2  # of a number that stays as it is: 16 bits
+
+# The mixes that are shown, by their names.
+MIXES: Mapping[str, QuantizationSettings] = {
+    "16": QuantizationSettings(*[KEEP] * 6),
+    **{name: settings_named(name) for name in ("8", "4/8", "4")},
+}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A model in some bits. Bytes a second are those of one stream where reading memory is all that takes time."""
+
+    format: str
+    bits_per_weight: float  # of all layers
+    weight_bytes: int
+    cache_bytes: int | None  # keys and values of one stream at the context; None where that is not known
+    bytes_per_second: float | None  # None: no bandwidth, or not known
+
+    @property
+    def all_bytes(self) -> int:
+        return self.weight_bytes + (self.cache_bytes or 0)
+
+
+def show_plan(
+    name: str, options: ImportOptions, kv_bits: int | None, gigabytes_per_second: float | None, *, json_output: bool
+) -> None:
+    """The table on stdout, or with `json_output` one document.
+
+    Raises:
+        MarlinError: no configuration, or an impossible one.
+    """
+    if gigabytes_per_second is not None and not 0 < gigabytes_per_second < float("inf"):
+        raise UsageError(f"--bandwidth must be more than 0, found {gigabytes_per_second:g}")
+    rate = None if gigabytes_per_second is None else 1e9 * gigabytes_per_second
+    network = draft(name, options)
+    mixes: dict[tuple[int, float], Mix] = {}
+    for title, settings in MIXES.items():
+        mix = mix_of(network, title, settings, kv_bits or 16, rate, name)
+        mixes.setdefault((mix.weight_bytes, mix.bits_per_weight), mix)  # of a single part 4/8 is 4
+    if json_output:
+        rows = [{**asdict(mix), "all_bytes": mix.all_bytes} for mix in mixes.values()]
+        print(json.dumps({"model": name, "weights": _weights(network), "mixes": rows}, allow_nan=False))
+        return
+    columns = ["bits", "bits/weight", "weights, bytes"]
+    known = any(mix.cache_bytes is not None for mix in mixes.values())
+    columns += [f"keys and values, {network.config.max_bytes:,} bytes", "all, bytes"] if known else []
+    timed = any(mix.bytes_per_second is not None for mix in mixes.values())
+    columns += [f"bytes/s at {gigabytes_per_second:g} GB/s"] if timed else []
+    rows = []
+    for mix in mixes.values():
+        cells = [mix.format, f"{mix.bits_per_weight:.2f}", f"{mix.weight_bytes:,}"]
+        cells += [f"{mix.cache_bytes or 0:,}", f"{mix.all_bytes:,}"] if known else []
+        rows.append([*cells, *([f"{mix.bytes_per_second or 0:,.0f}"] if timed else [])])
+    console.table(f"{name}: {_weights(network):,} weights; a plan, nothing is read or written", columns, rows, to_stdout=True)
+    if gigabytes_per_second is not None and not timed:
+        title = architecture_of(network).title
+        console.note(f"--bandwidth: the arithmetic of a {title} is not known, so no speed is told")
+
+
+def draft(name: str, options: ImportOptions) -> Network:
+    """A network of this configuration whose numbers are never computed: of a preset, a config.json, or a model.
+
+    Raises:
+        MarlinError: there is none, or it is impossible.
+    """
+    path = Path(os.path.expanduser(name))
+    try:
+        return _drafted(preset(name))
+    except ConfigError:
+        if not name.startswith("hf:") and not path.exists():
+            path = locate_model(name)  # a shipped demo, or what says that there is none
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix != ".json" or not file.is_file():
+        checkpoint = read_checkpoint(locate_model(name), options, check_values=False)
+        if checkpoint.quantization is not None:
+            raise UsageError(f"--plan: {name} is packed already; marlin info tells what it takes")
+        return _drafted(from_mapping(architecture_named(checkpoint.config, name).config, checkpoint.config, name))
+    document = read_json(file, CheckpointError)
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file}: is no configuration of a model")
+    if document.get("model_type") in ("t5", "mt5"):
+        document = hugging_face.config_from(file.parent, document)
+    document = {key: value for key, value in document.items() if key not in ("quantization", "quantization_config", "marlin")}
+    return _drafted(from_mapping(architecture_named(document, str(file)).config, document, str(file)))
+
+
+def _drafted(config: Any) -> Network:
+    network: Network = ARCHITECTURES[config.model_type].network(config)
+    return network
+
+
+def mix_of(
+    network: Network, title: str, settings: QuantizationSettings, kv_bits: int, bytes_per_second: float | None, where: str
+) -> Mix:
+    """Sizes of the network with its layers packed by the settings, and the speed that reading them allows.
+
+    Raises:
+        QuantizationError: a layer that cannot be packed so.
+    """
+    layers = linear_layers(network)
+    plans = plan_layers({path: tuple(layer.weight.shape) for path, layer in layers.items()}, settings, where)
+    by_part: Counter[str] = Counter()
+    packed = 0
+    for plan in plans:
+        count = plan.rows * plan.columns
+        size = count * STORED_BYTES if plan.format is None else plan.format.bytes_of(count, plan.group_size)
+        by_part[part_of(plan.path)] += size
+        packed += size
+    weights = {f"{path}.weight" for path in layers}
+    for path, array in tree_flatten(network.parameters()):
+        if path not in weights:
+            by_part[part_of_weight(path)] += array.size * STORED_BYTES
+    cache = speed = None
+    if architecture_of(network).decoding is not None:
+        costs = costs_of(network.config, dict(by_part), network.config.max_bytes, kv_bits)
+        cache = round(sum(costs.cache_bytes.values()))
+        speed = None if bytes_per_second is None else 1 / costs.seconds_per_byte(bytes_per_second)
+    in_layers = sum(plan.rows * plan.columns for plan in plans)
+    return Mix(title, 8 * packed / in_layers, sum(by_part.values()), cache, speed)
+
+
+def _weights(network: Network) -> int:
+    return sum(array.size for _, array in tree_flatten(network.parameters()))
