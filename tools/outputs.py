@@ -4,9 +4,9 @@
 
 A block to run is a fenced one of the language `console` after a line `<!-- run -->`. In it `$ ` begins a command (a line that
 ends with a backslash, or within quotes, goes on in the next); all else is output. Blocks of a page run one after the other in a
-folder of their own; a line of `...` in an output stands for lines that are left out there, and as many as stood before and after
-it are kept. Commands have no terminal. Numbers differ between machines, so --check compares all but digits, and how many of them
-and of spaces stand in a row.
+folder of their own; a line of `...` in an output stands for lines that are left out there, and as many as stood before and
+after it are kept. Commands have no terminal. Numbers differ between machines, so --check compares all but digits, and how many
+of them and of spaces stand in a row.
 """
 
 import os
