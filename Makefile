@@ -77,9 +77,8 @@ docs-output: .venv/peers
 	$(BIN)/python -m pip install --quiet --editable ".$(call extras,dev peers)"
 	touch $@
 
-.venv/docs: pyproject.toml
-	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "mkdocs>=1.6,<2" "mkdocs-material>=9.6,<10"
+.venv/docs: .venv/demo
+	$(BIN)/python -m pip install --quiet --editable ".$(call extras,docs)"
 	touch $@
 
 clean:

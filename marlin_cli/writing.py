@@ -19,7 +19,10 @@ from marlin_cli.files import check_utf8_name
 UNFINISHED = ".unfinished"
 
 # What a model folder of marlin's consists of: all that --overwrite takes the place of.
-MODEL_FILES = ("config.json", "tokenizer_config.json", "README.md", "*.safetensors", "*.safetensors.index.json")
+MODEL_FILES = (
+    "config.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md", "*.safetensors",
+    "*.safetensors.index.json", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*",
+)  # fmt: skip
 
 # What a model of anybody's could not be read without. Statistics may lie beside it, under other names.
 MODEL_CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")

@@ -105,7 +105,7 @@ def run(request: FormatsRequest) -> FormatsReport:
             mx.eval(packed.network.parameters())
             round_activations(packed.network, request.activation_bits)
             progress.advance(weights)
-    scored, measures = _scores(models, request)
+    scored, measures = scores_of(models, request)
     speeds = [None] * len(models) if request.throughput is None else _speeds(list(models.values()), request.throughput)
     rows = [
         FormatRow(name, *sizes[name], measured, speed) for name, measured, speed in zip(models, measures, speeds, strict=True)
@@ -124,8 +124,8 @@ def _sizes(stored: Network, settings: QuantizationSettings | None) -> tuple[floa
     return 8 * after / weights, after + sum(kept_bytes(stored).values())
 
 
-def _scores(models: dict[str, Any], request: FormatsRequest) -> tuple[str, list[Row]]:
-    """What was scored, and of each model what of it."""
+def scores_of(models: dict[str, Any], request: FormatsRequest) -> tuple[str, list[Row]]:
+    """What was scored, and of each model what of it; the others are compared with the one that is `AS_IT_IS`."""
     first = models[AS_IT_IS]
     if isinstance(first, ContinuingModel):
         return _scores_of_bytes(models, request)

@@ -24,6 +24,7 @@ def write_model(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model folder in one step: it is whole under its final name, or it is not there.
 
@@ -31,6 +32,7 @@ def write_model(
         config: the architecture's fields; `quantization` (mlx-lm's convention) and `marlin` join it in config.json.
         weights: parameter path -> array.
         shard_bytes: weights beyond this many bytes go on in another file, with an index as transformers writes it.
+        beside: further files, by name.
 
     Raises:
         OutputError: the folder exists and `overwrite` is off, or it cannot be written.
@@ -38,6 +40,8 @@ def write_model(
     with writing_model(path, overwrite=overwrite, shard_bytes=shard_bytes) as writer:
         for name in sorted(weights):
             writer.add(name, weights[name])
+        for name, data in (beside or {}).items():
+            writer.put(name, data)
         writer.finish(config, quantization, marlin)
 
 
@@ -75,6 +79,14 @@ class ModelWriter:
         self._shard_of[name] = self._shards
         self._used_bytes += array.nbytes
         self._total_bytes += array.nbytes
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write another file of this name.
+
+        Raises:
+            OSError: as `add`.
+        """
+        (self._folder / name).write_bytes(data)
 
     def finish(
         self, config: Mapping[str, Any], quantization: Mapping[str, Any] | None, marlin: Mapping[str, Any] | None

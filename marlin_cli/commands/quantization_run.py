@@ -31,6 +31,7 @@ from marlin_cli.quantization.apply import (
     plan_network,
     quantize_network,
 )
+from marlin_cli.quantization.card import CARD, card_of, carried_files
 from marlin_cli.quantization.distill import distill, settings_for
 from marlin_cli.quantization.feeds import feed_of
 from marlin_cli.quantization.layers import LayerReport, planned
@@ -66,12 +67,14 @@ def pack(
     export: str | None,
     overwrite: bool,
     json_output: bool,
+    measure: bool = False,
 ) -> None:
     """Pack `model` into the folder `target`, or only show the plan when it is None; then show the table.
 
     Args:
         page: file for the HTML report.
         export: another tool's form of the folder, see `check_export`.
+        measure: compare with the original, and say in the card what packing cost.
     """
     if steps.sequential_bytes and method in RESCALING:
         raise UsageError(f"--sequential measures each layer's input itself; leave out --method {method}")
@@ -108,6 +111,10 @@ def pack(
         print(json.dumps(document_of(model, target, settings, method, reports, kept), allow_nan=False))
     else:
         show(model, target, reports, kept)
+    if measure and target is not None:
+        from marlin_cli.commands.measured_card import write_measured_card
+
+        write_measured_card(model, options, target, reports, kept)
     if page is not None and target is not None:
         from marlin_cli.commands.packing_report import write_report
 
@@ -159,6 +166,7 @@ class _Packing:
                 domain_weights=self.domain_weights,
                 overwrite=overwrite,
                 on_bytes=progress.advance,
+                with_card=True,
             )
         return written.layers, written.kept_bytes
 
@@ -176,10 +184,11 @@ class _Packing:
             result = _distilled(self.model, self.options, result, tuning, self.steps.distill_steps)
         parameters = dict(tree_flatten(result.network.parameters()))
         marlin = {**lasting(checkpoint.marlin), **result.marlin}
-        write_model(
-            target, config_as_mapping(network.config), parameters, result.quantization, marlin, overwrite=overwrite
-        )  # fmt: skip
-        return reports, kept_bytes(network)
+        config, kept = config_as_mapping(network.config), kept_bytes(network)
+        card = card_of(self.model, checkpoint.path, config, marlin, reports, kept)
+        beside = {**carried_files(checkpoint.path), CARD: card.encode()}
+        write_model(target, config, parameters, result.quantization, marlin, overwrite=overwrite, beside=beside)
+        return reports, kept
 
     def _quantized(self, network: Network, on_layer: Callable[[LayerReport], None]) -> Quantized:
         how: dict[str, Any] = {"method": self.method, "domain_weights": self.domain_weights, "on_layer": on_layer}

@@ -85,6 +85,19 @@ def quantize(
     report: Annotated[
         str | None, typer.Option(metavar="FILE.html", help="Write a page: size, errors, ranges, KL divergence.")
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Then score the packed model beside the original, as bench --formats does, and say it in the folder's card.",
+        ),
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Send the folder to the Hugging Face hub too; needs the extra `hub` and a token."
+        ),
+    ] = None,
     export: Annotated[
         str | None,
         typer.Option(metavar="compressed-tensors", help="Write it as llm-compressor does; every layer nvfp4 or as it is."),
@@ -145,6 +158,10 @@ def quantize(
     if page is not None:
         check_output_file(page)
     check_export(export)
+    if push is not None:
+        from marlin_cli.commands.hub import check_push
+
+        check_push(push)
     shares = domain_weights_of(domain_weight or [])
     check_models(command_line, [model])
     options = with_heads(locate_model(model), parse_import_options(import_options))
@@ -183,5 +200,9 @@ def quantize(
     with naming(stats):
         run.pack(
             model, options, target, settings, stats, method, shares, steps,
-            page=page, export=export, overwrite=overwrite, json_output=json_output,
+            page=page, export=export, overwrite=overwrite, json_output=json_output, measure=measure,
         )  # fmt: skip
+    if push is not None and target is not None:
+        from marlin_cli.commands.hub import push as send
+
+        send(target, push)

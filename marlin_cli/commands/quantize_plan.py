@@ -25,7 +25,7 @@ STORED_BYTES = 2  # of a number that stays as it is: 16 bits
 
 # The mixes that are shown, by their names.
 MIXES: Mapping[str, QuantizationSettings] = {
-    "16": QuantizationSettings(*[KEEP] * 6),
+    "16": QuantizationSettings(KEEP, KEEP, KEEP, KEEP, KEEP, KEEP),
     **{name: settings_named(name) for name in ("8", "4/8", "4")},
 }
 
@@ -70,12 +70,12 @@ def show_plan(
     columns += [f"keys and values, {network.config.max_bytes:,} bytes", "all, bytes"] if known else []
     timed = any(mix.bytes_per_second is not None for mix in mixes.values())
     columns += [f"bytes/s at {gigabytes_per_second:g} GB/s"] if timed else []
-    rows = []
+    table: list[list[str]] = []
     for mix in mixes.values():
         cells = [mix.format, f"{mix.bits_per_weight:.2f}", f"{mix.weight_bytes:,}"]
         cells += [f"{mix.cache_bytes or 0:,}", f"{mix.all_bytes:,}"] if known else []
-        rows.append([*cells, *([f"{mix.bytes_per_second or 0:,.0f}"] if timed else [])])
-    console.table(f"{name}: {_weights(network):,} weights; a plan, nothing is read or written", columns, rows, to_stdout=True)
+        table.append([*cells, *([f"{mix.bytes_per_second or 0:,.0f}"] if timed else [])])
+    console.table(f"{name}: {_weights(network):,} weights; a plan, nothing is read or written", columns, table, to_stdout=True)
     if gigabytes_per_second is not None and not timed:
         title = architecture_of(network).title
         console.note(f"--bandwidth: the arithmetic of a {title} is not known, so no speed is told")

@@ -217,6 +217,8 @@ QUANTIZE: Mapping[str, Uses] = {
     "--recipe": _PACKING,
     "--override": _PACKING,
     "--report": _of(without=(*_UNPACKING, "--dry-run")),
+    "--measure": _of(*PREDICTS, without=(*_UNPACKING, "--dry-run", "--export")),
+    "--push": _of(needs=("--output",), without=("--plan", "--dry-run")),
     # Nothing but marlin would read texts' networks so, and transformers take one for a CANINE of its own without weights.
     "--export": _of(*READS_BYTES, without=_UNPACKING),
     "--dry-run": _of(without=("--plan",)),

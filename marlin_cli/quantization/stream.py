@@ -13,6 +13,7 @@ from marlin_cli.checkpoints import Checkpoint, check_weight, lasting
 from marlin_cli.checkpoints.writer import writing_model
 from marlin_cli.models import build, config_as_mapping
 from marlin_cli.quantization.apply import marlin_table, prepared
+from marlin_cli.quantization.card import CARD, card_of, carried_files
 from marlin_cli.quantization.layers import LayerReport, pack_layer, type_name
 from marlin_cli.quantization.plan import QuantizationSettings, quantization_table
 from marlin_cli.statistics import Statistics
@@ -37,6 +38,7 @@ def quantize_checkpoint(
     domain_weights: Mapping[str, float] | None = None,
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
+    with_card: bool = False,
 ) -> Written:
     """Write to `target` what `quantize_network` would make of a checkpoint.
 
@@ -47,6 +49,7 @@ def quantize_checkpoint(
         checkpoint: read with `check_values` off. Its weights are used up: the mapping is empty afterwards.
         where: the model, as errors name it.
         on_bytes: called with the bytes of each weight that is done.
+        with_card: write a card too, and what of the model's folder holds of the packed one (see `card`).
 
     Raises:
         CheckpointError: weights that do not fit the configuration, or that hold NaN or infinity.
@@ -89,5 +92,10 @@ def quantize_checkpoint(
                 mx.eval(result)
                 writer.add(f"{path}.{part}", result)
         marlin = {**lasting(checkpoint.marlin), **marlin_table(settings, plans, statistics, method, domain_weights)}
+        layers = [reports[plan.path] for plan in plans]
+        if with_card:
+            card = card_of(where, checkpoint.path, config, marlin, layers, kept)
+            for name, data in {**carried_files(checkpoint.path), CARD: card.encode()}.items():
+                writer.put(name, data)
         writer.finish(config, quantization_table(plans, embeddings), marlin)
-    return Written([reports[plan.path] for plan in plans], dict(kept))
+    return Written(layers, dict(kept))

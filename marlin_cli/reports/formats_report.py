@@ -62,7 +62,12 @@ def _flat(report: FormatsReport) -> Iterator[dict[str, Any]]:
         yield {"model": report.model, **values}
 
 
-RENDERINGS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "md": lambda report: markdown_of([to_table(report)])}
+def to_markdown(report: FormatsReport) -> str:
+    """The table in Markdown."""
+    return markdown_of([to_table(report)])
+
+
+RENDERINGS = {"json": to_json, "jsonl": to_jsonl, "csv": to_csv, "md": to_markdown}
 
 
 def _cells(estimate: Estimate | None, form: str, scale: float, with_error: bool) -> list[str]:

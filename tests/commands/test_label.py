@@ -276,7 +276,7 @@ def test_blank_lines_for_every_head(label):
 def test_a_file_among_the_arguments(label):
     code, _, err = label("tags", "texts.txt")
     assert code == 2 and err.count("\n") == 1 and "an argument too many among " in err
-    assert err.endswith("'texts.txt'; a file is given with --prompt-file, or through a pipe\n")
+    assert err.endswith("'texts.txt'; a text is given with -p, a file with --prompt-file or through a pipe\n")
 
 
 def test_what_labels_is_not_asked_to_answer(folder):

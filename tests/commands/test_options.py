@@ -104,6 +104,7 @@ VALUES = {
     "--max-quality-bytes": "1k",
     "--reference-cache": "0",
     "--formats": "nvfp4",
+    "--push": "owner/name",
     "--format": "json",
     "--plot": "plot.svg",
     "--against": "MODEL",

@@ -1,0 +1,137 @@
+"""What goes beside packed weights: a card for people and the hub, and what of the original's folder stays true."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from marlin_cli.checkpoints.location import HUB_PREFIX
+from marlin_cli.documents import parse_yaml
+from marlin_cli.errors import ConfigError
+from marlin_cli.files import check_regular
+from marlin_cli.models import Capability, architecture_named
+from marlin_cli.quantization.layers import LayerReport
+from marlin_cli.quantization.plan import KEEP
+from marlin_cli.quantization.reports import by_part
+from marlin_cli.text import one_line
+from marlin_cli.version import __version__
+
+CARD = "README.md"
+
+# Files of the original's folder that hold of a packed one too: how it ends and talks, and what may be done with it.
+CARRIED = ("generation_config.json", "chat_template.jinja", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
+MOST_CARRIED_BYTES = 1 << 20
+
+# What of the original's card a packed model's says too.
+KEPT_FIELDS = ("license", "license_name", "license_link", "language", "datasets")
+
+PIPELINES = {
+    Capability.CONTINUES: "text-generation",
+    Capability.ANSWERS: "text2text-generation",
+    Capability.ENCODES: "feature-extraction",
+}
+
+
+def carried_files(original: Path) -> dict[str, bytes]:
+    """The files of CARRIED in the folder of a model, by name; what is no file, or larger than any of its kind, is left out."""
+    folder = original if original.is_dir() else original.parent
+    if not (folder / "config.json").is_file():  # a file in a folder of other things
+        return {}
+    found = {}
+    for pattern in CARRIED:
+        for file in sorted(folder.glob(pattern)):
+            if (data := _small(file)) is not None:
+                found[file.name] = data
+    return found
+
+
+def card_of(
+    model: str,
+    original: Path,
+    config: Mapping[str, Any],
+    marlin: Mapping[str, Any],
+    layers: Sequence[LayerReport],
+    kept: Mapping[str, int],
+    cost: str | None = None,
+) -> str:
+    """The card, in Markdown under a head of YAML as the hub reads it.
+
+    Args:
+        model: as it was named on the command line; `hf:owner/name` is told as the base.
+        marlin: marlin's own table of config.json.
+        kept: bytes of all but the layers' weights, by type.
+        cost: what was measured of it, in Markdown.
+    """
+    architecture = architecture_named(config, model)
+    parts = by_part(layers)
+    formats = sorted({part.format for part in parts if _is_packed(part.format)})
+    hub_name = model.removeprefix(HUB_PREFIX) if model.startswith(HUB_PREFIX) else None
+    head = {
+        "library_name": "mlx",
+        "pipeline_tag": PIPELINES[architecture.capability],
+        "tags": ["marlin", "mlx", "byte-level", architecture.name, "quantized", *formats],
+        **({} if hub_name is None else {"base_model": hub_name, "base_model_relation": "quantized"}),
+        **_kept_fields(original),
+    }
+    base = f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{one_line(Path(model).name)}`"
+    before = sum(part.bytes_before for part in parts) + sum(kept.values())
+    after = sum(part.bytes_after for part in parts) + sum(kept.values())
+    rows = ["| part | format | layers | bits a weight | bytes before | bytes after |", "|---|---|---:|---:|---:|---:|"]
+    for part in parts:
+        sizes = f"{part.bits_per_weight:.2f} | {part.bytes_before:,} | {part.bytes_after:,}"
+        rows.append(f"| {part.part} | {part.format} | {part.layers} | {sizes} |")
+    rows.append(f"| other | {', '.join(sorted(kept))} | | | {sum(kept.values()):,} | {sum(kept.values()):,} |")
+    rows.append(f"| all | | | | {before:,} | {after:,} |")
+    method = marlin.get("method", "unknown")
+    verb = {Capability.CONTINUES: "generate", Capability.ANSWERS: "generate", Capability.ENCODES: "encode"}
+    lines = [
+        "---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
+        f"# {base.strip('`').partition(']')[0].lstrip('[')}, packed", "",
+        f"A {architecture.title} over bytes, packed by marlin {__version__} from {base}: method {method}.", "",
+        *rows, "",
+        *(["## What it costs", "", cost, ""] if cost else []),
+        "## Use", "",
+        "    pip install marlin-cli[cpu]     # on a Mac: marlin-cli",
+        f"    marlin {verb[architecture.capability]} PATH -p 'To be, or not to be'", "",
+        "    from marlin_cli import load", "", "    model = load(\"PATH\")", "",
+        "In plain MLX: the weights are `model.safetensors` (`mx.load`), packed as the table `quantization` of config.json",
+        "says, in mlx-lm's convention. `mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=.., bits=..,",
+        "mode=..)` multiplies by a layer. Layers in nvfp4 have one number more, `<layer>.global_scale`, which multiplies the",
+        "product.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _is_packed(name: str) -> bool:
+    return name != KEEP and "float" not in name
+
+
+def _kept_fields(original: Path) -> dict[str, Any]:
+    """The fields of the original's card that hold of a packed model; none where it has no card that can be read."""
+    folder = original if original.is_dir() else original.parent
+    data = _small(folder / CARD) if (folder / "config.json").is_file() else None
+    if data is None or not data.startswith(b"---\n"):
+        return {}
+    head, _, _ = data[4:].partition(b"\n---")
+    try:
+        fields = parse_yaml(head, str(folder / CARD), ConfigError)
+    except ConfigError:
+        return {}
+    kept = {name: fields[name] for name in KEPT_FIELDS if name in fields} if isinstance(fields, dict) else {}
+    return {name: value for name, value in kept.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def _small(file: Path) -> bytes | None:
+    """The bytes of a file that is there and no larger than its kind is."""
+    try:
+        check_regular(file, ConfigError)
+        if file.stat().st_size > MOST_CARRIED_BYTES:
+            return None
+        return file.read_bytes()
+    except (ConfigError, OSError):
+        return None
