@@ -23,7 +23,7 @@ from marlin_cli.commands.quantize import quantize
 from marlin_cli.commands.serve import serve
 from marlin_cli.errors import AssumptionWarning, MarlinError, Terminated
 from marlin_cli.text import one_line
-from marlin_cli.version import __version__
+from marlin_cli.version import described
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,14 +65,15 @@ for _command in (calibrate, quantize, generate, label, encode, serve, bench, inf
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"marlin {__version__}")
+        print(described())
         raise typer.Exit
 
 
 @app.callback()
 def _program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version, commit and kernels."),
     ] = False,
 ) -> None:
     """Calibrate, quantise and run byte-level language models on MLX."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import marlin_cli
+from marlin_cli import version
 
 
 def run(*arguments, code=""):
@@ -55,7 +56,7 @@ def test_help_prints_every_text_as_it_is_written(name):
 
 
 def test_version():
-    assert run("--version").stdout == f"marlin {marlin_cli.__version__}\n"
+    assert run("--version").stdout == f"{version.described()}\n"
 
 
 def test_without_a_backend_one_line_names_the_extra():
