@@ -157,6 +157,18 @@ def test_stdin_is_measured_but_not_resumed(marlin, workplace, monkeypatch):
     assert load_statistics(workplace / "s.safetensors").total_bytes == 256
 
 
+def test_what_is_there_is_replaced_only_when_it_is_said(marlin, workplace):
+    small = ("--seq-bytes", "64", "--max-bytes", "128")
+    assert marlin(*RUN, *small)[0] == 0
+    before = (workplace / "s.safetensors").read_bytes()
+    for again in ([*RUN, *small], ["--merge", "s.safetensors", "s.safetensors", "-o", "s.safetensors"]):
+        code, _, err = marlin(*again)
+        assert code != 0 and "s.safetensors" in err and (workplace / "s.safetensors").read_bytes() == before
+    assert "already exists; name another file or pass --overwrite" in marlin(*RUN, *small)[2]
+    assert marlin(*RUN, *small, "--overwrite", "--seed", "3")[0] == 0
+    assert (workplace / "s.safetensors").read_bytes() != before
+
+
 WRONG = {
     "no output": (["model"], 2, "--output is missing"),
     "an output of another kind": (["model", "-o", "s.json"], 2, "name the file so"),

@@ -120,6 +120,18 @@ def test_on_a_terminal_the_output_is_text(expected):
     assert first.encode() in data and b"24 bytes out (length)" in data
 
 
+def test_a_context_that_is_full_is_said(tmp_path):
+    (tmp_path / "long").write_bytes(bytes(32_760))
+    result = run("--prompt-file", str(tmp_path / "long"), "--max-bytes", "64")
+    assert len(result.stdout) == 8 and b"the model's context is full" in result.stderr
+    assert b"context is full" not in run("-p", "a", "--max-bytes", "4").stderr
+
+
+def test_a_prompt_without_its_option_is_told_where_to_go():
+    result = run("megabyte-demo", "Hello", check=False)
+    assert result.returncode == 2 and b"a text is given with -p" in result.stderr
+
+
 def test_a_prompt_too_long_is_named(tmp_path):
     (tmp_path / "long").write_bytes(bytes(40_000))
     (tmp_path / "p.jsonl").write_text('"a"\n"' + "x" * 40_000 + '"\n')

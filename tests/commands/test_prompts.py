@@ -61,6 +61,15 @@ def test_files_of_prompts_have_a_largest_size_and_number(tmp_path, monkeypatch):
         read_prompts(str(path))
 
 
+def test_a_file_named_txt_has_a_text_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b'one\r\n\n"two"\n{3}')
+    assert [prompt.data for prompt in read_prompts(str(path))] == [b"one", b'"two"', b"{3}"]
+    path.write_bytes(b"\n")
+    with pytest.raises(UsageError, match="no prompts; write a text a line"):
+        read_prompts(str(path))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
