@@ -9,7 +9,7 @@ from marlin_cli.reports.forms import Table
 from marlin_cli.reports.measurements import groups_of, scores_of
 
 
-def quality_tables(name: str, quality: Quality, settings: QualitySettings, *, details: bool) -> list[Table]:
+def quality_tables(name: str, quality: Quality, settings: QualitySettings, *, details: bool = True) -> list[Table]:
     """The scores of the domains, and with details those of classes and positions where there are any."""
     tables = [_by_domain(name, quality, settings)]
     if details and (groups := groups_of(quality)):
