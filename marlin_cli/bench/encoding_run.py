@@ -63,7 +63,7 @@ def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
     models = [_loaded(request, name) for name in request.models]
     if request.throughput is not None:
         check_texts_fit(models, request.throughput)
-    labels = labels_of(request.models)
+    labels = labels_of([f"{name} ({request.language})" if request.language else name for name in request.models])
     named = dict(zip(labels, models, strict=True))
     scores: Sequence[TextQuality | None] = [None] * len(models)
     quality = request.quality

@@ -1,6 +1,7 @@
 """What `marlin label` does: labels, spans, answers or choices of texts, an object each; or the sentences of a stream."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -11,12 +12,13 @@ from marlin_cli.commands.json_lines import characters_in, head_of, name_of, span
 from marlin_cli.commands.padding import found_by_padding, padding_of, said_of
 from marlin_cli.commands.pipes import as_they_come
 from marlin_cli.commands.texts import Text
+from marlin_cli.commands.uses import HEADS
 from marlin_cli.commands.writers import TerminalView, is_viewed
 from marlin_cli.encoding_model import EncodingModel
 from marlin_cli.engine.characters import AnswerSettings
 from marlin_cli.engine.sentences import SplitSettings
 from marlin_cli.engine.spans import Span
-from marlin_cli.errors import InputError, UsageError
+from marlin_cli.errors import AssumptionWarning, InputError, UsageError
 from marlin_cli.models.canine_ids import characters_of
 
 AnyLabelling: TypeAlias = AnsweringModel | EncodingModel
@@ -127,10 +129,19 @@ def _checked(model: AnyLabelling, head: str, texts: Iterable[Text], request: Req
         yield text
 
 
+# What may stand beside a text in JSONL, and which of it a head reads.
+COLUMNS = ("second", "question", "choices")
+READ_BY_HEAD = {"sequence": "second", "answer": "question", "choice": "choices"}
+
+
 def _check(model: AnyLabelling, head: str, text: Text, request: Request) -> None:
     beside, where = text.beside, text.where
     if text.is_blank:
         return
+    for name in COLUMNS:
+        if name != READ_BY_HEAD.get(head) and getattr(beside, name) and (file := where.partition(": line ")[0]) != where:
+            reads = f"a model that {HEADS[head]} reads none"
+            warnings.warn(f"{file}: what stands under {name!r} is not read: {reads}", AssumptionWarning, stacklevel=2)
     if isinstance(model, AnsweringModel):
         text.prompt.check_fits(model.config.max_bytes)
     elif head == "answer":
@@ -143,6 +154,8 @@ def _check(model: AnyLabelling, head: str, text: Text, request: Request) -> None
         if not beside.choices:
             raise UsageError(f"{where}: has no choices; give --choice for each, or choices beside the text in --prompts")
         for choice in beside.choices:
+            if not choice:
+                raise UsageError(f"{where}: a choice is empty; leave it out, or write what may go on from the text")
             model.check((text.data, choice), pad_to=request.pad_to, where=where)
     else:
         data = _read_at_once(text, head)

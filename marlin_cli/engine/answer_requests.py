@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.stopping import check_stops
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids
+from marlin_cli.text import quoted
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,9 @@ class AnswerLimits:
     def __post_init__(self) -> None:
         if not 0 <= self.min_length <= self.max_length:
             raise UsageError(f"min_length {self.min_length} must be from 0 to max_length ({self.max_length})")
-        if any(not sequence for sequence in self.stop):
-            raise UsageError("a stop sequence is empty; give at least one byte")
+        if not isinstance(self.prefix, bytes):
+            raise UsageError(f"prefix is bytes, found {type(self.prefix).__name__} {quoted(self.prefix)}; call .encode()")
+        check_stops(self.stop)
 
 
 @dataclass(frozen=True)

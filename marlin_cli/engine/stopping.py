@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from marlin_cli.errors import UsageError
+from marlin_cli.text import quoted
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,16 @@ class Stopping:
     def __post_init__(self) -> None:
         if self.max_bytes < 0:
             raise UsageError(f"max_bytes must be 0 or more, found {self.max_bytes}")
-        if any(not sequence for sequence in self.stop):
+        check_stops(self.stop)
+
+
+def check_stops(sequences: tuple[bytes, ...]) -> None:
+    """Raise `UsageError` for a stop sequence that is empty or no bytes; a single one has become its letters or numbers."""
+    for sequence in sequences:
+        if not isinstance(sequence, bytes):
+            found = f"{type(sequence).__name__} {quoted(sequence)}"
+            raise UsageError(f"stop sequences are a list of bytes, found {found} in it; write [b'..'], and .encode() for a str")
+        if not sequence:
             raise UsageError("a stop sequence is empty; give at least one byte")
 
 

@@ -158,7 +158,18 @@ def test_lines_end_with_or_without_a_carriage_return(label):
 
 def test_what_a_head_does_not_read_may_be_of_any_length(label):
     row = json.dumps({"prompt": "plain", "second": "x" * 1000}).encode()
-    assert len(objects(label("tags", "--prompts", "-", stdin=row))) == 1
+    code, out, _ = label("tags", "--prompts", "-", stdin=row)
+    assert (code, len(out)) == (0, 1)
+
+
+def test_columns_that_a_head_does_not_read_are_said_once(label):
+    rows = b'{"prompt": "abcd", "question": "why?"}\n{"prompt": "efgh", "question": "who?", "choices": ["a"]}\n'
+    code, out, err = label("tags", "--prompts", "-", stdin=rows)
+    assert (code, len(out)) == (0, 2)
+    assert [line for line in err.splitlines() if "is not read" in line] == [
+        f"marlin: stdin: what stands under '{name}' is not read: a model that labels characters reads none"
+        for name in ("question", "choices")
+    ]
 
 
 def test_a_stream_that_is_no_text_is_named(label, tmp_path):
@@ -210,7 +221,7 @@ REFUSED = {
     "choices that are none": ("chooses", ["--prompts", "-"], b'{"prompt": "a", "choices": 3}', "line 1: choices should be a"),
     "a question that is a number": ("finds", ["--prompts", "-"], b'{"prompt": "a", "question": 3}', "line 1: question should"),
     "a line that is no pair": ("classifies", ["--tabs"], b"a\tb\nab", "stdin: line 2: has 0 tabs, a pair has one"),
-    "a choice that is too short": ("chooses", ["-p", "", "--choice", ""], b"", "CANINE needs 4; pad it (pad_to, --pad-to: 4"),
+    "a choice that is empty": ("chooses", ["-p", "abcd", "--choice", "a", "--choice", ""], b"", "--prompt: a choice is empty"),
     "a text that is too long": ("tags", ["-p", "a" * 300], b"", "302 positions with its marks, and the model reads 256"),
     "a pair of which one is no text": ("classifies", ["--tabs"], b"abcd\t\xff\n", "line 1: the second text: is not UTF-8"),
     "no rows": ("tags", ["--prompts", "-"], b"\n", "no prompts; write one JSON object a line"),
