@@ -6,19 +6,25 @@ rm -rf "$out"
 mkdir "$out"
 export HF_HUB_OFFLINE=1
 
-echo "1/4  calibrate: activation statistics of the demo model over the shipped corpus"
+echo "1/4  calibrate: what the layers of the demo model see, over some of the shipped bytes"
 marlin calibrate megabyte-demo -o "$out/stats.safetensors" --max-bytes 48k --seq-bytes 4096
-marlin calibrate --show "$out/stats.safetensors" | head -n 12
 
-echo "2/4  quantize: 4 bits for the global part, 8 for the local one, errors weighted by the statistics"
+echo
+echo "2/4  quantize: 4 bits for the global part, which holds nearly all weights, 8 for the local one, which every byte passes"
 marlin quantize megabyte-demo -o "$out/megabyte-demo-4-8" --global-bits 4 --local-bits 8 --stats "$out/stats.safetensors"
 
-echo "3/4  generate: bytes in a pipe, from the packed model"
+echo
+echo "3/4  generate: bytes in a pipe, from the packed model (trained for an hour: good for measuring, not for prose)"
 printf 'To install the package, ' | marlin generate "$out/megabyte-demo-4-8" --max-bytes 120 --temperature 0.5 --seed 1
 echo
-echo "     and raw bytes, seen by od:"
-head -c 256 "$out/stats.safetensors" | marlin generate "$out/megabyte-demo-4-8" --raw --max-bytes 32 | od -A d -t x1
 
-echo "4/4  bench: speed, and quality against the 16-bit model on bytes of the shipped corpus"
-marlin bench megabyte-demo "$out/megabyte-demo-4-8" --prompt-bytes 256 --decode-bytes 64 --repeats 3 \
-    --quality default --max-quality-bytes 12k --reference megabyte-demo
+echo
+echo "4/4  bench: what each format costs: bits per byte more, with their standard error; KL divergence; bytes/s of one stream"
+marlin bench megabyte-demo --formats nvfp4,mxfp4,mxfp8,int4,int8,4/8 --max-quality-bytes 12k \
+    --prompt-bytes 256 --decode-bytes 64 --repeats 3
+
+echo
+echo "Now yours:"
+echo "  marlin info PATH                                      # what a checkpoint is, and what it takes"
+echo "  marlin bench PATH --formats nvfp4,mxfp8,4/8           # what its bits cost"
+echo "  echo 'prilis zlutoucky kun' | marlin generate byt5-demo"

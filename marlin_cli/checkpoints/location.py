@@ -10,7 +10,7 @@ from marlin_cli.files import shipped
 from marlin_cli.text import beginning, one_line, quoted
 
 # What a model repository may hold that is worth fetching.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.pt", "*.bin"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.pt", "*.bin", "README.md", "LICEN[CS]E*", "COPYING*", "NOTICE*", "*.jinja"]
 
 # Before a name that is a repository's on the hub, whatever lies here.
 HUB_PREFIX = "hf:"
