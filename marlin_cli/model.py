@@ -102,6 +102,13 @@ class Model:
         self.quantization = quantization
         self.marlin = marlin
 
+    def __repr__(self) -> str:
+        """What it is, how it is packed, and where it runs."""
+        packed = (self.quantization or {}).get("mode")
+        how = "not packed" if packed is None else f"packed ({(self.marlin or {}).get('formats') or packed})"
+        title = ARCHITECTURES[self.config.model_type].title
+        return f"<{type(self).__name__}: {title}, {how}, on {self.device.name}>"
+
     @property
     def config(self) -> Any:
         """The network's configuration, of its architecture's own class."""

@@ -31,8 +31,8 @@ EXTRAS = {"plot": "matplotlib", "gguf": "gguf", "serve": "starlette"}
 
 # The commands that a model is for, by what it does.
 COMMANDS = {
-    Capability.CONTINUES: ("calibrate", "quantize", "generate", "bench"),
-    Capability.ANSWERS: ("calibrate", "quantize", "generate", "encode", "bench"),
+    Capability.CONTINUES: ("calibrate", "quantize", "generate", "serve", "bench"),
+    Capability.ANSWERS: ("calibrate", "quantize", "generate", "encode", "serve", "bench"),
     Capability.ENCODES: ("calibrate", "quantize", "label", "encode", "bench"),
 }
 

@@ -51,7 +51,7 @@ def packed(tmp_path_factory):
 def test_models_plain_and_packed(packed):
     document = json.loads(run("info", DEMO, packed, "--device", "cpu", "--json").stdout)
     plain, small = document["described"]
-    assert plain["kind"] == "model" and plain["commands"] == ["calibrate", "quantize", "generate", "bench"]
+    assert plain["kind"] == "model" and plain["commands"] == ["calibrate", "quantize", "generate", "serve", "bench"]
     by_part = {part["part"]: part for part in plain["parts"]}
     assert by_part["global"]["formats"] == ["bfloat16"] and by_part["global"]["bits_per_weight"] == 16
     assert by_part["global"]["loaded_bytes"] == 2 * by_part["global"]["stored_bytes"]  # float32 on a CPU
