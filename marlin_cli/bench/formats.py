@@ -21,6 +21,7 @@ from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.encoding_model import EncodingModel
+from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CorpusError, QuantizationError, UsageError
 from marlin_cli.models import Network, build, linear_layers
 from marlin_cli.ops import round_activations
@@ -53,7 +54,7 @@ class FormatsRequest:
     windowing: Windowing
     device: str = "auto"
     activation_bits: int = 16
-    language: str | None = None  # of an LA-CANINE
+    options: ImportOptions = ImportOptions()  # what a foreign checkpoint does not reveal
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run(request: FormatsRequest) -> FormatsReport:
         MarlinError: a model or a corpus that cannot be read, or a model that is packed already.
     """
     chosen = {name: settings_named(name) for name in request.formats}
-    options = ImportOptions(language=request.language)
+    options = with_heads(locate_model(request.model), request.options)
     checkpoint = read_checkpoint(locate_model(request.model), options)
     if checkpoint.quantization is not None:
         raise UsageError(f"--formats: {request.model} is packed already; name the model it was made from")

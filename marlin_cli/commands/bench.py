@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from marlin_cli.commands.bench_format import Format
-from marlin_cli.commands.options import DEFAULT_MODEL
+from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
 
 # Ratios of two models settle within a few percent in this time, even where others use the machine (LOG.md, 2026-11-28).
 SECONDS_OF_A_PAIR = 15.0
@@ -98,6 +98,9 @@ def bench(
     ] = None,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.svg|png", help="Draw the charts into a file too; needs the extra `plot`.")
+    ] = None,
+    import_options: Annotated[
+        list[str] | None, typer.Option("--import", help=f"With --formats. {IMPORT_HELP}", metavar="NAME=VALUE")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
     against: Annotated[
@@ -202,12 +205,18 @@ def bench(
         sweep_batches=parse_sizes(batch, "--batch"),
     )
     if formats is not None:
+        import dataclasses
+
         from marlin_cli.commands.bench_formats import show_formats
+        from marlin_cli.commands.options import parse_import_options
 
         check_models(command_line, names)
+        imports = parse_import_options(import_options)
+        if language is not None:
+            imports = dataclasses.replace(imports, language=language)
         return show_formats(
             names, formats, quality or (), windowing, None if no_throughput else timing, destination,
-            device=device, activation_bits=activation_bits, language=language,
+            device=device, activation_bits=activation_bits, options=imports,
         )  # fmt: skip
     request = Request(
         models=names,
