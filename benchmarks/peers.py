@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent
 PACKAGES = "mlx", "mlx-lm", "torch", "MEGABYTE-pytorch", "transformers", "ctranslate2"
 MARKERS = markers_of("peers")
 
-# What makes peers leave alone the instructions that a class of processor lacks: CTranslate2, oneDNN, torch, MKL (which heeds its own
+# What makes peers leave alone the instructions that a class of processor lacks: CTranslate2, oneDNN, torch, MKL (which heeds it
 # on Intel's processors only) and OpenBLAS. The classes that are not here have all that there is.
 PEERS_HELD_TO = {
     "portable": {"CT2_FORCE_CPU_ISA": "GENERIC", "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"}

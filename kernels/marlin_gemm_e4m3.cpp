@@ -73,21 +73,21 @@ struct Scales {
 };
 
 // Rows of x by lines, [rows, lines, four weights of a dword, dwords] or, side by side, [lines, rows, ..]; where they are RAISED, each by a power
-// of two, what sums of a row have to be multiplied by, and WORTH.
+// of two, and what sums of a row have to be multiplied by, twice.
 struct Laid {
-  float *values, *units;
+  float *values, *roots;
   int64_t lines;
 };
-constexpr float WORTH = 0x1p60f;
 
 template <bool RAISED>
 Laid lay_out(const float* x, int64_t rows, int64_t depth, bool side_by_side) {
-  constexpr int32_t LARGEST = 127 + 100, MOST_FACTOR = 254;  // exponents as their bits are: of what rows come to, and of a float
+  // Exponents as their bits are: of what the largest of a row comes to, and of factors, which are odd so that what is left has a root.
+  constexpr int32_t LARGEST = 127 + 100, MOST_FACTOR = 253;
   thread_local AlignedBytes kept;
-  thread_local std::vector<float> kept_units;
+  thread_local std::vector<float> kept_roots;
   const int64_t lines = (depth + WEIGHTS - 1) / WEIGHTS;
-  kept_units.resize(std::max<size_t>(kept_units.size(), rows));
-  const Laid laid{reinterpret_cast<float*>(kept.of(rows * lines * WEIGHTS * sizeof(float))), kept_units.data(), lines};
+  kept_roots.resize(std::max<size_t>(kept_roots.size(), rows));
+  const Laid laid{reinterpret_cast<float*>(kept.of(rows * lines * WEIGHTS * sizeof(float))), kept_roots.data(), lines};
   over_threads(rows, 2 * depth, [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; m++) {
       const float* row = x + m * depth;
@@ -98,9 +98,9 @@ Laid lay_out(const float* x, int64_t rows, int64_t depth, bool side_by_side) {
           const Integers magnitudes = bits_as<Integers>(load(row + k)) & 0x7fffffff;
           most = chosen(magnitudes > most, magnitudes, most);
         }
-        const int32_t exponent = std::min(LARGEST + 127 - (largest(most) >> 23), MOST_FACTOR);
+        const int32_t exponent = std::min((LARGEST + 127 - (largest(most) >> 23)) | 1, MOST_FACTOR);
         factor = std::bit_cast<float>(exponent << 23);
-        laid.units[m] = MISSING / WORTH / factor;
+        laid.roots[m] = std::bit_cast<float>((127 + (120 + 127 - exponent) / 2) << 23);
       }
       for (int64_t line = 0; line < lines; line++) {
         float* to = laid.values + (side_by_side ? line * rows + m : m * lines + line) * WEIGHTS;
@@ -163,7 +163,7 @@ inline void together(const Matrix& w, const Laid& x, float* out, int64_t n0, int
         for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * scale[n];
   });
   for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < TOGETHER; n++) out[m * w.columns + n0 + n] = IN_PARTS ? sum(sums[n][m]) * x.units[m] * WORTH : sum(sums[n][m]);
+    for (int n = 0; n < TOGETHER; n++) out[m * w.columns + n0 + n] = IN_PARTS ? sum(sums[n][m]) * x.roots[m] * x.roots[m] : sum(sums[n][m]);
 }
 
 template <bool IN_PARTS, int ROWS>

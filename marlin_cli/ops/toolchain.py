@@ -55,7 +55,7 @@ class Toolchain:
         return [*self._call(threading), *before, "-c", str(source), "-o", str(output)]
 
     def precompile(self, headers: Path, threading: tuple[str, ...]) -> list[str]:
-        """The call that reads headers once: compilers look for what it makes beside them, and read them themselves where it does not fit."""
+        """The call that reads headers once: compilers look for what it makes beside them."""
         return [*self._call(threading), "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
 
     def _call(self, threading: tuple[str, ...]) -> list[str]:
