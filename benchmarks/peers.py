@@ -7,8 +7,9 @@ Each part runs in a process of its own, one after another, on as many cores as i
 outputs itself. Its rows are kept in --results as soon as it ends, so a stopped run goes on where it was; --again measures
 parts anew that are there already. The table goes to stdout, and with --markdown between the two markers of that file. A
 part that fails, or that takes longer than --seconds, is a row that says so, and the exit status is then 1. About 20
-minutes on 2 cores. `--march` runs them with marlin's kernels built for other processors too (MARLIN_MARCH; the peers are what
-they are), and each row says which class its kernels are of. Needs the extra `peers`: `make peers`.
+minutes on 2 cores. `--march` runs them with marlin's kernels built for other processors too (MARLIN_MARCH), and each row says
+which class its kernels are of. Peers are held to the same class by their own settings (`PEERS_HELD_TO`), but for MLX, which
+has none. Needs the extra `peers`: `make peers`.
 """
 
 import argparse
@@ -34,6 +35,16 @@ from marlin_cli.ops.cpu_build import WAITING
 FOLDER = Path(__file__).parent
 PACKAGES = "mlx", "mlx-lm", "torch", "MEGABYTE-pytorch", "transformers", "ctranslate2"
 MARKERS = markers_of("peers")
+
+# What makes peers leave alone the instructions that a class of processor lacks: CTranslate2, oneDNN, torch, MKL (which heeds it
+# on Intel's processors only) and OpenBLAS. The classes that are not here have all that there is.
+PEERS_HELD_TO = {
+    "portable": {"CT2_FORCE_CPU_ISA": "GENERIC", "ONEDNN_MAX_CPU_ISA": "SSE41", "ATEN_CPU_CAPABILITY": "default"}
+    | {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "OPENBLAS_CORETYPE": "Nehalem"},
+    "avx2": {"CT2_FORCE_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    | {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OPENBLAS_CORETYPE": "Haswell"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},  # without VNNI
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ def run(name: str, settings: dict[str, Any], seconds: float) -> Outcome:
     """A part's rows; those measured before it failed are kept too."""
     part = PARTS[name]
     # A peer's package may bring the OpenMP that is loaded first, for both: it waits as marlin's own is told to.
-    environment = WAITING | dict(os.environ) | {"MARLIN_MARCH": settings["march"]}
+    environment = WAITING | dict(os.environ) | {"MARLIN_MARCH": settings["march"]} | settings["peers"]
     if part.threads is not None:
         environment |= {"MARLIN_THREADS": str(part.threads), "OMP_NUM_THREADS": str(part.threads)}
     start = time.perf_counter()
@@ -130,10 +141,18 @@ def table(outcomes: list[Outcome]) -> str:
     dates = sorted({outcome.settings["date"] for outcome in outcomes})
     machines, installed = (sorted({outcome.settings[key] for outcome in outcomes}) for key in ("machine", "versions"))
     minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    held_to = {outcome.settings["class"]: outcome.settings["peers"] for outcome in outcomes if outcome.settings["peers"]}
+    held = [
+        f"Beside kernels of {built_for} the peers are held to it too (MLX has no such setting): "
+        + ", ".join(f"`{name}={value}`" for name, value in settings.items())
+        + "."
+        for built_for, settings in held_to.items()
+    ]
     lines = [
         f"`benchmarks/peers.py` on {' and '.join(dates)} in {minutes:.0f} minutes; {'; '.join(machines)};"
         f" {'; '.join(installed)}.",
         "Ratios are marlin's speed over the peer's: more than 1 is faster.",
+        *held,
         "",
         "| what | marlin | peer | ratio | outputs | kernels | script |",
         "|---|---|---|---|---|---|---|",
@@ -163,11 +182,12 @@ def main() -> None:
     settings = {"machine": machine(), "threads": os.environ.get("MARLIN_THREADS", "all"), "versions": versions()}
     lines = arguments.results.read_text(encoding="utf-8").splitlines() if arguments.results.exists() else []
     outcomes = [Outcome(**json.loads(line)) for line in lines]
-    found = {(outcome.name, outcome.settings["class"]): outcome for outcome in outcomes if "class" in outcome.settings}
+    found = {(outcome.name, outcome.settings["class"]): outcome for outcome in outcomes if "peers" in outcome.settings}
     builds = {processor_class(march): march for march in arguments.march.split(",")}
     asked = [(name, built_for) for built_for in builds for name in names]
     for number, (name, built_for) in enumerate(asked, start=1):
         wanted = settings | {"options": PARTS[name].options, "class": built_for, "march": builds[built_for]}
+        wanted |= {"peers": PEERS_HELD_TO.get(built_for, {})}
         done = found.get((name, built_for))
         if done and not done.failure and wanted.items() <= done.settings.items() and not arguments.again:
             continue

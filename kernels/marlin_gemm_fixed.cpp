@@ -152,9 +152,10 @@ bool Way<Format>::lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m
     store_digits<HALVES>(whole, records + vector / OF_A_LINE * RECORD + vector % OF_A_LINE * (LANES / HALVES));
   };
   bool all_fit = true;
+  fixed::Sizes sizes;
   for (int64_t group = 0; group < groups; group++) {
     const float* from = x + group * Format::GROUP;
-    const int32_t exponent = fixed::exponent_of<Format::GROUP, CARRY>(from);
+    const int32_t exponent = fixed::exponent_of<Format::GROUP, CARRY>(from, &sizes);
     const bool fits = fixed::fits(exponent);
     all_fit &= fits;
     units[group] = fits ? fixed::worth<Format::BITS>(exponent) * Format::FACTOR : 0.0f;
@@ -176,7 +177,7 @@ bool Way<Format>::lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m
     }
   }
   if (Format::affine) fixed::sum_groups<Format::GROUP>(x, groups, laid.sums.data() + m * groups);
-  return all_fit;
+  return all_fit && sizes.are_kept(units, groups, Format::FACTOR);
 }
 
 // ---- products

@@ -3,6 +3,9 @@
 // order of sums differs.
 #include "marlin_gemm_floats.hpp"
 
+#include <array>
+#include <bit>
+
 #include "decode.hpp"
 #include "linear.hpp"
 #include "packed_columns.hpp"
@@ -12,21 +15,18 @@ namespace marlin {
 
 namespace {
 
+constexpr bool WHOLE_VECTORS = sizeof(Sums) == sizeof(Vector);  // in a register each, and many of them
 constexpr int BLOCK = 32;  // weights decoded at a time: sixteen bytes of 4 bits, or thirty-two of 8
 
-// Sixteen even and sixteen odd weights of a block: nibbles come in that order, so x is laid out in it once.
+// Thirty-two weights, of nibbles in the order in which they come: sixteen even ones and sixteen odd ones, or, with AVX2, each eight of the row
+// as four even ones and four odd ones. So x is laid out in that order once.
 struct Block {
-  Vector even, odd;
+  Vector first, second;
 };
 
 constexpr float UNSIGNED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-#if MARLIN_AVX2
-// Sixteen signed bytes as floats.
-inline Vector from_bytes(__m128i bytes) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-#elif MARLIN_NEON
+#if MARLIN_NEON
 inline Vector from_bytes(int8x16_t bytes) {
   const int16x8_t wide[2] = {vmovl_s8(vget_low_s8(bytes)), vmovl_s8(vget_high_s8(bytes))};
   Vector value;
@@ -38,43 +38,68 @@ inline Vector from_bytes(int8x16_t bytes) {
 }
 #endif
 
-// What nibbles come out of their table divided by: where it holds bytes, all are multiples of one half. The scale takes it back.
-#if MARLIN_AVX2 || MARLIN_NEON
+// What nibbles come out of their table divided by: where it holds whole numbers, all are multiples of one half. The scale takes it back.
+#if MARLIN_NEON
 constexpr float NIBBLE_FACTOR = 0.5f;
 #else
 constexpr float NIBBLE_FACTOR = 1.0f;
 #endif
 
 // Thirty-two nibbles through a table of sixteen floats, over NIBBLE_FACTOR.
-inline __attribute__((always_inline)) Block decode_nibbles(const uint8_t* from, const float* table) {
-  Block block;
-#if MARLIN_AVX2 || MARLIN_NEON
-  alignas(16) int8_t halves[16];
-  for (int code = 0; code < 16; code++) halves[code] = int8_t(2 * table[code]);
-#endif
+template <const float (&TABLE)[16]>
+inline __attribute__((always_inline)) Block decode_nibbles(const uint8_t* from) {
 #if MARLIN_AVX512
-  const __m512 values = _mm512_loadu_ps(table);
+  const __m512 values = _mm512_loadu_ps(TABLE);
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   // The permutation reads the low four bits of each lane: the high nibble needs a shift, the low one no mask.
-  block.even = Vector(_mm512_permutexvar_ps(bytes, values));
-  block.odd = Vector(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values));
+  return {Vector(_mm512_permutexvar_ps(bytes, values)), Vector(_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values))};
 #elif MARLIN_AVX2
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), low = _mm_set1_epi8(15);
-  const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(halves));
-  block.even = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(bytes, low)));
-  block.odd = from_bytes(_mm_shuffle_epi8(values, _mm_and_si128(_mm_srli_epi16(bytes, 4), low)));
+  // Two bytes of a float say all of such a number: each has a table, and they meet by unpacking, which no conversion is needed for.
+  constexpr auto bytes_of_float = [](int byte) {
+    std::array<uint8_t, 16> bytes{};
+    for (int code = 0; code < 16; code++) bytes[code] = uint8_t(std::bit_cast<uint32_t>(TABLE[code]) >> (8 * byte));
+    return bytes;
+  };
+  alignas(16) static constexpr auto UPPERMOST = bytes_of_float(3), SECOND = bytes_of_float(2);
+  const auto looked_up = [](const auto& table, __m256i codes) __attribute__((always_inline)) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table.data()))), codes);
+  };
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+  const __m256i upper = looked_up(UPPERMOST, nibbles), lower = looked_up(SECOND, nibbles), zero = _mm256_setzero_si256();
+  const __m256i eight = _mm256_unpacklo_epi8(lower, upper), more = _mm256_unpackhi_epi8(lower, upper);
+  using Half = decltype(Vector::low);
+  return {{Half(_mm256_unpacklo_epi16(zero, eight)), Half(_mm256_unpackhi_epi16(zero, eight))},
+          {Half(_mm256_unpacklo_epi16(zero, more)), Half(_mm256_unpackhi_epi16(zero, more))}};
 #elif MARLIN_NEON
+  alignas(16) int8_t halves[16];
+  for (int code = 0; code < 16; code++) halves[code] = int8_t(2 * TABLE[code]);
   const uint8x16_t bytes = vld1q_u8(from);
   const int8x16_t values = vld1q_s8(halves);
-  block.even = from_bytes(vqtbl1q_s8(values, vandq_u8(bytes, vdupq_n_u8(15))));
-  block.odd = from_bytes(vqtbl1q_s8(values, vshrq_n_u8(bytes, 4)));
+  return {from_bytes(vqtbl1q_s8(values, vandq_u8(bytes, vdupq_n_u8(15)))), from_bytes(vqtbl1q_s8(values, vshrq_n_u8(bytes, 4)))};
 #else
+  Block block;
   for (int lane = 0; lane < LANES; lane++) {
-    block.even[lane] = table[from[lane] & 15];
-    block.odd[lane] = table[from[lane] >> 4];
+    block.first[lane] = TABLE[from[lane] & 15];
+    block.second[lane] = TABLE[from[lane] >> 4];
   }
-#endif
   return block;
+#endif
+}
+
+// Thirty-two values in the order of such a block.
+inline void in_order_of_nibbles(const float* from, float* to) {
+#if MARLIN_AVX512
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  const __m512 lower = _mm512_loadu_ps(from), upper = _mm512_loadu_ps(from + LANES);
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(lower, even, upper));
+  _mm512_storeu_ps(to + LANES, _mm512_permutex2var_ps(lower, odd, upper));
+#elif MARLIN_AVX2
+  for (int k = 0; k < BLOCK; k += 8)
+    _mm256_storeu_ps(to + k, _mm256_permutevar8x32_ps(_mm256_loadu_ps(from + k), _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)));
+#else
+  for (int lane = 0; lane < LANES; lane++) to[lane] = from[2 * lane], to[LANES + lane] = from[2 * lane + 1];
+#endif
 }
 
 // Sixteen E4M3 bytes, each times 2^-8: as half floats they need a shift, and halves carry E4M3's subnormals.
@@ -112,32 +137,36 @@ inline Vector decode_bytes(const uint8_t* from) {
 #endif
 }
 
-// Two groups of sixteen share a block of nvfp4: in the order of nibbles, eight lanes of each.
-inline Vector two_scales(float first, float second) {
+// A block whose first sixteen weights of the row have one scale, and the others another.
+inline Block scaled(const Block& block, float lower, float upper) {
+#if MARLIN_AVX2
+  return {block.first * lower, block.second * upper};
+#else
 #if MARLIN_AVX512
-  return Vector(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)));
+  const auto scale = Vector(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(lower), _mm512_set1_ps(upper)));
 #else
   using Half = decltype(Vector::low);
-  return {splat_as<Half>(first), splat_as<Half>(second)};
+  const Vector scale{splat_as<Half>(lower), splat_as<Half>(upper)};
+#endif
+  return {block.first * scale, block.second * scale};
 #endif
 }
 
-// How each format decodes block number `index` of a row, scaled; `nibbles`: whether even and odd weights come apart.
+// How each format decodes block number `index` of a row, scaled; `nibbles`: whether weights come in another order than the row's.
 struct Nvfp4 {
   static constexpr bool nibbles = true, affine = false;
   static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
-    Block block = decode_nibbles(row.weight + 16 * index, E2M1);
-    const Vector scale = two_scales(e4m3_table[row.codes[2 * index]] * NIBBLE_FACTOR, e4m3_table[row.codes[2 * index + 1]] * NIBBLE_FACTOR);
-    return {block.even * scale, block.odd * scale};
+    return scaled(decode_nibbles<E2M1>(row.weight + 16 * index), e4m3_table[row.codes[2 * index]] * NIBBLE_FACTOR,
+                  e4m3_table[row.codes[2 * index + 1]] * NIBBLE_FACTOR);
   }
 };
 
 struct Mxfp4 {
   static constexpr bool nibbles = true, affine = false;
   static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
-    Block block = decode_nibbles(row.weight + 16 * index, E2M1);
+    const Block block = decode_nibbles<E2M1>(row.weight + 16 * index);
     const Vector scale = splat(e8m0(row.codes[index]) * NIBBLE_FACTOR);
-    return {block.even * scale, block.odd * scale};
+    return {block.first * scale, block.second * scale};
   }
 };
 
@@ -153,9 +182,9 @@ struct Mxfp8 {
 struct Int4 {
   static constexpr bool nibbles = true, affine = true;
   static inline __attribute__((always_inline)) Block decode(const Packed& row, int64_t index) {
-    Block block = decode_nibbles(row.weight + 16 * index, UNSIGNED);
+    const Block block = decode_nibbles<UNSIGNED>(row.weight + 16 * index);
     const Vector scale = splat(row.scales[index * BLOCK / row.group_size] * NIBBLE_FACTOR);
-    return {block.even * scale, block.odd * scale};
+    return {block.first * scale, block.second * scale};
   }
 };
 
@@ -167,24 +196,37 @@ struct Int8 {
   }
 };
 
-// x as the blocks are decoded: [rows, blocks, even 16, odd 16], and the sums of its groups for the biases.
+// x as the blocks are decoded, [rows, blocks, 32], rows `stride` apart; and the sums of its groups for the biases.
 struct Laid {
-  std::vector<float> values, sums;
+  const float* values;
+  int64_t stride;
+  const std::vector<float>& sums;
 };
 
+// In memory that stays with the thread for its next product.
 Laid lay_out(const float* x, int64_t rows, const Matrix& w, bool nibbles, bool affine) {
-  Laid laid;
-  const int64_t depth = w.depth;
-  const int64_t padded = (depth + BLOCK - 1) / BLOCK * BLOCK;
-  laid.values.assign(rows * padded, 0.0f);
+  thread_local AlignedBytes kept;
+  thread_local std::vector<float> sums;
+  // Rows that are a page apart would share too few places of the caches.
+  const int64_t depth = w.depth, whole = depth / BLOCK * BLOCK, stride = (depth + BLOCK - 1) / BLOCK * BLOCK + LANES;
+  auto* values = reinterpret_cast<float*>(kept.of(rows * stride * sizeof(float)));
   for (int64_t m = 0; m < rows; m++) {
-    for (int64_t k = 0; k < depth; k++) {
-      const int64_t block = k / BLOCK * BLOCK, inside = k % BLOCK;
-      laid.values[m * padded + (nibbles ? block + inside / 2 + (inside & 1) * LANES : k)] = x[m * depth + k];
-    }
+    const float* from = x + m * depth;
+    float *to = values + m * stride, last[BLOCK] = {};
+    const auto put = [&](const float* block, int64_t k) {
+      if (nibbles) {
+        in_order_of_nibbles(block, to + k);
+      } else {
+        std::memcpy(to + k, block, BLOCK * sizeof(float));
+      }
+    };
+    for (int64_t k = 0; k < whole; k += BLOCK) put(from + k, k);
+    if (whole == depth) continue;
+    std::memcpy(last, from + whole, (depth - whole) * sizeof(float));
+    put(last, whole);
   }
-  if (affine) sum_groups(x, rows, w, laid.sums);
-  return laid;
+  if (affine) sum_groups(x, rows, w, sums);
+  return {values, stride, sums};
 }
 
 // A row of packed weights whose depth ends in half a block (nvfp4 alone): the rest is read as zeros from here.
@@ -202,49 +244,42 @@ struct Tail {
   }
 };
 
-// TOGETHER rows of weights against ROWS rows of x. Several rows of weights share each load of x, which is what bounds many
-// rows; one or two rows of x have chains of sums to spare, so every other block gets its own.
+// TOGETHER rows of weights against ROWS rows of x; one or two rows of x have chains of sums to spare, so every other block gets its own. Where
+// there are registers for it, rows of weights share each load of x.
 template <class Format, int ROWS, int TOGETHER>
 inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t m0) {
   constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1, BLOCK_BYTES = Format::nibbles ? BLOCK / 2 : BLOCK;
-  const int64_t ahead = w.bytes_ahead(TOGETHER);
-  const int64_t whole = w.depth / BLOCK, padded = (w.depth + BLOCK - 1) / BLOCK * BLOCK;
-  const int64_t groups = w.groups();
-  const float* x = laid.values.data() + m0 * padded;
+  constexpr int SHARING = WHOLE_VECTORS ? TOGETHER : 1;
+  const int64_t ahead = w.bytes_ahead(TOGETHER), whole = w.depth / BLOCK, groups = w.groups(), stride = laid.stride;
+  const float* x = laid.values + m0 * stride;
   Packed rows[TOGETHER];
   for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
   Sums sums[CHAINS][TOGETHER][ROWS] = {};
-  const auto add = [&](const Block* blocks, int64_t k, int64_t chain) __attribute__((always_inline)) {
-    for (int m = 0; m < ROWS; m++) {
-      const Vector even = load(x + m * padded + k), odd = load(x + m * padded + k + LANES);
-      for (int n = 0; n < TOGETHER; n++) add_products(sums[chain][n][m], blocks[n].even, even);
-      for (int n = 0; n < TOGETHER; n++) add_products(sums[chain][n][m], blocks[n].odd, odd);
+  // The products of a block of each row of weights, block(n), with x from k on.
+  const auto add = [&](int64_t k, int64_t chain, const auto& block) __attribute__((always_inline)) {
+    for (int first = 0; first < TOGETHER; first += SHARING) {
+      Block blocks[SHARING];
+      for (int n = 0; n < SHARING; n++) blocks[n] = block(first + n);
+      for (int m = 0; m < ROWS; m++) {
+        const Vector one = load(x + m * stride + k), other = load(x + m * stride + k + LANES);
+        for (int n = 0; n < SHARING; n++) add_products(sums[chain][first + n][m], blocks[n].first, one);
+        for (int n = 0; n < SHARING; n++) add_products(sums[chain][first + n][m], blocks[n].second, other);
+      }
     }
   };
-  const auto decode = [&](Block* blocks, int64_t index) __attribute__((always_inline)) {
-    for (int n = 0; n < TOGETHER; n++) blocks[n] = Format::decode(rows[n], index);
+  const auto step = [&](int64_t index, int64_t chain) __attribute__((always_inline)) {
+    add(index * BLOCK, chain, [&](int n) __attribute__((always_inline)) { return Format::decode(rows[n], index); });
   };
-  Block blocks[TOGETHER];
   int64_t index = 0;
   for (; index + CHAINS <= whole; index += CHAINS) {
     if constexpr (CHAINS > 1)
       for (int n = 0; n < TOGETHER; n++) __builtin_prefetch(rows[n].weight + index * BLOCK_BYTES + ahead);
-    for (int64_t chain = 0; chain < CHAINS; chain++) {
-      decode(blocks, index + chain);
-      add(blocks, (index + chain) * BLOCK, chain);
-    }
+    for (int64_t chain = 0; chain < CHAINS; chain++) step(index + chain, chain);
   }
-  for (; index < whole; index++) {
-    decode(blocks, index);
-    add(blocks, index * BLOCK, 0);
-  }
+  for (; index < whole; index++) step(index, 0);
   if (whole * BLOCK < w.depth) {
-    for (int n = 0; n < TOGETHER; n++) {
-      // Nibbles of eight bytes fill the lower half of the lanes; x is zero in the others.
-      Tail tail;
-      blocks[n] = Format::decode(tail.of(rows[n], whole), 0);
-    }
-    add(blocks, whole * BLOCK, 0);
+    Tail tail;
+    add(whole * BLOCK, 0, [&](int n) { return Format::decode(tail.of(rows[n], whole), 0); });  // x is zero behind it
   }
   for (int n = 0; n < TOGETHER; n++) {
     for (int m = 0; m < ROWS; m++) {
@@ -260,7 +295,8 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
 
 template <class Format, int ROWS>
 void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0) {
-  by_columns<2>(first, last, [&](auto some, int64_t n) { together<Format, ROWS, some>(w, laid, out, n, m0); });
+  constexpr int TOGETHER = WHOLE_VECTORS || ROWS <= 4 ? 2 : 1;  // as many sums as there are registers
+  by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<Format, ROWS, some>(w, laid, out, n, m0); });
 }
 
 template <class Format>
@@ -277,11 +313,16 @@ void up_to_eight(const Matrix& w, const Laid& laid, float* out, int64_t first, i
   }
 }
 
-// Even and odd weights in the order of the row.
+// Weights in the order of the row.
 inline Block interleaved(const Block& block) {
+#if MARLIN_AVX2
+  const auto eight = [](const auto& values) { return decltype(Vector::low)(_mm256_permutevar8x32_ps(__m256(values), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7))); };
+  return {{eight(block.first.low), eight(block.first.high)}, {eight(block.second.low), eight(block.second.high)}};
+#else
   Block ordered;
-  interleave(block.even, block.odd, ordered.even, ordered.odd);
+  interleave(block.first, block.second, ordered.first, ordered.second);
   return ordered;
+#endif
 }
 
 // One row of weights as floats.
@@ -294,14 +335,14 @@ void unpack_row(const Matrix& w, int64_t n, float* to) {
     const int64_t index = k / BLOCK, count = std::min<int64_t>(BLOCK, w.depth - k);
     const Block block = count < BLOCK ? Format::decode(tail.of(row, index), 0) : Format::decode(row, index);
     const Vector bias = splat(Format::affine ? row.biases[k / w.group_size] : 0.0f);
-    const Block ordered = Format::nibbles ? interleaved({block.even + bias, block.odd + bias}) : Block{block.even + bias, block.odd + bias};
+    const Block ordered = Format::nibbles ? interleaved({block.first + bias, block.second + bias}) : Block{block.first + bias, block.second + bias};
     if (count == BLOCK) {
-      store(ordered.even, to + k);
-      store(ordered.odd, to + k + LANES);
+      store(ordered.first, to + k);
+      store(ordered.second, to + k + LANES);
       continue;
     }
-    store(ordered.even, buffer);
-    store(ordered.odd, buffer + LANES);
+    store(ordered.first, buffer);
+    store(ordered.second, buffer + LANES);
     std::memcpy(to + k, buffer, count * sizeof(float));
   }
 }

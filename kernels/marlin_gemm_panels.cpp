@@ -57,10 +57,11 @@ struct Mxfp8 {
   static constexpr int BITS = 8;
   static constexpr bool affine = false;
   static constexpr int64_t GROUP = 32;
-  static Vector scales(const Integers& codes, int part) { return e8m0_of(codes, part) * (1.0f / E4M3_FACTOR); }
+  static Vector scales(const Integers& codes, int part) { return e8m0_of(codes, part); }
   template <int PART>
   static __attribute__((always_inline)) Vector value(const Integers& dwords) {
-    return e4m3_of(dwords, PART);
+    // The fields of a float whose exponent is 120 too small: what a scale cannot always take up as well.
+    return bits_as<Vector>(((dwords << (24 - 8 * PART)) >> 4) & int32_t(0x87f00000)) * 0x1p120f;
   }
 };
 

@@ -74,6 +74,14 @@ inline __attribute__((always_inline)) RegisterIntegers add_pairs(RegisterInteger
 #endif
 }
 
+#if !(MARLIN_AVX512 || MARLIN_AVX2 || MARLIN_NEON)
+// A call, as in products (whole_weights.hpp).
+inline __attribute__((noinline)) RegisterBytes looked_up_by_lanes(const uint8_t* table, RegisterBytes codes) {
+  for (int64_t place = 0; place < REGISTER; place++) codes[place] = table[codes[place]];
+  return codes;
+}
+#endif
+
 // TABLE[code] for every byte of a register that is below 16; VBMI's looks at the lower four bits of any.
 template <class Codes>
 inline __attribute__((always_inline)) Codes looked_up(const uint8_t* table, const Codes& codes) {
@@ -94,9 +102,7 @@ inline __attribute__((always_inline)) Codes looked_up(const uint8_t* table, cons
 #elif MARLIN_NEON
     return Codes(vqtbl1q_u8(vld1q_u8(table), uint8x16_t(codes)));
 #else
-    Codes found;
-    for (size_t place = 0; place < sizeof(found); place++) found[place] = table[codes[place]];
-    return found;
+    return looked_up_by_lanes(table, codes);
 #endif
   }
 }

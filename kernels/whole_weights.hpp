@@ -34,6 +34,15 @@ inline __attribute__((always_inline)) RegisterWords pairs_of(RegisterBytes weigh
 }
 #endif
 
+#if !(MARLIN_AVX512 || MARLIN_AVX2 || MARLIN_NEON)
+// A call: its loops, written out wherever products are, would take a compiler minutes.
+inline __attribute__((noinline)) RegisterIntegers dot_by_lanes(RegisterIntegers sums, RegisterBytes weights, RegisterBytes x) {
+  for (int64_t lane = 0; lane < DWORDS; lane++)
+    for (int64_t part = 4 * lane; part < 4 * lane + 4; part++) sums[lane] += int8_t(weights[part]) * int8_t(x[part]);
+  return sums;
+}
+#endif
+
 // sums[i] + the products of bytes 4i .. 4i+3. Bytes of weights are unsigned with VNNI, and signed without; SMALL ones are below 32 and
 // both. Bytes of x are signed, and where weights are not SMALL never -128.
 template <bool SMALL, class Numbers, class Codes>
@@ -55,10 +64,7 @@ inline __attribute__((always_inline)) Numbers dot(const Numbers& sums, const Cod
     return Numbers(vaddq_s32(int32x4_t(sums), vpaddq_s32(lower, upper)));
 #endif
 #else
-    Numbers totals = sums;
-    for (size_t lane = 0; lane < sizeof(sums) / sizeof(int32_t); lane++)
-      for (size_t part = 0; part < 4; part++) totals[lane] += int8_t(weights[4 * lane + part]) * int8_t(x[4 * lane + part]);
-    return totals;
+    return dot_by_lanes(sums, weights, x);
 #endif
   }
 }

@@ -15,12 +15,14 @@ from marlin_cli import console
 from marlin_cli.errors import OutputError
 from marlin_cli.files import user_cache
 from marlin_cli.ops.toolchain import (
+    SHARED_HEADERS,
     BuildError,
     Toolchain,
     call_all,
     find_compiler,
     find_toolchain,
     is_passing,
+    reaches_mlx,
     stamp,
     version_of,
 )
@@ -168,9 +170,17 @@ def _build(toolchain: Toolchain, module: Path, failure: Path) -> None:
         probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
         found = call_all([[toolchain.compiler, OPENMP, str(probe), "-o", str(probe.with_suffix(""))]]) is None
         threading = (OPENMP,) if found else ()
-        jobs = [toolchain.compile(*each, threading) for each in zip(toolchain.sources, objects, strict=True)]
+        headers = folder / "headers.hpp"
+        headers.write_text(SHARED_HEADERS, encoding="utf-8")
+        alone, sharing = [toolchain.precompile(headers, threading)], []
+        # The longest first, so that no processor is left with one of them in the end.
+        for source, made in sorted(zip(toolchain.sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size):
+            if reaches_mlx(source):
+                sharing.append(toolchain.compile(source, made, threading, headers))
+            else:
+                alone.append(toolchain.compile(source, made, threading))
         output = folder / module.name
-        problem = call_all(jobs) or call_all([toolchain.link(objects, output, threading)])
+        problem = call_all(alone) or call_all(sharing) or call_all([toolchain.link(objects, output, threading)])
         if problem is None and not output.is_file():
             problem = f"error: {toolchain.compiler} writes no library"
         if problem is None:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,9 @@ from marlin_cli.text import one_line, quoted
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
+# MLX's headers take a compiler longer than most sources that include them: they are read once, for all of those.
+SHARED_HEADERS = '#include "mlx/backend/cpu/encoder.h"\n#include "mlx/mlx.h"\n#include "mlx/primitives.h"\n'
+INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 # The slowest source takes half a minute on a fast machine; a compiler that waits for a licence or a network takes for ever.
 VERSION_SECONDS = 10.0
@@ -45,19 +49,22 @@ class Toolchain:
     sources: tuple[Path, ...]
     libraries: tuple[tuple[Path, str], ...]  # folder, name
 
-    def compile(self, source: Path, output: Path, threading: tuple[str, ...]) -> list[str]:
-        """The call of the compiler that makes an object of one source."""
-        includes = [f"-I{folder}" for folder in self.includes]
+    def compile(self, source: Path, output: Path, threading: tuple[str, ...], headers: Path | None = None) -> list[str]:
+        """The call of the compiler that makes an object of one source, before which `headers` are read."""
+        before = [] if headers is None else ["-include", str(headers)]
+        return [*self._call(threading), *before, "-c", str(source), "-o", str(output)]
+
+    def precompile(self, headers: Path, threading: tuple[str, ...]) -> list[str]:
+        """The call that reads headers once: compilers look for what it makes beside them."""
+        return [*self._call(threading), "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
+
+    def _call(self, threading: tuple[str, ...]) -> list[str]:
         return [
             self.compiler,
             *FLAGS,
             *f"-march={self.march}".split(),
             *threading,
-            *includes,
-            "-c",
-            str(source),
-            "-o",
-            str(output),
+            *(f"-I{folder}" for folder in self.includes),
         ]
 
     def link(self, objects: list[Path], output: Path, threading: tuple[str, ...]) -> list[str]:
@@ -71,7 +78,7 @@ class Toolchain:
         That is sources, compiler, flags, MLX, Python, the processor, and where headers and libraries lie.
         """
         digest = hashlib.sha256()
-        facts = [self.version, stamp(Path(self.compiler)), *FLAGS, self.march, version("mlx"), _processor()]
+        facts = [self.version, stamp(Path(self.compiler)), *FLAGS, SHARED_HEADERS, self.march, version("mlx"), _processor()]
         facts += [platform.machine(), str(sysconfig.get_config_var("EXT_SUFFIX"))]
         facts += [stamp(folder) for folder in self.includes]
         facts += [f"{stamp(folder)} {name}" for folder, name in self.libraries]
@@ -134,6 +141,13 @@ def find_toolchain(compiler: str, said: str) -> Toolchain:
         sources=(binding / "nb_combined.cpp", *sorted(shipped("kernels").glob("*.cpp"))),
         libraries=((mlx / "lib", "mlx"), (Path(scipy_openblas32.get_lib_dir()), scipy_openblas32.get_library())),
     )
+
+
+def reaches_mlx(source: Path) -> bool:
+    """Does a source include MLX's headers, or one beside it that does?"""
+    names = INCLUDED.findall(source.read_text(encoding="utf-8"))
+    beside = (source.with_name(name) for name in names)
+    return any(name.startswith("mlx/") for name in names) or any(path.exists() and reaches_mlx(path) for path in beside)
 
 
 def stamp(path: Path) -> str:

@@ -10,13 +10,13 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GOOD = """
 import sys
 from measured import Row, add_rows_option, report
-import argparse, pathlib
+import argparse, os, pathlib
 parser = argparse.ArgumentParser()
 parser.add_argument("--count", type=pathlib.Path)
 add_rows_option(parser)
 given = parser.parse_args()
 given.count.write_text(given.count.read_text() + "x" if given.count.exists() else "x")
-report(Row("a | b", "1 ms", "its 2 ms", "2x", "the same"), given.rows_file)
+report(Row("a | b", "1 ms", os.environ.get("CT2_FORCE_CPU_ISA", "its 2 ms"), "2x", "the same"), given.rows_file)
 """
 
 
@@ -64,6 +64,16 @@ def test_each_class_of_processor_has_rows_of_its_own(peers, tmp_path, monkeypatc
     assert run(peers, monkeypatch, tmp_path, "--only", "one", "--march", "native,x86-64-v3") == (0, 2)
     rows = [line for line in capfd.readouterr().out.splitlines() if "good.py" in line]
     assert [row.split(" | ")[-2] for row in rows[-2:]] == ["amx", "avx2"]
+
+
+def test_peers_are_held_to_the_class_of_the_kernels(peers, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("CT2_FORCE_CPU_ISA", raising=False)
+    assert run(peers, monkeypatch, tmp_path, "--only", "one", "--march", "native,x86-64-v3") == (0, 2)
+    out = capfd.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith("|") and "good.py" in line]
+    assert [row.split(" | ")[2] for row in rows] == ["its 2 ms", "AVX2"]
+    assert "Beside kernels of avx2 the peers are held to it too" in out and "`CT2_FORCE_CPU_ISA=AVX2`" in out
+    assert "Beside kernels of amx" not in out
 
 
 def test_a_page_without_the_place_is_named(peers, tmp_path, monkeypatch):

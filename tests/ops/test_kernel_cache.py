@@ -14,7 +14,7 @@ import pytest
 
 from marlin_cli import private_files
 from marlin_cli.errors import OutputError, UsageError
-from marlin_cli.files import user_cache
+from marlin_cli.files import shipped, user_cache
 from marlin_cli.ops import cpu, cpu_build, toolchain
 from marlin_cli.ops.cpu_build import BuildError, load_kernels
 
@@ -26,7 +26,14 @@ COMPILER = """#!/bin/sh
 folder=$(dirname "$0")
 . "$folder/what"
 if [ "$1" = --version ]; then version; exit; fi
-while [ $# -gt 0 ]; do [ "$1" = -shared ] && linking=yes; [ "$1" = -o ] && out=$2; shift; done
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -shared) linking=yes;;
+    -o) out=$2;;
+    -include) [ -f "$2.gch" ] && echo x >> "$folder/shared";;
+  esac
+  shift
+done
 if [ -n "$linking" ]; then echo x >> "$folder/links"; link "$out"; exit; fi
 echo x >> "$folder/compiles"
 compile "$out"
@@ -99,6 +106,15 @@ def test_it_is_built_once_for_this_user_alone(compiler: Compiler, cache: Path) -
     assert {path.stat().st_mode & 0o777 for path in folders[1].iterdir()} == {0o600}
     load_kernels()
     assert compiler.links == 1
+
+
+def test_mlx_s_headers_are_read_once_for_all_sources_that_include_them(compiler: Compiler, tmp_path: Path) -> None:
+    load_kernels()
+    kernels = sorted(shipped("kernels").glob("*.cpp"))
+    sharing = [source.name for source in kernels if toolchain.reaches_mlx(source)]
+    assert len((tmp_path / "bin" / "shared").read_text().split()) == len(sharing)
+    assert compiler.compiles == len(kernels) + 3  # what looks for OpenMP, the binding, the headers
+    assert {"marlin_gemm.cpp", "activations.cpp"} <= set(sharing) and "marlin_gemm_fixed.cpp" not in sharing
 
 
 OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
