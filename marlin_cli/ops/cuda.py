@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from marlin_cli.ops.cuda_decoded import copies
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, kernel
 from marlin_cli.ops.kernel_inputs import (
     FLOATS,
@@ -36,6 +37,7 @@ WORTH_A_LAUNCH = 2**26
 # Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
 # slower than decoding the weight once for a dense product, or no faster.
 FEW_ROWS = 8
+SMALL_WEIGHT = 2**21  # numbers of a weight that a dense product of 8 rows and more reads faster than they are decoded
 WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
@@ -53,12 +55,14 @@ def packed_linear(
     mode: str,
 ) -> mx.array:
     """See `reference.packed_linear`; what `takes_packed_linear` takes."""
-    if not _takes_gemm(x, weight, group_size, bits, mode):
-        return x @ unpacked(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=x.dtype).T
-    columns = x.shape[-1]
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    rows, columns = x.size // x.shape[-1], x.shape[-1]
+    if not _takes_gemm(x, weight, scales, **settings) or _dense_is_faster(rows, weight.shape[0], columns):
+        return x @ decoded(weight, scales, biases, **settings, dtype=x.dtype).T
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
-    how = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
-    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **how)
+    how = _gemm_launch(rows, weight.shape[0], columns, bits, group_size, mode == "affine", x.dtype)
+    zeros = scales if biases is None else biases
+    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales, zeros], **how)
     return out if flat else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -79,13 +83,33 @@ def takes_packed_linear(
     known = (mode, bits) in (("nvfp4", 4), ("mxfp4", 4), ("mxfp8", 8), ("affine", 4), ("affine", 8))
     if rows >= FEW_ROWS and x.dtype != mx.float32 and known:
         return True
-    return _takes_gemm(x, weight, group_size, bits, mode) and x.size * weight.shape[0] >= WORTH_A_LAUNCH
+    taken = _takes_gemm(x, weight, scales, group_size=group_size, bits=bits, mode=mode)
+    return taken and x.size * weight.shape[0] >= WORTH_A_LAUNCH
 
 
-def _takes_gemm(x: mx.array, weight: mx.array, group_size: int, bits: int, mode: str) -> bool:
-    """nvfp4, mxfp4 or mxfp8 weights and 1 to 32 rows of x: what `marlin_gemm_fp4` multiplies."""
-    formats = (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
-    return (mode, bits, group_size) in formats and x.size <= MOST_ROWS_OF_X * x.shape[-1]
+def _takes_gemm(x: mx.array, weight: mx.array, scales: mx.array, *, group_size: int, bits: int, mode: str) -> bool:
+    """1 to 32 rows of x and what `marlin_gemm_fp4` knows: whole numbers for x of 16 bits alone, as those bits are exact then."""
+    if mode == "affine":
+        known = bits in (4, 8) and group_size % 32 == 0 and x.dtype != mx.float32 and scales.dtype == x.dtype
+    else:
+        known = (mode, bits, group_size) in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
+    return known and x.size <= MOST_ROWS_OF_X * x.shape[-1]
+
+
+def _dense_is_faster(rows_of_x: int, rows: int, columns: int) -> bool:
+    """Whether a dense product with a decoded copy, if there is one, beats `marlin_gemm_fp4`."""
+    return rows_of_x >= FEW_ROWS and rows * columns <= SMALL_WEIGHT
+
+
+def decoded(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str, dtype: mx.Dtype
+) -> mx.array:
+    """`unpacked`, kept with the weight where the GPU has memory to spare: so it is decoded once, and not for each product."""
+
+    def make() -> mx.array:
+        return unpacked(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
+
+    return copies().of(weight, dtype, make)
 
 
 def unpacked(
@@ -286,11 +310,13 @@ def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _gemm_launch(rows_of_x: int, rows: int, columns: int, bits: int, group_size: int, dtype: mx.Dtype) -> dict[str, Any]:
+def _gemm_launch(
+    rows_of_x: int, rows: int, columns: int, bits: int, group_size: int, affine: bool, dtype: mx.Dtype
+) -> dict[str, Any]:
     """What a call of `marlin_gemm_fp4` needs beside its inputs, made once a shape: the host has no time to spare."""
     plan = _gemm_plan(rows_of_x, rows, columns, bits, dtype)
     return {
-        "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), *plan.items()],
+        "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), ("AFFINE", affine), *plan.items()],
         "grid": (-(-rows // (16 * plan["ROW_TILES"])) * 256, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
         "threadgroup": (256, 1, 1),
         "output_shapes": [(rows_of_x, rows)],
