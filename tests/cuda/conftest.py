@@ -31,9 +31,5 @@ def pytest_collection_modifyitems(items):
         if item.path.name == "test_conformance.py" and item.name not in QUICK:
             item.add_marker(pytest.mark.slow)
             types = getattr(item, "callspec", None) and item.callspec.params
-            if (
-                types
-                and types.get("dtype", mx.float32) != mx.float32
-                and not any(name in item.name for name in EMULATED)
-            ):
+            if types and types.get("dtype", mx.float32) != mx.float32 and not any(name in item.name for name in EMULATED):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU here; of 16-bit types few are emulated"))
