@@ -32,6 +32,7 @@ from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.statistics.collect import measure
 
 CALIBRATED_WINDOWS, PAIR_BYTES = 8, 256
+PAIRS_SHARE = 4  # of the bytes, what the larger ByT5 is given
 
 
 def sample(count: int) -> np.ndarray:
@@ -78,11 +79,14 @@ def run(side: str, kib: int, formats: list[str], window: int) -> dict:
         mx.eval(network.parameters())
         return network
 
-    pairs = [data[i : i + 2 * PAIR_BYTES].tobytes() for i in range(0, len(data) - 2 * PAIR_BYTES, 2 * PAIR_BYTES)]
+    places = range(0, len(data) // PAIRS_SHARE, 2 * PAIR_BYTES)
+    pairs = [data[i : i + 2 * PAIR_BYTES].tobytes() for i in places]
     sources = [[*ids_of_bytes(pair[:PAIR_BYTES]), 1] for pair in pairs]
 
     def answered(network):
-        each = [bits_of_answers(network, sources[i : i + 16], [p[PAIR_BYTES:] for p in pairs[i : i + 16]]) for i in range(0, len(pairs), 16)]  # fmt: skip
+        each = []
+        for i in range(0, len(pairs), 16):
+            each.append(bits_of_answers(network, sources[i : i + 16], [pair[PAIR_BYTES:] for pair in pairs[i : i + 16]]))
         return np.concatenate(each) / PAIR_BYTES
 
     half = mx.float32 if side == "cpu" else mx.bfloat16
@@ -97,9 +101,9 @@ def run(side: str, kib: int, formats: list[str], window: int) -> dict:
         plain = fresh(mx.float32)
         found[f"{model} float32 bits"] = timed(f"{model} float32", lambda s=score, p=plain: s(p))
         if model == "demo":
-            totals = timed("calibrate", lambda p=plain: [
-                measure(p, "sample", data[i * window : (i + 1) * window]) for i in range(min(CALIBRATED_WINDOWS, len(data) // window))
-            ])  # fmt: skip
+            count = min(CALIBRATED_WINDOWS, len(data) // window)
+            windows = [data[i * window : (i + 1) * window] for i in range(count)]
+            totals = timed("calibrate", lambda p=plain, w=windows: [measure(p, "sample", each) for each in w])
             for number, each in enumerate(totals):
                 for kind, path, moments in each.items():
                     found[f"statistics {number} {kind} {path} squares"] = moments.sum_squares
@@ -107,9 +111,8 @@ def run(side: str, kib: int, formats: list[str], window: int) -> dict:
         other = fresh(half)
         found[f"{model} bfloat16 bits"] = timed(f"{model} bfloat16", lambda s=score, p=other: s(p))
         for name in formats:
-            packed = timed(f"{model} packing {name}", lambda p=other, n=name, m=model: quantize_network(
-                p, settings_of(n, m == "byt5"), method="rtn"
-            ).network)  # fmt: skip
+            settings = settings_of(name, model == "byt5")
+            packed = timed(f"{model} packing {name}", lambda p=other, s=settings: quantize_network(p, s, method="rtn").network)
             for path, array in tree_flatten(packed.parameters()):
                 if array.dtype in (mx.uint32, mx.uint8):
                     found[f"packed {model} {name} {path}"] = np.array(array)
@@ -155,24 +158,26 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--threads", default="8")
     parser.add_argument("--other", default="cuda", help="the device beside the CPU")
-    parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--to", help=argparse.SUPPRESS)
+    parser.add_argument("--side", help="one device alone, which leaves its numbers in the file --to")
+    parser.add_argument("--to")
+    parser.add_argument("--cpu", type=Path, help="a file of the CPU's numbers, as --side cpu left it")
     arguments = parser.parse_args()
     if arguments.side:
         result = run(arguments.side, arguments.kib, arguments.formats.split(","), arguments.window)
         Path(arguments.to).write_bytes(pickle.dumps(result))
         return
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"cpu": Path(folder, "cpu"), arguments.other: Path(folder, "gpu")}
+        sides = {side: Path(folder, side) for side in ("cpu", arguments.other) if side != "cpu" or arguments.cpu is None}
         passed = ["--kib", str(arguments.kib), "--formats", arguments.formats, "--window", str(arguments.window)]
         environment = {**os.environ, "MARLIN_THREADS": arguments.threads}
         running = [
             subprocess.Popen([sys.executable, __file__, *passed, "--side", side, "--to", str(path)], env=environment)
             for side, path in sides.items()
         ]
-        if any(process.wait() for process in running):
+        codes = [process.wait() for process in running]
+        if any(codes):
             raise SystemExit("a side failed")
-        compare(*(pickle.loads(path.read_bytes()) for path in (sides["cpu"], Path(folder, "gpu"))))
+        compare(*(pickle.loads(path.read_bytes()) for path in (arguments.cpu or sides["cpu"], sides[arguments.other])))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "varian
 
 
 MOST_STREAMS_IN_ALL = 64  # in groups of as many as one launch takes
+# Parts of a model by what the time of a launch goes to; "" stands for the rest.
+GLOBAL_PARTS = {"attention": "global cache", "": "global"}
+LOCAL_PARTS = {"attention": "local cache", "last": "head", "drawing": "sampling", "": "local"}
 SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
 
 
@@ -56,16 +59,30 @@ class PatchDecoder:
         stages: the network's global and local stage.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
+        timed: for `part_seconds`; patches take a little longer.
     """
 
     checks_logits = True
 
-    def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int) -> None:
+    def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int, *, timed: bool = False) -> None:
+        self._timed = timed
         self._stages, self._added, self._steps = stages, added, added.shape[0]
         self._queue = Queue()
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._noise = NoiseAhead(self._queue, stages[1].last.rows)
         self._make(streams, None, None)
+
+    @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """Seconds of the launches so far, as the first block of each saw them; None unless made `timed`."""
+        if not self._timed:
+            return None
+        found = dict.fromkeys(("global", "global cache", "local", "local cache", "head", "sampling"), 0.0)
+        for group in self._groups:
+            for device, parts in ((group.whole, GLOBAL_PARTS), (group.local, LOCAL_PARTS)):
+                for kind, seconds in device.seconds().items():
+                    found[parts.get(kind, parts[""])] += seconds
+        return found
 
     @property
     def sequence_cache_bytes(self) -> int:
@@ -193,8 +210,8 @@ class PatchDecoder:
         for first in range(0, streams, MOST_STREAMS):
             count = min(MOST_STREAMS, streams - first)
             both = (
-                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known),
-                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known),
+                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known, timed=self._timed),
+                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known, timed=self._timed),
             )
             for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
                 stage.load(code)
@@ -239,7 +256,7 @@ def why_operations(network: MegaByte, streams: int) -> str | None:
     return None
 
 
-def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
+def patch_decoder(network: MegaByte, streams: int, *, timed: bool = False) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
     stages = global_stage(network), local_stage(network)
     if why_operations(network, streams) is not None or stages[0] is None or stages[1] is None:
@@ -249,7 +266,7 @@ def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     dtype = last.byte_embedding.weight.dtype
     added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
     try:
-        return PatchDecoder((stages[0], stages[1]), added, streams)
+        return PatchDecoder((stages[0], stages[1]), added, streams, timed=timed)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None

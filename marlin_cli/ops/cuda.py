@@ -29,7 +29,7 @@ from marlin_cli.ops.kernel_inputs import (
 from marlin_cli.ops.kernel_source import launch
 from marlin_cli.ops.reference import KeyValueRows
 
-MOST_ROWS_OF_X = 32
+MOST_ROWS_OF_X, MOST_ROWS_OF_FLOAT32 = 64, 32  # of which decoding for each 32 takes less than writing the decoded weight
 SHARED_X_BYTES = 32768
 # Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
 # 32 us through `cuda_kernel`, while MLX's kernel needs about 10 us for 2^24 multiplications (H200, MLX 0.32.4).
@@ -37,7 +37,7 @@ WORTH_A_LAUNCH = 2**26
 # Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
 # slower than decoding the weight once for a dense product, or no faster.
 FEW_ROWS = 8
-SMALL_WEIGHT = 2**21  # numbers of a weight that a dense product of 8 rows and more reads faster than they are decoded
+LARGE_WEIGHT = 2**26  # numbers, of which dense products of more than 16 rows take less time than decoding
 WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
@@ -57,8 +57,17 @@ def packed_linear(
     """See `reference.packed_linear`; what `takes_packed_linear` takes."""
     settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
     rows, columns = x.size // x.shape[-1], x.shape[-1]
-    if not _takes_gemm(x, weight, scales, **settings) or _dense_is_faster(rows, weight.shape[0], columns):
-        return x @ decoded(weight, scales, biases, **settings, dtype=x.dtype).T
+    taken = _takes_gemm(x, weight, scales, **settings)
+    if not taken or _dense_is_faster(rows, weight.shape[0], columns):
+
+        def make() -> mx.array:
+            return unpacked(weight, scales, biases, **settings, dtype=x.dtype)
+
+        copy = copies().of(weight, x.dtype, weight.shape[0] * columns * x.dtype.size, make)
+        if copy is None and not taken:
+            copy = make()
+        if copy is not None:
+            return x @ copy.T
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
     how = _gemm_launch(rows, weight.shape[0], columns, bits, group_size, mode == "affine", x.dtype)
     zeros = scales if biases is None else biases
@@ -88,28 +97,18 @@ def takes_packed_linear(
 
 
 def _takes_gemm(x: mx.array, weight: mx.array, scales: mx.array, *, group_size: int, bits: int, mode: str) -> bool:
-    """1 to 32 rows of x and what `marlin_gemm_fp4` knows: whole numbers for x of 16 bits alone, as those bits are exact then."""
+    """Some rows of x and what `marlin_gemm_fp4` knows: whole numbers for x of 16 bits alone, as those bits are exact then."""
     if mode == "affine":
         known = bits in (4, 8) and group_size % 32 == 0 and x.dtype != mx.float32 and scales.dtype == x.dtype
     else:
         known = (mode, bits, group_size) in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
-    return known and x.size <= MOST_ROWS_OF_X * x.shape[-1]
+    most = MOST_ROWS_OF_FLOAT32 if x.dtype == mx.float32 else MOST_ROWS_OF_X
+    return known and x.size <= most * x.shape[-1]
 
 
 def _dense_is_faster(rows_of_x: int, rows: int, columns: int) -> bool:
-    """Whether a dense product with a decoded copy, if there is one, beats `marlin_gemm_fp4`."""
-    return rows_of_x >= FEW_ROWS and rows * columns <= SMALL_WEIGHT
-
-
-def decoded(
-    weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str, dtype: mx.Dtype
-) -> mx.array:
-    """`unpacked`, kept with the weight where the GPU has memory to spare: so it is decoded once, and not for each product."""
-
-    def make() -> mx.array:
-        return unpacked(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=dtype)
-
-    return copies().of(weight, dtype, make)
+    """Whether a dense product with a copy that is decoded already beats `marlin_gemm_fp4` (H200)."""
+    return rows_of_x > (16 if rows * columns >= LARGE_WEIGHT else 32)
 
 
 def unpacked(
@@ -326,13 +325,21 @@ def _gemm_launch(
 
 def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dtype) -> dict[str, int | bool]:
     """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
-    split = dtype == mx.float32  # three parts of each x take three times the registers, and time to split
-    if rows_of_x > 8:
-        return {"ROW_TILES": 2, "X_TILES": 2 if split or rows_of_x <= 16 else 4, "STAGES": 1, "X_SHARED": False}
-    shared = split and 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
-    crowded = split and not shared
-    wide = crowded or (bits == 4 and rows >= 8192)
-    return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 1 if crowded else 2, "X_SHARED": shared}
+    if dtype == mx.float32:  # three parts of each x take three times the registers, and time to split
+        if rows_of_x > 8:
+            return {"ROW_TILES": 2, "X_TILES": 2, "STAGES": 1, "X_SHARED": False}
+        shared = 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
+        wide = not shared or (bits == 4 and rows >= 8192)
+        return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 2 if shared else 1, "X_SHARED": shared}
+    narrow, middle, wide = rows <= 1024, rows < 4096, rows >= 8192
+    if rows_of_x <= 8:
+        tiles, stages = (2, 1 if bits == 4 else 2) if wide else (1, 2 if bits == 4 or narrow else 4)
+    elif rows_of_x <= 16:
+        tiles, stages = (1, 2 if bits == 4 else 3) if middle or (bits == 8 and not wide) else (2, 1)
+    else:
+        tiles, stages = (1, 2) if narrow and rows_of_x <= 32 else (1 if narrow else 2, 1)
+    x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
+    return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "X_SHARED": False}
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:

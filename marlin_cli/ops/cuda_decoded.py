@@ -38,16 +38,15 @@ class Copies:
         self._kept: dict[tuple[int, str], _Copy] = {}
         self.bytes = 0
 
-    def of(self, weight: mx.array, dtype: mx.Dtype, make: Callable[[], mx.array]) -> mx.array:
-        """What `make` gives of `weight` in `dtype`, kept if there is room."""
+    def of(self, weight: mx.array, dtype: mx.Dtype, size: int, make: Callable[[], mx.array]) -> mx.array | None:
+        """What `make` gave of `weight` in `dtype` once, `size` bytes; None where there is no room to keep them."""
         key = (id(weight), str(dtype))
         kept = self._kept.get(key)
         if kept is not None and kept.weight() is weight:
             return kept.decoded
-        decoded = make()
-        size = decoded.nbytes
         if self.bytes + size > self._most_bytes or mx.get_active_memory() + size > self._most_in_use:
-            return decoded
+            return None
+        decoded = make()
         mx.eval(decoded)  # also where a graph is being traced: the copy is no part of it
         self._kept[key] = _Copy(weakref.ref(weight, lambda _: self._forget(key, size)), decoded)
         self.bytes += size

@@ -37,6 +37,12 @@ MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
+# What the time of a launch goes to, in the order of `Part` and `Other` in the kernels, with room for a few more in shared memory;
+# it is left behind so many words of 64 bits.
+KINDS_OF_TIME = (
+    "first", "qkv", "out", "up", "down", "last", "memory query", "memory out", "attention", "memory attention", "drawing",
+)  # fmt: skip
+MOST_KINDS_OF_TIME, FIRST_TIME = 16, 4
 
 # Bytes of the records as few_rows_stage.cuh lays them out.
 STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 200, 448, 40
@@ -80,7 +86,8 @@ def shared_bytes(stage: StageArrays, streams: int) -> int:
     segments = streams * -(-stage.dim // (64 if tagged else 256))
     partial = WARPS * 2 * streams * 8 * 2
     staged = streams * (stage.heads + 2 * stage.kv_heads) * stage.head_dim if _attends_alone(stage, streams) else 0
-    floats = partial + staged + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
+    times = 2 * MOST_KINDS_OF_TIME
+    floats = times + partial + staged + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
     return record + _memory_bytes(stage, streams) + 4 * floats
 
 
@@ -118,8 +125,8 @@ def _linears_by_part(stage: StageArrays) -> list[LinearArrays | None]:
     return [stage.first, layer.qkv[0], layer.out, layer.up[0], layer.down, stage.last, *reading]
 
 
-def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
-    """A stage's sizes and kinds as the kernels' constants; `steps` are the bytes of a patch."""
+def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int, *, timed: bool = False) -> str:
+    """A stage's sizes and kinds as the kernels' constants; `steps` are the bytes of a patch. `timed`: see `seconds`."""
     parts = _linears_by_part(stage)
     kinds = [0 if part is None else KINDS.index(part.kind) for part in parts]
     tasks = streams * stage.heads
@@ -144,6 +151,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
         "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
+        "TIMED": timed, "MOST_KINDS_OF_TIME": MOST_KINDS_OF_TIME, "FIRST_TIME": FIRST_TIME,
     }  # fmt: skip
     return constants(stage.table.dtype, values)
 
@@ -162,15 +170,18 @@ class StageOnDevice:
         steps: bytes of a patch; of a decoder as many ids as a launch is fed at most.
         queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
+        timed: for `seconds`; launches take a little longer.
     """
 
-    def __init__(self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None) -> None:
+    def __init__(
+        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None, *, timed: bool = False
+    ) -> None:
         self.stage, self.streams, self._queue = stage, streams, queue
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
         self.blocks = blocks_of(stage)
-        sizes = sizes_of(stage, streams, self.blocks, steps)
+        sizes = sizes_of(stage, streams, self.blocks, steps, timed=timed)
         self.text = text(kernel_name(stage), sizes)
         self._launch: Launcher | None = None
         parts = [*self._scratch_bytes(), STAGE_BYTES + LAYER_BYTES * len(stage.layers)]
@@ -251,6 +262,14 @@ class StageOnDevice:
         assert self._launch is not None
         pointers = (self._places[-1], ids, padding, out)
         self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()))
+
+    def seconds(self) -> dict[str, float]:
+        """What launches so far have spent on each of `KINDS_OF_TIME`, as the first block saw it; 0 unless made `timed`."""
+        count = len(KINDS_OF_TIME)
+        data = self._queue.read(self._places[0] + 8 * FIRST_TIME, 8 * (count + 1))
+        words = np.frombuffer(data, np.uint64).astype(np.float64)
+        scale = 1e-9 * words[count] / max(words[:count].sum(), 1.0)
+        return {kind: float(cycles * scale) for kind, cycles in zip(KINDS_OF_TIME, words[:count], strict=True)}
 
     def _next(self) -> int:
         """The number of a phase before a launch's first: 32 bits, which come again after months."""

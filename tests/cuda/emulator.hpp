@@ -347,6 +347,8 @@ inline void wait_for_copies() {}
 
 inline unsigned long long nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 
+inline unsigned long long cycles() { return nanoseconds(); }
+
 static size_t shared_bytes;
 
 // What the launch asks for, NaN at first.

@@ -28,7 +28,7 @@ THREADS = dict.fromkeys(("marlin_gemm_fp4", "patch_embed", "strided_pool", "unpa
 def gemm_variants():
     kinds = [(4, 16, False), (4, 32, False), (8, 32, False), (4, 64, True), (8, 64, True)]
     for dtype, (bits, group, affine), (count, rows) in itertools.product(
-        BITS, kinds, [(1, 64), (1, 8192), (8, 64), (8, 8192), (16, 64), (32, 64)]
+        BITS, kinds, [(1, 64), (1, 4096), (8, 8192), (16, 64), (16, 4096), (32, 64), (32, 2048), (64, 4096)]
     ):
         if affine and dtype == "float32":
             continue

@@ -121,9 +121,8 @@ def test_products_of_slices_and_batches():
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("format", WHOLE, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(3, 7, 384), (9, 40, 256), (31, 300, 1408)], ids=str)
-def test_packed_linear_of_whole_numbers(format, rows, columns, depth, dtype, monkeypatch):
+def test_packed_linear_of_whole_numbers(format, rows, columns, depth, dtype):
     mode, bits, group_size = format
-    monkeypatch.setattr(cuda, "SMALL_WEIGHT", 0)
     settings = {"group_size": group_size, "bits": bits, "mode": mode}
     x = random(rows, depth, dtype=dtype)
     weight, scales, zeros = on_cpu(mx.quantize, random(columns, depth, seed=1, dtype=dtype) * 0.3, **settings)
@@ -134,18 +133,16 @@ def test_packed_linear_of_whole_numbers(format, rows, columns, depth, dtype, mon
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_whole_number_is_decoded(bits, dtype, monkeypatch):
+def test_every_whole_number_is_decoded(bits, dtype):
     """All codes, under scales and zeros that leave their products exact."""
-    monkeypatch.setattr(cuda, "SMALL_WEIGHT", 0)
     codes = np.arange(64 * 128, dtype=np.uint32).reshape(64, 128) % (1 << bits)
     per_word = 32 // bits
     words = (codes.reshape(64, -1, per_word) << (np.arange(per_word, dtype=np.uint32) * bits)).sum(-1, dtype=np.uint32)
     scales = mx.array(np.tile([[0.5, 2.0]], (64, 1))).astype(dtype)
     zeros = mx.zeros_like(scales)
-    found = [
-        cuda.packed_linear(mx.eye(128)[i : i + 32].astype(dtype), mx.array(words), scales, zeros, group_size=64, bits=bits, mode="affine")
-        for i in range(0, 128, 32)
-    ]  # fmt: skip
+    settings = {"group_size": 64, "bits": bits, "mode": "affine"}
+    unit_rows = [mx.eye(128)[first : first + 32].astype(dtype) for first in range(0, 128, 32)]
+    found = [cuda.packed_linear(rows, mx.array(words), scales, zeros, **settings) for rows in unit_rows]
     expected = codes.T * np.repeat([0.5, 2.0], 64)[:, None]
     assert (np.array(mx.concatenate(found).astype(mx.float32)) == expected).all()
 

@@ -231,6 +231,22 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
 
 
 @pytest.mark.slow
+def test_time_by_part(monkeypatch):
+    """Launches that keep account of their time give the same ids, and all of it goes to some part."""
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    network = network_of(format="nvfp4")
+    plain, timed = (
+        Lockstep(network, [bytes(range(65, 81))], decoder=patch_decoder(network, 1, timed=each)) for each in (False, True)
+    )
+    assert plain.part_seconds is None
+    ids = [[state.advance(Sampling(), Noise(0, 256), 8).tolist() for _ in range(2)] for state in (plain, timed)]
+    assert ids[0] == ids[1]
+    parts = timed.part_seconds
+    assert list(parts) == ["global", "global cache", "local", "local cache", "head", "sampling"]
+    assert all(0 < seconds < 60 for seconds in parts.values())
+
+
+@pytest.mark.slow
 def test_groups_of_streams(monkeypatch):
     """More streams than one launch takes: prompts that end inside a patch, and streams that stop."""
     monkeypatch.setattr(cuda_patches, "MOST_STREAMS", 2)
