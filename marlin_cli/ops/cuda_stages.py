@@ -37,7 +37,7 @@ MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
-# What the time of a launch goes to, in the order of `Part` and `Other` in the kernels, with room for a few more in shared memory;
+# What the time of a launch goes to, in the order of `Part` and `Other` in the kernels, with room for some more in shared memory;
 # it is left behind so many words of 64 bits.
 KINDS_OF_TIME = (
     "first", "qkv", "out", "up", "down", "last", "memory query", "memory out", "attention", "memory attention", "drawing",
