@@ -37,7 +37,7 @@ struct Stage {
   Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
   int32_t capacity, states;
   float log2_theta, scale, eps;
-  int32_t inputs;
+  int32_t inputs;  // of a decoder; else streams that are no filler
 };
 
 using Kept = cuda::std::conditional_t<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
@@ -629,7 +629,8 @@ struct Machine {
       if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
       const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
       const int end = start + int(int64_t(count) * (split + 1) / SPLITS), kv_head = number / QUERY_HEADS;
-      const int64_t cache = int64_t(stream * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
+      const int known = ANSWERS ? stream : min(stream, stage->inputs - 1);  // filler reads what there is
+      const int64_t cache = int64_t(known * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
       T *keys = layer.keys + cache, *values = layer.values + cache;
       const bool with_new = split == SPLITS - 1 && warp == warps - 1;
       const Head::Rows::From from{keys, values};
@@ -642,7 +643,7 @@ struct Machine {
       } else {
         head.see(some, from, first, end, warp, warps, with_new, no_bias);
       }
-      if (with_new && number % QUERY_HEADS == 0) remember(head, keys, values, seen);
+      if (with_new && number % QUERY_HEADS == 0 && (ANSWERS || stream < stage->inputs)) remember(head, keys, values, seen);
     });
   }
 

@@ -23,7 +23,7 @@ from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
-from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, takes_stage
+from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, size_for, takes_stage
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
@@ -113,11 +113,14 @@ class PatchDecoder:
         self._known = given.shape[1]
         if self._known:
             self._queue.write(self._given.address, np.array(given, dtype=np.int32).tobytes())
-        self._slot, self._entered = 0, mx.contiguous(condition)
+        self._slot, entered = 0, mx.contiguous(condition)
         if padding is not None:
             self._queue.write(self._padding.address, np.array(padding, dtype=np.int32).tobytes())
         self._padded = padding is not None
-        (self._lead,) = self._give_room(caches, self._entered)
+        (place,) = self._give_room(caches, entered)
+        self._queue.copy(self._entry.address, place, entered.nbytes)
+        self._queue.wait()  # before it goes
+        self._lead = self._entry.address
 
     def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
         """Queue the next patch, and the global step after it if there is to be `more`."""
@@ -155,7 +158,7 @@ class PatchDecoder:
         found = []
         for group, number in zip(self._groups, patch.numbers, strict=True):
             assert group.local.mailbox is not None
-            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps))
+            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps)[: group.local.live])
         ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
@@ -164,7 +167,7 @@ class PatchDecoder:
     def condition(self, patch: Patch) -> mx.array:
         """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one."""
         dtype, shape = self._stages[1].table.dtype, (self._streams, 1, self._stages[1].dim)
-        data = self._queue.read(self._condition_of(patch.slot), self._condition_bytes)
+        data = self._queue.read(self._condition_of(patch.slot), self._streams * self._row_bytes)
         if dtype == mx.float32:
             return mx.array(np.frombuffer(data, np.float32).reshape(shape))
         return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(dtype)
@@ -208,10 +211,11 @@ class PatchDecoder:
         self._streams = self._wanted = streams
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
-            count = min(MOST_STREAMS, streams - first)
+            live = min(MOST_STREAMS, streams - first)
+            size, options = size_for(live), {"live": live, "timed": self._timed}
             both = (
-                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known, timed=self._timed),
-                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known, timed=self._timed),
+                StageOnDevice(self._stages[0], size, self._steps, self._queue, global_known, **options),
+                StageOnDevice(self._stages[1], size, self._steps, self._queue, local_known, **options),
             )
             for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
                 stage.load(code)
@@ -220,12 +224,14 @@ class PatchDecoder:
             self._groups.append(_Group(first, *both))
         local = self._stages[1]
         self._row_bytes = local.dim * local.table.dtype.size
-        self._condition_bytes = streams * self._row_bytes
-        self._ids_bytes = 4 * streams * self._steps
+        room = sum(group.local.streams for group in self._groups)  # filler among them
+        self._condition_bytes = room * self._row_bytes
+        self._ids_bytes = 4 * room * self._steps
+        self._entry = self._queue.allocate(self._condition_bytes)
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
         self._added_there = self._queue.allocate(self._added.nbytes)
         self._queue.write(self._added_there.address, bytes_of(self._added))
-        self._padding, self._given = self._queue.allocate(4 * streams), self._queue.allocate(self._ids_bytes)
+        self._padding, self._given = self._queue.allocate(4 * room), self._queue.allocate(self._ids_bytes)
         self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
 
     @staticmethod
@@ -241,7 +247,7 @@ class PatchDecoder:
 
 def why_operations(network: MegaByte, streams: int) -> str | None:
     """Why patches of so many streams are decoded operation by operation; None where they are launched whole."""
-    config, at_once = network.config, min(streams, MOST_STREAMS)
+    config, at_once = network.config, size_for(min(streams, MOST_STREAMS))
     if at_once * config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
         return f"{streams} streams of {config.patch_size} bytes a patch are more than {MOST_STREAMS_IN_ALL} or {MOST_IDS} ids"
     if config.layout != "prefix":

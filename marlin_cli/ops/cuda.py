@@ -96,6 +96,25 @@ def takes_packed_linear(
     return taken and x.size * weight.shape[0] >= WORTH_A_LAUNCH
 
 
+def product_way(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str
+) -> tuple[str, str]:
+    """What multiplies these on an NVIDIA GPU, and why, for people. Nothing is computed."""
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    if not takes_packed_linear(x, weight, scales, biases, **settings):
+        if _takes_gemm(x, weight, scales, **settings):
+            return "MLX", "too little work for a launch of ours, which takes the host longer"
+        return "MLX", "float32 rows, or a format or a width that the kernels do not take"
+    if not _takes_gemm(x, weight, scales, **settings):
+        return (
+            "decoded, dense",
+            "many rows: with a copy that is kept; where MARLIN_DECODED leaves no room made anew",
+        )
+    if _dense_is_faster(x.size // x.shape[-1], weight.shape[0], x.shape[-1]):
+        return "decoded, dense", "many rows: with a copy that is kept; where MARLIN_DECODED leaves no room marlin_gemm_fp4"
+    return "marlin_gemm_fp4", "few rows: each weight is decoded once for up to 32 of them"
+
+
 def _takes_gemm(x: mx.array, weight: mx.array, scales: mx.array, *, group_size: int, bits: int, mode: str) -> bool:
     """Some rows of x and what `marlin_gemm_fp4` knows: whole numbers for x of 16 bits alone, as those bits are exact then."""
     if mode == "affine":

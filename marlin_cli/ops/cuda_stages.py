@@ -37,7 +37,7 @@ MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
-# What the time of a launch goes to, in the order of `Part` and `Other` in the kernels, with room for some more in shared memory;
+# What the time of a launch goes to, in the order of `Part` and `Other` in the kernels; there is room for some more.
 # it is left behind so many words of 64 bits.
 KINDS_OF_TIME = (
     "first", "qkv", "out", "up", "down", "last", "memory query", "memory out", "attention", "memory attention", "drawing",
@@ -161,12 +161,18 @@ def kernel_name(stage: StageArrays) -> str:
     return "answer_decode" if stage.answers else "local_patch_decode" if stage.first is None else "stack"
 
 
+def size_for(streams: int) -> int:
+    """Streams that a kernel is made for that takes so many: the next power of two, as each number of them is another kernel."""
+    return 1 << (streams - 1).bit_length()
+
+
 class StageOnDevice:
     """A stage for a number of streams, its scratch memory, and the record by which the kernels find all of it.
 
     Args:
         stage: what `takes_stage` takes.
-        streams: 1 to 16.
+        streams: 1 to 16, as many as the kernel is made for.
+        live: of them, those that there are; the others are filler, which reads the last one's cache and writes to none.
         steps: bytes of a patch; of a decoder as many ids as a launch is fed at most.
         queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
@@ -174,9 +180,11 @@ class StageOnDevice:
     """
 
     def __init__(
-        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None, *, timed: bool = False
-    ) -> None:
+        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None, *,
+        live: int | None = None, timed: bool = False,
+    ) -> None:  # fmt: skip
         self.stage, self.streams, self._queue = stage, streams, queue
+        self.live = streams if live is None else live
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
@@ -294,7 +302,7 @@ class StageOnDevice:
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
         mailbox = 0 if self.mailbox is None else self.mailbox.address
-        lengths, states, inputs = (0, 0, 0) if memory is None else (memory.lengths, memory.states, memory.inputs)
+        lengths, states, inputs = (0, 0, self.live) if memory is None else (memory.lengths, memory.states, memory.inputs)
         head = struct.pack("<12Q", *self._places[:-1], table, norm, mailbox, bias, lengths)
         log2_theta = math.log2(stage.theta) if stage.theta else 0.0
         sizes = struct.pack("<2i3fi", capacity, states, log2_theta, stage.scale, stage.eps, inputs)
