@@ -3,6 +3,7 @@
 `patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache
-from marlin_cli.engine.cuda_layers import linear_arrays, say_once
+from marlin_cli.engine.cuda_layers import Prepared, linear_arrays, prepared, say_once
 from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
@@ -66,11 +67,13 @@ class PatchDecoder:
 
     def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int, *, timed: bool = False) -> None:
         self._timed = timed
-        self._stages, self._added, self._steps = stages, added, added.shape[0]
+        self._stages = stages
+        self._places: list[list[int] | None] = [None, None]  # of the arrays of each stage, once they have been asked for
+        self._added, self._steps = added, added.shape[0]
         self._queue = Queue()
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._noise = NoiseAhead(self._queue, stages[1].last.rows)
-        self._make(streams, None, None)
+        self._make(streams)
 
     @property
     def part_seconds(self) -> dict[str, float] | None:
@@ -108,7 +111,7 @@ class PatchDecoder:
             padding: [streams] filler rows of the caches.
         """
         if self._wanted != self._streams:
-            self._make(self._wanted, self._groups[0].whole.known, self._groups[0].local.known)
+            self._make(self._wanted)
         mx.eval(condition, given)
         self._known = given.shape[1]
         if self._known:
@@ -207,23 +210,23 @@ class PatchDecoder:
         self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
         return found
 
-    def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
+    def _make(self, streams: int) -> None:
         self._streams = self._wanted = streams
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
             live = min(MOST_STREAMS, streams - first)
-            size, options = size_for(live), {"live": live, "timed": self._timed}
-            both = (
-                StageOnDevice(self._stages[0], size, self._steps, self._queue, global_known, **options),
-                StageOnDevice(self._stages[1], size, self._steps, self._queue, local_known, **options),
+            options = {"live": live, "timed": self._timed}
+            whole, local = (
+                StageOnDevice(stage, size_for(live), self._steps, self._queue, known, **options)
+                for stage, known in zip(self._stages, self._places, strict=True)
             )
-            for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
-                stage.load(code)
-            global_known, local_known = both[0].known, both[1].known
-            both[1].own_caches(self._steps)
-            self._groups.append(_Group(first, *both))
-        local = self._stages[1]
-        self._row_bytes = local.dim * local.table.dtype.size
+            for device, code in zip((whole, local), _machine_code(whole.text, local.text), strict=True):
+                device.load(code)
+            self._places = [whole.known, local.known]
+            local.own_caches(self._steps)
+            self._groups.append(_Group(first, whole, local))
+        finest = self._stages[1]
+        self._row_bytes = finest.dim * finest.table.dtype.size
         room = sum(group.local.streams for group in self._groups)  # filler among them
         self._condition_bytes = room * self._row_bytes
         self._ids_bytes = 4 * room * self._steps
@@ -254,28 +257,45 @@ def why_operations(network: MegaByte, streams: int) -> str | None:
         return f"the layout is {config.layout}, the kernels know prefix"
     if config.token_shift or network.stages[0].positions is not None:
         return "a token shift, or learned positions of patches"
-    stages = [stage for stage in (global_stage(network), local_stage(network)) if stage is not None]
-    if len(stages) < 2:
+    stages = _prepared(network)
+    if stages is None:
         return "layers of a kind that the kernels do not know, or with 8-bit activations"
-    if not all(takes_stage(stage, at_once) for stage in stages):
+    if not all(takes_stage(each.stage, at_once) for each in stages):
         return "float16, formats that differ from layer to layer, or sizes that the kernels do not take"
     return None
 
 
 def patch_decoder(network: MegaByte, streams: int, *, timed: bool = False) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
-    stages = global_stage(network), local_stage(network)
-    if why_operations(network, streams) is not None or stages[0] is None or stages[1] is None:
+    stages = None if why_operations(network, streams) else _prepared(network)
+    if stages is None:
         return None
     last = network.stages[-1]
     shape = (network.config.patch_size, last.config.dim)
     dtype = last.byte_embedding.weight.dtype
     added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
     try:
-        return PatchDecoder((stages[0], stages[1]), added, streams, timed=timed)
+        return PatchDecoder((stages[0].stage, stages[1].stage), added, streams, timed=timed)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None
+
+
+def _prepared(network: MegaByte) -> tuple[Prepared, Prepared] | None:
+    """Both stages, kept with the network as long as its weights are the same: a batch that grows asks for them often."""
+    if network.config.layout != "prefix":
+        return None
+    first, last = network.stages[0], network.stages[-1]
+    ends = [part for part in (first.patch_projection, first.to_next) if part is not None]
+    whole = prepared(first.stack, [first.stack, first.byte_embedding, *ends], lambda: global_stage(network))
+    local = prepared(last.stack, [last.stack, last.byte_embedding, network.output], lambda: local_stage(network))
+    return None if whole is None or local is None else (whole, local)
+
+
+@functools.lru_cache(maxsize=32)
+def _machine_code(*texts: str) -> list[bytes]:
+    """`compiled`, kept in this process."""
+    return compiled(texts)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:
