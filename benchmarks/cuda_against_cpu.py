@@ -2,11 +2,12 @@
 
     python benchmarks/cuda_against_cpu.py [--kib 64] [--formats nvfp4,mxfp8,int4] [--window 2048] [--threads 8]
 
-The demo, and a ByT5 of random weights: scored in float32, in bfloat16 (the CPU in float32) and packed by rtn on each device.
-Statistics are of the float32 demo. Each device in a process of its own; seconds of both.
+The demos of MegaByte and ByT5: scored in float32, in bfloat16 (the CPU in float32) and packed from float32 by rtn on each
+device. Statistics are of the float32 demo. Each device in a process of its own; seconds of both.
 """
 
 import argparse
+import json
 import os
 import pickle
 import subprocess
@@ -17,22 +18,19 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
-from marlin_cli.api import MegaByteModel
+from marlin_cli import load
 from marlin_cli.engine.answer_scoring import bits_of_answers
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.files import shipped
-from marlin_cli.models.byt5 import ByT5
-from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.byt5_ids import ids_of_bytes
 from marlin_cli.ops.device import choose_device
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
 from marlin_cli.statistics.collect import measure
 
-CALIBRATED_WINDOWS, PAIR_BYTES = 8, 256
-PAIRS_SHARE = 4  # of the bytes, what the larger ByT5 is given
+CALIBRATED_WINDOWS = 8
 
 
 def sample(count: int) -> np.ndarray:
@@ -52,15 +50,11 @@ def settings_of(name: str, answers: bool) -> QuantizationSettings:
     return QuantizationSettings(global_format=name, local_format=name, group_size=group)
 
 
-def byt5() -> ByT5:
-    """Random weights, the same on every device."""
-    network = ByT5(ByT5Config(d_model=512, ffn_dim=1024, encoder_layers=4, decoder_layers=2, heads=8))
-    rng, drawn = np.random.default_rng(0), []
-    for path, array in tree_flatten(network.parameters()):
-        values = rng.standard_normal(array.shape) * array.shape[-1] ** -0.5
-        drawn.append((path, mx.array((1 + 0.1 * values if array.ndim == 1 else values).astype(np.float32)).astype(mx.bfloat16)))
-    network.update(tree_unflatten(drawn))
-    return network
+def pairs_of_demo() -> list[tuple[list[int], bytes]]:
+    """Inputs, as ids, and answers of the demo that restores case and marks."""
+    lines = (shipped("configs/models/byt5-demo") / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in lines]
+    return [([*ids_of_bytes(pair["source"].encode()), 1], pair["target"].encode()) for pair in pairs]
 
 
 def run(side: str, kib: int, formats: list[str], window: int) -> dict:
@@ -79,23 +73,22 @@ def run(side: str, kib: int, formats: list[str], window: int) -> dict:
         mx.eval(network.parameters())
         return network
 
-    places = range(0, len(data) // PAIRS_SHARE, 2 * PAIR_BYTES)
-    pairs = [data[i : i + 2 * PAIR_BYTES].tobytes() for i in places]
-    sources = [[*ids_of_bytes(pair[:PAIR_BYTES]), 1] for pair in pairs]
+    pairs = pairs_of_demo()
+    answer_bytes = sum(len(target) + 1 for _, target in pairs)
 
     def answered(network):
+        """Of each pair its share of the bits per byte of all, whose mean that is."""
         each = []
         for i in range(0, len(pairs), 16):
-            each.append(bits_of_answers(network, sources[i : i + 16], [pair[PAIR_BYTES:] for pair in pairs[i : i + 16]]))
-        return np.concatenate(each) / PAIR_BYTES
+            sources, targets = zip(*pairs[i : i + 16], strict=True)
+            each.append(bits_of_answers(network, sources, targets))
+        return np.concatenate(each) * len(pairs) / answer_bytes
 
     half = mx.float32 if side == "cpu" else mx.bfloat16
     for model in ("demo", "byt5"):
 
         def fresh(dtype, model=model):
-            if model == "byt5":
-                return at(byt5(), dtype)
-            return at(MegaByteModel.from_pretrained("megabyte-demo", device=side).network, dtype)
+            return at(load(f"{'megabyte' if model == 'demo' else model}-demo", device=side).network, dtype)
 
         score = answered if model == "byt5" else lambda network: bits_of(network, data, window)
         plain = fresh(mx.float32)
@@ -112,10 +105,11 @@ def run(side: str, kib: int, formats: list[str], window: int) -> dict:
         found[f"{model} bfloat16 bits"] = timed(f"{model} bfloat16", lambda s=score, p=other: s(p))
         for name in formats:
             settings = settings_of(name, model == "byt5")
-            packed = timed(f"{model} packing {name}", lambda p=other, s=settings: quantize_network(p, s, method="rtn").network)
+            packed = timed(f"{model} packing {name}", lambda p=plain, s=settings: quantize_network(p, s, method="rtn").network)
             for path, array in tree_flatten(packed.parameters()):
                 if array.dtype in (mx.uint32, mx.uint8):
                     found[f"packed {model} {name} {path}"] = np.array(array)
+            packed = at(packed, half)
             found[f"{model} {name} bits"] = timed(f"{model} {name}", lambda s=score, p=packed: s(p))
     return {"device": device.name, "found": found, "seconds": seconds}
 

@@ -38,7 +38,7 @@ def kernel_seconds(call) -> float:
     """Seconds that the GPU spends in kernels during `call`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(0)
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     worst: list[tuple[float, str]] = []
     for size in map(int, arguments.sizes.split(",")):
         count = max(4, min(MOST_WEIGHTS, int(CACHE_BYTES // (2 * size * size))))
-        dense = [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) * size**-0.5 for _ in range(count)]
+        dense = [torch.randn(size, size, device="cuda:0", dtype=torch.bfloat16) * size**-0.5 for _ in range(count)]
         plain = [(mx.random.normal((size, size)) * size**-0.5).astype(mx.bfloat16) for _ in dense]
         mx.eval(plain)
         weights = {name: packed_weights(size, name) for name in formats}
@@ -92,7 +92,7 @@ def main() -> None:
             if time.monotonic() - begun > arguments.seconds:
                 break
             x = mx.random.normal((rows, size)).astype(mx.bfloat16)
-            other = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+            other = torch.randn(rows, size, device="cuda:0", dtype=torch.bfloat16)
             mx.eval(x)
             sides = {
                 "torch": (lambda x=other, w=dense: chain(torch.nn.functional.linear, w, x), len(dense)),

@@ -158,8 +158,8 @@ def _show_products(models: Sequence[str]) -> None:
             seen.add((height, width, kind))
             for count in (1, 8, 32, 64, 512):
                 x = mx.zeros((count, width), dtype=dtype)
-                settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-                way, why = product_way(x, layer["weight"], layer["scales"], layer.get("biases"), **settings)
+                arrays = x, layer["weight"], layer["scales"], layer.get("biases")
+                way, why = product_way(*arrays, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
                 rows.append([model, kind, f"{height} x {width}", str(count), way, why])
     if rows:
         console.table("products", ["model", "format", "layer", "rows", "way", "why"], rows, to_stdout=True)

@@ -215,9 +215,8 @@ class PatchDecoder:
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
             live = min(MOST_STREAMS, streams - first)
-            options = {"live": live, "timed": self._timed}
             whole, local = (
-                StageOnDevice(stage, size_for(live), self._steps, self._queue, known, **options)
+                StageOnDevice(stage, size_for(live), self._steps, self._queue, known, live=live, timed=self._timed)
                 for stage, known in zip(self._stages, self._places, strict=True)
             )
             for device, code in zip((whole, local), _machine_code(whole.text, local.text), strict=True):
