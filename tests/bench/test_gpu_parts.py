@@ -1,4 +1,4 @@
-"""Where a GPU's time goes is measured where whole patches are decoded there; the kernels' own account is tested in tests/cuda."""
+"""A GPU's time is told by part where whole patches are decoded there; the kernels' own account is tested in tests/cuda."""
 
 from types import SimpleNamespace
 
