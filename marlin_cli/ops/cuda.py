@@ -31,9 +31,9 @@ from marlin_cli.ops.reference import KeyValueRows
 
 MOST_ROWS_OF_X, MOST_ROWS_OF_FLOAT32 = 64, 32  # of which decoding for each 32 takes less than writing the decoded weight
 SHARED_X_BYTES = 32768
-# Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
-# 32 us through `cuda_kernel`, while MLX's kernel needs about 10 us for 2^24 multiplications (H200, MLX 0.32.4).
-WORTH_A_LAUNCH = 2**26
+# Multiplications below which MLX's own products are taken, which its package brings compiled: the host hands them out in 23 us
+# instead of 32. Above, with 1 to 7 rows of a square of 1,024 or 2,048, theirs take up to three times as long as ours (H200).
+WORTH_A_LAUNCH = 2**20
 # Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
 # slower than decoding the weight once for a dense product, or no faster.
 FEW_ROWS = 8
@@ -355,8 +355,10 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
         tiles, stages = (2, 1 if bits == 4 else 2) if wide else (1, 2 if bits == 4 or narrow else 4)
     elif rows_of_x <= 16:
         tiles, stages = (1, 2 if bits == 4 else 3) if middle or (bits == 8 and not wide) else (2, 1)
+    elif rows_of_x <= 32 and (narrow or (middle and bits == 8)):
+        tiles, stages = 1, 2
     else:
-        tiles, stages = (1, 2) if narrow and rows_of_x <= 32 else (1 if narrow else 2, 1)
+        tiles, stages = (1 if narrow else 2), 1
     x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
     return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "X_SHARED": False}
 
