@@ -4,7 +4,8 @@
 
 Bytes a second of all streams together, after the prompt is read, ids on the host; medians of rounds that alternate, the first
 one for warming up. `--operations` has marlin's own path without kernels for whole patches beside them. Greedy bytes of the
-bfloat16 runs are compared: torch and marlin round at different places, so they part at some near tie.
+bfloat16 runs are compared: torch and marlin round at different places, so they part at some near tie. So their predictions of
+the same bytes, the prompt and what torch wrote, are compared too: divergence in bits a byte.
 """
 
 import argparse
@@ -22,9 +23,11 @@ from marlin_cli.api import MegaByteModel
 from marlin_cli.engine import decoding
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.scoring import log2_predictions
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
+from marlin_cli.quality.quality import kl_divergence
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import settings_from_bits
 
@@ -57,6 +60,13 @@ def marlin_run(model: MegaByteModel, prompts: list[bytes], count: int) -> tuple[
     took = time.perf_counter() - start
     mx.synchronize()
     return took, bytes(out)
+
+
+def divergence(model: MegaByteModel, peer: GraphTorch, data: bytes) -> float:
+    """KL(torch || marlin) in bits a byte, of what both predict of the same bytes."""
+    expected = mx.array(peer.log2_predictions(data))
+    found = log2_predictions(model.network, np.frombuffer(data, np.uint8)[None])[0].astype(mx.float32)
+    return float(kl_divergence(expected, found).mean().item())
 
 
 def torch_run(peer: GraphTorch, prompt: bytes, count: int) -> tuple[float, bytes]:
@@ -110,10 +120,16 @@ def main() -> None:
                 if key == "torch":
                     continue
                 compared = "torch" if "operations" in key or key == "bfloat16" else key
+                share = np.mean([a == b for a, b in zip(written[key], written[compared], strict=True)])
                 same = next((i for i, (a, b) in enumerate(zip(written[key], written[compared], strict=True)) if a != b), None)
                 outputs = (
-                    "other bytes" if compared == key else f"first {arguments.bytes if same is None else same} bytes the same"
+                    "other bytes"
+                    if compared == key
+                    else f"first {arguments.bytes if same is None else same} bytes the same, {share:.0%} of all"
                 )
+                if key in ("bfloat16", "4/8 bits") and streams == 1:
+                    model = plain if key == "bfloat16" else packed
+                    outputs += f", divergence {divergence(model, peer, prompt + written['torch']):.1e} bits a byte"
                 report(
                     Row(
                         f"MegaByte, {parameters / 1e6:,.0f} M, {key}, {streams} streams",

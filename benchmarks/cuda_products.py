@@ -1,10 +1,12 @@
-"""Products with packed weights on an NVIDIA GPU: marlin_gemm_fp4, MLX and torch (bfloat16 weights), in one run.
+"""Products with packed weights on an NVIDIA GPU against dense bfloat16 through torch and MLX, in one run.
 
-    python benchmarks/cuda_products.py [--sizes 4096,8192] [--rows 1,2,4,8,16,32,64,256,2048] [--rounds 7] [--mlx]
+    python benchmarks/cuda_products.py [--sizes 1024,2048,4096,8192] [--rows 1,2,4,8,16,32,64,256,2048] [--rounds 3]
+        [--formats nvfp4,mxfp4,mxfp8,int4,int8]
 
-Each call is a chain of products, each the next one's x, over so many weights that none is in the cache when its turn comes
-again. Rounds interleave the sides. Medians of what the GPU spends in kernels a product (by torch's profiler, where torch is
-there), and of the time on the clock, which has MLX's own work on the host in it. The outputs of the chains are compared.
+x is bfloat16; packed weights go the way that marlin chooses (`ops.packed_linear`). A call is a chain of products over so many
+weights that none is in the cache when its turn comes again; rounds take the sides in turn. Microseconds of kernels a product,
+by torch's profiler: medians. Then of the faster dense side what each format takes, with copies that are decoded already, as
+after a first prompt; in brackets where each product decodes its weight anew (MARLIN_DECODED=0), where that is another way.
 """
 
 import argparse
@@ -16,50 +18,28 @@ os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "200")  # a chain is one graph
 
 import mlx.core as mx
 import numpy as np
+import torch
 
 from marlin_cli.ops import cuda
+from marlin_cli.ops.cuda_decoded import Copies
+from marlin_cli.ops.device import choose_device
+from marlin_cli.ops.dispatch import packed_linear
 
-try:
-    import torch
-except ImportError:
-    torch = None
+CACHE_BYTES = 120e6  # twice the second-level cache
+MOST_WEIGHTS = 48  # of a chain
+FORMATS = {
+    "nvfp4": ("nvfp4", 4, 16), "mxfp4": ("mxfp4", 4, 32), "mxfp8": ("mxfp8", 8, 32), "int4": ("affine", 4, 64),
+    "int8": ("affine", 8, 64),
+}  # fmt: skip
+ANEW = Copies(0, 0)
 
-CACHE_BYTES = 200e6  # several times the largest second-level cache
-FORMATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "mxfp8": (8, 32)}
 
-
-def kernel_seconds(call) -> float | None:
-    """Seconds that the GPU spends in kernels during `call`; None without torch's profiler."""
-    if torch is None:
-        return None
+def kernel_seconds(call) -> float:
+    """Seconds that the GPU spends in kernels during `call`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(0)
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
-
-
-def clock_seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def measure(calls: dict, rounds: int) -> dict[str, tuple[float, float | None]]:
-    """Medians of (clock, kernels) seconds of each call, run in turn after one round that does not count."""
-    clock = {name: [] for name in calls}
-    kernels = {name: [] for name in calls}
-    for round in range(rounds + 1):
-        for name, call in calls.items():
-            took = clock_seconds(call)
-            if round:
-                clock[name].append(took)
-    for _ in range(3):
-        for name, call in calls.items():
-            kernels[name].append(kernel_seconds(call))
-    return {
-        name: (statistics.median(clock[name]), None if kernels[name][0] is None else statistics.median(kernels[name]))
-        for name in calls
-    }
 
 
 def chain(product, weights, x):
@@ -68,71 +48,90 @@ def chain(product, weights, x):
     return x
 
 
+def measured(sides: dict, rounds: int) -> dict[str, float]:
+    """Medians of microseconds a product of each side (call, products), in turn after a round that does not count."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for call, _ in sides.values():
+        call()
+    for _ in range(rounds):
+        for name, (call, count) in sides.items():
+            found[name].append(1e6 * kernel_seconds(call) / count)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def packed_weights(size: int, name: str) -> list[tuple[mx.array, ...]]:
+    mode, bits, group = FORMATS[name]
+    count = int(min(MOST_WEIGHTS, max(4, CACHE_BYTES // (size * size * bits / 8))))
+    plain = (mx.random.normal((size, size)) * size**-0.5).astype(mx.bfloat16)
+    packed = [mx.quantize(mx.roll(plain, i, 0), group_size=group, bits=bits, mode=mode) for i in range(count)]
+    mx.eval(packed)
+    return packed
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="4096,8192")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="1024,2048,4096,8192")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64,256,2048")
-    parser.add_argument("--formats", default="nvfp4,mxfp8")
-    parser.add_argument("--types", default="bfloat16,float16,float32")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--mlx", action="store_true", help="MLX's products of 8 rows and more too, which it compiles for a minute"
-    )
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no other number of rows after so many")
     arguments = parser.parse_args()
-    print(f"mlx {mx.__version__}, {mx.device_info().get('device_name', 'a GPU')}; microseconds a product: kernels (clock)")
+    choose_device("cuda")
+    formats, kept, begun = arguments.formats.split(","), cuda.copies, time.monotonic()
+    print(
+        f"mlx {mx.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}; us torch, us MLX; of the faster one:"
+    )
+    worst: list[tuple[float, str]] = []
     for size in map(int, arguments.sizes.split(",")):
-        for format in arguments.formats.split(","):
-            bits, group = FORMATS[format]
-            settings = {"group_size": group, "bits": bits, "mode": format}
-            count = max(8, round(CACHE_BYTES / (size * size * bits / 8)))
-            packed = [mx.quantize(mx.random.normal((size, size)) * size**-0.5, **settings) for _ in range(count)]
-            mx.eval(packed)
-            read = packed[0][0].nbytes + packed[0][1].nbytes
-            dense = (
-                [torch.randn(size, size, device="cuda", dtype=torch.bfloat16) * size**-0.5 for _ in range(8)] if torch else []
-            )
-            for dtype in (getattr(mx, name) for name in arguments.types.split(",")):
-                for rows in map(int, arguments.rows.split(",")):
-                    x = mx.random.normal((rows, size)).astype(dtype)
-                    mx.eval(x)
+        count = max(4, min(MOST_WEIGHTS, int(CACHE_BYTES // (2 * size * size))))
+        dense = [torch.randn(size, size, device="cuda:0", dtype=torch.bfloat16) * size**-0.5 for _ in range(count)]
+        plain = [(mx.random.normal((size, size)) * size**-0.5).astype(mx.bfloat16) for _ in dense]
+        mx.eval(plain)
+        weights = {name: packed_weights(size, name) for name in formats}
+        for rows in map(int, arguments.rows.split(",")):
+            if time.monotonic() - begun > arguments.seconds:
+                break
+            x = mx.random.normal((rows, size)).astype(mx.bfloat16)
+            other = torch.randn(rows, size, device="cuda:0", dtype=torch.bfloat16)
+            mx.eval(x)
+            sides = {
+                "torch": (lambda x=other, w=dense: chain(torch.nn.functional.linear, w, x), len(dense)),
+                "MLX": (lambda x=x, w=plain: mx.eval(chain(lambda x, w: x @ w.T, w, x)), len(plain)),
+            }
+            for name in formats:
+                mode, bits, group = FORMATS[name]
 
-                    def ours(x=x, packed=packed, settings=settings):
-                        return chain(lambda x, w: cuda.packed_linear(x, *w, None, **settings), packed, x)
+                def product(x, w, mode=mode, bits=bits, group=group):
+                    return packed_linear(x, w[0], w[1], w[2] if len(w) > 2 else None, group_size=group, bits=bits, mode=mode)
 
-                    def theirs(x=x, packed=packed, settings=settings):
-                        return chain(lambda x, w: mx.quantized_matmul(x, *w, transpose=True, **settings), packed, x)
+                def ours(x=x, w=weights[name], product=product, which=kept):
+                    cuda.copies = which
+                    mx.eval(chain(product, w, x))
 
-                    def plain(x=x, packed=packed, settings=settings):
-                        return chain(lambda x, w: x @ mx.dequantize(*w, **settings, dtype=x.dtype).T, packed, x)
-
-                    # MLX's decoding and dense product stand for its own where that takes long to begin.
-                    other_side = theirs if arguments.mlx or rows < cuda.FEW_ROWS else plain
-                    calls = {"ours": lambda call=ours: mx.eval(call()), "mlx": lambda call=other_side: mx.eval(call())}
-                    if torch and dtype == mx.bfloat16:
-                        other = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
-
-                        def torchs(x=other, dense=dense):
-                            chain(torch.nn.functional.linear, dense, x)
-                            torch.cuda.synchronize()
-
-                        calls["torch"] = torchs
-                    medians = measure(calls, arguments.rounds)
-                    one, other_one = (np.array(call()[0].astype(mx.float32)) for call in (ours, other_side))
-                    error = np.abs(one - other_one).max() / np.abs(other_one).max()
-                    products = {"ours": count, "mlx": count, "torch": len(dense)}
-                    times = {
-                        name: [None if t is None else 1e6 * t / products[name] for t in pair] for name, pair in medians.items()
-                    }
-                    shown = ", ".join(
-                        f"{name} {'-' if kernels is None else f'{kernels:.1f}'} ({clock:.1f})"
-                        for name, (clock, kernels) in times.items()
-                    )
-                    fast, slow = (times[name][1] or times[name][0] for name in ("ours", "mlx"))
-                    print(
-                        f"{format} {str(dtype).removeprefix('mlx.core.'):8} K=N={size} M={rows:2}: {shown};"
-                        f" {slow / fast:.2f}x MLX, {read / fast / 1e3:.0f} GB/s, chain of {count} differs by {error:.0e}",
-                        flush=True,
-                    )
+                sides[name] = (ours, len(weights[name]))
+                if cuda._dense_is_faster(rows, size, size):
+                    sides[f"{name} anew"] = (lambda run=ours: run(which=lambda: ANEW), len(weights[name]))
+                if rows in (2, 16, 64):
+                    cuda.copies = kept
+                    one = weights[name][0]
+                    exact = mx.dequantize(*one, group_size=group, bits=bits, mode=mode).astype(mx.float32)
+                    expected, found = np.array(x.astype(mx.float32) @ exact.T), np.array(product(x, one).astype(mx.float32))
+                    error = np.abs(found - expected).max() / np.abs(expected).max()
+                    if not error < 0.02:
+                        print(f"  {name} {size} {rows} rows: WRONG by {error:.3f}")
+            times = measured(sides, arguments.rounds)
+            fastest = min(times["torch"], times["MLX"])
+            cells = []
+            for name in formats:
+                anew = times.get(f"{name} anew")
+                cells.append(f"{name} {times[name] / fastest:.2f}" + ("" if anew is None else f" ({anew / fastest:.2f})"))
+                worst.append((times[name] / fastest, f"{name} {size} x {rows}"))
+            print(f"{size:5} M={rows:4}: {times['torch']:6.1f} {times['MLX']:6.1f}; " + ", ".join(cells), flush=True)
+        del weights, plain, dense
+    worst.sort(reverse=True)
+    beyond = [each for each in worst if each[0] > 1.05]
+    print(f"beyond 1.05: {len(beyond)} of {len(worst)}: " + ", ".join(f"{cell} {ratio:.2f}" for ratio, cell in beyond[:30]))
+    print(f"{time.monotonic() - begun:.0f} s")
 
 
 if __name__ == "__main__":

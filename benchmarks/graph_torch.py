@@ -114,6 +114,27 @@ class GraphTorch:
         self.position += x.shape[1]
 
     @torch.no_grad()
+    def log2_predictions(self, data: bytes) -> np.ndarray:
+        """Base-2 logarithms of probabilities [bytes, vocab] of each byte of `data`, whole patches, given those before it."""
+        patch, positions = self.config.patch_size, self.weights["local_positions.weight"]
+        ids = torch.tensor([list(data)], device="cuda")
+        start, rows = self.weights["global_start"].view(1, 1, -1), self._patch_rows(ids)[:, :-1]
+        x = torch.cat([start, rows], dim=1)
+        x = self._whole("global", 0, x, (self.cosine[: x.shape[1]], self.sine[: x.shape[1]]))
+        condition = linear(x, self.weights["global_to_local.weight"]).transpose(0, 1)
+        before = embedding(ids.view(-1, patch)[:, :-1], self.weights["local_byte_embedding.weight"])
+        x = self._whole("local", 1, torch.cat([condition, before], dim=1) + positions, None)
+        logits = linear(x, self.weights["output.weight"]).float().flatten(0, 1)
+        return (torch.log_softmax(logits, dim=-1) / np.log(2)).cpu().numpy()
+
+    def _whole(self, name, stage, x, rotation):
+        """All rows of a stage at once, and its last norm."""
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device="cuda").tril()
+        for number in range(self.config.stages[stage].layers):
+            x = self._layer(name, stage, number, x, rotation, mask, lambda keys, values: (keys, values))
+        return rms_norm(x, (x.shape[-1],), self.weights[f"{name}.norm.weight"], self.config.norm_eps)
+
+    @torch.no_grad()
     def capture(self) -> None:
         """Capture a patch, which leaves the caches as three patches would."""
         side = torch.cuda.Stream()

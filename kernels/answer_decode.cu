@@ -47,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) answer_decode(
       machine.chosen[threadIdx.x] = given[threadIdx.x * known + step];
     }
     __syncthreads();
+    machine.spend<DRAWING>();
     // What the first o_proj is added to.
     using Crew = Team<OUT>;
 #pragma unroll
@@ -80,5 +81,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) answer_decode(
   if (blockIdx.x > 0) return;
   draw(steps - 1);
   __syncthreads();
+  machine.spend<DRAWING>();
+  machine.tell_times();
   if (threadIdx.x == 0) post(machine, mail, number, STREAMS * steps);
 }

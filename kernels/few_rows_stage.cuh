@@ -7,6 +7,7 @@
 // there; a block without a tile reads nothing. Nothing is overwritten too early: a phase that writes a place again comes after
 // one that needed all that every reader of the place gave. With more streams a barrier stands between phases: all blocks look at
 // the same cells, and each look that comes too early is another load.
+// Where TIMED, block 0 keeps account of where its time goes: a phase lasts until what it waits for has come.
 // Norms multiply x by their weight before the product and by the row's own factor after it, so that x is read once.
 // Rows of x are in the registers of the threads that write them too: nobody reads them to add to them.
 
@@ -36,7 +37,7 @@ struct Stage {
   Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
   int32_t capacity, states;
   float log2_theta, scale, eps;
-  int32_t inputs;
+  int32_t inputs;  // of a decoder; else streams that are no filler
 };
 
 using Kept = cuda::std::conditional_t<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
@@ -101,6 +102,9 @@ struct Share {
 
 __device__ __forceinline__ float no_bias(int) { return 0.0f; }
 
+// What the time of a launch goes to beside the products of each `Part`; and how many kinds there are.
+enum Other { ATTENTION = MEMORY_OUT + 1, MEMORY_ATTENTION, DRAWING, KINDS_OF_TIME };
+
 struct Machine {
   Stage* stage;
   Layer* layers;
@@ -110,6 +114,7 @@ struct Machine {
   uint4* memory;                                           // of x, X_BUFFERS times BUFFER pieces; of scores of ids
   Grid grid;
   unsigned phase;  // of which the cells come that are read now
+  unsigned long long *spent, since, begun;  // where TIMED, of thread 0 of block 0: cycles by kind; when the last one ended; begin
   Weights sent;
   static constexpr int X_ROUNDS = Job<OUT>::rounds(), X_OUTPUTS = Job<OUT>::own_outputs();
   float residual[X_ROUNDS][X_OUTPUTS];
@@ -126,6 +131,11 @@ struct Machine {
     layers = reinterpret_cast<Layer*>(shared + sizeof(Stage));
     float* floats = reinterpret_cast<float*>(shared + (WORDS * 8 + 15) / 16 * 16);
     memory = reinterpret_cast<uint4*>(floats), floats += MEMORY_BYTES / 4;
+    spent = reinterpret_cast<unsigned long long*>(floats), floats += 2 * MOST_KINDS_OF_TIME;
+    if constexpr (TIMED) {
+      if (threadIdx.x < KINDS_OF_TIME) spent[threadIdx.x] = 0;
+      since = cycles(), begun = nanoseconds();
+    }
     partial = floats, floats += PARTIAL_FLOATS;
     staged = floats, floats += ALONE ? STREAMS * QKV_ROW : 0;
     rotations = floats, floats += STREAMS * HEAD_DIM;
@@ -148,6 +158,25 @@ struct Machine {
       for (int b = 0; b < STREAMS; b++) {
         fill_rotation(rotations + b * HEAD_DIM, stage->log2_theta, seen - (padding == nullptr ? 0 : padding[b]), threadIdx.x, THREADS);
       }
+    }
+  }
+
+  // What has passed since the last time went to KIND.
+  template <int KIND>
+  __device__ __forceinline__ void spend() {
+    if constexpr (TIMED) {
+      if (blockIdx.x > 0 || threadIdx.x > 0) return;
+      const unsigned long long now = cycles();
+      spent[KIND] += now - since, since = now;
+    }
+  }
+
+  // Adds what was spent to what launches before have left behind the words of the grid: cycles by kind, and nanoseconds in all.
+  __device__ __forceinline__ void tell_times() const {
+    if constexpr (TIMED) {
+      if (blockIdx.x > 0 || threadIdx.x > 0) return;
+      for (int i = 0; i < KINDS_OF_TIME; i++) stage->grid[FIRST_TIME + i] += spent[i];
+      stage->grid[FIRST_TIME + KINDS_OF_TIME] += nanoseconds() - begun;
     }
   }
 
@@ -600,7 +629,8 @@ struct Machine {
       if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
       const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
       const int end = start + int(int64_t(count) * (split + 1) / SPLITS), kv_head = number / QUERY_HEADS;
-      const int64_t cache = int64_t(stream * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
+      const int known = ANSWERS ? stream : min(stream, stage->inputs - 1);  // filler reads what there is
+      const int64_t cache = int64_t(known * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
       T *keys = layer.keys + cache, *values = layer.values + cache;
       const bool with_new = split == SPLITS - 1 && warp == warps - 1;
       const Head::Rows::From from{keys, values};
@@ -613,7 +643,7 @@ struct Machine {
       } else {
         head.see(some, from, first, end, warp, warps, with_new, no_bias);
       }
-      if (with_new && number % QUERY_HEADS == 0) remember(head, keys, values, seen);
+      if (with_new && number % QUERY_HEADS == 0 && (ANSWERS || stream < stage->inputs)) remember(head, keys, values, seen);
     });
   }
 
@@ -771,6 +801,7 @@ struct Machine {
             if (there) put_float(stage->qkv, row * QKV_ROW + before + column, one, phase + 1);
           });
       go_on([&] { send_for<OUT>(sent, &layer.out, ANSWERS ? layer.memory_norm : layer.ffn_norm), send_ahead<UP>(layer.up); });
+      spend<QKV>();
       if constexpr (!ALONE) {
         if constexpr (BY_BLOCKS) {
           attend_by_blocks(layer, seen, padding);
@@ -778,27 +809,33 @@ struct Machine {
           attend_by_warps(layer, seen);
         }
         go_on([] {});
+        spend<ATTENTION>();
       }
       add_product<OUT, ANSWERS ? MEMORY_QUERY : UP>(&layer.out, false, [&] {
         if constexpr (ALONE) {
           attend_alone(layer, seen);
+          spend<ATTENTION>();
         } else {
           bring_attended<OUT>();
         }
       });
       if constexpr (ANSWERS) {
         go_on([&] { send_for<MEMORY_QUERY>(sent, &layer.memory_query), send_ahead<MEMORY_OUT>(&layer.memory_out); });
+        spend<OUT>();
         multiply_all<MEMORY_QUERY>(
             &layer.memory_query, [&] { bring_normed<MEMORY_QUERY>(layer.memory_norm); },
             [&](int, int, int, int row, int column, float one, float, bool there) {
               if (there) put_float(stage->qkv, row * QKV_ROW + column, one, phase + 1);
             });
         go_on([&] { send_for<MEMORY_OUT>(sent, &layer.memory_out, layer.ffn_norm); });
+        spend<MEMORY_QUERY>();
         attend_to_memory(layer);
         go_on([] {});
+        spend<MEMORY_ATTENTION>();
         add_product<MEMORY_OUT, UP>(&layer.memory_out, false, [&] { bring_attended<MEMORY_OUT>(); });
       }
       go_on([&] { send_for<UP>(sent, layer.up), send_ahead<DOWN>(&layer.down); });
+      spend<ANSWERS ? MEMORY_OUT : OUT>();
       multiply_all<UP>(
           layer.up, [&] { bring_normed<UP>(layer.ffn_norm); },
           [&](int, int, int, int row, int column, float one, float other, bool there) {
@@ -810,6 +847,7 @@ struct Machine {
         send_for<DOWN>(sent, &layer.down, more ? layers[number + 1].attention_norm : stage->norm);
         if (more) send_ahead<QKV>(layers[number + 1].qkv);
       });
+      spend<UP>();
       add_product<DOWN, QKV>(&layer.down, !more, [&] { bring_kept<DOWN>(stage->hidden); });
       go_on([&] {
         if (more) {
@@ -818,6 +856,7 @@ struct Machine {
           send_for<LAST>(sent, &stage->last);
         }
       });
+      spend<DOWN>();
     }
     if (wanted) {
       multiply_all<LAST>(
@@ -827,6 +866,7 @@ struct Machine {
           });
     }
     next();
+    spend<LAST>();
   }
 
   // The weights of a phase after the next one, where they do not stay in the second-level cache anyway.

@@ -51,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
       if (blockIdx.x == 0) ids[threadIdx.x * PATCH + step - 1] = id;
     }
     __syncthreads();
+    machine.spend<DRAWING>();
     // What the first o_proj is added to.
     using Crew = Team<OUT>;
 #pragma unroll
@@ -80,5 +81,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
   if (blockIdx.x > 0) return;
   draw(known + steps - 1);
   __syncthreads();
+  machine.spend<DRAWING>();
+  machine.tell_times();
   if (threadIdx.x == 0) post(machine, mail, number, STREAMS * steps);
 }

@@ -1,10 +1,11 @@
-// out[M, N] = x[M, K] @ W[N, K]^T for W packed as nvfp4, mxfp4 or mxfp8. K is a multiple of 32.
+// out[M, N] = x[M, K] @ W[N, K]^T for W packed as nvfp4, mxfp4, mxfp8, int4 or int8. K is a multiple of 32.
 //
-// inputs   x[M, K] T; weight[N, K * BITS / 32] uint32; scales[N, K / GROUP] uint8
+// inputs   x[M, K] T; weight[N, K * BITS / 32] uint32; scales[N, K / GROUP] uint8, or T where AFFINE; zeros: as scales, where AFFINE
 // output   out[M, N] T
-// template T; BITS 4 or 8; GROUP 16 (scales in E4M3) or 32 (E8M0); ROW_TILES x 16 rows of W and X_TILES x 8 rows of x a block;
-//          STAGES of steps whose weights are on their way at once; X_SHARED: x goes through shared memory; X_TILES is 1 then,
-//          and 2 M * K, or 6 M * K for float32, at most 32 KB, with K rounded up to a multiple of 128
+// template T; BITS 4 or 8; GROUP 16 (scales in E4M3) or 32 (E8M0); AFFINE: codes are whole numbers, times scale plus zero, GROUP
+//          is a multiple of 32 and T has 16 bits; ROW_TILES x 16 rows of W and X_TILES x 8 rows of x a block; STAGES of steps
+//          whose weights are on their way at once; X_SHARED: x goes through shared memory; X_TILES is 1 then, and 2 M * K, or
+//          6 M * K for float32, at most 32 KB, with K rounded up to a multiple of 128
 // grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 256
 //
 // W is the left operand of the matrix units and x^T the right one, so that up to 8 rows of x cost what one costs, and each
@@ -29,9 +30,10 @@
 
   // Operands are w * 2^OPERAND_EXPONENT, which keeps weights of any plausible size among the normal numbers of the operand's
   // type; for nvfp4 exactly, since the scale's range is known. Beyond that range a product overflows to infinity.
-  constexpr int OPERAND_EXPONENT = !HALF ? -26 : GROUP == 16 ? -8 : BITS == 4 ? 4 : 8;
+  constexpr int OPERAND_EXPONENT = AFFINE ? 0 : !HALF ? -26 : GROUP == 16 ? -8 : BITS == 4 ? 4 : 8;
   // mxfp4 as float16: 2^14 and the scale need a product each, since both in one overflow.
-  constexpr bool TWO_PRODUCTS = HALF && BITS == 4 && GROUP == 32;
+  constexpr bool TWO_PRODUCTS = !AFFINE && HALF && BITS == 4 && GROUP == 32;
+  static_assert(!AFFINE || (GROUP % 32 == 0 && sizeof(T) == 2));
   constexpr int SCALE_EXPONENT = OPERAND_EXPONENT + (TWO_PRODUCTS ? 0 : Codes::CODE_EXPONENT);
 
   const int x_count = x_shape[0], depth = x_shape[1], row_count = weight_shape[0];
@@ -49,14 +51,14 @@
 
     // A lane's part of rows lane_row and lane_row + 8 of each tile; rows after the last one repeat it and are not written.
     const uint32_t* codes[ROW_TILES][2];
-    const uint8_t* codes_of_scales[ROW_TILES][2];
+    int64_t first_scale[ROW_TILES][2];
 #pragma unroll
     for (int tile = 0; tile < ROW_TILES; tile++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         int64_t row = min(first_row + tile * 16 + half * 8 + lane_row, row_count - 1);
         codes[tile][half] = weight + row * (depth * BITS / 32);
-        codes_of_scales[tile][half] = scales + row * (depth / GROUP);
+        first_scale[tile][half] = row * (depth / GROUP);
       }
     }
 
@@ -81,8 +83,12 @@
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           marlin::load_once<WIDE>(codes[tile][half] + column / (32 / BITS), words[stage][tile][half]);
-          const uint8_t* from = codes_of_scales[tile][half] + column / GROUP;
-          if constexpr (GROUPS == 2 && WIDE) {
+          const int64_t place = first_scale[tile][half] + column / GROUP;
+          const uint8_t* from = reinterpret_cast<const uint8_t*>(scales) + place;
+          if constexpr (AFFINE) {
+            const uint16_t scale = reinterpret_cast<const uint16_t*>(scales)[place];
+            scale_codes[stage][tile][half] = scale | uint32_t(reinterpret_cast<const uint16_t*>(zeros)[place]) << 16;
+          } else if constexpr (GROUPS == 2 && WIDE) {
             scale_codes[stage][tile][half] = *reinterpret_cast<const uint16_t*>(from);
           } else {
             scale_codes[stage][tile][half] = from[0] | (GROUPS == 2 ? from[GROUPS - 1] << 8 : 0);
@@ -127,7 +133,11 @@
         for (int tile = 0; tile < ROW_TILES; tile++) {
 #pragma unroll
           for (int half = 0; half < 2; half++) {
-            marlin::scale_pairs<HALF, SCALE_EXPONENT>(scale_codes[stage][tile][half], factors[tile][half]);
+            if constexpr (AFFINE) {
+              factors[tile][half][0] = scale_codes[stage][tile][half];
+            } else {
+              marlin::scale_pairs<HALF, SCALE_EXPONENT>(scale_codes[stage][tile][half], factors[tile][half]);
+            }
             if (column > last_column) {
 #pragma unroll
               for (int group = 0; group < GROUPS; group++) factors[tile][half][group] = 0;
@@ -161,15 +171,22 @@
             uint32_t pairs[2][PAIRS];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-              Codes::decode(words[stage][tile][half][word], pairs[half]);
               const uint32_t factor = factors[tile][half][word * GROUPS / 4];
+              if constexpr (AFFINE) {
+                marlin::whole_pairs<HALF, BITS>(words[stage][tile][half][word], pairs[half]);
+                const uint32_t scale = __byte_perm(factor, 0, 0x1010), zero = __byte_perm(factor, 0, 0x3232);
 #pragma unroll
-              for (int p = 0; p < PAIRS; p++) {
-                if constexpr (TWO_PRODUCTS) {
-                  const float unit = marlin::power_of_two<Codes::CODE_EXPONENT>();
-                  pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], marlin::pair_of<HALF>(unit, unit));
+                for (int p = 0; p < PAIRS; p++) pairs[half][p] = marlin::product_plus<HALF>(pairs[half][p], scale, zero);
+              } else {
+                Codes::decode(words[stage][tile][half][word], pairs[half]);
+#pragma unroll
+                for (int p = 0; p < PAIRS; p++) {
+                  if constexpr (TWO_PRODUCTS) {
+                    const float unit = marlin::power_of_two<Codes::CODE_EXPONENT>();
+                    pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], marlin::pair_of<HALF>(unit, unit));
+                  }
+                  pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], factor);
                 }
-                pairs[half][p] = marlin::product_of_pairs<HALF>(pairs[half][p], factor);
               }
             }
 #pragma unroll

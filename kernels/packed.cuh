@@ -83,6 +83,44 @@ __device__ __forceinline__ uint32_t product_of_pairs(uint32_t a, uint32_t b) {
   }
 }
 
+template <bool HALF>
+__device__ __forceinline__ uint32_t product_plus(uint32_t a, uint32_t b, uint32_t c) {
+  if constexpr (HALF) {
+    __half2 pair = __hfma2(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b), reinterpret_cast<__half2&>(c));
+    return reinterpret_cast<uint32_t&>(pair);
+  } else {
+    using Pair = __nv_bfloat162;
+    Pair pair = __hfma2(reinterpret_cast<Pair&>(a), reinterpret_cast<Pair&>(b), reinterpret_cast<Pair&>(c));
+    return reinterpret_cast<uint32_t&>(pair);
+  }
+}
+
+template <bool HALF>
+__device__ __forceinline__ uint32_t difference_of_pairs(uint32_t a, uint32_t b) {
+  if constexpr (HALF) {
+    __half2 pair = __hsub2(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b));
+    return reinterpret_cast<uint32_t&>(pair);
+  } else {
+    __nv_bfloat162 pair = __hsub2(reinterpret_cast<__nv_bfloat162&>(a), reinterpret_cast<__nv_bfloat162&>(b));
+    return reinterpret_cast<uint32_t&>(pair);
+  }
+}
+
+// Codes of one word that are whole numbers from 0 on, as pairs in the order of `Codes`. A code stands in the lowest bits of a
+// float whose last place is 1 (1024 in half, 128 in bfloat16), from which that float is taken. A bfloat16 has seven bits for it:
+// of a code from 128 on the eighth is what was to be taken.
+template <bool HALF, int BITS>
+__device__ __forceinline__ void whole_pairs(uint32_t word, uint32_t (&pairs)[BITS == 4 ? 4 : 2]) {
+  constexpr uint32_t FIRST = HALF ? 0x64006400u : 0x43004300u;
+  constexpr uint32_t FIELDS = BITS == 4 ? 0x000f000fu : HALF ? 0x00ff00ffu : 0x007f007fu;
+#pragma unroll
+  for (int p = 0; p < (BITS == 4 ? 4 : 2); p++) {
+    const uint32_t codes = word >> p * BITS;
+    const uint32_t taken = BITS == 8 && !HALF ? FIRST - (codes & 0x00800080u) * 0x86u : FIRST;  // 0x80 * 0x86 is 0x4300
+    pairs[p] = difference_of_pairs<HALF>((codes & FIELDS) | FIRST, taken);
+  }
+}
+
 // Scales times 2^EXPONENT, each twice in a pair: of two consecutive groups of nvfp4 (E4M3), or of one of the others (E8M0).
 template <bool HALF, int EXPONENT>
 __device__ __forceinline__ void scale_pairs(uint32_t codes, uint32_t (&pairs)[2]) {

@@ -81,6 +81,12 @@ __device__ __forceinline__ unsigned long long nanoseconds() {
   return value;
 }
 
+__device__ __forceinline__ unsigned long long cycles() {
+  unsigned long long value;
+  asm volatile("mov.u64 %0, %clock64;" : "=l"(value));
+  return value;
+}
+
 // The shared memory that the launch asks for.
 __device__ __forceinline__ void* dynamic_shared() {
   extern __shared__ uint4 marlin_dynamic_shared[];

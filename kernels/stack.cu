@@ -23,7 +23,9 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
     });
   });
   machine.go_on([&] { send_for<QKV>(machine.sent, machine.layers[0].qkv); });
+  machine.spend<FIRST>();
   machine.run(
       seen, padding, true, [&](const T* norm) { machine.bring_normed<QKV>(norm); },
       [&](int row, int column, float value) { out[row * Job<LAST>::HEIGHT + column] = from_float<T>(value); }, [] {});
+  machine.tell_times();
 }

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from marlin_cli import console
 from marlin_cli.api import ranks_to_split
+from marlin_cli.bench.gpu_parts import seconds_by_part
 from marlin_cli.bench.machine import describe_machine, peak_resident_bytes
 from marlin_cli.bench.noise import say_if_noisy
 from marlin_cli.bench.ranked import check_alike, of_ranks
@@ -150,6 +151,8 @@ def _time(models: Sequence[ContinuingModel], settings: ThroughputSettings, roofl
     middle = settings.prompt_bytes + 1 + settings.decode_bytes // 2
     found = []
     for model, speed in zip(models, speeds, strict=True):
+        if speed.decode_seconds_by_part is None:
+            speed = dataclasses.replace(speed, decode_seconds_by_part=seconds_by_part(model, settings))
         measured = 1 / speed.decode_bytes_per_second.median
         predicted = predicted_seconds(model.config, layer_shapes(model.network), [middle], model.cache_bits)
         expected = None if predicted is None else predicted[0]

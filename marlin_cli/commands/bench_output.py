@@ -101,6 +101,7 @@ def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> No
             _show_layers(model, activation_bits)
     if chosen.name == "cuda":
         _show_whole(models)
+        _show_products(models)
 
 
 def _show_whole(models: Sequence[str]) -> None:
@@ -129,6 +130,39 @@ def _show_whole(models: Sequence[str]) -> None:
             )
     if rows:
         console.table("decoding", ["model", "streams", "path", "why"], rows, to_stdout=True)
+
+
+def _show_products(models: Sequence[str]) -> None:
+    """How the packed layers of each model are multiplied on an NVIDIA GPU, and why, by rows at once."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from marlin_cli.api import load
+    from marlin_cli.models import linear_layers
+    from marlin_cli.ops import QuantizedLinear
+    from marlin_cli.ops.cuda import product_way
+    from marlin_cli.quantization.formats import format_of
+
+    rows = []
+    for model in models:
+        network: Any = load(model, device="cuda").network
+        dtype = next(each.dtype for _, each in tree_flatten(network.parameters()) if mx.issubdtype(each.dtype, mx.floating))
+        seen = set()
+        for layer in linear_layers(network).values():
+            if not isinstance(layer, QuantizedLinear):
+                continue
+            height, width = layer["weight"].shape[0], layer["weight"].shape[1] * 32 // layer.bits
+            kind = format_of(layer.mode, layer.bits).name
+            if (height, width, kind) in seen:
+                continue
+            seen.add((height, width, kind))
+            for count in (1, 8, 32, 64, 512):
+                x = mx.zeros((count, width), dtype=dtype)
+                arrays = x, layer["weight"], layer["scales"], layer.get("biases")
+                way, why = product_way(*arrays, group_size=layer.group_size, bits=layer.bits, mode=layer.mode)
+                rows.append([model, kind, f"{height} x {width}", str(count), way, why])
+    if rows:
+        console.table("products", ["model", "format", "layer", "rows", "way", "why"], rows, to_stdout=True)
 
 
 def _show_layers(model: str, activation_bits: int) -> None:

@@ -78,6 +78,11 @@ class CompiledPatches:
         self._padding: mx.array | None = None
 
     @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """Nothing tells parts apart."""
+        return None
+
+    @property
     def sequence_cache_bytes(self) -> int:
         """Bytes of the local stage's tails."""
         return sum(array.nbytes for tail in self._empty_local for array in tail)

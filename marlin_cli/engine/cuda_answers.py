@@ -24,7 +24,7 @@ from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, MemoryLayer, S
 from marlin_cli.ops.cuda_compile import machine_code
 from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_mailbox import NOT_FINITE
-from marlin_cli.ops.cuda_stages import MOST_STREAMS, MemoryPlaces, addresses, takes_stage
+from marlin_cli.ops.cuda_stages import MOST_STREAMS, MemoryPlaces, addresses, size_for, takes_stage
 from marlin_cli.ops.reference import KeyValueRows, Packed
 
 MOST_ANSWERS = 64  # in groups of those that one launch takes
@@ -196,16 +196,11 @@ class CudaAnswers:
             own = [place and place + first * size for place, size in zip(places, bytes_an_input, strict=True)]
             layers = [own[4 * i : 4 * i + 4] for i in range(len(self._memory))]
             memory = MemoryPlaces(layers, of_lengths and of_lengths + 4 * first, stored[0][0].shape[2], inputs)
-            group = AnswersOnDevice(stage, group_size(inputs), self._queue, memory, decoder.known)
+            group = AnswersOnDevice(stage, size_for(inputs), self._queue, memory, decoder.known)
             group.load(machine_code(group.text))
             decoder.known = group.known
             self._groups.append(group)
         self._width = sum(group.streams for group in self._groups)
-
-
-def group_size(inputs: int) -> int:
-    """Answers that a launch is made for: the next power of two, as each number of them is another kernel."""
-    return 1 << (inputs - 1).bit_length()
 
 
 def why_operations(network: ByT5, memory_bits: int, inputs: int, answers: int = 1) -> str | None:
@@ -219,7 +214,7 @@ def why_operations(network: ByT5, memory_bits: int, inputs: int, answers: int = 
     decoder = _prepared(network)
     if decoder is None:
         return "layers of a kind that the kernels do not know, or with 8-bit activations"
-    if not takes_stage(replace(decoder.stage, memory_bits=memory_bits), group_size(min(inputs, MOST_STREAMS))):
+    if not takes_stage(replace(decoder.stage, memory_bits=memory_bits), size_for(min(inputs, MOST_STREAMS))):
         return "float16, formats that differ from layer to layer, or sizes that the kernels do not take"
     return None
 

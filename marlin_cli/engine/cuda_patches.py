@@ -3,6 +3,7 @@
 `patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache
-from marlin_cli.engine.cuda_layers import linear_arrays, say_once
+from marlin_cli.engine.cuda_layers import Prepared, linear_arrays, prepared, say_once
 from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
@@ -23,12 +24,15 @@ from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
-from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, takes_stage
+from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, size_for, takes_stage
 
 NORMS = {nn.RMSNorm: "rmsnorm", nn.LayerNorm: "layernorm", VarianceNorm: "variance"}
 
 
 MOST_STREAMS_IN_ALL = 64  # in groups of as many as one launch takes
+# Parts of a model by what the time of a launch goes to; "" stands for the rest.
+GLOBAL_PARTS = {"attention": "global cache", "": "global"}
+LOCAL_PARTS = {"attention": "local cache", "last": "head", "drawing": "sampling", "": "local"}
 SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
 
 
@@ -56,16 +60,32 @@ class PatchDecoder:
         stages: the network's global and local stage.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
+        timed: for `part_seconds`; patches take a little longer.
     """
 
     checks_logits = True
 
-    def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int) -> None:
-        self._stages, self._added, self._steps = stages, added, added.shape[0]
+    def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int, *, timed: bool = False) -> None:
+        self._timed = timed
+        self._stages = stages
+        self._places: list[list[int] | None] = [None, None]  # of the arrays of each stage, once they have been asked for
+        self._added, self._steps = added, added.shape[0]
         self._queue = Queue()
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._noise = NoiseAhead(self._queue, stages[1].last.rows)
-        self._make(streams, None, None)
+        self._make(streams)
+
+    @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """Seconds of the launches so far, as the first block of each saw them; None unless made `timed`."""
+        if not self._timed:
+            return None
+        found = dict.fromkeys(("global", "global cache", "local", "local cache", "head", "sampling"), 0.0)
+        for group in self._groups:
+            for device, parts in ((group.whole, GLOBAL_PARTS), (group.local, LOCAL_PARTS)):
+                for kind, seconds in device.seconds().items():
+                    found[parts.get(kind, parts[""])] += seconds
+        return found
 
     @property
     def sequence_cache_bytes(self) -> int:
@@ -91,16 +111,19 @@ class PatchDecoder:
             padding: [streams] filler rows of the caches.
         """
         if self._wanted != self._streams:
-            self._make(self._wanted, self._groups[0].whole.known, self._groups[0].local.known)
+            self._make(self._wanted)
         mx.eval(condition, given)
         self._known = given.shape[1]
         if self._known:
             self._queue.write(self._given.address, np.array(given, dtype=np.int32).tobytes())
-        self._slot, self._entered = 0, mx.contiguous(condition)
+        self._slot, entered = 0, mx.contiguous(condition)
         if padding is not None:
             self._queue.write(self._padding.address, np.array(padding, dtype=np.int32).tobytes())
         self._padded = padding is not None
-        (self._lead,) = self._give_room(caches, self._entered)
+        (place,) = self._give_room(caches, entered)
+        self._queue.copy(self._entry.address, place, entered.nbytes)
+        self._queue.wait()  # before it goes
+        self._lead = self._entry.address
 
     def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
         """Queue the next patch, and the global step after it if there is to be `more`."""
@@ -138,7 +161,7 @@ class PatchDecoder:
         found = []
         for group, number in zip(self._groups, patch.numbers, strict=True):
             assert group.local.mailbox is not None
-            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps))
+            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps)[: group.local.live])
         ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
@@ -147,7 +170,7 @@ class PatchDecoder:
     def condition(self, patch: Patch) -> mx.array:
         """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one."""
         dtype, shape = self._stages[1].table.dtype, (self._streams, 1, self._stages[1].dim)
-        data = self._queue.read(self._condition_of(patch.slot), self._condition_bytes)
+        data = self._queue.read(self._condition_of(patch.slot), self._streams * self._row_bytes)
         if dtype == mx.float32:
             return mx.array(np.frombuffer(data, np.float32).reshape(shape))
         return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(dtype)
@@ -187,28 +210,30 @@ class PatchDecoder:
         self._rows, self._room = caches[0].rows, storage[0][0].shape[2] - caches[0].rows
         return found
 
-    def _make(self, streams: int, global_known: list[int] | None, local_known: list[int] | None) -> None:
+    def _make(self, streams: int) -> None:
         self._streams = self._wanted = streams
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
-            count = min(MOST_STREAMS, streams - first)
-            both = (
-                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known),
-                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known),
+            live = min(MOST_STREAMS, streams - first)
+            whole, local = (
+                StageOnDevice(stage, size_for(live), self._steps, self._queue, known, live=live, timed=self._timed)
+                for stage, known in zip(self._stages, self._places, strict=True)
             )
-            for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
-                stage.load(code)
-            global_known, local_known = both[0].known, both[1].known
-            both[1].own_caches(self._steps)
-            self._groups.append(_Group(first, *both))
-        local = self._stages[1]
-        self._row_bytes = local.dim * local.table.dtype.size
-        self._condition_bytes = streams * self._row_bytes
-        self._ids_bytes = 4 * streams * self._steps
+            for device, code in zip((whole, local), _machine_code(whole.text, local.text), strict=True):
+                device.load(code)
+            self._places = [whole.known, local.known]
+            local.own_caches(self._steps)
+            self._groups.append(_Group(first, whole, local))
+        finest = self._stages[1]
+        self._row_bytes = finest.dim * finest.table.dtype.size
+        room = sum(group.local.streams for group in self._groups)  # filler among them
+        self._condition_bytes = room * self._row_bytes
+        self._ids_bytes = 4 * room * self._steps
+        self._entry = self._queue.allocate(self._condition_bytes)
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))
         self._added_there = self._queue.allocate(self._added.nbytes)
         self._queue.write(self._added_there.address, bytes_of(self._added))
-        self._padding, self._given = self._queue.allocate(4 * streams), self._queue.allocate(self._ids_bytes)
+        self._padding, self._given = self._queue.allocate(4 * room), self._queue.allocate(self._ids_bytes)
         self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
 
     @staticmethod
@@ -224,35 +249,52 @@ class PatchDecoder:
 
 def why_operations(network: MegaByte, streams: int) -> str | None:
     """Why patches of so many streams are decoded operation by operation; None where they are launched whole."""
-    config, at_once = network.config, min(streams, MOST_STREAMS)
+    config, at_once = network.config, size_for(min(streams, MOST_STREAMS))
     if at_once * config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
         return f"{streams} streams of {config.patch_size} bytes a patch are more than {MOST_STREAMS_IN_ALL} or {MOST_IDS} ids"
     if config.layout != "prefix":
         return f"the layout is {config.layout}, the kernels know prefix"
     if config.token_shift or network.stages[0].positions is not None:
         return "a token shift, or learned positions of patches"
-    stages = [stage for stage in (global_stage(network), local_stage(network)) if stage is not None]
-    if len(stages) < 2:
+    stages = _prepared(network)
+    if stages is None:
         return "layers of a kind that the kernels do not know, or with 8-bit activations"
-    if not all(takes_stage(stage, at_once) for stage in stages):
+    if not all(takes_stage(each.stage, at_once) for each in stages):
         return "float16, formats that differ from layer to layer, or sizes that the kernels do not take"
     return None
 
 
-def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
+def patch_decoder(network: MegaByte, streams: int, *, timed: bool = False) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
-    stages = global_stage(network), local_stage(network)
-    if why_operations(network, streams) is not None or stages[0] is None or stages[1] is None:
+    stages = None if why_operations(network, streams) else _prepared(network)
+    if stages is None:
         return None
     last = network.stages[-1]
     shape = (network.config.patch_size, last.config.dim)
     dtype = last.byte_embedding.weight.dtype
     added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
     try:
-        return PatchDecoder((stages[0], stages[1]), added, streams)
+        return PatchDecoder((stages[0].stage, stages[1].stage), added, streams, timed=timed)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None
+
+
+def _prepared(network: MegaByte) -> tuple[Prepared, Prepared] | None:
+    """Both stages, kept with the network as long as its weights are the same: a batch that grows asks for them often."""
+    if network.config.layout != "prefix":
+        return None
+    first, last = network.stages[0], network.stages[-1]
+    ends = [part for part in (first.patch_projection, first.to_next) if part is not None]
+    whole = prepared(first.stack, [first.stack, first.byte_embedding, *ends], lambda: global_stage(network))
+    local = prepared(last.stack, [last.stack, last.byte_embedding, network.output], lambda: local_stage(network))
+    return None if whole is None or local is None else (whole, local)
+
+
+@functools.lru_cache(maxsize=32)
+def _machine_code(*texts: str) -> list[bytes]:
+    """`compiled`, kept in this process."""
+    return compiled(texts)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:

@@ -12,7 +12,7 @@ from marlin_cli.engine.fused import FusedStages, fuse, rotates
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
 from marlin_cli.engine.stage_caches import GraphCache, StageCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, ids_of, is_cut_anywhere, units_of
-from marlin_cli.engine.whole_patches import QueuedPatch, patch_decoder
+from marlin_cli.engine.whole_patches import QueuedPatch, WholePatches, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 
@@ -41,6 +41,7 @@ class Lockstep:
         cache_bits: bits of the global keys and values.
         keeper: where the beginning of a single prompt may be known, and what is read of it is kept.
         read: are the prompts read at once? Else by `read_slice`.
+        decoder: of whole patches on a GPU, instead of the one that is chosen.
 
     Raises:
         UsageError: `cache_bits` do not fit the network.
@@ -54,6 +55,7 @@ class Lockstep:
         keeper: PromptKeeper | None = None,
         *,
         read: bool = True,
+        decoder: WholePatches | None = None,
     ) -> None:
         self.network = network
         self.config = network.config
@@ -64,7 +66,9 @@ class Lockstep:
         if self._bits != CacheBits():
             check_cache_bits(self._bits.keys, self._bits.values, head_dim)
         self._fused = fused_stages(network, self._bits)
-        self._on_gpu = patch_decoder(network, len(prompts)) if self._bits == CacheBits() else None
+        if decoder is None and self._bits == CacheBits():
+            decoder = patch_decoder(network, len(prompts))
+        self._on_gpu = decoder
         self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
         # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
         self._in_place: tuple[QueuedPatch, np.ndarray, Sampling, Noise] | None = None
@@ -109,6 +113,8 @@ class Lockstep:
     @property
     def part_seconds(self) -> dict[str, float] | None:
         """Seconds of the kernels so far, see `FusedStages.part_seconds`; None where nothing tells parts apart."""
+        if self._on_gpu is not None:
+            return self._on_gpu.part_seconds
         return None if self._fused is None else self._fused.part_seconds
 
     @property

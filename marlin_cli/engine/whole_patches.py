@@ -33,6 +33,10 @@ class WholePatches(Protocol):
     checks_logits: bool
 
     @property
+    def part_seconds(self) -> dict[str, float] | None:
+        """Seconds of the kernels so far by part; None where nothing tells parts apart."""
+
+    @property
     def sequence_cache_bytes(self) -> int:
         """Bytes of the local stage's cache."""
 

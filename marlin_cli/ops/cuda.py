@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from marlin_cli.ops.cuda_decoded import copies
 from marlin_cli.ops.cuda_kernels import PAGES_A_LAUNCH, kernel
 from marlin_cli.ops.kernel_inputs import (
     FLOATS,
@@ -28,14 +29,15 @@ from marlin_cli.ops.kernel_inputs import (
 from marlin_cli.ops.kernel_source import launch
 from marlin_cli.ops.reference import KeyValueRows
 
-MOST_ROWS_OF_X = 32
+MOST_ROWS_OF_X, MOST_ROWS_OF_FLOAT32 = 64, 32  # of which decoding for each 32 takes less than writing the decoded weight
 SHARED_X_BYTES = 32768
-# Multiplications below which the host takes longer to launch a kernel than MLX's own takes to run: 23 us a product in MLX and
-# 32 us through `cuda_kernel`, while MLX's kernel needs about 10 us for 2^24 multiplications (H200, MLX 0.32.4).
-WORTH_A_LAUNCH = 2**26
+# Multiplications below which MLX's own products are taken, which its package brings compiled: the host hands them out in 23 us
+# instead of 32. Above, with 1 to 7 rows of a square of 1,024 or 2,048, theirs take up to three times as long as ours (H200).
+WORTH_A_LAUNCH = 2**20
 # Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
 # slower than decoding the weight once for a dense product, or no faster.
 FEW_ROWS = 8
+LARGE_WEIGHT = 2**26  # numbers, of which dense products of more than 16 rows take less time than decoding
 WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
@@ -53,12 +55,23 @@ def packed_linear(
     mode: str,
 ) -> mx.array:
     """See `reference.packed_linear`; what `takes_packed_linear` takes."""
-    if not _takes_gemm(x, weight, group_size, bits, mode):
-        return x @ unpacked(weight, scales, biases, group_size=group_size, bits=bits, mode=mode, dtype=x.dtype).T
-    columns = x.shape[-1]
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    rows, columns = x.size // x.shape[-1], x.shape[-1]
+    taken = _takes_gemm(x, weight, scales, **settings)
+    if not taken or _dense_is_faster(rows, weight.shape[0], columns):
+
+        def make() -> mx.array:
+            return unpacked(weight, scales, biases, **settings, dtype=x.dtype)
+
+        copy = copies().of(weight, x.dtype, weight.shape[0] * columns * x.dtype.size, make)
+        if copy is None and not taken:
+            copy = make()
+        if copy is not None:
+            return x @ copy.T
     flat = x.ndim == 2  # a reshape is work for the host, which is as busy as the GPU when rows are few
-    how = _gemm_launch(x.size // columns, weight.shape[0], columns, bits, group_size, x.dtype)
-    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales], **how)
+    how = _gemm_launch(rows, weight.shape[0], columns, bits, group_size, mode == "affine", x.dtype)
+    zeros = scales if biases is None else biases
+    (out,) = kernel("marlin_gemm_fp4")(inputs=[x if flat else x.reshape(-1, columns), weight, scales, zeros], **how)
     return out if flat else out.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -79,13 +92,42 @@ def takes_packed_linear(
     known = (mode, bits) in (("nvfp4", 4), ("mxfp4", 4), ("mxfp8", 8), ("affine", 4), ("affine", 8))
     if rows >= FEW_ROWS and x.dtype != mx.float32 and known:
         return True
-    return _takes_gemm(x, weight, group_size, bits, mode) and x.size * weight.shape[0] >= WORTH_A_LAUNCH
+    taken = _takes_gemm(x, weight, scales, group_size=group_size, bits=bits, mode=mode)
+    return taken and x.size * weight.shape[0] >= WORTH_A_LAUNCH
 
 
-def _takes_gemm(x: mx.array, weight: mx.array, group_size: int, bits: int, mode: str) -> bool:
-    """nvfp4, mxfp4 or mxfp8 weights and 1 to 32 rows of x: what `marlin_gemm_fp4` multiplies."""
-    formats = (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
-    return (mode, bits, group_size) in formats and x.size <= MOST_ROWS_OF_X * x.shape[-1]
+def product_way(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str
+) -> tuple[str, str]:
+    """What multiplies these on an NVIDIA GPU, and why, for people. Nothing is computed."""
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+    if not takes_packed_linear(x, weight, scales, biases, **settings):
+        if _takes_gemm(x, weight, scales, **settings):
+            return "MLX", "too little work for a launch of ours, which takes the host longer"
+        return "MLX", "float32 rows, or a format or a width that the kernels do not take"
+    if not _takes_gemm(x, weight, scales, **settings):
+        return (
+            "decoded, dense",
+            "many rows: with a copy that is kept; where MARLIN_DECODED leaves no room made anew",
+        )
+    if _dense_is_faster(x.size // x.shape[-1], weight.shape[0], x.shape[-1]):
+        return "decoded, dense", "many rows: with a copy that is kept; where MARLIN_DECODED leaves no room marlin_gemm_fp4"
+    return "marlin_gemm_fp4", "few rows: each weight is decoded once for up to 32 of them"
+
+
+def _takes_gemm(x: mx.array, weight: mx.array, scales: mx.array, *, group_size: int, bits: int, mode: str) -> bool:
+    """Some rows of x and what `marlin_gemm_fp4` knows: whole numbers for x of 16 bits alone, as those bits are exact then."""
+    if mode == "affine":
+        known = bits in (4, 8) and group_size % 32 == 0 and x.dtype != mx.float32 and scales.dtype == x.dtype
+    else:
+        known = (mode, bits, group_size) in (("nvfp4", 4, 16), ("mxfp4", 4, 32), ("mxfp8", 8, 32))
+    most = MOST_ROWS_OF_FLOAT32 if x.dtype == mx.float32 else MOST_ROWS_OF_X
+    return known and x.size <= most * x.shape[-1]
+
+
+def _dense_is_faster(rows_of_x: int, rows: int, columns: int) -> bool:
+    """Whether a dense product with a copy that is decoded already beats `marlin_gemm_fp4` (H200)."""
+    return rows_of_x > (16 if rows * columns >= LARGE_WEIGHT else 32)
 
 
 def unpacked(
@@ -286,11 +328,13 @@ def _takes_queries(queries: mx.array, kv_heads: int) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _gemm_launch(rows_of_x: int, rows: int, columns: int, bits: int, group_size: int, dtype: mx.Dtype) -> dict[str, Any]:
+def _gemm_launch(
+    rows_of_x: int, rows: int, columns: int, bits: int, group_size: int, affine: bool, dtype: mx.Dtype
+) -> dict[str, Any]:
     """What a call of `marlin_gemm_fp4` needs beside its inputs, made once a shape: the host has no time to spare."""
     plan = _gemm_plan(rows_of_x, rows, columns, bits, dtype)
     return {
-        "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), *plan.items()],
+        "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), ("AFFINE", affine), *plan.items()],
         "grid": (-(-rows // (16 * plan["ROW_TILES"])) * 256, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
         "threadgroup": (256, 1, 1),
         "output_shapes": [(rows_of_x, rows)],
@@ -300,13 +344,23 @@ def _gemm_launch(rows_of_x: int, rows: int, columns: int, bits: int, group_size:
 
 def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dtype) -> dict[str, int | bool]:
     """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
-    split = dtype == mx.float32  # three parts of each x take three times the registers, and time to split
-    if rows_of_x > 8:
-        return {"ROW_TILES": 2, "X_TILES": 2 if split or rows_of_x <= 16 else 4, "STAGES": 1, "X_SHARED": False}
-    shared = split and 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
-    crowded = split and not shared
-    wide = crowded or (bits == 4 and rows >= 8192)
-    return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 1 if crowded else 2, "X_SHARED": shared}
+    if dtype == mx.float32:  # three parts of each x take three times the registers, and time to split
+        if rows_of_x > 8:
+            return {"ROW_TILES": 2, "X_TILES": 2, "STAGES": 1, "X_SHARED": False}
+        shared = 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
+        wide = not shared or (bits == 4 and rows >= 8192)
+        return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 2 if shared else 1, "X_SHARED": shared}
+    narrow, middle, wide = rows <= 1024, rows < 4096, rows >= 8192
+    if rows_of_x <= 8:
+        tiles, stages = (2, 1 if bits == 4 else 2) if wide else (1, 2 if bits == 4 or narrow else 4)
+    elif rows_of_x <= 16:
+        tiles, stages = (1, 2 if bits == 4 else 3) if middle or (bits == 8 and not wide) else (2, 1)
+    elif rows_of_x <= 32 and (narrow or (middle and bits == 8)):
+        tiles, stages = 1, 2
+    else:
+        tiles, stages = (1 if narrow else 2), 1
+    x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
+    return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "X_SHARED": False}
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:

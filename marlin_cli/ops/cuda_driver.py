@@ -27,6 +27,14 @@ def shared_memory() -> int:
     return _attribute(SHARED_MEMORY_OF_A_BLOCK)
 
 
+def memory_bytes() -> int:
+    """Of the first device."""
+    _context()
+    free, size = ctypes.c_size_t(), ctypes.c_size_t()
+    _check(_driver().cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(size)), "does not say how much memory there is")
+    return size.value
+
+
 def compute_capability() -> tuple[int, int]:
     """Of the first device, as 9 and 0 of an H200."""
     return _attribute(MAJOR), _attribute(MINOR)

@@ -12,7 +12,7 @@ PAGES_A_LAUNCH = 8
 _ATTENTION = ("packed.cuh", "attention.cuh")
 _PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INPUTS)
 SOURCES = by_name(
-    KernelSource("marlin_gemm_fp4.cu", ("x", "weight", "scales"), ("out",), ("packed.cuh", "ptx.cuh")),
+    KernelSource("marlin_gemm_fp4.cu", ("x", "weight", "scales", "zeros"), ("out",), ("packed.cuh", "ptx.cuh")),
     KernelSource(
         "flash_attention.cu",
         ("queries", "keys", "values", "left_padding", "lengths", "relative_bias", "factor"),

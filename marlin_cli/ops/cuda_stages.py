@@ -37,6 +37,12 @@ MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
+# What the time of a launch goes to, in the order of `Part` and `Other` in the kernels; there is room for some more.
+# it is left behind so many words of 64 bits.
+KINDS_OF_TIME = (
+    "first", "qkv", "out", "up", "down", "last", "memory query", "memory out", "attention", "memory attention", "drawing",
+)  # fmt: skip
+MOST_KINDS_OF_TIME, FIRST_TIME = 16, 4
 
 # Bytes of the records as few_rows_stage.cuh lays them out.
 STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 200, 448, 40
@@ -80,7 +86,8 @@ def shared_bytes(stage: StageArrays, streams: int) -> int:
     segments = streams * -(-stage.dim // (64 if tagged else 256))
     partial = WARPS * 2 * streams * 8 * 2
     staged = streams * (stage.heads + 2 * stage.kv_heads) * stage.head_dim if _attends_alone(stage, streams) else 0
-    floats = partial + staged + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
+    times = 2 * MOST_KINDS_OF_TIME
+    floats = times + partial + staged + streams * stage.head_dim + WARPS * (stage.head_dim + 4) + MOST_STREAMS + 3 * segments
     return record + _memory_bytes(stage, streams) + 4 * floats
 
 
@@ -118,8 +125,8 @@ def _linears_by_part(stage: StageArrays) -> list[LinearArrays | None]:
     return [stage.first, layer.qkv[0], layer.out, layer.up[0], layer.down, stage.last, *reading]
 
 
-def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
-    """A stage's sizes and kinds as the kernels' constants; `steps` are the bytes of a patch."""
+def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int, *, timed: bool = False) -> str:
+    """A stage's sizes and kinds as the kernels' constants; `steps` are the bytes of a patch. `timed`: see `seconds`."""
     parts = _linears_by_part(stage)
     kinds = [0 if part is None else KINDS.index(part.kind) for part in parts]
     tasks = streams * stage.heads
@@ -144,6 +151,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
         "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
+        "TIMED": timed, "MOST_KINDS_OF_TIME": MOST_KINDS_OF_TIME, "FIRST_TIME": FIRST_TIME,
     }  # fmt: skip
     return constants(stage.table.dtype, values)
 
@@ -153,24 +161,35 @@ def kernel_name(stage: StageArrays) -> str:
     return "answer_decode" if stage.answers else "local_patch_decode" if stage.first is None else "stack"
 
 
+def size_for(streams: int) -> int:
+    """Streams that a kernel is made for that takes so many: the next power of two, as each number of them is another kernel."""
+    return 1 << (streams - 1).bit_length()
+
+
 class StageOnDevice:
     """A stage for a number of streams, its scratch memory, and the record by which the kernels find all of it.
 
     Args:
         stage: what `takes_stage` takes.
-        streams: 1 to 16.
+        streams: 1 to 16, as many as the kernel is made for.
+        live: of them, those that there are; the others are filler, which reads the last one's cache and writes to none.
         steps: bytes of a patch; of a decoder as many ids as a launch is fed at most.
         queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
+        timed: for `seconds`; launches take a little longer.
     """
 
-    def __init__(self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None) -> None:
+    def __init__(
+        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None, *,
+        live: int | None = None, timed: bool = False,
+    ) -> None:  # fmt: skip
         self.stage, self.streams, self._queue = stage, streams, queue
+        self.live = streams if live is None else live
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
         self.blocks = blocks_of(stage)
-        sizes = sizes_of(stage, streams, self.blocks, steps)
+        sizes = sizes_of(stage, streams, self.blocks, steps, timed=timed)
         self.text = text(kernel_name(stage), sizes)
         self._launch: Launcher | None = None
         parts = [*self._scratch_bytes(), STAGE_BYTES + LAYER_BYTES * len(stage.layers)]
@@ -252,6 +271,14 @@ class StageOnDevice:
         pointers = (self._places[-1], ids, padding, out)
         self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()))
 
+    def seconds(self) -> dict[str, float]:
+        """What launches so far have spent on each of `KINDS_OF_TIME`, as the first block saw it; 0 unless made `timed`."""
+        count = len(KINDS_OF_TIME)
+        data = self._queue.read(self._places[0] + 8 * FIRST_TIME, 8 * (count + 1))
+        words = np.frombuffer(data, np.uint64).astype(np.float64)
+        scale = 1e-9 * words[count] / max(words[:count].sum(), 1.0)
+        return {kind: float(cycles * scale) for kind, cycles in zip(KINDS_OF_TIME, words[:count], strict=True)}
+
     def _next(self) -> int:
         """The number of a phase before a launch's first: 32 bits, which come again after months."""
         self._phase = (self._phase + self._phases_a_launch) % (1 << 32)
@@ -275,7 +302,7 @@ class StageOnDevice:
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
         mailbox = 0 if self.mailbox is None else self.mailbox.address
-        lengths, states, inputs = (0, 0, 0) if memory is None else (memory.lengths, memory.states, memory.inputs)
+        lengths, states, inputs = (0, 0, self.live) if memory is None else (memory.lengths, memory.states, memory.inputs)
         head = struct.pack("<12Q", *self._places[:-1], table, norm, mailbox, bias, lengths)
         log2_theta = math.log2(stage.theta) if stage.theta else 0.0
         sizes = struct.pack("<2i3fi", capacity, states, log2_theta, stage.scale, stage.eps, inputs)

@@ -1,5 +1,6 @@
 """The device that operations run on, and why it was chosen."""
 
+import os
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -41,5 +42,7 @@ def choose_device(wanted: str = "auto") -> Device:
     else:
         name, reason = wanted, "asked for"
     use_private_caches(name)
+    if name == "cuda":
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")  # float32 is asked for where its digits count: statistics, packing
     mx.set_default_device(mx.cpu if name == "cpu" else mx.gpu)
     return Device(name, reason)

@@ -231,6 +231,23 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(
       __bfloat162float(a.x) * __bfloat162float(b.x), __bfloat162float(a.y) * __bfloat162float(b.y));
 }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) - __half2float(b.x), __half2float(a.y) - __half2float(b.y));
+}
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(
+      __bfloat162float(a.x) - __bfloat162float(b.x), __bfloat162float(a.y) - __bfloat162float(b.y));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return __floats2half2_rn(
+      std::fma(__half2float(a.x), __half2float(b.x), __half2float(c.x)),
+      std::fma(__half2float(a.y), __half2float(b.y), __half2float(c.y)));
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return __floats2bfloat162_rn(
+      std::fma(__bfloat162float(a.x), __bfloat162float(b.x), __bfloat162float(c.x)),
+      std::fma(__bfloat162float(a.y), __bfloat162float(b.y), __bfloat162float(c.y)));
+}
 inline float __uint_as_float(uint32_t bits) { return same_bits<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return same_bits<uint32_t>(value); }
 
@@ -329,6 +346,8 @@ inline void copy_piece(uint4* to, const uint4* from) { *to = *from; }
 inline void wait_for_copies() {}
 
 inline unsigned long long nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+
+inline unsigned long long cycles() { return nanoseconds(); }
 
 static size_t shared_bytes;
 

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from marlin_cli.ops import cuda, cuda_kernels, reference
+from marlin_cli.ops.cuda_decoded import Copies
 
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 
@@ -11,8 +12,8 @@ NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 @pytest.mark.parametrize(
     ("shape", "rows", "dtype", "settings", "taken"),
     [
-        ((1, 64), 2**20, mx.float32, NVFP4, True),
-        ((1, 64), 2**20 - 1, mx.float32, NVFP4, False),
+        ((1, 64), 2**14, mx.float32, NVFP4, True),
+        ((1, 64), 2**14 - 1, mx.float32, NVFP4, False),
         ((2, 16, 64), 2**15, mx.bfloat16, NVFP4, True),
         ((33, 64), 2**20, mx.float16, NVFP4, True),
         ((8, 64), 64, mx.float16, NVFP4, True),
@@ -31,6 +32,49 @@ def test_products_that_are_taken(shape, rows, dtype, settings, taken):
     weight = mx.zeros((rows, shape[-1] * settings["bits"] // 32), dtype=mx.uint32)
     scales = mx.zeros((rows, 1), dtype=mx.uint8)  # never read
     assert cuda.takes_packed_linear(mx.zeros(shape, dtype=dtype), weight, scales, None, **settings) is taken
+
+
+@pytest.mark.parametrize(
+    ("rows", "side", "dtype", "way", "why"),
+    [
+        (1, 512, mx.bfloat16, "MLX", "too little work"),
+        (1, 1024, mx.bfloat16, "marlin_gemm_fp4", "few rows"),
+        (8, 1024, mx.bfloat16, "marlin_gemm_fp4", "few rows"),
+        (32, 4096, mx.bfloat16, "marlin_gemm_fp4", "few rows"),
+        (17, 8192, mx.bfloat16, "decoded, dense", "leaves no room marlin_gemm_fp4"),
+        (64, 1024, mx.bfloat16, "decoded, dense", "leaves no room marlin_gemm_fp4"),
+        (65, 1024, mx.bfloat16, "decoded, dense", "no room made anew"),
+        (65, 1024, mx.float32, "MLX", "float32 rows"),
+    ],
+)
+def test_the_way_of_a_product_is_told(rows, side, dtype, way, why):
+    weight, scales = mx.zeros((side, side // 8), dtype=mx.uint32), mx.zeros((side, side // 16), dtype=mx.uint8)
+    found = cuda.product_way(mx.zeros((rows, side), dtype=dtype), weight, scales, None, **NVFP4)
+    assert found[0] == way and why in found[1]
+
+
+@pytest.mark.parametrize(("rows", "side", "kept"), [(40, 64, True), (40, 64, False), (70, 64, True), (70, 64, False)])
+def test_many_rows_use_a_copy_where_it_is_kept(rows, side, kept, monkeypatch):
+    """Else a kernel of few rows takes them in parts, up to some number."""
+    used = []
+
+    def unpacked(*arrays, **settings):
+        used.append("unpack")
+        return mx.ones((side, side), dtype=mx.bfloat16)
+
+    def launched(**how):
+        used.append("gemm")
+        return [mx.zeros(how["output_shapes"][0])]
+
+    monkeypatch.setattr(cuda, "unpacked", unpacked)
+    monkeypatch.setattr(cuda, "kernel", lambda name: launched)
+    store = Copies(1 << 20 if kept else 0, 1 << 60)
+    monkeypatch.setattr(cuda, "copies", lambda: store)
+    weight, scales = mx.zeros((side, side // 8), dtype=mx.uint32), mx.zeros((side, side // 16), dtype=mx.uint8)
+    for _ in range(2):
+        found = cuda.packed_linear(mx.ones((rows, side), dtype=mx.bfloat16), weight, scales, None, **NVFP4)
+        assert found.shape == (rows, side)
+    assert used == (["unpack"] if kept else ["gemm"] * 2 if rows == 40 else ["unpack"] * 2)
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,17 @@ THREADS = dict.fromkeys(("marlin_gemm_fp4", "patch_embed", "strided_pool", "unpa
 
 
 def gemm_variants():
-    for dtype, (bits, group), (count, rows) in itertools.product(
-        BITS, [(4, 16), (4, 32), (8, 32)], [(1, 64), (1, 8192), (8, 64), (8, 8192), (16, 64), (32, 64)]
+    kinds = [(4, 16, False), (4, 32, False), (8, 32, False), (4, 64, True), (8, 64, True)]
+    for dtype, (bits, group, affine), (count, rows) in itertools.product(
+        BITS, kinds, [(1, 64), (1, 4096), (8, 8192), (16, 64), (16, 4096), (32, 64), (32, 2048), (64, 4096)]
     ):
+        if affine and dtype == "float32":
+            continue
         plan = cuda._gemm_plan(count, rows, 4096, bits, getattr(mx, dtype))
+        scales = dtype if affine else "uint8"
         yield (
-            {"T": dtype, "BITS": bits, "GROUP": group, **plan},
-            {"x": dtype, "weight": "uint32", "scales": "uint8"},
+            {"T": dtype, "BITS": bits, "GROUP": group, "AFFINE": affine, **plan},
+            {"x": dtype, "weight": "uint32", "scales": scales, "zeros": scales},
             {"out": dtype},
         )
 

@@ -9,11 +9,13 @@ import pytest
 from cuda_emulator import Emulated, compiler
 
 from marlin_cli.ops import cuda, reference
+from marlin_cli.ops.cuda_decoded import Copies
 
 pytestmark = pytest.mark.cuda
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 3e-3, mx.bfloat16: 2e-2}  # of the largest output
 EACH_DTYPE = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16", "bfloat16"])
 FORMATS = {"nvfp4": ("nvfp4", 4, 16), "mxfp4": ("mxfp4", 4, 32), "mxfp8": ("mxfp8", 8, 32)}
+WHOLE = [("affine", 4, 32), ("affine", 4, 64), ("affine", 8, 32), ("affine", 8, 128)]
 EACH_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 
 
@@ -23,6 +25,7 @@ def kernels(monkeypatch):
         if compiler() is None:
             pytest.skip("neither a CUDA GPU nor a C++ compiler on Linux here")
         monkeypatch.setattr(cuda, "kernel", Emulated)
+        monkeypatch.setattr(cuda, "copies", lambda: Copies(1 << 20, 1 << 40))
 
 
 def random(*shape, seed=0, dtype=mx.float32):
@@ -113,6 +116,35 @@ def test_products_of_slices_and_batches():
         for part in (x[..., :128], x[:, ::2, 128:], x.swapaxes(0, 1)[..., 64:192], flat):
             found = cuda.packed_linear(part, packed[layer], scales[layer], None, **settings)
             assert_close(found, on_cpu(lambda p=part, w=plain[layer]: p @ w.T), mx.float32)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("format", WHOLE, ids=str)
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(3, 7, 384), (9, 40, 256), (31, 300, 1408)], ids=str)
+def test_packed_linear_of_whole_numbers(format, rows, columns, depth, dtype):
+    mode, bits, group_size = format
+    settings = {"group_size": group_size, "bits": bits, "mode": mode}
+    x = random(rows, depth, dtype=dtype)
+    weight, scales, zeros = on_cpu(mx.quantize, random(columns, depth, seed=1, dtype=dtype) * 0.3, **settings)
+    found = cuda.packed_linear(x, weight, scales, zeros, **settings)
+    plain = on_cpu(mx.dequantize, weight, scales, zeros, **settings, dtype=mx.float32)
+    assert_close(found, on_cpu(lambda: x.astype(mx.float32) @ plain.T), dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_whole_number_is_decoded(bits, dtype):
+    """All codes, under scales and zeros that leave their products exact."""
+    codes = np.arange(64 * 128, dtype=np.uint32).reshape(64, 128) % (1 << bits)
+    per_word = 32 // bits
+    words = (codes.reshape(64, -1, per_word) << (np.arange(per_word, dtype=np.uint32) * bits)).sum(-1, dtype=np.uint32)
+    scales = mx.array(np.tile([[0.5, 2.0]], (64, 1))).astype(dtype)
+    zeros = mx.zeros_like(scales)
+    settings = {"group_size": 64, "bits": bits, "mode": "affine"}
+    unit_rows = [mx.eye(128)[first : first + 32].astype(dtype) for first in range(0, 128, 32)]
+    found = [cuda.packed_linear(rows, mx.array(words), scales, zeros, **settings) for rows in unit_rows]
+    expected = codes.T * np.repeat([0.5, 2.0], 64)[:, None]
+    assert (np.array(mx.concatenate(found).astype(mx.float32)) == expected).all()
 
 
 def test_nan_and_infinity_stay_what_they_are():

@@ -231,6 +231,22 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
 
 
 @pytest.mark.slow
+def test_time_by_part(monkeypatch):
+    """Launches that keep account of their time give the same ids, and all of it goes to some part."""
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    network = network_of(format="nvfp4")
+    plain, timed = (
+        Lockstep(network, [bytes(range(65, 81))], decoder=patch_decoder(network, 1, timed=each)) for each in (False, True)
+    )
+    assert plain.part_seconds is None
+    ids = [[state.advance(Sampling(), Noise(0, 256), 8).tolist() for _ in range(2)] for state in (plain, timed)]
+    assert ids[0] == ids[1]
+    parts = timed.part_seconds
+    assert list(parts) == ["global", "global cache", "local", "local cache", "head", "sampling"]
+    assert all(0 < seconds < 60 for seconds in parts.values())
+
+
+@pytest.mark.slow
 def test_groups_of_streams(monkeypatch):
     """More streams than one launch takes: prompts that end inside a patch, and streams that stop."""
     monkeypatch.setattr(cuda_patches, "MOST_STREAMS", 2)
@@ -249,21 +265,21 @@ def test_groups_of_streams(monkeypatch):
 
 
 def test_what_was_queued_too_far_is_taken_back(monkeypatch):
-    """Logits, and ids pushed, between whole patches; the noise is that of the steps that were asked for."""
+    """Logits, and ids pushed, between whole patches of three streams and a filler; the noise is that of the steps asked for."""
     network, sampling = network_of(format="mxfp8"), Sampling(1.3, top_k=50, top_p=0.8, min_p=0.02)
     monkeypatch.setattr(decoding, "fuse", lambda network: None)
     found = []
     for whole in (True, False):
         if not whole:
             monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
-        state, noise = Lockstep(network, [b"abcd", b"abcdefgh"]), Noise(0, 256)
+        state, noise = Lockstep(network, [b"abcd", b"abcdefgh", b"wxyz"]), Noise(0, 256)
         ids, logits = [], []
         for pushed in range(2):
             for _ in range(1 if whole else 4):
                 ids += np.array(state.advance(sampling, noise, 64)).T.tolist()
             logits.append(np.array(state.logits))
             for byte in b"wxyz"[: 4 - 2 * pushed]:
-                state.push(mx.array([byte, byte]))
+                state.push(mx.array([byte] * 3))
         found.append((ids, np.stack(logits), state.positions, state.cache_bytes["global"]))
     (ids, logits, *rest), (expected_ids, expected_logits, *expected_rest) = found
     assert ids == expected_ids and rest == expected_rest
