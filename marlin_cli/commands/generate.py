@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
+from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP, SINKS_HELP, SPARSE_HELP, WINDOW_HELP
 
 
 class EarlyStopping(str, Enum):
@@ -37,6 +37,9 @@ def generate(
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the cache (of a MegaByte, the global one): 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
+    window: Annotated[str | None, typer.Option(metavar="BYTES|restart", help=WINDOW_HELP)] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help=SINKS_HELP)] = None,
+    sparse: Annotated[float | None, typer.Option(metavar="EPS", help=SPARSE_HELP)] = None,
     activation_bits: Annotated[
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
@@ -100,7 +103,14 @@ def generate(
     from marlin_cli.api import capability_of, ranks_to_split
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.leading import check_alike, follow_along, leading
-    from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
+    from marlin_cli.commands.options import (
+        bytes_of_argument,
+        bytes_of_hex,
+        parse_cache_bits,
+        parse_import_options,
+        parse_size,
+        parse_window,
+    )
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
@@ -119,6 +129,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     imports = parse_import_options(import_options)
     cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
+    view = parse_window(window, sinks)
     check_models(command_line, [model])
     check_state_output(save_state)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
@@ -156,7 +167,7 @@ def generate(
         check_one_reader(ranks.size, save_state, load_state)
         check_alike(
             ranks, model, kv_bits=cache_bits, activation_bits=activation_bits, imports=imports, split=split,
-            batch_size=batch_size,
+            batch_size=batch_size, window=view, sparse=sparse,
         )  # fmt: skip
         leads = ranks.rank == 0
         prompted = []
@@ -170,13 +181,16 @@ def generate(
             options=imports,
             split=ranks_to_split(split, model, ranks),
         )
+        if view is not None or sparse is not None:
+            loaded = loaded.cached(view, sparse)
         if not leads:
             return follow_along(loaded, ranks, batch_size)
         if chat:
             prompted = [each.in_chat(loaded.network) for each in prompted]
         marks = sentinel or chat
         for each in prompted:
-            each.check_fits(loaded.config.max_bytes)
+            if loaded.context_bytes is not None:
+                each.check_fits(loaded.context_bytes)
         keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
