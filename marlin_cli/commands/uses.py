@@ -24,6 +24,7 @@ class Use:
 
     needs: tuple[str, ...] = ()  # one of these is given too
     without: tuple[str, ...] = ()  # none of these is
+    unless: tuple[str, ...] = ()  # but beside one of these nothing keeps it out
     parts: tuple[str, ...] = ()  # the model has layers in one of these, see `models.part_of`
     heads: tuple[str, ...] = ()  # of what encodes texts: the model has one of these, see HEADS
 
@@ -56,8 +57,14 @@ HEADS = {
 }
 
 
-def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = (), parts: tuple[str, ...] = ()) -> Uses:
-    return dict.fromkeys(families or Family, Use(needs, without, parts))
+def _of(
+    *families: Family,
+    needs: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
+    unless: tuple[str, ...] = (),
+) -> Uses:
+    return dict.fromkeys(families or Family, Use(needs, without, unless, parts))
 
 
 def _heads(*heads: str, of: tuple[Family, ...] = (), needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
@@ -229,9 +236,10 @@ QUANTIZE: Mapping[str, Uses] = {
 }
 
 _NOTHING_RUN = ("--kernels", "--compare")
-_NOT_MEASURED = (*_NOTHING_RUN, "--plan")
+_NOT_MEASURED = (*_NOTHING_RUN, "--plan", "--surprise")
 _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality",)
+_IN_STREAMS = ("--window",)  # a file is a stream then, whose bytes are scored once, in their order, and beside nothing else
 
 BENCH: Mapping[str, Uses] = {
     "MODEL": _of(without=("--compare",)),
@@ -242,21 +250,27 @@ BENCH: Mapping[str, Uses] = {
     "--roofline": _of(*CONTINUING, without=_NOT_TIMED),
     "--no-throughput": _of(without=_NOT_MEASURED),
     "--quality": _of(*PREDICTS, without=_NOT_MEASURED),
-    "--reference": _of(*PREDICTS, needs=_SCORED),
-    "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED),
-    "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--reference": _of(*PREDICTS, needs=_SCORED, without=_IN_STREAMS),
+    "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED, without=_IN_STREAMS),
+    "--stride-bytes": _of(*CONTINUING, needs=_SCORED, without=_IN_STREAMS),
     "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
-    "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED),
-    "--resume": _of(*CONTINUING, needs=_SCORED),  # without a beginning it begins, as in calibrate
+    "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED, without=_IN_STREAMS),
+    "--window": _of(*CONTINUING, needs=("--quality", "--surprise")),
+    "--sinks": _of(CONTINUES, needs=_IN_STREAMS),
+    "--sparse": _of(CONTINUES, without=(*_NOTHING_RUN, "--plan", "--no-throughput"), unless=_IN_STREAMS),
+    "--surprise": _of(*CONTINUING, without=(*_NOTHING_RUN, "--plan")),
+    "--top": _of(*CONTINUING, needs=("--surprise",)),
+    # Without a beginning it begins, as in calibrate. Of files that are streams nothing is kept.
+    "--resume": _of(*CONTINUING, needs=("--quality", "--surprise"), without=_IN_STREAMS, unless=("--surprise",)),
     "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
     "--language": _heads("sentence", without=_NOT_MEASURED),
-    # What continues bytes is scored without a cache; answers read one.
+    # What continues bytes is scored without a cache, but for streams; answers read one.
     "--kv-bits": {
-        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
+        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput"), unless=_IN_STREAMS),
         ANSWERS: Use(without=_NOT_MEASURED),
     },
-    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
-    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput"), unless=_IN_STREAMS),
+    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput"), unless=_IN_STREAMS),
     "--activation-bits": _of(without=("--compare", "--plan")),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
@@ -268,11 +282,11 @@ BENCH: Mapping[str, Uses] = {
     "--save": _of(without=_NOT_MEASURED),
     "--compare": _of(),
     "--plan": _of(*CONTINUING, without=("--compare",)),
-    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
+    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--surprise", "--no-throughput")),
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
-    "--split": _of(CONTINUES, ANSWERS, needs=_SCORED, without=("--resume", "--reference-cache")),
+    "--split": _of(CONTINUES, ANSWERS, needs=_SCORED, without=("--resume", "--reference-cache", "--window")),
     "--ranks": _of(CONTINUES, needs=("--plan",)),
     "--link": _of(CONTINUES, needs=("--ranks",)),
 }

@@ -15,9 +15,9 @@ from marlin_cli.ops.reference import KeyValueRows, unpack_rows
 class RingCache(KeyValueCache):
     """Keys and values of one layer in pages, of which those are let go that no row to come sees; a `TurningCache`.
 
-    A key is turned by its own place, once. A query reads the window turned by its own place, and the sinks turned as if it stood
-    no farther from them than the window is long. Angles are reduced in double precision: a float knows no place after some
-    million rows.
+    A key is turned by its own place, once. A query reads the window turned by its own place, and the sinks turned as if it
+    stood no farther from them than the window is long. Angles are reduced in double precision: a float knows no place after
+    some million rows.
     """
 
     def __init__(self, reach: Reach, key_bits: int = 16, value_bits: int = 16) -> None:

@@ -1,8 +1,8 @@
 """What each byte of a stream costs a model, however long the stream is: the scorers of both kinds of windows.
 
 A scorer is given bytes as they come and tells what each of them cost, given those before it that are in view. It takes as many
-at once as it is given, a patch that is not whole yet included; numbers differ by rounding alone where a stream is given in other
-portions, and not at all in portions of `portion` bytes.
+at once as it is given, a patch that is not whole yet included; where a stream is given in other portions numbers differ by
+rounding alone, and not at all in portions of `portion` bytes.
 """
 
 import math
