@@ -20,18 +20,18 @@ class Line:
 
     number: int  # from 1
     offset: int  # bytes before it
-    bytes: int = 0
+    length: int = 0  # bytes
     bits: float = 0.0
     beginning: bytes = b""
 
     def with_more(self, data: bytes, bits: float) -> "Line":
         """The same with more bytes behind it."""
         shown = (self.beginning + data)[:SHOWN_BYTES]
-        return replace(self, bytes=self.bytes + len(data), bits=self.bits + bits, beginning=shown)
+        return replace(self, length=self.length + len(data), bits=self.bits + bits, beginning=shown)
 
     def as_mapping(self) -> dict[str, Any]:
         """For JSON, without what it says."""
-        return {"line": self.number, "offset": self.offset, "bytes": self.bytes, "bits": round(self.bits, 3)}
+        return {"line": self.number, "offset": self.offset, "bytes": self.length, "bits": round(self.bits, 3)}
 
 
 class LineCosts:
@@ -50,12 +50,12 @@ class LineCosts:
     @property
     def lines(self) -> int:
         """Lines so far, the open one included if it has begun."""
-        return self._open.number - (self._open.bytes == 0)
+        return self._open.number - (self._open.length == 0)
 
     @property
     def costliest(self) -> list[Line]:
         """The costliest lines that have ended, and the open one if it is among them; the costliest first."""
-        lines = [line for _, _, line in self._heap] + ([self._open] if self._open.bytes else [])
+        lines = [line for _, _, line in self._heap] + ([self._open] if self._open.length else [])
         return sorted(lines, key=lambda line: (-line.bits, line.number))[: self._top]
 
     def push(self, data: bytes, bits: npt.NDArray[np.float32]) -> list[Line]:
@@ -63,22 +63,22 @@ class LineCosts:
         ended, start = [], 0
         while start < len(data):
             end = data.find(b"\n", start) + 1 or len(data)
-            end = min(end, start + MOST_LINE_BYTES - self._open.bytes)
+            end = min(end, start + MOST_LINE_BYTES - self._open.length)
             cost = float(bits[start:end].sum(dtype=np.float64))
             self.bits += cost
             self._open = self._open.with_more(data[start:end], cost)
-            if data[end - 1 : end] == b"\n" or self._open.bytes == MOST_LINE_BYTES:
+            if data[end - 1 : end] == b"\n" or self._open.length == MOST_LINE_BYTES:
                 ended.append(self._end())
             start = end
         return ended
 
     def finish(self) -> list[Line]:
         """The line that the stream ended in, if it has begun."""
-        return [self._end()] if self._open.bytes else []
+        return [self._end()] if self._open.length else []
 
     def _end(self) -> Line:
         line = self._open
-        self._open = Line(line.number + 1, line.offset + line.bytes)
+        self._open = Line(line.number + 1, line.offset + line.length)
         heapq.heappush(self._heap, (line.bits, -line.number, line))
         if len(self._heap) > self._top:
             heapq.heappop(self._heap)
@@ -107,4 +107,4 @@ class LineCosts:
 
 
 def _numbers(line: Line) -> tuple[int, int, int, float]:
-    return line.number, line.offset, line.bytes, line.bits
+    return line.number, line.offset, line.length, line.bits

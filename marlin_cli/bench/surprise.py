@@ -19,8 +19,8 @@ from marlin_cli.engine.stream_scoring import StreamScorer, stream_scorer
 from marlin_cli.errors import UsageError
 from marlin_cli.version import __version__
 
-# What stays in view unless the caller says otherwise: a log has little to tell beyond, and a longer view costs time.
-DEFAULT_WINDOW_BYTES = 8192
+# What stays in view unless the caller says otherwise: models predict logs little better with more, and a longer view costs time.
+DEFAULT_WINDOW_BYTES = 2048
 
 # A run that is killed goes on from what it was at most so long before.
 CHECKPOINT_SECONDS = 30.0

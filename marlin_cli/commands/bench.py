@@ -77,7 +77,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="BYTES|restart",
-            help="Score each file of --quality, or the stream of --surprise (default 8k), as one stream with so many bytes in"
+            help="Score each file of --quality, or the stream of --surprise (default 2k), as one stream with so many bytes in"
             " view. restart: the context is read again from its last half on whenever it is full.",
         ),
     ] = None,

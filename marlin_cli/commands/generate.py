@@ -40,6 +40,14 @@ def generate(
     window: Annotated[str | None, typer.Option(metavar="BYTES|restart", help=WINDOW_HELP)] = None,
     sinks: Annotated[int | None, typer.Option(min=0, help=SINKS_HELP)] = None,
     sparse: Annotated[float | None, typer.Option(metavar="EPS", help=SPARSE_HELP)] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Read a pipe as it comes, such as tail -f, and whenever it pauses write what may follow the last --window bytes"
+            " (default 2k): a line for each pause. More input ends it; it is no part of what is followed.",
+        ),
+    ] = False,
     activation_bits: Annotated[
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
@@ -101,6 +109,7 @@ def generate(
     from marlin_cli import console
     from marlin_cli.answering_model import AnsweringModel
     from marlin_cli.api import capability_of, ranks_to_split
+    from marlin_cli.commands.follow import follow as follow_pipe
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.leading import check_alike, follow_along, leading
     from marlin_cli.commands.options import (
@@ -119,6 +128,7 @@ def generate(
     from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.sampling import Sampling
     from marlin_cli.engine.stopping import Stopping
+    from marlin_cli.errors import UsageError
     from marlin_cli.models import Capability
     from marlin_cli.ranks import joined
 
@@ -171,7 +181,9 @@ def generate(
         )  # fmt: skip
         leads = ranks.rank == 0
         prompted = []
-        if leads:
+        if follow and ranks.size > 1:
+            raise UsageError("--follow: one process follows a pipe; run it alone")
+        if leads and not follow:
             prompted = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
         loaded = ContinuingModel.from_pretrained(
             model,
@@ -185,6 +197,8 @@ def generate(
             loaded = loaded.cached(view, sparse)
         if not leads:
             return follow_along(loaded, ranks, batch_size)
+        if follow:
+            return follow_pipe(loaded, stopping, sampling, sentinels=sentinel, raw=raw, as_json=json_output)
         if chat:
             prompted = [each.in_chat(loaded.network) for each in prompted]
         marks = sentinel or chat

@@ -64,6 +64,11 @@ class PipeSource:
         self._pause_seconds = pause_seconds
         self._left = b""
 
+    @property
+    def has_more(self) -> bool:
+        """Is there something to read now?"""
+        return bool(self._left) or self._arriving.is_waiting
+
     def read(self, most: int) -> bytes | None:
         """The next bytes, `most` at most: nothing at the end, None where they have to be waited for.
 
@@ -121,6 +126,11 @@ class Arriving(Generic[T]):
             else:
                 self.over, self._error = True, each
         return taken
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is there something to take, or the end?"""
+        return not self._waiting.empty()
 
     def check(self) -> None:
         """Raise the error that ended the inputs, if one did."""

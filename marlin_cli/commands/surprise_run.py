@@ -109,9 +109,9 @@ def _tell(found: Surprise, model: ContinuingModel, *, to_stdout: bool) -> None:
         numbers = [
             f"{line.number:,}",
             f"{line.offset:,}",
-            f"{line.bytes:,}",
+            f"{line.length:,}",
             f"{line.bits:.1f}",
-            f"{line.bits / line.bytes:.2f}",
+            f"{line.bits / line.length:.2f}",
         ]
         rows.append([*numbers, _text_of(line)])
     console.table(title, ["line", "offset", "bytes", "bits", "bits/byte", "text"], rows, to_stdout=to_stdout)
@@ -119,4 +119,4 @@ def _tell(found: Surprise, model: ContinuingModel, *, to_stdout: bool) -> None:
 
 def _text_of(line: Line) -> str:
     text = line.beginning.decode("utf-8", errors="replace").rstrip("\n")
-    return printable(text if len(line.beginning) == line.bytes else f"{text}..")
+    return printable(text if len(line.beginning) == line.length else f"{text}..")

@@ -102,6 +102,7 @@ GENERATE: Mapping[str, Uses] = {
     "--window": _of(*CONTINUING, without=("--save-state", "--load-state")),
     "--sinks": _of(CONTINUES, needs=("--window",)),
     "--sparse": _of(CONTINUES),
+    "--follow": _of(*CONTINUING, without=(*_ONE_PROMPT, "--chat", "--save-state", "--load-state", "--split")),
     "--activation-bits": _of(),
     "--beams": _of(*ENCODER_FIRST),
     "--n-best": _BEAMS,

@@ -67,9 +67,8 @@ class Quality:
     all_domains: Score
     byte_classes: dict[str, Score] = field(default_factory=dict)
     patch_positions: dict[str, Score] = field(default_factory=dict)
-    pages_read: tuple[
-        tuple[int, int], ...
-    ] = ()  # by global layer, of a cache that leaves pages out: those read, and of how many
+    # By global layer, of a cache that leaves pages out: those that were read, and of how many.
+    pages_read: tuple[tuple[int, int], ...] = ()
 
 
 def measure_quality(
