@@ -19,7 +19,7 @@ from marlin_cli.engine.stream_scoring import StreamScorer, stream_scorer
 from marlin_cli.errors import UsageError
 from marlin_cli.version import __version__
 
-# What stays in view unless the caller says otherwise: models predict logs little better with more, and a longer view costs time.
+# What stays in view unless the caller says otherwise: logs are predicted little better with more, and it costs time.
 DEFAULT_WINDOW_BYTES = 2048
 
 # A run that is killed goes on from what it was at most so long before.
@@ -52,7 +52,7 @@ class Source(Protocol):
 
 
 class FileSource:
-    """The bytes of a file.
+    """The bytes of a file, which is closed when the block ends that has it as its context.
 
     Raises:
         UsageError: it cannot be read.
@@ -65,7 +65,14 @@ class FileSource:
         except OSError as error:
             raise UsageError(f"--surprise {path}: cannot read: {error.strerror}") from None
 
+    def __enter__(self) -> "FileSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def read(self, most: int) -> bytes | None:
+        """See `Source`."""
         try:
             return self._file.read(most)
         except OSError as error:

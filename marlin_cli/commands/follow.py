@@ -10,7 +10,7 @@ from typing import Any
 
 from marlin_cli.api import decode
 from marlin_cli.bench.surprise import default_window
-from marlin_cli.commands.pipes import BLOCK_BYTES, PipeSource
+from marlin_cli.commands.pipes import BLOCK_BYTES, PipeSource, stdin_descriptor
 from marlin_cli.commands.writers import TerminalView, is_viewed
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.sampling import Sampling
@@ -28,7 +28,7 @@ class FollowedPipe(PipeSource):
     """
 
     def __init__(self, view_bytes: int) -> None:
-        super().__init__(sys.stdin.fileno(), PAUSE_SECONDS)
+        super().__init__(stdin_descriptor(), PAUSE_SECONDS)
         self._most = view_bytes
         self.view = b""
         self.seen = 0

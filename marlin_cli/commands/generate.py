@@ -44,8 +44,8 @@ def generate(
         bool,
         typer.Option(
             "--follow",
-            help="Read a pipe as it comes, such as tail -f, and whenever it pauses write what may follow the last --window bytes"
-            " (default 2k): a line for each pause. More input ends it; it is no part of what is followed.",
+            help="Read a pipe as it comes, such as tail -f, and whenever it pauses write what may follow the last bytes"
+            " (--window, default 2k): a line for each pause. More input ends it; it is no part of what is followed.",
         ),
     ] = False,
     activation_bits: Annotated[

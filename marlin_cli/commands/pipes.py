@@ -5,6 +5,7 @@ Pipes are read unbuffered and by a thread of their own: one that waits in a buff
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
@@ -144,6 +145,11 @@ class Arriving(Generic[T]):
             self._waiting.put(None)
         except Exception as error:  # it belongs to the caller, who is in another thread
             self._waiting.put(error)
+
+
+def stdin_descriptor() -> int:
+    """What `-` names."""
+    return sys.stdin.fileno()
 
 
 def _read(descriptor: int, where: str) -> bytes:

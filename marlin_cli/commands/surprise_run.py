@@ -1,5 +1,6 @@
 """What `marlin bench --surprise` does once its options are read: one run over a stream, and its costliest lines."""
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from marlin_cli.bench.cost_files import CostFile, CostSink, LinesTo, NoFile
 from marlin_cli.bench.line_costs import MOST_LINE_BYTES, Line
 from marlin_cli.bench.surprise import FileSource, Source, Surprise, default_window, surprise
 from marlin_cli.commands.bench_format import Format
-from marlin_cli.commands.pipes import PipeSource
+from marlin_cli.commands.pipes import PipeSource, stdin_descriptor
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.endless import Window
 from marlin_cli.errors import UsageError
@@ -55,13 +56,18 @@ def run(request: SurpriseRequest) -> None:
         MarlinError: see `surprise`.
     """
     file = None if request.output is None else CostFile(Path(request.output))
-    source: Source
+    opened: contextlib.AbstractContextManager[Source]
     total = None
     if request.input == "-":
-        source = PipeSource(sys.stdin.fileno(), PAUSE_SECONDS)
+        opened = contextlib.nullcontext(PipeSource(stdin_descriptor(), PAUSE_SECONDS))
     else:
-        source = FileSource(Path(request.input))
+        opened = FileSource(Path(request.input))
         total = Path(request.input).stat().st_size or None
+    with opened as source:
+        _run(request, source, total, file)
+
+
+def _run(request: SurpriseRequest, source: Source, total: int | None, file: CostFile | None) -> None:
     model = ContinuingModel.from_pretrained(
         request.models[0], device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
     )

@@ -60,7 +60,7 @@ def streams_of(network: Network, bits: CacheBits, keeper: PromptKeeper | None = 
     return way.together(network, bits, keeper) or MergedStreams(network, begin, way.phase, bits, keeper)
 
 
-def check_cache(network: Network, bits: CacheBits) -> None:
+def check_cache(network: Any, bits: CacheBits) -> None:
     """Refuse what the caches of a network cannot be.
 
     Raises:

@@ -144,7 +144,7 @@ class PatchScorer:
             logits = network(ids, run)
             nats = mx.logsumexp(logits, axis=-1) - of_bytes(network, logits, ids)
         mx.eval(nats, hidden)
-        bits = np.array(nats[0, known:]) / np.float32(math.log(2))
+        bits: Floats = np.array(nats[0, known:] / math.log(2))
         if not np.isfinite(bits).all():
             raise not_finite()
         begins = max(0, (whole - 1) * size)
