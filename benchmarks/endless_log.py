@@ -1,4 +1,4 @@
-"""A log of a service that runs for long, with planted lines that nothing in it announces: material for `benchmarks/endless.py`."""
+"""A log of a service that runs for long, with planted lines that nothing announces: for `benchmarks/endless.py`."""
 
 import random
 
@@ -6,7 +6,7 @@ PATHS = ("/", "/index.html", "/api/v1/items", "/api/v1/items/{}", "/static/app.j
 AGENTS = ("Mozilla/5.0 (X11; Linux x86_64)", "curl/8.5.0", "kube-probe/1.31", "Mozilla/5.0 (Macintosh; Intel Mac OS X 14_5)")
 TASKS = ("compaction", "snapshot", "flush", "rebalance")
 
-# What operators would want to see: an attack, broken hardware, a crash, binary noise, a stranger's login, a clock that went back.
+# What operators want to see: an attack, broken hardware, a crash, noise, a login by a stranger, a clock that went back.
 PLANTED = (
     b'10.0.3.17 - - "GET /cgi-bin/..%2f..%2f..%2fetc/passwd%00.html HTTP/1.1" 404 162 "sqlmap/1.8.4#stable (https://sqlmap.org)"\n',
     b"kernel: EDAC MC0: 1 UE memory read error on CPU_SrcID#0_Ha#0_Chan#2_DIMM#1 (channel:2 slot:1 page:0x1f3a92)\n",
