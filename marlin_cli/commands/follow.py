@@ -56,7 +56,7 @@ def follow(
     goes_on = True
     while goes_on:
         goes_on = pipe.read_on()
-        if pipe.seen == told:
+        if pipe.seen == told and (goes_on or told):
             continue
         told, data, reason = pipe.seen, b"", None
         view = TerminalView() if is_viewed(raw=raw) else None
