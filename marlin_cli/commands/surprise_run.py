@@ -120,7 +120,7 @@ def _tell(found: Surprise, model: ContinuingModel, *, to_stdout: bool) -> None:
             f"{line.bits / line.length:.2f}",
         ]
         rows.append([*numbers, _text_of(line)])
-    console.table(title, ["line", "offset", "bytes", "bits", "bits/byte", "text"], rows, to_stdout=to_stdout)
+    console.table(title, ["text", "line", "offset", "bytes", "bits", "bits/byte"], rows, to_stdout=to_stdout)
 
 
 def _text_of(line: Line) -> str:
