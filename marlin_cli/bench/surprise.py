@@ -23,7 +23,7 @@ from marlin_cli.version import __version__
 DEFAULT_WINDOW_BYTES = 2048
 
 # A run that is killed goes on from what it was at most so long before.
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS = 10.0
 
 BLOCK_BYTES = 1 << 16
 

@@ -112,14 +112,8 @@ def _tell(found: Surprise, model: ContinuingModel, *, to_stdout: bool) -> None:
         title += f"\nthe {len(found.costliest)} costliest lines (pieces of {MOST_LINE_BYTES:,} bytes of longer ones)"
     rows = []
     for line in found.costliest:
-        numbers = [
-            f"{line.number:,}",
-            f"{line.offset:,}",
-            f"{line.length:,}",
-            f"{line.bits:.1f}",
-            f"{line.bits / line.length:.2f}",
-        ]
-        rows.append([*numbers, _text_of(line)])
+        counts = [f"{count:,}" for count in (line.number, line.offset, line.length)]
+        rows.append([_text_of(line), *counts, f"{line.bits:.1f}", f"{line.bits / line.length:.2f}"])
     console.table(title, ["text", "line", "offset", "bytes", "bits", "bits/byte"], rows, to_stdout=to_stdout)
 
 

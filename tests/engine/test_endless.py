@@ -9,6 +9,7 @@ from marlin_cli.engine import cache as caches
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.endless import Window, reach_of
+from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.stopping import Stopping
@@ -210,3 +211,16 @@ def test_windows_that_say_nothing_are_refused():
         Window(0)
     with pytest.raises(UsageError, match="leave --sinks out"):
         Window(None, 2)
+
+
+def test_drafts_that_are_cut_back_leave_a_ring_as_it_was(monkeypatch):
+    monkeypatch.setattr("marlin_cli.engine.fused.ROWS_PER_PAGE", 4)
+    fused = fuse(random_weights(CONFIGS["prefix"]))
+    x = mx.random.normal((1, 60, 32), key=mx.random.key(3))
+    plain, drafting = (fused.new_cache(0, 1, [], CacheBits(window=Window(9 * 4))) for _ in range(2))
+    for start in range(0, 60, 3):
+        rows = drafting.held.rows
+        drafting.run(-x[:, start : start + 3])
+        drafting.held.cut(rows, [])
+        assert np.array_equal(*(np.array(each.run(x[:, start : start + 3])) for each in (plain, drafting)))
+    assert plain.held.dropped == drafting.held.dropped > 40
