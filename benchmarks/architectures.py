@@ -105,7 +105,7 @@ def flat(name: str, dim: int, vocabulary: int, bytes_a_step: int, weights_a_byte
     fused, module = fuse(network), kernels()[0]
 
     def start(context: int) -> Callable[[int], float]:
-        cache = fused.new_cache(0, 1, [], 16, 16)
+        cache = fused.new_cache(0, 1, [])
         ids = mx.random.randint(0, vocabulary, (1, context // bytes_a_step))
         for first in range(0, ids.shape[1], CHUNK_ROWS):
             hidden = cache.run(table[ids[:, first : first + CHUNK_ROWS]])

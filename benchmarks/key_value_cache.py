@@ -42,7 +42,7 @@ def bits_of_windows(network, fused, windows: np.ndarray, bits: tuple[int, int]) 
     def run_stage(number: int, rows: mx.array) -> mx.array:
         if number:
             return fused.run_stage(number, rows)
-        return fused.new_cache(0, rows.shape[0], [], *bits).run(rows)
+        return fused.new_cache(0, rows.shape[0], [], CacheBits(*bits)).run(rows)
 
     out = []
     for window in windows:

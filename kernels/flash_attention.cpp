@@ -2,7 +2,10 @@
 // values (FlashAttention, arXiv 2205.14135). A packed tile is decoded once for all rows that stand in the first cache.
 #include "flash_attention.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
+#include <tuple>
 
 #include "common.hpp"
 #include "linear.hpp"
@@ -85,9 +88,9 @@ struct Head {
   int64_t batch, head;
   int64_t start, end;  // real rows of this sequence
 
-  // Adds the bias and takes away what row `position` may not see of keys key .. key + count. Returns the largest score left.
-  float mask(float* scores, int64_t position, int64_t key, int64_t count) const {
-    const int64_t window = task.window < 0 ? task.total + task.rows : task.window;
+  // Adds the bias and takes away what row `position` may not see of keys key .. key + count: those that more than `window` rows
+  // are between are. Returns the largest score left.
+  float mask(float* scores, int64_t position, int64_t key, int64_t count, int64_t window) const {
     const int64_t low = std::max(start, position - window);
     const int64_t high = std::min(end, (task.causal ? position : position + window) + 1);
     const float* biases = task.relative_bias ? task.relative_bias + head * (2 * task.most + 1) + task.most : nullptr;
@@ -113,8 +116,21 @@ struct Head {
     return largest(highest);
   }
 
+  // The largest score that a query may have with a key of a page.
+  float bound(const float* query, const PageView& page) const {
+    const float* low = page.bounds + batch * page.bounds_batch + head / (task.heads / task.kv_heads) * 2 * task.head_dim;
+    Vector total{};
+    for (int64_t d = 0; d < task.head_dim; d += LANES) {
+      const int64_t some = std::min<int64_t>(LANES, task.head_dim - d);
+      const Vector part = load_some(query + d, some), least = part * load_some(low + d, some), most = part * load_some(low + task.head_dim + d, some);
+      total += chosen(least > most, least, most);
+    }
+    return sum(total) * task.scale;
+  }
+
   void rows(int64_t first_row, int64_t count) const {
-    const int64_t head_dim = task.head_dim, kv_head = head / (task.heads / task.kv_heads);
+    const int64_t head_dim = task.head_dim, kv_head = head / (task.heads / task.kv_heads), everything = task.total + task.rows;
+    const int64_t window = task.window < 0 ? everything : task.window;
     float scores[ROW_BLOCK * TILE], most[ROW_BLOCK], total[ROW_BLOCK];
     thread_local std::vector<float> memory;
     memory.resize((ROW_BLOCK + 2 * TILE) * head_dim);
@@ -122,14 +138,13 @@ struct Head {
     std::fill(most, most + count, NOTHING);
     std::fill(total, total + count, 0.0f);
     std::fill(sums, sums + count * head_dim, 0.0f);
-    const float* queries = task.queries + batch * task.query_batch + head * task.query_head + first_row * task.query_row;
+    const int64_t offset = batch * task.query_batch + head * task.query_head + first_row * task.query_row;
+    const float* queries = task.queries + offset;
     const int64_t position = task.first + first_row;
-    const int64_t low = std::max(start, task.window < 0 ? 0 : position - task.window);
+    const int64_t low = std::max({start, task.sinks, task.window < 0 ? 0 : position - task.window});
     const int64_t high = std::min({end, task.causal ? position + count : task.total,
                                    task.window < 0 || task.causal ? task.total : position + count + task.window});
     const bool few = count <= FEW_ROWS || exact_rows();
-    // Where rows have to be exact, tiles lie on a grid from the first real row on, whatever page and block they are in.
-    const int64_t from = exact_rows() && low > start ? start + (low - start) / TILE * TILE : low;
     const auto tile = [&](const std::vector<PageView>& pages, size_t page, int64_t first, int64_t some, float* buffer) {
       if (first + some <= pages[page].rows) return tile_of(pages[page], batch, kv_head, head_dim, first, first + some, buffer);
       for (float* to = buffer; some > 0; page++, first = 0) {
@@ -142,51 +157,104 @@ struct Head {
     };
     size_t page = 0;
     int64_t page_start = 0;
-    for (int64_t j = from, some; j < high; j += some) {
-      for (; j >= page_start + keys[page].rows; page++) page_start += keys[page].rows;
-      some = std::min(TILE, high - j);
-      if (!exact_rows()) some = std::min(some, page_start + keys[page].rows - j);
-      const Strided key_tile = tile(keys, page, j - page_start, some, key_buffer);
-      if (few) {
-        few_scores(queries, task.query_row, key_tile, scores, count, some, head_dim);
-      } else {
-        product({queries, task.query_row}, key_tile, scores, TILE, count, some, head_dim);
-      }
-      for (int64_t r = 0; r < count; r++) {
-        float* row = scores + r * TILE;
-        const float highest = std::max(most[r], mask(row, position + r, j, some));
-        if (highest == NOTHING) {
-          std::fill(row, row + some, 0.0f);
-          continue;
+    // Takes keys first .. last in, of which a row sees those at most `reach` rows before it.
+    const auto read = [&](const float* reading, int64_t first, int64_t last, int64_t reach) {
+      if (first < page_start) page = 0, page_start = 0;
+      for (int64_t j = first, some; j < last; j += some) {
+        for (; j >= page_start + keys[page].rows; page++) page_start += keys[page].rows;
+        some = std::min(TILE, last - j);
+        if (!exact_rows()) some = std::min(some, page_start + keys[page].rows - j);
+        const Strided key_tile = tile(keys, page, j - page_start, some, key_buffer);
+        if (few) {
+          few_scores(reading, task.query_row, key_tile, scores, count, some, head_dim);
+        } else {
+          product({reading, task.query_row}, key_tile, scores, TILE, count, some, head_dim);
         }
-        Vector added{};
-        for (int64_t n = 0; n < some; n += LANES) {
-          const Vector weights = exponential(load_some(row + n, some - n, NOTHING) - highest);
-          // What is masked counts for nothing, where e^-87 would count.
-          const Vector real = chosen(load_some(row + n, some - n, NOTHING) == NOTHING, splat(0.0f), weights);
-          store_some(real, row + n, some - n);
-          added += real;
+        for (int64_t r = 0; r < count; r++) {
+          float* row = scores + r * TILE;
+          const float highest = std::max(most[r], mask(row, position + r, j, some, reach));
+          if (highest == NOTHING) {
+            std::fill(row, row + some, 0.0f);
+            continue;
+          }
+          Vector added{};
+          for (int64_t n = 0; n < some; n += LANES) {
+            const Vector weights = exponential(load_some(row + n, some - n, NOTHING) - highest);
+            // What is masked counts for nothing, where e^-87 would count.
+            const Vector real = chosen(load_some(row + n, some - n, NOTHING) == NOTHING, splat(0.0f), weights);
+            store_some(real, row + n, some - n);
+            added += real;
+          }
+          if (highest != most[r]) {
+            const float shrink = exponential(splat(most[r] - highest))[0] * (most[r] == NOTHING ? 0.0f : 1.0f);
+            total[r] *= shrink;
+            for (int64_t d = 0; d < head_dim; d++) sums[r * head_dim + d] *= shrink;
+            most[r] = highest;
+          }
+          total[r] += sum(added);
         }
-        if (highest != most[r]) {
-          const float shrink = exponential(splat(most[r] - highest))[0] * (most[r] == NOTHING ? 0.0f : 1.0f);
-          total[r] *= shrink;
-          for (int64_t d = 0; d < head_dim; d++) sums[r * head_dim + d] *= shrink;
-          most[r] = highest;
+        const Strided value_tile = tile(values, page, j - page_start, some, value_buffer);
+        if (few) {
+          few_sums(scores, value_tile, sums, count, some, head_dim);
+        } else {
+          add_product({scores, TILE}, value_tile, sums, head_dim, count, head_dim, some);
         }
-        total[r] += sum(added);
       }
-      const Strided value_tile = tile(values, page, j - page_start, some, value_buffer);
-      if (few) {
-        few_sums(scores, value_tile, sums, count, some, head_dim);
-      } else {
-        add_product({scores, TILE}, value_tile, sums, head_dim, count, head_dim, some);
-      }
+    };
+    if (task.sinks > 0)
+      read(task.sink_queries ? task.sink_queries + offset : queries, start, std::min(task.sinks, high), everything);
+    if (task.share_left < 0) {
+      // Where rows have to be exact, tiles lie on a grid from the first real row on, whatever page and block they are in.
+      const int64_t from = exact_rows() && low > start ? std::max(start + (low - start) / TILE * TILE, task.sinks) : low;
+      read(queries, from, high, window);
+    } else {
+      by_bounds(queries, low, high, [&](int64_t first, int64_t last) {
+        read(queries, first, last, window);
+        return std::pair{most[0], total[0]};
+      });
     }
     float* out = task.out + batch * task.out_batch + head * task.out_head + first_row * task.out_row;
     for (int64_t r = 0; r < count; r++) {
       const float factor = total[r] > 0.0f ? 1.0f / total[r] : 0.0f;
       for (int64_t d = 0; d < head_dim; d++) out[r * task.out_row + d] = sums[r * head_dim + d] * factor;
     }
+  }
+
+  // Reads keys low .. high of one row page by page: the newest and the oldest first, the others in falling order of their bounds (of
+  // equal ones the older first), as long as those left may have more than the share that may be left. `read` takes keys in and
+  // gives the largest score so far, and the sum of exponentials relative to it.
+  template <class Read>
+  void by_bounds(const float* query, int64_t low, int64_t high, const Read& read) const {
+    struct Some {
+      int64_t first, last;
+      float bound;
+      double left;  // what this page and those behind it may add, relative to the largest bound
+    };
+    thread_local std::vector<Some> pages;
+    pages.clear();
+    int64_t begins = 0;
+    for (const PageView& page : keys) {
+      const int64_t first = std::max(low, begins), last = std::min(high, begins += page.rows);
+      if (first < last) pages.push_back({first, last, bound(query, page), 0.0});
+    }
+    if (pages.empty()) return;
+    std::swap(pages[0], pages.back());
+    if (pages.size() > 2) {
+      std::swap(pages[1], pages.back());
+      std::sort(pages.begin() + 2, pages.end(), [](const Some& a, const Some& b) { return a.bound != b.bound ? a.bound > b.bound : a.first < b.first; });
+    }
+    const float highest = std::max_element(pages.begin(), pages.end(), [](const Some& a, const Some& b) { return a.bound < b.bound; })->bound;
+    double left = 0.0;
+    for (auto each = pages.rbegin(); each != pages.rend(); each++)
+      each->left = left += (each->last - each->first) * std::exp(double(each->bound) - highest);
+    int64_t done = 0;
+    float most = NOTHING, total = 0.0f;
+    for (const Some& each : pages) {
+      if (done > 0 && each.left * std::exp(double(highest) - most) < double(task.share_left) * total) break;
+      std::tie(most, total) = read(each.first, each.last);
+      done++;
+    }
+    if (task.counts) task.counts->add(task.layer, done, pages.size());
   }
 };
 
@@ -212,7 +280,8 @@ void attend(const std::vector<AttentionJob>& jobs) {
         const Head head{task, job.keys, job.values, batch, item / blocks % task.heads,
                         task.left_padding ? task.left_padding[batch] : 0,
                         task.lengths ? std::min<int64_t>(task.lengths[batch], task.total) : task.total};
-        head.rows(row, std::min(ROW_BLOCK, task.rows - row));
+        const int64_t some = std::min(ROW_BLOCK, task.rows - row), together = task.share_left < 0 ? some : 1;  // each chooses its own pages
+        for (int64_t r = 0; r < some; r += together) head.rows(row + r, together);
       }
       before += items * work;
     }

@@ -1,6 +1,7 @@
 // Keys or values in pages: storage, and packing as rows come. Scales are chosen as for weights, data-free.
 #include "key_value_pages.hpp"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -79,8 +80,8 @@ std::shared_ptr<uint8_t> allocate(int64_t bytes) {
 
 }  // namespace
 
-KeyValuePages::KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int bits, int64_t rows_per_page)
-    : batch_(batch), heads_(heads), head_dim_(head_dim), rows_per_page_(rows_per_page), bits_(bits) {
+KeyValuePages::KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int bits, int64_t rows_per_page, bool bounded)
+    : batch_(batch), heads_(heads), head_dim_(head_dim), rows_per_page_(rows_per_page), bits_(bits), bounded_(bounded) {
   if (bits != 32 && bits != 8 && bits != 4) throw std::invalid_argument("keys and values have 32, 8 or 4 bits");
   if (head_dim % (bits == 8 ? 32 : bits == 4 ? 16 : 1)) throw std::invalid_argument("head_dim is not a multiple of the group");
   row_bytes_ = head_dim * bits / 8;
@@ -88,7 +89,13 @@ KeyValuePages::KeyValuePages(int64_t batch, int64_t heads, int64_t head_dim, int
 }
 
 KeyValuePages::Page KeyValuePages::new_page() const {
-  return {allocate(page_rows() * row_bytes_), allocate(page_rows() * row_codes_)};
+  Page page{allocate(page_rows() * row_bytes_), allocate(page_rows() * row_codes_), nullptr};
+  page.bounds = new_bounds();
+  return page;
+}
+
+std::shared_ptr<float> KeyValuePages::new_bounds() const {
+  return bounded_ ? std::shared_ptr<float>(new float[batch_ * bounds_width()], std::default_delete<float[]>()) : nullptr;
 }
 
 void KeyValuePages::reserve(int64_t count) {
@@ -102,6 +109,7 @@ void KeyValuePages::reserve(int64_t count) {
     Page own = new_page();
     std::memcpy(own.data.get(), page.data.get(), page_rows() * row_bytes_);
     std::memcpy(own.codes.get(), page.codes.get(), page_rows() * row_codes_);
+    if (bounded_) std::copy_n(page.bounds.get(), batch_ * bounds_width(), own.bounds.get());
     page = std::move(own);
   }
   while (int64_t(pages_.size()) < pages) pages_.push_back(new_page());
@@ -110,6 +118,41 @@ void KeyValuePages::reserve(int64_t count) {
 void KeyValuePages::cut(int64_t rows) {
   rows_ = std::min(rows_, rows);
   pages_.resize(std::min<size_t>(pages_.size(), (rows_ + rows_per_page_ - 1) / rows_per_page_));
+  const int64_t open = rows_ % rows_per_page_;
+  if (!bounded_ || !open) return;
+  Page& page = pages_.back();
+  page.bounds = new_bounds();  // a copy may share those that are there
+  bound(page, open);
+}
+
+int64_t KeyValuePages::drop(int64_t sinks, int64_t first) {
+  const int64_t from = (sinks + rows_per_page_ - 1) / rows_per_page_, to = first / rows_per_page_;
+  if (to <= from) return 0;
+  pages_.erase(pages_.begin() + from, pages_.begin() + to);
+  rows_ -= (to - from) * rows_per_page_;
+  return (to - from) * rows_per_page_;
+}
+
+void KeyValuePages::widen(Page& page, int64_t row, bool begins) const {
+  thread_local std::vector<float> unpacked;
+  const float* keys = reinterpret_cast<const float*>(page.data.get()) + row * head_dim_;
+  if (bits_ != 32) {
+    unpacked.resize(head_dim_);
+    const Matrix packed{page.data.get() + row * row_bytes_, page.codes.get() + row * row_codes_, nullptr, nullptr, 1, head_dim_, row_bytes_,
+                        bits_ == 8 ? 32 : 16};
+    unpack(bits_ == 8 ? Kind::mxfp8 : Kind::nvfp4, packed, 0, 1, unpacked.data());
+    keys = unpacked.data();
+  }
+  float *low = page.bounds.get() + row / rows_per_page_ * 2 * head_dim_, *high = low + head_dim_;
+  for (int64_t d = 0; d < head_dim_; d++) {
+    low[d] = begins ? keys[d] : std::min(low[d], keys[d]);
+    high[d] = begins ? keys[d] : std::max(high[d], keys[d]);
+  }
+}
+
+void KeyValuePages::bound(Page& page, int64_t rows) const {
+  for (int64_t sequence = 0; sequence < batch_ * heads_; sequence++)
+    for (int64_t r = 0; r < rows; r++) widen(page, sequence * rows_per_page_ + r, r == 0);
 }
 
 void KeyValuePages::write(int64_t batch, const float* from, int64_t count) {
@@ -123,6 +166,7 @@ void KeyValuePages::write(int64_t batch, const float* from, int64_t count) {
         for (int64_t g = 0; g < row_codes_; g++) pack_mxfp8(from + 32 * g, data + 32 * g, codes + g);
       if (bits_ == 4)
         for (int64_t g = 0; g < row_codes_; g++) pack_nvfp4(from + 16 * g, data + 8 * g, codes + g);
+      if (bounded_) widen(page, row, row % rows_per_page_ == 0);
     }
   }
 }
@@ -137,6 +181,8 @@ void KeyValuePages::keep(const std::vector<int>& streams) {
     };
     copy(page.data.get(), kept.data.get(), row_bytes_);
     copy(page.codes.get(), kept.codes.get(), row_codes_);
+    for (size_t b = 0; bounded_ && b < streams.size(); b++)
+      std::copy_n(page.bounds.get() + streams[b] * bounds_width(), bounds_width(), kept.bounds.get() + b * bounds_width());
     page = std::move(kept);
   }
 }
@@ -181,6 +227,7 @@ void KeyValuePages::restore(const std::vector<mx::array>& parts, int64_t rows) {
     std::memcpy(page.data.get() + to * row_bytes_, given[0].data<uint8_t>() + from * row_bytes_, some * row_bytes_);
     if (row_codes_) std::memcpy(page.codes.get() + to * row_codes_, given[1].data<uint8_t>() + from * row_codes_, some * row_codes_);
   });
+  for (int64_t first = 0; bounded_ && first < rows; first += rows_per_page_) bound(pages_[first / rows_per_page_], std::min(rows_per_page_, rows - first));
 }
 
 std::vector<std::pair<int64_t, int64_t>> KeyValuePages::places() const {
@@ -206,6 +253,7 @@ std::vector<PageView> KeyValuePages::views(int64_t more) const {
       view.dense = reinterpret_cast<const float*>(page.data.get());
       view.batch *= head_dim_, view.head *= head_dim_, view.row = head_dim_;
     }
+    view.bounds = page.bounds.get(), view.bounds_batch = bounds_width();
     views.push_back(view);
   }
   return views;

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -97,17 +98,24 @@ NB_MODULE(marlin_cpu, m) {
       .def(nb::init<int64_t, int64_t, int64_t, float, int64_t, float, bool, bool, marlin::Activation, bool, bool, int64_t>(), "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "window"_a, "rope_theta"_a, "rope_interleaved"_a, "token_shift"_a, "activation"_a,
            "causal"_a = true, "norms_follow"_a = false, "block"_a = -1);
+  nb::class_<marlin::PageCounts>(m, "PageCounts").def(nb::init<int64_t>(), "layers"_a).def("so_far", &marlin::PageCounts::so_far);
   nb::class_<marlin::StackCache>(m, "StackCache")
-      .def(nb::init<int64_t, int64_t, int64_t, int64_t, int, int, int64_t, std::vector<int>>(), "layers"_a, "batch"_a, "kv_heads"_a,
-           "head_dim"_a, "key_bits"_a, "value_bits"_a, "rows_per_page"_a, "left_padding"_a)
+      .def("__init__", [](marlin::StackCache* self, int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
+                          int64_t rows_per_page, std::vector<int> left_padding, int64_t window, int64_t sinks, float share_left,
+                          std::shared_ptr<marlin::PageCounts> counts) {
+             new (self) marlin::StackCache(layers, batch, kv_heads, head_dim, key_bits, value_bits, rows_per_page, std::move(left_padding),
+                                           {window, sinks, share_left, std::move(counts)});
+           }, "layers"_a, "batch"_a, "kv_heads"_a, "head_dim"_a, "key_bits"_a, "value_bits"_a, "rows_per_page"_a, "left_padding"_a,
+           "window"_a = -1, "sinks"_a = 0, "share_left"_a = -1.0f, "counts"_a.none() = nb::none())
       .def_prop_ro("rows", &marlin::StackCache::rows)
+      .def_prop_ro("dropped", &marlin::StackCache::dropped)
       .def_prop_ro("bytes_in_use", &marlin::StackCache::bytes_in_use)
       .def_prop_ro("bytes_allocated", &marlin::StackCache::bytes_allocated)
       .def("keep", &marlin::StackCache::keep, "streams"_a)
       .def("copy", [](const marlin::StackCache& cache) { return marlin::StackCache(cache); })
       .def("cut", &marlin::StackCache::cut, "rows"_a, "delayed"_a)
       .def("stored", &marlin::StackCache::stored, nb::call_guard<nb::gil_scoped_release>())
-      .def("restore", &marlin::StackCache::restore, "layers"_a, "rows"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("restore", &marlin::StackCache::restore, "layers"_a, "rows"_a, "dropped"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def("places", &marlin::StackCache::places)
       .def("delayed", &marlin::StackCache::delayed);
   nb::class_<marlin::PartSeconds>(m, "PartSeconds")

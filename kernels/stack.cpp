@@ -107,10 +107,12 @@ int64_t bytes_of(const std::vector<KeyValuePages>& keys, const std::vector<KeyVa
 }  // namespace
 
 StackCache::StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
-                       int64_t rows_per_page, std::vector<int> left_padding)
-    : batch_(batch), packed_(key_bits < 32 || value_bits < 32), left_padding_(left_padding.begin(), left_padding.end()), delayed_(layers) {
+                       int64_t rows_per_page, std::vector<int> left_padding, Reach reach)
+    : batch_(batch), packed_(key_bits < 32 || value_bits < 32), reach_(std::move(reach)),
+      left_padding_(left_padding.begin(), left_padding.end()), delayed_(layers) {
+  if (reach_.window >= 0 && !left_padding_.empty()) throw std::invalid_argument("sequences of a window have no filler before them");
   for (int64_t layer = 0; layer < layers; layer++) {
-    keys_.emplace_back(batch, kv_heads, head_dim, key_bits, rows_per_page);
+    keys_.emplace_back(batch, kv_heads, head_dim, key_bits, rows_per_page, reach_.share_left >= 0);
     values_.emplace_back(batch, kv_heads, head_dim, value_bits, rows_per_page);
   }
 }
@@ -128,8 +130,16 @@ int64_t StackCache::bytes_allocated() const {
   return bytes;
 }
 
+void StackCache::forget() {
+  if (reach_.window < 0) return;
+  int64_t dropped = 0;
+  for (auto* pages : {&keys_, &values_})
+    for (auto& each : *pages) dropped = each.drop(reach_.sinks, held() - reach_.window);
+  dropped_ += dropped;
+}
+
 void StackCache::clear() {
-  rows_ = 0;
+  rows_ = dropped_ = 0;
   for (auto* pages : {&keys_, &values_})
     for (auto& each : *pages) each.clear();
   for (auto& rows : delayed_) std::fill(rows.begin(), rows.end(), 0.0f);
@@ -154,9 +164,10 @@ void StackCache::keep(const std::vector<int>& streams) {
 }
 
 void StackCache::cut(int64_t rows, const std::vector<mx::array>& delayed) {
+  if (rows < dropped_) throw std::invalid_argument("these rows have been let go");
   rows_ = std::min(rows_, rows);
   for (auto* pages : {&keys_, &values_})
-    for (auto& each : *pages) each.cut(rows);
+    for (auto& each : *pages) each.cut(held());
   if (!delayed.empty() && delayed.size() != delayed_.size()) throw std::invalid_argument("there is a last row for each layer");
   for (size_t layer = 0; layer < delayed.size(); layer++) {
     const auto last = in_memory(delayed[layer]);
@@ -170,13 +181,13 @@ StackCache::Stored StackCache::stored() const {
   return layers;
 }
 
-void StackCache::restore(const Stored& layers, int64_t rows) {
+void StackCache::restore(const Stored& layers, int64_t rows, int64_t dropped) {
   if (layers.size() != keys_.size()) throw std::invalid_argument("these are no rows of such a cache");
   for (size_t layer = 0; layer < keys_.size(); layer++) {
     keys_[layer].restore(layers[layer].first, rows);
     values_[layer].restore(layers[layer].second, rows);
   }
-  rows_ = rows;
+  rows_ = rows + dropped, dropped_ = dropped;
 }
 
 std::vector<std::pair<int64_t, int64_t>> StackCache::places() const {
@@ -250,10 +261,17 @@ StackMemory Stack::remember(const mx::array& states, const std::vector<int>& len
   return memory;
 }
 
-void Stack::rotate(float* x, int64_t heads, int64_t position) const {
+void Stack::angles(int64_t position, float* to) const {
+  for (float frequency : frequencies_) {
+    const double angle = double(position) * frequency;  // a float would know no place after some million rows
+    *to++ = std::cos(angle), *to++ = std::sin(angle);
+  }
+}
+
+void Stack::rotate(float* x, int64_t heads, const float* angles) const {
   const int64_t half = shape_.head_dim / 2;
   for (int64_t k = 0; k < half; k++) {
-    const float angle = float(position) * frequencies_[k], c = std::cos(angle), s = std::sin(angle);
+    const float c = angles[2 * k], s = angles[2 * k + 1];
     const int64_t first = shape_.rope_interleaved ? 2 * k : k, second = shape_.rope_interleaved ? 2 * k + 1 : k + half;
     for (int64_t h = 0; h < heads; h++) {
       float* head = x + h * shape_.head_dim;
@@ -269,12 +287,20 @@ void Stack::through(float* x, const Parts& parts, LayerRange layers, PartSeconds
   int64_t n = 0;
   for (const Part& part : parts) n += part.rows();
   const int64_t most_rows = std::min(n, ROWS_OF_A_PRODUCT);
-  Scratch scratch(2 * n * (query_width + kv_width) + most_rows * (2 * dim_ + hidden_dim_ + ffn_dim_) + (shape_.token_shift ? n * dim_ : 0));
+  const auto turns_twice = [&](const Part& part) {
+    const StackCache* cache = part.all->cache;
+    return !frequencies_.empty() && cache && cache->reach_.sinks > 0 && cache->rows_ + part.all->rows > cache->reach_.sinks + cache->reach_.window;
+  };
+  const bool twice = std::any_of(parts.begin(), parts.end(), turns_twice);
+  const int64_t turns = frequencies_.empty() ? 0 : 2 * frequencies_.size();
+  Scratch scratch(2 * n * (query_width + kv_width) + most_rows * (2 * dim_ + hidden_dim_ + ffn_dim_) + (shape_.token_shift ? n * dim_ : 0) +
+                  n * turns + (twice ? n * (query_width + turns) : 0));
   float *queries = scratch.take(n * query_width), *attended = scratch.take(n * query_width);
   float *keys = scratch.take(n * kv_width), *values = scratch.take(n * kv_width);
   float *normed = scratch.take(most_rows * dim_), *added = scratch.take(most_rows * dim_);
   float *up = scratch.take(most_rows * hidden_dim_), *gate = scratch.take(most_rows * ffn_dim_);
   float* shifted = scratch.take(shape_.token_shift ? n * dim_ : 0);
+  float *turn = scratch.take(n * turns), *sink_turn = scratch.take(twice ? n * turns : 0), *sink_queries = scratch.take(twice ? n * query_width : 0);
 
   // body(part, its first row) for all parts.
   const auto over_parts = [&](const auto& body) {
@@ -288,6 +314,16 @@ void Stack::through(float* x, const Parts& parts, LayerRange layers, PartSeconds
     const StackCache* cache = part.all->cache;
     return cache && !cache->left_padding_.empty() ? cache->left_padding_.data() + part.first : nullptr;
   };
+  over_parts([&](const Part& part, int64_t start) {
+    const StackCache* cache = part.all->cache;
+    const int32_t* padding = padding_of(part);
+    for (int64_t m = 0; m < part.rows() && turns; m++) {
+      const int64_t position = (cache ? cache->rows_ : 0) + m % part.all->rows - (padding ? padding[m / part.all->rows] : 0);
+      angles(position, turn + (start + m) * turns);
+      // The first rows stay where training had them: no farther than the window is long.
+      if (turns_twice(part)) angles(std::min(position, cache->reach_.sinks + cache->reach_.window), sink_turn + (start + m) * turns);
+    }
+  });
   // The upper half of the channels one row late; filler before a sequence counts as zeros.
   const auto delay = [&](int64_t layer, int64_t slot) -> const float* {
     if (!shape_.token_shift) return x;
@@ -346,16 +382,18 @@ void Stack::through(float* x, const Parts& parts, LayerRange layers, PartSeconds
   // Rotates what attention reads of a part and writes it where it stays.
   const auto place = [&](const Part& part, int64_t start, int64_t number) {
     StackCache* cache = part.all->cache;
-    const int64_t rows = part.all->rows, seen = cache ? cache->rows_ : 0;
-    const int32_t* padding = padding_of(part);
-    for (int64_t m = 0; m < part.rows() && !frequencies_.empty(); m++) {
-      const int64_t position = seen + m % rows - (padding ? padding[m / rows] : 0);
-      rotate(queries + (start + m) * query_width, shape_.heads, position);
-      rotate(keys + (start + m) * kv_width, shape_.kv_heads, position);
+    const int64_t rows = part.all->rows;
+    const bool sinks = turns_twice(part);
+    if (sinks) std::copy_n(queries + start * query_width, part.rows() * query_width, sink_queries + start * query_width);
+    for (int64_t m = start; m < start + part.rows() && turns; m++) {
+      rotate(queries + m * query_width, shape_.heads, turn + m * turns);
+      rotate(keys + m * kv_width, shape_.kv_heads, turn + m * turns);
+      if (sinks) rotate(sink_queries + m * query_width, shape_.heads, sink_turn + m * turns);
     }
     if (!cache) return;
     if (cache->packed_) {
       hadamard_heads(queries + start * query_width, part.rows() * shape_.heads, shape_.head_dim);
+      if (sinks) hadamard_heads(sink_queries + start * query_width, part.rows() * shape_.heads, shape_.head_dim);
       hadamard_heads(keys + start * kv_width, part.rows() * shape_.kv_heads, shape_.head_dim);
     }
     for (int64_t b = 0; b < part.count; b++) {
@@ -380,11 +418,17 @@ void Stack::through(float* x, const Parts& parts, LayerRange layers, PartSeconds
     jobs.clear();
     over_parts([&](const Part& part, int64_t start) {
       const Sequences& all = *part.all;
-      const int64_t seen = all.cache ? all.cache->rows_ : 0;
-      AttentionTask task = task_of(part, start, part.count, seen + all.rows);
-      task.first = seen;
+      const int64_t held = all.cache ? all.cache->held() : 0;
+      AttentionTask task = task_of(part, start, part.count, held + all.rows);
+      task.first = held;
       task.causal = shape_.causal;
       task.window = shape_.window;
+      if (all.cache) {
+        const Reach& reach = all.cache->reach_;
+        if (reach.window >= 0) task.window = reach.window, task.sinks = reach.sinks;
+        if (turns_twice(part)) task.sink_queries = sink_queries + start * query_width;
+        task.share_left = reach.share_left, task.counts = reach.counts.get(), task.layer = number;
+      }
       task.left_padding = padding_of(part);
       task.lengths = all.lengths ? all.lengths + part.first : nullptr;
       if (relative_bias_) task.relative_bias = relative_bias_->data<float>(), task.most = relative_bias_->shape(1) / 2;
@@ -466,6 +510,7 @@ std::vector<Stack::Parts> Stack::chunks_of(const std::vector<Sequences>& all) co
 void Stack::operator()(float* x, const std::vector<Sequences>& all, LayerRange layers, PartSeconds* seconds) const {
   if (layers.end < 0) layers.end = layers_.size();
   for (const Sequences& each : all) {
+    if (each.cache) each.cache->forget();
     for (size_t number = 0; each.cache && number < layers_.size(); number++) {
       each.cache->keys_[number].reserve(each.rows);
       each.cache->values_[number].reserve(each.rows);

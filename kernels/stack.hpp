@@ -48,13 +48,23 @@ struct StackShape {
   int64_t block;             // rows see those of their own block of so many; -1: of all
 };
 
+// Which rows a row reads of those before it: its own `window` (-1: all), and of any the first `sinks`, as if these were right
+// before that window. Pages that nothing reads any more are let go. Of those left it may leave out some, see `AttentionTask`.
+struct Reach {
+  int64_t window = -1, sinks = 0;
+  float share_left = -1;
+  std::shared_ptr<PageCounts> counts;
+};
+
 // What a stack remembers of the rows it has seen. A copy shares the pages until one of the two goes on.
 class StackCache {
  public:
   StackCache(int64_t layers, int64_t batch, int64_t kv_heads, int64_t head_dim, int key_bits, int value_bits,
-             int64_t rows_per_page, std::vector<int> left_padding);
+             int64_t rows_per_page, std::vector<int> left_padding, Reach reach = {});
 
-  int64_t rows() const { return rows_; }
+  int64_t rows() const { return rows_; }                // seen
+  int64_t dropped() const { return dropped_; }          // of these, rows that are let go
+  int64_t held() const { return rows_ - dropped_; }     // and that are not
   int64_t batch() const { return batch_; }
   int64_t bytes_in_use() const;
   int64_t bytes_allocated() const;
@@ -66,15 +76,20 @@ class StackCache {
   // Of each layer what `KeyValuePages::stored` gives of its keys and of its values.
   using Stored = std::vector<std::pair<std::vector<mlx::core::array>, std::vector<mlx::core::array>>>;
   Stored stored() const;
-  void restore(const Stored& layers, int64_t rows);
+  // Takes rows as `stored` gives them, in place of those that are there; `dropped`: so many more were seen.
+  void restore(const Stored& layers, int64_t rows, int64_t dropped = 0);
   std::vector<std::pair<int64_t, int64_t>> places() const;  // see `KeyValuePages::places`
   // Of each layer the last row of both slots [2, batch, channels]; empty for no shift of tokens.
   std::vector<mlx::core::array> delayed() const;
 
  private:
   friend class Stack;
-  int64_t batch_, rows_ = 0;
+  // Lets go of what no row to come reads.
+  void forget();
+
+  int64_t batch_, rows_ = 0, dropped_ = 0;
   bool packed_;
+  Reach reach_;
   std::vector<int32_t> left_padding_;  // empty: none
   std::vector<KeyValuePages> keys_, values_;
   std::vector<std::vector<float>> delayed_;  // by layer: [2, batch, channels] the last row of both slots
@@ -145,7 +160,9 @@ class Stack {
   using Parts = std::vector<Part>;
   std::vector<Parts> chunks_of(const std::vector<Sequences>& all) const;
   void through(float* x, const Parts& parts, LayerRange layers, PartSeconds* seconds) const;
-  void rotate(float* x, int64_t heads, int64_t position) const;
+  // The cosines and sines [half of head_dim, 2] that rows at a position are turned by.
+  void angles(int64_t position, float* to) const;
+  void rotate(float* x, int64_t heads, const float* angles) const;
 
   std::vector<Layer> layers_;
   std::optional<Norm> norm_;

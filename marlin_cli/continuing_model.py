@@ -1,6 +1,7 @@
 """`ContinuingModel`, the Python interface to networks that continue bytes: logits, bits per byte, the bytes that follow."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
-from marlin_cli.engine.schedulers import scheduler_of
+from marlin_cli.engine.schedulers import check_cache, scheduler_of
 from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.scoring import bits_of
 from marlin_cli.engine.state_kinds import kind_of
@@ -55,6 +57,27 @@ class ContinuingModel(Model):
     def _with_cache(cls, network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any) -> "ContinuingModel":
         bits = (kv_bits, kv_bits) if isinstance(kv_bits, int) else kv_bits
         return cls(network, device, cache_bits=CacheBits(*bits), **tables)
+
+    def cached(self, window: Window | None = None, share_left: float | None = None) -> "ContinuingModel":
+        """The same network, with a cache that forgets.
+
+        Args:
+            window: how streams go on beyond the model's context: what stays in view, or that the context is read again.
+            share_left: of a softmax, what pages of the cache that are not read may have at most, see `docs/endless.md`.
+
+        Raises:
+            UsageError: the network, or the device, cannot have it.
+        """
+        bits = replace(self.cache_bits, window=window, share_left=share_left)
+        check_cache(self.network, bits)
+        return ContinuingModel(
+            self.network, self.device, cache_bits=bits, quantization=self.quantization, marlin=self.marlin
+        )  # fmt: skip
+
+    @property
+    def context_bytes(self) -> int | None:
+        """How many bytes a stream may have; None: any number."""
+        return int(self.config.max_bytes) if self.cache_bits.window is None else None
 
     def logits(self, data: bytes) -> mx.array:
         """Logits [len(data), vocab] float32: row i is the distribution of byte i given the bytes before it.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from marlin_cli.bench.machine import Machine
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.endless import Window
 from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quality.quality import Quality
 
@@ -16,6 +17,7 @@ class QualitySettings:
     corpora: tuple[str, ...]  # paths or names of recipes
     windowing: Windowing
     reference: str | None = None  # the model that the others are compared with
+    window: Window | None = None  # each file is a stream, read in this window
     denominator: str = "bytes as they lie in the files, 0x00 and what is no text included"  # of bits per byte
 
 

@@ -35,6 +35,7 @@ from marlin_cli.quality.held_out import Window, cut, files_by_domain
 from marlin_cli.quality.journal import Journal
 from marlin_cli.quality.quality import Quality, check_windows_fit, measure_quality
 from marlin_cli.quality.reference_cache import DEFAULT_LIMIT_BYTES, ReferenceCache
+from marlin_cli.quality.streams import measure_streams
 from marlin_cli.ranks import Ranks, joined
 from marlin_cli.version import __version__
 
@@ -56,6 +57,7 @@ class Request:
     roofline: bool = False  # measure this machine's bandwidth too, and what decoding makes of it
     split: str | None = None  # the part of the models that ranks share; else each has all, and some of the passes
     resume: bool = False  # go on with the quality run of these models, bytes and settings that was interrupted
+    share_left: float | None = None  # see `CacheBits`
     reference_cache_bytes: int = DEFAULT_LIMIT_BYTES  # for log-probabilities of the reference, kept between runs; 0 for none
 
     def __post_init__(self) -> None:
@@ -91,11 +93,20 @@ def _run(request: Request, ranks: Ranks) -> Report:
         )
         for name in request.models
     ]
+    if request.share_left is not None:
+        models = [model.cached(None, request.share_left) for model in models]
     if request.throughput is not None:
         check_run_fits(models, request.throughput)
+    if request.quality is not None and request.quality.window is not None:
+        if ranks.size > 1:
+            raise UsageError("--window: a stream is scored by one process, byte after byte; run it alone")
+        streams = [model.cached(request.quality.window, request.share_left) for model in models]
     scoring = None if request.quality is None else _prepared(request, request.quality, models, ranks)
     speeds = None if request.throughput is None else _time(models, request.throughput, request.roofline)
-    scores = None if scoring is None else _score(scoring, request, models[0].device.name, ranks)
+    if scoring is not None and scoring.settings.window is not None:
+        scores: list[Quality] | None = _score_streams(scoring, streams)
+    else:
+        scores = None if scoring is None else _score(scoring, request, models[0].device.name, ranks)
     reports = [
         ModelReport(
             model=label,
@@ -121,6 +132,7 @@ def _run(request: Request, ranks: Ranks) -> Report:
 class _Scoring:
     """The arguments of `measure_quality`."""
 
+    settings: QualitySettings
     networks: dict[str, Network]
     windows: dict[str, list[Window]]
     reference: Network | None
@@ -135,10 +147,21 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Cont
         shared = ranks_to_split(request.split, settings.reference, ranks)
         reference = ContinuingModel.from_pretrained(settings.reference, device=request.device, split=shared).network
     windows = cut(files_by_domain(*settings.corpora), settings.windowing)
+    if settings.window is not None:
+        return _Scoring(settings, networks, windows, None)
     check_windows_fit(networks, windows, reference)
     if any(model.cache_bits != CacheBits() for model in models):
         console.note("quality is that of the weights: it is scored without a cache, so --kv-bits changes nothing in it")
-    return _Scoring(networks, windows, reference)
+    return _Scoring(settings, networks, windows, reference)
+
+
+def _score_streams(scoring: _Scoring, models: Sequence[ContinuingModel]) -> list[Quality]:
+    total = sum(window.scored for part in scoring.windows.values() for window in part) * len(models)
+    named = {
+        label: (network, model.cache_bits) for (label, network), model in zip(scoring.networks.items(), models, strict=True)
+    }
+    with console.byte_progress("scoring", total) as progress:
+        return measure_streams(named, scoring.windows, progress.advance)
 
 
 def _time(models: Sequence[ContinuingModel], settings: ThroughputSettings, roofline: bool) -> list[Throughput]:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from marlin_cli.commands.bench_format import Format
-from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
+from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP, SINKS_HELP, SPARSE_HELP
 
 # Ratios of two models settle within a few percent in this time, even where others use the machine (LOG.md, 2026-11-28).
 SECONDS_OF_A_PAIR = 15.0
@@ -67,8 +67,30 @@ def bench(
         str | None, typer.Option(help="Score at most this many bytes, an equal share for each domain.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted --quality run of the same models, bytes and settings.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with an interrupted --quality or --surprise run of the same models, bytes and settings."
+        ),
     ] = False,
+    surprise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|-",
+            help="What each line of a stream of any length costs, and the costliest; nothing else is measured. --output"
+            " x.jsonl: a line of JSON a line; x.npy: a float32 a byte, in bits. --format jsonl: lines to stdout as they come.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, max=10000, help="With --surprise: how many of the costliest lines are told.")] = 20,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES|restart",
+            help="Score each file of --quality, or the stream of --surprise (default 2k), as one stream with so many bytes in"
+            " view. restart: the context is read again from its last half on whenever it is full.",
+        ),
+    ] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help=SINKS_HELP)] = None,
+    sparse: Annotated[float | None, typer.Option(metavar="EPS", help=SPARSE_HELP)] = None,
     reference_cache: Annotated[
         str,
         typer.Option(help="Size of what is kept between runs of the reference's predictions, 1k a byte scored; 0: nothing."),
@@ -158,7 +180,7 @@ def bench(
     """
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.given import check_models
-    from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes
+    from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes, parse_window
     from marlin_cli.errors import UsageError
 
     require_mlx()
@@ -173,6 +195,24 @@ def bench(
         if models:
             check_models(command_line, models)
         return show_kernels(device, models or (), activation_bits)
+    if surprise is not None:
+        from marlin_cli.commands import surprise_run
+
+        asked = surprise_run.SurpriseRequest(
+            models=tuple(models or [DEFAULT_MODEL]),
+            input=surprise,
+            window=parse_window(window, sinks),
+            share_left=sparse,
+            kv_bits=parse_cache_bits(kv_bits, k_bits, v_bits),
+            activation_bits=activation_bits,
+            device=device,
+            top=top,
+            output=output,
+            form=output_format,
+            resume=resume,
+        )
+        check_models(command_line, asked.models)
+        return surprise_run.run(asked)
     destination = Output.checked(output_format, output, report_page, plot, save)
     if compare is not None:
         return compare_results(*compare, destination)
@@ -192,6 +232,7 @@ def bench(
         "max_bytes": ("--max-quality-bytes", max_quality_bytes),
     }
     windowing = Windowing(**{name: parse_size(text, option) for name, (option, text) in sizes.items() if text is not None})
+    view = parse_window(window, sinks)
     prompts, decodes = parse_sizes(prompt_bytes, "--prompt-bytes"), parse_sizes(decode_bytes, "--decode-bytes")
     if context is not None and len(prompts) > 1:
         raise UsageError("--prompt-bytes and --context sweep the same; give one of them several lengths")
@@ -221,13 +262,14 @@ def bench(
     request = Request(
         models=names,
         throughput=None if no_throughput else timing,
-        quality=None if quality is None else QualitySettings(tuple(quality), windowing, reference),
+        quality=None if quality is None else QualitySettings(tuple(quality), windowing, reference, view),
         device=device,
         kv_bits=cache,
         activation_bits=activation_bits,
         roofline=roofline,
         split=split,
         resume=resume,
+        share_left=sparse,
         reference_cache_bytes=parse_size(reference_cache, "--reference-cache"),
     )
     bench_run.check_kinds(names)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
+from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP, SINKS_HELP, SPARSE_HELP, WINDOW_HELP
 
 
 class EarlyStopping(str, Enum):
@@ -40,6 +40,17 @@ def generate(
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the cache (of a MegaByte, the global one): 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
+    window: Annotated[str | None, typer.Option(metavar="BYTES|restart", help=WINDOW_HELP)] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help=SINKS_HELP)] = None,
+    sparse: Annotated[float | None, typer.Option(metavar="EPS", help=SPARSE_HELP)] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow",
+            help="Read a pipe as it comes, such as tail -f, and whenever it pauses write what may follow the last bytes"
+            " (--window, default 2k): a line for each pause. More input ends it; it is no part of what is followed.",
+        ),
+    ] = False,
     activation_bits: Annotated[
         int, typer.Option(help="8 rounds what packed layers multiply: faster on a CPU, a little less accurate.")
     ] = 16,
@@ -101,9 +112,17 @@ def generate(
     from marlin_cli import console
     from marlin_cli.answering_model import AnsweringModel
     from marlin_cli.api import capability_of, ranks_to_split
+    from marlin_cli.commands.follow import follow as follow_pipe
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.leading import check_alike, follow_along, leading
-    from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
+    from marlin_cli.commands.options import (
+        bytes_of_argument,
+        bytes_of_hex,
+        parse_cache_bits,
+        parse_import_options,
+        parse_size,
+        parse_window,
+    )
     from marlin_cli.commands.prompts import one_prompt, read_prompts
     from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
@@ -112,6 +131,7 @@ def generate(
     from marlin_cli.engine.beams import Beams
     from marlin_cli.engine.sampling import Sampling
     from marlin_cli.engine.stopping import Stopping
+    from marlin_cli.errors import UsageError
     from marlin_cli.models import Capability
     from marlin_cli.ranks import joined
 
@@ -122,6 +142,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
     imports = parse_import_options(import_options)
     cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
+    view = parse_window(window, sinks)
     check_models(command_line, [model])
     check_state_output(save_state)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
@@ -159,11 +180,13 @@ def generate(
         check_one_reader(ranks.size, save_state, load_state)
         check_alike(
             ranks, model, kv_bits=cache_bits, activation_bits=activation_bits, imports=imports, split=split,
-            batch_size=batch_size,
+            batch_size=batch_size, window=view, sparse=sparse,
         )  # fmt: skip
         leads = ranks.rank == 0
         prompted = []
-        if leads:
+        if follow and ranks.size > 1:
+            raise UsageError("--follow: one process follows a pipe; run it alone")
+        if leads and not follow:
             prompted = read_prompts(prompts) if prompts is not None else [one_prompt(prompt, prompt_file, hex_prompt)]
         loaded = ContinuingModel.from_pretrained(
             model,
@@ -173,13 +196,18 @@ def generate(
             options=imports,
             split=ranks_to_split(split, model, ranks),
         )
+        if view is not None or sparse is not None:
+            loaded = loaded.cached(view, sparse)
         if not leads:
             return follow_along(loaded, ranks, batch_size)
+        if follow:
+            return follow_pipe(loaded, stopping, sampling, sentinels=sentinel, raw=raw, as_json=json_output)
         if chat:
             prompted = [each.in_chat(loaded.network) for each in prompted]
         marks = sentinel or chat
         for each in prompted:
-            each.check_fits(loaded.config.max_bytes)
+            if loaded.context_bytes is not None:
+                each.check_fits(loaded.context_bytes)
         keeper = None if save_state is None and load_state is None else state_file(loaded, prompted[0], load_state, save_state)
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:

@@ -39,6 +39,7 @@ LARGEST_NUMBER = (1 << 64) - 1
 OUTPUTS = ("--output", "--save", "--report", "--plot", "--save-recipe", "--save-state")
 INPUTS = (
     "MODEL", "MODEL|FILE", "--stats", "--recipe", "--corpus", "--pairs", "--quality", "--reference", "--against", "--compare",
+    "--surprise",
     "--calibration-corpus", "--calibration-pairs", "--distill-corpus", "--distill-pairs",
 )  # fmt: skip
 
@@ -214,7 +215,7 @@ def _refusal(option: str, use: Use | None, given: Sequence[str]) -> str | None:
         return ""
     if use.needs and not any(each in given for each in use.needs):
         return f"needs {' or '.join(use.needs)}"
-    beside = [each for each in use.without if each in given]
+    beside = [each for each in use.without if each in given and not any(other in given for other in use.unless)]
     return f"has no meaning beside {beside[0]}; leave one out" if beside else None
 
 

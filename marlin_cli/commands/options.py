@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from marlin_cli.checkpoints import ImportOptions
+    from marlin_cli.engine.endless import Window
+
+WINDOW_HELP = (
+    "Go on beyond the model's context: this many of the last bytes stay in view. restart: the last half of the context is read"
+    " again whenever it is full."
+)
+SINKS_HELP = (
+    "With --window BYTES: rows from the beginning that stay in view too, the leading one and the first patches. Default 1."
+)
+SPARSE_HELP = (
+    "Leave out pages of the cache that cannot hold more than this share of a softmax, by bounds on their keys; 0 reads all."
+    " MegaByte on a CPU."
+)
 
 # The shipped model that commands use when none is named.
 DEFAULT_MODEL = "megabyte-demo"
@@ -57,6 +70,19 @@ def parse_size(text: str, option: str) -> int:
 def parse_sizes(text: str | None, option: str) -> tuple[int, ...]:
     """Sizes with commas between them, see `parse_size`; none of None."""
     return () if text is None else tuple(parse_size(part, option) for part in text.split(","))
+
+
+def parse_window(text: str | None, sinks: int | None) -> "Window | None":
+    """--window BYTES or restart, and --sinks; None of None.
+
+    Raises:
+        UsageError: neither a size nor restart, or what `Window` does not take.
+    """
+    from marlin_cli.engine.endless import Window
+
+    if text is None:
+        return None
+    return Window(None if text.strip().lower() == "restart" else parse_size(text, "--window"), sinks)
 
 
 def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None) -> int | tuple[int, int] | None:

@@ -5,6 +5,7 @@ Pipes are read unbuffered and by a thread of their own: one that waits in a buff
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
@@ -50,6 +51,41 @@ def blocks_of_pipe(descriptor: int, where: str) -> Iterator[bytes]:
         yield b""
 
 
+class PipeSource:
+    """The bytes of a pipe in the order in which they come, for who wants to know when it has to wait for more.
+
+    Args:
+        pause_seconds: how long to wait before that is told.
+    """
+
+    name = "stdin"
+
+    def __init__(self, descriptor: int, pause_seconds: float) -> None:
+        self._arriving = Arriving(iter(lambda: _read(descriptor, self.name), b""), BLOCKS_AHEAD)
+        self._pause_seconds = pause_seconds
+        self._left = b""
+
+    @property
+    def has_more(self) -> bool:
+        """Is there something to read now?"""
+        return bool(self._left) or self._arriving.is_waiting
+
+    def read(self, most: int) -> bytes | None:
+        """The next bytes, `most` at most: nothing at the end, None where they have to be waited for.
+
+        Raises:
+            UsageError: something that cannot be read.
+        """
+        if not self._left:
+            blocks = self._arriving.take(1, wait=True, seconds=self._pause_seconds)
+            if not blocks:
+                self._arriving.check()
+                return b"" if self._arriving.over else None
+            self._left = blocks[0]
+        data, self._left = self._left[:most], self._left[most:]
+        return data
+
+
 def as_they_come(inputs: Iterable[T], size: int) -> Iterator[list[T]]:
     """Inputs in groups of those that are there, `size` at most, without waiting for more than one; read by a thread.
 
@@ -74,12 +110,16 @@ class Arriving(Generic[T]):
         self.over = False  # has all been taken?
         threading.Thread(target=self._read, args=[inputs], daemon=True).start()
 
-    def take(self, most: int, *, wait: bool) -> list[T]:
-        """Those that are there, `most` at most. With `wait` it waits for one, and nothing means that all is over."""
+    def take(self, most: int, *, wait: bool, seconds: float | None = None) -> list[T]:
+        """Those that are there, `most` at most. With `wait` it waits for one, and nothing means that all is over.
+
+        Args:
+            seconds: to wait at most; `over` tells then what nothing means.
+        """
         taken: list[T] = []
         while not self.over and len(taken) < most:
             try:
-                each = self._waiting.get(block=wait and not taken)
+                each = self._waiting.get(block=wait and not taken, timeout=seconds)
             except queue.Empty:
                 break
             if isinstance(each, tuple):
@@ -87,6 +127,11 @@ class Arriving(Generic[T]):
             else:
                 self.over, self._error = True, each
         return taken
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is there something to take, or the end?"""
+        return not self._waiting.empty()
 
     def check(self) -> None:
         """Raise the error that ended the inputs, if one did."""
@@ -100,6 +145,11 @@ class Arriving(Generic[T]):
             self._waiting.put(None)
         except Exception as error:  # it belongs to the caller, who is in another thread
             self._waiting.put(error)
+
+
+def stdin_descriptor() -> int:
+    """What `-` names."""
+    return sys.stdin.fileno()
 
 
 def _read(descriptor: int, where: str) -> bytes:

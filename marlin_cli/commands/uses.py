@@ -24,6 +24,7 @@ class Use:
 
     needs: tuple[str, ...] = ()  # one of these is given too
     without: tuple[str, ...] = ()  # none of these is
+    unless: tuple[str, ...] = ()  # but beside one of these nothing keeps it out
     parts: tuple[str, ...] = ()  # the model has layers in one of these, see `models.part_of`
     heads: tuple[str, ...] = ()  # of what encodes texts: the model has one of these, see HEADS
 
@@ -56,8 +57,14 @@ HEADS = {
 }
 
 
-def _of(*families: Family, needs: tuple[str, ...] = (), without: tuple[str, ...] = (), parts: tuple[str, ...] = ()) -> Uses:
-    return dict.fromkeys(families or Family, Use(needs, without, parts))
+def _of(
+    *families: Family,
+    needs: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
+    unless: tuple[str, ...] = (),
+) -> Uses:
+    return dict.fromkeys(families or Family, Use(needs, without, unless, parts))
 
 
 def _heads(*heads: str, of: tuple[Family, ...] = (), needs: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Uses:
@@ -92,6 +99,10 @@ GENERATE: Mapping[str, Uses] = {
     "--kv-bits": _of(),
     "--k-bits": _of(*CONTINUING),
     "--v-bits": _of(*CONTINUING),
+    "--window": _of(*CONTINUING, without=("--save-state", "--load-state")),
+    "--sinks": _of(CONTINUES, needs=("--window",)),
+    "--sparse": _of(CONTINUES),
+    "--follow": _of(*CONTINUING, without=(*_ONE_PROMPT, "--chat", "--save-state", "--load-state", "--split")),
     "--activation-bits": _of(),
     "--beams": _of(*ENCODER_FIRST),
     "--n-best": _BEAMS,
@@ -231,10 +242,11 @@ QUANTIZE: Mapping[str, Uses] = {
 }
 
 _NOTHING_RUN = ("--kernels", "--compare")
-_NOT_MEASURED = (*_NOTHING_RUN, "--plan")
+_NOT_MEASURED = (*_NOTHING_RUN, "--plan", "--surprise")
 _ONE_TABLE = ("--formats",)  # of one model packed in memory, and of nothing else
 _NOT_TIMED = (*_NOT_MEASURED, "--no-throughput")
 _SCORED = ("--quality", "--formats")
+_IN_STREAMS = ("--window",)  # a file is a stream then, whose bytes are scored once, in their order, and beside nothing else
 
 BENCH: Mapping[str, Uses] = {
     "MODEL": _of(without=("--compare",)),
@@ -247,21 +259,29 @@ BENCH: Mapping[str, Uses] = {
     "--formats": _of(*PREDICTS, without=_NOT_MEASURED),
     "--details": _of(*CONTINUING, needs=("--quality",), without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--quality": _of(*PREDICTS, without=_NOT_MEASURED),
-    "--reference": _of(*PREDICTS, needs=("--quality",), without=_ONE_TABLE),
-    "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED),
-    "--stride-bytes": _of(*CONTINUING, needs=_SCORED),
+    "--reference": _of(*PREDICTS, needs=("--quality",), without=(*_ONE_TABLE, *_IN_STREAMS)),
+    "--window-bytes": _of(*CONTINUING, ENCODES, needs=_SCORED, without=_IN_STREAMS),
+    "--stride-bytes": _of(*CONTINUING, needs=_SCORED, without=_IN_STREAMS),
     "--max-bytes-per-file": _of(*CONTINUING, needs=_SCORED),
-    "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED),
-    "--resume": _of(*CONTINUING, needs=("--quality",), without=_ONE_TABLE),  # without a beginning it begins, as in calibrate
+    "--max-quality-bytes": _of(*PREDICTS, needs=_SCORED, without=_IN_STREAMS),
+    "--window": _of(*CONTINUING, needs=("--quality", "--surprise"), without=_ONE_TABLE),
+    "--sinks": _of(CONTINUES, needs=_IN_STREAMS),
+    "--sparse": _of(CONTINUES, without=(*_NOTHING_RUN, "--plan", "--no-throughput", *_ONE_TABLE), unless=_IN_STREAMS),
+    "--surprise": _of(*CONTINUING, without=(*_NOTHING_RUN, "--plan", *_ONE_TABLE)),
+    "--top": _of(*CONTINUING, needs=("--surprise",)),
+    # Without a beginning it begins, as in calibrate. Of files that are streams nothing is kept.
+    "--resume": _of(
+        *CONTINUING, needs=("--quality", "--surprise"), without=(*_ONE_TABLE, *_IN_STREAMS), unless=("--surprise",)
+    ),
     "--reference-cache": _of(*CONTINUING, needs=("--reference",)),
     "--language": _heads("sentence", without=_NOT_MEASURED),
-    # What continues bytes is scored without a cache; answers read one.
+    # What continues bytes is scored without a cache, but for streams; answers read one.
     "--kv-bits": {
-        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
+        **_of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE), unless=_IN_STREAMS),
         ANSWERS: Use(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     },
-    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
-    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
+    "--k-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE), unless=_IN_STREAMS),
+    "--v-bits": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE), unless=_IN_STREAMS),
     "--activation-bits": _of(without=("--compare", "--plan")),
     "--kernels": _of(without=("--compare", "--plan")),
     "--format": _of(without=("--kernels", "--plan")),
@@ -274,11 +294,13 @@ BENCH: Mapping[str, Uses] = {
     "--save": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--compare": _of(),
     "--plan": _of(*CONTINUING, without=("--compare",)),
-    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput", *_ONE_TABLE)),
+    "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--surprise", "--no-throughput", *_ONE_TABLE)),
     "--batch": _of(without=(*_NOT_TIMED, *_ONE_TABLE)),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
     "--bandwidth": _of(*CONTINUING, needs=("--plan",)),
-    "--split": _of(CONTINUES, ANSWERS, needs=("--quality",), without=("--resume", "--reference-cache", *_ONE_TABLE)),
+    "--split": _of(
+        CONTINUES, ANSWERS, needs=("--quality",), without=("--resume", "--reference-cache", *_IN_STREAMS, *_ONE_TABLE)
+    ),
     "--ranks": _of(CONTINUES, needs=("--plan",)),
     "--link": _of(CONTINUES, needs=("--ranks",)),
 }

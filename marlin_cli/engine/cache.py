@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.states import Part
 from marlin_cli.errors import UsageError
 from marlin_cli.ops import attention, delay_one_row, paged_attention
@@ -19,10 +20,25 @@ ROWS_PER_PAGE = 128
 
 @dataclass(frozen=True)
 class CacheBits:
-    """Bits of the keys and values that a cache holds; of a MegaByte the global one, as its local cache is a patch long."""
+    """How a cache holds keys and values; of a MegaByte the global one, as its local cache is a patch long.
 
-    keys: int = 16
+    Raises:
+        UsageError: a share that is none.
+    """
+
+    keys: int = 16  # bits
     values: int = 16
+    window: Window | None = None  # how streams go on beyond the model's context; None: they end there
+    share_left: float | None = None  # of a softmax, what pages that are not read may have at most; None: all are read
+
+    def __post_init__(self) -> None:
+        if self.share_left is not None and not 0 <= self.share_left < 1:
+            raise UsageError(f"--sparse must be 0 or more and less than 1, found {self.share_left}")
+
+    @property
+    def is_packed(self) -> bool:
+        """Are keys or values packed?"""
+        return min(self.keys, self.values) < 16
 
 
 class Rows:
@@ -233,6 +249,13 @@ class Pages:
     def pages(self) -> list[KeyValueRows]:
         """The pages of all rows so far."""
         return [*self._full, self._page] if self._open and self._open[0].count < ROWS_PER_PAGE else self._full
+
+    def drop(self, sinks: int, first: int) -> int:
+        """Let go of the whole pages between the first `sinks` rows and row `first`: how many rows fewer there are."""
+        between = slice(-(-sinks // ROWS_PER_PAGE), max(-(-sinks // ROWS_PER_PAGE), first // ROWS_PER_PAGE))
+        dropped = len(self._full[between])
+        del self._full[between]
+        return dropped * ROWS_PER_PAGE
 
     @property
     def _page(self) -> KeyValueRows:

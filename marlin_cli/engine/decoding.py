@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
+from marlin_cli.engine.endless import most_ids_of, reach_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import FusedStages, fuse, rotates
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
@@ -65,6 +66,8 @@ class Lockstep:
         head_dim = self.config.stages[0].width_of_head
         if self._bits != CacheBits():
             check_cache_bits(self._bits.keys, self._bits.values, head_dim)
+        self._reach = None if self._bits.window is None else reach_of(self.config, self._bits.window)
+        self._most = most_ids_of(self.config, self._bits.window)
         self._fused = fused_stages(network, self._bits)
         if decoder is None and self._bits == CacheBits():
             decoder = patch_decoder(network, len(prompts))
@@ -133,7 +136,7 @@ class Lockstep:
         Raises:
             CheckpointError: it is not.
         """
-        if max(self.positions) >= self.config.max_bytes:
+        if max(self.positions) >= self._most:
             return
         if self._on_gpu is not None and self._on_gpu.checks_logits and self._logits is None:
             return
@@ -152,7 +155,7 @@ class Lockstep:
         tokens, length = self._states[self._last].tokens, self.config.stages[self._last].length
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
         steps = length - tokens + (1 if self._lucid else 0)
-        steps = min(steps, most, self.config.max_bytes - max(self.positions))
+        steps = min(steps, most, self._most - max(self.positions))
         if self._on_gpu is not None and self._logits is None and steps > 0 and self._on_gpu.takes(tokens):
             return self._whole_patch(sampling, noise, steps, most)
         self._settle()
@@ -198,7 +201,7 @@ class Lockstep:
             False where nothing was done: both have to stand at a boundary, with caches of MLX, and together they have to be
             decoded as they were apart.
         """
-        if self._fused is not None or not (self.at_boundary and other.at_boundary):
+        if self._fused is not None or self._reach is not None or not (self.at_boundary and other.at_boundary):
             return False
         counts = self.streams, other.streams
         decoder = patch_decoder(self.network, sum(counts)) if self._bits == CacheBits() else None
@@ -231,7 +234,7 @@ class Lockstep:
             return
         self._keep(streams)
         complete = self._states[self._last].tokens == self.config.stages[self._last].length
-        if complete and max(self.positions) < self.config.max_bytes:  # the one for which there was no room is gone
+        if complete and max(self.positions) < self._most:  # the one for which there was no room is gone
             self._logits = self._logits if self._lucid else None
             self._turn()
 
@@ -261,7 +264,7 @@ class Lockstep:
             self._settle()
         patch_size, finest, layers = self.config.patch_size, self._states[self._last], self._layers_in_place()
         lacking = patch_size - finest.tokens
-        room = self.config.max_bytes - max(self.positions) - lacking
+        room = self._most - max(self.positions) - lacking
         if self._in_place is None:
             assert finest.condition is not None
             self._on_gpu.enter(finest.condition, self._tail(), layers, self._left_padding)
@@ -323,7 +326,7 @@ class Lockstep:
         finest = self._states[self._last]
         finest.tokens += ids.shape[1]
         full = finest.tokens == self.config.stages[self._last].length
-        room = max(self.positions) < self.config.max_bytes
+        room = max(self.positions) < self._most
         if room or not full:
             self._logits = None
         if full and self._lucid and (ids.shape[1] == 1 or not room):
@@ -389,7 +392,7 @@ class Lockstep:
             self._logits = self.network.logits_of_nothing(len(prompts))
         if self._lucid and finest.tokens == config.stages[self._last].length:
             self._logits = self._next_logits()
-            if max(self.positions) < config.max_bytes:
+            if max(self.positions) < self._most:
                 self._turn()
 
     def _read_global(
@@ -470,9 +473,9 @@ class Lockstep:
     def _new_cache(self, number: int, padding: Sequence[int] = ()) -> StageCache:
         bits = self._bits if number == 0 else CacheBits()
         if self._fused is not None:
-            return self._fused.new_cache(number, self.streams, padding, bits.keys, bits.values)
+            return self._fused.new_cache(number, self.streams, padding, bits)
         stage = self.network.stages[number]
-        return GraphCache(stage.stack, stage.config, number > 0, padding, bits)
+        return GraphCache(stage.stack, stage.config, number > 0, padding, bits, self._reach if number == 0 else None)
 
 
 def fused_stages(network: MegaByte, bits: CacheBits) -> FusedStages | None:

@@ -7,11 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
+from marlin_cli.engine.endless import reach_of
 from marlin_cli.engine.graph_rows import run_together
 from marlin_cli.engine.sampling import Draws, kernel_drawing
-from marlin_cli.engine.stage_caches import GraphCache
+from marlin_cli.engine.stage_caches import GraphCache, StageMemory
 from marlin_cli.engine.states import Beginning, KernelRows, taken_up
-from marlin_cli.models.megabyte import MegaByte
+from marlin_cli.models.megabyte import MegaByte, RunStage
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.models.splitting import share_of
@@ -37,6 +38,7 @@ class FusedStages:
         self._head = kernel_product(module, network.output)
         self._table = network.stages[-1].byte_embedding.weight
         self._seconds = [module.PartSeconds() for _ in network.stages]
+        self._counts = module.PageCounts(network.config.stages[0].layers)
 
     @property
     def part_seconds(self) -> dict[str, float]:
@@ -56,6 +58,12 @@ class FusedStages:
         }
         return {part: seconds for part, seconds in found.items() if middle or part != "middle"}
 
+    @property
+    def pages_read(self) -> list[tuple[int, int]]:
+        """By global layer, how many pages caches that leave some out have read so far, and of how many."""
+        found: list[tuple[int, int]] = self._counts.so_far()
+        return found
+
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
         if not self.has(number):
@@ -71,21 +79,26 @@ class FusedStages:
         return self._network(windows, self.run_stage)
 
     def new_cache(
-        self, number: int, streams: int, padding: Sequence[int], key_bits: int, value_bits: int
+        self, number: int, streams: int, padding: Sequence[int], bits: CacheBits | None = None
     ) -> "FusedCache | GraphCache":
-        """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing."""
-        stage = self._stages[number]
+        """An empty cache of one stage; `padding` filler rows at the start of each stream, or nothing.
+
+        Args:
+            bits: how the first stage holds its rows; the others keep all, in the network's own type.
+        """
+        stage, held = self._stages[number], bits or CacheBits()
+        reach = None if held.window is None else reach_of(self._network.config, held.window)
         if not self.has(number):
-            stack = self._network.stages[number].stack
-            return GraphCache(stack, stage, number > 0, padding, CacheBits(key_bits, value_bits))
+            return GraphCache(self._network.stages[number].stack, stage, number > 0, padding, held, reach)
         rows = ROWS_PER_PAGE if number == 0 else stage.length + 1
-        bits = [32 if wanted == 16 else wanted for wanted in (key_bits, value_bits)]
+        widths = [32 if wanted == 16 else wanted for wanted in (held.keys, held.values)]
         kv_heads = stage.kv_heads or stage.heads
-        return FusedCache(
-            self._stacks[number],
-            self._module.StackCache(stage.layers, streams, kv_heads, stage.width_of_head, *bits, rows, list(padding)),
-            self._seconds[number],
+        seen = {} if reach is None else {"window": reach.window, "sinks": reach.sinks}
+        sparse = {} if held.share_left is None else {"share_left": held.share_left, "counts": self._counts}
+        cache = self._module.StackCache(
+            stage.layers, streams, kv_heads, stage.width_of_head, *widths, rows, list(padding), **seen, **sparse
         )
+        return FusedCache(self._stacks[number], cache, self._seconds[number])
 
     def run_together(self, number: int, rows: mx.array, counts: Sequence[int], caches: Sequence[Any]) -> mx.array:
         """Take rows of many streams, which stand anywhere, through the layers of a stage in one call: hidden rows.
@@ -129,11 +142,15 @@ class FusedStages:
         )  # fmt: skip
         return found, logits
 
-    def costs(self, ids: mx.array) -> mx.array:
-        """What each of ids [batch, total] costs, in nats, as `MegaByte.__call__` predicts it: [batch, total] float32."""
+    def costs(self, ids: mx.array, run_stage: RunStage | None = None) -> mx.array:
+        """What each of ids [batch, total] costs, in nats, as `MegaByte.__call__` predicts it: [batch, total] float32.
+
+        Args:
+            run_stage: takes rows through the stages before the last one.
+        """
         network, last = self._network, len(self._stages) - 1
         batch, total = ids.shape
-        tokens, condition, previous = network.last_sequences(ids, self.run_stage)
+        tokens, condition, previous = network.last_sequences(ids, run_stage or self.run_stage)
         lead = network.leading_row(last, tokens.shape[0], condition, previous)[:, 0]
         expected = tokens
         if network.config.layout == "megabyte_pytorch":
@@ -191,10 +208,20 @@ class FusedCache:
         """Go on from the beginning of a prompt, in place of nothing."""
         self.held = taken_up(self.held, beginning)
 
+    def memory(self) -> StageMemory:
+        """All that is remembered of a single stream, to go on from later."""
+        return StageMemory(self.held.stored(), int(self.held.dropped), self.delayed())
+
+    def remember(self, memory: StageMemory) -> None:
+        """Go on from what `memory` gave, in place of nothing."""
+        rows = memory.layers[0][0][0].shape[2]
+        self.held.restore(memory.layers, rows, memory.dropped)
+        self.held.cut(rows + memory.dropped, list(memory.delayed))
+
 
 def rotates(head_dim: int, bits: CacheBits) -> bool:
     """Whether the kernels rotate heads of such a width as a cache of so many bits asks for."""
-    return bits == CacheBits() or head_dim & (head_dim - 1) == 0
+    return not bits.is_packed or head_dim & (head_dim - 1) == 0
 
 
 def row_bytes(head_dim: int, bits: int) -> int:

@@ -185,7 +185,8 @@ class MergedStreams:
             }
             first = next(iter(kinds.values()))
             together = [stream for stream, kind in kinds.items() if kind == first]
-            together = together[: READ_TOGETHER if self._keeper is None else 1]
+            alone = self._keeper is not None or self._bits.window is not None  # a window begins with no filler
+            together = together[: 1 if alone else READ_TOGETHER]
             prompts = [self._unread.pop(stream) for stream in together]
             state = self._begin(self._network, prompts, self._bits, self._keeper)
             settings = [asks[stream].settings for stream in together]

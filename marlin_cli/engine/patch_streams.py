@@ -13,14 +13,15 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
 from marlin_cli.engine.decoding import fused_stages
+from marlin_cli.engine.endless import reach_of
 from marlin_cli.engine.fused import FusedCache, FusedStages
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
 from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, is_cut_anywhere, units_of
-from marlin_cli.engine.streams import Ask, Drawn, Floats, slices
+from marlin_cli.engine.streams import ROWS_READ_ALONE, Ask, Drawn, Floats, slices
 from marlin_cli.models.megabyte import MegaByte
 
 Ids = npt.NDArray[np.int32]
@@ -87,7 +88,10 @@ class PatchStreams:
 
     def most_bytes(self, ids: int) -> int:
         size = self._config.patch_size
-        kept = self._fused.cache_bytes(0, 1 + ids // size, self._bits.keys, self._bits.values)
+        rows = 1 + ids // size
+        if self._bits.window is not None:  # pages that are left in part, and the rows that are read at once, come on top
+            rows = min(rows, reach_of(self._config, self._bits.window).farthest + 1 + 2 * ROWS_PER_PAGE + ROWS_READ_ALONE)
+        kept = self._fused.cache_bytes(0, rows, self._bits.keys, self._bits.values)
         return kept + sum(self._fused.cache_bytes(n, stage.length + 1) for n, stage in enumerate(self._config.stages) if n)
 
     def bytes_together(self, most: Sequence[int]) -> int:
@@ -97,7 +101,7 @@ class PatchStreams:
         size = self._config.patch_size
         whole = max(0, len(ids) - self._ahead) // size * size
         unread = np.array(list(ids[:whole]), dtype=np.int32).reshape(-1, size)
-        cache = self._fused.new_cache(0, 1, [], self._bits.keys, self._bits.values)
+        cache = self._fused.new_cache(0, 1, [], self._bits)
         before = ids[whole - 1] if whole else self._config.bos_byte
         self._streams[stream] = _Stream(cache, unread, list(ids[whole:]), before)
         beginning = None if self._keeper is None else self._keeper.restore(ids)

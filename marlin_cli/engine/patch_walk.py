@@ -62,7 +62,7 @@ class PatchWalk:
         if number == len(self._stages) - 1:
             return self._decode(condition, start)
         network, width = self._network, self._network.config.bytes_per_token(number)
-        cache = self._fused.new_cache(number, len(self.ids), [], 16, 16)
+        cache = self._fused.new_cache(number, len(self.ids), [])
         rows = network.leading_row(number, len(self.ids), condition, self._before)
         for token in range(self._stages[number].length):
             self._sequence(number + 1, network.to_next(number, cache.run(rows)[:, -1]), start + token * width)

@@ -1,17 +1,21 @@
 """The scheduler of a network, chosen in one place."""
 
+from dataclasses import replace
 from typing import Any
 
 from marlin_cli.engine.answer_scheduler import AnsweringScheduler
 from marlin_cli.engine.cache import CacheBits, check_cache_bits
 from marlin_cli.engine.continuation import way_of
+from marlin_cli.engine.decoding import fused_stages
+from marlin_cli.engine.endless import reach_of
 from marlin_cli.engine.merged_streams import MergedStreams
+from marlin_cli.engine.restarting import RestartingStreams
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stream_scheduler import StreamScheduler
 from marlin_cli.engine.streams import Streams
 from marlin_cli.errors import UsageError
-from marlin_cli.models import Capability, Network, architecture_of, decoding_of
+from marlin_cli.models import Capability, Network, Reading, architecture_of, continuing_of, decoding_of
 
 
 def scheduler_of(
@@ -35,14 +39,43 @@ def scheduler_of(
         if bits.keys != bits.values:
             raise UsageError("a model that answers keeps keys and values in one width; give one number")
         return AnsweringScheduler(network, limits, memory_bits=bits.keys)
-    streams = streams_of(network, cache_bits or CacheBits(), keeper)
-    return StreamScheduler(network, streams, limits or SchedulerLimits())
+    bits = cache_bits or CacheBits()
+    return StreamScheduler(network, streams_of(network, bits, keeper), limits or SchedulerLimits(), bits.window)
 
 
 def streams_of(network: Network, bits: CacheBits, keeper: PromptKeeper | None = None) -> Streams:
-    """The streams of a network: of kernels that take rows of all of them where there are any, else in batches."""
-    if bits != CacheBits():
-        check_cache_bits(bits.keys, bits.values, decoding_of(network.config).stacks(network.config)[0].head_dim)
+    """The streams of a network: of kernels that take rows of all of them where there are any, else in batches.
+
+    Raises:
+        UsageError: `bits` do not fit the network, or there is a `keeper` of streams that forget where they began.
+    """
+    check_cache(network, bits)
+    if bits.window is not None:
+        if keeper is not None:
+            raise UsageError("--window: a stream that forgets its beginning is no state of a prompt; leave one of them out")
+        if bits.window.restarts:
+            return RestartingStreams(streams_of(network, replace(bits, window=None)), network.config.max_bytes)
     way = way_of(network)
     begin = way.begin_unread or way.begin
     return way.together(network, bits, keeper) or MergedStreams(network, begin, way.phase, bits, keeper)
+
+
+def check_cache(network: Any, bits: CacheBits) -> None:
+    """Refuse what the caches of a network cannot be.
+
+    Raises:
+        UsageError: see `check_cache_bits` and `reach_of`; or pages to leave out where no kernel reads pages by their bounds.
+    """
+    if bits.is_packed or 16 < max(bits.keys, bits.values):
+        check_cache_bits(bits.keys, bits.values, decoding_of(network.config).stacks(network.config)[0].head_dim)
+    if bits.window is not None and not bits.window.restarts:
+        reach_of(network.config, bits.window)
+    if bits.share_left is not None:
+        by_patches = continuing_of(network).reading is Reading.PATCHES
+        fused = fused_stages(network, bits) if by_patches else None
+        if not by_patches:
+            raise UsageError(
+                f"--sparse is of the pages of a MegaByte, and this is a {architecture_of(network).title}; leave it out"
+            )
+        if fused is None or not fused.has(0):
+            raise UsageError("--sparse: pages are left out by the CPU kernels alone, which do not run here; leave it out")

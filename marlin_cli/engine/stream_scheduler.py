@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from marlin_cli.engine.endless import Window, most_ids_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, Piece, Request, SchedulerLimits
 from marlin_cli.engine.split import agreed
 from marlin_cli.engine.stopping import StopMatcher
@@ -32,8 +33,9 @@ class StreamScheduler:
     ever have beside those of the others: what has begun is never stopped for want of memory.
     """
 
-    def __init__(self, network: Network, streams: Streams, limits: SchedulerLimits) -> None:
+    def __init__(self, network: Network, streams: Streams, limits: SchedulerLimits, window: Window | None = None) -> None:
         self._network, self._streams, self._limits = network, streams, limits
+        self._context = most_ids_of(network.config, window)
         self._next = 0
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[int, _Running] = {}
@@ -51,14 +53,13 @@ class StreamScheduler:
         return self._streams.nbytes
 
     def admit(self, request: Request) -> int:
-        config, room = self._network.config, self._limits.cache_bytes
+        config, room, context = self._network.config, self._limits.cache_bytes, self._context
         ids = continuing_of(self._network).ids(config, request.prompt, request.sentinels)
-        if len(ids) > config.max_bytes:
+        if len(ids) > context:
             raise UsageError(
-                f"the prompt has {len(ids)} bytes, but the model's context is {config.max_bytes};"
-                f" give its last {config.max_bytes} bytes"
+                f"the prompt has {len(ids)} bytes, but the model's context is {context}; give its last {context} bytes"
             )
-        most_ids = min(request.stopping.max_bytes, config.max_bytes - len(ids))
+        most_ids = min(request.stopping.max_bytes, context - len(ids))
         most_bytes = self._streams.most_bytes(len(ids) + most_ids) if most_ids else 0
         if room is not None and most_bytes > room:
             raise UsageError(

@@ -1,7 +1,7 @@
 """The layers of a MegaByte's stages: norms, attention, feed-forward, block, stack. They know no patch and no byte."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,14 @@ class LayerCache(Protocol):
 
     def delay(self, slot: int, rows: mx.array) -> mx.array:
         """`rows` [batch, n, channels] one row later, with what `slot` remembers first."""
+
+
+@runtime_checkable
+class TurningCache(Protocol):
+    """What one layer remembers of the rows it has seen where it turns queries and keys itself."""
+
+    def attend_turned(self, queries: mx.array, keys: mx.array, values: mx.array, by: "Attention") -> mx.array:
+        """As `LayerCache.attend`, of queries and keys that no rotation has told where they stand."""
 
 
 # Attention
@@ -74,6 +82,9 @@ class Attention(nn.Module):
         if "q_norm" in self:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = queries.swapaxes(1, 2), keys.swapaxes(1, 2)
+        if isinstance(cache, TurningCache):
+            out = cache.attend_turned(queries, keys, values, self)
+            return self.o_proj(out.swapaxes(1, 2).reshape(batch, rows, -1))
         if self.rope_theta is not None:
             offset = 0 if cache is None else cache.offset
             queries, keys = self._rotated(queries, offset), self._rotated(keys, offset)

@@ -67,6 +67,8 @@ class Quality:
     all_domains: Score
     byte_classes: dict[str, Score] = field(default_factory=dict)
     patch_positions: dict[str, Score] = field(default_factory=dict)
+    # By global layer, of a cache that leaves pages out: those that were read, and of how many.
+    pages_read: tuple[tuple[int, int], ...] = ()
 
 
 def measure_quality(
@@ -112,7 +114,7 @@ def measure_quality(
     for (domain, _), result in zip(passes, results, strict=True):
         for tally, sums in zip(tallies, result, strict=True):
             tally[domain].append(sums)
-    return [_quality(by_domain) for by_domain in tallies]
+    return [quality_of(by_domain) for by_domain in tallies]
 
 
 def check_windows_fit(
@@ -162,7 +164,7 @@ def _measured(
         CheckpointError: predictions that are not finite; model and domain are named.
     """
     of_domain = f"its predictions of domain {quoted(domain)}"
-    data, classes = _read(batch)
+    data, classes = read_windows(batch)
     context = batch[0].context
     ids = mx.array(data.astype(np.int32))
     scored = ids[:, context:]
@@ -176,14 +178,14 @@ def _measured(
         groups = Groups(classes, positions, patch_size)
         if expected is None:
             # No distribution is asked for, so none is kept.
-            results.append(_sums(groups, _finite(costs(network, ids)[:, context:], name, of_domain)))
+            results.append(own_sums(groups, _finite(costs(network, ids)[:, context:], name, of_domain)))
             continue
         predicted = expected if network is reference else log2_probabilities(network, ids)[:, context:]
         own = _finite(-of_bytes(network, predicted, scored), name, of_domain)
         theirs = _finite(-of_bytes(network, expected, scored), REFERENCE, of_domain)
         # An id that neither is about may still be none: a divergence sums over all of them.
         _finite(divergences := kl_divergence(expected, predicted), name, of_domain)
-        results.append(_compared(_sums(groups, own), groups, predicted, expected, np.array(divergences), theirs))
+        results.append(_compared(own_sums(groups, own), groups, predicted, expected, np.array(divergences), theirs))
     return results
 
 
@@ -197,7 +199,7 @@ def _fits(found: Sequence[PassSums], networks: Mapping[str, Network], batch: Seq
     return alike and all(sums.bytes[:, ALL].tolist() == [window.scored for window in batch] for sums in found)
 
 
-def _read(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def read_windows(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """The bytes of windows alike in length and context [n, length], and the classes of those scored."""
     data, classes = [], []
     for window in batch:
@@ -207,7 +209,7 @@ def _read(batch: Sequence[Window]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
     return np.stack(data), np.stack(classes).astype(np.int64)
 
 
-def _sums(groups: Groups, own_costs: Floats) -> PassSums:
+def own_sums(groups: Groups, own_costs: Floats) -> PassSums:
     """Those of a model alone."""
     sizes, bits = groups.sums(np.ones_like(own_costs)), groups.sums(own_costs)
     nothing = np.zeros((0, sizes.shape[1]))
@@ -264,7 +266,7 @@ def _split(payload: bytes) -> list[bytes]:
     return [payload[end - size : end] for end, size in zip(ends, np.diff(ends, prepend=8 + 8 * count), strict=True)]
 
 
-def _quality(tallies: Mapping[str, Sequence[PassSums]]) -> Quality:
+def quality_of(tallies: Mapping[str, Sequence[PassSums]]) -> Quality:
     passes = [sums for tally in tallies.values() for sums in tally]
     domains = {domain: _score(tally) for domain, tally in tallies.items()}
     kl_of_bytes = [sums.kl_of_bytes for sums in passes]

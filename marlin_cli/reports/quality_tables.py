@@ -12,6 +12,13 @@ from marlin_cli.reports.measurements import groups_of, scores_of
 def quality_tables(name: str, quality: Quality, settings: QualitySettings, *, details: bool = True) -> list[Table]:
     """The scores of the domains, and with details those of classes and positions where there are any."""
     tables = [_by_domain(name, quality, settings)]
+    if quality.pages_read:
+        rows = [
+            [str(layer), f"{there:,}", f"{read:,}", f"{100 * read / max(1, there):.2f} %"]
+            for layer, (read, there) in enumerate(quality.pages_read)
+        ]
+        title = f"Pages of the cache that {name} read, by row and head"
+        tables.append(Table(title, ["global layer", "pages", "read", "share"], rows))
     if details and (groups := groups_of(quality)):
         by = "by kind of byte and by position in the patch" if quality.patch_positions else "by kind of byte"
         title = f"Quality of {name} {by}, all domains as one sample"
@@ -34,6 +41,10 @@ def _by_domain(name: str, quality: Quality, settings: QualitySettings) -> Table:
 
 def _windows(settings: QualitySettings) -> str:
     windowing = settings.windowing
+    if settings.window is not None:
+        window = settings.window
+        view = "the context read again from its last half on" if window.bytes is None else f"{window.bytes:,} bytes in view"
+        return f"each file a stream, {view}, in pieces of {windowing.window_bytes:,}"
     if windowing.stride == windowing.window_bytes:
         return f"disjoint windows of {windowing.window_bytes:,} bytes"
     return f"windows of {windowing.window_bytes:,} bytes every {windowing.stride:,}, each byte scored once"

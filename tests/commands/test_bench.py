@@ -69,7 +69,7 @@ def test_stdout_is_one_json_document_and_nothing_else(models, corpus):
     for model in result["models"]:
         assert model["throughput"]["decoded_bytes"] == 10
         assert len(model["throughput"]["decode_bytes_per_second"]["samples"]) == 2
-        assert model["cache_bits"] == {"keys": 4, "values": 4}
+        assert model["cache_bits"] == {"keys": 4, "values": 4, "window": None, "share_left": None}
         assert model["quality"]["domains"]["code"]["bytes"] == 127
         assert model["quality"]["all_domains"]["bytes"] == 197
         assert sum(model["loaded_weight_bytes"].values()) == sum(model["stored_weight_bytes"].values()) > 0

@@ -121,6 +121,10 @@ VALUES = {
     "--outside": "O",
     "--pad-to": "64",
     "--window": "64",
+    "--sinks": "2",
+    "--sparse": "0.001",
+    "--surprise": "SCORED",
+    "--top": "3",
     "--stride": "32",
     "--longest": "9",
     "--dtype": "bfloat16",
@@ -208,7 +212,7 @@ def test_every_option_has_its_line_in_the_table(command):
     for option, uses in USES[command].items():
         assert uses, f"{option} has a use for no family"
         for each in uses.values():
-            assert {*each.needs, *each.without} <= options.keys() - {option}
+            assert {*each.needs, *each.without, *each.unless} <= options.keys() - {option}
     assert {*OUTPUTS, *INPUTS, *TEXTS} <= {option for table in USES.values() for option in table}
 
 
@@ -315,7 +319,7 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     if "--save-state" in arguments:
         arguments += ["--prompt", "a patch"]
     kind = Family.ENCODES if family in HEADS else family
-    if command == "bench" and not {"--kernels", "--plan"} & {*arguments}:
+    if command == "bench" and not {"--kernels", "--plan", "--surprise"} & {*arguments}:
         timed = {"--prompt-bytes": "8", "--decode-bytes": "1", "--repeats": "1"}
         if "--no-throughput" in arguments:
             arguments += ["--quality", "SCORED"] if "--quality" not in arguments else []
@@ -338,8 +342,10 @@ def test_an_option_with_a_use_is_taken(command, option, family, models, marlin, 
     texts = family is Family.ENCODES or family in HEADS
     if "--quality" in arguments and texts and "--reference" not in arguments:
         arguments += ["--reference", str(models[family])]
-    if "--quality" in arguments and family in CONTINUING and "--window-bytes" not in arguments:
+    if "--quality" in arguments and family in CONTINUING and not {"--window-bytes", "--window"} & {*arguments}:
         arguments += ["--window-bytes", "64"]  # of a context of 96
+    if "--window" in arguments and family is Family.BYTEWISE:  # which has no rows that a window lets go
+        arguments[arguments.index("--window") + 1] = "restart"
     if "--export" in arguments:
         arguments += ["--local-bits" if family is Family.CONTINUES else "--wo-bits", "4"]
     names = {

@@ -6,6 +6,7 @@ import pytest
 from byt5_cases import random_byt5
 from decoder_cases import random_bygpt5
 
+from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, fuse_byt5
@@ -52,8 +53,8 @@ def test_a_stream_has_the_rows_that_it_has_alone(random_network, each_config, sm
     )}  # fmt: skip
     fused = fuse(random_network(MegaByteConfig(**{**small_sizes, **kept, **changes})))
     rows = rows_of(64)
-    alone = [np.array(fused.new_cache(0, 1, [], *bits).run(mx.array(each[None])))[0] for each in rows]
-    caches = [fused.new_cache(0, 1, [], *bits) for _ in rows]
+    alone = [np.array(fused.new_cache(0, 1, [], CacheBits(*bits)).run(mx.array(each[None])))[0] for each in rows]
+    caches = [fused.new_cache(0, 1, [], CacheBits(*bits)) for _ in rows]
     seen = [0, 0, 0]
     for call in CALLS:
         parts = [rows[stream][seen[stream] : seen[stream] + count] for stream, count in call.items()]

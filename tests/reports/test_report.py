@@ -60,7 +60,7 @@ def test_json_is_one_document_on_the_last_line(report):
     first, second = document["models"]
     assert second["model"] == "second \u00e9"
     assert first["stored_weight_bytes"] == {"global": 1000, "head": 50}
-    assert first["cache_bits"] == {"keys": 4, "values": 4}
+    assert first["cache_bits"] == {"keys": 4, "values": 4, "window": None, "share_left": None}
     assert first["throughput"]["decode_bytes_per_second"]["samples"] == [90.0, 95.5, 80.0]
     assert first["throughput"]["time_to_first_byte_seconds"]["median"] == 0.5
     assert first["quality"]["domains"]["text"]["bits_per_byte"] == {"value": 3.0, "standard_error": None}
