@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import (
     block_recurrent,
+    blt,
     bygpt5,
     canine,
     evabyte,
@@ -51,6 +52,7 @@ WITH_CONFIG = {
     "la_canine": la_canine,
     "gbst": gbst,
     "bygpt5": bygpt5,  # before hugging_face, whose T5 some of them say they are
+    "blt": blt,
     "evabyte": evabyte,
     "hugging_face": hugging_face,
     "native": native,
@@ -66,6 +68,7 @@ ARCHITECTURE_OF = {
     "la_canine": "la_canine",
     "gbst": "gbst",
     "bygpt5": "bygpt5",
+    "blt": "blt",
     "evabyte": "evabyte",
     "hugging_face": "byt5",
     "megabyte_pytorch": "megabyte",

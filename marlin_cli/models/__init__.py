@@ -14,6 +14,7 @@ from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.files import shipped
 from marlin_cli.models.architecture import Architecture, Capability, Continuing, Network, Reading
 from marlin_cli.models.block_recurrent_steps import BLOCK_RECURRENT
+from marlin_cli.models.blt_steps import BLT
 from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine_steps import CANINE, LA_CANINE
@@ -56,7 +57,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 # model_type -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
-    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, GBST, CANINE, LA_CANINE)
+    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, BLT, GBST, CANINE, LA_CANINE)
 }
 
 

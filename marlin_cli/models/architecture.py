@@ -49,6 +49,7 @@ class Reading(str, Enum):
     PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
     BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.MemoryReader`
+    LATENT_PATCHES = "latent_patches"  # bytes one after the other, of patches that end where it says: a `models.blt.Blt`
     WINDOWS = "windows"  # the same, with a memory of a window and of chunks before it: a `models.evabyte.EvaByte`
 
 
