@@ -86,7 +86,12 @@ def tensors_of(network: Blt) -> dict[str, np.ndarray]:
     }
     if "input_proj" in network.patches:
         found["model.global_transformer.token_embedding_projection.weight"] = network.patches.input_proj.weight
-    places = {"patcher": "patcher", "byte_encoder": "local_encoder", "patches": "global_transformer", "byte_decoder": "local_decoder"}
+    places = {
+        "patcher": "patcher",
+        "byte_encoder": "local_encoder",
+        "patches": "global_transformer",
+        "byte_decoder": "local_decoder",
+    }
     for ours, theirs in places.items():
         for index, layer in enumerate(network[ours].layers):
             for name, source in OF_BLOCK.items():

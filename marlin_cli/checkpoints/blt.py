@@ -31,7 +31,11 @@ WANTED: dict[str, tuple[Any, ...]] = {
     "patching_mode": ("entropy",),
     "tie_word_embeddings": (False,),
 }
-WANTED_OF_STACK: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "tie_word_embeddings": (False,), "rope_scaling": (None,)}
+WANTED_OF_STACK: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "rope_scaling": (None,),
+}
 
 OF_BLOCK = {
     "attention.q_proj": "self_attn.q_proj",
@@ -46,7 +50,12 @@ NORMS_OF_BLOCK = {"attention_norm": "input_layernorm", "ffn_norm": "post_attenti
 OF_READER = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # The paths of the stacks -> their names there.
-PLACES = {"patcher": "patcher", "byte_encoder": "local_encoder", "patches": "global_transformer", "byte_decoder": "local_decoder"}
+PLACES = {
+    "patcher": "patcher",
+    "byte_encoder": "local_encoder",
+    "patches": "global_transformer",
+    "byte_decoder": "local_decoder",
+}
 
 
 def recognises(path: Path) -> bool:
@@ -73,9 +82,12 @@ def read(path: Path) -> Checkpoint:
     foreign = Foreign(path, found)
     check_layers(path, foreign, sum(config[name]["layers"] for name, _ in STACKS.values()))
     _settle_encoder(config, foreign)
-    unread = _unread_readers(document, config)
+    every = _flag(_table(document, "encoder_config", where), "cross_attn_all_layers", False, where)
+    # Patches are made anew in every layer of the encoder that has an attention for it: nothing reads any but the last.
+    last = config["encoder"]["layers"] - 1 if every else 0
+    unread = tuple(f"local_encoder.cross_attn_layers.{layer}." for layer in range(last))
     taken = Taken(Foreign(path, {name: each for name, each in found.items() if not name.startswith(unread)}))
-    weights = _weights(taken, config, document)
+    weights = _weights(taken, config, last)
     taken.finish()
     return Checkpoint(path, MODEL_TYPE, config, weights)
 
@@ -108,7 +120,7 @@ def config_from(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
         "hash_functions": number(document, "encoder_hash_byte_group_nb_functions", 1, where),
         "hash_buckets": number(document, "encoder_hash_byte_group_vocab", 500002, where),
         "start_id": number(document, "bos_token_id", 1, where),
-        "max_patch_bytes": number(document, "max_patch_length", 0, where) or None,
+        "max_patch_bytes": None if document.get("max_patch_length") is None else number(document, "max_patch_length", 0, where),
         # Null says that all is seen.
         "local_window": _window(document, "local_attention_window_len", where),
         "patcher_window": _window(_table(document, "patcher_config", where), "sliding_window", where),
@@ -125,7 +137,7 @@ def config_from(document: Mapping[str, Any], where: Path) -> dict[str, Any]:
     return config
 
 
-def _weights(taken: Taken, config: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, mx.array]:
+def _weights(taken: Taken, config: Mapping[str, Any], last_reader: int) -> dict[str, mx.array]:
     local, vocab, count = config["encoder"]["d_model"], config["vocab_size"], config["patch_rows"]
     wide = config["patches"]["d_model"]
     rows = config["hash_functions"] * len(config["hash_lengths"]) * config["hash_buckets"]
@@ -147,24 +159,13 @@ def _weights(taken: Taken, config: Mapping[str, Any], document: Mapping[str, Any
         for layer in range(stack["layers"]):
             for name, source in (*NORMS_OF_BLOCK.items(), *OF_BLOCK.items()):
                 weights[f"{ours}.layers.{layer}.{name}.weight"] = taken.take(f"{theirs}.layers.{layer}.{source}.weight")
-    readers = {"byte_encoder.reader": f"local_encoder.cross_attn_layers.{_last_reader(document, config)}"}
+    readers = {"byte_encoder.reader": f"local_encoder.cross_attn_layers.{last_reader}"}
     for number_of in range(config["decoder"]["layers"] if config["cross_every_layer"] else 1):
         readers[f"byte_decoder.readers.{number_of}"] = f"local_decoder.cross_attn_layers.{number_of}"
     for ours, theirs in readers.items():
         for name in (*OF_READER, "q_norm", "k_norm"):
             weights[f"{ours}.{name}.weight"] = taken.take(f"{theirs}.{name}.weight")
     return weights
-
-
-def _last_reader(document: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """The number of the encoder's attention to bytes that counts: patches are made anew in every layer that has one."""
-    every = (document.get("encoder_config") or {}).get("cross_attn_all_layers")
-    return config["encoder"]["layers"] - 1 if every else 0
-
-
-def _unread_readers(document: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """How names of the encoder's attentions begin whose outcome nothing reads."""
-    return tuple(f"local_encoder.cross_attn_layers.{layer}." for layer in range(_last_reader(document, config)))
 
 
 def _settle_encoder(config: Mapping[str, Any], foreign: Foreign) -> None:

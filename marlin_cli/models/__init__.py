@@ -94,7 +94,7 @@ def build(
     network: Network = architecture.network(settings)
     if share is not None:
         share.narrow(network)
-    fill(network, weights, quantization, where=where, dtype=dtype)
+    fill(network, weights, quantization, where=where, dtype=dtype, looked_up=architecture.looked_up)
     if share is not None:
         share.join(network)
     return network
@@ -107,14 +107,15 @@ def fill(
     *,
     where: str,
     dtype: mx.Dtype | None = None,
+    looked_up: frozenset[str] = frozenset(),
 ) -> None:
-    """Give a network of any architecture its weights; see `build` for the arguments.
+    """Give a network of any architecture its weights; see `build` and `Architecture` for the arguments.
 
     Raises:
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
     arrays = {
-        path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
+        path: array.astype(dtype) if dtype is not None and path not in looked_up and _is_castable(path, array) else array
         for path, array in weights.items()
     }
     _swap_packed_layers(network, arrays, quantization or {}, where)

@@ -93,9 +93,7 @@ def summed(x: mx.array, patches: Patches) -> mx.array:
     return sums.reshape(n, slots, *x.shape[2:])[:, : patches.count]
 
 
-def pooled_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, patches: Patches, scale: float
-) -> mx.array:
+def pooled_attention(queries: mx.array, keys: mx.array, values: mx.array, patches: Patches, scale: float) -> mx.array:
     """Attention of each patch to its own bytes, which takes no more memory than a few rows a byte.
 
     Args:

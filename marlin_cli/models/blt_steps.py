@@ -196,6 +196,7 @@ BLT = Architecture(
     is_gated=lambda config: True,
     input_of=input_of,
     overflows_in_float16=True,  # trained in bfloat16
+    looked_up=frozenset({"hash_embedding.weight"}),
     decoding=DecodingShape(stacks, part_bytes=lambda config: {"global": PATCH_BYTES}, beside_bytes=beside_bytes),
     tuning=Tuning(parts=("encoder", "global", "decoder", "head")),  # where patches end has no slope
     continuing=Continuing(

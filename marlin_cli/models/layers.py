@@ -18,7 +18,7 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
 
 
 def part_of(path: str) -> str:
-    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross, states, patcher or head."""
+    """The part that a layer belongs to: global, middle, local, encoder, decoder, cross, states, patcher or head."""
     if path in ("output", "drafts"):  # of the next id, and of those further on
         return "head"
     names = path.split(".")
