@@ -1,5 +1,6 @@
 """What calibration, packing and decoding ask of a Byte Latent Transformer; see `models.architecture`."""
 
+from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
@@ -34,6 +35,9 @@ OF_READER = ("q_proj", "k_proj", "o_proj")
 
 # Bytes of a patch, on average, by which costs count: what the released models' threshold was chosen for.
 PATCH_BYTES = 4
+
+# Places in a patch, and lengths of patches, by which inputs are told apart; the last stands for all that are more.
+PLACES = 8
 
 
 def ids_of(network: Blt, windows: Windows) -> mx.array:
@@ -132,6 +136,34 @@ def input_of(path: str) -> str:
     return neighbour_with_same_input(path)
 
 
+def of_patches(path: str) -> bool:
+    """Does a layer read rows of patches, not of bytes?"""
+    return (
+        path.startswith("patches.")
+        or path.endswith(".patch_proj")
+        or path in ("byte_encoder.reader.q_proj", "byte_encoder.reader.o_proj")
+        or (".readers." in path and path.endswith((".k_proj", ".v_proj")))
+    )
+
+
+def groups_of(network: Blt, window: npt.NDArray[np.uint8]) -> Callable[[str], npt.NDArray[np.int64]]:
+    """Which group each row of a layer's input is of: a byte by its place in its patch, a patch by its length."""
+    ends = network.ends(network.patcher(ids_of(network, window[None])))
+    patches = patches_of(ends)
+    lengths = np.diff(np.array(patches.last)[0], prepend=-1)
+    begins = np.concatenate([[0], np.cumsum(lengths)])
+    of_bytes = np.minimum(np.arange(ends.shape[1]) - begins[np.array(patches.own)[0]], PLACES - 1)
+    of_lengths = np.minimum(lengths, PLACES) - 1
+    of_rows = np.repeat(of_lengths, network.config.patch_rows)
+
+    def placed(path: str) -> npt.NDArray[np.int64]:
+        several = ".reader" in path and of_patches(path)  # rows that ask, or are asked
+        found: npt.NDArray[np.int64] = of_rows if several else of_lengths if of_patches(path) else of_bytes
+        return found
+
+    return placed
+
+
 def rotation(config: BltConfig) -> Rotation:
     """None.
 
@@ -195,6 +227,8 @@ BLT = Architecture(
     packed_keys=packed_keys,
     is_gated=lambda config: True,
     input_of=input_of,
+    rows_of_sequence=lambda path, config: PLACES,
+    groups_of=groups_of,
     overflows_in_float16=True,  # trained in bfloat16
     looked_up=frozenset({"hash_embedding.weight"}),
     decoding=DecodingShape(stacks, part_bytes=lambda config: {"global": PATCH_BYTES}, beside_bytes=beside_bytes),
