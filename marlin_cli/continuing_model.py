@@ -59,7 +59,8 @@ class ContinuingModel(Model):
     def logits(self, data: bytes) -> mx.array:
         """Logits [len(data), vocab] float32: row i is the distribution of byte i given the bytes before it.
 
-        Byte b has column b of a MegaByte or a Block-Recurrent Transformer, b + 3 of a ByGPT5, and b + 64 of an EvaByte.
+        Byte b has column b of a MegaByte or a Block-Recurrent Transformer, b + 3 of a ByGPT5, b + 4 of a
+        Byte Latent Transformer, and b + 64 of an EvaByte.
 
         Raises:
             UsageError: more bytes than the model's context.
