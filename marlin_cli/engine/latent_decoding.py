@@ -46,13 +46,12 @@ class WindowCache:
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         new = keys.shape[2]
         self.offset += new
-        everything = [rows.append(each) for rows, each in zip(self._rows, (keys, values), strict=True)]
+        every_key, every_value = (rows.append(each) for rows, each in zip(self._rows, (keys, values), strict=True))
         if self._window is None:
-            return attention(queries, *everything, scale)
+            return attention(queries, every_key, every_value, scale)
         before = max(0, self._rows[0].count - new - (self._window - 1))
-        seen = [each[:, :, before:] for each in everything]
-        back = self._window - 1 if seen[0].shape[2] > self._window else None
-        found = attention(queries, *seen, scale, window=back)
+        back = self._window - 1 if self._rows[0].count - before > self._window else None
+        found = attention(queries, every_key[:, :, before:], every_value[:, :, before:], scale, window=back)
         if self._rows[0].count >= 2 * self._window:
             self._cut(self._window - 1)
         return found
@@ -118,19 +117,17 @@ class _PatchCache:
         end = int(self._counts.max()) + rows
         self._grow(end, keys)
         if self._everyone:
-            seen = []
             for index, new in enumerate((keys, values)):
                 self._storage[index][:, end - rows : end] = new.swapaxes(1, 2)
-                seen.append(self._storage[index][:, :end].swapaxes(1, 2))
-            return attention(queries, *seen, scale)
+            every_key, every_value = (each[:, :end].swapaxes(1, 2) for each in self._storage)
+            return attention(queries, every_key, every_value, scale)
         own = mx.array(self._streams.astype(np.int32))
         places = mx.array((self._counts[:, None] + np.arange(rows)).astype(np.int32))
-        seen = []
         for index, new in enumerate((keys, values)):
             self._storage[index][own[:, None], places] = new.swapaxes(1, 2)
-            seen.append(self._storage[index][own, :end].swapaxes(1, 2))
+        every_key, every_value = (each[own, :end].swapaxes(1, 2) for each in self._storage)
         mask = mx.arange(end) <= places[:, None, :, None]
-        return mx.fast.scaled_dot_product_attention(queries, *seen, scale=scale, mask=mask)
+        return mx.fast.scaled_dot_product_attention(queries, every_key, every_value, scale=scale, mask=mask)
 
     def _grow(self, rows: int, like: mx.array) -> None:
         have = self._storage[0].shape[1] if self._storage else 0

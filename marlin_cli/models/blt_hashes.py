@@ -24,7 +24,7 @@ def hash_rows(ids: mx.array, before: mx.array | None, lengths: Sequence[int], fu
     most = max(lengths, default=1) - 1
     kept = mx.zeros((n, 0), dtype=mx.int64) if before is None else before.astype(mx.int64)[:, max(0, before.shape[1] - most) :]
     everything = mx.concatenate([mx.zeros((n, most - kept.shape[1]), dtype=mx.int64), kept, ids.astype(mx.int64)], axis=1)
-    found = []
+    found: list[mx.array] = []
     for function in range(functions):
         for length in lengths:
             first = most - length + 1

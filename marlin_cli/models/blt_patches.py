@@ -4,14 +4,15 @@ Bytes of a patch stand side by side, so that a patch is a run of equal numbers i
 Numbers of bytes whose patch has not ended are not below `count`; what they hold goes nowhere.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 
-class Patches(NamedTuple):
+@dataclass(frozen=True)
+class Patches:
     """Patches that end among some bytes of texts.
 
     Attributes:
