@@ -13,7 +13,7 @@ def quantize(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     bits: Annotated[
         int | None,
-        typer.Option(help="Bits of every part: 4, 8 or 16; options of a part go before it. ByT5's wo: see --wo-bits."),
+        typer.Option(help="Bits of every part but --wo-bits and --patcher-bits: 4, 8 or 16; options of a part go before it."),
     ] = None,
     global_bits: Annotated[
         int | None, typer.Option(help="Bits of the global part, of CANINE the deep layers: 4, 8 or 16. Default 4.")

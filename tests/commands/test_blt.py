@@ -41,6 +41,9 @@ def test_bits_by_part(marlin):
     assert bits["byte_decoder.layers.1.ffn.up_proj"] == bits["byte_decoder.readers.0.v_proj"] == 8
     assert bits["patches.layers.0.ffn.up_proj"] == 4
     assert bits["byte_decoder.readers.0.q_proj"] is bits["byte_encoder.patch_proj"] is None
+    assert marlin("quantize", "model", "-o", "out", "--bits", "4", "--overwrite")[0] == 0
+    bits = formats_of("out")
+    assert bits["patcher.layers.0.ffn.up_proj"] == 8 and bits["byte_encoder.layers.0.attention.q_proj"] == 4
     given = ("--decoder-bits", "4", "--encoder-bits", "16", "--patcher-bits", "16", "--global-bits", "8")
     assert marlin("quantize", "model", "-o", "out", *given, "--overwrite")[0] == 0
     bits = formats_of("out")
