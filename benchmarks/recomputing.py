@@ -1,11 +1,12 @@
 """Time of a byte at the end of a long context beside references that run the whole context again for each byte.
 
-    python benchmarks/recomputing.py [--only block_recurrent,evabyte] [--context 4096] [--bytes 64] [--rounds 3]
+    python benchmarks/recomputing.py [--only block_recurrent,evabyte,blt] [--context 4096] [--bytes 64] [--rounds 3]
 
 Block-Recurrent: block-recurrent-transformer-pytorch 0.4.4 at the shape of the preset, in segments of 512 bytes as its
 wrapper generates: what is timed is its pass over the last segment, nearly full. EvaByte: the transcription of tests/peers
-(its own code needs triton) at 8 layers 1,024 wide, windows of 2,048. Weights are random, both sides float32 on this CPU, and
-marlin packed to nvfp4 too. Logits of the float32 models are compared; sides are timed in turns, the least of each is shown.
+(its own code needs triton) at 8 layers 1,024 wide, windows of 2,048. BLT: transformers without its cache, at half the widths
+of BLT-1B and a third of its layers. Weights are random, both sides float32 on this CPU, and marlin packed to nvfp4 too (of a
+BLT bytes to mxfp8). Logits of the float32 models are compared; sides are timed in turns, the least of each is shown.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.engine.continuation import begin
 from marlin_cli.models import build, preset
+from marlin_cli.models.blt_config import StackConfig
 from marlin_cli.models.evabyte import EvaByteConfig
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -73,6 +75,26 @@ def evabyte(context: int, folder: Path) -> tuple[Any, Callable[[np.ndarray], np.
     return network, lambda ids: model(torch.from_numpy(np.pad(ids + 64, (1, 0), constant_values=1)[None]))[0, -1, 0].numpy()
 
 
+def blt(context: int, folder: Path) -> tuple[Any, Callable[[np.ndarray], np.ndarray]]:
+    """As `block_recurrent`."""
+    from blt_cases import blt_folder, random_blt
+    from transformers import BltForCausalLM
+
+    network = random_blt(
+        patcher=StackConfig(384, 1024, 6, 5, rope_theta=1e4), encoder=StackConfig(512, 1408, 8, 1),
+        patches=StackConfig(1024, 2816, 8, 8), decoder=StackConfig(512, 1408, 8, 3), patcher_window=512, local_window=512,
+        hash_lengths=(3, 4, 5, 6, 7, 8), hash_buckets=5003, max_bytes=8191,
+    )  # fmt: skip
+    model = BltForCausalLM.from_pretrained(blt_folder(folder / "model", network), dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def last(ids: np.ndarray) -> np.ndarray:
+        given = torch.from_numpy(np.pad(ids + 4, (1, 0), constant_values=1)[None])
+        return model(input_ids=given, use_cache=False, logits_to_keep=1).logits[0, -1].numpy()
+
+    return network, last
+
+
 def seconds_of(network: Any, ids: np.ndarray, count: int) -> float:
     """Of a byte, the mean of `count` behind a context."""
     state = begin(network, [bytes(ids.tolist())])
@@ -86,7 +108,7 @@ def seconds_of(network: Any, ids: np.ndarray, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="block_recurrent,evabyte")
+    parser.add_argument("--only", default="block_recurrent,evabyte,blt")
     parser.add_argument("--context", type=int, default=4096, help="bytes, the last block or window of which is nearly full")
     parser.add_argument("--bytes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -96,7 +118,8 @@ def main() -> None:
     for name in arguments.only.split(","):
         with tempfile.TemporaryDirectory() as temporary:
             ids = np.random.default_rng(0).integers(0, 256, arguments.context - arguments.bytes)
-            network, last = {"block_recurrent": block_recurrent, "evabyte": evabyte}[name](arguments.context, Path(temporary))
+            sides = {"block_recurrent": block_recurrent, "evabyte": evabyte, "blt": blt}
+            network, last = sides[name](arguments.context, Path(temporary))
             found = np.array(begin(network, [bytes(ids.tolist())]).logits[0])
             print(f"{name}: logits differ by {np.abs(found - last(ids)).max():.1e}", flush=True)
             packed = quantize_network(network, QuantizationSettings(), method="rtn").network

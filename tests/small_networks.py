@@ -7,6 +7,7 @@ from mlx.utils import tree_map
 
 from marlin_cli.models import ARCHITECTURES
 from marlin_cli.models.block_recurrent import BlockRecurrentConfig
+from marlin_cli.models.blt_config import BltConfig, StackConfig
 from marlin_cli.models.bygpt5 import ByGPT5Config
 from marlin_cli.models.byt5_config import ByT5Config
 from marlin_cli.models.canine import CanineConfig
@@ -77,6 +78,18 @@ CONTINUING = {
         window_bytes=24,
         chunk_bytes=8,
         prediction_heads=3,
+        max_bytes=96,
+    ),
+    "blt": BltConfig(
+        patcher=StackConfig(32, 64, 1, 1, rope_theta=1e4),
+        encoder=StackConfig(32, 64, 1, 1),
+        patches=StackConfig(64, 64, 2, 1),
+        decoder=StackConfig(32, 64, 2, 1),
+        threshold=5.51,  # of random weights, that about half of the bytes end a patch
+        patcher_window=12,
+        local_window=8,
+        hash_lengths=(3, 4),
+        hash_buckets=64,
         max_bytes=96,
     ),
 }

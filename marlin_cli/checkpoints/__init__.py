@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import (
     block_recurrent,
+    blt,
     bygpt5,
     canine,
     evabyte,
@@ -51,6 +52,7 @@ WITH_CONFIG = {
     "la_canine": la_canine,
     "gbst": gbst,
     "bygpt5": bygpt5,  # before hugging_face, whose T5 some of them say they are
+    "blt": blt,
     "evabyte": evabyte,
     "hugging_face": hugging_face,
     "native": native,
@@ -59,6 +61,11 @@ WITH_CONFIG = {
 # Foreign layouts that the names of the tensors tell.
 IMPORTERS: dict[str, Any] = {"megabyte_pytorch": megabyte_pytorch, "paper": paper, "block_recurrent": block_recurrent}
 
+# Parts of names of tensors that tell what marlin knows and does not read, and what it is.
+NOT_READ = {
+    "initial_blocks": "a SpaceByte of kjslag/spacebyte, which marlin does not read; of that repository it reads MegaByte",
+}
+
 # The architecture of each layout but marlin's own, which names it.
 ARCHITECTURE_OF = {
     "gguf_t5": "byt5",
@@ -66,6 +73,7 @@ ARCHITECTURE_OF = {
     "la_canine": "la_canine",
     "gbst": "gbst",
     "bygpt5": "bygpt5",
+    "blt": "blt",
     "evabyte": "evabyte",
     "hugging_face": "byt5",
     "megabyte_pytorch": "megabyte",
@@ -193,6 +201,10 @@ def _layout_by_names(path: Path) -> str:
 
 
 def _of_no_layout(path: Path, names: Iterable[str]) -> CheckpointError:
+    names = set(names)
+    for marker, what in NOT_READ.items():
+        if any(marker in name.split(".") for name in names):
+            return CheckpointError(f"{path}: is {what}")
     some = ", ".join(quoted(name) for name in sorted(names)[:3]) or "no tensors"
     return CheckpointError(
         f"{path}: of no known layout (found {some}); known: folders with the config.json of a"

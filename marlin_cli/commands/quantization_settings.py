@@ -28,7 +28,7 @@ def settings_of(
     """The recipe's settings (or the defaults), changed by the options that were given.
 
     Args:
-        bits: of every part for which nothing else is given; `wo` has at least its own.
+        bits: of every part for which nothing else is given; `wo` and the patcher have their own.
         bits_by_part, format_by_part: None where nothing is given.
 
     Raises:
@@ -39,7 +39,7 @@ def settings_of(
     changes: dict[str, Any] = {"kv_bits": kv_bits, "group_size": group_size}
     for part, own in bits_by_part.items():
         named = _format(part, own, format_by_part.get(part))
-        for_all = None if bits is None or part == "wo" else _format_of("--bits", bits)
+        for_all = None if bits is None or part in ("wo", "patcher") else _format_of("--bits", bits)
         changes[f"{part}_format"] = for_all if named is None else named
     changes = {name: value for name, value in changes.items() if value is not None}
     if overrides:

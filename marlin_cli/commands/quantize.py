@@ -13,7 +13,7 @@ def quantize(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     bits: Annotated[
         int | None,
-        typer.Option(help="Bits of every part: 4, 8 or 16; options of a part go before it. ByT5's wo: see --wo-bits."),
+        typer.Option(help="Bits of every part but --wo-bits and --patcher-bits: 4, 8 or 16; options of a part go before it."),
     ] = None,
     global_bits: Annotated[
         int | None, typer.Option(help="Bits of the global part, of CANINE the deep layers: 4, 8 or 16. Default 4.")
@@ -21,8 +21,11 @@ def quantize(
     local_bits: Annotated[
         int | None, typer.Option(help="Bits of the local part, of CANINE what runs over characters: 4, 8 or 16. Default 8.")
     ] = None,
-    encoder_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the encoder. Default 4.")] = None,
-    decoder_bits: Annotated[int | None, typer.Option(help="ByT5, ByGPT5: bits of the decoder. Default 4.")] = None,
+    encoder_bits: Annotated[int | None, typer.Option(help="ByT5, BLT: bits of the encoder. Default 4, of a BLT 8.")] = None,
+    decoder_bits: Annotated[
+        int | None, typer.Option(help="ByT5, ByGPT5, BLT: bits of the decoder. Default 4, of a BLT 8.")
+    ] = None,
+    patcher_bits: Annotated[int | None, typer.Option(help="BLT: bits of what tells where patches end. Default 8.")] = None,
     cross_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the attention between them. Default 4.")] = None,
     wo_bits: Annotated[int | None, typer.Option(help="ByT5, ByGPT5: least bits of the feed-forward's wo. Default 8.")] = None,
     kv_bits: Annotated[
@@ -171,7 +174,7 @@ def quantize(
     check_keeps_keys(model, options, kv_bits)
     by_part = {
         "global": global_bits, "local": local_bits, "encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits,
-        "wo": wo_bits,
+        "patcher": patcher_bits, "wo": wo_bits,
     }  # fmt: skip
     settings = settings_of(
         recipe, bits, by_part, {"global": global_format, "local": local_format}, kv_bits, group_size, override or []

@@ -205,6 +205,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--global-bits": _part("global"),
     "--local-bits": _part("local", "states"),
     "--encoder-bits": _part("encoder"),
+    "--patcher-bits": _part("patcher", of=CONTINUING),
     "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
     "--cross-bits": _part("cross", of=(ANSWERS,)),
     "--wo-bits": _part("encoder", "decoder"),

@@ -15,6 +15,7 @@ from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
 from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
+from marlin_cli.engine.latent_decoding import latent_rows
 from marlin_cli.engine.patch_streams import patch_streams
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.states import PromptKeeper
@@ -98,6 +99,7 @@ WAYS: dict[Reading, Way] = {
     Reading.PATCHES: Way(Lockstep, Lockstep.phase, functools.partial(Lockstep, read=False), fuse, patch_streams),
     Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, byte_streams),
     Reading.BLOCKS: Way(functools.partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
+    Reading.LATENT_PATCHES: Way(functools.partial(ByteByByte, new_rows=latent_rows, level="patches"), ByteByByte.phase),
     Reading.WINDOWS: Way(functools.partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
 }
 

@@ -14,6 +14,7 @@ from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.files import shipped
 from marlin_cli.models.architecture import Architecture, Capability, Continuing, Network, Reading
 from marlin_cli.models.block_recurrent_steps import BLOCK_RECURRENT
+from marlin_cli.models.blt_steps import BLT
 from marlin_cli.models.bygpt5_steps import BYGPT5
 from marlin_cli.models.byt5_steps import BYT5
 from marlin_cli.models.canine_steps import CANINE, LA_CANINE
@@ -56,7 +57,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 # model_type -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
-    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, GBST, CANINE, LA_CANINE)
+    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, BLT, GBST, CANINE, LA_CANINE)
 }
 
 
@@ -93,7 +94,7 @@ def build(
     network: Network = architecture.network(settings)
     if share is not None:
         share.narrow(network)
-    fill(network, weights, quantization, where=where, dtype=dtype)
+    fill(network, weights, quantization, where=where, dtype=dtype, looked_up=architecture.looked_up)
     if share is not None:
         share.join(network)
     return network
@@ -106,14 +107,15 @@ def fill(
     *,
     where: str,
     dtype: mx.Dtype | None = None,
+    looked_up: frozenset[str] = frozenset(),
 ) -> None:
-    """Give a network of any architecture its weights; see `build` for the arguments.
+    """Give a network of any architecture its weights; see `build` and `Architecture` for the arguments.
 
     Raises:
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
     arrays = {
-        path: array.astype(dtype) if dtype is not None and _is_castable(path, array) else array
+        path: array.astype(dtype) if dtype is not None and path not in looked_up and _is_castable(path, array) else array
         for path, array in weights.items()
     }
     _swap_packed_layers(network, arrays, quantization or {}, where)

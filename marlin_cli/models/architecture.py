@@ -10,6 +10,8 @@ from enum import Enum
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from marlin_cli.models.decoding_shape import DecodingShape
 
@@ -49,6 +51,7 @@ class Reading(str, Enum):
     PATCHES = "patches"  # of bytes, in stages: a `models.megabyte.MegaByte`
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
     BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.MemoryReader`
+    LATENT_PATCHES = "latent_patches"  # bytes one after the other, of patches that end where it says: a `models.blt.Blt`
     WINDOWS = "windows"  # the same, with a memory of a window and of chunks before it: a `models.evabyte.EvaByte`
 
 
@@ -206,12 +209,15 @@ class Architecture:
         most_bytes: (config) -> bytes that the network takes at once, whatever they are.
         input_of: (path of a layer) -> path of the layer in whose name its input is measured.
         rows_of_sequence: (path of a layer, config) -> rows that its inputs are told apart by; 1 where all are alike.
+        groups_of: (network, sample) -> (path of a layer) -> which of its `rows_of_sequence` each row of its input counts with,
+            in the order in which they come; None where rows follow each other in sequences of so many.
         decoding: what decoding is made of, by shape; None where its costs and times are not known.
         shows_states: does the network hand out rows of its stream, which a rotation changes?
         overflows_in_float16: are activations too large for it? Where a device leaves the type open, it is bfloat16 then.
         tuning: how distillation treats it.
         continuing: how its networks continue bytes, where that is what they do.
         split: what ranks may share of one; None where each holds all of it.
+        looked_up: weights of which single rows are read, and so many that they keep the type in which they are stored.
     """
 
     name: str
@@ -232,9 +238,11 @@ class Architecture:
     most_bytes: Callable[[Any], int] = lambda config: int(config.max_bytes)
     input_of: Callable[[str], str] = neighbour_with_same_input
     rows_of_sequence: Callable[[str, Any], int] = _all_alike
+    groups_of: Callable[[Any, Any], Callable[[str], npt.NDArray[np.int64]]] | None = None
     decoding: DecodingShape | None = None
     shows_states: bool = False
     overflows_in_float16: bool = False
     tuning: Tuning = field(default_factory=Tuning)
     continuing: Continuing | None = None
     split: Split | None = None
+    looked_up: frozenset[str] = frozenset()

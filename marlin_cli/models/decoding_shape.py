@@ -14,7 +14,7 @@ class CachedStack:
         row_bytes: bytes that a row stands for.
         sequence_rows: rows of a sequence, after which the next begins anew; None: the rows of the whole context are kept,
             in as few bits as `--kv-bits` says.
-        window: rows back that attention sees; None: all.
+        window: rows back that attention sees; None: all. A finer stack without `sequence_rows` keeps so many of its own.
         kept: (rows of a context) -> those that are kept, and read, at its end; of the first stack alone.
         cycle: rows after which some of those that are kept are dropped; until then each adds one.
     """

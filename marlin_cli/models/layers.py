@@ -9,7 +9,7 @@ from marlin_cli.models.architecture import Network
 from marlin_cli.ops import Linear, QuantizedLinear
 
 # First names of paths that are names of parts too; the other layers belong to the global part.
-PARTS = ("middle", "local", "encoder", "decoder", "states")
+PARTS = ("middle", "local", "encoder", "decoder", "states", "patcher")
 
 
 def linear_layers(network: Network) -> dict[str, nn.Module]:
@@ -18,12 +18,14 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
 
 
 def part_of(path: str) -> str:
-    """The part of the model that a layer belongs to: global, middle, local, encoder, decoder, cross, states or head."""
+    """The part that a layer belongs to: global, middle, local, encoder, decoder, cross, states, patcher or head."""
     if path in ("output", "drafts"):  # of the next id, and of those further on
         return "head"
     names = path.split(".")
     if names[0] == "decoder" and "cross" in names:
         return "cross"
+    if names[0] in ("byte_encoder", "byte_decoder"):  # around patches
+        return names[0].removeprefix("byte_")
     if names[0] == "front":  # before an encoder
         return "encoder"
     # What runs once a patch belongs to the global part, on both sides of its transformer.

@@ -42,7 +42,10 @@ def attention_pairs(config: Any, context_bytes: int) -> int:
     rows = math.ceil(context_bytes / first.row_bytes)
     total, sequences = rows * first.kept(rows), rows
     for stack in finer:
-        assert stack.sequence_rows is not None
+        if stack.sequence_rows is None:  # a window of a stack beside the first
+            length = math.ceil(context_bytes / stack.row_bytes)
+            total += length * min(length, stack.window or length)
+            continue
         total += sequences * stack.sequence_rows**2
         sequences *= stack.sequence_rows
     return total
@@ -90,13 +93,16 @@ def costs_of(
     seen = rows if first.window is None else min(rows, first.window)
     caches = dict.fromkeys((stack.level for stack in stacks), 0.0)
     caches[first.level] = cache_bytes(first.layers, first.kv_heads, rows, first.head_dim, cache_bits)
+    # A row of a sequence reads the rows before it: half of them on the way through. Of a window it reads all.
+    seen_of = dict.fromkeys(caches, 0.0)
     for stack in stacks[1:]:
-        assert stack.sequence_rows is not None
-        caches[stack.level] += cache_bytes(stack.layers, stack.kv_heads, stack.sequence_rows, stack.head_dim, local_bits)
+        rows_of = stack.sequence_rows or min(math.ceil(context_bytes / stack.row_bytes), stack.window or context_bytes)
+        size = cache_bytes(stack.layers, stack.kv_heads, rows_of, stack.head_dim, local_bits)
+        caches[stack.level] += size
+        seen_of[stack.level] += size / (1 if stack.sequence_rows is None else 2)
     every = decoding.part_bytes(config)
     read: dict[str, float] = {part: size / every.get(part, 1) for part, size in weight_bytes.items() if part != "embeddings"}
-    # A row of a sequence reads the rows before it: half of them on the way through.
-    read |= {f"{level} cache": size / 2 for level, size in caches.items()}
+    read |= {f"{level} cache": size for level, size in seen_of.items()}
     read[f"{first.level} cache"] = caches[first.level] * seen / rows / first.row_bytes
     return Costs(
         context_bytes=context_bytes,

@@ -11,7 +11,8 @@ OVERHEAD = "overhead"  # what decoding takes beyond its parts: Python, the graph
 
 # The parts of decoding, in the order in which tables and charts have them.
 PARTS = (
-    "global", "global cache", "window cache", "memory cache", "middle", "local", "local cache", "states", "states cache",
+    "patcher", "encoder", "global", "global cache", "window cache", "memory cache",
+    "middle", "local", "local cache", "states", "states cache",
     "decoder", "decoder cache", "head", "sampling", OVERHEAD,
 )  # fmt: skip
 

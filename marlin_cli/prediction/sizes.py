@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from marlin_cli.models import linear_layers, part_of
 from marlin_cli.ops import QuantizedLinear
 
-PARTS = ("global", "middle", "local", "states", "encoder", "decoder", "cross", "embeddings", "head")
+PARTS = ("patcher", "global", "middle", "local", "states", "encoder", "decoder", "cross", "embeddings", "head")
 
 # How the names of what is looked up, and not multiplied, end: bytes, positions and leading rows.
 _EMBEDDINGS = ("embedding", "positions", "start")

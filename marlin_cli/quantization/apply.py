@@ -151,7 +151,7 @@ def marlin_table(
     table = {
         "format_version": FORMAT_VERSION,
         "method": method if statistics is None else f"{method}, weighted by statistics",
-        "formats": settings.formats_of({plan.part for plan in plans}),
+        "formats": settings.formats_of(plan.path for plan in plans),
         "kv_bits": settings.kv_bits,
         "statistics": None if statistics is None else statistics.fingerprint(),
     }

@@ -14,8 +14,16 @@ from marlin_cli.files import shipped
 from marlin_cli.models import part_of
 from marlin_cli.quantization.formats import FORMATS, Format, default_format
 
+# How paths of what runs over the bytes of patches begin.
+BESIDE_PATCHES = ("byte_encoder.", "byte_decoder.")
+
 KEEP = "16bit"  # the name of "leave it as it is" wherever a format is named
 
+
+# Ends of paths: what makes a few rows of a patch, and the queries and keys of attention between patches and bytes, whose
+# softmax over two rows, or a patch's bytes, is sharp. They stay as they are unless an override says otherwise.
+KEPT = (".patch_proj", ".reader.q_proj", ".reader.k_proj")
+_KEPT_READERS = re.compile(r"\.readers\.\d+\.[qk]_proj$")
 
 # Ends of paths: the last layer of T5's feed-forwards, whose inputs are large, and the front end before an encoder, where
 # small differences of scores decide.
@@ -32,8 +40,9 @@ class QuantizationSettings:
 
     global_format: str = "nvfp4"  # the global transformer, the patch projection and what leads to the next stage
     local_format: str = "mxfp8"  # the local transformer, stages between global and local, what writes recurrent states
-    encoder_format: str = "nvfp4"
-    decoder_format: str = "nvfp4"
+    encoder_format: str | None = None  # nvfp4; of what runs over the bytes of patches mxfp8
+    decoder_format: str | None = None  # the same
+    patcher_format: str = "mxfp8"  # what tells where patches end: another end changes all that follows
     cross_format: str = "nvfp4"  # the decoder's attention to the encoder
     wo_format: str = "mxfp8"  # at least so many bits for the layers of `PROTECTED` in encoders and decoders
     kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
@@ -43,8 +52,9 @@ class QuantizationSettings:
 
     def __post_init__(self) -> None:
         named = (self.global_format, self.local_format, self.encoder_format, self.decoder_format, self.cross_format)
-        for name in (*named, self.wo_format, *self.overrides.values()):
-            check_format(name)
+        for name in (*named, self.patcher_format, self.wo_format, *self.overrides.values()):
+            if name is not None:
+                check_format(name)
         if self.kv_bits not in (4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, found {self.kv_bits}")
         sizes = sorted({*FORMATS["int4"].group_sizes, *FORMATS["int8"].group_sizes})
@@ -59,19 +69,25 @@ class QuantizationSettings:
     def format_for(self, path: str) -> str:
         """The format of a layer, before overrides."""
         part = part_of(path)
-        chosen = self.formats_of([part]).get(part, KEEP)
+        if path.endswith(KEPT) or _KEPT_READERS.search(path):
+            return KEEP
+        chosen = self.formats_of([path]).get(part, KEEP)
         protected = part in ("encoder", "decoder") and path.endswith(PROTECTED)
         return self.wo_format if protected and _bits(chosen) < _bits(self.wo_format) else chosen
 
-    def formats_of(self, parts: Iterable[str]) -> dict[str, str]:
-        """The formats of those of `parts` that are packed."""
+    def formats_of(self, paths: Iterable[str]) -> dict[str, str]:
+        """The formats of the parts that layers at `paths` belong to, where they are packed."""
+        paths = tuple(paths)
+        parts = {part_of(path) for path in paths}
+        of_bytes = "mxfp8" if any(path.startswith(BESIDE_PATCHES) for path in paths) else "nvfp4"
         known = {
             "global": self.global_format,
             "middle": self.local_format,
             "states": self.local_format,
             "local": self.local_format,
-            "encoder": self.encoder_format,
-            "decoder": self.decoder_format,
+            "patcher": self.patcher_format,
+            "encoder": self.encoder_format or of_bytes,
+            "decoder": self.decoder_format or of_bytes,
             "cross": self.cross_format,
         }
         return {part: known[part] for part in known if part in parts}
@@ -112,12 +128,14 @@ def _bits(name: str) -> int:
     return 16 if name == KEEP else FORMATS[name].bits
 
 
-def settings_from_bits(global_bits: int, local_bits: int, kv_bits: int = 16, decoder_bits: int = 4) -> QuantizationSettings:
-    """Settings that name bit widths alone."""
+def settings_from_bits(
+    global_bits: int, local_bits: int, kv_bits: int = 16, decoder_bits: int | None = None
+) -> QuantizationSettings:
+    """Settings that name bit widths alone; None leaves a part to its own."""
     return QuantizationSettings(
         format_from_bits(global_bits),
         format_from_bits(local_bits),
-        decoder_format=format_from_bits(decoder_bits),
+        decoder_format=None if decoder_bits is None else format_from_bits(decoder_bits),
         kv_bits=kv_bits,
     )
 

@@ -111,7 +111,7 @@ def quantize_sequentially(
     marlin: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "method": f"{method}, sequential on {sum(size for _, size in sizes):,} bytes",
-        "formats": settings.formats_of({plan.part for plan in plans}),
+        "formats": settings.formats_of(plan.path for plan in plans),
         "kv_bits": settings.kv_bits,
         "statistics": None,
     }

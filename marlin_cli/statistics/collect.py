@@ -87,7 +87,8 @@ def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessi
         _keep_heads(values, path, its_values)
 
     groups = {path: architecture.rows_of_sequence(path, network.config) for path in linear_layers(network)}
-    with _observed_inputs(network, inputs, domain, hessians, groups):
+    placed = None if architecture.groups_of is None else architecture.groups_of(network, sample)
+    with _observed_inputs(network, inputs, domain, hessians, groups, placed):
         # Nothing is evaluated but by the observers, each of which evaluates what leads to it.
         architecture.pass_through(network, sample, watch)
     # A sample may be too short for some: states are written by whole blocks alone.
@@ -116,19 +117,21 @@ def _observed_inputs(
     domain: str,
     hessians: HessianAccumulator | None,
     groups: Mapping[str, int],
+    placed: Callable[[str], npt.NDArray[np.int64]] | None = None,
 ) -> Iterator[None]:
     """Inside the block a forward pass of `network` fills `kept`; after it the network is as it was.
 
     Args:
         hessians: x^T x of every input is added to it, for `domain`.
         groups: rows of a sequence that the inputs of a layer are told apart by, by path.
+        placed: which of them each row counts with, see `Architecture.groups_of`.
     """
     layers = linear_layers(network)
     observed = list(dict.fromkeys(shared_inputs(network).values()))
     add_rows = None if hessians is None else partial(_add_rows, hessians, domain)
     observers: list[tuple[str, nn.Module]] = []
     for path in observed:
-        record: Record = partial(_keep_input, kept, path, groups[path], add_rows)
+        record: Record = partial(_keep_input, kept, path, groups[path], add_rows, placed)
         observers.append((path, _ObservedLinear(layers[path], record)))
     try:
         set_modules(network, observers)
@@ -137,11 +140,22 @@ def _observed_inputs(
         set_modules(network, [(path, layers[path]) for path in observed])
 
 
-def _keep_input(kept: Kept, path: str, groups: int, add_rows: Callable[[str, mx.array], None] | None, x: mx.array) -> None:
-    """Keep the sums over sequences of x [..., channels], whose rows come in sequences of `groups`."""
+def _keep_input(
+    kept: Kept,
+    path: str,
+    groups: int,
+    add_rows: Callable[[str, mx.array], None] | None,
+    placed: Callable[[str], npt.NDArray[np.int64]] | None,
+    x: mx.array,
+) -> None:
+    """Keep the sums over sequences of x [..., channels], whose rows come in sequences of `groups`, or as they are placed."""
     channels = x.shape[-1]
-    sequences = x.size // (groups * channels) if groups else 0
-    found = _moments(x.reshape(sequences, groups, channels), path)
+    if placed is None:
+        sequences = x.size // (groups * channels) if groups else 0
+        found = _moments(x.reshape(sequences, groups, channels), path)
+    else:
+        sequences = x.size // channels
+        found = _moments_by(x.reshape(-1, channels), placed(path), groups, path)
     # A layer may be called several times in a pass, as those are that write states, once a block.
     kept[path] = found if path not in kept else _both(kept[path], found)
     if add_rows is not None and sequences:
@@ -164,6 +178,16 @@ def _keep_heads(kept: Kept, path: str, x: mx.array) -> None:
     """Keep the sums over batch and rows of x [batch, heads, rows, channels]."""
     heads, channels = x.shape[1], x.shape[-1]
     kept[path] = _moments(x.swapaxes(1, 2).reshape(-1, heads, channels), path)
+
+
+def _moments_by(rows: mx.array, places: npt.NDArray[np.int64], groups: int, path: str) -> Moments:
+    """Sums over rows [n, channels] by the group of each, as those of a single domain."""
+    parts = [_moments(rows[mx.array(np.flatnonzero(places == group))][:, None], path) for group in range(groups)]
+    return Moments(
+        np.concatenate([part.count for part in parts], axis=1),
+        np.concatenate([part.sum_squares for part in parts], axis=1),
+        np.concatenate([part.absolute_maximum for part in parts], axis=1),
+    )
 
 
 def _moments(rows: mx.array, path: str) -> Moments:

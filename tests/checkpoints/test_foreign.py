@@ -220,6 +220,12 @@ NO_MODEL = {
         lambda folder: write_zip(folder / "model.pt", {"wte.weight": np.ones((2, 2))}),
         r"model.pt: of no known layout \(found 'wte.weight'\)",
     ),
+    "a SpaceByte": (
+        lambda folder: write_zip(
+            folder / "ckpt.pt", {"model": {"token_embedding.weight": np.ones((2, 2)), "initial_blocks.0.a": np.ones(2)}}
+        ),
+        r"ckpt.pt: is a SpaceByte of kjslag/spacebyte, which marlin does not read; of that repository it reads MegaByte",
+    ),
 }
 
 

@@ -74,6 +74,7 @@ VALUES = {
     "--shard": "0/1",
     "--show": "STATS",
     **dict.fromkeys(("--global-bits", "--local-bits", "--encoder-bits", "--decoder-bits", "--cross-bits", "--wo-bits"), "8"),
+    "--patcher-bits": "8",
     "--global-format": "int8",
     "--local-format": "int8",
     "--group-size": "32",
