@@ -19,7 +19,7 @@ def test_until_something_is_timed_streams_that_run_count(running, expected):
     assert SlicePace(64).rows(running) == expected
 
 
-@pytest.mark.parametrize(("step", "row"), [(0.010, 0.001), (0.003, 0.0015), (0.020, 0.001)])
+@pytest.mark.parametrize(("step", "row"), [(0.010, 0.001), (0.006, 0.0015), (0.020, 0.001)])
 def test_a_slice_takes_as_long_as_some_steps(step, row):
     assert timed(SlicePace(64), step=step, row=row) == pytest.approx(STEPS_A_SLICE * step / row, abs=1)
 
@@ -41,9 +41,9 @@ def test_single_long_times_change_nothing():
 
 def test_another_number_of_streams_goes_by_the_nearest_that_was_seen():
     pace = SlicePace(64)
-    for running, step in ((1, 0.005), (8, 0.020)):
+    for running, step in ((1, 0.010), (8, 0.020)):
         timed(pace, step=step, row=0.001, running=running)
-    assert pace.rows(2) == pytest.approx(STEPS_A_SLICE * 5, abs=1) and pace.rows(7) == pytest.approx(STEPS_A_SLICE * 20, abs=1)
+    assert pace.rows(2) == pytest.approx(STEPS_A_SLICE * 10, abs=1) and pace.rows(7) == pytest.approx(STEPS_A_SLICE * 20, abs=1)
 
 
 def test_a_step_with_a_slice_that_is_no_longer_than_one_without_is_noise():
