@@ -3,8 +3,8 @@
 import statistics
 from collections import deque
 
-# A slice may take as long as so many steps of the streams that run, so their gap is one more. Short slices cost the prompt dear:
-# behind 4,096 rows the keys and values that each reads anew take as long as half of its rows.
+# A slice may take as long as so many steps of the streams that run, so their gap is one more. Short slices cost the prompt
+# dear: each reads the keys and values of all that is before it anew.
 STEPS_A_SLICE = 2.6
 
 # Until both have been timed: rows for each stream that runs, and if few do.
