@@ -159,7 +159,8 @@ class Decoding:
 
     def queue(self, more: bool = True) -> list[mx.array]:
         """Build the graph of a patch, and of the global step after it if there is `more`; nothing is computed."""
-        decoder, condition = self.state._on_gpu, self.state._states[1].condition
+        on_gpu, condition = self.state._on_gpu, self.state._states[1].condition
+        decoder = None if on_gpu is None else on_gpu.decoder
         assert isinstance(decoder, CompiledPatches) and condition is not None
         layers = self.state._layers_in_place()
         with mock.patch.object(mx, "async_eval", lambda *arrays: None):

@@ -30,6 +30,9 @@ from marlin_cli.engine.scheduling import Request, SchedulerLimits
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models import Capability
 
+# How much the last third of a run may hold of what the second held, and how long a server may take to end.
+MOST_GROWTH, MOST_ENDING_S = 1.03, 5.0
+
 TEXT = (Path(__file__).parents[1] / "README.md").read_bytes()
 
 
@@ -236,6 +239,15 @@ def measure_clients(name, minutes, clients, seed=1):
     line = {"answers": dict(counts), "left_at_end": left, "exit_code": code, "sigterm_s": round(stopped_s, 2)}
     line |= {"memory_mib": [round(each / 2**20) for each in (memory[0], memory[third], memory[2 * third], memory[-1])]}
     print(json.dumps({**line, "stderr": said}), flush=True)
+    wrong = {
+        "answers": counts["WRONG"] + counts["other"],
+        "streams left over": any(left.values()),
+        "memory grows": max(memory[2 * third :]) > MOST_GROWTH * max(memory[third : 2 * third], default=memory[0]),
+        "the end": code not in (0, 128 + signal.SIGTERM) or stopped_s > MOST_ENDING_S,
+        "traceback": "Traceback" in said,
+    }
+    if any(wrong.values()):
+        sys.exit(f"not as it should be: {', '.join(name for name, found in wrong.items() if found)}")
 
 
 def _task(draw, model):

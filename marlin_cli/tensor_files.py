@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,35 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except (RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot load: {one_line(error)[:MOST_SAID]}") from None
     return dict(arrays), metadata
+
+
+def read_tensor_bytes(
+    path: Path, names: Sequence[str] | None = None
+) -> tuple[dict[str, tuple[str, tuple[int, ...], memoryview]], dict[str, str]]:
+    """Tensors of a safetensors file (name -> type, shape, bytes) and its metadata; nothing of MLX, so any thread may ask.
+
+    Args:
+        names: of those that are wanted; None: all. Those that the file has not are left out.
+
+    Raises:
+        CheckpointError: see `safetensors_header`; or the file became shorter.
+    """
+    tensors, metadata = safetensors_header(path)
+    found = {}
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            places = json.loads(file.read(header_bytes))
+            for name in tensors if names is None else [name for name in names if name in tensors]:
+                first, end = places[name]["data_offsets"]
+                file.seek(8 + header_bytes + first)
+                data = file.read(end - first)
+                if len(data) < end - first:
+                    raise CheckpointError(f"{path}: became shorter while it was read")
+                found[name] = (tensors[name]["dtype"], tuple(tensors[name]["shape"]), memoryview(data))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the header is another one than a moment ago
+        raise CheckpointError(f"{path}: cannot read: {one_line(error)[:MOST_SAID]}") from None
+    return found, metadata
 
 
 # Of rows that are read to take columns out of them.

@@ -121,6 +121,19 @@ class ByteByByte:
         return len(self.positions)
 
     @property
+    def at_boundary(self) -> bool:
+        """Every id ends a step."""
+        return True
+
+    def read_slice(self) -> bool:
+        """Prompts are read at once."""
+        return False
+
+    def join(self, other: "ByteByByte") -> bool:
+        """Batches stay apart."""
+        return False
+
+    @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use."""
         return {self._level: self._rows.nbytes}

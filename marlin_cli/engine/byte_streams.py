@@ -29,6 +29,7 @@ class _Stream:
     def __init__(self, unread: list[int], rows: FusedRows, seen: list[int], marks: int) -> None:
         self.unread, self.rows, self.seen, self.marks = unread, rows, seen, marks
         self.enters = True
+        self.known = len(seen) - marks  # ids of its prompt that need not be read
         self.logits: tuple[mx.array, int] | None = None
 
 
@@ -48,6 +49,9 @@ class ByteStreams:
 
     def bytes_together(self, most: Sequence[int]) -> int:
         return sum(most)
+
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        return self._keeper is None or self._keeper.is_ready(ids)
 
     def begin(self, stream: int, ids: Sequence[int]) -> None:
         rows = self._fused.new_rows(1, self._bits)
@@ -93,7 +97,8 @@ class ByteStreams:
         for row, ((_, number), ask) in enumerate(zip(done, own, strict=True)):
             stream, value = self._streams[number], drawn[row] if np.isfinite(costs[row]) else -1
             stream.enters, stream.unread = False, [max(value, 0)]
-            found[number] = Drawn([value], told[row : row + 1] if told is not None and ask.with_logits else None)
+            own_logits = told[row : row + 1] if told is not None and ask.with_logits else None
+            found[number] = Drawn([value], own_logits, stream.known)
         return found
 
     def end(self, stream: int) -> None:

@@ -63,6 +63,16 @@ class Continuation(Protocol):
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
 
+    def read_slice(self) -> bool:
+        """Read the next rows of prompts that were not read at once; whether any are left."""
+
+    @property
+    def at_boundary(self) -> bool:
+        """Do the streams stand where another batch may stand too, whatever came before?"""
+
+    def join(self, other: Any) -> bool:
+        """Take in the streams of another batch behind these, both at a boundary; False where that cannot be."""
+
 
 class FusedScoring(Protocol):
     """What predicts whole windows in the kernels; both take windows of bytes [n, length]."""

@@ -10,10 +10,12 @@ from marlin_cli.engine.cache import CacheBits, KeyValueCache, check_cache_bits
 from marlin_cli.engine.endless import most_ids_of, reach_of
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused import FusedStages, fuse, rotates
+from marlin_cli.engine.patches_in_place import PatchesInPlace, Wanted
+from marlin_cli.engine.prompt_rows import global_rows, lay_out
 from marlin_cli.engine.sampling import Draws, Noise, Sampling, no_noise, sample
 from marlin_cli.engine.stage_caches import GraphCache, StageCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, ids_of, is_cut_anywhere, units_of
-from marlin_cli.engine.whole_patches import QueuedPatch, WholePatches, patch_decoder
+from marlin_cli.engine.whole_patches import WholePatches, patch_decoder
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 
@@ -69,13 +71,7 @@ class Lockstep:
         self._reach = None if self._bits.window is None else reach_of(self.config, self._bits.window)
         self._most = most_ids_of(self.config, self._bits.window)
         self._fused = fused_stages(network, self._bits)
-        if decoder is None and self._bits == CacheBits():
-            decoder = patch_decoder(network, len(prompts))
-        self._on_gpu = decoder
-        self._ahead: QueuedPatch | None = None  # a patch that has been queued before it was asked for
-        # The patch that the GPU ended last, its ids, and what they were drawn with, since MLX knew the state.
-        self._in_place: tuple[QueuedPatch, np.ndarray, Sampling, Noise] | None = None
-        self._live: list[int] | None = None  # of the streams that the GPU goes on with, those that are still asked for
+        self._on_gpu = self._patches_on_gpu(len(prompts), decoder)
         self._states = [_StageState() for _ in self.config.stages]
         # Set by the prefill: ids of the open patch [streams, n], the id before it [streams], filler patches [streams].
         self._patch: mx.array
@@ -108,8 +104,8 @@ class Lockstep:
     @property
     def cache_bytes(self) -> dict[str, int]:
         """Bytes in use by part: `global` and `local` (all finer stages; of a sequence decoded in one call, the most in it)."""
-        if self._on_gpu is not None and self._in_place is not None:
-            self._on_gpu.count(self._layers_in_place())
+        if self._on_gpu is not None and self._on_gpu.going:
+            self._on_gpu.decoder.count(self._layers_in_place())
         by_stage = [0 if state.cache is None else state.cache.nbytes for state in self._states]
         return {"global": by_stage[0], "local": sum(by_stage[1:]) or self._sequence_cache_bytes}
 
@@ -117,7 +113,7 @@ class Lockstep:
     def part_seconds(self) -> dict[str, float] | None:
         """Seconds of the kernels so far, see `FusedStages.part_seconds`; None where nothing tells parts apart."""
         if self._on_gpu is not None:
-            return self._on_gpu.part_seconds
+            return self._on_gpu.decoder.part_seconds
         return None if self._fused is None else self._fused.part_seconds
 
     @property
@@ -138,7 +134,7 @@ class Lockstep:
         """
         if max(self.positions) >= self._most:
             return
-        if self._on_gpu is not None and self._on_gpu.checks_logits and self._logits is None:
+        if self._on_gpu is not None and self._on_gpu.decoder.checks_logits and self._logits is None:
             return
         finest = self._states[self._last]
         before = self._logits, finest.cache, self._fed, self._sequence_cache_bytes
@@ -156,7 +152,7 @@ class Lockstep:
         # In megabyte_pytorch the end of a sequence predicts the first id of the next; its first of all is a case of its own.
         steps = length - tokens + (1 if self._lucid else 0)
         steps = min(steps, most, self._most - max(self.positions))
-        if self._on_gpu is not None and self._logits is None and steps > 0 and self._on_gpu.takes(tokens):
+        if self._on_gpu is not None and self._logits is None and steps > 0 and self._on_gpu.decoder.takes(tokens):
             return self._whole_patch(sampling, noise, steps, most)
         self._settle()
         if self._fused is None or self._logits is not None or steps < 1:
@@ -189,7 +185,7 @@ class Lockstep:
     @property
     def at_boundary(self) -> bool:
         """Do the streams stand where a patch begins, with nothing made of it yet?"""
-        if self._in_place is not None:
+        if self._on_gpu is not None and self._on_gpu.going:
             return True
         finest, ahead = self._states[self._last], 1 if self._lucid else 0
         return self._patch.shape[1] == finest.tokens == ahead and finest.cache is None and self._logits is None
@@ -204,12 +200,12 @@ class Lockstep:
         if self._fused is not None or self._reach is not None or not (self.at_boundary and other.at_boundary):
             return False
         counts = self.streams, other.streams
-        decoder = patch_decoder(self.network, sum(counts)) if self._bits == CacheBits() else None
-        if (decoder is None) != (self._on_gpu is None):
+        on_gpu = self._patches_on_gpu(sum(counts))
+        if (on_gpu is None) != (self._on_gpu is None):
             return False
         self._settle()
         other._settle()
-        self._on_gpu = decoder
+        self._on_gpu = on_gpu
         patches = max(self._states[0].tokens, other._states[0].tokens)
         self._filler = [filler + patches - state._states[0].tokens for state in (self, other) for filler in state._filler]
         self._left_padding = mx.array(self._filler) if any(self._filler) else None
@@ -228,9 +224,8 @@ class Lockstep:
     def keep(self, streams: Sequence[int]) -> None:
         """Go on with these streams alone, in this order."""
         self.positions = [self.positions[stream] for stream in streams]
-        if self._in_place is not None:
-            live = self._live or range(self._in_place[1].shape[0])
-            self._live = [live[stream] for stream in streams]
+        if self._on_gpu is not None and self._on_gpu.going:
+            self._on_gpu.keep(streams)
             return
         self._keep(streams)
         complete = self._states[self._last].tokens == self.config.stages[self._last].length
@@ -241,7 +236,7 @@ class Lockstep:
     def _keep(self, streams: Sequence[int]) -> None:
         """Drop all that is known of other streams, but for their positions."""
         if self._on_gpu is not None:
-            self._on_gpu.keep(len(streams))
+            self._on_gpu.decoder.keep(len(streams))
         chosen = mx.array(list(streams))
         self._patch, self._before_patch = self._patch[chosen], self._before_patch[chosen]
         self._filler = [self._filler[stream] for stream in streams]
@@ -255,44 +250,37 @@ class Lockstep:
                 state.condition = state.condition[chosen]
 
     def _whole_patch(self, sampling: Sampling, noise: Noise, steps: int, most: int) -> np.ndarray:
-        """The next `steps` ids of the open patch, all of which is decoded on the GPU.
-
-        If another patch may follow, of at most `most` ids in all, that is queued before this one is read.
-        """
-        assert self._on_gpu is not None
-        if self._in_place is not None and self._in_place[2:] != (sampling, noise):
+        """The next `steps` ids of the open patch, all of which is decoded on the GPU; `most` are asked for in all."""
+        on_gpu = self._on_gpu
+        assert on_gpu is not None
+        if not on_gpu.draws_on(sampling, noise):
             self._settle()
-        patch_size, finest, layers = self.config.patch_size, self._states[self._last], self._layers_in_place()
-        lacking = patch_size - finest.tokens
-        room = self._most - max(self.positions) - lacking
-        if self._in_place is None:
+        finest, layers = self._states[self._last], self._layers_in_place()
+        lacking = self.config.patch_size - finest.tokens
+        if not on_gpu.going:
             assert finest.condition is not None
-            self._on_gpu.enter(finest.condition, self._tail(), layers, self._left_padding)
-        patch = self._ahead or self._on_gpu.queue(layers, sampling, noise, steps == lacking and room > 0)
-        self._sequence_cache_bytes = self._on_gpu.sequence_cache_bytes
-        self._ahead = None
-        if patch.more and steps == lacking and min(most - steps, room) > 0:
-            whole = most - steps >= patch_size and room > patch_size
-            self._ahead = self._on_gpu.queue(layers, sampling, noise, whole)
-        ids = self._on_gpu.read(patch)
-        given = ids if self._live is None else ids[self._live]
+            on_gpu.decoder.enter(finest.condition, self._tail(), layers, self._left_padding)
+        room = self._most - max(self.positions) - lacking
+        ids = on_gpu.next(layers, sampling, noise, Wanted(steps, lacking, most, room))
+        self._sequence_cache_bytes = on_gpu.decoder.sequence_cache_bytes
         if steps < lacking:
-            self._on_gpu.take_back(patch, sampling, lacking - steps)
-            if self._in_place is None:
-                self._on_gpu.settle(layers)
-                self._on_gpu.give_back_noise(noise)
             self._settle()
-            self._append(mx.array(given[:, :steps]))
-            return given[:, :steps]
-        if finest.tokens and patch.more:
+            self._append(mx.array(ids))
+            return ids
+        if finest.tokens and on_gpu.more:
             self._patch, finest.tokens, finest.cache, self._fed = self._patch[:, :0], 0, None, 0
-        self._in_place = patch, ids, sampling, noise
         self.positions = [position + steps for position in self.positions]
-        if patch.more:
+        if on_gpu.more:
             self._states[0].tokens += 1
         else:
             self._settle()
-        return given
+        return ids
+
+    def _patches_on_gpu(self, streams: int, decoder: WholePatches | None = None) -> PatchesInPlace | None:
+        """Whole patches of so many streams, by a decoder that is given or chosen; None where they go operation by operation."""
+        if decoder is None and self._bits == CacheBits():
+            decoder = patch_decoder(self.network, streams)
+        return None if decoder is None else PatchesInPlace(decoder, self.config.patch_size)
 
     def _layers_in_place(self) -> list[KeyValueCache]:
         cache = self._states[0].cache
@@ -300,22 +288,18 @@ class Lockstep:
         return cache.layers
 
     def _settle(self) -> None:
-        """Before MLX goes on where the GPU has been: take back what was queued too far, and wait for what changes in place."""
-        if self._on_gpu is None or self._in_place is None:
+        """Before MLX goes on where the GPU has been."""
+        left = None if self._on_gpu is None or not self._on_gpu.going else self._on_gpu.settle(self._layers_in_place())
+        if left is None:
             return
-        patch, ids, sampling, noise = self._in_place
-        if self._ahead is not None:
-            self._on_gpu.take_back(self._ahead, sampling, self.config.patch_size)
-        self._on_gpu.settle(self._layers_in_place())
-        self._on_gpu.give_back_noise(noise)
-        live, self._ahead, self._in_place, self._live = self._live, None, None, None
-        if patch.more:
-            self._before_patch, self._states[1].condition = mx.array(ids[:, -1]), self._on_gpu.condition(patch)
-        if live is not None:
+        ids = left.ids
+        if left.condition is not None:
+            self._before_patch, self._states[1].condition = mx.array(ids[:, -1]), left.condition
+        if left.live is not None:
             self._patch = mx.zeros((ids.shape[0], 0), dtype=mx.int32)
-            self._keep(live)
-            ids = ids[live]
-        if not patch.more:  # the context is full
+            self._keep(left.live)
+            ids = ids[left.live]
+        if left.condition is None:  # the context is full
             self.positions = [position - ids.shape[1] for position in self.positions]
             self._append(mx.array(ids))
 
@@ -357,26 +341,15 @@ class Lockstep:
     def _prefill(self, prompts: Sequence[bytes], keeper: PromptKeeper | None) -> Iterator[int]:
         """Read the prompts, coarse to fine; yields the rows of each slice of the global stage but the last."""
         config, units = self.config, units_of(self.config)
-        patches = [units.whole(len(prompt)) for prompt in prompts]
-        most = max(patches)
-        starts = [count * config.patch_size for count in patches]
-        whole = np.zeros((len(prompts), most * config.patch_size), dtype=np.int32)
-        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-            whole[row, whole.shape[1] - start :] = np.frombuffer(prompt[:start], dtype=np.uint8)
-        rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
-        self._patch = mx.array(np.array([list(part) for part in rest], dtype=np.int32).reshape(len(rest), -1))
-        before = [prompt[start - 1] if start else config.bos_byte for prompt, start in zip(prompts, starts, strict=True)]
-        self._before_patch = mx.array(before)
-        self._filler = [most - count for count in patches]
-        padding = self._filler if len(set(patches)) > 1 else []
+        tokens, self._patch, self._before_patch, self._filler = lay_out(prompts, config)
+        padding = self._filler if any(self._filler) else []
         self._left_padding = mx.array(padding) if padding else None
         self._states[0].cache = self._new_cache(0, padding)
-        tokens = mx.array(whole.reshape(len(prompts), most, config.patch_size))
         beginning = None if keeper is None else keeper.restore(prompts[0])
         places = yield from self._read_global(tokens, self._left_padding, beginning, pauses=keeper is not None)
         self._states[1].condition = places[-1].last
-        if keeper is not None and most:
-            ids, rows = ids_of(prompts[0][: starts[0]]), self._states[0].cache.kept()
+        if keeper is not None and tokens.shape[1]:
+            ids, rows = ids_of(prompts[0][: tokens.shape[1] * config.patch_size]), self._states[0].cache.kept()
             keeper.keep(StreamState(ids, units, rows, tuple(places), is_cut_anywhere(config)))
         used = 0
         for number in range(1, self._last):
@@ -406,25 +379,12 @@ class Lockstep:
         Returns:
             Where a single prompt could be taken up later; the last of them says what conditions the next stage.
         """
-        batch, count, _ = tokens.shape
-        cache, read = self._states[0].cache, 0
+        cache, count = self._states[0].cache, tokens.shape[1]
         assert cache is not None
         places = [] if beginning is None else list(beginning.places)
         if beginning is not None:
             cache.take_up(beginning)
-            read = beginning.units
-        first: int | mx.array = read if padding is None else -padding
-        rows = self.network.token_rows(0, tokens[:, read:], first, None)
-        if beginning is None:
-            lead = self.network.leading_row(0, batch, None, None)
-            if padding is None:
-                rows = mx.concatenate([lead, rows], axis=1)
-            else:
-                # A filler patch stands where nothing is read; the leading row follows the filler of each stream.
-                where = mx.arange(count + 1)[None, :, None]
-                at = padding[:, None, None]
-                shifted = mx.concatenate([lead, rows], axis=1)
-                rows = mx.where(where == at, lead, mx.where(where < at, mx.zeros_like(shifted), shifted))
+        rows = global_rows(self.network, tokens, padding, None if beginning is None else beginning.units)
         for start in range(0, rows.shape[1], PREFILL_ROWS):
             hidden = cache.run(rows[:, start : start + PREFILL_ROWS])
             mx.eval(hidden)

@@ -13,7 +13,7 @@ import numpy as np
 from marlin_cli.engine.cache import ROWS_PER_STEP, CacheBits
 from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.sampling import Noise, Sampling, sample_rows
-from marlin_cli.engine.states import PromptKeeper
+from marlin_cli.engine.states import Beginning, PromptKeeper, StreamState, units_of
 from marlin_cli.engine.streams import Ask, Drawn, Floats
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import Network, decoding_of
@@ -71,7 +71,7 @@ class _Batch:
         least, most = min(ask.most for ask in asks), max(ask.most for ask in asks)
         ids, logits = [], []
         drawn = 0
-        while drawn == 0 or not (drawn >= least or getattr(self.state, "at_boundary", True)):
+        while drawn == 0 or not (drawn >= least or self.state.at_boundary):
             new, rows = self._advance(most - drawn, told)
             ids.append(np.array(new))
             drawn += new.shape[1]
@@ -102,6 +102,28 @@ class _Batch:
         return mx.concatenate([taken[id(noise)] for noise in self.noises])
 
 
+class _Noting:
+    """A `PromptKeeper` that notes how much of a prompt it knew.
+
+    Attributes:
+        units: of the beginning that was restored.
+    """
+
+    def __init__(self, keeper: PromptKeeper) -> None:
+        self._keeper, self.keeps_outputs, self.units = keeper, keeper.keeps_outputs, 0
+
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        return self._keeper.is_ready(ids)
+
+    def restore(self, ids: Sequence[int]) -> Beginning | None:
+        beginning = self._keeper.restore(ids)
+        self.units = 0 if beginning is None else beginning.units
+        return beginning
+
+    def keep(self, state: StreamState) -> None:
+        self._keeper.keep(state)
+
+
 class MergedStreams:
     """`Streams` of any network that a `continuation.Way` continues.
 
@@ -119,7 +141,9 @@ class MergedStreams:
         bits: CacheBits,
         keeper: PromptKeeper | None = None,
     ) -> None:
-        self._network, self._begin, self._phase, self._bits, self._keeper = network, begin, phase, bits, keeper
+        self._network, self._begin, self._phase, self._bits = network, begin, phase, bits
+        self._keeper = None if keeper is None else _Noting(keeper)
+        self._known: dict[int, int] = {}  # ids of prompts that were not read, by stream, where there are any
         self._unread: dict[int, Sequence[int]] = {}
         self._entering: _Batch | None = None  # the batch whose prompts are being read
         self._gone: set[int] = set()  # streams of it that have ended meanwhile
@@ -144,6 +168,9 @@ class MergedStreams:
     def bytes_together(self, most: Sequence[int]) -> int:
         return len(most) * max(most, default=0)  # they are padded to the longest
 
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        return self._keeper is None or self._keeper.is_ready(ids)
+
     def begin(self, stream: int, ids: Sequence[int]) -> None:
         self._unread[stream] = ids
 
@@ -159,11 +186,13 @@ class MergedStreams:
                 found |= {stream: Drawn([-1]) for stream in batch.streams}
                 continue
             for row, (ask, values) in enumerate(zip(own, ids.tolist(), strict=True)):
-                found[batch.streams[row]] = Drawn(values, logits[row] if logits is not None and ask.with_logits else None)
+                own_logits = logits[row] if logits is not None and ask.with_logits else None
+                found[batch.streams[row]] = Drawn(values, own_logits, self._known.get(batch.streams[row], 0))
         return found
 
     def end(self, stream: int) -> None:
         self._unread.pop(stream, None)
+        self._known.pop(stream, None)
         if self._entering is not None and stream in self._entering.streams:
             self._gone.add(stream)
             if self._gone.issuperset(self._entering.streams):
@@ -193,11 +222,12 @@ class MergedStreams:
             self._entering, self._gone = _Batch(state, together, settings, self._network.config.vocab_size), set()
         if self._entering is None:
             return
-        read_slice = getattr(self._entering.state, "read_slice", lambda: False)
-        while read_slice():
+        while self._entering.state.read_slice():
             if self._batches:
                 return
         batch, self._entering = self._entering, None
+        if self._keeper is not None:  # prompts are read one by one
+            self._known[batch.streams[0]], self._keeper.units = self._keeper.units * units_of(self._network.config).size, 0
         if self._gone:  # while it was read
             batch.keep([row for row, stream in enumerate(batch.streams) if stream not in self._gone])
         self._batches.append(batch)
@@ -207,8 +237,7 @@ class MergedStreams:
         joined: list[_Batch] = []
         for batch in self._batches:
             for other in joined:
-                join = getattr(other.state, "join", None)
-                if join is not None and may_walk_together(other, batch) and join(batch.state):
+                if may_walk_together(other, batch) and other.state.join(batch.state):
                     other.take_in(batch)
                     break
             else:

@@ -36,6 +36,7 @@ class _Stream:
         given: the ids after those patches: the beginning of the open one.
         before: the id before them.
         enters: is its prompt still being read?
+        known: ids of its prompt that need not be read.
         seen: the patches that it has seen, if they are kept.
         places: where reading has paused before, if they are kept and a shift of tokens asks for them.
         condition: of the patch after those seen, once it is known: [streams, slots, dim], and its row there.
@@ -45,6 +46,7 @@ class _Stream:
         self.cache, self.unread, self.given, self.before = cache, unread, given, before
         self.rows = 0
         self.enters = True
+        self.known = 0
         self.seen: list[Ids] = []
         self.places: list[Place] = []
         self.condition: tuple[mx.array, int] | None = None
@@ -54,6 +56,7 @@ class _Stream:
         self.cache.take_up(beginning)
         self.rows, self.places = beginning.count, list(beginning.places)
         self.seen, self.unread = [self.unread[: beginning.units]], self.unread[beginning.units :]
+        self.known = self.seen[0].size
 
     def pause(self, condition: mx.array, row: int) -> Place:
         """Where it may be taken up: here, where the next patch has this condition."""
@@ -96,6 +99,9 @@ class PatchStreams:
 
     def bytes_together(self, most: Sequence[int]) -> int:
         return sum(most)
+
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        return self._keeper is None or self._keeper.is_ready(ids)
 
     def begin(self, stream: int, ids: Sequence[int]) -> None:
         size = self._config.patch_size
@@ -210,7 +216,7 @@ class PatchStreams:
             if ask.with_logits:
                 assert walk.logits is not None
                 logits = np.concatenate([*(each.logits for each in first), walk.logits[row, own]])
-            found[number] = Drawn([*(each.id for each in first), *ids[row][own]], logits)
+            found[number] = Drawn([*(each.id for each in first), *ids[row][own]], logits, stream.known)
             stream.enters = False
             patch = self._config.patch_size
             if places >= patch:

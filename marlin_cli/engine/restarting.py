@@ -29,10 +29,12 @@ class RestartingStreams:
     def bytes_together(self, most: Sequence[int]) -> int:
         return self._streams.bytes_together(most)
 
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        return self._streams.is_ready(self._beginning(ids))
+
     def begin(self, stream: int, ids: Sequence[int]) -> None:
         self._made[stream] = bytes if isinstance(ids, bytes) else list
-        # A context that is full has no room for a first id.
-        self._begin(stream, ids if len(ids) < self._context else ids[len(ids) - (self._context + 1) // 2 :])
+        self._begin(stream, self._beginning(ids))
 
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
         room = {stream: self._context - len(self._seen[stream]) for stream in asks}
@@ -50,6 +52,10 @@ class RestartingStreams:
         self._seen.pop(stream, None)
         self._made.pop(stream, None)
         self._streams.end(stream)
+
+    def _beginning(self, ids: Sequence[int]) -> Sequence[int]:
+        """What is read of a prompt: a context that is full has no room for a first id."""
+        return ids if len(ids) < self._context else ids[len(ids) - (self._context + 1) // 2 :]
 
     def _begin(self, stream: int, ids: Sequence[int]) -> None:
         self._seen[stream] = list(ids)

@@ -10,6 +10,9 @@ import mlx.core as mx
 from marlin_cli.errors import UsageError
 from marlin_cli.ops.cpu import kernels
 
+# A temperature beyond which all ids are as likely as one another; below its inverse only the likeliest is drawn.
+ENDLESS = 1e30
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -36,6 +39,10 @@ class Sampling:
             raise UsageError(f"min_p must be between 0 and 1, found {self.min_p}")
         if not 0 <= self.seed < 1 << 64:
             raise UsageError(f"seed must be 0 or more and fit 64 bits, found {self.seed}")
+        # Numbers of 32 bits end soon after, and beyond these nothing else is drawn.
+        if self.temperature:
+            object.__setattr__(self, "temperature", min(max(self.temperature, 1 / ENDLESS), ENDLESS))
+        object.__setattr__(self, "top_p", max(self.top_p, 1 / ENDLESS))
 
 
 def filter_numbers(settings: Sampling) -> list[float]:

@@ -45,12 +45,14 @@ class Piece:
         stop_reason: length: max_bytes reached; stop: a stop sequence; context: no room; special (a model that answers: end):
             an id of the model's own; not_finite: the model gives no numbers here, its weights are damaged or overflow.
         costs: of each id of which `data` has bytes, in their order, if the request asks for them.
+        known: ids of the prompt that were known and not read.
     """
 
     stream: int
     data: bytes
     stop_reason: str | None = None
     costs: tuple[Cost, ...] = ()
+    known: int = 0
 
 
 # The model's predictions were no numbers: `Piece.stop_reason` of a stream that cannot go on, whose neighbours do.

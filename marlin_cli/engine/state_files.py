@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from marlin_cli import console
 from marlin_cli.engine.fingerprints import bytes_of, digest_of
-from marlin_cli.engine.states import ArrayRows, Beginning, Place, StreamState, Units
+from marlin_cli.engine.states import ArrayRows, Beginning, Place, StreamState, Units, shared_units
 from marlin_cli.errors import CheckpointError, MarlinError, OutputError
 from marlin_cli.files import check_utf8_name
-from marlin_cli.tensor_files import read_safetensors, safetensors_header, write_safetensors
+from marlin_cli.tensor_files import read_tensor_bytes, write_safetensors
 from marlin_cli.text import quoted
 from marlin_cli.writing import writing
 
@@ -24,6 +24,12 @@ FORMAT, VERSION = "marlin state", "1"
 
 # The types of what states are made of, by the names that safetensors has for them.
 TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8", mx.int32: "I32"}
+
+# Their words in numpy, which has no bfloat16.
+WORDS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1", "I32": "<i4"}
+
+# Type, shape and bytes.
+Tensor: TypeAlias = tuple[str, tuple[int, ...], memoryview]
 
 SUM = "sha256"
 
@@ -72,45 +78,75 @@ def write_state(path: Path, state: StreamState, kind: StateKind) -> None:
         write_safetensors(temporary, shapes, (data for _, _, data in parts.values()), metadata)
 
 
+@dataclass(frozen=True)
+class StoredState:
+    """A state as it stands in a file, every byte of it checked. Nothing of it is MLX's yet: any thread may read one.
+
+    Attributes:
+        ids, places: as in `StreamState`, of which a place is given by its units.
+        tensors: type, shape and bytes, by name.
+    """
+
+    kind: StateKind
+    ids: npt.NDArray[np.int32]
+    places: Sequence[int]
+    tensors: Mapping[str, Tensor]
+
+    def units_of(self, ids: Sequence[int]) -> int:
+        """The rows that a prompt can begin with."""
+        return shared_units(self.ids, ids, self.kind.units, self.places, self.kind.delayed is None)
+
+    def state(self) -> StreamState:
+        """As arrays of MLX: for the thread that owns the network."""
+        layers: dict[str, tuple[list[mx.array], list[mx.array]]] = {}
+        for name in self.kind.tensors(1):
+            layer, _, part = name.partition(".")
+            layers.setdefault(layer, ([], []))[part.startswith("values")].append(_array(self.tensors[name]))
+        last = _array(self.tensors["last"])
+        delayed = None if self.kind.delayed is None else _array(self.tensors["delayed"])
+        return StreamState(
+            self.ids,
+            self.kind.units,
+            ArrayRows(list(layers.values()), self.kind.lead + len(self.ids) // self.kind.units.size),
+            tuple(
+                Place(at, last[number], () if delayed is None else tuple(delayed[number]))
+                for number, at in enumerate(self.places)
+            ),
+            is_cut_anywhere=delayed is None,
+        )
+
+
 def read_state(path: Path, kind: StateKind) -> StreamState:
     """The state in a file: new arrays, all of whose bytes are those that were written.
+
+    Raises:
+        StateError: see `read_stored`.
+    """
+    return read_stored(path, kind).state()
+
+
+def read_stored(path: Path, kind: StateKind) -> StoredState:
+    """The state in a file, before it is made into arrays.
 
     Raises:
         StateError: the file is missing, damaged, cut, of another format or version, or made by another model, with other bits
             of keys and values, or by other kernels.
     """
+    check_utf8_name(path, StateError)
     try:
-        arrays, metadata = read_safetensors(path)
+        tensors, metadata = read_tensor_bytes(path)
         count = _checked_facts(path, metadata, kind)
-        _check_tensors(path, arrays, kind, count)
-        mx.eval(arrays)
+        _check_tensors(path, tensors, kind, count)
     except CheckpointError as error:
         raise StateError(str(error)) from None
-    except (RuntimeError, OSError) as error:  # the file changed under our eyes
-        raise StateError(f"{path}: cannot read: {error}") from None
-    parts = {name: (TYPES[array.dtype], array.shape, bytes_of(array)) for name, array in arrays.items()}
     said = metadata.pop(SUM, "")
-    if digest_of(metadata, parts) != said:
+    if digest_of(metadata, tensors) != said:
         raise StateError(f"{path}: is damaged: its bytes are not those that were written")
-    ids, places = np.array(arrays["ids"]), np.array(arrays["places"]).tolist()
-    units = count // kind.units.size
-    if ids.min(initial=0) < 0 or places != sorted({*places}) or places[-1:] != [units] or places[0] < 1:
+    ids, places = (np.frombuffer(tensors[name][2], dtype="<i4") for name in ("ids", "places"))
+    units, at = count // kind.units.size, places.tolist()
+    if ids.min(initial=0) < 0 or at != sorted({*at}) or at[-1:] != [units] or at[0] < 1:
         raise StateError(f"{path}: is damaged: its ids or places are none")
-    layers: dict[str, tuple[list[mx.array], list[mx.array]]] = {}
-    for name in kind.tensors(1):
-        layer, _, part = name.partition(".")
-        layers.setdefault(layer, ([], []))[part.startswith("values")].append(arrays[name])
-    delayed = arrays.get("delayed")
-    return StreamState(
-        ids,
-        kind.units,
-        ArrayRows(list(layers.values()), kind.lead + units),
-        tuple(
-            Place(at, arrays["last"][number], () if delayed is None else tuple(delayed[number]))
-            for number, at in enumerate(places)
-        ),
-        is_cut_anywhere=kind.delayed is None,
-    )
+    return StoredState(kind, ids, at, tensors)
 
 
 def read_ids(path: Path, kind: StateKind) -> npt.NDArray[np.int32]:
@@ -120,19 +156,23 @@ def read_ids(path: Path, kind: StateKind) -> npt.NDArray[np.int32]:
         StateError: as `read_state`, as far as the header tells.
     """
     try:
-        tensors, metadata = safetensors_header(path)
+        tensors, metadata = read_tensor_bytes(path, ["ids"])
         count = _checked_facts(path, metadata, kind)
-        if tensors.get("ids") != {"dtype": "I32", "shape": [count]}:
-            raise StateError(f"{path}: is damaged: it holds no prompt")
-        ids = read_safetensors(path)[0]["ids"]
-        return np.array(ids)
     except CheckpointError as error:
         raise StateError(str(error)) from None
-    except (RuntimeError, OSError) as error:
-        raise StateError(f"{path}: cannot read: {error}") from None
+    dtype, shape, data = tensors.get("ids", ("", (), memoryview(b"")))
+    if (dtype, shape) != ("I32", (count,)):
+        raise StateError(f"{path}: is damaged: it holds no prompt")
+    return np.frombuffer(data, dtype="<i4")
 
 
-def _parts_of(state: StreamState) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
+def _array(tensor: Tensor) -> mx.array:
+    dtype, shape, data = tensor
+    words = np.frombuffer(data, dtype=WORDS[dtype]).reshape(shape)
+    return mx.array(words).view(mx.bfloat16) if dtype == "BF16" else mx.array(words)
+
+
+def _parts_of(state: StreamState) -> dict[str, Tensor]:
     """Type, shape and bytes of every tensor, by name; nothing is computed, as this may be another thread than MLX's."""
     places = np.array([place.units for place in state.places], dtype=np.int32)
     parts = {
@@ -149,7 +189,7 @@ def _parts_of(state: StreamState) -> dict[str, tuple[str, tuple[int, ...], memor
     return parts
 
 
-def _stacked(rows: Sequence[Sequence[mx.array]], *, inner: bool = False) -> tuple[str, tuple[int, ...], memoryview]:
+def _stacked(rows: Sequence[Sequence[mx.array]], *, inner: bool = False) -> Tensor:
     """Type, shape and bytes of arrays of one shape behind each other: [rows, ..], with `inner` [rows, arrays of a row, ..]."""
     first = rows[0][0]
     shape = (len(rows), *((len(rows[0]),) if inner else ()), *first.shape)
@@ -177,10 +217,12 @@ def _checked_facts(path: Path, metadata: Mapping[str, str], kind: StateKind) -> 
     return count
 
 
-def _check_tensors(path: Path, arrays: Mapping[str, mx.array], kind: StateKind, count: int) -> None:
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], kind: StateKind, count: int) -> None:
     units = count // kind.units.size
-    places = arrays["places"].shape[0] if "places" in arrays and arrays["places"].ndim == 1 else 0
-    expected = {
+    found = {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
+    shape_of_places = found.get("places", ("", ()))[1]
+    places = shape_of_places[0] if len(shape_of_places) == 1 else 0
+    expected: dict[str, TensorType] = {
         "ids": (mx.int32, (count,)),
         "places": (mx.int32, (places,)),
         "last": (kind.place[0], (places, *kind.place[1])),
@@ -188,9 +230,9 @@ def _check_tensors(path: Path, arrays: Mapping[str, mx.array], kind: StateKind, 
     }
     if kind.delayed is not None:
         expected["delayed"] = (kind.delayed[0], (places, *kind.delayed[1]))
-    found = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    if not 0 < places <= units or found != expected:
-        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    written = {name: (TYPES[dtype], shape) for name, (dtype, shape) in expected.items()}
+    if not 0 < places <= units or found != written:
+        wrong = sorted(name for name in {*found, *written} if found.get(name) != written.get(name))
         raise StateError(f"{path}: is damaged: {quoted(wrong[0] if wrong else 'places')} is not as this model has it")
 
 
@@ -203,6 +245,10 @@ class StateFile:
     """
 
     keeps_outputs = False  # what follows a prompt is another's business, as with llama.cpp's --prompt-cache
+
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        """Who reads one prompt waits for its file."""
+        return True
 
     def __init__(self, kind: StateKind, load: Path | None = None, save: Path | None = None) -> None:
         self._kind, self._load, self._save = kind, load, save

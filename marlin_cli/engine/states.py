@@ -169,17 +169,10 @@ class StreamState:
 
     def beginning_of(self, ids: Sequence[int]) -> Beginning | None:
         """As much of a prompt as this state stands for; None where that is nothing."""
-        wanted = self.units.whole(len(ids))
-        common = common_ids(self.ids, ids)
-        shared = min(common // self.units.size, wanted)
-        places = tuple(place for place in self.places if place.units <= shared)
-        if not self.is_cut_anywhere:
-            shared = places[-1].units if places else 0
-        elif shared == wanted and not (places and places[-1].units == shared):
-            shared -= 1  # what its last unit gave is not known, so it is read again
-            places = tuple(place for place in places if place.units <= shared)
+        shared = shared_units(self.ids, ids, self.units, [place.units for place in self.places], self.is_cut_anywhere)
         if shared < 1:
             return None
+        places = tuple(place for place in self.places if place.units <= shared)
         return Beginning(shared, self.rows, self.lead + shared, places)
 
     def holds(self, other: "StreamState") -> bool:
@@ -197,6 +190,9 @@ class PromptKeeper(Protocol):
     """
 
     keeps_outputs: bool
+
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        """Would `restore` of this prompt answer at once? If not, what it waits for is on its way from here on."""
 
     def restore(self, ids: Sequence[int]) -> Beginning | None:
         """The longest beginning of a prompt that is known; None: read all of it."""
@@ -231,6 +227,18 @@ def common_ids(kept: npt.NDArray[np.int32], ids: Sequence[int] | npt.NDArray[np.
     most = min(len(kept), len(ids))
     differs = np.flatnonzero(kept[:most] != ids_of(ids[:most]))
     return int(differs[0]) if len(differs) else most
+
+
+def shared_units(
+    kept: npt.NDArray[np.int32], ids: Sequence[int], units: Units, places: Sequence[int], is_cut_anywhere: bool
+) -> int:
+    """The rows of a state that a prompt can begin with; see `StreamState`, of which `places` are those of its places."""
+    wanted = units.whole(len(ids))
+    shared = min(common_ids(kept, ids) // units.size, wanted)
+    if not is_cut_anywhere:
+        return max((place for place in places if place <= shared), default=0)
+    # What the last unit of a prompt gave is known at a place alone; elsewhere it is read again.
+    return shared - 1 if shared == wanted and shared not in places else shared
 
 
 def taken_up(cache: Any, beginning: Beginning) -> Any:

@@ -1,18 +1,22 @@
 """The scheduler of streams that continue bytes: who has a place, what each may still draw, and which bytes that sets free."""
 
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from marlin_cli.engine.endless import Window, most_ids_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, Piece, Request, SchedulerLimits
+from marlin_cli.engine.slice_pace import SlicePace
 from marlin_cli.engine.split import agreed
+from marlin_cli.engine.states import is_cut_anywhere
 from marlin_cli.engine.stopping import StopMatcher
 from marlin_cli.engine.streams import Ask, Drawn, Floats, StreamNoise, Streams
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Network, continuing_of
+from marlin_cli.models.splitting import share_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,9 @@ class StreamScheduler:
         self._next = 0
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[int, _Running] = {}
+        # Ranks that share a model read the same rows, and where a prompt pauses is a place of its state if others are not.
+        is_timed = share_of(network) is None and is_cut_anywhere(network.config)
+        self._pace = SlicePace(limits.slice_rows, is_timed=is_timed)
 
     @property
     def running(self) -> int:
@@ -74,14 +81,24 @@ class StreamScheduler:
         pieces = self._let_in()
         if not self._running:
             return pieces
-        asks = {number: running.ask for number, running in self._running.items()}
-        for number, drawn in self._streams.step(asks, self._limits.slice_rows).items():
+        for number, drawn in self._step().items():
             piece = self._running[number].take(drawn)
             if piece.stop_reason is not None:
                 self.release(number)
             if piece.data or piece.stop_reason is not None:
                 pieces.append(piece)
         return agreed(self._network, pieces)
+
+    def _step(self) -> Mapping[int, Drawn]:
+        """A step of the streams, with as long a slice of prompts as those can bear that wait for ids."""
+        entering = {number for number, running in self._running.items() if not running.has_drawn}
+        ready = len(self._running) - len(entering)
+        rows = self._pace.rows(ready)
+        start = time.perf_counter()
+        found = self._streams.step({number: running.ask for number, running in self._running.items()}, rows)
+        if entering.isdisjoint(found):  # else the last slice may have been a shorter one
+            self._pace.took(time.perf_counter() - start, ready, rows if entering else 0)
+        return found
 
     def release(self, stream: int) -> None:
         if self._running.pop(stream, None) is not None:
@@ -92,7 +109,7 @@ class StreamScheduler:
     def _let_in(self) -> list[Piece]:
         """Give places to those that wait, as far as there are any; the pieces of those that want nothing."""
         pieces = []
-        while self._waiting and (self._waiting[0].most_ids == 0 or self._has_room(self._waiting[0])):
+        while self._waiting and (self._waiting[0].most_ids == 0 or self._may_begin(self._waiting[0])):
             first = self._waiting.popleft()
             if first.most_ids == 0:
                 reason = "length" if first.request.stopping.max_bytes == 0 else "context"
@@ -101,6 +118,10 @@ class StreamScheduler:
                 self._running[first.stream] = _Running(self._network, first)
                 self._streams.begin(first.stream, first.ids)
         return pieces
+
+    def _may_begin(self, asked: _Waiting) -> bool:
+        """Is there a place for it, and does nobody wait while it begins?"""
+        return self._has_room(asked) and (self._streams.is_ready(asked.ids) or not self._running)
 
     def _has_room(self, asked: _Waiting) -> bool:
         if len(self._running) >= self._limits.max_streams:
@@ -117,7 +138,7 @@ class _Running:
         config, self._continuing = network.config, continuing_of(network)
         self.asked = asked
         self._ends = self._continuing.ends(config)
-        self._left = asked.most_ids
+        self._left, self.has_drawn = asked.most_ids, False
         self._matcher = StopMatcher(asked.request.stopping.stop)
         self._noise = StreamNoise(asked.request.sampling.seed, config.vocab_size)
         self._pending: deque[tuple[int, Cost]] = deque()  # of the ids whose bytes are held back: bytes, and the cost
@@ -130,13 +151,14 @@ class _Running:
 
     def take(self, drawn: Drawn) -> Piece:
         """The piece that ids set free. What was drawn beyond the stream's end is nothing."""
+        self.has_drawn = True
         data, reason = b"", None
         for index, value in enumerate(drawn.ids):
             freed, reason = self._push(value, None if drawn.logits is None else drawn.logits[index])
             data += freed
             if reason is not None:
                 break
-        return Piece(self.asked.stream, data, reason, self._costs_of(len(data)))
+        return Piece(self.asked.stream, data, reason, self._costs_of(len(data)), known=drawn.known)
 
     def _push(self, value: int, logits: Floats | None) -> tuple[bytes, str | None]:
         """The bytes that an id sets free, and why it is the last one."""

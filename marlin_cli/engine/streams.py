@@ -45,6 +45,7 @@ class Drawn(NamedTuple):
 
     ids: Sequence[int]  # one at least; -1 where the model gave no numbers
     logits: Floats | None = None  # [ids, vocab] that they were drawn from, if they were asked for
+    known: int = 0  # ids of the prompt that a keeper knew, so that they were not read
 
 
 class Streams(Protocol):
@@ -59,6 +60,9 @@ class Streams(Protocol):
 
     def bytes_together(self, most: Sequence[int]) -> int:
         """Bytes that the caches of streams may take beside each other, each of which may take `most` alone."""
+
+    def is_ready(self, ids: Sequence[int]) -> bool:
+        """Would `begin` of this prompt answer at once? If not, what it waits for is on its way from here on."""
 
     def begin(self, stream: int, ids: Sequence[int]) -> None:
         """Take a prompt in; what it takes to read it comes with the steps."""
@@ -78,22 +82,19 @@ class Streams(Protocol):
         """Forget a stream, wherever it stands."""
 
 
-# Rows of prompts that are read at once: while no stream waits for ids; for each that does; and if few do.
-ROWS_READ_ALONE, ROWS_A_STREAM, LEAST_ROWS = 256, 4, 16
+# Rows of prompts that are read at once while no stream waits for ids.
+ROWS_READ_ALONE = 256
 
 
 def slices(unread: Mapping[int, int], ready: int, slice_rows: int) -> dict[int, int]:
     """How many rows of each prompt are read next, in their order; prompts that get none are left out.
-
-    The more streams wait for ids, the longer a step of theirs is, and the longer a slice may be beside it.
 
     Args:
         unread: rows by stream.
         ready: other streams, which wait for ids.
         slice_rows: rows at most where there are such.
     """
-    few = min(slice_rows, max(LEAST_ROWS, ROWS_A_STREAM * ready))
-    room = few if ready else max(slice_rows, ROWS_READ_ALONE)
+    room = slice_rows if ready else max(slice_rows, ROWS_READ_ALONE)
     found = {}
     for stream, rows in unread.items():
         if room == 0:

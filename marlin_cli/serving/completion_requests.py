@@ -1,6 +1,6 @@
 """The bodies of `/v1/completions` and `/v1/chat/completions`: checked, and made into what streams are asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from marlin_cli.text import quoted
 
 # The likeliest ids told beside each drawn one; a byte has 256.
 MOST_LOGPROBS = 20
+
+# Log-probabilities of an answer that is told whole: some 100 bytes of memory each, until all are there.
+MOST_TOLD = 1 << 20
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -64,6 +67,7 @@ def read_completion(document: Any, served: Served) -> CompletionRequest:
         asks += [each] if beams is not None else several(each, count)
     if len(prompts) * count > MOST_CHOICES:
         raise bad(f"n: {len(prompts)} prompts with {count} choices are more than {MOST_CHOICES}", "n")
+    _check_told(asks, served, stream)
     return CompletionRequest(tuple(asks), len(asks) // len(prompts), stream, include_usage, echo, return_token_ids)
 
 
@@ -92,6 +96,7 @@ def read_chat(document: Any, served: Served) -> CompletionRequest:
     count, beams = _choices(fields, served, ask, stream)
     fields.finish()
     asks = [replace(ask, beams=beams)] if beams is not None else several(ask, count)
+    _check_told(asks, served, stream)
     return CompletionRequest(tuple(asks), len(asks), stream, include_usage, False, return_token_ids, chat=True)
 
 
@@ -151,6 +156,19 @@ def _choices(fields: Fields, served: Served, ask: Ask, stream: bool) -> tuple[in
     found = settings(lambda: Beams(beams, count, penalty, False if early is None else early))
     settings(lambda: served.request(replace(ask, beams=found)))
     return count, found
+
+
+def _check_told(asks: Sequence[Ask], served: Served, stream: bool) -> None:
+    """See that what is told whole fits in memory until it is."""
+    told = 0
+    for ask in asks:
+        room = served.max_bytes if served.answers else served.max_bytes - len(ask.prompt)
+        told += 0 if ask.logprobs is None else (ask.logprobs + 1) * min(ask.max_bytes, room)
+    if told > MOST_TOLD and not stream:
+        raise bad(
+            f"logprobs: {told:,} log-probabilities are more than {MOST_TOLD:,} at once; take a stream, or ask for fewer",
+            "logprobs",
+        )
 
 
 def _messages(value: Any) -> list[Mapping[str, Any]]:

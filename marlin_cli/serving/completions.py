@@ -72,7 +72,7 @@ class Completions:
                 choices.append(choice.answer(data, each.stop_reason, each.score, len(choices)))
         if request.chat:
             choices = [as_chat_message(choice) for choice in choices]
-        document = self._head(request, order, streamed=False) | {"choices": choices, "usage": _usage(request, growing)}
+        document = self._head(request, order, streamed=False) | {"choices": choices, "usage": _usage(request, order, growing)}
         await JSONResponse(document, headers={"X-Request-Id": order.id})(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send, request: CompletionRequest, order: Order) -> None:
@@ -97,7 +97,7 @@ class Completions:
                     events.append(_event({**head, "choices": [told]}))
                 await send_part(send, b"".join(events) or STILL_HERE)
             if request.include_usage:
-                await send_part(send, _event({**head, "choices": [], "usage": _usage(request, growing)}))
+                await send_part(send, _event({**head, "choices": [], "usage": _usage(request, order, growing)}))
             await send_part(send, b"data: [DONE]\n\n", last=True)
         except Refusal as refusal:
             await send_part(send, _event(refusal.document()), last=True)
@@ -112,11 +112,17 @@ class Completions:
         return {"id": order.id, "object": kind, "created": int(order.opened_at), "model": self.served.name}
 
 
-def _usage(request: CompletionRequest, choices: Sequence[Choice]) -> dict[str, int]:
-    """Counts of bytes; a prompt of several choices counts once."""
-    prompts = sum(len(ask.prompt) for ask in request.asks[:: request.count])
+def _usage(request: CompletionRequest, order: Order, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Counts of bytes; a prompt of several choices counts once, and as read if its first choice read it."""
+    firsts = order.streams[:: request.count]
+    prompts, known = (sum(each) for each in zip(*((one.prompt_bytes, one.known_bytes) for one in firsts), strict=True))
     generated = sum(choice.generated_bytes for choice in choices)
-    return {"prompt_tokens": prompts, "completion_tokens": generated, "total_tokens": prompts + generated}
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": generated,
+        "total_tokens": prompts + generated,
+        "prompt_tokens_details": {"cached_tokens": known},
+    }
 
 
 def _event(document: dict[str, Any]) -> bytes:

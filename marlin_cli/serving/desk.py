@@ -40,6 +40,7 @@ class Stream:
     seed: int
     stop_reason: str | None = None
     generated_bytes: int = 0
+    known_bytes: int = 0  # of the prompt, that were not read as they were known
     first_s: float | None = None
     end_s: float | None = None
 
@@ -89,6 +90,7 @@ class Order:
             "streams": [
                 {
                     "prompt_bytes": each.prompt_bytes,
+                    "cached_bytes": each.known_bytes,
                     "generated_bytes": each.generated_bytes,
                     "stop_reason": each.stop_reason,
                     "seed": each.seed,
@@ -236,6 +238,7 @@ class Desk:
             stream.first_s = now
             self._metrics.first_byte(stream.prompt_bytes, now - order.opened_s)
         stream.generated_bytes += len(piece.data)
+        stream.known_bytes = max(stream.known_bytes, piece.known)
         self._metrics.generated(len(piece.data))
         if piece.stop_reason is not None:
             stream.stop_reason, stream.end_s = piece.stop_reason, now

@@ -38,7 +38,7 @@ class Guard:
         """Let a request through, or answer 401, 403 or 431."""
         try:
             if scope["type"] == "http":
-                _check_size(scope)
+                _check_head(scope)
                 headers = Headers(scope=scope)
                 if scope["path"] not in OPEN:
                     self._check_key(headers.get("authorization", ""))
@@ -66,8 +66,14 @@ class Guard:
             raise Refusal(403, f"pages of {quoted(origin)} may not ask this server; ask from its own page, or from no browser")
 
 
-def _check_size(scope: Scope) -> None:
-    """The parser has a bound of heads that are not there yet; one that came in a single read has passed it."""
+def _check_head(scope: Scope) -> None:
+    """The parser has a bound of heads that are not there yet; one that came in a single read has passed it.
+
+    It also takes heads that say twice where their body ends; what stands between could take the other one.
+    """
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+        message = "the head has a Content-Length and a Transfer-Encoding; send one"
+        raise Refusal(400, message, headers={"Connection": "close"})
     size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if size > MOST_HEAD_BYTES:

@@ -1,5 +1,7 @@
 """`POST /v1/bytes`: raw bytes in, raw bytes out as they come, options in the query; `GET /v1/requests/{id}`: how it ended."""
 
+import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +113,13 @@ def _value(name: str, text: str) -> Any:
         return values[text]
     if name not in (*WHOLE, *NUMBERS):
         raise bad(f"unknown option {quoted(name)}; known: {', '.join((*WHOLE, *NUMBERS, *SEVERAL, *FLAGS))}", name[:80])
-    try:
-        return int(text[:32]) if name in WHOLE else float(text[:64])
-    except ValueError:
-        raise bad(f"{name}: expected a {'whole ' if name in WHOLE else ''}number, found {quoted(text)}", name) from None
+    # Python's own readers take spaces, underscores and the digits of every script.
+    if name in WHOLE and re.fullmatch("-?[0-9]{1,32}", text):
+        return int(text)
+    if name in NUMBERS and re.fullmatch("-?[0-9]{0,32}[.]?[0-9]{0,32}([eE][-+]?[0-9]{1,4})?", text):
+        with contextlib.suppress(ValueError):  # it has no digits
+            return float(text)
+    raise bad(f"{name}: expected a {'whole ' if name in WHOLE else ''}number, found {quoted(text)}", name)
 
 
 def _hex(text: str, name: str) -> bytes:

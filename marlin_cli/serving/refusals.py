@@ -5,6 +5,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from marlin_cli.text import printable
+
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -34,7 +36,8 @@ class Refusal(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.parameter, self.code = status, message, parameter, code
+        self.status, self.message, self.code = status, message, code
+        self.parameter = None if parameter is None else printable(parameter)  # a client may have made up the name
         self.headers = dict(headers or {})
 
     def document(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _line(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
     order: Order | None = notes.pop("order", None)
     if order is not None:
         document = order.document()
-        told = ("prompt_bytes", "generated_bytes", "stop_reason", "seed", "first_byte_ms")
+        told = ("prompt_bytes", "cached_bytes", "generated_bytes", "stop_reason", "seed", "first_byte_ms")
         notes |= {"state": document["state"], "error": document["error"]}
         notes["streams"] = [{name: each[name] for name in told} for each in document["streams"]]
     return line | {name: value for name, value in notes.items() if value is not None}

@@ -1,6 +1,7 @@
 """Streams of a scheduler that begin where others have been: each has the bytes that it has alone, read from nothing."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -119,3 +120,52 @@ def test_what_is_read_of_a_known_prompt_is_what_is_new(monkeypatch):
     for prompt in (stem, stem, stem + b"more", stem[:40] + b"others"):
         run(network, [Request(prompt, Stopping(1))], None, store)
     assert rows == [17, 1, 1]  # the same prompt reads nothing
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+@pytest.mark.parametrize("name", ["prefix", "bygpt5"])
+def test_pieces_say_how_much_of_a_prompt_was_known(name, by_kernels, monkeypatch):
+    if not by_kernels:
+        monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
+        for module in ("state_kinds", "byte_decoding", "byte_streams"):
+            monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse_bygpt5", lambda network: None)
+    config, _ = CASES[name]
+    network = random_weights(config)
+    store = PromptStore(kind_of(network), None, StoreLimits(fewest_rows=1))
+    stem, known = bytes(range(40)), []
+    for prompt in (stem, stem + b"more", b"?"):
+        scheduler = scheduler_of(network, None, None, store)
+        scheduler.admit(Request(prompt, Stopping(3)))
+        pieces = []
+        while scheduler.running or scheduler.waiting:
+            pieces += scheduler.advance()
+        known.append({piece.known for piece in pieces})
+    assert known[0] == known[2] == {0} and known[1] == {40}
+
+
+def test_no_stream_waits_while_another_one_is_found_on_disk(tmp_path, monkeypatch):
+    network = random_weights(MegaByteConfig(**PACKABLE))
+    stem = bytes(range(64))
+    limits = StoreLimits(memory_bytes=0, fewest_rows=1)
+    store = PromptStore(kind_of(network), tmp_path, limits)
+    run(network, [Request(stem, Stopping(1))], None, store)
+    store.close()
+    store, going = PromptStore(kind_of(network), tmp_path, limits), threading.Event()
+    find = store._folder.find
+    monkeypatch.setattr(store._folder, "find", lambda *given: going.wait(10) and find(*given))
+    scheduler = scheduler_of(network, None, None, store)
+    going.set()
+    runs = scheduler.admit(Request(b"a", Stopping(200)))
+    scheduler.advance()
+    going.clear()
+    enters = scheduler.admit(Request(stem + b"?", Stopping(9)))
+    for _ in range(5):
+        assert {piece.stream for piece in scheduler.advance()} == {runs} and scheduler.waiting == 1
+    going.set()
+    found = []
+    while scheduler.running or scheduler.waiting:
+        found += scheduler.advance()
+    own = [piece for piece in found if piece.stream == enters]
+    assert b"".join(piece.data for piece in own) == run(network, [Request(stem + b"?", Stopping(9))], None)[0]
+    assert own[0].known == 64
+    store.close()

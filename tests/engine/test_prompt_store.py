@@ -10,9 +10,10 @@ from engine.state_cases import PROMPT
 from small_networks import PACKABLE, random_weights
 
 from marlin_cli.engine.generation import Stopping, generate
-from marlin_cli.engine.prompt_store import SUFFIX, PromptStore, StoreLimits
+from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.state_files import read_ids
+from marlin_cli.engine.state_folder import SUFFIX
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.states import ArrayRows, Place, StreamState, Units, ids_of
 from marlin_cli.errors import OutputError
@@ -237,14 +238,17 @@ def test_a_folder_that_others_may_write_in_is_refused(kind, tmp_path):
 
 def test_a_full_disk_is_told_once_and_memory_goes_on(network, kind, tmp_path, monkeypatch, capfd):
     def full(path, state, kind):
-        raise OutputError("the folder: cannot write: No space left on device")
+        raise OutputError(f"{path.name}: cannot write: No space left on device")
 
-    monkeypatch.setattr("marlin_cli.engine.prompt_store.write_state", full)
+    monkeypatch.setattr("marlin_cli.engine.state_folder.write_state", full)
     store = PromptStore(kind, tmp_path, ANY)
     generated(network, PROMPT, store)
     generated(network, b"?" + PROMPT, store)
     store.close()
-    assert capfd.readouterr().err == "the folder: cannot write: No space left on device; the prompt is kept in memory alone\n"
+    said = capfd.readouterr().err
+    assert (
+        said.endswith(": cannot write: No space left on device; the prompt is kept in memory alone\n") and said.count("\n") == 1
+    )
     assert units_in(store, PROMPT) == 18
 
 
@@ -274,10 +278,86 @@ def test_the_folder_is_written_by_a_thread_of_its_own(network, kind, tmp_path, m
         going.wait(10)
         seen.append(threading.current_thread().name)
 
-    monkeypatch.setattr("marlin_cli.engine.prompt_store.write_state", slow)
+    monkeypatch.setattr("marlin_cli.engine.state_folder.write_state", slow)
     store = PromptStore(kind, tmp_path, ANY)
     for number in range(9):
         generated(network, bytes([65 + number]) * 64, store)  # more than may wait: the others are not written
     going.set()
     store.close()
     assert 4 <= len(seen) <= 6 and {*seen} == {"prompt store"}
+
+
+def test_what_is_no_file_in_the_folder_is_left_alone(network, kind, stores, tmp_path, capfd):
+    store = stores(kind, tmp_path, ANY)
+    generated(network, PROMPT, store)
+    store.close()
+    (tmp_path / f"folder{SUFFIX}").mkdir()
+    os.mkfifo(tmp_path / f"pipe{SUFFIX}")
+    (tmp_path / f"nowhere{SUFFIX}").symlink_to(tmp_path / "nothing")
+    (tmp_path / f"zero{SUFFIX}").symlink_to("/dev/zero")
+    before = files(tmp_path)
+    store = stores(kind, tmp_path, StoreLimits(memory_bytes=0, disk_bytes=1, fewest_rows=2))
+    assert units_in(store, PROMPT) == 18 and files(tmp_path) == before
+    generated(network, b"?" + PROMPT, store)  # too much for the folder: what can go does
+    store.close()
+    assert files(tmp_path) == [name for name in before if name.split(".")[0] in ("folder", "pipe", "nowhere", "zero")]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("call", ["unlink", "utime"])
+def test_a_folder_that_takes_no_changes_is_read_all_the_same(call, network, kind, stores, tmp_path, monkeypatch, capfd):
+    store = stores(kind, tmp_path, ANY)
+    generated(network, PROMPT, store)
+    store.close()
+    damaged = tmp_path / f"damaged{SUFFIX}"
+    damaged.write_bytes(b"??")
+
+    def refuses(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, call, refuses)
+    store = stores(kind, tmp_path, ANY)
+    assert [units_in(store, PROMPT) for _ in range(2)] == [18, 18]
+    said = capfd.readouterr().err
+    assert said.startswith(f"{damaged}: ") and said.count("\n") == 1
+    assert ("it cannot be removed (Read-only file system)" in said) == damaged.exists() == (call == "unlink")
+
+
+def test_a_folder_that_takes_no_stamps_is_told_once_and_written_on(network, kind, stores, tmp_path, monkeypatch, capfd):
+    store = stores(kind, tmp_path, StoreLimits(memory_bytes=0, fewest_rows=2))
+    utime, refused = os.utime, []
+
+    def refuses(path, *given):
+        if os.path.exists(path):
+            refused.append(path)
+            raise PermissionError(1, "Operation not permitted")
+        utime(path, *given)
+
+    monkeypatch.setattr(os, "utime", refuses)
+    monkeypatch.setattr(store._memory, "beginning_of", lambda ids: None)
+    for prompt in (PROMPT, PROMPT, PROMPT[::-1]):
+        generated(network, prompt, store)
+    store.close()
+    assert refused and len(files(tmp_path)) == 2
+    assert capfd.readouterr().err == f"{tmp_path}: Operation not permitted; files of prompts are not kept as they should be\n"
+
+
+def test_what_a_prompt_needs_is_read_in_another_thread(network, kind, stores, tmp_path, monkeypatch):
+    store = stores(kind, tmp_path, ANY)
+    generated(network, PROMPT, store)
+    store.close()
+    store, threads, going = stores(kind, tmp_path, ANY), [], threading.Event()
+    find = store._folder.find
+
+    def slow(*given):
+        threads.append(threading.current_thread())
+        assert going.wait(10)
+        return find(*given)
+
+    monkeypatch.setattr(store._folder, "find", slow)
+    assert not store.is_ready(PROMPT) and not store.is_ready(PROMPT)
+    going.set()
+    assert store.restore(PROMPT).units == 18 and len(threads) == 1 and threads[0] is not threading.main_thread()
+    assert store.restore(PROMPT).units == 18 and threads[1] is threading.main_thread()  # nobody was asked before
+    assert not store.is_ready(b"?" + PROMPT) or threads[2]  # another prompt is looked for anew
+    assert store.restore(b"?" + PROMPT) is None and len(threads) == 3

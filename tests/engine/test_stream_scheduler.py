@@ -304,14 +304,12 @@ def test_a_long_prompt_comes_in_slices_and_keeps_nobody_waiting(network):
     ("ready", "most", "expected"),
     [
         (0, 64, {1: 200, 2: 56}),
-        (1, 64, {1: 16}),
-        (8, 64, {1: 32}),
-        (99, 64, {1: 64}),
+        (1, 64, {1: 64}),
         (99, 250, {1: 200, 2: 50}),
         (1, 3, {1: 3}),
     ],
 )
-def test_a_slice_is_as_long_as_those_that_wait_can_bear(ready, most, expected):
+def test_a_slice_goes_to_prompts_in_their_order(ready, most, expected):
     assert slices({1: 200, 2: 300, 3: 5}, ready, most) == expected
 
 

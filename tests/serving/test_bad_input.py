@@ -51,6 +51,7 @@ BODIES = {
     "no number": b'{"temperature": NaN}',
     "endless": b'{"temperature": 1e999}',
     "half a surrogate pair": b'{"prompt": "\\ud800"}',
+    "half a surrogate pair for a name": b'{"\\ud800": 1}',
     "half a surrogate pair to stop at": b'{"stop": "\\udfff"}',
     "a prompt of truth": b'{"prompt": true}',
     "a prompt of a table": b'{"prompt": {"text": "a"}}',
@@ -91,6 +92,7 @@ def test_a_body_that_is_none_is_400_with_a_line(kind, server):
 
 QUERIES = [
     "max_bytes=x", "max_bytes=1.5", "max_bytes=-1", "temperature=nan", "temperature=1e999", "top_p=7", "n=2", "stop_hex=x",
+    "max_bytes=1_0", "max_bytes=+5", "max_bytes=%D9%A3", "temperature=1_0", "temperature=.", "temperature=e5", "temperature=",
     "max_bytes=1&max_bytes=2", "sentinels=maybe", "%ff=%ff", "max_bytes=" + "9" * 5000, "max_bytes=%B2", "stop=",
 ]  # fmt: skip
 
@@ -111,6 +113,8 @@ HEADS = {
     "a zero byte": b"GET /\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "two lengths": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
     "a length that is none": b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    "a length and chunks": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "an unknown encoding": b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip\r\n\r\n",
     "chunks that are none": b"POST /v1/bytes HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",

@@ -1,5 +1,7 @@
 """Prompts that a server keeps: the same bytes as read anew, from memory and over a restart."""
 
+import json
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
@@ -51,6 +53,23 @@ def test_what_begins_alike_is_the_same_from_memory_and_from_files(tmp_path):
     assert answers(again, longer) == anew[1:]
     assert restored[0].units >= len(PROMPT) // 4
     again.close()
+
+
+def test_usage_tells_how_much_of_a_prompt_was_known():
+    own = model()
+    store = KeptPrompts(1 << 20).store_for(own)
+    with running(lambda: served_model(own, "megabyte-demo", "tiny", SchedulerLimits(2), store)) as server:
+        asked = {"prompt": list(PROMPT), "max_tokens": 5}
+        told = [server.ask("/v1/completions", {**asked, "n": n})[1] for n in (1, 1, 3)]
+        _, _, events = server.call(
+            "POST", "/v1/completions", {**asked, "stream": True, "stream_options": {"include_usage": True}}
+        )
+        order = server.call("GET", f"/v1/requests/{told[1]['id']}")[2]
+    known = len(PROMPT) - 4  # what follows it is kept too, so that its last patch is read again
+    assert [each["usage"]["prompt_tokens_details"] for each in told] == [{"cached_tokens": n} for n in (0, known, known)]
+    assert f'"prompt_tokens_details":{{"cached_tokens":{known}}}'.encode() in events
+    assert json.loads(order)["streams"][0]["cached_bytes"] == known
+    store.close()
 
 
 def test_nothing_is_kept_where_none_is_wanted_or_can_be():

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import openai
 import pytest
@@ -9,6 +10,8 @@ from serving_cases import MAX_BYTES, parrot, running
 
 from marlin_cli.engine.scheduling import SchedulerLimits
 from marlin_cli.serving import desk as desk_module
+from marlin_cli.serving.completion_requests import read_completion
+from marlin_cli.serving.refusals import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +180,16 @@ def test_an_engine_that_can_do_no_more_ends_the_server():
     with running(lambda: (served, once)) as server:
         assert server.ask("/v1/completions", {"prompt": "break"})[0] == 500
         server.until(lambda: server.engine.ended.is_set() and not server._thread.is_alive())
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits"), [({"max_tokens": 9999}, True), ({"n": 3}, False), ({"n": 3, "stream": True}, True)]
+)
+def test_what_is_told_whole_has_to_fit_in_memory(fields, fits):
+    served = replace(parrot()[0], max_bytes=1 << 15)
+    document = {"prompt": "", "max_tokens": 1 << 20, "logprobs": 15, **fields}
+    if fits:
+        read_completion(document, served)
+        return
+    with pytest.raises(Refusal, match="logprobs: 1,572,864 log-probabilities are more than 1,048,576 at once"):
+        read_completion(document, served)
