@@ -14,6 +14,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.speculation import Speculation, speculation_of
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
@@ -94,12 +95,21 @@ class ContinuingModel(Model):
         seed: int = 0,
         stop: Sequence[bytes] = (),
         sentinels: bool = False,
+        speculate: str | int = "off",
+        prediction: bytes = b"",
     ) -> bytes:
-        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them; see `pieces`."""
+        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them; see `pieces`.
+
+        Args:
+            speculate: off, auto, or patches that are drafted ahead at once; see `marlin_cli.engine.speculation`.
+            prediction: what may follow, for drafts.
+        """
         sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
-        return b"".join(
-            piece.data for piece in self.pieces([checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels)
-        )
+        pieces = self.pieces(
+            [checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels,
+            speculation=speculation_of(speculate, prediction),
+        )  # fmt: skip
+        return b"".join(piece.data for piece in pieces)
 
     def generate_stream(
         self,
@@ -113,10 +123,16 @@ class ContinuingModel(Model):
         seed: int = 0,
         stop: Sequence[bytes] = (),
         sentinels: bool = False,
+        speculate: str | int = "off",
+        prediction: bytes = b"",
     ) -> Iterator[int]:
         """The bytes of `generate`, each (an int) as soon as it is decoded."""
         sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
-        for piece in self.pieces([checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels):
+        pieces = self.pieces(
+            [checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels,
+            speculation=speculation_of(speculate, prediction),
+        )  # fmt: skip
+        for piece in pieces:
             yield from piece.data
 
     def pieces(
@@ -127,16 +143,18 @@ class ContinuingModel(Model):
         *,
         sentinels: bool = False,
         keeper: PromptKeeper | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`.
 
         Args:
             sentinels: `<extra_id_N>` stands for that special id of a ByGPT5 or EvaByte, in a prompt and in what follows it.
             keeper: of a single prompt: what knows its beginning and keeps its state, such as a `StateFile`.
+            speculation: how streams are drafted ahead, which changes none of their bytes.
         """
         return generate(
             self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels,
-            keeper=keeper,
+            keeper=keeper, speculation=speculation,
         )  # fmt: skip
 
     def scheduler(self, limits: SchedulerLimits | None = None, keeper: PromptKeeper | None = None) -> Scheduler[Request]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP
+from marlin_cli.commands.speculation_options import SPECULATE_HELP, keep_rows_apart
 
 
 class EarlyStopping(str, Enum):
@@ -70,6 +71,10 @@ def generate(
         str | None,
         typer.Option(help="File of --save-state: what the prompt begins with there, in whole patches, is not read again."),
     ] = None,
+    speculate: Annotated[str, typer.Option(metavar="auto|off|N", help=SPECULATE_HELP)] = "off",
+    prediction_file: Annotated[
+        str | None, typer.Option(help="File whose bytes may follow the prompt, such as a text before an edit: a draft.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side, by each rank.")] = 16,
     split: Annotated[
         str | None,
@@ -92,6 +97,7 @@ def generate(
     --save-state keeps what was read of a prompt, for --load-state of a later run whose prompt begins with the same bytes.
     The file holds the prompt. One that does not fit is left aside with a line that says why, and the output is the same.
     """
+    keep_rows_apart(speculate)
     from marlin_cli.backend import require_mlx
 
     require_mlx()
@@ -102,6 +108,7 @@ def generate(
     from marlin_cli.commands.leading import check_alike, follow_along, leading
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
+    from marlin_cli.commands.speculation_options import speculation_given
     from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
@@ -117,6 +124,7 @@ def generate(
     longest = parse_size(max_bytes, "--max-bytes") if max_length is None else parse_size(max_length, "--max-length")
     stopping = Stopping(longest, tuple(sequences))
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    speculation = speculation_given(speculate, prediction_file)
     imports = parse_import_options(import_options)
     cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
@@ -181,10 +189,19 @@ def generate(
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
                 write_json_lines(
-                    continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks, keeper=keeper
+                    continues,
+                    prompted,
+                    stopping,
+                    sampling,
+                    batch_size * ranks.size,
+                    sentinels=marks,
+                    keeper=keeper,
+                    speculation=speculation,
                 )
             else:
-                pieces = continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks, keeper=keeper)
+                pieces = continues.pieces(
+                    [prompted[0].data], stopping, sampling, sentinels=marks, keeper=keeper, speculation=speculation
+                )
                 summary = write_stream(pieces, raw=raw)
                 known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
                 console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")

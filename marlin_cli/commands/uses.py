@@ -105,6 +105,8 @@ GENERATE: Mapping[str, Uses] = {
     "--save-state": _of(*CONTINUING, without=("--prompts",)),
     "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--chat": _of(BYTEWISE),  # a model of another form says so itself
+    "--speculate": _of(CONTINUES, *ENCODER_FIRST, without=("--beams",)),
+    "--prediction-file": _of(CONTINUES, *ENCODER_FIRST, needs=("--speculate",), without=("--prompts",)),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--split": _of(CONTINUES, ANSWERS),
     "--raw": _of(without=("--json", "--prompts")),

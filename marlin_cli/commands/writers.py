@@ -10,8 +10,10 @@ from typing import Protocol
 
 from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
+from marlin_cli.commands.speculation_options import as_mapping, in_words
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.speculation import Speculated, Speculation
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 
@@ -27,6 +29,7 @@ class Continues(Protocol):
         *,
         sentinels: bool = False,
         keeper: PromptKeeper | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """See `ContinuingModel.pieces`."""
 
@@ -43,7 +46,7 @@ def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False)
     started = time.perf_counter()
     first_s = None
     count = 0
-    reason = None
+    reason, speculated = None, None
     for piece in pieces:
         data = view.push(piece.data) if as_text else piece.data
         if first_s is None:
@@ -52,12 +55,14 @@ def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False)
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         count += len(piece.data)
-        reason = piece.stop_reason
+        reason, speculated = piece.stop_reason, piece.speculated
     if as_text or ends_line:
         sys.stdout.buffer.write(view.flush() + b"\n")
         sys.stdout.buffer.flush()
     wall_s = time.perf_counter() - started
-    return f"{count} bytes out ({reason}); first byte after {1000 * (first_s or 0):.0f} ms, {count / wall_s:.1f} bytes/s in all"
+    drafts = "" if speculated is None else f"; {in_words(speculated)}"
+    speed = f"first byte after {1000 * (first_s or 0):.0f} ms, {count / wall_s:.1f} bytes/s in all"
+    return f"{count} bytes out ({reason}); {speed}{drafts}"
 
 
 def is_viewed(*, raw: bool) -> bool:
@@ -100,6 +105,7 @@ def write_json_lines(
     *,
     sentinels: bool = False,
     keeper: PromptKeeper | None = None,
+    speculation: Speculation | None = None,
 ) -> None:
     """Write one JSON object a prompt to stdout, in the order of the prompts, each when it and those before it have ended.
 
@@ -111,7 +117,9 @@ def write_json_lines(
         written = 0
         try:
             prompted = [line.prompt.data for line in batch]
-            for piece in model.pieces(prompted, stopping, sampling, sentinels=sentinels, keeper=keeper):
+            for piece in model.pieces(
+                prompted, stopping, sampling, sentinels=sentinels, keeper=keeper, speculation=speculation
+            ):
                 batch[piece.stream].take(piece)
                 while written < len(batch) and batch[written].ended:
                     batch[written].write()
@@ -130,6 +138,7 @@ class _Line:
         self._started = time.perf_counter()
         self._data = b""
         self._reason: str | None = None
+        self._speculated: Speculated | None = None
         self._first_ms: float | None = None
         self._end_ms = 0.0
 
@@ -143,7 +152,7 @@ class _Line:
         self._data += piece.data
         if piece.data and self._first_ms is None:
             self._first_ms = self._end_ms
-        self._reason = piece.stop_reason
+        self._reason, self._speculated = piece.stop_reason, piece.speculated
 
     def write(self) -> None:
         """Write it to stdout."""
@@ -158,6 +167,7 @@ class _Line:
             "first_byte_ms": self._first_ms,
             "wall_ms": self._end_ms,
             "bytes_per_second": 1000 * len(self._data) / self._end_ms if self._end_ms else None,
+            **({} if self._speculated is None else {"speculation": as_mapping(self._speculated, len(self._data))}),
         }
         sys.stdout.write(json.dumps(document, ensure_ascii=True, allow_nan=False) + "\n")
         sys.stdout.flush()

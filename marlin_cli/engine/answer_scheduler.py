@@ -147,7 +147,7 @@ class AnsweringScheduler:
                     pieces.append(AnswerPiece(new.stream, data, None, costs))
             else:
                 data, costs = telling.end(new.answers)
-                pieces.append(AnswerPiece(new.stream, data, new.reason, costs, new.answers))
+                pieces.append(AnswerPiece(new.stream, data, new.reason, costs, answers=new.answers))
                 del self._telling[new.stream]
         return pieces
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.sampling import NOISE_STEPS, Noise, Sampling
+from marlin_cli.engine.speculation import Drafting
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,6 +30,11 @@ class StreamNoise:
         self.taken += ids
         return taken
 
+    def give_back(self, noise: Floats) -> None:
+        """Take back what was taken last and not used."""
+        self._left = np.concatenate([noise, self._left])
+        self.taken -= len(noise)
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -38,6 +44,7 @@ class Ask:
     settings: Sampling
     noise: StreamNoise  # what it draws takes its own
     with_logits: bool = False
+    drafting: Drafting | None = None  # what drafts it ahead, of streams that verify drafts
 
 
 class Drawn(NamedTuple):
@@ -49,6 +56,10 @@ class Drawn(NamedTuple):
 
 class Streams(Protocol):
     """What a network remembers of many streams, each under a number of its own, and how it goes on with them."""
+
+    @property
+    def no_drafts(self) -> str | None:
+        """Why these streams verify no drafts; None: they do."""
 
     @property
     def nbytes(self) -> int:
