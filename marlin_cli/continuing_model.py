@@ -1,6 +1,6 @@
 """`ContinuingModel`, the Python interface to networks that continue bytes: logits, bits per byte, the bytes that follow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.draft_model import drafts_of
+from marlin_cli.engine.drafts import DraftSource
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
@@ -51,6 +53,15 @@ class ContinuingModel(Model):
     ) -> None:
         super().__init__(network, device, quantization=quantization, marlin=marlin)
         self.cache_bits = cache_bits or CacheBits()
+        self._draft_source: Callable[[Request, bytes], DraftSource] | None = None
+
+    def draft_with(self, other: "ContinuingModel") -> None:
+        """Let a smaller MegaByte draft what streams ask to have drafted, in place of the text itself. No byte changes.
+
+        Raises:
+            UsageError: a model that cannot.
+        """
+        self._draft_source = drafts_of(other.network)
 
     @classmethod
     def _with_cache(cls, network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any) -> "ContinuingModel":
@@ -154,7 +165,7 @@ class ContinuingModel(Model):
         """
         return generate(
             self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels,
-            keeper=keeper, speculation=speculation,
+            keeper=keeper, speculation=speculation, draft_source=self._draft_source,
         )  # fmt: skip
 
     def scheduler(self, limits: SchedulerLimits | None = None, keeper: PromptKeeper | None = None) -> Scheduler[Request]:
@@ -163,7 +174,7 @@ class ContinuingModel(Model):
         Args:
             keeper: what knows the beginnings of prompts, and keeps what is read of them, such as a `prompt_store`.
         """
-        return scheduler_of(self.network, limits, self.cache_bits, keeper)
+        return scheduler_of(self.network, limits, self.cache_bits, keeper, self._draft_source)
 
     def prompt_store(self, folder: str | Path | None = None, limits: StoreLimits | None = None) -> PromptStore:
         """A store of prompts for the `scheduler` of this model, in memory and, where one is given, in a folder.

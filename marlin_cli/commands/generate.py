@@ -72,6 +72,9 @@ def generate(
         typer.Option(help="File of --save-state: what the prompt begins with there, in whole patches, is not read again."),
     ] = None,
     speculate: Annotated[str, typer.Option(metavar="auto|off|N", help=SPECULATE_HELP)] = "off",
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="MegaByte: a smaller one, which drafts in place of the text itself.")
+    ] = None,
     prediction_file: Annotated[
         str | None, typer.Option(help="File whose bytes may follow the prompt, such as a text before an edit: a draft.")
     ] = None,
@@ -108,7 +111,7 @@ def generate(
     from marlin_cli.commands.leading import check_alike, follow_along, leading
     from marlin_cli.commands.options import bytes_of_argument, bytes_of_hex, parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.commands.prompts import one_prompt, read_prompts
-    from marlin_cli.commands.speculation_options import speculation_given
+    from marlin_cli.commands.speculation_options import drafting_model, speculation_given
     from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
@@ -178,6 +181,8 @@ def generate(
             options=imports,
             split=ranks_to_split(split, model, ranks),
         )
+        if draft is not None:
+            loaded.draft_with(drafting_model(draft, ranks.size, device=device))
         if not leads:
             return follow_along(loaded, ranks, batch_size)
         if chat:

@@ -3,7 +3,10 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from marlin_cli.errors import UsageError
+
 if TYPE_CHECKING:
+    from marlin_cli.continuing_model import ContinuingModel
     from marlin_cli.engine.speculation import Speculated, Speculation
 
 SPECULATE_HELP = (
@@ -28,6 +31,24 @@ def speculation_given(speculate: str, prediction_file: str | None) -> "Speculati
     from marlin_cli.engine.speculation import speculation_of
 
     return speculation_of(speculate, b"" if prediction_file is None else bytes_of_file(prediction_file))
+
+
+def drafting_model(model: str, ranks: int, *, device: str) -> "ContinuingModel":
+    """The model of `--draft`.
+
+    Raises:
+        UsageError: it is none that continues bytes, or several ranks run.
+        MarlinError: it is not there or cannot be read.
+    """
+    from marlin_cli.api import capability_of
+    from marlin_cli.continuing_model import ContinuingModel
+    from marlin_cli.models import Capability
+
+    if ranks > 1:
+        raise UsageError(f"--draft is for one process, and {ranks} ranks run; leave it out")
+    if capability_of(model) is not Capability.CONTINUES:
+        raise UsageError(f"--draft {model}: it does not continue bytes; name a MegaByte")
+    return ContinuingModel.from_pretrained(model, device=device)
 
 
 def as_mapping(speculated: "Speculated", generated_bytes: int) -> dict[str, Any]:

@@ -23,7 +23,13 @@ class Draft(NamedTuple):
 
 
 class DraftSource(Protocol):
-    """Guesses what follows one text, which grows."""
+    """Guesses what follows one text, which grows.
+
+    Attributes:
+        is_free: does a draft take no time worth counting, so that it may be thought of without being tried?
+    """
+
+    is_free: bool
 
     def push(self, data: bytes) -> None:
         """The text goes on."""
@@ -42,6 +48,8 @@ class TextDrafts:
         prediction: what may follow the text, or parts of it.
         follows: does the prediction begin where the text goes on? Then nothing needs to match for its beginning.
     """
+
+    is_free = True
 
     def __init__(self, prediction: bytes = b"", text: bytes = b"", *, follows: bool = True) -> None:
         self._text = bytearray()  # the prediction, then the text

@@ -202,6 +202,10 @@ class FusedCache:
         """The rows of a single stream so far, which stay as they are."""
         return KernelRows(self.held.copy())
 
+    def copy(self) -> "FusedCache":
+        """One that goes on from here by itself, and shares the rows so far."""
+        return FusedCache(self._stack, self.held.copy(), self._seconds)
+
     def may_go_back(self) -> None:
         """The next rows, which come together, may be forgotten from any of them on: see `forget`."""
         self.held.may_go_back()

@@ -8,6 +8,7 @@ A stream that has a draft of the patches to come takes these through the global 
 verifies them (`patch_verification`). It goes on behind what was right, as far as the end of the patch, where the others are.
 """
 
+import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -152,11 +153,11 @@ class PatchStreams:
         ready = [number for number, stream in self._streams.items() if stream.enters and stream.due == 0]  # all was known
         conditions = [self._streams[number].places[-1].last for number in ready]
         where = {number: (row, 1) for row, number in enumerate(ready)}  # of the conditions: the first row of each, and how many
+        clock = [time.perf_counter()]
         drafted = self._drafts(asks)
         reads = {number: stream.due for number, stream in self._streams.items() if not stream.enters}
         entering = {number: stream.due for number, stream in self._streams.items() if stream.enters and stream.due}
         reads |= slices(entering, len(reads) + len(ready), slice_rows)
-        clock = [time.perf_counter()]
         if reads:
             hidden = self._read(reads)
             ends = dict(zip(reads, (np.cumsum(list(reads.values())) - 1).tolist(), strict=True))
@@ -241,6 +242,30 @@ class PatchStreams:
             self._prices.drafted(reading, verifying, streams, patches)
         else:
             self._prices.plain(reading, writing, streams)
+
+    def follow(self, stream: int, ids: Sequence[int]) -> None:
+        """Append ids to a stream that were not drawn here."""
+        own, size = self._streams[stream], self._config.patch_size
+        behind = [*own.given, *ids]
+        whole = max(0, len(behind) - self._ahead) // size * size
+        if whole:
+            new = np.array(behind[:whole], dtype=np.int32).reshape(-1, size)
+            own.unread, own.before = np.concatenate([own.unread, new]), behind[whole - 1]
+        own.given = behind[whole:]
+
+    def look_ahead(self, stream: int, ask: Ask) -> list[int]:
+        """The ids that would follow the only stream there is, as many as it asks for. It stays where it is."""
+        own = self._streams[stream]
+        if own.due:
+            own.condition = self._network.to_next(0, self._read({stream: own.due})[-1:]), 0
+        assert own.condition is not None and isinstance(own.cache, FusedCache)
+        self._streams[stream] = copy.copy(own)
+        self._streams[stream].cache = own.cache.copy()
+        found = list(self._walk({stream: ask}, own.condition[0])[stream].ids)
+        while len(found) < ask.most:
+            found += self.step({stream: replace(ask, most=ask.most - len(found))}, 1)[stream].ids
+        self._streams[stream] = own
+        return found[: ask.most]
 
     def end(self, stream: int) -> None:
         ended = self._streams.pop(stream, None)

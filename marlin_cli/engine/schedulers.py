@@ -1,10 +1,12 @@
 """The scheduler of a network, chosen in one place."""
 
+from collections.abc import Callable
 from typing import Any
 
 from marlin_cli.engine.answer_scheduler import AnsweringScheduler
 from marlin_cli.engine.cache import CacheBits, check_cache_bits
 from marlin_cli.engine.continuation import way_of
+from marlin_cli.engine.drafts import DraftSource
 from marlin_cli.engine.merged_streams import MergedStreams
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.engine.states import PromptKeeper
@@ -19,6 +21,7 @@ def scheduler_of(
     limits: SchedulerLimits | None = None,
     cache_bits: CacheBits | None = None,
     keeper: PromptKeeper | None = None,
+    draft_source: Callable[[Any, bytes], DraftSource] | None = None,
 ) -> Scheduler[Any]:
     """A scheduler of streams that the network continues (its requests are `Request`s), or answers (`AnswerRequest`s).
 
@@ -26,6 +29,7 @@ def scheduler_of(
         cache_bits: of the keys and values that every stream keeps, in one width where it reads an input.
         keeper: what knows the beginnings of prompts, and keeps what is read of them, such as a `PromptStore`; an input that is
             answered is read as a whole, and has none.
+        draft_source: see `StreamScheduler`; of a model that continues.
 
     Raises:
         UsageError: `cache_bits` do not fit the network, or it is an encoder alone.
@@ -36,7 +40,7 @@ def scheduler_of(
             raise UsageError("a model that answers keeps keys and values in one width; give one number")
         return AnsweringScheduler(network, limits, memory_bits=bits.keys)
     streams = streams_of(network, cache_bits or CacheBits(), keeper)
-    return StreamScheduler(network, streams, limits or SchedulerLimits())
+    return StreamScheduler(network, streams, limits or SchedulerLimits(), draft_source)
 
 
 def streams_of(network: Network, bits: CacheBits, keeper: PromptKeeper | None = None) -> Streams:

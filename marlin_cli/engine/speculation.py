@@ -91,6 +91,9 @@ class _Odds:
             self.right, self.tried = MEMORY * self.right + (number < right), MEMORY * self.tried + 1.0
 
 
+# Passes without drafts, where these cost something and did not pay, until one is drafted all the same.
+PASSES_WITHOUT = 32
+
 # What a unit that was seen counts beside the next one.
 MEMORY = 0.9
 
@@ -110,9 +113,9 @@ class Drafting:
         self._settings, self._source, self._first_byte = settings, source, first_byte
         # By how many bytes speak for a draft: fewer than 4, than 16, than 32, or more.
         self._odds = [_Odds(1.0, 2.0), _Odds(1.0, 2.0), _Odds(1.5, 2.0), _Odds(1.8, 2.0)]
-        self._guess, self._odds_now = b"", self._odds[0]
+        self._guess, self._odds_now = b"", self._odds[3]
         self._unit, self._given, self._tried = 1, 0, 0
-        self._drafted = self._accepted = self._passes = 0
+        self._drafted = self._accepted = self._passes = self._passes_without = 0
 
     @property
     def told(self) -> Speculated:
@@ -140,13 +143,18 @@ class Drafting:
             price: what a unit costs that is drafted, where one costs 1 that is not.
         """
         units = min(self._settings.most, (given + most) // unit)
+        if self._settings.adapts and not self._source.is_free:
+            # Nothing is seen of what is not drafted: now and then a unit is, whatever it costs.
+            self._passes_without += 1
+            units = min(units, worth(self._odds_now.chance, price) or self._passes_without // PASSES_WITHOUT)
         found = self._source.draft(units * unit - given) if units else None
         if found is None:
             return []
+        self._passes_without = 0
         self._guess, self._unit, self._given = found.data, unit, given
         self._odds_now = self._odds[0 if found.match < 4 else 1 if found.match < 16 else 2 if found.match < 32 else 3]
         units = (given + len(found.data)) // unit
-        if self._settings.adapts:
+        if self._settings.adapts and self._source.is_free:
             units = min(units, worth(self._odds_now.chance, price))
         self._tried = max(0, units * unit - given)
         return [byte + self._first_byte for byte in found.data[: self._tried]]

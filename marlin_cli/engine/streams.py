@@ -1,5 +1,6 @@
 """What a scheduler drives: the streams that a network remembers, which come and go and take each step together."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -29,6 +30,12 @@ class StreamNoise:
         taken, self._left = self._left[:ids], self._left[ids:]
         self.taken += ids
         return taken
+
+    def copy(self) -> "StreamNoise":
+        """One that goes on from here by itself, with the same noise."""
+        other = copy.copy(self)
+        other._noise = copy.copy(self._noise)
+        return other
 
     def give_back(self, noise: Floats) -> None:
         """Take back what was taken last and not used."""

@@ -8,6 +8,7 @@ from packed_layers import packed
 from stream_cases import at_random, mixed, run
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.draft_model import drafts_of
 from marlin_cli.engine.drafts import Draft, TextDrafts
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of, streams_of
@@ -34,6 +35,8 @@ def exact_rows():
 
 class Knowing:
     """Drafts what will come, but for one byte in so many."""
+
+    is_free = True
 
     def __init__(self, future, wrong_every, seed=0):
         rng = random.Random(seed)
@@ -237,3 +240,37 @@ def test_what_cannot_be_asked_for():
     for asked in ("on", "-1", -1, "1.5"):
         with pytest.raises(UsageError):
             speculation_of(asked)
+
+
+@pytest.mark.parametrize("patch_size", [4, 3, 6])
+@pytest.mark.parametrize("layout", ["prefix", "megabyte_pytorch"])
+def test_a_model_drafts_whatever_its_patches_are(random_network, small_sizes, layout, patch_size, exact_rows):
+    network = random_network(MegaByteConfig(**small_sizes))
+    other = random_network(MegaByteConfig(**{**small_sizes, "patch_size": patch_size, "layout": layout, "byte_dim": 16}))
+    requests = mixed(10, seed=7)
+    expected = run(scheduler_of(network, LIMITS), requests, at_random(10))
+    asked = [replace(each, speculation=Speculation(2)) for each in requests]
+    found = run(scheduler_of(network, LIMITS, draft_source=drafts_of(other)), asked, at_random(10))
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("layout", ["prefix", "megabyte_pytorch"])
+def test_a_model_drafts_for_itself_what_it_would_draw(random_network, small_sizes, layout, temperature, exact_rows):
+    network = random_network(MegaByteConfig(**{**small_sizes, "layout": layout, "byte_dim": 16, "token_shift": True}))
+    request = Request(b"some words", Stopping(60), Sampling(temperature, seed=3))
+    (expected,) = run(scheduler_of(network), [request])
+    scheduler = scheduler_of(network, draft_source=drafts_of(network))
+    scheduler.admit(replace(request, speculation=Speculation(3)))
+    data, told = b"", None
+    while scheduler.running or scheduler.waiting:
+        for piece in scheduler.advance():
+            data, told = data + piece.data, piece.speculated or told
+    assert data == expected.data
+    assert told.accepted_bytes == told.drafted_bytes > 40
+
+
+def test_what_cannot_draft_says_so(each_continuing):
+    if each_continuing.config.model_type != "megabyte":
+        with pytest.raises(UsageError, match="MegaByte"):
+            drafts_of(each_continuing)
