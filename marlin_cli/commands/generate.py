@@ -146,6 +146,7 @@ def generate(
             sentinels=sentinel,
             json=json_output or prompts is not None,
             raw=raw,
+            speculation=speculation,
         )
         with joined() as ranks:
             check_alike(ranks, model, kv_bits=kv_bits, activation_bits=activation_bits, split=split, batch_size=batch_size)

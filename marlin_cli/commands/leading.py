@@ -111,8 +111,17 @@ class LeadingAnswers:
         self.scheduler, self.config, self.device, self.kv_bits = scheduler, model.config, model.device, model.kv_bits
 
     def pieces(
-        self, prompts: Sequence[bytes], limits: AnswerLimits, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        limits: AnswerLimits,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """See `AnsweringModel.pieces`."""
-        requests = [AnswerRequest(each, limits, sampling, sentinels=sentinels, memory_bits=self.kv_bits) for each in prompts]
+        bits, wanted = self.kv_bits, speculation or Speculation()
+        requests = [
+            AnswerRequest(each, limits, sampling, sentinels=sentinels, memory_bits=bits, speculation=wanted) for each in prompts
+        ]
         return _pieces(self.scheduler, requests)

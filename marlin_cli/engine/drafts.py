@@ -45,19 +45,21 @@ class TextDrafts:
     the text, and next to where it was wrong, as an edited line is followed by one that is not: there a short match does.
 
     Args:
-        prediction: what may follow the text, or parts of it.
-        follows: does the prediction begin where the text goes on? Then nothing needs to match for its beginning.
+        prediction: what may follow the text, or parts of it. Nothing needs to match for its beginning.
+        text: so far.
+        resumes: where a draft was wrong, is a character thought to stand for one, so that it goes on behind both at once?
     """
 
     is_free = True
 
-    def __init__(self, prediction: bytes = b"", text: bytes = b"", *, follows: bool = True) -> None:
+    def __init__(self, prediction: bytes = b"", text: bytes = b"", *, resumes: bool = False) -> None:
         self._text = bytearray()  # the prediction, then the text
+        self._end, self._resumes = len(prediction), resumes  # of the prediction
         self._newest: dict[bytes, int] = {}  # where what comes after these bytes begins
         self._before: list[int] = []  # by place, the next newest one after the same bytes; -1: none
         self._index(prediction)
         self._index(text)
-        self._place: int | None = 0 if prediction and follows else None  # where the text is thought to go on
+        self._place: int | None = 0 if prediction else None  # where the text is thought to go on
         self._right = 0  # bytes before that place that the text has too
         self._since = 0  # bytes of the text since a draft was wrong
 
@@ -74,13 +76,13 @@ class TextDrafts:
                 self._right, self._since = 0, self._since + 1
 
     def draft(self, count: int) -> Draft | None:
-        found = self._follow() or self._longest() or self._near()
+        found = self._follow() or self._longest() or self._near() or self._resumed()
         if found is None or count < 1:
             return None
         self._place, self._right = found
         self._since = 0
-        if self._place >= len(self._text):
-            return None
+        if self._place < self._end:
+            return Draft(bytes(self._text[self._place : min(self._place + count, self._end)]), self._right)
         data = bytearray(self._text[self._place : self._place + count])
         while len(data) < count and self._place + len(data) >= len(self._text):
             data += data[: count - len(data)]  # what is copied reaches its own beginning, and repeats itself
@@ -88,7 +90,9 @@ class TextDrafts:
 
     def _follow(self) -> tuple[int, int] | None:
         """Where the last draft goes on, all of which was right."""
-        return None if self._place is None or self._since else (self._place, self._right)
+        if self._place is None or self._since or self._place in (self._end, len(self._text)):
+            return None
+        return self._place, self._right
 
     def _longest(self) -> tuple[int, int] | None:
         """The longest match with the end of the text, of equal ones the newest."""
@@ -119,6 +123,23 @@ class TextDrafts:
         ends = [start + LEAST_NEAR_MATCH for start in (before, after) if start >= 0]
         return (min(ends, key=lambda place: abs(place - expected)), LEAST_NEAR_MATCH) if ends else None
 
+    def _resumed(self) -> tuple[int, int] | None:
+        """Behind as many characters as have come since a draft was wrong, if all of them are whole."""
+        if not self._resumes or self._place is None or not self._since or self._place >= self._end:
+            return None
+        place, came = self._place, self._since
+        while place > 0 and is_within(self._text[place]):  # from the beginning of the character that was another
+            place, came = place - 1, came + 1
+        try:
+            characters = len(self._text[len(self._text) - came :].decode("utf-8"))
+        except UnicodeDecodeError:
+            return None
+        for _ in range(characters):
+            place += 1
+            while place < self._end and is_within(self._text[place]):
+                place += 1
+        return (place, 0) if place < self._end else None
+
     def _index(self, data: bytes) -> None:
         """Append bytes, and note what each of them comes after."""
         start = len(self._text)
@@ -145,3 +166,8 @@ def common_bytes(one: bytes, other: bytes) -> int:
     if one[:most] == other[:most]:
         return most
     return next(place for place in range(most) if one[place] != other[place])
+
+
+def is_within(byte: int) -> bool:
+    """Is it a byte of UTF-8 that no character begins with?"""
+    return byte & 0xC0 == 0x80

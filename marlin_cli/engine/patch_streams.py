@@ -25,7 +25,7 @@ from marlin_cli.engine.fused import FusedCache, FusedStages
 from marlin_cli.engine.patch_verification import DraftedPatches, Outcome, verified
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
-from marlin_cli.engine.speculation import Prices
+from marlin_cli.engine.speculation import ROWS_DEPEND, Prices
 from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, is_cut_anywhere, units_of
 from marlin_cli.engine.streams import Ask, Drawn, Floats, slices
@@ -123,7 +123,7 @@ class PatchStreams:
         if not self._fused.has(0):
             return "ranks share the model, whose sums do not keep rows apart"
         if not self._fused.rows_are_exact:
-            return "a row of a product depends on the rows beside it here; set MARLIN_ROWS=exact"
+            return ROWS_DEPEND
         return None
 
     @property

@@ -14,7 +14,7 @@ from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 
 # Units (patches, or ids of a model that takes them one by one) that are drafted at once at most, unless a number is given.
-MOST_UNITS = 16
+MOST_UNITS = 32
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Speculation:
         if self.most < 0:
             raise UsageError(f"a draft has 0 patches or more, found {self.most}")
 
+
+# Why drafts are not verified where a row is not the same bits beside others.
+ROWS_DEPEND = "a row of a product depends on the rows beside it here; set MARLIN_ROWS=exact"
 
 AUTO = Speculation(MOST_UNITS, adapts=True)
 

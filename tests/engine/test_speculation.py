@@ -230,7 +230,19 @@ def test_a_prediction_needs_no_match():
     assert drafts.draft(4) == Draft(b"what", 0)
     drafts.push(b"what")
     assert drafts.draft(4) == Draft(b" may", 4)
-    assert TextDrafts(b"what may follow", b"the prompt", follows=False).draft(4) is None
+    drafts.push(b" may follow")
+    assert drafts.draft(4) is None  # it is over
+
+
+def test_drafts_resume_behind_a_character_that_was_another():
+    drafts = TextDrafts("začátek textu".encode(), resumes=True)
+    assert drafts.draft(6).data == "začá".encode()
+    drafts.push("zá".encode()[:2])
+    assert drafts.draft(6) is None  # half a character
+    drafts.push("zá".encode()[2:])
+    assert drafts.draft(4) == Draft("čá".encode(), 0)
+    drafts.push(b"c")
+    assert drafts.draft(4) == Draft("áte".encode(), 0)
 
 
 def test_what_cannot_be_asked_for():
