@@ -283,6 +283,7 @@ SERVE: Mapping[str, Uses] = {
     "--api-key": _of(without=("--api-key-file",)),
     "--api-key-file": _of(without=("--api-key",)),
     **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
+    "--speculate": _of(CONTINUES, ANSWERS),
     "--state-memory": _of(*CONTINUING),
     "--state-folder": _of(*CONTINUING),
     "--k-bits": _of(*CONTINUING),

@@ -34,10 +34,11 @@ class Speculation:
             raise UsageError(f"a draft has 0 patches or more, found {self.most}")
 
 
+OFF = Speculation()
+AUTO = Speculation(MOST_UNITS, adapts=True)
+
 # Why drafts are not verified where a row is not the same bits beside others.
 ROWS_DEPEND = "a row of a product depends on the rows beside it here; set MARLIN_ROWS=exact"
-
-AUTO = Speculation(MOST_UNITS, adapts=True)
 
 
 def speculation_of(asked: str | int, prediction: bytes = b"") -> Speculation:

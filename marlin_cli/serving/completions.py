@@ -112,11 +112,22 @@ class Completions:
         return {"id": order.id, "object": kind, "created": int(order.opened_at), "model": self.served.name}
 
 
-def _usage(request: CompletionRequest, choices: Sequence[Choice]) -> dict[str, int]:
-    """Counts of bytes; a prompt of several choices counts once."""
+def _usage(request: CompletionRequest, choices: Sequence[Choice]) -> dict[str, Any]:
+    """Counts of bytes; a prompt of several choices counts once. What was drafted counts as predicted, whoever drafted it."""
     prompts = sum(len(ask.prompt) for ask in request.asks[:: request.count])
     generated = sum(choice.generated_bytes for choice in choices)
-    return {"prompt_tokens": prompts, "completion_tokens": generated, "total_tokens": prompts + generated}
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompts, "completion_tokens": generated, "total_tokens": prompts + generated
+    }  # fmt: skip
+    drafts = [choice.speculated for choice in choices if choice.speculated is not None]
+    if drafts:
+        accepted = sum(each.accepted_bytes for each in drafts)
+        usage["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(each.drafted_bytes for each in drafts) - accepted,
+            "passes": sum(each.passes for each in drafts),
+        }
+    return usage
 
 
 def _event(document: dict[str, Any]) -> bytes:
