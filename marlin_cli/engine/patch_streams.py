@@ -153,7 +153,7 @@ class PatchStreams:
         ready = [number for number, stream in self._streams.items() if stream.enters and stream.due == 0]  # all was known
         conditions = [self._streams[number].places[-1].last for number in ready]
         where = {number: (row, 1) for row, number in enumerate(ready)}  # of the conditions: the first row of each, and how many
-        clock = [time.perf_counter()]
+        clock = [time.process_time()]
         drafted = self._drafts(asks)
         reads = {number: stream.due for number, stream in self._streams.items() if not stream.enters}
         entering = {number: stream.due for number, stream in self._streams.items() if stream.enters and stream.due}
@@ -182,16 +182,16 @@ class PatchStreams:
                 stream.condition = condition, where[number][0]
                 self._keep(stream)
         timed = not entering and not ready and any(ask.drafting is not None for ask in asks.values())
-        clock.append(time.perf_counter())  # kernels compute at once: what is left to MLX is little, and counts as written
+        clock.append(time.process_time())  # kernels compute at once: what is left to MLX is little, and counts as written
         found, walks = self._verify(asks, condition, where, drafted)
-        clock.append(time.perf_counter())
+        clock.append(time.process_time())
         if walks:
             rows = [row for row, _ in walks.values()]
             alone = rows == list(range(condition.shape[0]))
             walking = {number: ask for number, (_, ask) in walks.items()}
             for number, drawn in self._walk(walking, condition if alone else condition[mx.array(rows)]).items():
                 found[number] = _joined(found.get(number), drawn)
-        clock.append(time.perf_counter())
+        clock.append(time.process_time())
         if timed:
             self._learn(*np.diff(clock).tolist(), streams=len(where), patches=sum(map(len, drafted.values())))
         return found

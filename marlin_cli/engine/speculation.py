@@ -171,12 +171,12 @@ def worth(chance: float, price: float) -> int:
     return MOST_UNITS if chance >= 1.0 else max(1, int(math.log(max(price, 1e-6)) / math.log(chance)))
 
 
-# A guess at what a drafted unit costs, before any was verified.
-FIRST_PRICE = 0.4
+# A guess at what a drafted unit costs, before any was verified; and how fast it is believed again when none is.
+FIRST_PRICE, FORGETTING = 0.4, 0.01
 
 
 class Prices:
-    """What a drafted unit costs beside one that is not, by the clock.
+    """What a drafted unit costs beside one that is not, by the clock of the processor, which other programs do not move.
 
     Each is a moving mean of the seconds of a unit of a stream. A price holds for the streams that are there: the more there
     are, the less a unit costs that is not drafted, until drafts do not pay.
@@ -186,22 +186,26 @@ class Prices:
     MOST_TIMES = 3.0
 
     def __init__(self) -> None:
-        self._plain = self._reading = self._verifying = 0.0
+        self._plain = self._reading = 0.0
+        self._price = FIRST_PRICE
 
     @property
     def price(self) -> float:
-        """Of a drafted unit, in those that are not; a guess until both were seen."""
-        return self._verifying / self._plain if self._plain and self._verifying else FIRST_PRICE
+        """Of a drafted unit, in those that are not."""
+        return self._price
 
     def plain(self, reading: float, writing: float, streams: int) -> None:
         """A pass without drafts took so many seconds for units of so many streams."""
         self._plain = self._moved(self._plain, (reading + writing) / streams)
         self._reading = self._moved(self._reading, reading / streams)
+        # What was once too dear may be so no more, with other streams beside it.
+        self._price += FORGETTING * (FIRST_PRICE - self._price)
 
     def drafted(self, reading: float, verifying: float, streams: int, units: int) -> None:
         """A pass of so many streams in which so many units in all were drafted took so many seconds, writing left out."""
-        more = max(0.0, reading - streams * self._reading) if self._reading else 0.0
-        self._verifying = self._moved(self._verifying, (more + verifying) / units)
+        if self._plain:
+            more = max(0.0, reading - streams * self._reading)
+            self._price = self._moved(self._price, (more + verifying) / units / self._plain)
 
-    def _moved(self, mean: float, seconds: float) -> float:
-        return seconds if not mean else mean + 0.1 * (min(seconds, self.MOST_TIMES * mean) - mean)
+    def _moved(self, mean: float, seen: float) -> float:
+        return seen if not mean else mean + 0.2 * (min(seen, self.MOST_TIMES * mean) - mean)
