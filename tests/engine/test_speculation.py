@@ -10,10 +10,12 @@ from stream_cases import at_random, mixed, run
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.draft_model import drafts_of
 from marlin_cli.engine.drafts import Draft, TextDrafts
+from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of, streams_of
 from marlin_cli.engine.scheduling import Request, SchedulerLimits
 from marlin_cli.engine.speculation import AUTO, Drafting, Prices, Speculation, speculation_of, worth
+from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.stream_scheduler import StreamScheduler
 from marlin_cli.errors import UsageError
@@ -297,3 +299,23 @@ def test_what_cannot_draft_says_so(each_continuing):
     if each_continuing.config.model_type != "megabyte":
         with pytest.raises(UsageError, match="MegaByte"):
             drafts_of(each_continuing)
+
+
+@pytest.mark.parametrize("wrong_every", [0, 5])
+def test_what_is_kept_of_a_drafted_stream_is_what_it_wrote(each_config, random_network, wrong_every, exact_rows):
+    network = random_network(each_config)
+    store = PromptStore(kind_of(network), None, StoreLimits(fewest_rows=1))
+    request = Request(b"a beginning", Stopping(45), Sampling(0.9, seed=1))
+    (plain,) = run(scheduler_of(network), [request])
+    drafted_too = replace(request, speculation=Speculation(3, prediction=plain.data))
+    scheduler = StreamScheduler(network, streams_of(network, CacheBits(), store), LIMITS, sources(wrong_every))
+    (found,) = run(scheduler, [drafted_too])
+    assert found.data == plain.data
+    text = request.prompt + plain.data
+    beginning = store.restore(text + bytes(20))
+    assert beginning is not None
+    assert beginning.units * network.config.patch_size >= len(text) - 2 * network.config.patch_size
+    further = Request(text, Stopping(20), Sampling(0.9, seed=2))
+    (again,) = run(scheduler_of(network, keeper=store), [further])
+    (anew,) = run(scheduler_of(network), [further])
+    assert again.data == anew.data
