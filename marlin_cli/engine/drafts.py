@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 LEAST_MATCH = 16
 # Bytes that do where drafts were taken from before, and how far around that place they are looked for.
 LEAST_NEAR_MATCH, NEAR_BYTES = 4, 256
+# Bytes that speak for the beginning of a prediction, which somebody has given for what follows.
+TRUSTED = 32
 # Places that are compared for the longest match, newest first; and how many bytes more than `LEAST_MATCH`.
 MOST_PLACES, MOST_COMPARED = 16, 48
 
@@ -60,7 +62,7 @@ class TextDrafts:
         self._index(prediction)
         self._index(text)
         self._place: int | None = 0 if prediction else None  # where the text is thought to go on
-        self._right = 0  # bytes before that place that the text has too
+        self._right = TRUSTED if prediction else 0  # bytes before that place that the text has too
         self._since = 0  # bytes of the text since a draft was wrong
 
     def push(self, data: bytes) -> None:

@@ -115,8 +115,8 @@ class Drafting:
 
     def __init__(self, settings: Speculation, source: DraftSource, first_byte: int) -> None:
         self._settings, self._source, self._first_byte = settings, source, first_byte
-        # By how many bytes speak for a draft: fewer than 4, than 16, than 32, or more.
-        self._odds = [_Odds(1.0, 2.0), _Odds(1.0, 2.0), _Odds(1.5, 2.0), _Odds(1.8, 2.0)]
+        # By how many bytes speak for a draft: fewer than 4, than 16, than 32, or more. Only those are trusted unseen.
+        self._odds = [_Odds(0.4, 2.0), _Odds(0.4, 2.0), _Odds(0.4, 2.0), _Odds(1.4, 2.0)]
         self._guess, self._odds_now = b"", self._odds[3]
         self._unit, self._given, self._tried = 1, 0, 0
         self._drafted = self._accepted = self._passes = self._passes_without = 0
