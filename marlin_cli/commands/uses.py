@@ -288,7 +288,7 @@ BENCH: Mapping[str, Uses] = {
             "--output",
         ),
     ),
-    "--prompt-file": _of(CONTINUES, ANSWERS, needs=("--speculate",), without=("--prompt-bytes",)),
+    "--prompt-file": _of(CONTINUES, ANSWERS, needs=("--speculate",)),  # whatever --prompt-bytes says
     "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--no-throughput")),
     "--batch": _of(without=_NOT_TIMED),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
