@@ -127,11 +127,11 @@ def generate(
     longest = parse_size(max_bytes, "--max-bytes") if max_length is None else parse_size(max_length, "--max-length")
     stopping = Stopping(longest, tuple(sequences))
     sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    speculation = speculation_given(speculate, prediction_file)
     imports = parse_import_options(import_options)
     cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
     check_state_output(save_state)
+    speculation = speculation_given(speculate, prediction_file)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip

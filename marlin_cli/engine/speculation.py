@@ -164,9 +164,13 @@ class Drafting:
         return [byte + self._first_byte for byte in found.data[: self._tried]]
 
 
+# How much likelier than its price a draft has to be before one is tried: a chance is guessed from few units.
+MARGIN = 1.5
+
+
 def worth(chance: float, price: float) -> int:
     """Units that are worth their price, if each is right with this chance where all before it are."""
-    if chance < price:
+    if chance < MARGIN * price:
         return 0
     return MOST_UNITS if chance >= 1.0 else max(1, int(math.log(max(price, 1e-6)) / math.log(chance)))
 

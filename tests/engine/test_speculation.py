@@ -172,7 +172,7 @@ def test_a_network_without_patches_says_so(each_continuing):
 
 
 def test_more_is_drafted_where_more_is_right():
-    assert [worth(chance, 0.4) for chance in (0.1, 0.39, 0.41, 0.7, 0.9, 0.99)] == [0, 0, 1, 2, 8, 91]
+    assert [worth(chance, 0.4) for chance in (0.1, 0.59, 0.61, 0.7, 0.9, 0.99)] == [0, 0, 1, 2, 8, 91]
     drafting = Drafting(Speculation(16, adapts=True), Knowing(bytes(9000), 0), 0)
     lengths = []
     for _ in range(20):
