@@ -10,9 +10,10 @@ namespace marlin {
 //   rows      by cache: ids of each of its texts, one at least
 //   caches    of the texts so far; a cache grows by its rows
 //   memories  by cache: of the inputs, each with equally many of its texts; none at all where the layers read nothing else
-// Returns [texts, vocab] logits of what follows.
+//   every     is what follows each id asked for, not only the last of each text?
+// Returns [texts, vocab] logits of what follows, or [ids, vocab].
 mlx::core::array answer_decode(const Stack& stack, const mlx::core::array& table, const Product& head, const std::vector<int>& ids,
                                const std::vector<int>& rows, const std::vector<StackCache*>& caches,
-                               const std::vector<const StackMemory*>& memories);
+                               const std::vector<const StackMemory*>& memories, bool every);
 
 }  // namespace marlin

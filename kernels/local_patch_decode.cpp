@@ -26,9 +26,26 @@ std::pair<mx::array, std::optional<mx::array>> local_patch_decode(
   std::vector<float> rows(inputs[1].data<float>(), inputs[1].data<float>() + streams * dim), logits(streams * vocab);
   std::vector<float> told(with_logits ? streams * places * vocab : 0);
   std::vector<int32_t> ids(streams), found(streams * places);
+  const auto feed = [&](int64_t b, int64_t place, int32_t id, float* to) {
+    const float *from = embeddings + id * dim, *addition = added + ((additions.shape(0) == 1 ? 0 : b) * tokens + place) * dim;
+    for (int64_t k = 0; k < dim; k++) to[k] = from[k] + addition[k];
+  };
   const int64_t all_know = *std::min_element(known.begin(), known.end());
-  for (int64_t place = 0; place < places; place++) {
-    stack(rows.data(), {{streams, 1, &cache}}, {}, seconds);
+  // What stands in every stream is read at once, where that makes no row another one.
+  const int64_t together = exact_rows() ? std::min<int64_t>(all_know, places - 1) : 0;
+  if (together) {
+    std::vector<float> read(streams * (together + 1) * dim);
+    for (int64_t b = 0; b < streams; b++) {
+      float* own = &read[b * (together + 1) * dim];
+      std::copy_n(&rows[b * dim], dim, own);
+      for (int64_t place = 0; place < together; place++) feed(b, place, fed[b * width + place], own + (place + 1) * dim);
+      std::copy_n(fed + b * width, together, &found[b * places]);
+    }
+    stack(read.data(), {{streams, together + 1, &cache}}, {}, seconds);
+    for (int64_t b = 0; b < streams; b++) std::copy_n(&read[((b + 1) * (together + 1) - 1) * dim], dim, &rows[b * dim]);
+  }
+  for (int64_t place = together; place < places; place++) {
+    if (place != together || !together) stack(rows.data(), {{streams, 1, &cache}}, {}, seconds);
     if (place >= all_know) {
       const Stopwatch heading(seconds, &PartSeconds::head);
       head(rows.data(), logits.data(), streams);
@@ -42,10 +59,7 @@ std::pair<mx::array, std::optional<mx::array>> local_patch_decode(
       found[b * places + place] = id;
       ids[b] = std::max(id, 0);
     }
-    for (int64_t b = 0; b < streams && place < tokens; b++) {
-      const float *from = embeddings + ids[b] * dim, *addition = added + ((additions.shape(0) == 1 ? 0 : b) * tokens + place) * dim;
-      for (int64_t k = 0; k < dim; k++) rows[b * dim + k] = from[k] + addition[k];
-    }
+    for (int64_t b = 0; b < streams && place < tokens; b++) feed(b, place, ids[b], &rows[b * dim]);
   }
   std::optional<mx::array> all_logits;
   if (with_logits) all_logits = mx::array(told.data(), {int(streams), places, int(vocab)}, mx::float32);

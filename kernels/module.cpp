@@ -37,6 +37,7 @@ std::vector<marlin::PageArrays> pages(const std::vector<Page>& from) {
 NB_MODULE(marlin_cpu, m) {
   m.def("set_threads", &marlin::set_threads, "count"_a);
   m.def("set_exact_rows", &marlin::set_exact_rows, "exact"_a);
+  m.def("exact_rows", &marlin::exact_rows);
 
   nb::enum_<marlin::Kind>(m, "Kind")
       .value("nvfp4", marlin::Kind::nvfp4)
@@ -113,7 +114,8 @@ NB_MODULE(marlin_cpu, m) {
       .def_prop_ro("bytes_allocated", &marlin::StackCache::bytes_allocated)
       .def("keep", &marlin::StackCache::keep, "streams"_a)
       .def("copy", [](const marlin::StackCache& cache) { return marlin::StackCache(cache); })
-      .def("cut", &marlin::StackCache::cut, "rows"_a, "delayed"_a)
+      .def("cut", &marlin::StackCache::cut, "rows"_a, "delayed"_a = std::vector<array>{})
+      .def("may_go_back", &marlin::StackCache::may_go_back)
       .def("stored", &marlin::StackCache::stored, nb::call_guard<nb::gil_scoped_release>())
       .def("restore", &marlin::StackCache::restore, "layers"_a, "rows"_a, "dropped"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def("places", &marlin::StackCache::places)
@@ -170,7 +172,7 @@ NB_MODULE(marlin_cpu, m) {
       .def("seconds", &marlin::AttentionProbe::seconds, nb::call_guard<nb::gil_scoped_release>());
   m.def("draw_ids", &marlin::draw_ids, "logits"_a, "forbidden"_a, "drawings"_a, "noise"_a.none());
   m.def("answer_decode", &marlin::answer_decode, "stack"_a, "table"_a, "head"_a, "ids"_a, "rows"_a, "caches"_a,
-        "memories"_a = std::vector<const marlin::StackMemory*>{}, nb::call_guard<nb::gil_scoped_release>());
+        "memories"_a = std::vector<const marlin::StackMemory*>{}, "every"_a = false, nb::call_guard<nb::gil_scoped_release>());
   m.def("sequence_costs", &marlin::sequence_costs, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a, "expected"_a,
         nb::call_guard<nb::gil_scoped_release>());
   m.def("local_patch_decode", &marlin::local_patch_decode, "stack"_a, "table"_a, "head"_a, "lead"_a, "additions"_a, "given"_a,

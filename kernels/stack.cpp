@@ -146,6 +146,8 @@ void StackCache::clear() {
 }
 
 void StackCache::keep(const std::vector<int>& streams) {
+  recent_.clear();
+  recent_rows_ = 0;
   for (auto* pages : {&keys_, &values_})
     for (auto& each : *pages) each.keep(streams);
   const auto chosen = [&](auto& from, int64_t width, int64_t slots) {
@@ -165,6 +167,16 @@ void StackCache::keep(const std::vector<int>& streams) {
 
 void StackCache::cut(int64_t rows, const std::vector<mx::array>& delayed) {
   if (rows < dropped_) throw std::invalid_argument("these rows have been let go");
+  const int64_t forgotten = std::max<int64_t>(0, rows_ - rows);
+  const bool shifts = !delayed_.empty() && !delayed_[0].empty();
+  if (shifts && forgotten && delayed.empty() && forgotten >= recent_rows_) throw std::invalid_argument("nobody kept what stands there");
+  for (size_t layer = 0; shifts && forgotten && delayed.empty() && layer < delayed_.size(); layer++) {
+    const int64_t channels = delayed_[layer].size() / (2 * batch_);
+    for (int64_t sequence = 0; sequence < 2 * batch_; sequence++)
+      std::copy_n(&recent_[layer][((sequence + 1) * recent_rows_ - 1 - forgotten) * channels], channels, &delayed_[layer][sequence * channels]);
+  }
+  recent_.clear();
+  recent_rows_ = 0;
   rows_ = std::min(rows_, rows);
   for (auto* pages : {&keys_, &values_})
     for (auto& each : *pages) each.cut(held());
@@ -346,6 +358,9 @@ void Stack::through(float* x, const Parts& parts, LayerRange layers, PartSeconds
           }
         }
         if (kept) std::memcpy(kept, x + (start + (b + 1) * rows - 1) * dim_ + half, half * sizeof(float));
+        for (int64_t r = 0; kept && cache->recent_rows_ && r < rows; r++)
+          std::memcpy(cache->recent_[layer].data() + ((slot * cache->batch_ + part.first + b) * rows + r) * half,
+                      x + (start + b * rows + r) * dim_ + half, half * sizeof(float));
       }
     });
     return shifted;
@@ -516,6 +531,10 @@ void Stack::operator()(float* x, const std::vector<Sequences>& all, LayerRange l
       each.cache->values_[number].reserve(each.rows);
       if (shape_.token_shift) each.cache->delayed_[number].resize(2 * each.batch * (dim_ / 2), 0.0f);
     }
+    if (!each.cache || !shape_.token_shift) continue;
+    each.cache->recent_rows_ = each.cache->goes_back_ ? each.rows : 0;
+    each.cache->goes_back_ = false;
+    each.cache->recent_.assign(layers_.size(), std::vector<float>(2 * each.batch * each.cache->recent_rows_ * (dim_ / 2)));
   }
   const std::vector<Parts> chunks = chunks_of(all);
   std::vector<int64_t> starts{0};

@@ -71,8 +71,11 @@ class StackCache {
   bool packed() const { return packed_; }
   void clear();
   void keep(const std::vector<int>& streams);
-  // Goes back to the first `rows` rows, behind which `delayed` stands: see there; empty for no shift of tokens.
+  // Goes back to the first `rows` rows, behind which `delayed` stands: see there; empty for no shift of tokens, and for a place
+  // that `may_go_back` has kept.
   void cut(int64_t rows, const std::vector<mlx::core::array>& delayed);
+  // With a shift of tokens: the next rows, which come together, may be cut anywhere among them.
+  void may_go_back() { goes_back_ = true; }
   // Of each layer what `KeyValuePages::stored` gives of its keys and of its values.
   using Stored = std::vector<std::pair<std::vector<mlx::core::array>, std::vector<mlx::core::array>>>;
   Stored stored() const;
@@ -93,6 +96,9 @@ class StackCache {
   std::vector<int32_t> left_padding_;  // empty: none
   std::vector<KeyValuePages> keys_, values_;
   std::vector<std::vector<float>> delayed_;  // by layer: [2, batch, channels] the last row of both slots
+  bool goes_back_ = false;
+  int64_t recent_rows_ = 0;                  // that came together, to any of which `cut` may go back
+  std::vector<std::vector<float>> recent_;   // by layer: [2, batch, rows, channels] what was the last row after each of them
 };
 
 // Keys and values of another sequence, as each layer reads them. It never grows.

@@ -15,6 +15,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import Piece, Scheduler, SchedulerLimits
 from marlin_cli.engine.spans import OUTSIDE, Place, Span
+from marlin_cli.engine.speculation import Speculation, check_verified, speculation_of
 from marlin_cli.engine.stopping import StopMatcher, Stopping
 from marlin_cli.errors import UsageError
 from marlin_cli.model import Model, checked_text, checked_texts
@@ -69,11 +70,19 @@ class AnsweringModel(Model):
         prefix: bytes = b"",
         stop: Sequence[bytes] = (),
         sentinels: bool = False,
+        speculate: str | int = "off",
+        prediction: bytes = b"",
     ) -> bytes:
-        """The best answer to an input; see `answers`."""
+        """The best answer to an input; see `answers`.
+
+        Args:
+            speculate: off, auto, or bytes that are drafted ahead at once; see `marlin_cli.engine.speculation`.
+            prediction: what the answer may be, for drafts, which else come from the input.
+        """
         limits = AnswerLimits(max_length, min_length, prefix, tuple(stop))
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        return self.answers([checked_text(input_bytes, "answers")], limits, sampling, beams, sentinels=sentinels)[0][0].data
+        inputs, wanted = [checked_text(input_bytes, "answers")], speculation_of(speculate, prediction)
+        return self.answers(inputs, limits, sampling, beams, sentinels=sentinels, speculation=wanted)[0][0].data
 
     def answers(
         self,
@@ -83,23 +92,27 @@ class AnsweringModel(Model):
         beams: Beams | None = None,
         *,
         sentinels: bool = False,
+        speculation: Speculation | None = None,
     ) -> list[list[Answer]]:
         """The answers to each of many inputs of any lengths, best first: one, or the n best of a beam search.
 
         Args:
             sentinels: `<extra_id_N>` in an input stands for that special id.
+            speculation: how answers are drafted ahead, which changes none of them.
 
         Raises:
-            UsageError: an input longer than `max_bytes`, beams that would be sampled, or an encoder alone.
+            UsageError: an input longer than `max_bytes`, beams that would be sampled or drafted, drafts that nothing verifies,
+                or an encoder alone.
         """
         limits = limits or AnswerLimits()
         sources = [self._source(data, sentinels=sentinels) for data in checked_texts(inputs, "generate")]
         if beams is not None:
             if sampling is not None and sampling.temperature:
                 raise UsageError("beams and a temperature do not go together; choose one")
+            check_verified(speculation or Speculation(), "no id of a beam is known before the end")
             return answer_with_beams(self.network, sources, limits, beams, memory_bits=self.kv_bits)
         found: dict[int, Answer] = {}
-        for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
+        for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits, speculation=speculation):
             found.update({stream: new for stream, new in news if isinstance(new, Answer)})
         return [[found[stream]] for stream in range(len(sources))]
 
@@ -125,12 +138,19 @@ class AnsweringModel(Model):
             yield from piece.data
 
     def pieces(
-        self, prompts: Sequence[bytes], stopping: Stopping | AnswerLimits, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        stopping: Stopping | AnswerLimits,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """Decode answers to many inputs side by side, each byte as soon as it is decoded; those of a prefix come first.
 
         Args:
             sentinels: `<extra_id_N>` stands for that special id, in an input and in an answer.
+            speculation: how answers are drafted ahead, which changes none of them.
 
         Raises:
             UsageError: see `answers`.
@@ -140,10 +160,10 @@ class AnsweringModel(Model):
         matchers = [StopMatcher(limits.stop) for _ in sources]
         if limits.prefix:
             yield from (Piece(stream, limits.prefix) for stream in range(len(sources)))
-        for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits):
+        for news in answer(self.network, sources, limits, sampling, memory_bits=self.kv_bits, speculation=speculation):
             for stream, new in news:
                 if isinstance(new, Answer):
-                    yield Piece(stream, matchers[stream].flush(), new.stop_reason)
+                    yield Piece(stream, matchers[stream].flush(), new.stop_reason, speculated=new.speculated)
                 elif FIRST_BYTE <= new < FIRST_SPECIAL:
                     data, _ = matchers[stream].push(new - FIRST_BYTE)
                     if data:

@@ -1,6 +1,6 @@
 """`ContinuingModel`, the Python interface to networks that continue bytes: logits, bits per byte, the bytes that follow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.draft_model import drafts_of
+from marlin_cli.engine.drafts import DraftSource
 from marlin_cli.engine.endless import Window
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
@@ -16,6 +18,7 @@ from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import check_cache, scheduler_of
 from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.scoring import bits_of
+from marlin_cli.engine.speculation import Speculation, speculation_of
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
@@ -52,6 +55,15 @@ class ContinuingModel(Model):
     ) -> None:
         super().__init__(network, device, quantization=quantization, marlin=marlin)
         self.cache_bits = cache_bits or CacheBits()
+        self._draft_source: Callable[[Request, bytes], DraftSource] | None = None
+
+    def draft_with(self, other: "ContinuingModel") -> None:
+        """Let a smaller MegaByte draft what streams ask to have drafted, in place of the text itself. No byte changes.
+
+        Raises:
+            UsageError: a model that cannot.
+        """
+        self._draft_source = drafts_of(other.network)
 
     @classmethod
     def _with_cache(cls, network: Any, device: Device, kv_bits: int | tuple[int, int], **tables: Any) -> "ContinuingModel":
@@ -118,12 +130,21 @@ class ContinuingModel(Model):
         seed: int = 0,
         stop: Sequence[bytes] = (),
         sentinels: bool = False,
+        speculate: str | int = "off",
+        prediction: bytes = b"",
     ) -> bytes:
-        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them; see `pieces`."""
+        """At most `max_bytes` bytes that follow `prompt`, without the stop sequence that ended them; see `pieces`.
+
+        Args:
+            speculate: off, auto, or patches that are drafted ahead at once; see `marlin_cli.engine.speculation`.
+            prediction: what may follow, for drafts.
+        """
         sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
-        return b"".join(
-            piece.data for piece in self.pieces([checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels)
-        )
+        pieces = self.pieces(
+            [checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels,
+            speculation=speculation_of(speculate, prediction),
+        )  # fmt: skip
+        return b"".join(piece.data for piece in pieces)
 
     def generate_stream(
         self,
@@ -137,10 +158,16 @@ class ContinuingModel(Model):
         seed: int = 0,
         stop: Sequence[bytes] = (),
         sentinels: bool = False,
+        speculate: str | int = "off",
+        prediction: bytes = b"",
     ) -> Iterator[int]:
         """The bytes of `generate`, each (an int) as soon as it is decoded."""
         sampling, stopping = Sampling(temperature, top_k, top_p, min_p, seed), Stopping(max_bytes, tuple(stop))
-        for piece in self.pieces([checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels):
+        pieces = self.pieces(
+            [checked_text(prompt, "pieces")], stopping, sampling, sentinels=sentinels,
+            speculation=speculation_of(speculate, prediction),
+        )  # fmt: skip
+        for piece in pieces:
             yield from piece.data
 
     def pieces(
@@ -151,16 +178,18 @@ class ContinuingModel(Model):
         *,
         sentinels: bool = False,
         keeper: PromptKeeper | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """Decode many prompts of any lengths side by side; see `marlin_cli.engine.generation.generate`.
 
         Args:
             sentinels: `<extra_id_N>` stands for that special id of a ByGPT5 or EvaByte, in a prompt and in what follows it.
             keeper: of a single prompt: what knows its beginning and keeps its state, such as a `StateFile`.
+            speculation: how streams are drafted ahead, which changes none of their bytes.
         """
         return generate(
             self.network, checked_texts(prompts, "generate"), stopping, sampling, self.cache_bits, sentinels=sentinels,
-            keeper=keeper,
+            keeper=keeper, speculation=speculation, draft_source=self._draft_source,
         )  # fmt: skip
 
     def scheduler(self, limits: SchedulerLimits | None = None, keeper: PromptKeeper | None = None) -> Scheduler[Request]:
@@ -169,7 +198,7 @@ class ContinuingModel(Model):
         Args:
             keeper: what knows the beginnings of prompts, and keeps what is read of them, such as a `prompt_store`.
         """
-        return scheduler_of(self.network, limits, self.cache_bits, keeper)
+        return scheduler_of(self.network, limits, self.cache_bits, keeper, self._draft_source)
 
     def prompt_store(self, folder: str | Path | None = None, limits: StoreLimits | None = None) -> PromptStore:
         """A store of prompts for the `scheduler` of this model, in memory and, where one is given, in a folder.

@@ -5,7 +5,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from marlin_cli import console
@@ -14,6 +14,7 @@ from marlin_cli.api import decode
 from marlin_cli.commands.leading import SLICE_ROWS, LeadingAnswers
 from marlin_cli.commands.pipes import Arriving, lines_of_pipe
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
+from marlin_cli.commands.speculation_options import as_mapping
 from marlin_cli.commands.writers import TerminalView, is_viewed, write_stream
 from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece, AnswerRequest
 from marlin_cli.engine.answer_scheduler import AnsweringScheduler
@@ -22,6 +23,7 @@ from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import NOT_FINITE, Scheduler, SchedulerLimits
+from marlin_cli.engine.speculation import Speculation
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_with_sentinels
 
@@ -44,6 +46,7 @@ class Request:
     sentinels: bool
     json: bool  # one object an answer, else its bytes and a line feed
     raw: bool = False  # bytes as they are, on a terminal too
+    speculation: Speculation = field(default_factory=Speculation)
 
     def __post_init__(self) -> None:
         if self.beams is not None and self.sampling.temperature:
@@ -79,7 +82,9 @@ def run(model: AnsweringModel | LeadingAnswers, request: Request, inputs: Iterab
 
     if isinstance(inputs, list) and len(inputs) == 1 and request.beams is None and not request.json:
         data = request.input_prefix + checked(inputs[0]).data
-        pieces = model.pieces([data], request.limits, request.sampling, sentinels=request.sentinels)
+        pieces = model.pieces(
+            [data], request.limits, request.sampling, sentinels=request.sentinels, speculation=request.speculation
+        )
         summary = write_stream(pieces, raw=request.raw, ends_line=True)
         console.note_to_terminal(f"{len(data)} bytes in, {summary}, on {model.device.name}")
         return
@@ -107,7 +112,10 @@ def _answered(
         count = 0
         while batch := arriving.take(batch_size, wait=True):
             inputs = [request.input_prefix + each.data for each in batch]
-            found = model.answers(inputs, request.limits, request.sampling, request.beams, sentinels=request.sentinels)
+            found = model.answers(
+                inputs, request.limits, request.sampling, request.beams, sentinels=request.sentinels,
+                speculation=request.speculation,
+            )  # fmt: skip
             yield from zip(range(count, count + len(batch)), batch, found, strict=True)
             count += len(batch)
         arriving.check()
@@ -122,7 +130,7 @@ def _answered(
             for prompt in arriving.take(room, wait=not prompts):
                 asked = AnswerRequest(
                     request.input_prefix + prompt.data, request.limits, request.sampling, request.beams,
-                    sentinels=request.sentinels, memory_bits=model.kv_bits,
+                    sentinels=request.sentinels, memory_bits=model.kv_bits, speculation=request.speculation,
                 )  # fmt: skip
                 prompts.append((scheduler.admit(asked), count, prompt))
                 count += 1
@@ -162,4 +170,5 @@ def _document(index: int, prompt: Prompt, answer: Answer, data: bytes) -> dict[s
         "text": decode(data),
         "score": answer.score,
         "stop_reason": answer.stop_reason,
+        **({} if answer.speculated is None else {"speculation": as_mapping(answer.speculated, len(data))}),
     }

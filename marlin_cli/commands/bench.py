@@ -6,6 +6,7 @@ import typer
 
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP, SINKS_HELP, SPARSE_HELP
+from marlin_cli.commands.speculation_options import keep_rows_apart
 
 # Ratios of two models settle within a few percent in this time, even where others use the machine (LOG.md, 2026-11-28).
 SECONDS_OF_A_PAIR = 15.0
@@ -141,6 +142,15 @@ def bench(
     plan: Annotated[
         bool, typer.Option("--plan", help="Time nothing: attention, cache and bytes read a byte generated, from the shape.")
     ] = False,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|N", help="Decode --decode-bytes with drafts and without, in turns: speed, drafts, passes a byte."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="With --speculate: file whose bytes are the prompt, not the shipped sample's.")
+    ] = None,
     context: Annotated[
         str | None,
         typer.Option(help="Prompts of so many bytes too, for example 1k,8k,32k. With --plan: contexts; default the longest."),
@@ -178,6 +188,7 @@ def bench(
 
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """
+    keep_rows_apart(speculate or "off")
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes, parse_window
@@ -223,6 +234,19 @@ def bench(
 
         check_models(command_line, names)
         return show_plan(names, context, bits, cache, bandwidth, device, plan_ranks, link)
+    if speculate is not None:
+        from marlin_cli.bench.throughput import sample_prompt
+        from marlin_cli.commands.bench_speculation import show_speculation
+        from marlin_cli.commands.prompts import bytes_of_file
+        from marlin_cli.commands.speculation_options import speculation_given
+
+        check_models(command_line, names)
+        prompt = None if prompt_file is None else bytes_of_file(prompt_file)
+        size, count = parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes")
+        return show_speculation(
+            names, speculation_given(speculate, None), sample_prompt(size, 0) if prompt is None else prompt, count, repeats,
+            device=device, kv_bits=cache, activation_bits=activation_bits,
+        )  # fmt: skip
     if against is not None:
         names = (against, *names)
     sizes = {

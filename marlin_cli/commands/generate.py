@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from marlin_cli.commands.options import DEFAULT_MODEL, IMPORT_HELP, SINKS_HELP, SPARSE_HELP, WINDOW_HELP
+from marlin_cli.commands.speculation_options import SPECULATE_HELP, keep_rows_apart
 
 
 class EarlyStopping(str, Enum):
@@ -84,6 +85,13 @@ def generate(
         str | None,
         typer.Option(help="File of --save-state: what the prompt begins with there, in whole patches, is not read again."),
     ] = None,
+    speculate: Annotated[str, typer.Option(metavar="auto|off|N", help=SPECULATE_HELP)] = "off",
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="MegaByte: a smaller one, which drafts in place of the text itself.")
+    ] = None,
+    prediction_file: Annotated[
+        str | None, typer.Option(help="File whose bytes may follow the prompt, such as a text before an edit: a draft.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded side by side, by each rank.")] = 16,
     split: Annotated[
         str | None,
@@ -106,6 +114,7 @@ def generate(
     --save-state keeps what was read of a prompt, for --load-state of a later run whose prompt begins with the same bytes.
     The file holds the prompt. One that does not fit is left aside with a line that says why, and the output is the same.
     """
+    keep_rows_apart(speculate)
     from marlin_cli.backend import require_mlx
 
     require_mlx()
@@ -124,6 +133,7 @@ def generate(
         parse_window,
     )
     from marlin_cli.commands.prompts import one_prompt, read_prompts
+    from marlin_cli.commands.speculation_options import drafting_model, speculation_given
     from marlin_cli.commands.state_options import check_one_reader, check_state_output, state_file
     from marlin_cli.commands.writers import write_json_lines, write_stream
     from marlin_cli.continuing_model import ContinuingModel
@@ -145,6 +155,7 @@ def generate(
     view = parse_window(window, sinks)
     check_models(command_line, [model])
     check_state_output(save_state)
+    speculation = speculation_given(speculate, prediction_file)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip
@@ -159,6 +170,7 @@ def generate(
             sentinels=sentinel,
             json=json_output or prompts is not None,
             raw=raw,
+            speculation=speculation,
         )
         with joined() as ranks:
             check_alike(ranks, model, kv_bits=kv_bits, activation_bits=activation_bits, split=split, batch_size=batch_size)
@@ -198,6 +210,8 @@ def generate(
         )
         if view is not None or sparse is not None:
             loaded = loaded.cached(view, sparse)
+        if draft is not None:
+            loaded.draft_with(drafting_model(draft, ranks.size, device=device))
         if not leads:
             return follow_along(loaded, ranks, batch_size)
         if follow:
@@ -212,10 +226,19 @@ def generate(
         with leading(loaded, ranks, batch_size) as continues:
             if json_output or prompts is not None:
                 write_json_lines(
-                    continues, prompted, stopping, sampling, batch_size * ranks.size, sentinels=marks, keeper=keeper
+                    continues,
+                    prompted,
+                    stopping,
+                    sampling,
+                    batch_size * ranks.size,
+                    sentinels=marks,
+                    keeper=keeper,
+                    speculation=speculation,
                 )
             else:
-                pieces = continues.pieces([prompted[0].data], stopping, sampling, sentinels=marks, keeper=keeper)
+                pieces = continues.pieces(
+                    [prompted[0].data], stopping, sampling, sentinels=marks, keeper=keeper, speculation=speculation
+                )
                 summary = write_stream(pieces, raw=raw)
                 known = f" ({keeper.ids_restored} of them from {load_state})" if keeper is not None and load_state else ""
                 console.note_to_terminal(f"{len(prompted[0].data)} bytes in{known}, {summary}, on {loaded.device.name}")

@@ -38,9 +38,9 @@ LARGEST_NUMBER = (1 << 64) - 1
 # the MODEL that it is made from, which --overwrite allows.
 OUTPUTS = ("--output", "--save", "--report", "--plot", "--save-recipe", "--save-state")
 INPUTS = (
-    "MODEL", "MODEL|FILE", "--stats", "--recipe", "--corpus", "--pairs", "--quality", "--reference", "--against", "--compare",
-    "--surprise",
-    "--calibration-corpus", "--calibration-pairs", "--distill-corpus", "--distill-pairs",
+    "MODEL", "MODEL|FILE", "--draft", "--prediction-file", "--stats", "--recipe", "--corpus", "--pairs", "--quality",
+    "--reference", "--against", "--compare", "--surprise", "--calibration-corpus", "--calibration-pairs",
+    "--distill-corpus", "--distill-pairs",
 )  # fmt: skip
 
 

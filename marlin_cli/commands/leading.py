@@ -15,6 +15,7 @@ from marlin_cli.engine.routing import dismiss, follow, over_ranks
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, SchedulerLimits
+from marlin_cli.engine.speculation import Speculation
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.ranks import Ranks
@@ -94,10 +95,13 @@ class LeadingModel:
         *,
         sentinels: bool = False,
         keeper: PromptKeeper | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """See `ContinuingModel.pieces`; prompts that several ranks read have no keeper."""
         assert keeper is None
-        return _pieces(self._scheduler, [Request(prompt, stopping, sampling, sentinels) for prompt in prompts])
+        wanted = speculation or Speculation()
+        requests = [Request(prompt, stopping, sampling, sentinels, speculation=wanted) for prompt in prompts]
+        return _pieces(self._scheduler, requests)
 
 
 class LeadingAnswers:
@@ -107,8 +111,17 @@ class LeadingAnswers:
         self.scheduler, self.config, self.device, self.kv_bits = scheduler, model.config, model.device, model.kv_bits
 
     def pieces(
-        self, prompts: Sequence[bytes], limits: AnswerLimits, sampling: Sampling, *, sentinels: bool = False
+        self,
+        prompts: Sequence[bytes],
+        limits: AnswerLimits,
+        sampling: Sampling,
+        *,
+        sentinels: bool = False,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """See `AnsweringModel.pieces`."""
-        requests = [AnswerRequest(each, limits, sampling, sentinels=sentinels, memory_bits=self.kv_bits) for each in prompts]
+        bits, wanted = self.kv_bits, speculation or Speculation()
+        requests = [
+            AnswerRequest(each, limits, sampling, sentinels=sentinels, memory_bits=bits, speculation=wanted) for each in prompts
+        ]
         return _pieces(self.scheduler, requests)

@@ -75,6 +75,16 @@ def one_prompt(text: str | None, file: str | None, hexadecimal: str | None) -> P
     return Prompt(b"")
 
 
+def bytes_of_file(file: str) -> bytes:
+    """The bytes of a file, as many as a prompt may have.
+
+    Raises:
+        UsageError: it cannot be read, or has more.
+    """
+    with _opened(file) as opened:
+        return _whole(opened, file)
+
+
 def read_prompts(file: str) -> list[Prompt]:
     """Prompts of a JSONL file (or `-`): a string, or an object with prompt, prompt_base64 or prompt_hex, and id;
     of a file that is named .txt each line that is not blank, as it stands.

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from marlin_cli.commands.options import IMPORT_HELP
+from marlin_cli.commands.speculation_options import SPECULATE_HELP
 
 
 def serve(
@@ -35,6 +36,7 @@ def serve(
         str,
         typer.Option(help="exact: a stream's bytes never depend on its neighbours. fast: as quick as the CPU can."),
     ] = "exact",
+    speculate: Annotated[str, typer.Option(metavar="auto|off|N", help=SPECULATE_HELP)] = "off",
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the cache (of a MegaByte, the global one): 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
@@ -69,6 +71,7 @@ def serve(
     from marlin_cli.commands.given import check_models
     from marlin_cli.commands.options import parse_cache_bits, parse_import_options, parse_size
     from marlin_cli.engine.scheduling import SchedulerLimits
+    from marlin_cli.engine.speculation import speculation_of
     from marlin_cli.serving.loading import KeptPrompts
     from marlin_cli.serving.server import ServerSettings
 
@@ -83,4 +86,16 @@ def serve(
     imports = parse_import_options(import_options)
     bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
-    run(model, name, settings, kept, split, device=device, kv_bits=bits, activation_bits=activation_bits, options=imports)
+    speculation = speculation_of(speculate)
+    run(
+        model,
+        name,
+        settings,
+        kept,
+        split,
+        speculation,
+        device=device,
+        kv_bits=bits,
+        activation_bits=activation_bits,
+        options=imports,
+    )

@@ -8,6 +8,7 @@ from marlin_cli.errors import BackendError, UsageError
 from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
+    from marlin_cli.engine.speculation import Speculation
     from marlin_cli.serving.loading import KeptPrompts
     from marlin_cli.serving.server import ServerSettings
 
@@ -66,6 +67,7 @@ def run(
     settings: "ServerSettings",
     kept: "KeptPrompts",
     split: str | None = None,
+    speculation: "Speculation | None" = None,
     **options: Any,
 ) -> None:
     """Load the model in the thread that will own it, and serve it; see `serving.server.serve`.
@@ -99,7 +101,7 @@ def run(
             store = None if ranks.size > 1 else kept.store_for(own)
             if store is not None:
                 stores.append(store)
-            served, schedulers = served_model(own, model, name, settings.limits, store)
+            served, schedulers = served_model(own, model, name, settings.limits, store, speculation)
             return served, lambda: over_ranks(schedulers(), ranks, own.network, settings.limits.max_streams)
 
         with ranks.computing():  # nothing is left that should be saved when a rank is lost

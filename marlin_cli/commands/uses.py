@@ -116,6 +116,9 @@ GENERATE: Mapping[str, Uses] = {
     "--save-state": _of(*CONTINUING, without=("--prompts",)),
     "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--chat": _of(BYTEWISE),  # a model of another form says so itself
+    "--speculate": _of(CONTINUES, *ENCODER_FIRST, without=("--beams",)),
+    "--draft": _of(CONTINUES, needs=("--speculate",), without=("--prediction-file",)),
+    "--prediction-file": _of(CONTINUES, *ENCODER_FIRST, needs=("--speculate",), without=("--prompts",)),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
     "--split": _of(CONTINUES, ANSWERS),
     "--raw": _of(without=("--json", "--prompts")),
@@ -295,6 +298,29 @@ BENCH: Mapping[str, Uses] = {
     "--save": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--compare": _of(),
     "--plan": _of(*CONTINUING, without=("--compare",)),
+    "--speculate": _of(
+        CONTINUES,
+        ANSWERS,
+        without=(
+            "--compare",
+            "--plan",
+            "--kernels",
+            "--against",
+            "--context",
+            "--batch",
+            "--quality",
+            "--seconds",
+            "--roofline",
+            "--report",
+            "--plot",
+            "--save",
+            "--format",
+            "--output",
+            "--surprise",
+            *_ONE_TABLE,
+        ),
+    ),  # fmt: skip
+    "--prompt-file": _of(CONTINUES, ANSWERS, needs=("--speculate",)),  # whatever --prompt-bytes says
     "--context": _of(*CONTINUING, without=(*_NOTHING_RUN, "--surprise", "--no-throughput", *_ONE_TABLE)),
     "--batch": _of(without=(*_NOT_TIMED, *_ONE_TABLE)),
     "--bits": _of(*CONTINUING, needs=("--plan",)),
@@ -312,6 +338,7 @@ SERVE: Mapping[str, Uses] = {
     "--api-key": _of(without=("--api-key-file",)),
     "--api-key-file": _of(without=("--api-key",)),
     **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
+    "--speculate": _of(CONTINUES, ANSWERS),
     "--state-memory": _of(*CONTINUING),
     "--state-folder": _of(*CONTINUING),
     "--k-bits": _of(*CONTINUING),

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from marlin_cli.api import decode
 from marlin_cli.commands.prompts import Prompt
+from marlin_cli.commands.speculation_options import as_mapping, in_words
 from marlin_cli.console import note
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.speculation import Speculated, Speculation
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 
@@ -28,6 +30,7 @@ class Continues(Protocol):
         *,
         sentinels: bool = False,
         keeper: PromptKeeper | None = None,
+        speculation: Speculation | None = None,
     ) -> Iterator[Piece]:
         """See `ContinuingModel.pieces`."""
 
@@ -44,7 +47,7 @@ def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False)
     started = time.perf_counter()
     first_s = None
     count = 0
-    reason = None
+    reason, speculated = None, None
     for piece in pieces:
         data = view.push(piece.data) if as_text else piece.data
         if first_s is None:
@@ -53,14 +56,16 @@ def write_stream(pieces: Iterable[Piece], *, raw: bool, ends_line: bool = False)
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
         count += len(piece.data)
-        reason = piece.stop_reason
+        reason, speculated = piece.stop_reason, piece.speculated
     if as_text or ends_line:
         sys.stdout.buffer.write(view.flush() + b"\n")
         sys.stdout.buffer.flush()
     wall_s = time.perf_counter() - started
     if reason == "context":
         note("marlin: the model's context is full, so it ends here; give a shorter prompt, or its end")
-    return f"{count} bytes out ({reason}); first byte after {1000 * (first_s or 0):.0f} ms, {count / wall_s:.1f} bytes/s in all"
+    drafts = "" if speculated is None else f"; {in_words(speculated)}"
+    speed = f"first byte after {1000 * (first_s or 0):.0f} ms, {count / wall_s:.1f} bytes/s in all"
+    return f"{count} bytes out ({reason}); {speed}{drafts}"
 
 
 def is_viewed(*, raw: bool) -> bool:
@@ -103,6 +108,7 @@ def write_json_lines(
     *,
     sentinels: bool = False,
     keeper: PromptKeeper | None = None,
+    speculation: Speculation | None = None,
 ) -> None:
     """Write one JSON object a prompt to stdout, in the order of the prompts, each when it and those before it have ended.
 
@@ -114,7 +120,9 @@ def write_json_lines(
         written = 0
         try:
             prompted = [line.prompt.data for line in batch]
-            for piece in model.pieces(prompted, stopping, sampling, sentinels=sentinels, keeper=keeper):
+            for piece in model.pieces(
+                prompted, stopping, sampling, sentinels=sentinels, keeper=keeper, speculation=speculation
+            ):
                 batch[piece.stream].take(piece)
                 while written < len(batch) and batch[written].ended:
                     batch[written].write()
@@ -133,6 +141,7 @@ class _Line:
         self._started = time.perf_counter()
         self._data = b""
         self._reason: str | None = None
+        self._speculated: Speculated | None = None
         self._first_ms: float | None = None
         self._end_ms = 0.0
 
@@ -146,7 +155,7 @@ class _Line:
         self._data += piece.data
         if piece.data and self._first_ms is None:
             self._first_ms = self._end_ms
-        self._reason = piece.stop_reason
+        self._reason, self._speculated = piece.stop_reason, piece.speculated
 
     def write(self) -> None:
         """Write it to stdout."""
@@ -161,6 +170,7 @@ class _Line:
             "first_byte_ms": self._first_ms,
             "wall_ms": self._end_ms,
             "bytes_per_second": 1000 * len(self._data) / self._end_ms if self._end_ms else None,
+            **({} if self._speculated is None else {"speculation": as_mapping(self._speculated, len(self._data))}),
         }
         sys.stdout.write(json.dumps(document, ensure_ascii=True, allow_nan=False) + "\n")
         sys.stdout.flush()

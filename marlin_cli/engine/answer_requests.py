@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Piece
+from marlin_cli.engine.speculation import Speculated, Speculation
 from marlin_cli.engine.stopping import check_stops
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import bytes_of_ids
@@ -41,6 +42,7 @@ class Answer:
     ids: tuple[int, ...]  # prefix included, the end and what ended it left out
     score: float  # log-probability of the ids after the prefix, the end included; of beams, over length ** penalty
     stop_reason: str  # end: one of the model's own; stop: a stop sequence; length: max_length reached
+    speculated: Speculated | None = field(default=None, compare=False)  # of an answer that was drafted ahead
 
     @property
     def data(self) -> bytes:
@@ -63,6 +65,7 @@ class AnswerRequest:
     sentinels: bool = False  # `<extra_id_N>` stands for that special id, in the input and in what is told of the answer
     memory_bits: int | None = None  # of the keys and values that the decoder reads of the input: 4, 8, 16, or the scheduler's
     logprobs: int | None = None  # how many of the likeliest ids are told beside each drawn one; None: nothing is told
+    speculation: Speculation = field(default_factory=Speculation)  # how the answer is drafted ahead, which changes none of it
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and self.logprobs < 0:
@@ -75,6 +78,8 @@ class AnswerRequest:
             raise UsageError("stop sequences do not go with beams; use the end id, or no beams")
         if self.logprobs is not None:
             raise UsageError("logprobs do not go with beams, whose ids are not known one by one")
+        if self.speculation.most and not self.speculation.adapts:
+            raise UsageError("speculation does not go with beams, of which no id is known before the end; leave it off")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 What an input needs at most is set aside when it gets a place, so that nothing that runs is ever stopped for another.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,17 +17,19 @@ from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece,
 from marlin_cli.engine.answer_streams import AnswerStreams, Encoding, GraphStreams, Held, Source
 from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling
 from marlin_cli.engine.cache import check_cache_bits
+from marlin_cli.engine.drafts import TextDrafts, as_text
 from marlin_cli.engine.encoder_decoder import check_answers
 from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
-from marlin_cli.engine.sampling import draw
+from marlin_cli.engine.sampling import Sampling, draw
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, SchedulerLimits
+from marlin_cli.engine.speculation import Drafting, Prices, Speculated, check_verified
 from marlin_cli.engine.split import agreed
 from marlin_cli.engine.stream_scheduler import cost_of
-from marlin_cli.engine.streams import ROWS_READ_ALONE, StreamNoise
+from marlin_cli.engine.streams import ROWS_READ_ALONE, Floats, StreamNoise
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5 import ByT5
-from marlin_cli.models.byt5_ids import ids_of_bytes, ids_with_sentinels
+from marlin_cli.models.byt5_ids import FIRST_BYTE, ids_of_bytes, ids_with_sentinels
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class _Stream:
     noise: StreamNoise
     held: Held | None = None
     next: list[int] = field(default_factory=list)  # what the answers read at the next step, those of the first one first
+    drafting: Drafting | None = None  # of a single answer
+    drafted: list[int] = field(default_factory=list)  # what is read behind `next`, if it is right
 
 
 class AnsweringScheduler:
@@ -91,6 +96,7 @@ class AnsweringScheduler:
         self._encoding: Encoding[Any] | None = None
         self._decoding: list[_Stream] = []
         self._telling: dict[int, Telling] = {}
+        self._prices = Prices()
 
     @property
     def running(self) -> int:
@@ -118,6 +124,7 @@ class AnsweringScheduler:
         bits = self._bits if request.memory_bits is None else request.memory_bits
         if bits != 16:
             check_cache_bits(bits, bits, config.head_dim)
+        check_verified(request.speculation, self._answers.no_drafts)
         number, ends = self._count, config.answer_ends
         source = Source(ids, 1 if beams is None else beams.count, bits)
         needs, most = self._most_bytes(source, limits), self._limits.cache_bytes
@@ -132,7 +139,8 @@ class AnsweringScheduler:
         else:
             writing = one if beams is None else SearchedAnswers(number, limits, beams, ends)
             noise = StreamNoise(sampling.seed, config.vocab_size)
-            self._waiting.append(_Stream(number, request, source, writing, needs, noise))
+            drafting = None if beams is not None or self._answers.no_drafts else drafting_of(request, ids)
+            self._waiting.append(_Stream(number, request, source, writing, needs, noise, drafting=drafting))
         self._telling[number] = Telling(limits, sentinels=request.sentinels)
         self._count += 1
         return number
@@ -147,7 +155,8 @@ class AnsweringScheduler:
                     pieces.append(AnswerPiece(new.stream, data, None, costs))
             else:
                 data, costs = telling.end(new.answers)
-                pieces.append(AnswerPiece(new.stream, data, new.reason, costs, answers=new.answers))
+                told = speculated_of(new.answers)
+                pieces.append(AnswerPiece(new.stream, data, new.reason, costs, speculated=told, answers=new.answers))
                 del self._telling[new.stream]
         return pieces
 
@@ -200,46 +209,88 @@ class AnsweringScheduler:
             self._encoding = self._answers.read([each.source for each in self._entering])
 
     def _write(self) -> list[News]:
-        """An id for every answer."""
-        logits = self._answers.push([stream.held for stream in self._decoding], [stream.next for stream in self._decoding])
+        """An id for every answer, and those that were drafted right."""
+        began = time.process_time()
+        for stream in self._decoding:
+            if stream.drafting is not None and isinstance(stream.writing, OneAnswer):
+                stream.drafted = stream.drafting.draft(1, 0, stream.writing.left - 1, self._prices.price)
+        drafted = sum(len(stream.drafted) for stream in self._decoding)
+        push = self._answers.push_all if drafted else self._answers.push
+        logits = push([each.held for each in self._decoding], [[*each.next, *each.drafted] for each in self._decoding])
+        seconds, streams = time.process_time() - began, len(self._decoding)
         news: list[News] = []
         drawing: list[tuple[int, _Stream, OneAnswer]] = []  # their first rows, and who draws there
         row = 0
         for stream in self._decoding:
-            own = slice(row, row + stream.source.answers)
             if isinstance(stream.writing, OneAnswer):
+                row += len(stream.next) - 1 if drafted else 0
                 drawing.append((row, stream, stream.writing))
+                row += 1 + len(stream.drafted)
             else:
-                news += self._searched(stream, stream.writing, logits[own])
-            row = own.stop
+                each = len(stream.next) // stream.source.answers if drafted else 1
+                last = list(range(row + each - 1, row + each * stream.source.answers, each))
+                news += self._searched(stream, stream.writing, logits[mx.array(last)])
+                row = last[-1] + 1
         news += self._drawn(logits, drawing)
         gone = {new.stream for new in news if isinstance(new, Ended)}
         self._decoding = [stream for stream in self._decoding if stream.number not in gone]
+        if drafted:
+            self._prices.drafted(seconds, 0.0, streams, drafted)
+        else:
+            self._prices.plain(seconds, 0.0, streams)
         return news
 
     def _drawn(self, logits: mx.array, drawing: Sequence[tuple[int, _Stream, OneAnswer]]) -> list[News]:
         if not drawing:
             return []
-        noise = np.zeros((len(drawing), logits.shape[1]), dtype=np.float32)
-        for place, (_, stream, _) in enumerate(drawing):
-            if stream.request.sampling.temperature:
-                noise[place] = stream.noise.take(1)
-        some = logits if len(drawing) == len(logits) else logits[mx.array([row for row, _, _ in drawing])]
-        # The noise has the seed in it: settings that are equal but for that may be drawn together.
-        settings = [replace(stream.request.sampling, seed=0) for _, stream, _ in drawing]
-        values, costs = draw(some, [writing.forbidden for _, _, writing in drawing], settings, mx.array(noise))
+        rows: list[int] = []
+        forbidden: list[tuple[int, ...]] = []
+        settings: list[Sampling] = []
+        noises: list[Floats] = []
+        for row, stream, writing in drawing:
+            sampling, count = stream.request.sampling, 1 + len(stream.drafted)
+            rows += range(row, row + count)
+            forbidden += [writing.forbidden_behind(ids) for ids in range(count)]
+            # The noise has the seed in it: settings that are equal but for that may be drawn together.
+            settings += [replace(sampling, seed=0)] * count
+            blank = np.zeros((count, logits.shape[1]), dtype=np.float32)
+            noises.append(stream.noise.take(count) if sampling.temperature else blank)
+        some = logits if rows == list(range(len(logits))) else logits[mx.array(rows)]
+        values, costs = draw(some, forbidden, settings, mx.array(np.concatenate(noises)))
         table = np.array(some) if any(stream.request.logprobs is not None for _, stream, _ in drawing) else None
         news: list[News] = []
-        for place, (_, stream, writing) in enumerate(drawing):
-            value, cost, wanted = values[place], costs[place], stream.request.logprobs
+        start = 0
+        for (_, stream, writing), noise in zip(drawing, noises, strict=True):
+            drafted, end = stream.drafted, start + 1 + len(stream.drafted)
+            right = next((n for n, value in enumerate(drafted) if values[start + n] != value), len(drafted))
+            if right < len(drafted) and stream.held is not None:
+                self._answers.forget(stream.held, len(drafted) - right)
+                if stream.request.sampling.temperature:
+                    stream.noise.give_back(noise[1 + right :])
+            drawn = values[start : start + 1 + right]
+            stream.next, stream.drafted = drawn[-1:], []
+            if stream.drafting is not None:
+                stream.drafting.push(drawn)
+            news += self._taken(stream, writing, drawn, costs[start:end], None if table is None else table[start:end])
+            start = end
+        return news
+
+    @staticmethod
+    def _taken(
+        stream: _Stream, writing: OneAnswer, ids: Sequence[int], costs: Sequence[float], table: Floats | None
+    ) -> list[News]:
+        """What comes of ids of an answer, up to its end; of each the cost, and the logits that it was drawn from."""
+        news: list[News] = []
+        wanted = stream.request.logprobs
+        for place, value in enumerate(ids):
             told = None if wanted is None or table is None else cost_of(table[place], value, wanted)
-            is_part, answer = writing.take(value, cost)
-            stream.next = [value]
+            is_part, answer = writing.take(value, costs[place])
             if is_part:
                 news.append(Written(stream.number, value, told))
             if answer is not None:
-                found = () if answer.stop_reason == NOT_FINITE else (answer,)
-                news.append(Ended(stream.number, found, answer.stop_reason))
+                told_of = replace(answer, speculated=None if stream.drafting is None else stream.drafting.told)
+                found = () if answer.stop_reason == NOT_FINITE else (told_of,)
+                return [*news, Ended(stream.number, found, answer.stop_reason)]
         return news
 
     @staticmethod
@@ -265,3 +316,19 @@ class AnsweringScheduler:
         packed = {16: plain, 8: config.head_dim + config.head_dim // 32, 4: config.head_dim // 2 + config.head_dim // 16}
         a_layer = 2 * config.heads * (states * packed[source.memory_bits] + source.answers * rows * plain)
         return config.decoder_layers * a_layer
+
+
+def drafting_of(request: AnswerRequest, ids: Sequence[int]) -> Drafting | None:
+    """What drafts an answer ahead, if that is asked for: out of the prediction, or of the input, which corrections copy."""
+    if not request.speculation.most:
+        return None
+    source = as_text([value for value in ids if value >= FIRST_BYTE], FIRST_BYTE)
+    prediction = request.speculation.prediction
+    drafts = TextDrafts(prediction or source, source if prediction else b"", resumes=True)
+    drafts.push(request.limits.prefix)
+    return Drafting(request.speculation, drafts, FIRST_BYTE)
+
+
+def speculated_of(answers: Sequence[Answer]) -> Speculated | None:
+    """What came of the drafts of the only answer, if it had any."""
+    return answers[0].speculated if answers else None

@@ -64,6 +64,16 @@ class AnswerStreams(Protocol[AnyHeld]):
             ids: for each input, equally many for each of its answers, those of the first answer first.
         """
 
+    def push_all(self, held: Sequence[AnyHeld], ids: Sequence[Sequence[int]]) -> mx.array:
+        """As `push`, with the logits of what follows each of the ids, [ids, vocab], where `no_drafts` is None."""
+
+    def forget(self, held: AnyHeld, ids: int) -> None:
+        """Forget so many of the ids that the answer had last."""
+
+    @property
+    def no_drafts(self) -> str | None:
+        """Why no drafts are verified; None: they are."""
+
     @property
     def number_bytes(self) -> int:
         """Bytes of a number of keys or values that are not packed."""
@@ -92,8 +102,16 @@ class GraphHeld:
 class GraphStreams:
     """`AnswerStreams` by the network itself."""
 
+    no_drafts = "only the CPU kernels verify drafts, and this model goes by others"
+
     def __init__(self, network: ByT5) -> None:
         self._network = network
+
+    def push_all(self, held: Sequence[GraphHeld], ids: Sequence[Sequence[int]]) -> mx.array:
+        raise NotImplementedError(self.no_drafts)
+
+    def forget(self, held: GraphHeld, ids: int) -> None:
+        raise NotImplementedError(self.no_drafts)
 
     @property
     def number_bytes(self) -> int:

@@ -32,7 +32,16 @@ class OneAnswer:
     @property
     def forbidden(self) -> tuple[int, ...]:
         """Ids that may not come next."""
-        return self._ends if len(self._own) < self._limits.min_length else ()
+        return self.forbidden_behind(0)
+
+    def forbidden_behind(self, ids: int) -> tuple[int, ...]:
+        """Ids that may not come behind so many more."""
+        return self._ends if len(self._own) + ids < self._limits.min_length else ()
+
+    @property
+    def left(self) -> int:
+        """Ids that may come yet."""
+        return self._limits.max_length - len(self._own)
 
     def take(self, value: int, cost: float) -> tuple[bool, Answer | None]:
         """Append an id of this cost; whether it is part of the answer, and the answer if it has ended."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerRequest
 from marlin_cli.engine.answer_scheduler import AnsweringScheduler, Written
+from marlin_cli.engine.answer_streams import GraphStreams
 from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.encoder_decoder import AnswerState
@@ -18,6 +19,7 @@ from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.scheduling import NOT_FINITE, SchedulerLimits
+from marlin_cli.engine.speculation import Speculation, check_verified
 from marlin_cli.models.byt5 import ByT5
 from marlin_cli.models.byt5_ids import ids_of_bytes
 
@@ -35,17 +37,23 @@ def answer(
     sampling: Sampling | None = None,
     *,
     memory_bits: int = 16,
+    speculation: Speculation | None = None,
 ) -> Iterator[list[tuple[int, int | Answer]]]:
     """Decode one answer to each input, many side by side: greedy, or as `sampling` says.
+
+    Args:
+        speculation: how answers are drafted ahead, which changes none of them.
 
     Yields:
         After each step what is new: (input, id), or (input, answer) for one that has ended. An input has the same
         answer alone and in a batch.
 
     Raises:
+        UsageError: drafts that nothing verifies.
         CheckpointError: predictions that are not finite.
     """
-    request = AnswerRequest(b"", limits, sampling or Sampling(), memory_bits=memory_bits)
+    wanted = speculation or Speculation()
+    request = AnswerRequest(b"", limits, sampling or Sampling(), memory_bits=memory_bits, speculation=wanted)
     for news in _steps(network, sources, request):
         yield [(stream, new[0] if isinstance(new, tuple) else new) for stream, new in news]
 
@@ -79,6 +87,7 @@ def _steps(network: ByT5, sources: Sequence[Sequence[int]], request: AnswerReque
             scheduler.admit_ids(ids, request)
         yield from _scheduled(scheduler)
     elif request.beams is None:
+        check_verified(request.speculation, GraphStreams.no_drafts)
         yield from _in_step(network, sources, request)
     else:
         yield from _searched_in_step(network, sources, request, request.beams)

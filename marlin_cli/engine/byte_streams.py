@@ -41,6 +41,10 @@ class ByteStreams:
         self._streams: dict[int, _Stream] = {}
 
     @property
+    def no_drafts(self) -> str:
+        return "a model that takes bytes one by one has no patches to draft"
+
+    @property
     def nbytes(self) -> int:
         return sum(stream.rows.nbytes for stream in self._streams.values())
 

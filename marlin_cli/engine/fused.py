@@ -64,6 +64,11 @@ class FusedStages:
         found: list[tuple[int, int]] = self._counts.so_far()
         return found
 
+    @property
+    def rows_are_exact(self) -> bool:
+        """Is a row of a result the same whichever rows are beside it?"""
+        return bool(self._module.exact_rows())
+
     def run_stage(self, number: int, rows: mx.array) -> mx.array:
         """A `RunStage`: every sequence from its beginning, nothing remembered."""
         if not self.has(number):
@@ -163,6 +168,20 @@ class FusedStages:
         )  # fmt: skip
         return network.in_order(nats, batch, total)
 
+    def predictions_of_patches(self, patches: mx.array, condition: mx.array, previous: mx.array) -> mx.array:
+        """Logits [n, patch_size, vocab] of the ids of patches whose conditions are known, each from those before it.
+
+        They are those that `decode_sequence` would draw from. See `MegaByte.sequences_of`, `MegaByte.in_patches`.
+        """
+        network, last = self._network, len(self._stages) - 1
+        tokens, condition, previous = network.sequences_of(patches, condition, previous, self.run_stage)
+        added = network.additions(condition)  # summed up first, as in `decode_sequence`, for the same bits
+        lead = network.leading_row(last, tokens.shape[0], condition, previous)
+        rows = mx.concatenate([lead, self._table[tokens[:, : added.shape[1]]] + added], axis=1)
+        hidden = network.in_patches(self.run_stage(last, rows), patches.shape[0])
+        logits: mx.array = self._module.products_of([self._head], hidden.reshape(-1, hidden.shape[-1]))[0]
+        return logits.reshape(*patches.shape, -1)
+
     def cache_bytes(self, number: int, rows: int, key_bits: int = 16, value_bits: int = 16) -> int:
         """Bytes that the cache of a stage takes for `rows` rows of one stream."""
         stage = self._stages[number]
@@ -199,6 +218,18 @@ class FusedCache:
     def kept(self) -> KernelRows:
         """The rows of a single stream so far, which stay as they are."""
         return KernelRows(self.held.copy())
+
+    def copy(self) -> "FusedCache":
+        """One that goes on from here by itself, and shares the rows so far."""
+        return FusedCache(self._stack, self.held.copy(), self._seconds)
+
+    def may_go_back(self) -> None:
+        """The next rows, which come together, may be forgotten from any of them on: see `forget`."""
+        self.held.may_go_back()
+
+    def forget(self, rows: int) -> None:
+        """Forget so many of the rows that came last."""
+        self.held.cut(self.held.rows - rows)
 
     def delayed(self) -> tuple[mx.array, ...]:
         """See `states.Place`."""

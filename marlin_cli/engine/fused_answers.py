@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from marlin_cli.engine.answer_streams import Encoding, GraphEncoding, Source
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, FusedByT5, fuse_byt5
+from marlin_cli.engine.speculation import ROWS_DEPEND
 from marlin_cli.models.byt5 import ByT5
 
 
@@ -37,11 +38,24 @@ class FusedStreams:
             return _ByStates(self, GraphEncoding(self._network, sources), sources)
         return _Sliced(self, sources)
 
+    @property
+    def no_drafts(self) -> str | None:
+        return None if self._fused.module.exact_rows() else ROWS_DEPEND
+
     def push(self, held: Sequence[FusedHeld], ids: Sequence[Sequence[int]]) -> mx.array:
+        return self._push(held, ids, every=False)
+
+    def push_all(self, held: Sequence[FusedHeld], ids: Sequence[Sequence[int]]) -> mx.array:
+        return self._push(held, ids, every=True)
+
+    def forget(self, held: FusedHeld, ids: int) -> None:
+        held.cache.cut(held.cache.rows - ids)
+
+    def _push(self, held: Sequence[FusedHeld], ids: Sequence[Sequence[int]], *, every: bool) -> mx.array:
         rows = [len(each) // one.answers for each, one in zip(ids, held, strict=True)]
         together = [value for each in ids for value in each]
         logits: mx.array = self._fused.module.answer_decode(
-            *self._fused.decoder_parts, together, rows, [each.cache for each in held], [each.memory for each in held]
+            *self._fused.decoder_parts, together, rows, [each.cache for each in held], [each.memory for each in held], every
         )
         return logits
 

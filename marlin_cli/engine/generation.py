@@ -1,13 +1,16 @@
 """Generation: prompts in, pieces of bytes out as they are decoded, for one stream or many of unequal length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import way_of
+from marlin_cli.engine.drafts import DraftSource
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, SchedulerLimits
+from marlin_cli.engine.speculation import Speculation
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models import Network, continuing_of
@@ -22,6 +25,8 @@ def generate(
     *,
     sentinels: bool = False,
     keeper: PromptKeeper | None = None,
+    speculation: Speculation | None = None,
+    draft_source: Callable[[Request, bytes], DraftSource] | None = None,
 ) -> Iterator[Piece]:
     """Decode all prompts side by side; the pieces of a stream come in order, as soon as they are decoded.
 
@@ -30,20 +35,23 @@ def generate(
     Args:
         sentinels: texts stand for such ids, in prompts and in what is generated, which else leaves them out.
         keeper: what knows the beginnings of prompts, and takes their states when they have been read, whatever follows.
+        speculation: how the streams are drafted ahead, which changes none of their bytes.
+        draft_source: where drafts come from, unless it is the text itself; see `StreamScheduler`.
 
     Raises:
-        UsageError: a prompt longer than the model's context, or sentinels where a model has none.
+        UsageError: a prompt longer than the model's context, sentinels where a model has none, or drafts that nothing verifies.
         CheckpointError: predictions that are not finite.
     """
-    scheduler = scheduler_of(network, SchedulerLimits(max_streams=max(1, len(prompts))), cache_bits, keeper)
-    streams = {scheduler.admit(Request(prompt, stopping, sampling, sentinels)): n for n, prompt in enumerate(prompts)}
+    scheduler = scheduler_of(network, SchedulerLimits(max_streams=max(1, len(prompts))), cache_bits, keeper, draft_source)
+    requests = [Request(prompt, stopping, sampling, sentinels, speculation=speculation or Speculation()) for prompt in prompts]
+    streams = {scheduler.admit(request): number for number, request in enumerate(requests)}
     if keeper is not None:
         _read_alone(network, prompts, stopping, cache_bits, sentinels, keeper)
     while scheduler.running or scheduler.waiting:
         for piece in scheduler.advance():
             if piece.stop_reason == NOT_FINITE:
                 raise not_finite()
-            yield Piece(streams[piece.stream], piece.data, piece.stop_reason)
+            yield replace(piece, stream=streams[piece.stream])
 
 
 def _read_alone(

@@ -150,6 +150,10 @@ class MergedStreams:
         self._batches: list[_Batch] = []
 
     @property
+    def no_drafts(self) -> str:
+        return "only the CPU kernels of a MegaByte's patches verify drafts, and these streams go by others"
+
+    @property
     def nbytes(self) -> int:
         entering = [] if self._entering is None else [self._entering]
         return sum(sum(batch.state.cache_bytes.values()) for batch in [*self._batches, *entering])

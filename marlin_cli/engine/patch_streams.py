@@ -3,10 +3,16 @@
 A step is one pass of the global stage over the rows that are due (a patch of each stream that walks, a slice of the prompts
 that enter), and the places of a patch one after another for all whose prompts are read. At a place where a stream has an id
 already, of a prompt that ends within a patch, that is fed and nothing is drawn: so all stand at the same place.
+
+A stream that has a draft of the patches to come takes these through the global stage too, behind the patch that is due, and
+verifies them (`patch_verification`). It goes on behind what was right, as far as the end of the patch, where the others are.
 """
 
+import copy
 import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,8 +23,10 @@ from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits
 from marlin_cli.engine.decoding import fused_stages
 from marlin_cli.engine.endless import reach_of
 from marlin_cli.engine.fused import FusedCache, FusedStages
+from marlin_cli.engine.patch_verification import DraftedPatches, Outcome, verified
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
+from marlin_cli.engine.speculation import NOT_IN_WINDOWS, ROWS_DEPEND, Prices
 from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, is_cut_anywhere, units_of
 from marlin_cli.engine.streams import ROWS_READ_ALONE, Ask, Drawn, Floats, slices
@@ -62,6 +70,34 @@ class _Stream:
         """Where it may be taken up: here, where the next patch has this condition."""
         return Place(self.rows - 1, condition[row : row + 1], self.cache.delayed())
 
+    def draft(self, patches: Ids) -> None:
+        """Take drafted patches in behind the one that is due; the last of them needs no row of its own."""
+        if len(patches) > 1:
+            assert isinstance(self.cache, FusedCache)
+            self.cache.may_go_back()
+            self.unread = np.concatenate([self.unread, patches[:-1]])
+
+    def go_on_behind(self, draft: DraftedPatches, outcome: Outcome) -> int:
+        """Forget what was drafted wrong, which the global stage has seen.
+
+        Returns:
+            Rows of the draft that it has seen and that stay: up to the one that gives the condition of the patch that is open,
+            or, where none is, to the one before the patch that is due.
+        """
+        size, whole = draft.patches.shape[1], outcome.whole
+        kept = whole + outcome.is_open
+        forgotten = len(draft.patches) - kept
+        if forgotten:
+            assert isinstance(self.cache, FusedCache)
+            self.cache.forget(forgotten)
+            self.rows -= forgotten
+        if self.seen:
+            self.seen[-1] = self.seen[-1][:kept]
+        last = outcome.text[(whole - 1) * size : whole * size] if whole else [self.before]
+        self.before, self.given = last[-1], outcome.open
+        self.unread = np.array([] if outcome.is_open else [last], dtype=np.int32).reshape(-1, size)
+        return kept
+
     @property
     def due(self) -> int:
         """Rows that the global stage has to see before the open patch can go on."""
@@ -84,6 +120,15 @@ class PatchStreams:
         # megabyte_pytorch predicts from the patch that ends a prompt, so that patch is left open; and the first id after it.
         self._ahead = 1 if network.config.layout == "megabyte_pytorch" else 0
         self._streams: dict[int, _Stream] = {}
+        self._prices = Prices()
+
+    @property
+    def no_drafts(self) -> str | None:
+        if not self._fused.has(0):
+            return "ranks share the model, whose sums do not keep rows apart"
+        if not self._fused.rows_are_exact:
+            return ROWS_DEPEND
+        return NOT_IN_WINDOWS if self._bits.window is not None or self._bits.share_left is not None else None
 
     @property
     def nbytes(self) -> int:
@@ -117,28 +162,118 @@ class PatchStreams:
     def step(self, asks: Mapping[int, Ask], slice_rows: int) -> Mapping[int, Drawn]:
         ready = [number for number, stream in self._streams.items() if stream.enters and stream.due == 0]  # all was known
         conditions = [self._streams[number].places[-1].last for number in ready]
+        where = {number: (row, 1) for row, number in enumerate(ready)}  # of the conditions: the first row of each, and how many
+        clock = [time.process_time()]
+        drafted = self._drafts(asks)
         reads = {number: stream.due for number, stream in self._streams.items() if not stream.enters}
         entering = {number: stream.due for number, stream in self._streams.items() if stream.enters and stream.due}
         reads |= slices(entering, len(reads) + len(ready), slice_rows)
         if reads:
             hidden = self._read(reads)
             ends = dict(zip(reads, (np.cumsum(list(reads.values())) - 1).tolist(), strict=True))
-            read = [number for number in reads if self._streams[number].due == 0]
-            ready += read
-            if read:
-                conditions.append(self._network.to_next(0, hidden[mx.array([ends[number] for number in read])]))
+            rows: list[int] = []
+            for number in reads:
+                if self._streams[number].due == 0:
+                    count = len(drafted[number]) if number in drafted else 1
+                    where[number] = len(ready) + len(rows), count
+                    rows += range(ends[number] + 1 - count, ends[number] + 1)
+            if rows:
+                conditions.append(self._network.to_next(0, hidden[mx.array(rows)]))
             else:
                 mx.eval(hidden)
             if self._keeper is not None and not is_cut_anywhere(self._config):
                 self._pause({number: end for number, end in ends.items() if self._streams[number].due}, hidden)
-        if not ready:
+        if not where:
             return {}
         condition = conditions[0] if len(conditions) == 1 else mx.concatenate(conditions)
-        for row, number in enumerate(ready):
-            self._streams[number].condition = condition, row
-            if self._streams[number].enters:
-                self._keep(self._streams[number])
-        return self._walk({number: asks[number] for number in ready}, condition)
+        for number in where:
+            stream = self._streams[number]
+            if stream.enters:
+                stream.condition = condition, where[number][0]
+                self._keep(stream)
+        timed = not entering and not ready and any(ask.drafting is not None for ask in asks.values())
+        clock.append(time.process_time())  # kernels compute at once: what is left to MLX is little, and counts as written
+        found, walks = self._verify(asks, condition, where, drafted)
+        clock.append(time.process_time())
+        if walks:
+            rows = [row for row, _ in walks.values()]
+            alone = rows == list(range(condition.shape[0]))
+            walking = {number: ask for number, (_, ask) in walks.items()}
+            for number, drawn in self._walk(walking, condition if alone else condition[mx.array(rows)]).items():
+                found[number] = _joined(found.get(number), drawn)
+        clock.append(time.process_time())
+        if timed:
+            self._learn(*np.diff(clock).tolist(), streams=len(where), patches=sum(map(len, drafted.values())))
+        return found
+
+    def _drafts(self, asks: Mapping[int, Ask]) -> dict[int, Ids]:
+        """The patches [n, patch_size] that streams are drafted ahead, which have taken them in; of those that are."""
+        size, found = self._config.patch_size, {}
+        for number, stream in self._streams.items():
+            drafting = asks[number].drafting
+            if drafting is None or stream.enters or len(stream.given) != self._ahead:
+                continue
+            ids = drafting.draft(size, self._ahead, asks[number].most, self._prices.price)
+            if ids:
+                found[number] = np.array([*stream.given, *ids], dtype=np.int32).reshape(-1, size)
+                stream.draft(found[number])
+        return found
+
+    def _verify(
+        self, asks: Mapping[int, Ask], condition: mx.array, where: Mapping[int, tuple[int, int]], drafted: Mapping[int, Ids]
+    ) -> tuple[dict[int, Drawn], dict[int, tuple[int, Ask]]]:
+        """What drafts have given, and the streams that go on: the rows of their conditions, and what each still asks for."""
+        drafts = {
+            number: DraftedPatches(patches, self._ahead, self._streams[number].before, where[number][0])
+            for number, patches in drafted.items()
+        }
+        outcomes = verified(self._config, self._fused, condition, drafts, asks) if drafts else {}
+        found, walks = {}, {}
+        for number, (row, _) in where.items():
+            stream, ask = self._streams[number], asks[number]
+            if number not in outcomes:
+                stream.condition = condition, row
+                walks[number] = row, ask
+                continue
+            outcome = outcomes[number]
+            found[number] = Drawn(outcome.ids, outcome.logits)
+            row += stream.go_on_behind(drafts[number], outcome) - 1
+            stream.condition = condition, row
+            left = ask.most - len(outcome.ids)
+            if outcome.is_open and left > 0:
+                walks[number] = row, replace(ask, most=left)
+        return found, walks
+
+    def _learn(self, reading: float, verifying: float, writing: float, *, streams: int, patches: int) -> None:
+        """What a step has cost, for those that follow."""
+        if patches:
+            self._prices.drafted(reading, verifying, streams, patches)
+        else:
+            self._prices.plain(reading, writing, streams)
+
+    def follow(self, stream: int, ids: Sequence[int]) -> None:
+        """Append ids to a stream that were not drawn here."""
+        own, size = self._streams[stream], self._config.patch_size
+        behind = [*own.given, *ids]
+        whole = max(0, len(behind) - self._ahead) // size * size
+        if whole:
+            new = np.array(behind[:whole], dtype=np.int32).reshape(-1, size)
+            own.unread, own.before = np.concatenate([own.unread, new]), behind[whole - 1]
+        own.given = behind[whole:]
+
+    def look_ahead(self, stream: int, ask: Ask) -> list[int]:
+        """The ids that would follow the only stream there is, as many as it asks for. It stays where it is."""
+        own = self._streams[stream]
+        if own.due:
+            own.condition = self._network.to_next(0, self._read({stream: own.due})[-1:]), 0
+        assert own.condition is not None and isinstance(own.cache, FusedCache)
+        self._streams[stream] = copy.copy(own)
+        self._streams[stream].cache = own.cache.copy()
+        found = list(self._walk({stream: ask}, own.condition[0])[stream].ids)
+        while len(found) < ask.most:
+            found += self.step({stream: replace(ask, most=ask.most - len(found))}, 1)[stream].ids
+        self._streams[stream] = own
+        return found[: ask.most]
 
     def end(self, stream: int) -> None:
         ended = self._streams.pop(stream, None)
@@ -239,6 +374,14 @@ class PatchStreams:
             stream.given = [max(first.id, 0)]
             found.append([first])
         return found
+
+
+def _joined(first: Drawn | None, then: Drawn) -> Drawn:
+    """What a stream drew in two parts."""
+    if first is None:
+        return then
+    both = None if first.logits is None or then.logits is None else np.concatenate([first.logits, then.logits])
+    return Drawn([*first.ids, *then.ids], both)
 
 
 def patch_streams(network: MegaByte, bits: CacheBits, keeper: PromptKeeper | None = None) -> PatchStreams | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from marlin_cli.engine.speculation import NOT_IN_WINDOWS
 from marlin_cli.engine.streams import Ask, Drawn, Streams
 
 
@@ -18,6 +19,10 @@ class RestartingStreams:
         self._streams, self._context = streams, context
         self._seen: dict[int, list[int]] = {}  # the ids of each stream since it was begun last
         self._made: dict[int, Callable[[Sequence[int]], Sequence[int]]] = {}  # of what its network's ids are: bytes, or numbers
+
+    @property
+    def no_drafts(self) -> str | None:
+        return NOT_IN_WINDOWS
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece,
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.scheduling import Cost, Piece, Request, Scheduler
+from marlin_cli.engine.speculation import Speculated, Speculation
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.wire import Wire
 from marlin_cli.errors import DistributedError
@@ -23,7 +24,7 @@ from marlin_cli.models.splitting import share_of
 from marlin_cli.ranks import Ranks
 from marlin_cli.text import quoted
 
-CONTINUING = (Request, Stopping, Sampling, Piece, Cost)
+CONTINUING = (Request, Stopping, Sampling, Speculation, Piece, Cost, Speculated)
 ANSWERING = (AnswerRequest, AnswerLimits, Beams, AnswerPiece, Answer)
 WIRE = Wire((*CONTINUING, *ANSWERING))
 

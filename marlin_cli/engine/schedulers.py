@@ -1,5 +1,6 @@
 """The scheduler of a network, chosen in one place."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ from marlin_cli.engine.answer_scheduler import AnsweringScheduler
 from marlin_cli.engine.cache import CacheBits, check_cache_bits
 from marlin_cli.engine.continuation import way_of
 from marlin_cli.engine.decoding import fused_stages
+from marlin_cli.engine.drafts import DraftSource
 from marlin_cli.engine.endless import reach_of
 from marlin_cli.engine.merged_streams import MergedStreams
 from marlin_cli.engine.restarting import RestartingStreams
@@ -23,6 +25,7 @@ def scheduler_of(
     limits: SchedulerLimits | None = None,
     cache_bits: CacheBits | None = None,
     keeper: PromptKeeper | None = None,
+    draft_source: Callable[[Any, bytes], DraftSource] | None = None,
 ) -> Scheduler[Any]:
     """A scheduler of streams that the network continues (its requests are `Request`s), or answers (`AnswerRequest`s).
 
@@ -30,6 +33,7 @@ def scheduler_of(
         cache_bits: of the keys and values that every stream keeps, in one width where it reads an input.
         keeper: what knows the beginnings of prompts, and keeps what is read of them, such as a `PromptStore`; an input that is
             answered is read as a whole, and has none.
+        draft_source: see `StreamScheduler`; of a model that continues.
 
     Raises:
         UsageError: `cache_bits` do not fit the network, or it is an encoder alone.
@@ -40,7 +44,8 @@ def scheduler_of(
             raise UsageError("a model that answers keeps keys and values in one width; give one number")
         return AnsweringScheduler(network, limits, memory_bits=bits.keys)
     bits = cache_bits or CacheBits()
-    return StreamScheduler(network, streams_of(network, bits, keeper), limits or SchedulerLimits(), bits.window)
+    streams = streams_of(network, bits, keeper)
+    return StreamScheduler(network, streams, limits or SchedulerLimits(), bits.window, draft_source)
 
 
 def streams_of(network: Network, bits: CacheBits, keeper: PromptKeeper | None = None) -> Streams:

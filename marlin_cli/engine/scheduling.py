@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from marlin_cli.engine.sampling import Sampling
+from marlin_cli.engine.speculation import Speculated, Speculation
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import UsageError
 
@@ -22,6 +23,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     sentinels: bool = False  # texts stand for ids that are no bytes, in the prompt and in what follows
     logprobs: int | None = None  # how many of the likeliest ids are told beside each drawn one; None: nothing is told
+    speculation: Speculation = field(default_factory=Speculation)  # how it is drafted ahead, which changes no byte
 
     def __post_init__(self) -> None:
         if self.logprobs is not None and self.logprobs < 0:
@@ -46,6 +48,7 @@ class Piece:
             an id of the model's own; not_finite: the model gives no numbers here, its weights are damaged or overflow.
         costs: of each id of which `data` has bytes, in their order, if the request asks for them.
         known: ids of the prompt that were known and not read.
+        speculated: with the last piece of a stream that was drafted ahead, what came of that.
     """
 
     stream: int
@@ -53,6 +56,7 @@ class Piece:
     stop_reason: str | None = None
     costs: tuple[Cost, ...] = ()
     known: int = 0
+    speculated: Speculated | None = None
 
 
 # The model's predictions were no numbers: `Piece.stop_reason` of a stream that cannot go on, whose neighbours do.

@@ -2,14 +2,16 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from marlin_cli.engine.drafts import DraftSource, TextDrafts, as_text
 from marlin_cli.engine.endless import Window, most_ids_of
 from marlin_cli.engine.scheduling import NOT_FINITE, Cost, Piece, Request, SchedulerLimits
 from marlin_cli.engine.slice_pace import SlicePace
+from marlin_cli.engine.speculation import Drafting, check_verified
 from marlin_cli.engine.split import agreed
 from marlin_cli.engine.states import is_cut_anywhere
 from marlin_cli.engine.stopping import StopMatcher
@@ -35,11 +37,22 @@ class StreamScheduler:
 
     A stream has a place when there is one, in the order of the requests, and when its caches can grow to all that it may
     ever have beside those of the others: what has begun is never stopped for want of memory.
+
+    Args:
+        draft_source: (request, its prompt as it is read) -> where the drafts of its stream come from.
     """
 
-    def __init__(self, network: Network, streams: Streams, limits: SchedulerLimits, window: Window | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        streams: Streams,
+        limits: SchedulerLimits,
+        window: Window | None = None,
+        draft_source: Callable[[Request, bytes], DraftSource] | None = None,
+    ) -> None:
         self._network, self._streams, self._limits = network, streams, limits
         self._context = most_ids_of(network.config, window)
+        self._draft_source = draft_source or text_drafts
         self._next = 0
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[int, _Running] = {}
@@ -66,6 +79,7 @@ class StreamScheduler:
             raise UsageError(
                 f"the prompt has {len(ids)} bytes, but the model's context is {context}; give its last {context} bytes"
             )
+        check_verified(request.speculation, self._streams.no_drafts)
         most_ids = min(request.stopping.max_bytes, context - len(ids))
         most_bytes = self._streams.most_bytes(len(ids) + most_ids) if most_ids else 0
         if room is not None and most_bytes > room:
@@ -115,13 +129,22 @@ class StreamScheduler:
                 reason = "length" if first.request.stopping.max_bytes == 0 else "context"
                 pieces.append(Piece(first.stream, b"", reason))
             else:
-                self._running[first.stream] = _Running(self._network, first)
+                drafting = None if self._streams.no_drafts else self._drafting(first)
+                self._running[first.stream] = _Running(self._network, first, drafting)
                 self._streams.begin(first.stream, first.ids)
         return pieces
 
     def _may_begin(self, asked: _Waiting) -> bool:
         """Is there a place for it, and does nobody wait while it begins?"""
         return self._has_room(asked) and (self._streams.is_ready(asked.ids) or not self._running)
+
+    def _drafting(self, asked: _Waiting) -> Drafting | None:
+        """What drafts a stream ahead, if it asks for it."""
+        speculation, first_byte = asked.request.speculation, continuing_of(self._network).first_byte
+        if not speculation.most:
+            return None
+        source = self._draft_source(asked.request, as_text(asked.ids, first_byte))
+        return Drafting(speculation, source, first_byte)
 
     def _has_room(self, asked: _Waiting) -> bool:
         if len(self._running) >= self._limits.max_streams:
@@ -134,9 +157,9 @@ class StreamScheduler:
 class _Running:
     """A stream that has a place: what it may still draw, and the bytes that it holds back."""
 
-    def __init__(self, network: Network, asked: _Waiting) -> None:
+    def __init__(self, network: Network, asked: _Waiting, drafting: Drafting | None) -> None:
         config, self._continuing = network.config, continuing_of(network)
-        self.asked = asked
+        self.asked, self._drafting = asked, drafting
         self._ends = self._continuing.ends(config)
         self._left, self.has_drawn = asked.most_ids, False
         self._matcher = StopMatcher(asked.request.stopping.stop)
@@ -147,18 +170,21 @@ class _Running:
     def ask(self) -> Ask:
         """What it wants of the next step."""
         request = self.asked.request
-        return Ask(self._left, request.sampling, self._noise, request.logprobs is not None)
+        return Ask(self._left, request.sampling, self._noise, request.logprobs is not None, self._drafting)
 
     def take(self, drawn: Drawn) -> Piece:
         """The piece that ids set free. What was drawn beyond the stream's end is nothing."""
         self.has_drawn = True
+        if self._drafting is not None:
+            self._drafting.push(drawn.ids)
         data, reason = b"", None
         for index, value in enumerate(drawn.ids):
             freed, reason = self._push(value, None if drawn.logits is None else drawn.logits[index])
             data += freed
             if reason is not None:
                 break
-        return Piece(self.asked.stream, data, reason, self._costs_of(len(data)), known=drawn.known)
+        told = None if self._drafting is None or reason is None else self._drafting.told
+        return Piece(self.asked.stream, data, reason, self._costs_of(len(data)), known=drawn.known, speculated=told)
 
     def _push(self, value: int, logits: Floats | None) -> tuple[bytes, str | None]:
         """The bytes that an id sets free, and why it is the last one."""
@@ -191,6 +217,11 @@ class _Running:
             found.append(cost)
             count -= length
         return tuple(found)
+
+
+def text_drafts(request: Request, prompt: bytes) -> DraftSource:
+    """Drafts out of a prediction, the prompt, and what has followed it."""
+    return TextDrafts(request.speculation.prediction, prompt)
 
 
 def cost_of(logits: Floats, value: int, likeliest: int) -> Cost:

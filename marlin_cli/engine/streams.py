@@ -1,5 +1,6 @@
 """What a scheduler drives: the streams that a network remembers, which come and go and take each step together."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -8,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.sampling import NOISE_STEPS, Noise, Sampling
+from marlin_cli.engine.speculation import Drafting
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,6 +31,17 @@ class StreamNoise:
         self.taken += ids
         return taken
 
+    def copy(self) -> "StreamNoise":
+        """One that goes on from here by itself, with the same noise."""
+        other = copy.copy(self)
+        other._noise = copy.copy(self._noise)
+        return other
+
+    def give_back(self, noise: Floats) -> None:
+        """Take back what was taken last and not used."""
+        self._left = np.concatenate([noise, self._left])
+        self.taken -= len(noise)
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -38,6 +51,7 @@ class Ask:
     settings: Sampling
     noise: StreamNoise  # what it draws takes its own
     with_logits: bool = False
+    drafting: Drafting | None = None  # what drafts it ahead, of streams that verify drafts
 
 
 class Drawn(NamedTuple):
@@ -50,6 +64,10 @@ class Drawn(NamedTuple):
 
 class Streams(Protocol):
     """What a network remembers of many streams, each under a number of its own, and how it goes on with them."""
+
+    @property
+    def no_drafts(self) -> str | None:
+        """Why these streams verify no drafts; None: they do."""
 
     @property
     def nbytes(self) -> int:

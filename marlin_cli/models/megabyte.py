@@ -145,17 +145,35 @@ class MegaByte(nn.Module):
         patch = self.config.patch_size
         patches = -(-total // patch)
         ids = mx.pad(ids, [(0, 0), (0, patches * patch - total)])
-        tokens = ids.reshape(batch, patches, patch)
-        previous = self._last_ids_before(ids)
-        condition = None
-        for number, stage in enumerate(self.stages[:-1]):
+        rows = self._rows_of_stage(0, ids.reshape(batch, patches, patch), None, None)
+        hidden = self.stages[0].stack(rows) if run_stage is None else run_stage(0, rows)
+        condition = self.to_next(0, hidden.reshape(-1, hidden.shape[-1]))
+        return self.sequences_of(ids.reshape(-1, patch), condition, self._last_ids_before(ids), run_stage)
+
+    def sequences_of(
+        self, patches: mx.array, condition: mx.array, previous: mx.array, run_stage: RunStage | None = None
+    ) -> LastSequences:
+        """What the last stage reads for patches [n, patch_size] of which the global stage has given the conditions.
+
+        Args:
+            condition: [n, slots, dim_1].
+            previous: [n] the id before each patch, see `leading_row`.
+        """
+        tokens = patches.reshape(patches.shape[0], self.config.stages[1].length, -1)
+        for number, stage in enumerate(self.stages[1:-1], start=1):
             rows = self._rows_of_stage(number, tokens, condition, previous)
             hidden = stage.stack(rows) if run_stage is None else run_stage(number, rows)
-            length = self.config.stages[number + 1].length
             condition = self.to_next(number, hidden.reshape(-1, hidden.shape[-1]))
-            tokens = tokens.reshape(hidden.shape[0] * hidden.shape[1], length, -1)
-        assert condition is not None
+            tokens = tokens.reshape(hidden.shape[0] * hidden.shape[1], self.config.stages[number + 1].length, -1)
         return LastSequences(tokens[..., 0], condition, previous)
+
+    def in_patches(self, rows: mx.array, patches: int) -> mx.array:
+        """What the last stage's rows [sequences, rows, ...] say of the ids of patches: [patches, patch_size, ...].
+
+        In megabyte_pytorch these are the ids after the first one, and the first one of the patch that follows.
+        """
+        rows = rows[:, 1:] if self.config.layout == "megabyte_pytorch" else rows
+        return rows.reshape(patches, -1, *rows.shape[2:])
 
     def in_order(self, rows: mx.array, batch: int, total: int) -> mx.array:
         """What the last stage's rows [sequences, rows, ...] say of each id: [batch, total, ...]."""

@@ -3,12 +3,13 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from marlin_cli.config import describe
 from marlin_cli.engine.beams import Beams
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.errors import UsageError
-from marlin_cli.serving.fields import Fields
+from marlin_cli.serving.fields import Fields, bytes_of
 from marlin_cli.serving.refusals import bad
 from marlin_cli.serving.served import Served
 
@@ -29,6 +30,7 @@ class Ask:
     Attributes:
         logprobs: how many of the likeliest ids are told beside each drawn one; None: nothing is told.
         beams: of a model that answers; the stream has several answers then.
+        prediction: what may follow, which is verified as a draft.
     """
 
     prompt: bytes
@@ -39,6 +41,7 @@ class Ask:
     sentinels: bool = False
     logprobs: int | None = None
     beams: Beams | None = None
+    prediction: bytes = b""
 
     @property
     def choices(self) -> int:
@@ -70,9 +73,23 @@ def read_ask(fields: Fields, served: Served, prompt: bytes, longest: tuple[str, 
             seed=seed if seed >= 0 else secrets.randbits(FRESH_SEED_BITS),
         )
     )
-    ask = Ask(prompt, most, least, fields.stops(), sampling, fields.flag("sentinels"))
+    prediction = read_prediction(fields.take("prediction"))
+    ask = Ask(prompt, most, least, fields.stops(), sampling, fields.flag("sentinels"), prediction=prediction)
     check_fits(ask, served)
     return ask
+
+
+def read_prediction(value: Any) -> bytes:
+    """What may follow: OpenAI's {"type": "content", "content": ..}, whose content is bytes in any form, or parts of text."""
+    if value is None:
+        return b""
+    if not isinstance(value, dict) or value.get("type") != "content" or not value.keys() <= {"type", "content"}:
+        raise bad(f'prediction: expected {{"type": "content", "content": ..}}, found {describe(value)}', "prediction")
+    content = value.get("content")
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        return b"".join(bytes_of(text, "prediction") for text in texts)
+    return bytes_of(content, "prediction")
 
 
 def check_fits(ask: Ask, served: Served) -> None:
@@ -92,6 +109,10 @@ def check_fits(ask: Ask, served: Served) -> None:
             raise bad(f"min_tokens: {ask.min_bytes:,} are more than max_tokens ({ask.max_bytes:,})", "min_tokens")
     elif ask.min_bytes:
         raise bad("min_tokens: has a meaning for models that answer; this one continues bytes", "min_tokens")
+    if len(ask.prediction) > served.max_bytes:
+        raise bad(f"prediction: {len(ask.prediction):,} bytes, more than the model's {served.max_bytes:,}", "prediction")
+    if ask.prediction and not served.speculation.most:
+        raise bad("prediction: this server verifies no drafts (--speculate off); leave it out", "prediction")
     if ask.sentinels and not served.has_sentinels:
         raise bad("sentinels: this model has no ids beside bytes; leave it out", "sentinels")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from marlin_cli.engine.scheduling import Cost, Piece
+from marlin_cli.engine.speculation import Speculated
 from marlin_cli.serving.asks import Ask
 from marlin_cli.serving.characters import Characters
 from marlin_cli.serving.served import Served
@@ -33,6 +34,7 @@ class Choice:
     tell_ids: bool  # are the bytes told as ints too?
     stop_reason: str | None = None
     generated_bytes: int = 0
+    speculated: Speculated | None = None
     _characters: Characters = field(default_factory=Characters)
     _told_prompt: bool = False
 
@@ -50,6 +52,7 @@ class Choice:
         costs = [cost for piece in pieces for cost in piece.costs]
         for piece in pieces:
             self.stop_reason = piece.stop_reason or self.stop_reason
+            self.speculated = piece.speculated or self.speculated
         self.generated_bytes += len(data)
         offsets: list[int] = []
         text = echoed

@@ -113,16 +113,28 @@ class Completions:
 
 
 def _usage(request: CompletionRequest, order: Order, choices: Sequence[Choice]) -> dict[str, Any]:
-    """Counts of bytes; a prompt of several choices counts once, and as read if its first choice read it."""
+    """Counts of bytes; a prompt of several choices counts once, and as read if its first choice read it.
+
+    What was drafted counts as predicted, whoever drafted it.
+    """
     firsts = order.streams[:: request.count]
     prompts, known = (sum(each) for each in zip(*((one.prompt_bytes, one.known_bytes) for one in firsts), strict=True))
     generated = sum(choice.generated_bytes for choice in choices)
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompts,
         "completion_tokens": generated,
         "total_tokens": prompts + generated,
         "prompt_tokens_details": {"cached_tokens": known},
     }
+    drafts = [choice.speculated for choice in choices if choice.speculated is not None]
+    if drafts:
+        accepted = sum(each.accepted_bytes for each in drafts)
+        usage["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(each.drafted_bytes for each in drafts) - accepted,
+            "passes": sum(each.passes for each in drafts),
+        }
+    return usage
 
 
 def _event(document: dict[str, Any]) -> bytes:

@@ -8,10 +8,11 @@ import collections
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from marlin_cli.engine.scheduling import NOT_FINITE, Piece
+from marlin_cli.engine.speculation import Speculated
 from marlin_cli.errors import UsageError
 from marlin_cli.serving.asks import Ask
 from marlin_cli.serving.engine_thread import EngineThread, Event
@@ -43,6 +44,7 @@ class Stream:
     known_bytes: int = 0  # of the prompt, that were not read as they were known
     first_s: float | None = None
     end_s: float | None = None
+    speculated: Speculated | None = None
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Order:
                     "seed": each.seed,
                     "first_byte_ms": None if each.first_s is None else round(1000 * (each.first_s - self.opened_s), 3),
                     "wall_ms": round(1000 * ((each.end_s or now) - self.opened_s), 3),
+                    **({} if each.speculated is None else asdict(each.speculated)),
                 }
                 for each in self.streams
             ],
@@ -242,6 +245,9 @@ class Desk:
         self._metrics.generated(len(piece.data))
         if piece.stop_reason is not None:
             stream.stop_reason, stream.end_s = piece.stop_reason, now
+            stream.speculated = piece.speculated
+            if piece.speculated is not None:
+                self._metrics.speculated(piece.speculated)
             del self._open[key]
             self._stream_s += 0.1 * (now - order.opened_s - self._stream_s)
             self._metrics.ended(piece.stop_reason, now - order.opened_s, now - stream.first_s)

@@ -22,7 +22,6 @@ REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "presence_penalty": ("repeated bytes are not punished: text in bytes repeats them always", (0,)),
     "frequency_penalty": ("repeated bytes are not punished: text in bytes repeats them always", (0,)),
     "repetition_penalty": ("repeated bytes are not punished: text in bytes repeats them always", (1,)),
-    "prediction": ("drafts are not used; leave it out", ()),
     "tools": ("models of bytes call no tools", ([],)),
     "tool_choice": ("models of bytes call no tools", ("none", "auto")),
     "functions": ("models of bytes call no functions", ([],)),

@@ -10,6 +10,7 @@ from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
+from marlin_cli.engine.speculation import Speculation
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES, Capability, continuing_of
 from marlin_cli.models.byt5_ids import FIRST_BYTE, bytes_with_sentinels
@@ -50,7 +51,12 @@ class KeptPrompts:
 
 
 def served_model(
-    model: AnyModel, path: str, name: str | None, limits: SchedulerLimits, store: PromptStore | None = None
+    model: AnyModel,
+    path: str,
+    name: str | None,
+    limits: SchedulerLimits,
+    store: PromptStore | None = None,
+    speculation: Speculation | None = None,
 ) -> tuple[Served, Callable[[], Scheduler[Any]]]:
     """What is served, and what makes schedulers of it.
 
@@ -58,16 +64,18 @@ def served_model(
         path: as the model was named; its folder may hold a chat template.
         name: what clients call it; None: the last part of `path`.
         store: of prompts; of a model that continues bytes alone.
+        speculation: how streams are drafted ahead.
 
     Raises:
         CheckpointError: a chat template that is damaged.
-        UsageError: a model that neither continues nor answers.
+        UsageError: a model that neither continues nor answers, or drafts that nothing verifies.
     """
     architecture = ARCHITECTURES[model.config.model_type]
     folder = locate_model(path)
     called = name or path.rstrip("/").rpartition("/")[2] or folder.name
     template, most, network = find_template(folder), model.config.max_bytes, model.network
-    request: Callable[[Ask], Any]
+    request: Callable[[Ask, Speculation], Any]
+    drafted = speculation or Speculation()
     able: Any = model  # of a class with a scheduler, as is seen below
     if architecture.capability is Capability.CONTINUES:
         continuing = continuing_of(network)
@@ -79,8 +87,11 @@ def served_model(
     else:
         raise UsageError(f"{path}: is a {architecture.title} that encodes texts, and is not served; ask marlin encode")
     served = Served(
-        called, architecture.title, architecture.capability, most, first_byte, has_sentinels, text_of, request, template
-    )
+        called, architecture.title, architecture.capability, most, first_byte, has_sentinels, text_of,
+        lambda ask: request(ask, drafted), template, drafted,
+    )  # fmt: skip
+    if drafted.most and not drafted.adapts:
+        able.scheduler(limits).admit(served.request(Ask(b"", 0)))  # refuses what could never be verified
     return served, lambda: able.scheduler(limits) if store is None else able.scheduler(limits, store)
 
 

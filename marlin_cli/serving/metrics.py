@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from marlin_cli.engine.speculation import Speculated
 from marlin_cli.serving.engine_thread import Load
 
 # Upper bounds of the histograms' buckets, in seconds.
@@ -38,6 +39,7 @@ class Metrics:
     def __init__(self) -> None:
         self._prompt_bytes = self._generated_bytes = 0
         self._prompt_s = self._generated_s = 0.0
+        self._drafted_bytes = self._accepted_bytes = 0
         self._ends: Counter[str] = Counter()
         self._responses: Counter[tuple[str, int]] = Counter()
         self._first_byte_s, self._stream_s = Histogram(), Histogram()
@@ -51,6 +53,11 @@ class Metrics:
     def generated(self, count: int) -> None:
         """Bytes of a stream."""
         self._generated_bytes += count
+
+    def speculated(self, came: Speculated) -> None:
+        """What came of the drafts of a stream that has ended."""
+        self._drafted_bytes += came.drafted_bytes
+        self._accepted_bytes += came.accepted_bytes
 
     def ended(self, reason: str, seconds: float, since_first_s: float) -> None:
         """A stream has ended by itself."""
@@ -78,6 +85,8 @@ class Metrics:
             ("prompt_seconds_total", "counter", "Seconds of streams from request to first byte.", self._prompt_s),
             ("tokens_predicted_total", "counter", "Bytes that were generated.", self._generated_bytes),
             ("tokens_predicted_seconds_total", "counter", "Seconds of streams from first to last byte.", self._generated_s),
+            ("spec_decode_num_draft_tokens_total", "counter", "Bytes that were drafted.", self._drafted_bytes),
+            ("spec_decode_num_accepted_tokens_total", "counter", "Bytes of drafts that were right.", self._accepted_bytes),
             ("requests_processing", "gauge", "Streams that run.", load.running),
             ("requests_deferred", "gauge", "Streams that wait.", max(open_streams - load.running, 0)),
             ("n_decode_total", "counter", "Steps of the scheduler.", load.quanta),

@@ -24,6 +24,7 @@ WHOLE = ("max_bytes", "min_bytes", "top_k", "seed")
 NUMBERS = ("temperature", "top_p", "min_p")
 SEVERAL = ("stop", "stop_hex")
 FLAGS = ("sentinels",)
+DRAFTS = ("prediction", "prediction_hex")  # one of them
 
 # Options that have another name in a body.
 NAMES = {"max_bytes": "max_tokens", "min_bytes": "min_tokens"}
@@ -93,7 +94,11 @@ def read_query(query: QueryParams, served: Served, prompt: bytes) -> Ask:
         if name in SEVERAL:
             stops.append(text if name == "stop" else list(_hex(text, name)))
             continue
-        if NAMES.get(name, name) in document:
+        if name in DRAFTS and "prediction" not in document:
+            content = text if name == "prediction" else list(_hex(text, name))
+            document["prediction"] = {"type": "content", "content": content}
+            continue
+        if NAMES.get(name, name) in document or name in DRAFTS:
             raise bad(f"{quoted(name)} stands twice in the query; give one", name[:80])
         document[NAMES.get(name, name)] = _value(name, text)
     if stops:
@@ -112,7 +117,8 @@ def _value(name: str, text: str) -> Any:
             raise bad(f"{name}: expected true or false, found {quoted(text)}", name)
         return values[text]
     if name not in (*WHOLE, *NUMBERS):
-        raise bad(f"unknown option {quoted(name)}; known: {', '.join((*WHOLE, *NUMBERS, *SEVERAL, *FLAGS))}", name[:80])
+        known = ", ".join((*WHOLE, *NUMBERS, *SEVERAL, *FLAGS, *DRAFTS))
+        raise bad(f"unknown option {quoted(name)}; known: {known}", name[:80])
     # Python's own readers take spaces, underscores and the digits of every script.
     if name in WHOLE and re.fullmatch("-?[0-9]{1,32}", text):
         return int(text)

@@ -1,11 +1,12 @@
 """The model as the server sees it: its name, what it reads, and how its ids and requests are made. No array is touched here."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
 from marlin_cli.engine.scheduling import Request
+from marlin_cli.engine.speculation import OFF, Speculation
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.models import Capability
 from marlin_cli.serving.chat_template import ChatTemplate
@@ -24,6 +25,7 @@ class Served:
         first_byte: id of the byte 0.
         text_of: (id) -> what stands in text for an id that is no byte; empty where nothing does.
         request: (ask) -> what the model's scheduler takes; raises `UsageError` for settings that do not go together.
+        speculation: how streams are drafted ahead.
         template: how a chat is written down for the model; None where its folder has none.
     """
 
@@ -36,6 +38,7 @@ class Served:
     text_of: Callable[[int], bytes]
     request: Callable[["Ask"], Any]
     template: ChatTemplate | None = None
+    speculation: Speculation = OFF
 
     @property
     def answers(self) -> bool:
@@ -60,12 +63,14 @@ class Served:
         return b"".join(self.bytes_of(id) for id in ids if sentinels or low <= id < high)
 
 
-def continuing_request(ask: "Ask") -> Any:
+def continuing_request(ask: "Ask", speculation: Speculation = OFF) -> Any:
     """What the scheduler of a model that continues bytes takes."""
-    return Request(ask.prompt, Stopping(ask.max_bytes, ask.stop), ask.sampling, ask.sentinels, ask.logprobs)
+    stopping, drafted = Stopping(ask.max_bytes, ask.stop), replace(speculation, prediction=ask.prediction)
+    return Request(ask.prompt, stopping, ask.sampling, ask.sentinels, ask.logprobs, drafted)
 
 
-def answering_request(ask: "Ask") -> Any:
-    """What the scheduler of a model that answers takes."""
+def answering_request(ask: "Ask", speculation: Speculation = OFF) -> Any:
+    """What the scheduler of a model that answers takes; beams are not drafted."""
     limits = AnswerLimits(ask.max_bytes, ask.min_bytes, b"", ask.stop)
-    return AnswerRequest(ask.prompt, limits, ask.sampling, ask.beams, ask.sentinels, logprobs=ask.logprobs)
+    drafted = OFF if ask.beams is not None else replace(speculation, prediction=ask.prediction)
+    return AnswerRequest(ask.prompt, limits, ask.sampling, ask.beams, ask.sentinels, logprobs=ask.logprobs, speculation=drafted)

@@ -59,6 +59,9 @@ VALUES = {
     "--input-prefix": "a",
     "--save-state": "out.state",
     "--load-state": "TEXT",
+    "--speculate": "auto",
+    "--draft": "MODEL",
+    "--prediction-file": "SHORT",
     "--batch-size": "2",
     "--import": "heads=2",
     "--device": "cpu",
@@ -215,6 +218,12 @@ def test_every_option_has_its_line_in_the_table(command):
         for each in uses.values():
             assert {*each.needs, *each.without, *each.unless} <= options.keys() - {option}
     assert {*OUTPUTS, *INPUTS, *TEXTS} <= {option for table in USES.values() for option in table}
+
+
+@pytest.fixture(autouse=True)
+def rows_as_they_are(monkeypatch):
+    """A command that drafts would set how rows are computed, for all tests after it."""
+    monkeypatch.setenv("MARLIN_ROWS", os.environ.get("MARLIN_ROWS", "fast"))
 
 
 def _arguments(command, option, model, seen=()):

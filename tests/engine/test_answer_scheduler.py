@@ -17,6 +17,7 @@ from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
 from marlin_cli.engine.scheduling import NOT_FINITE, SchedulerLimits
+from marlin_cli.engine.speculation import AUTO, Speculation
 from marlin_cli.errors import UsageError
 from marlin_cli.models.byt5_ids import FIRST_BYTE, ids_of_bytes
 from marlin_cli.ops import cpu, round_activations
@@ -315,3 +316,44 @@ def test_it_is_the_scheduler_of_its_networks():
     assert taken[0] == taken[1] < taken[2], "bits are the scheduler's, or the request's own"
     with pytest.raises(UsageError, match="one width"):
         scheduler_of(network, None, CacheBits(4, 8))
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+@pytest.mark.parametrize("wrong_every", [0, 3, 1], ids=["right", "sometimes wrong", "wrong"])
+def test_answers_that_are_drafted_are_those_that_are_not(network, wrong_every):
+    rng = random.Random(wrong_every)
+    requests = [random_request(rng) for _ in range(40)]
+    requests = [replace(each, limits=replace(each.limits, max_length=2 * each.limits.max_length)) for each in requests]
+    limits = SchedulerLimits(max_streams=6, slice_rows=8)
+    plain = ran(AnsweringScheduler(network, limits), requests)
+    asked = []
+    for request, pieces in zip(requests, plain, strict=True):
+        data = b"".join(each.data for each in pieces)[len(request.limits.prefix) :]
+        guess = bytes(byte ^ (wrong_every > 0 and rng.randrange(wrong_every) == 0) for byte in data)
+        most = rng.choice([1, 3, 7]) if request.beams is None else 0
+        asked.append(replace(request, speculation=Speculation(most, prediction=guess)))
+    found = ran(AnsweringScheduler(network, limits), asked, rng)
+    assert [told(each) for each in found] == [told(each) for each in plain]
+    drafts = [each[-1].speculated for each in found if each[-1].speculated is not None]
+    assert len(drafts) == sum(request.beams is None and request.limits.max_length > 0 for request in requests)
+    drafted, accepted = (sum(getattr(each, name) for each in drafts) for name in ("drafted_bytes", "accepted_bytes"))
+    assert {0: accepted > 0.5 * drafted, 3: 0 < accepted < drafted, 1: accepted < drafted}[wrong_every]
+    assert wrong_every or sum(each.passes for each in drafts) < sum(len(data) for data, _, _ in map(told, plain))
+
+
+def test_an_input_is_a_draft_of_its_answer(network):
+    """Nothing is known of what random weights answer, so that what is drafted is wrong, and nothing changes."""
+    request = AnswerRequest(b"some input that is read", AnswerLimits(30, 30))
+    drafted = replace(request, speculation=AUTO)
+    (plain,), (found,) = (ran(AnsweringScheduler(network), [each]) for each in (request, drafted))
+    assert told(found) == told(plain)
+
+
+def test_beams_are_not_drafted(network, way):
+    beams = AnswerRequest(b"abc", AnswerLimits(9), beams=Beams(2))
+    assert told(ran(AnsweringScheduler(network), [replace(beams, speculation=AUTO)])[0])
+    with pytest.raises(UsageError, match="beams"):
+        replace(beams, speculation=Speculation(2))
+    if way == "graph":
+        with pytest.raises(UsageError, match="kernels verify drafts"):
+            AnsweringScheduler(network).admit(AnswerRequest(b"abc", speculation=Speculation(2)))

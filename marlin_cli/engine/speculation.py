@@ -1,0 +1,218 @@
+"""Speculation: how far a stream is drafted ahead, and what came of it. Drafts and passes come from elsewhere.
+
+A byte of a draft is accepted if the model's own draw gives it: from the same logits, with the stream's own noise of that byte.
+So the bytes of a stream are the same whatever was drafted, as far as a row does not depend on those beside it
+(`MARLIN_ROWS=exact`); without that there is no speculation.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from marlin_cli.engine.drafts import DraftSource, as_text, common_bytes
+from marlin_cli.errors import UsageError
+from marlin_cli.text import quoted
+
+# Units (patches, or ids of a model that takes them one by one) that are drafted at once at most, unless a number is given.
+MOST_UNITS = 32
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How a stream is drafted ahead. The bytes are the same with any of these settings.
+
+    Raises:
+        UsageError: a number below 0.
+    """
+
+    most: int = 0  # units drafted at once at most; 0: none
+    adapts: bool = False  # as many as pay, which may be none; and none where a model or device cannot verify them
+    prediction: bytes = b""  # what may follow, such as the text before an edit
+
+    def __post_init__(self) -> None:
+        if self.most < 0:
+            raise UsageError(f"a draft has 0 patches or more, found {self.most}")
+
+
+OFF = Speculation()
+AUTO = Speculation(MOST_UNITS, adapts=True)
+
+# Why drafts are not verified where a row is not the same bits beside others.
+ROWS_DEPEND = "a row of a product depends on the rows beside it here; set MARLIN_ROWS=exact"
+
+# Nor where rows of the cache are let go of, or left out.
+NOT_IN_WINDOWS = "--window and --sparse leave out rows that a draft may need"
+
+
+def speculation_of(asked: str | int, prediction: bytes = b"") -> Speculation:
+    """What `auto`, `off` or a number asks for.
+
+    Raises:
+        UsageError: something else.
+    """
+    if asked == "auto":
+        return Speculation(MOST_UNITS, True, prediction)
+    if asked == "off":
+        return Speculation(prediction=prediction)
+    if isinstance(asked, int) or asked.isdecimal():
+        return Speculation(int(asked), False, prediction)
+    raise UsageError(f"speculation is auto, off or a number of patches, found {quoted(asked)}")
+
+
+def check_verified(speculation: Speculation, why_not: str | None) -> None:
+    """See that what is asked for can be done, where it is asked for in any case.
+
+    Args:
+        why_not: the reason why drafts are not verified here, if they are not.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if speculation.most and not speculation.adapts and why_not is not None:
+        raise UsageError(f"speculation: {why_not}; leave it off, or ask for auto")
+
+
+@dataclass(frozen=True)
+class Speculated:
+    """What came of the drafts of a stream."""
+
+    drafted_bytes: int
+    accepted_bytes: int
+    passes: int  # of the model's largest part, with drafts or without
+
+
+@dataclass
+class _Odds:
+    """How many units were right of those that were guessed one after the other, with as much to speak for them."""
+
+    right: float
+    tried: float
+
+    @property
+    def chance(self) -> float:
+        return self.right / self.tried
+
+    def saw(self, right: int, units: int) -> None:
+        """Of units that were guessed, so many came, one after the other."""
+        for number in range(min(units, right + 1)):
+            self.right, self.tried = MEMORY * self.right + (number < right), MEMORY * self.tried + 1.0
+
+
+# Passes without drafts, where these cost something and did not pay, until one is drafted all the same.
+PASSES_WITHOUT = 32
+
+# What a unit that was seen counts beside the next one.
+MEMORY = 0.9
+
+
+class Drafting:
+    """The drafts of one stream: how long they are, and what has come of them.
+
+    What comes of a draft is seen in the ids that come next, whether it was tried or only thought of: so a draft that has
+    become right is known without trying.
+
+    Args:
+        source: of the drafts, which knows the prompt.
+        first_byte: id of byte 0.
+    """
+
+    def __init__(self, settings: Speculation, source: DraftSource, first_byte: int) -> None:
+        self._settings, self._source, self._first_byte = settings, source, first_byte
+        # By how many bytes speak for a draft: fewer than 4, than 16, than 32, or more. Only those are trusted unseen.
+        self._odds = [_Odds(0.4, 2.0), _Odds(0.4, 2.0), _Odds(0.4, 2.0), _Odds(1.4, 2.0)]
+        self._guess, self._odds_now = b"", self._odds[3]
+        self._unit, self._given, self._tried = 1, 0, 0
+        self._drafted = self._accepted = self._passes = self._passes_without = 0
+
+    @property
+    def told(self) -> Speculated:
+        """What has come of all drafts so far."""
+        return Speculated(self._drafted, self._accepted, self._passes)
+
+    def push(self, ids: Sequence[int]) -> None:
+        """The stream goes on with ids, which a pass has given."""
+        data = as_text([value for value in ids if value >= 0], self._first_byte)
+        right = common_bytes(self._guess, data)
+        units = (self._given + min(len(self._guess), len(data))) // self._unit
+        self._odds_now.saw((self._given + right) // self._unit, units)
+        self._passes, self._drafted = self._passes + 1, self._drafted + self._tried
+        self._accepted += min(right, self._tried)
+        self._guess, self._tried = b"", 0
+        self._source.push(data)
+
+    def draft(self, unit: int, given: int, most: int, price: float) -> list[int]:
+        """Ids that may come next: as many as, with `given` ids, are whole units; or none.
+
+        Args:
+            unit: ids of a unit.
+            given: ids that stand in the first of them.
+            most: ids that may come at most.
+            price: what a unit costs that is drafted, where one costs 1 that is not.
+        """
+        units = min(self._settings.most, (given + most) // unit)
+        if self._settings.adapts and not self._source.is_free:
+            # Nothing is seen of what is not drafted: now and then a unit is, whatever it costs.
+            self._passes_without += 1
+            units = min(units, worth(self._odds_now.chance, price) or self._passes_without // PASSES_WITHOUT)
+        found = self._source.draft(units * unit - given) if units else None
+        if found is None:
+            return []
+        self._passes_without = 0
+        self._guess, self._unit, self._given = found.data, unit, given
+        self._odds_now = self._odds[0 if found.match < 4 else 1 if found.match < 16 else 2 if found.match < 32 else 3]
+        units = (given + len(found.data)) // unit
+        if self._settings.adapts and self._source.is_free:
+            units = min(units, worth(self._odds_now.chance, price))
+        self._tried = max(0, units * unit - given)
+        return [byte + self._first_byte for byte in found.data[: self._tried]]
+
+
+# How much likelier than its price a draft has to be before one is tried: a chance is guessed from few units.
+MARGIN = 1.5
+
+
+def worth(chance: float, price: float) -> int:
+    """Units that are worth their price, if each is right with this chance where all before it are."""
+    if chance < MARGIN * price:
+        return 0
+    return MOST_UNITS if chance >= 1.0 else max(1, int(math.log(max(price, 1e-6)) / math.log(chance)))
+
+
+# A guess at what a drafted unit costs, before any was verified; and how fast it is believed again when none is.
+FIRST_PRICE, FORGETTING = 0.4, 0.01
+
+
+class Prices:
+    """What a drafted unit costs beside one that is not, by the clock of the processor, which other programs do not move.
+
+    Each is a moving mean of the seconds of a unit of a stream. A price holds for the streams that are there: the more there
+    are, the less a unit costs that is not drafted, until drafts do not pay.
+    """
+
+    # A step that was interrupted counts as no more than this many of the usual ones.
+    MOST_TIMES = 3.0
+
+    def __init__(self) -> None:
+        self._plain = self._reading = 0.0
+        self._price = FIRST_PRICE
+
+    @property
+    def price(self) -> float:
+        """Of a drafted unit, in those that are not."""
+        return self._price
+
+    def plain(self, reading: float, writing: float, streams: int) -> None:
+        """A pass without drafts took so many seconds for units of so many streams."""
+        self._plain = self._moved(self._plain, (reading + writing) / streams)
+        self._reading = self._moved(self._reading, reading / streams)
+        # What was once too dear may be so no more, with other streams beside it.
+        self._price += FORGETTING * (FIRST_PRICE - self._price)
+
+    def drafted(self, reading: float, verifying: float, streams: int, units: int) -> None:
+        """A pass of so many streams in which so many units in all were drafted took so many seconds, writing left out."""
+        if self._plain:
+            more = max(0.0, reading - streams * self._reading)
+            self._price = self._moved(self._price, (more + verifying) / units / self._plain)
+
+    def _moved(self, mean: float, seen: float) -> float:
+        return seen if not mean else mean + 0.2 * (min(seen, self.MOST_TIMES * mean) - mean)
