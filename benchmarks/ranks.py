@@ -8,9 +8,9 @@
     python benchmarks/ranks.py paper
 
 All but `paper` take --ranks N, and a random MegaByte of --layers and --dim (12 of 1,024: 155 million parameters) in --format,
-or --model. Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each; with --ring too, all on
-the first GPU. On a machine that others use, wall times say little: the processor time of a process, and of the busiest rank, is
-beside them (of a rank that waits for the other one too, as a ring polls).
+or --model. Ranks are started by hand, on a ring on loopback, or with --device cuda over NCCL, a GPU each; with --ring too, all
+on the first GPU. On a machine that others use, wall times say little: the processor time of a process, and of the busiest rank,
+is beside them (of a rank that waits for the other one too, as a ring polls).
 
 streams: `marlin generate --prompts` by one process and by ranks of one thread each; outputs are compared.
 split: by one process and by ranks that share the global stage: all must write the same bytes as each other, and bits per byte
