@@ -5,6 +5,7 @@
     python benchmarks/ranks.py corpus [--corpus-bytes 512k] [--window-bytes 2048]
     python benchmarks/ranks.py killed [--phases loading,prompt,decoding,streams,scoring,calibrating] [--seconds 1]
     python benchmarks/ranks.py plan [--gigabytes 3600] [--inside 12,300,tree]
+    python benchmarks/ranks.py link --device cuda
     python benchmarks/ranks.py paper
 
 All but `paper` take --ranks N, and a random MegaByte of --layers and --dim (12 of 1,024: 155 million parameters) in --format,
@@ -18,6 +19,7 @@ equal to 1e-5. Memory is what the weights take, and the most that the process ev
 corpus: `marlin calibrate` and `marlin bench --quality` of made-up words: the same file, the same bits per byte, and the time.
 killed: the last rank is killed in the middle of each phase: how long the others go on, and what is left.
 plan: what bench --plan --ranks says of this model and link, beside what `streams` and `split` measure.
+link: how long a sum over GPUs takes within a kernel.
 paper: what it would say of 8 hosts of 8 GPUs, and of models that are not there.
 """
 
@@ -33,6 +35,7 @@ from typing import Any
 from launched import last_document, make, model_of, prompts_of, run
 from ranks_corpus import corpus
 from ranks_killed import PHASES, killed, phase
+from ranks_link import link, turns
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,8 @@ def paper(given: argparse.Namespace, folder: Path) -> None:
             print(f"| {name} | {bits} | {' | '.join(cells)} |")
 
 
-JOBS = {"streams": streams, "split": split, "corpus": corpus, "killed": killed, "plan": plan, "paper": paper}
-OF_ONE_PROCESS = {"make": make, "decode": decode, "phase": phase}  # that a job has started
+JOBS = {"streams": streams, "split": split, "corpus": corpus, "killed": killed, "plan": plan, "link": link, "paper": paper}
+OF_ONE_PROCESS = {"make": make, "decode": decode, "phase": phase, "turns": turns}  # that a job has started
 
 
 def size(text: str) -> int:

@@ -19,9 +19,11 @@ from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
+from marlin_cli.ops.cuda_exchange import Exchange, NoExchange, exchange_among
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
 from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, takes_stage
 
@@ -56,13 +58,17 @@ class PatchDecoder:
         stages: the network's global and local stage.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
+        exchange: with the other ranks, where they share the global stage.
     """
 
     checks_logits = True
 
-    def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int) -> None:
+    def __init__(
+        self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int, exchange: Exchange | None = None
+    ) -> None:
         self._stages, self._added, self._steps = stages, added, added.shape[0]
-        self._queue = Queue()
+        self._exchange = exchange
+        self._queue = Queue() if exchange is None else exchange.queue
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._noise = NoiseAhead(self._queue, stages[1].last.rows)
         self._make(streams, None, None)
@@ -92,6 +98,8 @@ class PatchDecoder:
         """
         if self._wanted != self._streams:
             self._make(self._wanted, self._groups[0].whole.known, self._groups[0].local.known)
+        if self._exchange is not None:
+            self._queue.wait()  # before MLX sums over ranks, see `Ranks.settle`
         mx.eval(condition, given)
         self._known = given.shape[1]
         if self._known:
@@ -132,13 +140,15 @@ class PatchDecoder:
         """The ids [streams, steps] drawn in a patch, waited for.
 
         Raises:
-            BackendError: the GPU did not finish it.
+            BackendError: the GPU did not finish it, or another rank's did not.
             CheckpointError: some were predicted by what is no number.
         """
         found = []
         for group, number in zip(self._groups, patch.numbers, strict=True):
             assert group.local.mailbox is not None
             found.append(group.local.mailbox.read(number, group.local.streams, patch.steps))
+        if self._exchange is not None:
+            self._exchange.check()
         ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
@@ -193,7 +203,7 @@ class PatchDecoder:
         for first in range(0, streams, MOST_STREAMS):
             count = min(MOST_STREAMS, streams - first)
             both = (
-                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known),
+                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known, self._exchange),
                 StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known),
             )
             for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
@@ -248,8 +258,12 @@ def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
     shape = (network.config.patch_size, last.config.dim)
     dtype = last.byte_embedding.weight.dtype
     added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
+    share = share_of(network)
     try:
-        return PatchDecoder((stages[0], stages[1]), added, streams)
+        exchange = None if share is None or share.ranks is None else exchange_among(share.ranks)
+        if isinstance(exchange, NoExchange):
+            raise exchange
+        return PatchDecoder((stages[0], stages[1]), added, streams, exchange)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None
@@ -264,7 +278,9 @@ def global_stage(network: MegaByte) -> StageArrays | None:
     first, last = linear_arrays(stage.patch_projection), linear_arrays(stage.to_next)
     if first is None or last is None:
         return None
-    return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, first, last, window)
+    share = share_of(network)
+    ranks = 1 if share is None else share.size
+    return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, first, last, window, ranks)
 
 
 def local_stage(network: MegaByte) -> StageArrays | None:
@@ -283,6 +299,7 @@ def _stage_arrays(
     first: LinearArrays | None,
     last: LinearArrays,
     window: int,
+    ranks: int = 1,
 ) -> StageArrays | None:
     config = network.config
     layers = [_layer_arrays(layer) for layer in stack.layers]
@@ -293,15 +310,15 @@ def _stage_arrays(
     dtype = embedding.weight.dtype
     if any(layer is None or layer.attention_norm.dtype != dtype for layer in layers):
         return None
-    head_dim = stage.width_of_head
+    head_dim, attention = stage.width_of_head, stack.layers[0].attention  # of which a rank may have some heads
     return StageArrays(
         layers=tuple(layer for layer in layers if layer is not None),
         table=embedding.weight,
         norm=stack.norm.weight,
         first=first,
         last=last,
-        heads=stage.heads,
-        kv_heads=stage.kv_heads or stage.heads,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
         head_dim=head_dim,
         scale=head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         window=window,
@@ -310,17 +327,18 @@ def _stage_arrays(
         norm_kind=config.norm,
         activation=config.ffn,
         eps=config.norm_eps,
+        ranks=ranks,
     )
 
 
 def _layer_arrays(layer: Block) -> LayerArrays | None:
     attention, ffn = layer.attention, layer.ffn
-    parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, ffn.up_proj, ffn.down_proj]
-    known = [linear_arrays(part) for part in parts]
+    makes = [linear_arrays(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj, ffn.up_proj)]
+    known = [*makes, *(linear_arrays(part, summed=True) for part in (attention.o_proj, ffn.down_proj))]
     gate = linear_arrays(ffn["gate_proj"]) if "gate_proj" in ffn else None
     if any(part is None for part in known) or ("gate_proj" in ffn and gate is None):
         return None
-    query, key, value, out, up, down = (part for part in known if part is not None)
+    query, key, value, up, out, down = (part for part in known if part is not None)
     query_norm, key_norm = (
         None if norm is None else norm.weight for norm in (attention.get("q_norm"), attention.get("k_norm"))
     )

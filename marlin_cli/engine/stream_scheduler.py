@@ -80,7 +80,7 @@ class StreamScheduler:
                 self.release(number)
             if piece.data or piece.stop_reason is not None:
                 pieces.append(piece)
-        return agreed(self._network, pieces)
+        return agreed(self._network, pieces, ends=any(piece.stop_reason is not None for piece in pieces))
 
     def release(self, stream: int) -> None:
         if self._running.pop(stream, None) is not None:

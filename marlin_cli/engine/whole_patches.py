@@ -77,7 +77,7 @@ class WholePatches(Protocol):
 def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:
     """The decoder of whole patches, or None where they are decoded operation by operation."""
     device = gpu()
-    # No kernel sums over ranks.
-    if device is None or by_operations() or share_of(network) is not None:
+    # What MLX compiles does not sum over ranks.
+    if device is None or by_operations() or (device == "metal" and share_of(network) is not None):
         return None
     return compiled_patches(network, streams) if device == "metal" else cuda_patches.patch_decoder(network, streams)

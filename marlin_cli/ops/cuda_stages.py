@@ -17,6 +17,7 @@ import numpy as np
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, pinned, shared_memory
+from marlin_cli.ops.cuda_exchange import MOST_PLACES, Exchange
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
 from marlin_cli.ops.cuda_text import constants, text
 from marlin_cli.ops.kernel_source import code
@@ -144,6 +145,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
         "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
+        "RANKS": stage.ranks, "PLACES": MOST_PLACES,
     }  # fmt: skip
     return constants(stage.table.dtype, values)
 
@@ -162,10 +164,15 @@ class StageOnDevice:
         steps: bytes of a patch; of a decoder as many ids as a launch is fed at most.
         queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
+        exchange: with the other ranks, where they share the stage; `queue` is its own then.
     """
 
-    def __init__(self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None) -> None:
-        self.stage, self.streams, self._queue = stage, streams, queue
+    def __init__(
+        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:  # fmt: skip
+        assert (exchange is None) == (stage.ranks == 1)
+        self.stage, self.streams, self._queue, self._exchange = stage, streams, queue, exchange
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
@@ -250,7 +257,8 @@ class StageOnDevice:
         """
         assert self._launch is not None
         pointers = (self._places[-1], ids, padding, out)
-        self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()))
+        shared, turn = (0, 0) if self._exchange is None else self._exchange.take(2 * len(self.stage.layers))
+        self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()), c_uint64(shared), c_uint32(turn))
 
     def _next(self) -> int:
         """The number of a phase before a launch's first: 32 bits, which come again after months."""

@@ -210,14 +210,13 @@ def _built_whole(text: str, name: str):
     source = f"""#define TOGETHER
 #include "emulator.hpp"
 {text.replace('extern "C" __global__', "__global__")}
-static void** arguments;
 static void call() {{ {name}({given}); }}
 
 extern "C" const char* run(void** a, const int* launch, bool backwards, size_t shared) {{
-  arguments = a, kernel_call = call, marlin::shared_bytes = shared;
+  kernel_call = call, marlin::shared_bytes = shared;
   gridDim = {{uint32_t(launch[0]), uint32_t(launch[1]), uint32_t(launch[2])}};
   blockDim = {{uint32_t(launch[3]), uint32_t(launch[4]), uint32_t(launch[5])}};
-  return run_grid(backwards);
+  return run_grid(backwards, a);
 }}
 """
     run = _library(source).run
