@@ -96,9 +96,13 @@ def model_of(given: argparse.Namespace, folder: Path) -> str:
 def make(given: argparse.Namespace) -> None:
     """What the process of `model_of` does."""
     import mlx.core as mx
+    from mlx.utils import tree_flatten
 
     from marlin_cli.api import MegaByteModel
+    from marlin_cli.checkpoints.writer import write_model
+    from marlin_cli.models import config_as_mapping
     from marlin_cli.models.megabyte_config import MegaByteConfig
+    from marlin_cli.quantization.apply import quantize_network
     from marlin_cli.quantization.plan import QuantizationSettings
 
     config = MegaByteConfig(
@@ -109,7 +113,10 @@ def make(given: argparse.Namespace) -> None:
     if given.device != "cpu":
         model.network.set_dtype(mx.bfloat16)
     if given.format != "none":
-        model = model.quantize(settings=QuantizationSettings(global_format=given.format, local_format="16bit"))
+        settings = QuantizationSettings(global_format=given.format, local_format="16bit")
+        packed = quantize_network(model.network, settings, method="rtn")  # the fastest
+        weights = dict(tree_flatten(packed.network.parameters()))
+        return write_model(given.folder, config_as_mapping(config), weights, packed.quantization, packed.marlin)
     model.save(given.folder)
 
 
@@ -122,9 +129,11 @@ def text_of(size: int, folder: Path) -> Path:
 
 
 def prompts_of(given: argparse.Namespace, folder: Path) -> Path:
-    """A file of prompts, of up to 80 bytes each."""
+    """A file of prompts, of up to 80 bytes each; or of 64, --alike."""
     path = folder / "prompts.jsonl"
     prompts = [" ".join(WORDS[n % 7 : 7 + n % 9]) for n in range(given.prompts)]
+    if given.alike:
+        prompts = [f"{n} {' '.join(WORDS)}"[:64] for n in range(given.prompts)]
     path.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in prompts))
     return path
 

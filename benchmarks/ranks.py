@@ -49,7 +49,9 @@ class Streams:
 
 def measured_streams(ranks: int, given: argparse.Namespace, folder: Path) -> Streams:
     command = ["-m", "marlin_cli", "generate", model_of(given, folder), "--prompts", str(prompts_of(given, folder))]
-    command += ["--device", given.device, "--max-bytes"]
+    command += ["--device", given.device, "--batch-size", str(given.batch), "--max-bytes"]
+    if given.device != "cpu":
+        run([*command, str(given.bytes)], ranks, given, folder)  # kernels are compiled for each number of streams
     runs = [run([*command, str(given.bytes)], ranks, given, folder) for _ in range(given.repeats)]
     idle = run([*command, "0"], ranks, given, folder)  # it generates nothing
     texts = [json.loads(line)["bytes_base64"] for line in runs[-1].written[0].splitlines() if line.startswith("{")]
@@ -213,6 +215,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int)
     parser.add_argument("--format", default="none")
     parser.add_argument("--prompts", type=int, default=400)
+    parser.add_argument("--alike", action="store_true", help="Prompts of one length.")
+    parser.add_argument("--batch", type=int, default=16, help="Streams that a process runs side by side at most.")
     parser.add_argument("--bytes", type=int, default=256)
     parser.add_argument("--corpus-bytes", type=size, default=512 << 10)
     parser.add_argument("--window-bytes", type=size, default=2048)

@@ -23,7 +23,7 @@ from marlin_cli.models.splitting import share_of
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
-from marlin_cli.ops.cuda_exchange import Exchange, NoExchange, exchange_among
+from marlin_cli.ops.cuda_exchange import Exchange
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
 from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, takes_stage
 
@@ -47,7 +47,7 @@ class _Group(NamedTuple):
     """Streams that a launch takes, and their stages."""
 
     first: int
-    whole: StageOnDevice
+    whole: StageOnDevice | None  # None where the global stage goes operation by operation
     local: StageOnDevice
 
 
@@ -55,7 +55,7 @@ class PatchDecoder:
     """Queues patches; a `whole_patches.WholePatches`. Made by `patch_decoder`.
 
     Args:
-        stages: the network's global and local stage.
+        stages: the network's global and local stage; no global one where MLX takes its steps, see `SharedByOperations`.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
         exchange: with the other ranks, where they share the global stage.
@@ -64,7 +64,7 @@ class PatchDecoder:
     checks_logits = True
 
     def __init__(
-        self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int, exchange: Exchange | None = None
+        self, stages: tuple[StageArrays | None, StageArrays], added: mx.array, streams: int, exchange: Exchange | None = None
     ) -> None:
         self._stages, self._added, self._steps = stages, added, added.shape[0]
         self._exchange = exchange
@@ -97,7 +97,8 @@ class PatchDecoder:
             padding: [streams] filler rows of the caches.
         """
         if self._wanted != self._streams:
-            self._make(self._wanted, self._groups[0].whole.known, self._groups[0].local.known)
+            whole, local = self._groups[0][1:]
+            self._make(self._wanted, None if whole is None else whole.known, local.known)
         if self._exchange is not None:
             self._queue.wait()  # before MLX sums over ranks, see `Ranks.settle`
         mx.eval(condition, given)
@@ -124,17 +125,22 @@ class PatchDecoder:
             places = self._lead + group.first * self._row_bytes, self._added_there.address, given and given + first * known
             numbers.append(group.local.decode_sequence(*places, drawn, filters, known, steps, ids + first * self._steps))
         if more:
-            if self._room == 0:
-                self.settle(caches)
-                self._give_room(caches)
-            self._lead = self._condition_of(slot)
-            for group in self._groups:
-                padding = self._padding.address + 4 * group.first if self._padded else 0
-                out = self._lead + group.first * self._row_bytes
-                group.whole.step(ids + 4 * group.first * self._steps, self._rows, padding, out)
-            self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
+            self._follow(caches, slot)
         self._slot = (slot + 1) % SLOTS
         return Patch(tuple(numbers), slot, more, steps)
+
+    def _follow(self, caches: Sequence[KeyValueCache], slot: int) -> None:
+        """Take the global step after the patch of a slot: what leads the next one."""
+        if self._room == 0:
+            self.settle(caches)
+            self._give_room(caches)
+        self._lead = self._condition_of(slot)
+        for group in self._groups:
+            assert group.whole is not None
+            padding = self._padding.address + 4 * group.first if self._padded else 0
+            out = self._lead + group.first * self._row_bytes
+            group.whole.step(self._ids_of(slot) + 4 * group.first * self._steps, self._rows, padding, out)
+        self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
 
     def read(self, patch: Patch) -> np.ndarray:
         """The ids [streams, steps] drawn in a patch, waited for.
@@ -191,6 +197,7 @@ class PatchDecoder:
         found = addresses([*arrays, *others])
         places, found = found[: len(arrays)], found[len(arrays) :]
         for group in self._groups:
+            assert group.whole is not None
             bytes_before = [group.first * (array.nbytes // array.shape[0]) for array in arrays]
             own = [place + before for place, before in zip(places, bytes_before, strict=True)]
             group.whole.use_caches(arrays, own)
@@ -202,15 +209,16 @@ class PatchDecoder:
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
             count = min(MOST_STREAMS, streams - first)
-            both = (
-                StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known, self._exchange),
-                StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known),
-            )
-            for stage, code in zip(both, compiled([stage.text for stage in both]), strict=True):
+            local, whole = StageOnDevice(self._stages[1], count, self._steps, self._queue, local_known), None
+            if self._stages[0] is not None:
+                whole = StageOnDevice(self._stages[0], count, self._steps, self._queue, global_known, self._exchange)
+                global_known = whole.known
+            present = [stage for stage in (whole, local) if stage is not None]
+            for stage, code in zip(present, compiled([stage.text for stage in present]), strict=True):
                 stage.load(code)
-            global_known, local_known = both[0].known, both[1].known
-            both[1].own_caches(self._steps)
-            self._groups.append(_Group(first, *both))
+            local_known = local.known
+            local.own_caches(self._steps)
+            self._groups.append(_Group(first, whole, local))
         local = self._stages[1]
         self._row_bytes = local.dim * local.table.dtype.size
         self._condition_bytes = streams * self._row_bytes
@@ -249,24 +257,27 @@ def why_operations(network: MegaByte, streams: int) -> str | None:
     return None
 
 
-def patch_decoder(network: MegaByte, streams: int) -> PatchDecoder | None:
-    """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
+def patch_decoder(network: MegaByte, streams: int, exchange: Exchange | None = None) -> PatchDecoder | None:
+    """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams.
+
+    Args:
+        exchange: with the other ranks, where they share the network.
+    """
     stages = global_stage(network), local_stage(network)
     if why_operations(network, streams) is not None or stages[0] is None or stages[1] is None:
         return None
-    last = network.stages[-1]
-    shape = (network.config.patch_size, last.config.dim)
-    dtype = last.byte_embedding.weight.dtype
-    added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
-    share = share_of(network)
     try:
-        exchange = None if share is None or share.ranks is None else exchange_among(share.ranks)
-        if isinstance(exchange, NoExchange):
-            raise exchange
-        return PatchDecoder((stages[0], stages[1]), added, streams, exchange)
+        return PatchDecoder((stages[0], stages[1]), added_rows(network), streams, exchange)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None
+
+
+def added_rows(network: MegaByte) -> mx.array:
+    """[patch_size, dim] what is added to the rows of a patch in the local stage."""
+    last = network.stages[-1]
+    shape = (network.config.patch_size, last.config.dim)
+    return mx.zeros(shape, last.byte_embedding.weight.dtype) if last.positions is None else last.positions.weight.reshape(shape)
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:

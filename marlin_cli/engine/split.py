@@ -21,7 +21,7 @@ def agreed(network: Network, told: Told, *, ends: bool) -> Told:
 
     Args:
         told: pieces, whose `repr` says all of them.
-        ends: does a stream end with it? Then rank 0 waits until all have told the same; else it goes on at once.
+        ends: does a stream end with it? Then ranks wait until all are known to have told the same; else they go on at once.
     """
     share = share_of(network)
     if share is not None and share.ranks is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import DistributedError, MarlinError
-from marlin_cli.ranks.launch import Launch, launch_of
+from marlin_cli.ranks.launch import Launch, launch_of, take_a_gpu
 from marlin_cli.ranks.watch import BEAT_SECONDS, Connection, Watch
 from marlin_cli.text import one_line
 
@@ -126,7 +126,7 @@ class Ranks:
     def drew(self, what: str, *, wait: bool = False) -> None:
         """Say what came of a step of a model that ranks share. Rank 0 compares; where it is not the same on all the job ends.
 
-        Nobody waits for that, but where rank 0 is told to: it knows then that all steps so far were the same.
+        Nobody waits for that unless told to.
         """
         if self._watch is not None:
             self._steps += 1
@@ -217,6 +217,7 @@ def joined() -> Iterator[Ranks]:
     if launch is None:
         yield ALONE
         return
+    take_a_gpu(launch, os.environ)
     watch = _join(launch)
     previous = signal.signal(signal.SIGTERM, watch.stop)
     try:

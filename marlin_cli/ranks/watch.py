@@ -89,7 +89,7 @@ class Watch:
         self._closed = self._stopping = False
         self._news = threading.Condition()
         self._drawn: dict[int, dict[int, str]] = {}  # by step, of the ranks that are there already; of rank 0 alone
-        self._compared = dict.fromkeys(connections, 0)  # the last step in which a rank has drawn what rank 0 has
+        self._same = dict.fromkeys(connections, 0)  # the last step in which the other side is known to have drawn the same
         self.when_over: list[Callable[[], None]] = []  # called once when the job is, or this rank's part of it
         self._inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
 
@@ -115,15 +115,17 @@ class Watch:
 
         Args:
             step: counts from 1.
-            wait: rank 0 goes on when all have said so. Interrupted when one is lost.
+            wait: until all have said the same. Interrupted when one is lost.
         """
         if self.rank > 0:
             self._send(step=step, drew=what)
-            return
-        self._compare(0, step, what)
+        else:
+            self._compare(0, step, what)
         with self._news:
-            while wait and min(self._compared.values()) < step:
+            while wait and min(self._same.values()) < step:
                 self._news.wait(0.1)  # short: a signal is handled between waits
+        if wait and self.rank == 0:
+            self._send(same=step)
 
     def _compare(self, rank: int, step: int, what: str) -> None:
         with self._news:
@@ -133,7 +135,7 @@ class Watch:
             different = [peer for peer in others if found[peer] != found[0]]
             for peer in others:
                 if peer not in different:
-                    self._compared[peer] = step
+                    self._same[peer] = step
             if len(found) == self.size:
                 del self._drawn[step]
             self._news.notify_all()
@@ -207,6 +209,10 @@ class Watch:
             elif isinstance(message.get("ready"), int):
                 with self._news:
                     self._ready[peer] = message["ready"]
+                    self._news.notify_all()
+            elif isinstance(message.get("same"), int) and self.rank > 0:
+                with self._news:
+                    self._same[peer] = message["same"]
                     self._news.notify_all()
             elif isinstance(message.get("drew"), str) and isinstance(message.get("step"), int) and self.rank == 0:
                 self._compare(peer, message["step"], message["drew"])

@@ -9,9 +9,14 @@ from cuda_emulator import OwnMemory, OwnQueue, compiler, emulate, own_code, own_
 from mlx.utils import tree_map
 
 from marlin_cli.api import MegaByteModel
+from marlin_cli.engine import decoding
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.cuda_patches import global_stage
+from marlin_cli.engine.cuda_patches import added_rows, global_stage, local_stage
+from marlin_cli.engine.cuda_shared import SharedByOperations
+from marlin_cli.engine.generation import generate
+from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.stage_caches import GraphCache
+from marlin_cli.engine.stopping import Stopping
 from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.cuda_exchange import MOST_PLACES, Exchange
@@ -197,3 +202,26 @@ def test_kernels_wait_no_longer_when_the_job_is_over(tmp_path, monkeypatch):
     stepped(ranks, ids_of(1, 1)[0], 0, only=1)
     with pytest.raises(BackendError):
         ranks[0].exchange.check()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.3, top_k=50), pytest.param(Sampling(), marks=pytest.mark.slow)], ids=str)
+def test_where_gpus_have_no_exchange_the_local_stage_is_one_launch_still(sampling, tmp_path, monkeypatch):
+    """Prompts that end inside a patch, a stream that stops, and one process in place of ranks."""
+    network = MegaByteModel.from_pretrained(written(tmp_path), device="cpu").network
+    prompts = [b"abcdefgh", b"abcd", b"", b"abcdefghi"]
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+
+    def generated(*stop):
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=19, stop=stop), sampling):
+            streams[piece.stream] += piece.data
+        return streams
+
+    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    expected = generated()
+    stop = expected[0][6:8]
+    stopped = generated(stop)
+    made = lambda network, streams: SharedByOperations(network, local_stage(network), added_rows(network), streams)  # noqa: E731
+    monkeypatch.setattr(decoding, "patch_decoder", made)
+    assert generated() == expected and {len(stream) for stream in expected} == {19}
+    assert generated(stop) == stopped and len(stopped[0]) < 19
