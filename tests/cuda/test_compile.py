@@ -155,7 +155,7 @@ STAGES = [
     [pytest.param(*each, marks=[] if i == 0 else pytest.mark.slow) for i, each in enumerate(STAGES)],
 )
 def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp_path, monkeypatch):
-    """Both kernels of a small model, as the compiler at run time gets them; with few streams they spill nothing, even shared."""
+    """Both kernels of a small model, as the compiler at run time gets them; with few streams they spill nothing, shared too."""
     monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
     config = {"patch_size": 8, "global_layers": 2, "global_dim": 256, "global_heads": 4, "local_layers": 2, "local_dim": 128}
     network = MegaByte(MegaByteConfig(**config, local_heads=2, **options))
