@@ -50,7 +50,7 @@ class Streams:
 def measured_streams(ranks: int, given: argparse.Namespace, folder: Path) -> Streams:
     command = ["-m", "marlin_cli", "generate", model_of(given, folder), "--prompts", str(prompts_of(given, folder))]
     command += ["--device", given.device, "--batch-size", str(given.batch), "--max-bytes"]
-    if given.device != "cpu":
+    if given.device != "cpu" and ranks == 1:
         run([*command, str(given.bytes)], ranks, given, folder)  # kernels are compiled for each number of streams
     runs = [run([*command, str(given.bytes)], ranks, given, folder) for _ in range(given.repeats)]
     idle = run([*command, "0"], ranks, given, folder)  # it generates nothing

@@ -22,7 +22,12 @@ def corpus(given: argparse.Namespace, folder: Path) -> None:
                 times.append(run(command_of(job, path, text_of(size, folder), given, target), ranks, given, folder).wall)
             outcome[ranks], seconds[ranks] = target.read_bytes(), (times[0], times[1])
         for ranks, (start, taken) in seconds.items():
-            print(f"{job}, {given.corpus_bytes:,} bytes, {ranks} process(es): {taken:.2f} s, {start:.2f} s of it starting")
+            speed = (given.corpus_bytes - START_BYTES) / (taken - start)
+            print(
+                f"{job}, {given.corpus_bytes:,} bytes, {ranks} process(es): {taken:.2f} s, {start:.2f} s of it starting",
+                end="; ",
+            )
+            print(f"{speed:,.0f} bytes/s", flush=True)
         (one_start, one), (many_start, many) = seconds[1], seconds[given.ranks]
         print(f"{job}: {(one - one_start) / (many - many_start):.2f}x less the start, {one / many:.2f}x with it", end="; ")
         print((same_statistics if job == "calibrate" else same_quality)(outcome[1], outcome[given.ranks]), flush=True)

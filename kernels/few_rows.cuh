@@ -371,18 +371,24 @@ __device__ __forceinline__ void send_for(Weights& weights, const Linear* linears
   }
 }
 
-// The tiles of a phase into the second-level cache.
+// The tiles of a phase into the second-level cache; of many the beginnings of their rows, AHEAD_BYTES in all: what else is asked
+// of memory meanwhile waits behind them, and the cache must still have them when they are wanted.
 template <int PART>
 __device__ __forceinline__ void send_tiles_to_cache(const Linear* linears) {
   using Own = Job<PART>;
-  constexpr uint32_t BYTES = TILE_ROWS * (Own::DEPTH >> Own::LOG_VALUES) * 16;
-  if (Team<PART>::thread() >= Own::LAYERS_BESIDE) return;
+  constexpr uint32_t ROW = (Own::DEPTH >> Own::LOG_VALUES) * 16;
+  constexpr uint64_t ALL = uint64_t(Own::TILES) * Own::LAYERS_BESIDE * TILE_ROWS * ROW;
+  constexpr bool ENTIRE = ALL <= AHEAD_BYTES;
+  constexpr int PIECES = ENTIRE ? 1 : TILE_ROWS;  // of a tile
+  constexpr uint32_t BYTES = ENTIRE ? TILE_ROWS * ROW : ROW * uint64_t(AHEAD_BYTES) / ALL / 256 * 256;
+  if (BYTES == 0 || Team<PART>::thread() >= Own::LAYERS_BESIDE * PIECES) return;
 #pragma unroll
   for (int round = 0; round < Own::rounds(); round++) {
     int tile = Team<PART>::tile(round);
     if (tile >= Own::TILES) return;
-    const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread();
-    if ((tile + 1) * TILE_ROWS <= rows_of<PART>(layer)) send_to_cache(linears[layer].weight + size_t(tile) * (BYTES / 4), BYTES);
+    const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread() / PIECES, piece = Team<PART>::thread() % PIECES;
+    if ((tile + 1) * TILE_ROWS > rows_of<PART>(layer)) continue;
+    send_to_cache(linears[layer].weight + (size_t(tile) * TILE_ROWS + piece) * (ROW / 4), BYTES);
   }
 }
 

@@ -37,6 +37,9 @@ MOST_BROUGHT, NARROW = 8192, 1024
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
+# Of weights that are sent ahead to the second-level cache: less than half of that, which has more to keep; and where GPUs share
+# the stage what memory gives while a phase is read, as parts of sums would wait behind more.
+AHEAD_BYTES, AHEAD_BYTES_SHARED = 24 << 20, 8 << 20
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 
 # Bytes of the records as few_rows_stage.cuh lays them out.
@@ -145,7 +148,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int) -> str:
         "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
-        "RANKS": stage.ranks, "PLACES": MOST_PLACES,
+        "RANKS": stage.ranks, "PLACES": MOST_PLACES, "AHEAD_BYTES": AHEAD_BYTES if stage.ranks == 1 else AHEAD_BYTES_SHARED,
     }  # fmt: skip
     return constants(stage.table.dtype, values)
 

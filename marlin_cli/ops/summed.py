@@ -1,8 +1,7 @@
 """Linear layers of which every rank holds some columns: products are summed over the ranks, and each gets the sum.
 
 A rank multiplies its columns by the channels of x that it has made. A global scale multiplies before the sum, a bias is
-added after it, once. Sums of parts round otherwise than one product does; the ranks all get the same bits. In 16 bits parts of
-many rows (prompts, and what is scored) are float32 until they are summed, as those of one product are.
+added after it, once. Sums of parts round otherwise than one product does; the ranks all get the same bits.
 """
 
 import mlx.core as mx
@@ -10,9 +9,6 @@ import mlx.nn as nn
 
 from marlin_cli.ops.layers import Linear, QuantizedLinear
 from marlin_cli.ranks import Ranks
-
-# From so many rows on, weights as float32 cost little beside the product.
-MANY_ROWS = 16
 
 
 class SummedLinear(Linear):
@@ -26,9 +22,7 @@ class SummedLinear(Linear):
             self.bias = part.bias
 
     def product(self, x: mx.array) -> mx.array:
-        if not _is_rounded(x):
-            return _sum(super().product(x), self._ranks)
-        return _sum(_exact(x, self.weight), self._ranks).astype(x.dtype)
+        return _sum(super().product(x), self._ranks)
 
 
 class SummedQuantizedLinear(QuantizedLinear):
@@ -41,29 +35,13 @@ class SummedQuantizedLinear(QuantizedLinear):
         self._ranks = ranks
 
     def product(self, x: mx.array) -> mx.array:
-        if not _is_rounded(x) or self.activation_bits != 16:
-            return _sum(super().product(x), self._ranks)
-        how = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        weight = mx.dequantize(self["weight"], self["scales"], self.get("biases"), **how, dtype=x.dtype)
-        part = _exact(x, weight)
-        if "global_scale" in self:
-            part = part * self["global_scale"]
-        return _sum(part, self._ranks).astype(x.dtype)
-
-
-def _is_rounded(x: mx.array) -> bool:
-    """Would parts of its product be rounded before they are summed, where that can be helped?"""
-    return x.dtype != mx.float32 and x.size >= MANY_ROWS * x.shape[-1]
-
-
-def _exact(x: mx.array, weight: mx.array) -> mx.array:
-    """x @ W.T in float32, of numbers of 16 bits."""
-    return x.astype(mx.float32) @ weight.astype(mx.float32).T
+        return _sum(super().product(x), self._ranks)
 
 
 def _sum(part: mx.array, ranks: Ranks) -> mx.array:
+    """Of all ranks' parts, in float32: sums of more than two would be rounded to 16 bits in between."""
     ranks.settle()
-    return mx.distributed.all_sum(part, group=ranks.group)
+    return mx.distributed.all_sum(part.astype(mx.float32), group=ranks.group).astype(part.dtype)
 
 
 def summed(part: nn.Module, ranks: Ranks) -> nn.Module:

@@ -149,7 +149,7 @@ def test_the_order_of_threads_and_of_ranks_does_not_matter(backwards, tmp_path, 
     """A rank that is always late with looking, in whatever order."""
     path = written(tmp_path)
     monkeypatch.setattr(OwnQueue, "backwards", backwards)
-    plant(monkeypatch, f"if (blockIdx.x == 1 && parts.own() == {int(backwards)}) usleep(3000); {SUM}")
+    plant(monkeypatch, late(int(backwards)))
     check(path, together(path, 2), 2)
 
 
@@ -159,8 +159,9 @@ def plant(monkeypatch, sum_text=SUM, patience="60000000000ull", more=str):
     monkeypatch.setattr(OwnQueue, "edit", staticmethod(text))
 
 
-def late(sum_text=SUM):
-    return f"if (blockIdx.x == 1 && parts.own() == 1) usleep(3000); {sum_text}"
+def late(rank):
+    """A rank that looks long after its part has gone."""
+    return f"{{ if (blockIdx.x == 1 && parts.own() == {rank}) usleep(500); {SUM} }}"
 
 
 FAULTS = {
@@ -179,7 +180,7 @@ def test_a_fault_shows(fault, tmp_path, monkeypatch):
         edited.append(FAULTS[fault](code) != code)
         return FAULTS[fault](code)
 
-    plant(monkeypatch, late(), "20000000ull", more)
+    plant(monkeypatch, late(1), "20000000ull", more)
     with pytest.raises((AssertionError, BackendError)):
         check(path, together(path, 1), 1)
     assert all(edited)
