@@ -4,7 +4,7 @@
     python benchmarks/ranks.py split [--layers 12] [--dim 1024] [--format none|nvfp4|..] [--bytes 512] [--device cpu]
     python benchmarks/ranks.py corpus [--corpus-bytes 512k] [--window-bytes 2048]
     python benchmarks/ranks.py killed [--phases loading,prompt,decoding,streams,scoring,calibrating] [--seconds 1]
-    python benchmarks/ranks.py plan [--gigabytes 3600] [--inside 12,300,tree]
+    python benchmarks/ranks.py plan [--gigabytes 3600] [--inside 2,300,tree]
     python benchmarks/ranks.py link --device cuda
     python benchmarks/ranks.py paper
 
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1, help="In the phase, before a rank is killed.")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=3600, help="A second, at which weights are read (plan, paper).")
-    parser.add_argument("--inside", default="12,300,tree", help="The link within a host (plan, paper), as bench --link has it.")
+    parser.add_argument("--inside", default="2,300,tree", help="The link within a host (plan, paper), as bench --link has it.")
     parser.add_argument("--across", default="25,40,tree", help="The link between hosts (paper).")
     parser.add_argument("--ring", action="store_true")
     given = parser.parse_args()
