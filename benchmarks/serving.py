@@ -3,7 +3,7 @@
     python benchmarks/serving.py first|many|clients [MODEL] [--repeats 11] [--minutes 5] [--clients 64]
 
 Both sides run in turns, with rows exact, in processes of their own; what the server answers is compared with what the model
-gives alone.
+gives alone. No prompts are kept (`--state-memory 0`), as rounds repeat them.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def first_byte_s(port, request, mark):
 def measure_first(name, repeats):
     """S5: the wait for the first byte, over HTTP and from Python."""
     model = load(name, device="cpu")
-    with server(name, "--device", "cpu") as (_, port):
+    with server(name, "--device", "cpu", "--state-memory", "0") as (_, port):
         for size in (16, 512, 4096):
             prompt = TEXT[:size]
             ways = {
@@ -109,7 +109,7 @@ def measure_many(name, repeats, streams=8, max_bytes=1024):
     """S6: bytes a second of eight streams, of the scheduler alone and over HTTP; their bytes are compared."""
     model = load(name, device="cpu")
     prompts = [TEXT[1000 * index : 1000 * index + 64] for index in range(streams)]
-    with server(name, "--device", "cpu", "--max-streams", str(streams)) as (_, port):
+    with server(name, "--device", "cpu", "--max-streams", str(streams), "--state-memory", "0") as (_, port):
         ratios = {"bytes": [], "events": []}
         for turn in range(repeats + 1):
             engine_s, expected = _engine(model, prompts, max_bytes)
