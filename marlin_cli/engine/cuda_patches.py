@@ -219,8 +219,7 @@ class PatchDecoder:
             local_known = local.known
             local.own_caches(self._steps)
             self._groups.append(_Group(first, whole, local))
-        local = self._stages[1]
-        self._row_bytes = local.dim * local.table.dtype.size
+        self._row_bytes = self._stages[1].dim * self._stages[1].table.dtype.size
         self._condition_bytes = streams * self._row_bytes
         self._ids_bytes = 4 * streams * self._steps
         self._kept = self._queue.allocate(SLOTS * (self._apart(self._condition_bytes) + self._apart(self._ids_bytes)))

@@ -162,8 +162,9 @@ def plant(monkeypatch, sum_text=SUM, patience="60000000000ull", more=str):
 
 
 def late(rank):
-    """A rank that looks long after its part has gone."""
-    return f"{{ if (blockIdx.x == 1 && threadIdx.x == 0 && parts.own() == {rank}) usleep(40000); {SUM} }}"
+    """A rank that looks long after its part has gone, once a launch."""
+    here = f"blockIdx.x == 1 && threadIdx.x == 0 && parts.own() == {rank}"
+    return f"{{ static thread_local bool slept = false; if (!slept && {here}) slept = true, usleep(300000); {SUM} }}"
 
 
 FAULTS = {
@@ -182,7 +183,7 @@ def test_a_fault_shows(fault, tmp_path, monkeypatch):
         edited.append(FAULTS[fault](code) != code)
         return FAULTS[fault](code)
 
-    plant(monkeypatch, late(1), "20000000ull", more)
+    plant(monkeypatch, late(1), "100000000ull", more)
     with pytest.raises((AssertionError, BackendError)):
         check(path, together(path, 1), 1)
     assert all(edited)
