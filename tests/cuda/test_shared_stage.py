@@ -162,8 +162,8 @@ def plant(monkeypatch, sum_text=SUM, patience="60000000000ull", more=str):
 
 
 def late(rank):
-    """A rank that looks long after its part has gone, once a launch."""
-    here = f"blockIdx.x == 1 && threadIdx.x == 0 && parts.own() == {rank}"
+    """A rank that looks long after all of its parts have gone, once a launch: by the last thread with a part."""
+    here = f"blockIdx.x == 2 && threadIdx.x == 39 && parts.own() == {rank}"
     return f"{{ static thread_local bool slept = false; if (!slept && {here}) slept = true, usleep(300000); {SUM} }}"
 
 
