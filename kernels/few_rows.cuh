@@ -15,6 +15,10 @@ enum NormKind { RMS, LAYER, VARIANCE };
 enum Activation { GELU, GELU_TANH, RELU, SILU };
 enum Part { FIRST, QKV, OUT, UP, DOWN, LAST, MEMORY_QUERY, MEMORY_OUT };
 
+// Whether GPUs have a part each of a phase's product.
+template <int PART>
+constexpr bool SUMMED = RANKS > 1 && (PART == OUT || PART == DOWN);
+
 // A linear layer, as `marlin_cli.ops.cuda_stages` lays it out.
 struct Linear {
   const uint32_t* weight;  // [rows, depth * bits / 32]; bfloat16 where dense
@@ -367,29 +371,36 @@ __device__ __forceinline__ void send_for(Weights& weights, const Linear* linears
   }
 }
 
-// The tiles of a phase into the second-level cache.
+// The tiles of a phase into the second-level cache; of many the beginnings of their rows, AHEAD_BYTES in all: what else is asked
+// of memory meanwhile waits behind them, and the cache must still have them when they are wanted.
 template <int PART>
 __device__ __forceinline__ void send_tiles_to_cache(const Linear* linears) {
   using Own = Job<PART>;
-  constexpr uint32_t BYTES = TILE_ROWS * (Own::DEPTH >> Own::LOG_VALUES) * 16;
-  if (Team<PART>::thread() >= Own::LAYERS_BESIDE) return;
+  constexpr uint32_t ROW = (Own::DEPTH >> Own::LOG_VALUES) * 16;
+  constexpr uint64_t ALL = uint64_t(Own::TILES) * Own::LAYERS_BESIDE * TILE_ROWS * ROW;
+  constexpr bool ENTIRE = ALL <= AHEAD_BYTES;
+  constexpr int PIECES = ENTIRE ? 1 : TILE_ROWS;  // of a tile
+  constexpr uint32_t BYTES = ENTIRE ? TILE_ROWS * ROW : ROW * uint64_t(AHEAD_BYTES) / ALL / 256 * 256;
+  if (BYTES == 0 || Team<PART>::thread() >= Own::LAYERS_BESIDE * PIECES) return;
 #pragma unroll
   for (int round = 0; round < Own::rounds(); round++) {
     int tile = Team<PART>::tile(round);
     if (tile >= Own::TILES) return;
-    const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread();
-    if ((tile + 1) * TILE_ROWS <= rows_of<PART>(layer)) send_to_cache(linears[layer].weight + size_t(tile) * (BYTES / 4), BYTES);
+    const int layer = layer_of_tile<PART>(tile) + Team<PART>::thread() / PIECES, piece = Team<PART>::thread() % PIECES;
+    if ((tile + 1) * TILE_ROWS > rows_of<PART>(layer)) continue;
+    send_to_cache(linears[layer].weight + (size_t(tile) * TILE_ROWS + piece) * (ROW / 4), BYTES);
   }
 }
 
 // A job by all blocks; `weights` has begun with the team's first tile, and x stands there for all threads of the block.
 // finish(round, n, layer, x row, row of W, product, product with the second of a pair, bias, there) is called by whole warps, for
-// the n-th output of each thread; where `there` is false, it is of no row. `partial` is shared memory: see PARTIAL_FLOATS.
+// the n-th output of each thread; where `there` is false, it is of no row. `partial` is shared memory: see PARTIAL_FLOATS. Of a
+// product that is summed send(..), with the same arguments, is called for all outputs of a tile first.
 constexpr int PARTIAL_FLOATS = WARPS * 2 * STREAMS * TILE_ROWS * 2;
 
-template <int PART, typename Finish>
+template <int PART, typename Send, typename Finish>
 __device__ __forceinline__ void multiply(
-    Weights& weights, const Linear* linears, const Operand<PART>& x, float* partial, const Finish& finish) {
+    Weights& weights, const Linear* linears, const Operand<PART>& x, float* partial, const Send& send, const Finish& finish) {
   using Own = Job<PART>;
   using Crew = Team<PART>;
   constexpr int SIZE = Crew::SIZE, APART = SIZE >= 4 ? SIZE + 4 : SIZE, PAIR = Own::LAYERS_BESIDE;
@@ -416,39 +427,43 @@ __device__ __forceinline__ void multiply(
     }
     Crew::synchronize();
     const int layer = layer_of_tile<PART>(tile);
+    auto outputs = [&](const auto& take) {
 #pragma unroll
-    for (int n = 0; n < Own::own_outputs(); n++) {
-      const int output = Crew::thread() + n * SIZE * 32;
-      if (output - lane >= Own::OUTPUTS) break;  // whole warps
-      const bool inside = output < Own::OUTPUTS;
-      float totals[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int i = 0; i < PAIR; i++) {
-        const float* from = of_team + (i * Own::OUTPUTS + (inside ? output : 0)) * APART;
-        if constexpr (SIZE >= 4) {
-#pragma unroll
-          for (int each = 0; each < SIZE; each += 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + each);
-            totals[i] += (four.x + four.y) + (four.z + four.w);
-          }
-        } else {
-#pragma unroll
-          for (int each = 0; each < SIZE; each++) totals[i] += from[each];
-        }
-        totals[i] *= factor_of_kind<Own::KIND>() * linears[layer + i].factor;
-      }
-      const int row = tile * TILE_ROWS + output % TILE_ROWS, rows = rows_of<PART>(layer);
-      const bool there = inside && row < rows;
-      float bias[2] = {0.0f, 0.0f};
-      if constexpr (HAS_BIAS[PART]) {
+      for (int n = 0; n < Own::own_outputs(); n++) {
+        const int output = Crew::thread() + n * SIZE * 32;
+        if (output - lane >= Own::OUTPUTS) break;  // whole warps
+        const bool inside = output < Own::OUTPUTS;
+        float totals[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < PAIR; i++) {
-          const T* known = linears[layer + i].bias;
-          bias[i] = n == 0 ? weights.bias[i] : known == nullptr ? 0.0f : to_float(known[min(row, rows - 1)]);
+          const float* from = of_team + (i * Own::OUTPUTS + (inside ? output : 0)) * APART;
+          if constexpr (SIZE >= 4) {
+#pragma unroll
+            for (int each = 0; each < SIZE; each += 4) {
+              const float4 four = *reinterpret_cast<const float4*>(from + each);
+              totals[i] += (four.x + four.y) + (four.z + four.w);
+            }
+          } else {
+#pragma unroll
+            for (int each = 0; each < SIZE; each++) totals[i] += from[each];
+          }
+          totals[i] *= factor_of_kind<Own::KIND>() * linears[layer + i].factor;
         }
+        const int row = tile * TILE_ROWS + output % TILE_ROWS, rows = rows_of<PART>(layer);
+        const bool there = inside && row < rows;
+        float bias[2] = {0.0f, 0.0f};
+        if constexpr (HAS_BIAS[PART]) {
+#pragma unroll
+          for (int i = 0; i < PAIR; i++) {
+            const T* known = linears[layer + i].bias;
+            bias[i] = n == 0 ? weights.bias[i] : known == nullptr ? 0.0f : to_float(known[min(row, rows - 1)]);
+          }
+        }
+        take(round, n, layer, output / TILE_ROWS, row, totals[0], totals[1], bias[0], bias[1], there);
       }
-      finish(round, n, layer, output / TILE_ROWS, row, totals[0], totals[1], bias[0], bias[1], there);
-    }
+    };
+    if constexpr (SUMMED<PART>) outputs(send);
+    outputs(finish);
   }
 }
 

@@ -115,6 +115,7 @@ struct Machine {
   Grid grid;
   unsigned phase;  // of which the cells come that are read now
   unsigned long long *spent, since, begun;  // where TIMED, of thread 0 of block 0: cycles by kind; when the last one ended; begin
+  PartSums parts;  // where GPUs share the stage
   Weights sent;
   static constexpr int X_ROUNDS = Job<OUT>::rounds(), X_OUTPUTS = Job<OUT>::own_outputs();
   float residual[X_ROUNDS][X_OUTPUTS];
@@ -150,6 +151,11 @@ struct Machine {
   __device__ __forceinline__ Operand<PART> operand() const {
     constexpr int BUFFER = PART == OUT || PART == DOWN || PART == FIRST || PART == MEMORY_OUT ? X_BUFFERS - 1 : 0;
     return {memory + BUFFER * (MEMORY_BYTES / 16 / X_BUFFERS)};
+  }
+
+  // Where GPUs share the stage: `turn` is that of the last sum before.
+  __device__ __forceinline__ void share(const Exchange* exchange, unsigned turn) {
+    if constexpr (RANKS > 1) parts.begin(exchange, turn), grid.heed(parts.host());
   }
 
   // The rows' positions for rotation, `seen` rows of which came before.
@@ -740,7 +746,13 @@ struct Machine {
     if (!Team<PART>::in_work()) return;
     multiply<PART>(
         sent, linears, operand<PART>(), partial,
+        [&](int, int, int, int row, int column, float one, float, float, float, bool there) {
+          if (there) parts.send(row * DIM + column, one);
+        },
         [&](int round, int n, int layer, int row, int column, float one, float other, float bias, float other_bias, bool there) {
+          if constexpr (SUMMED<PART>) {
+            if (there) one = parts.sum(grid, row * DIM + column, one);
+          }
           if constexpr (HAS_NORM<PART>) {
             const float factor = factor_of_row<PART>(row < STREAMS ? row : 0);
             one *= factor, other *= factor;
@@ -752,6 +764,7 @@ struct Machine {
   // What is added to rows of x, and the sum to all, for READER or, where `last`, for the last product.
   template <int PART, int READER, typename Come>
   __device__ __forceinline__ void add_product(const Linear* linear, bool last, const Come& come) {
+    if constexpr (SUMMED<PART>) parts.next();
     multiply_all<PART>(linear, come, [&](int round, int n, int, int row, int column, float one, float, bool there) {
       if constexpr (PART != FIRST) one += residual[round][n];
       residual[round][n] = one;

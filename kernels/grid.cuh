@@ -3,13 +3,14 @@
 
 namespace marlin {
 
-constexpr unsigned long long PATIENCE_NS = 2000000000ull;
+// Another GPU may be kept waiting by its host.
+constexpr unsigned long long PATIENCE_NS = (RANKS > 1 ? 10 : 1) * 2000000000ull;
 
 // Two words of memory, zero at first, that all launches over them share: arrivals so far, and whether some wait was given up.
 // Arrivals only ever rise, and every launch leaves a multiple of its blocks: so the next one goes on from there.
 class Grid {
  public:
-  __device__ __forceinline__ explicit Grid(unsigned long long* words) : words_(words), target_(0), polls_(0), since_(0) {
+  __device__ __forceinline__ explicit Grid(unsigned long long* words) : words_(words), target_(0), polls_(0), since_(0), over_(nullptr) {
     if (threadIdx.x == 0) target_ = load_acquire(words) / gridDim.x * gridDim.x;
   }
 
@@ -29,6 +30,9 @@ class Grid {
     __syncthreads();
   }
 
+  // Waits are given up, too, when the first word there is not 0.
+  __device__ __forceinline__ void heed(const unsigned long long* words) { over_ = words; }
+
   // After a look that did not find what it was for: whether to look no more, as some block has waited too long. All go on with
   // whatever is there then, to the end, where `failed` says so.
   __device__ __forceinline__ bool gave_up() {
@@ -37,7 +41,7 @@ class Grid {
     if (failed()) return true;
     const unsigned long long now = nanoseconds();
     if (polls_ == 1024) since_ = now;
-    if (now - since_ < PATIENCE_NS) return false;
+    if (now - since_ < PATIENCE_NS && (RANKS == 1 || load_of_peer(over_) == 0)) return false;
     add_release(words_ + 1, 1);
     return true;
   }
@@ -53,6 +57,7 @@ class Grid {
   unsigned long long target_;  // of thread 0
   unsigned polls_;
   unsigned long long since_;
+  const unsigned long long* over_;  // where GPUs share a stage
 };
 
 // A value that other blocks wait for: 32 bits, and above them the number of the phase that wrote it. Both are written and read

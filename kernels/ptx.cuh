@@ -52,6 +52,17 @@ __device__ __forceinline__ void store_one(unsigned long long* to, unsigned long 
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
 
+// The same between GPUs, and between one and the host: a word is there at once and whole, in no order with anything else.
+__device__ __forceinline__ void store_for_peer(unsigned long long* to, unsigned long long value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned long long load_of_peer(const unsigned long long* from) {
+  unsigned long long value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+
 // What a thread does between two looks at what another one is to write.
 __device__ __forceinline__ void look_away() {}
 

@@ -18,7 +18,7 @@ import pytest
 from ring import ended, start_ring
 
 from marlin_cli.errors import DistributedError, MarlinError, UsageError
-from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch_of
+from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch, launch_of
 from marlin_cli.ranks.watch import Connection, Watch
 
 # What takes seconds to import is imported where it is used: most ranks here do without.
@@ -246,13 +246,32 @@ def test_a_ring_is_what_its_hosts_say(hosts: str, expected: Launch | None, tmp_p
         ({}, None),
         ({"MLX_RANK": "3"}, None),
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, Launch("mpi", 2, ())),
-        ({"MLX_RANK": "1", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}, Launch("nccl", 1, ("10.0.0.1",))),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}, Launch("mpi", 2, (), 2)),
+        ({"MLX_RANK": "1", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}, Launch("nccl", 1, ("10.0.0.1",), 1)),
         ({"MLX_RANK": "1", "MLX_JACCL_COORDINATOR": "10.0.0.1:7"}, Launch("jaccl", 1, ("10.0.0.1",))),
     ],
 )
 def test_launchers_are_known_by_what_they_set(environment: dict[str, str], expected: Launch | None) -> None:
     assert launch_of(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "expected"),
+    [({}, 4, "1"), ({}, 2, "1"), ({}, 1, None), ({}, None, None), ({"CUDA_VISIBLE_DEVICES": "3"}, 4, "3")],
+)
+def test_a_rank_takes_a_gpu_of_its_own(
+    given: dict[str, str], gpus: int | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of its machine in a ring; none is chosen where there is but one GPU, or nobody tells."""
+    hosts = [["10.0.0.1:1"], ["10.0.0.2:1"], ["10.0.0.3:1"], ["10.0.0.1:2"], ["10.0.0.2:2"], ["10.0.0.1:3"]]
+    (tmp_path / "hosts").write_text(json.dumps(hosts))
+    found = launch_of({"MLX_RANK": "3", "MLX_HOSTFILE": str(tmp_path / "hosts")})
+    assert found is not None and found.local == 1
+    monkeypatch.setattr(launch, "GPUS", tmp_path / "gpus")
+    for number in range(gpus or 0):
+        (tmp_path / "gpus" / str(number)).mkdir(parents=True)
+    launch.take_a_gpu(found, given)
+    assert given.get("CUDA_VISIBLE_DEVICES") == expected
 
 
 @pytest.mark.parametrize(

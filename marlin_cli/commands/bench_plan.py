@@ -124,7 +124,7 @@ def _link(given: str | None, *, slow: bool) -> "Link":
     from marlin_cli.prediction.ranks import parse_link
 
     if given is None:
-        given = "300,1" if slow else "12,100,tree"
+        given = "300,1" if slow else "2,100,tree"  # within a launch, see exchange.cuh; 12 by NCCL
         console.note(f"assumed --link {given}: a sum over two ranks takes so many microseconds, and GB/s beyond")
     return parse_link(given)
 

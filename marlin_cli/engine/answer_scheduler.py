@@ -167,7 +167,7 @@ class AnsweringScheduler:
         self._read()
         if self._decoding:
             news += self._write()
-        return agreed(self._network, news)
+        return agreed(self._network, news, ends=not all(isinstance(each, Written) for each in news))
 
     def release(self, stream: int) -> None:
         self._telling.pop(stream, None)

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from marlin_cli import console
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cuda_arrays import LinearArrays, StageArrays, dense_arrays
+from marlin_cli.ops.summed import SummedLinear, SummedQuantizedLinear
 
 
 @dataclass(eq=False)
@@ -39,11 +40,16 @@ def prepared(network: nn.Module, parts: Sequence[nn.Module], make: Callable[[], 
     return kept
 
 
-def linear_arrays(layer: nn.Module | None) -> LinearArrays | None:
-    """The arrays of a linear layer; None where it is of a kind that the kernels do not know."""
-    if type(layer) is Linear:
+def linear_arrays(layer: nn.Module | None, *, summed: bool = False) -> LinearArrays | None:
+    """The arrays of a linear layer; None where it is of a kind that the kernels do not know.
+
+    Args:
+        summed: may the layer be this rank's part of one, whose products are summed?
+    """
+    if type(layer) is Linear or (summed and type(layer) is SummedLinear):
         return dense_arrays(layer.weight, layer.get("bias"))
-    if type(layer) is not QuantizedLinear or layer.activation_bits != 16:
+    kinds = (QuantizedLinear, SummedQuantizedLinear) if summed else (QuantizedLinear,)
+    if not isinstance(layer, QuantizedLinear) or type(layer) not in kinds or layer.activation_bits != 16:
         return None
     kind = f"int{layer.bits}" if layer.mode == "affine" else layer.mode
     if kind not in ("nvfp4", "mxfp4", "mxfp8", "int4", "int8"):

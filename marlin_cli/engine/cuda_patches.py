@@ -20,9 +20,11 @@ from marlin_cli.errors import BackendError
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
+from marlin_cli.models.splitting import share_of
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
+from marlin_cli.ops.cuda_exchange import Exchange
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, NOT_FINITE
 from marlin_cli.ops.cuda_stages import MOST_STREAMS, StageOnDevice, addresses, size_for, takes_stage
 
@@ -49,7 +51,7 @@ class _Group(NamedTuple):
     """Streams that a launch takes, and their stages."""
 
     first: int
-    whole: StageOnDevice
+    whole: StageOnDevice | None  # None where the global stage goes operation by operation
     local: StageOnDevice
 
 
@@ -57,20 +59,29 @@ class PatchDecoder:
     """Queues patches; a `whole_patches.WholePatches`. Made by `patch_decoder`.
 
     Args:
-        stages: the network's global and local stage.
+        stages: the network's global and local stage; no global one where MLX takes its steps, see `SharedByOperations`.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
+        exchange: with the other ranks, where they share the global stage.
         timed: for `part_seconds`; patches take a little longer.
     """
 
     checks_logits = True
 
-    def __init__(self, stages: tuple[StageArrays, StageArrays], added: mx.array, streams: int, *, timed: bool = False) -> None:
+    def __init__(
+        self,
+        stages: tuple[StageArrays | None, StageArrays],
+        added: mx.array,
+        streams: int,
+        exchange: Exchange | None = None,
+        *,
+        timed: bool = False,
+    ) -> None:
         self._timed = timed
-        self._stages = stages
+        self._stages, self._exchange = stages, exchange
         self._places: list[list[int] | None] = [None, None]  # of the arrays of each stage, once they have been asked for
         self._added, self._steps = added, added.shape[0]
-        self._queue = Queue()
+        self._queue = Queue() if exchange is None else exchange.queue
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._noise = NoiseAhead(self._queue, stages[1].last.rows)
         self._make(streams)
@@ -83,7 +94,7 @@ class PatchDecoder:
         found = dict.fromkeys(("global", "global cache", "local", "local cache", "head", "sampling"), 0.0)
         for group in self._groups:
             for device, parts in ((group.whole, GLOBAL_PARTS), (group.local, LOCAL_PARTS)):
-                for kind, seconds in device.seconds().items():
+                for kind, seconds in ({} if device is None else device.seconds()).items():
                     found[parts.get(kind, parts[""])] += seconds
         return found
 
@@ -112,6 +123,8 @@ class PatchDecoder:
         """
         if self._wanted != self._streams:
             self._make(self._wanted)
+        if self._exchange is not None:
+            self._queue.wait()  # before MLX sums over ranks, see `Ranks.settle`
         mx.eval(condition, given)
         self._known = given.shape[1]
         if self._known:
@@ -139,29 +152,36 @@ class PatchDecoder:
             places = self._lead + group.first * self._row_bytes, self._added_there.address, given and given + first * known
             numbers.append(group.local.decode_sequence(*places, drawn, filters, known, steps, ids + first * self._steps))
         if more:
-            if self._room == 0:
-                self.settle(caches)
-                self._give_room(caches)
-            self._lead = self._condition_of(slot)
-            for group in self._groups:
-                padding = self._padding.address + 4 * group.first if self._padded else 0
-                out = self._lead + group.first * self._row_bytes
-                group.whole.step(ids + 4 * group.first * self._steps, self._rows, padding, out)
-            self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
+            self._follow(caches, slot)
         self._slot = (slot + 1) % SLOTS
         return Patch(tuple(numbers), slot, more, steps)
+
+    def _follow(self, caches: Sequence[KeyValueCache], slot: int) -> None:
+        """Take the global step after the patch of a slot: what leads the next one."""
+        if self._room == 0:
+            self.settle(caches)
+            self._give_room(caches)
+        self._lead = self._condition_of(slot)
+        for group in self._groups:
+            assert group.whole is not None
+            padding = self._padding.address + 4 * group.first if self._padded else 0
+            out = self._lead + group.first * self._row_bytes
+            group.whole.step(self._ids_of(slot) + 4 * group.first * self._steps, self._rows, padding, out)
+        self._rows, self._room, self._uncounted = self._rows + 1, self._room - 1, self._uncounted + 1
 
     def read(self, patch: Patch) -> np.ndarray:
         """The ids [streams, steps] drawn in a patch, waited for.
 
         Raises:
-            BackendError: the GPU did not finish it.
+            BackendError: the GPU did not finish it, or another rank's did not.
             CheckpointError: some were predicted by what is no number.
         """
         found = []
         for group, number in zip(self._groups, patch.numbers, strict=True):
             assert group.local.mailbox is not None
             found.append(group.local.mailbox.read(number, group.local.streams, patch.steps)[: group.local.live])
+        if self._exchange is not None:
+            self._exchange.check()
         ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
@@ -204,6 +224,7 @@ class PatchDecoder:
         found = addresses([*arrays, *others])
         places, found = found[: len(arrays)], found[len(arrays) :]
         for group in self._groups:
+            assert group.whole is not None
             bytes_before = [group.first * (array.nbytes // array.shape[0]) for array in arrays]
             own = [place + before for place, before in zip(places, bytes_before, strict=True)]
             group.whole.use_caches(arrays, own)
@@ -214,16 +235,7 @@ class PatchDecoder:
         self._streams = self._wanted = streams
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
-            live = min(MOST_STREAMS, streams - first)
-            whole, local = (
-                StageOnDevice(stage, size_for(live), self._steps, self._queue, known, live=live, timed=self._timed)
-                for stage, known in zip(self._stages, self._places, strict=True)
-            )
-            for device, code in zip((whole, local), _machine_code(whole.text, local.text), strict=True):
-                device.load(code)
-            self._places = [whole.known, local.known]
-            local.own_caches(self._steps)
-            self._groups.append(_Group(first, whole, local))
+            self._groups.append(self._group(first, min(MOST_STREAMS, streams - first)))
         finest = self._stages[1]
         self._row_bytes = finest.dim * finest.table.dtype.size
         room = sum(group.local.streams for group in self._groups)  # filler among them
@@ -235,6 +247,24 @@ class PatchDecoder:
         self._queue.write(self._added_there.address, bytes_of(self._added))
         self._padding, self._given = self._queue.allocate(4 * room), self._queue.allocate(self._ids_bytes)
         self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
+
+    def _group(self, first: int, live: int) -> _Group:
+        """Stages for so many streams from `first` on."""
+        whole, local = self._stages
+        size = size_for(live)
+
+        def on_device(number: int, stage: StageArrays, exchange: Exchange | None) -> StageOnDevice:
+            known = self._places[number]
+            made = StageOnDevice(stage, size, self._steps, self._queue, known, exchange, live=live, timed=self._timed)
+            self._places[number] = made.known
+            return made
+
+        devices = None if whole is None else on_device(0, whole, self._exchange), on_device(1, local, None)
+        present = [device for device in devices if device is not None]
+        for device, code in zip(present, _machine_code(*(device.text for device in present)), strict=True):
+            device.load(code)
+        devices[1].own_caches(self._steps)
+        return _Group(first, *devices)
 
     @staticmethod
     def _apart(size: int) -> int:
@@ -264,17 +294,19 @@ def why_operations(network: MegaByte, streams: int) -> str | None:
     return None
 
 
-def patch_decoder(network: MegaByte, streams: int, *, timed: bool = False) -> PatchDecoder | None:
-    """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams."""
+def patch_decoder(
+    network: MegaByte, streams: int, exchange: Exchange | None = None, *, timed: bool = False
+) -> PatchDecoder | None:
+    """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams.
+
+    Args:
+        exchange: with the other ranks, where they share the network.
+    """
     stages = None if why_operations(network, streams) else _prepared(network)
     if stages is None:
         return None
-    last = network.stages[-1]
-    shape = (network.config.patch_size, last.config.dim)
-    dtype = last.byte_embedding.weight.dtype
-    added = mx.zeros(shape, dtype) if last.positions is None else last.positions.weight.reshape(shape)
     try:
-        return PatchDecoder((stages[0].stage, stages[1].stage), added, streams, timed=timed)
+        return PatchDecoder((stages[0].stage, stages[1].stage), added_rows(network), streams, exchange, timed=timed)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None
@@ -297,6 +329,13 @@ def _machine_code(*texts: str) -> list[bytes]:
     return compiled(texts)
 
 
+def added_rows(network: MegaByte) -> mx.array:
+    """[patch_size, dim] what is added to the rows of a patch in the local stage."""
+    last = network.stages[-1]
+    shape = (network.config.patch_size, last.config.dim)
+    return mx.zeros(shape, last.byte_embedding.weight.dtype) if last.positions is None else last.positions.weight.reshape(shape)
+
+
 def global_stage(network: MegaByte) -> StageArrays | None:
     """The global stage from the bytes of a patch to the condition of the local one; None where it is of another kind."""
     config, stage = network.config, network.stages[0]
@@ -306,7 +345,9 @@ def global_stage(network: MegaByte) -> StageArrays | None:
     first, last = linear_arrays(stage.patch_projection), linear_arrays(stage.to_next)
     if first is None or last is None:
         return None
-    return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, first, last, window)
+    share = share_of(network)
+    ranks = 1 if share is None else share.size
+    return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, first, last, window, ranks)
 
 
 def local_stage(network: MegaByte) -> StageArrays | None:
@@ -325,6 +366,7 @@ def _stage_arrays(
     first: LinearArrays | None,
     last: LinearArrays,
     window: int,
+    ranks: int = 1,
 ) -> StageArrays | None:
     config = network.config
     layers = [_layer_arrays(layer) for layer in stack.layers]
@@ -335,15 +377,15 @@ def _stage_arrays(
     dtype = embedding.weight.dtype
     if any(layer is None or layer.attention_norm.dtype != dtype for layer in layers):
         return None
-    head_dim = stage.width_of_head
+    head_dim, attention = stage.width_of_head, stack.layers[0].attention  # of which a rank may have some heads
     return StageArrays(
         layers=tuple(layer for layer in layers if layer is not None),
         table=embedding.weight,
         norm=stack.norm.weight,
         first=first,
         last=last,
-        heads=stage.heads,
-        kv_heads=stage.kv_heads or stage.heads,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
         head_dim=head_dim,
         scale=head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
         window=window,
@@ -352,17 +394,18 @@ def _stage_arrays(
         norm_kind=config.norm,
         activation=config.ffn,
         eps=config.norm_eps,
+        ranks=ranks,
     )
 
 
 def _layer_arrays(layer: Block) -> LayerArrays | None:
     attention, ffn = layer.attention, layer.ffn
-    parts = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, ffn.up_proj, ffn.down_proj]
-    known = [linear_arrays(part) for part in parts]
+    makes = [linear_arrays(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj, ffn.up_proj)]
+    known = [*makes, *(linear_arrays(part, summed=True) for part in (attention.o_proj, ffn.down_proj))]
     gate = linear_arrays(ffn["gate_proj"]) if "gate_proj" in ffn else None
     if any(part is None for part in known) or ("gate_proj" in ffn and gate is None):
         return None
-    query, key, value, out, up, down = (part for part in known if part is not None)
+    query, key, value, up, out, down = (part for part in known if part is not None)
     query_norm, key_norm = (
         None if norm is None else norm.weight for norm in (attention.get("q_norm"), attention.get("k_norm"))
     )

@@ -81,7 +81,9 @@ class Routed:
                 self._ranks.send(rank, WIRE.to_bytes(("admit", number, request)))
         pieces: list[Piece] = []
         if self._own.running or self._own.waiting:
-            pieces = [dataclasses.replace(piece, stream=self._numbers[piece.stream]) for piece in self._own.advance()]
+            with self._ranks.nothing_to_save():  # what is told is written
+                told = self._own.advance()
+            pieces = [dataclasses.replace(piece, stream=self._numbers[piece.stream]) for piece in told]
         seconds = 0.0 if self._numbers or pieces else PATIENCE_SECONDS
         while (message := self._ranks.receive(seconds)) is not None:
             rank, data = message
@@ -174,7 +176,8 @@ def follow(own: Scheduler[Any], ranks: Ranks, network: Network) -> None:
             else:
                 raise DistributedError(f"rank 0 asked for {quoted(kind)}, which is unknown here; start all of one version")
             continue
-        pieces = own.advance()
+        with ranks.nothing_to_save():
+            pieces = own.advance()
         told = [dataclasses.replace(piece, stream=numbers[piece.stream]) for piece in pieces]
         _forget_ended(numbers, pieces)
         if told:

@@ -101,7 +101,7 @@ class StreamScheduler:
                 self.release(number)
             if piece.data or piece.stop_reason is not None:
                 pieces.append(piece)
-        return agreed(self._network, pieces)
+        return agreed(self._network, pieces, ends=any(piece.stop_reason is not None for piece in pieces))
 
     def _step(self) -> Mapping[int, Drawn]:
         """A step of the streams, with as long a slice of prompts as those can bear that wait for ids."""

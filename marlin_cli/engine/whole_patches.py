@@ -9,6 +9,7 @@ import numpy as np
 from marlin_cli.engine import cuda_patches
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.compiled_patches import compiled_patches
+from marlin_cli.engine.cuda_shared import shared_patch_decoder
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.splitting import share_of
@@ -81,7 +82,9 @@ class WholePatches(Protocol):
 def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:
     """The decoder of whole patches, or None where they are decoded operation by operation."""
     device = gpu()
-    # No kernel sums over ranks.
-    if device is None or by_operations() or share_of(network) is not None:
+    share = share_of(network)
+    if device is None or by_operations() or (device == "metal" and share is not None):  # what MLX compiles does not sum
         return None
+    if share is not None:
+        return None if share.ranks is None else shared_patch_decoder(network, share.ranks, streams)
     return compiled_patches(network, streams) if device == "metal" else cuda_patches.patch_decoder(network, streams)

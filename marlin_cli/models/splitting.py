@@ -31,13 +31,13 @@ class Share:
     """What one rank holds of a network.
 
     Attributes:
-        group: of `mx.distributed`, whose ranks share it.
+        ranks: that share it; None on paper.
     """
 
     split: Split
     rank: int
     size: int
-    group: Any
+    ranks: Ranks | None
 
     def cuts(self, config: Any, weights: Mapping[str, mx.array], where: str) -> dict[str, Cut]:
         """What this rank holds of those weights that it does not hold whole, by their names.
@@ -94,9 +94,10 @@ class Share:
 
     def join(self, network: Any) -> None:
         """Let the parts of a narrowed network, which has its weights, make one network with those of the other ranks."""
+        assert self.ranks is not None
         modules = dict(network.named_modules())
         paths = [f"{block}.{name}" for block in self.split.blocks(network.config) for name in TAKE_BACK]
-        set_modules(network, [(path, summed(modules[path], self.group)) for path in paths])
+        set_modules(network, [(path, summed(modules[path], self.ranks)) for path in paths])
         network.share = self
 
     def _check(self, config: Any, weights: Mapping[str, mx.array], where: str) -> None:
@@ -124,7 +125,7 @@ def share_among(ranks: Ranks, architecture: Architecture, where: str) -> Share:
     """
     if architecture.split is None:
         raise UsageError(f"--split: {where} is a {architecture.title}, of which each rank holds all; leave it out")
-    return Share(architecture.split, ranks.rank, ranks.size, ranks.group)
+    return Share(architecture.split, ranks.rank, ranks.size, ranks)
 
 
 def share_of(network: Network) -> Share | None:

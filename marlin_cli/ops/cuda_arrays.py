@@ -99,6 +99,7 @@ class StageArrays:
     eps: float
     bias: mx.array | None = None  # [heads, 2 * reach + 1] by distance, of a decoder that reads a memory
     memory_bits: int = 16  # of the keys and values of that memory
+    ranks: int = 1  # that share it; heads, and rows and columns of layers, are then those of this rank
 
     @property
     def dim(self) -> int:

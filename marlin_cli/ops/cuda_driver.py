@@ -15,6 +15,7 @@ MULTIPROCESSORS, MAJOR, MINOR, SHARED_MEMORY_OF_A_BLOCK = 16, 75, 76, 97
 PORTABLE_AND_MAPPED = 3
 MOST_DYNAMIC_SHARED_BYTES = 8
 NON_BLOCKING = 1
+IPC_HANDLE_BYTES, OPEN_TO_PEERS = 64, 1  # CU_IPC_HANDLE_SIZE, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 
 
 def multiprocessors() -> int:
@@ -38,6 +39,42 @@ def memory_bytes() -> int:
 def compute_capability() -> tuple[int, int]:
     """Of the first device, as 9 and 0 of an H200."""
     return _attribute(MAJOR), _attribute(MINOR)
+
+
+def bus_address() -> str:
+    """Of the first device, by which processes that see other devices know it too."""
+    _context()
+    text = ctypes.create_string_buffer(32)
+    _check(_driver().cuDeviceGetPCIBusId(text, len(text), 0), "does not say where the device is")
+    return text.value.decode()
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_ubyte * IPC_HANDLE_BYTES)]  # noqa: RUF012
+
+
+def handle_of(address: int) -> bytes:
+    """By which another process of this host opens memory that `Queue.allocate` gave, of a mebibyte at least.
+
+    Raises:
+        BackendError: the driver does not share memory.
+    """
+    handle = _IpcHandle()
+    _check(_driver().cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(address)), "does not share memory")
+    return bytes(handle.data)
+
+
+def opened(handle: bytes) -> int:
+    """The address of another process's memory, maybe of another GPU, for as long as this process lives.
+
+    Raises:
+        BackendError: it cannot be reached from this GPU.
+    """
+    place = ctypes.c_uint64()
+    given = _IpcHandle.from_buffer_copy(handle)
+    code = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(place), given, ctypes.c_uint(OPEN_TO_PEERS))
+    _check(code, "does not reach the memory of another rank's GPU")
+    return place.value
 
 
 class Queue:

@@ -17,6 +17,7 @@ import numpy as np
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, pinned, shared_memory
+from marlin_cli.ops.cuda_exchange import MOST_PLACES, Exchange
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
 from marlin_cli.ops.cuda_text import constants, text
 from marlin_cli.ops.kernel_source import code
@@ -36,6 +37,9 @@ MOST_BROUGHT, NARROW = 8192, 1024
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
 MOST_SPLITS = 4
+# Of weights that are sent ahead to the second-level cache: less than half of that, which has more to keep; and where GPUs share
+# the stage what memory gives while a phase is read, as parts of sums would wait behind more.
+AHEAD_BYTES, AHEAD_BYTES_SHARED = 24 << 20, 8 << 20
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 # What the time of a launch goes to, in the order of `Part` and `Other` in the kernels; there is room for some more.
 # it is left behind so many words of 64 bits.
@@ -152,6 +156,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int, *, timed
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
         "TIMED": timed, "MOST_KINDS_OF_TIME": MOST_KINDS_OF_TIME, "FIRST_TIME": FIRST_TIME,
+        "RANKS": stage.ranks, "PLACES": MOST_PLACES, "AHEAD_BYTES": AHEAD_BYTES if stage.ranks == 1 else AHEAD_BYTES_SHARED,
     }  # fmt: skip
     return constants(stage.table.dtype, values)
 
@@ -176,14 +181,16 @@ class StageOnDevice:
         steps: bytes of a patch; of a decoder as many ids as a launch is fed at most.
         queue: of the launches; MLX must have finished the arrays.
         known: addresses of the stage's own arrays, if they have been asked for.
+        exchange: with the other ranks, where they share the stage; `queue` is its own then.
         timed: for `seconds`; launches take a little longer.
     """
 
     def __init__(
-        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None, *,
-        live: int | None = None, timed: bool = False,
+        self, stage: StageArrays, streams: int, steps: int, queue: Queue, known: list[int] | None = None,
+        exchange: Exchange | None = None, *, live: int | None = None, timed: bool = False,
     ) -> None:  # fmt: skip
-        self.stage, self.streams, self._queue = stage, streams, queue
+        assert (exchange is None) == (stage.ranks == 1)
+        self.stage, self.streams, self._queue, self._exchange = stage, streams, queue, exchange
         self.live = streams if live is None else live
         self.mailbox = None if stage.first is not None else Mailbox()
         self._held = _arrays_of(stage)
@@ -269,7 +276,8 @@ class StageOnDevice:
         """
         assert self._launch is not None
         pointers = (self._places[-1], ids, padding, out)
-        self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()))
+        shared, turn = (0, 0) if self._exchange is None else self._exchange.take(2 * len(self.stage.layers))
+        self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()), c_uint64(shared), c_uint32(turn))
 
     def seconds(self) -> dict[str, float]:
         """What launches so far have spent on each of `KINDS_OF_TIME`, as the first block saw it; 0 unless made `timed`."""

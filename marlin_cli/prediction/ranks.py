@@ -40,7 +40,7 @@ def parse_link(text: str) -> Link:
     try:
         microseconds, gigabytes = map(float, numbers.split(","))
     except ValueError:
-        expected = "expected microseconds and GB/s of a sum over two ranks, such as 300,1 or 12,100,tree"
+        expected = "expected microseconds and GB/s of a sum over two ranks, such as 300,1 or 2,100,tree"
         raise UsageError(f"--link {quoted(text)}: {expected}") from None
     if not (0 < microseconds < math.inf and 0 < gigabytes < math.inf):
         raise UsageError(f"--link {quoted(text)}: both numbers must be above 0")
@@ -81,7 +81,7 @@ def by_split(
     weights = {part: size * (held.weights if part == held.part else 1) for part, size in weight_bytes.items()}
     caches = {level: size * (held.cache if level == stack.level else 1) for level, size in costs.cache_bytes.items()}
     shares = {held.part: held.weights, f"{stack.level} cache": held.cache}
-    sums = 2 * stack.layers + 1  # the last one compares what was drawn
+    sums = 2 * stack.layers
     waiting = sums * link.sum_seconds(config.global_dim * FLOAT_BYTES, held.ranks) / stack.row_bytes
     taken = sum(value * shares.get(name, 1) for name, value in seconds.items()) + waiting
     return RanksPlan(sum(weights.values()) + sum(caches.values()), taken, 1 / taken)

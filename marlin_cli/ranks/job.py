@@ -17,7 +17,7 @@ from typing import Any
 
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import DistributedError, MarlinError
-from marlin_cli.ranks.launch import Launch, launch_of
+from marlin_cli.ranks.launch import Launch, launch_of, take_a_gpu
 from marlin_cli.ranks.watch import BEAT_SECONDS, Connection, Watch
 from marlin_cli.text import one_line
 
@@ -42,6 +42,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, watch: "Watch | None" = None) -> None:
         self.rank, self.size, self._watch = rank, size, watch
+        self._steps = 0  # of models that ranks share
+        self.before_collectives: list[Callable[[], None]] = []  # see `settle`
 
     def gather(self, payload: bytes) -> list[bytes]:
         """What every rank gave, by rank. All ranks must call it, in the same order.
@@ -68,6 +70,18 @@ class Ranks:
         return mx.distributed.init()
 
     @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """While nothing is made here that should be saved: when another rank is lost this process ends within a second."""
+        if self._watch is None:
+            yield
+            return
+        before, self._watch.nothing_to_save = self._watch.nothing_to_save, True
+        try:
+            yield
+        finally:
+            self._watch.nothing_to_save = before
+
+    @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
         """While ranks compute together: a collective breaks off, or waits for ever, where another rank is gone.
 
@@ -79,14 +93,12 @@ class Ranks:
         if self._watch is None:
             yield
             return
-        before, self._watch.in_collective = self._watch.in_collective, True
         try:
-            yield
+            with self.nothing_to_save():
+                yield
         except RuntimeError as error:
             time.sleep(2 * BEAT_SECONDS)  # the watch knows which rank it was, and interrupts this
             raise _ConnectionLost(f"the ranks lost their connection: {one_line(error)}") from None
-        finally:
-            self._watch.in_collective = before
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
@@ -110,6 +122,29 @@ class Ranks:
         """The next message and who sent it; None if there is none for so long. Without an end it waits as long as it takes."""
         assert self._watch is not None
         return self._watch.receive(seconds)
+
+    def drew(self, what: str, *, wait: bool = False) -> None:
+        """Say what came of a step of a model that ranks share. Rank 0 compares; where it is not the same on all the job ends.
+
+        Nobody waits for that unless told to.
+        """
+        if self._watch is not None:
+            self._steps += 1
+            self._watch.drew(self._steps, what, wait=wait)
+
+    def settle(self) -> None:
+        """Before a collective of MLX: have what waits for other ranks beside MLX come to its end first.
+
+        Kernels that wait for another GPU leave it no room for a collective's, which waits for that GPU too: were their order
+        another one there, none would come to its end.
+        """
+        for act in self.before_collectives:
+            act()
+
+    def when_over(self, act: Callable[[], None]) -> None:
+        """Have `act` called, from any thread, when the job ends, in whatever way."""
+        if self._watch is not None:
+            self._watch.when_over.append(act)
 
     def collect(self, source: Path | None, target_of: Callable[[int], Path]) -> list[bool]:
         """Copy a file of each other rank to `target_of(its rank)` at rank 0; whether each rank has one, by rank.
@@ -154,6 +189,7 @@ class Ranks:
         import numpy as np
 
         assert self._watch is not None
+        self.settle()
         self._watch.agree()
         with self.computing():
             longest = int(np.array(mx.distributed.all_gather(mx.array([len(part)], mx.int32))).max())
@@ -181,6 +217,7 @@ def joined() -> Iterator[Ranks]:
     if launch is None:
         yield ALONE
         return
+    take_a_gpu(launch, os.environ)
     watch = _join(launch)
     previous = signal.signal(signal.SIGTERM, watch.stop)
     try:

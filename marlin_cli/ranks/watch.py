@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from marlin_cli.documents import parse_json
@@ -25,9 +26,13 @@ MOST_REASON_LETTERS = 2000
 # Of what a rank that is known sends beside its messages: prompts, and what follows them.
 MOST_PAYLOAD_BYTES = 256 << 20
 
+OTHER_BYTES = (
+    "rank {rank} has drawn other bytes than rank 0: ranks that share a model need its same files, and machines of one kind"
+)
+
 # A main thread that is interrupted may first have to finish a pass of a large model, or nothing at all.
 STOP_SECONDS = 60.0
-STOP_COLLECTIVE_SECONDS = 1.0
+STOP_WITH_NOTHING_SECONDS = 1.0
 
 
 class Connection:
@@ -75,7 +80,7 @@ class Watch:
         self.rank, self.size, self._connections = rank, size, connections
         self.lost: str | None = None  # the line that says why the job is over
         self.told = False  # rank 0 knows, and says it
-        self.in_collective = False
+        self.nothing_to_save = False
         self.deaf = False  # to signals that ask this process to end: rank 0 hears them for all
         self._number = 0  # of the collective that is next
         self._ready = dict.fromkeys(connections, 0)  # collectives that the other side has reached
@@ -83,6 +88,9 @@ class Watch:
         self.leaving = False  # the main thread has begun to end the job, and is not interrupted any more
         self._closed = self._stopping = False
         self._news = threading.Condition()
+        self._drawn: dict[int, dict[int, str]] = {}  # by step, of the ranks that are there already; of rank 0 alone
+        self._same = dict.fromkeys(connections, 0)  # the last step in which the other side is known to have drawn the same
+        self.when_over: list[Callable[[], None]] = []  # called once when the job is, or this rank's part of it
         self._inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
 
     def start(self) -> None:
@@ -101,6 +109,38 @@ class Watch:
                 self._news.wait(0.1)  # short: a signal is handled between waits
         if self.rank == 0:
             self._send(ready=self._number)
+
+    def drew(self, step: int, what: str, *, wait: bool) -> None:
+        """Say what came of a step of a model that ranks share. The job is over where it is not the same on all.
+
+        Args:
+            step: counts from 1.
+            wait: until all have said the same. Interrupted when one is lost.
+        """
+        if self.rank > 0:
+            self._send(step=step, drew=what)
+        else:
+            self._compare(0, step, what)
+        with self._news:
+            while wait and min(self._same.values()) < step:
+                self._news.wait(0.1)  # short: a signal is handled between waits
+        if wait and self.rank == 0:
+            self._send(same=step)
+
+    def _compare(self, rank: int, step: int, what: str) -> None:
+        with self._news:
+            found = self._drawn.setdefault(step, {})
+            found[rank] = what
+            others = [peer for peer in found if peer > 0] if 0 in found else []
+            different = [peer for peer in others if found[peer] != found[0]]
+            for peer in others:
+                if peer not in different:
+                    self._same[peer] = step
+            if len(found) == self.size:
+                del self._drawn[step]
+            self._news.notify_all()
+        for peer in different:
+            self._leaves(peer, OTHER_BYTES.format(rank=peer))
 
     def send(self, rank: int, message: bytes) -> None:
         """Send to a rank that there is a connection to."""
@@ -124,6 +164,7 @@ class Watch:
             by_all: every rank fails so; none is named.
         """
         self._closed = True
+        self._end()
         reason = one_line(reason)[:MOST_REASON_LETTERS]
         self._send(failed=reason if by_all else f"rank {self.rank} of {self.size} failed: {reason}")
         if self.rank > 0:
@@ -132,6 +173,7 @@ class Watch:
 
     def close(self) -> None:
         self._closed = True
+        self._end()
         self._send(bye=True)
         for connection in self._connections.values():
             connection.close()
@@ -143,6 +185,10 @@ class Watch:
         before, self._stopping = self._stopping, True
         if not before and not self.leaving:
             raise KeyboardInterrupt if self.lost is not None else Terminated(number)
+
+    def _end(self) -> None:
+        while self.when_over:
+            self.when_over.pop()()
 
     def _send(self, **message: Any) -> None:
         for connection in self._connections.values():
@@ -164,6 +210,12 @@ class Watch:
                 with self._news:
                     self._ready[peer] = message["ready"]
                     self._news.notify_all()
+            elif isinstance(message.get("same"), int) and self.rank > 0:
+                with self._news:
+                    self._same[peer] = message["same"]
+                    self._news.notify_all()
+            elif isinstance(message.get("drew"), str) and isinstance(message.get("step"), int) and self.rank == 0:
+                self._compare(peer, message["step"], message["drew"])
             elif "failed" in message:
                 self._leaves(peer, one_line(message["failed"]), told=self.rank > 0)
             elif "over" in message:
@@ -190,11 +242,12 @@ class Watch:
     def _interrupt(self) -> None:
         """End the main thread by `stop`; the process, if that does not come back from where it is."""
         assert self.lost is not None
+        self._end()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         started = time.monotonic()
         while not self._stopping and not self._closed:
             time.sleep(0.1)
-            if time.monotonic() - started > (STOP_COLLECTIVE_SECONDS if self.in_collective else STOP_SECONDS):
+            if time.monotonic() - started > (STOP_WITH_NOTHING_SECONDS if self.nothing_to_save else STOP_SECONDS):
                 _exit_now("" if self.told else self.lost)
 
 

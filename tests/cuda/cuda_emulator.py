@@ -16,7 +16,7 @@ import numpy as np
 from cuda_composer import CUDA_NAMES, compose
 
 from marlin_cli.engine import cuda_answers as engine_answers
-from marlin_cli.engine import cuda_patches, encoder_decoder, whole_patches
+from marlin_cli.engine import cuda_patches, cuda_shared, encoder_decoder, whole_patches
 from marlin_cli.ops import cuda_kernels, cuda_mailbox, cuda_stages, cuda_text
 from marlin_cli.ops.kernel_source import code
 
@@ -210,14 +210,13 @@ def _built_whole(text: str, name: str):
     source = f"""#define TOGETHER
 #include "emulator.hpp"
 {text.replace('extern "C" __global__', "__global__")}
-static void** arguments;
 static void call() {{ {name}({given}); }}
 
 extern "C" const char* run(void** a, const int* launch, bool backwards, size_t shared) {{
-  arguments = a, kernel_call = call, marlin::shared_bytes = shared;
+  kernel_call = call, marlin::shared_bytes = shared;
   gridDim = {{uint32_t(launch[0]), uint32_t(launch[1]), uint32_t(launch[2])}};
   blockDim = {{uint32_t(launch[3]), uint32_t(launch[4]), uint32_t(launch[5])}};
-  return run_grid(backwards);
+  return run_grid(backwards, a);
 }}
 """
     run = _library(source).run
@@ -248,7 +247,7 @@ def emulate(monkeypatch) -> None:
     monkeypatch.delenv("MARLIN_PATCHES", raising=False)
     if mx.cuda.is_available():
         return
-    for module in (cuda_stages, cuda_patches, engine_answers):
+    for module in (cuda_stages, cuda_patches, cuda_shared, engine_answers):
         monkeypatch.setattr(module, "addresses", own_addresses)
     for module in (cuda_patches, engine_answers):
         monkeypatch.setattr(module, "Queue", OwnQueue)

@@ -90,6 +90,7 @@ OF_A_BLOCK ucontext_t scheduler;
 OF_A_BLOCK Index blockIdx;
 static Index blockDim, gridDim;
 static void (*kernel_call)();
+OF_A_BLOCK void** arguments;  // of the launch: several grids may run at once
 #define threadIdx (current->place)
 
 static void step_aside() { swapcontext(&current->context, &scheduler); }
@@ -165,14 +166,14 @@ static const char* run_block(bool backwards) {
 }
 
 // Runs a grid, in the order of its blocks or all at once.
-static const char* run_grid(bool backwards) {
+static const char* run_grid(bool backwards, void** given = nullptr) {
 #ifdef TOGETHER
   std::vector<const char*> faults(gridDim.x, nullptr);
   std::vector<std::thread> threads;
   for (uint32_t i = 0; i < gridDim.x; i++) {
     const uint32_t x = backwards ? gridDim.x - 1 - i : i;
-    threads.emplace_back([x, backwards, &faults] {
-      blockIdx = {x, 0, 0};
+    threads.emplace_back([x, backwards, given, &faults] {
+      blockIdx = {x, 0, 0}, arguments = given;
       faults[x] = run_block(backwards);
     });
   }
@@ -325,6 +326,10 @@ inline void load_two(const unsigned long long* from, unsigned long long& one, un
 }
 
 inline void store_one(unsigned long long* to, unsigned long long value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
+
+inline void store_for_peer(unsigned long long* to, unsigned long long value) { store_one(to, value); }
+
+inline unsigned long long load_of_peer(const unsigned long long* from) { return __atomic_load_n(from, __ATOMIC_RELAXED); }
 
 // What is awaited may be the work of another thread of this block.
 inline void look_away() {

@@ -159,7 +159,7 @@ STAGES = [
     [pytest.param(*each, marks=[] if i == 0 else pytest.mark.slow) for i, each in enumerate(STAGES)],
 )
 def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp_path, monkeypatch):
-    """Both kernels of a small model, as the compiler at run time gets them; with few streams they spill nothing."""
+    """Both kernels of a small model, as the compiler at run time gets them; with few streams they spill nothing, shared too."""
     monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
     config = {"patch_size": 8, "global_layers": 2, "global_dim": 256, "global_heads": 4, "local_layers": 2, "local_dim": 128}
     network = MegaByte(MegaByteConfig(**config, local_heads=2, **options))
@@ -167,7 +167,8 @@ def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp
     if format is not None:
         settings = QuantizationSettings(global_format=format, local_format=format, group_size=32 if format == "int4" else None)
         network = quantize_network(network, settings, method="rtn").network
-    for stage in (global_stage(network), local_stage(network)):
+    shared = replace(global_stage(network), ranks=2)
+    for stage in (global_stage(network) if streams > 1 else shared, local_stage(network)):
         sizes = cuda_stages.sizes_of(stage, streams, cuda_stages.blocks_of(stage), 8)
         text = cuda_text.PRELUDE + cuda_text.text(cuda_stages.kernel_name(stage), sizes)
         report = compile_to_cubin(text, architecture, tmp_path, strict=False)

@@ -1,5 +1,6 @@
 """One scheduler over those of several ranks, here in threads: where streams run, what of them comes back, and what travels."""
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -66,6 +67,10 @@ class Wired:
 
     def send(self, rank: int, message: bytes) -> None:
         self._boxes[rank].put((self.rank, message))
+
+    @staticmethod
+    def nothing_to_save() -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def receive(self, seconds: float | None = None) -> tuple[int, bytes] | None:
         try:

@@ -156,17 +156,20 @@ def test_a_part_is_neither_saved_nor_packed(folder: Path, tmp_path: Path) -> Non
             act()
 
 
-@pytest.mark.parametrize("device", ["metal", "cuda"])
-def test_no_kernel_of_a_gpu_takes_the_patches_of_a_model_that_ranks_share(
-    device: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("device", "expected"), [("metal", None), ("cuda", "shared")])
+def test_patches_of_a_model_that_ranks_share(device: str, expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX compiles does not sum over ranks; CUDA kernels do."""
+
     class Two:
         rank, size, group = 0, 2, None
 
     model = MegaByteModel.from_pretrained(folder / "dense", device="cpu", split=Two())  # type: ignore[arg-type]
     monkeypatch.setattr(whole_patches, "gpu", lambda: device)
-    monkeypatch.setattr(whole_patches, "compiled_patches", lambda *arguments: 1)
-    monkeypatch.setattr(whole_patches.cuda_patches, "patch_decoder", lambda *arguments: 1)
+    monkeypatch.setattr(whole_patches, "compiled_patches", lambda *arguments: "alone")
+    monkeypatch.setattr(whole_patches.cuda_patches, "patch_decoder", lambda *arguments: "alone")
+    monkeypatch.setattr(whole_patches, "shared_patch_decoder", lambda *arguments: "shared")
+    assert whole_patches.patch_decoder(model.network, 1) == expected
+    monkeypatch.setenv("MARLIN_PATCHES", "operations")
     assert whole_patches.patch_decoder(model.network, 1) is None
 
 

@@ -49,7 +49,7 @@ def test_streams_multiply_and_a_split_divides_what_it_shares_and_waits_for_sums(
     assert streams.memory_bytes == sum(sizes.values()) + sum(costs.cache_bytes.values())
     split = by_split(costs, sizes, seconds, Held(2, "global", 0.5, 0.5), CONFIG, Link(0.4, 64 * 4.0))
     a_sum = 0.4 + 64 * 4 / 256
-    assert split.seconds_per_byte == pytest.approx(2 + 1 + 1 + (2 * 3 + 1) * a_sum / 4)
+    assert split.seconds_per_byte == pytest.approx(2 + 1 + 1 + 2 * 3 * a_sum / 4)
     saved = 0.5 * sizes["global"] + 0.5 * costs.cache_bytes["global"]
     assert split.memory_bytes == pytest.approx(streams.memory_bytes - saved)
 
