@@ -180,8 +180,8 @@ CASES = {
     "no group": (["quantize", "megabyte-demo", "-o", "x", "--group-size", "0"], 1, "group_size must be one of 32, 64, 128"),
     "a budget of nothing": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "0"], 1, "a number above 0, found 0"),
     "a budget that is none": (["quantize", "megabyte-demo", "-o", "x", "--target-bpw", "nan"], 2, "finite number, found nan"),
-    "a weight that rich would draw": (["calibrate", "-o", "s.safetensors", "--corpus", "x=long:-1"], 1, "x=long:-1: the w"),
-    "a column of numbers": (["calibrate", "-o", "s.safetensors", "--corpus", "n.jsonl"], 1, "no column holds text"),
+    "a weight that rich would draw": (["calibrate", "-o", "new.safetensors", "--corpus", "x=long:-1"], 1, "x=long:-1: the w"),
+    "a column of numbers": (["calibrate", "-o", "new.safetensors", "--corpus", "n.jsonl"], 1, "no column holds text"),
     "a number that is none": (["generate", "--top-k", "many"], 2, "'--top-k'"),
     "an unknown option": (["generate", "--colour"], 2, "--colour"),
     "an unknown command": (["translate"], 2, "translate"),
@@ -217,17 +217,17 @@ CASES = {
     "statistics that are none": (["quantize", "megabyte-demo", "-o", "x", "--stats", "long"], 1, "long: "),
     "nothing to unpack": (["quantize", "megabyte-demo", "-o", "x", "--dequantize"], 1, "no layer of the model is packed"),
     "a corpus that is not there": (
-        ["calibrate", "-o", "s.safetensors", "--corpus", "nothing/here"], 1, "nothing/here: no such file"
+        ["calibrate", "-o", "new.safetensors", "--corpus", "nothing/here"], 1, "nothing/here: no such file"
     ),
-    "a corpus of nobody": (["calibrate", "-o", "s.safetensors", "--corpus", "~nobody-x/y"], 1, "~nobody-x/y: no such file"),
+    "a corpus of nobody": (["calibrate", "-o", "new.safetensors", "--corpus", "~nobody-x/y"], 1, "~nobody-x/y: no such file"),
     "statistics of another model": (
         ["quantize", "byt5-demo", "-o", "x", "--stats", "s.safetensors"], 1, "s.safetensors: the statistics hold no layer"
     ),
-    "an empty corpus": (["calibrate", "-o", "s.safetensors", "--corpus", "empty"], 1, "empty: holds no bytes"),
-    "an empty folder": (["calibrate", "-o", "s.safetensors", "--corpus", "folder"], 1, "folder: holds no bytes"),
-    "a corpus on the hub, offline": (["calibrate", "-o", "s.safetensors", "--corpus", "hf:a/b"], 1, "hf:a/b: "),
+    "an empty corpus": (["calibrate", "-o", "new.safetensors", "--corpus", "empty"], 1, "empty: holds no bytes"),
+    "an empty folder": (["calibrate", "-o", "new.safetensors", "--corpus", "folder"], 1, "folder: holds no bytes"),
+    "a corpus on the hub, offline": (["calibrate", "-o", "new.safetensors", "--corpus", "hf:a/b"], 1, "hf:a/b: "),
     "statistics into nowhere": (["calibrate", "-o", "a/s.safetensors", "--max-bytes", "1k"], 1, "the folder a does not"),
-    "an odd shard": (["calibrate", "-o", "s.safetensors", "--shard", "2/2"], 2, "--shard"),
+    "an odd shard": (["calibrate", "-o", "new.safetensors", "--shard", "2/2"], 2, "--shard"),
     "statistics to show that are none": (["calibrate", "--show", "long"], 1, "long: "),
     "an unknown report": (["bench", "--format", "xml"], 2, "xml"),
     "bench of nothing": (["bench", "--no-throughput"], 2, "--quality"),
