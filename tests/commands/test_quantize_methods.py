@@ -153,8 +153,7 @@ def test_errors_of_outputs_come_first_and_few_rows_are_said(files, tmp_path):
     said = run("quantize", folder / "model", "-o", tmp_path / "a", "--method", "gptq", "--stats", stats).stderr
     assert "bytes after  error of outputs" in said and "MLX's encoder" in said  # of the table of layers
     few = tmp_path / "few.safetensors"
-    options = [option.replace("--calibration-corpus", "--corpus") for option in map(str, corpora)]
-    run("calibrate", folder / "model", *options, "--max-bytes", "96", "--seq-bytes", "32", "--hessian", "-o", few)
+    run("calibrate", folder / "model", *corpora, "--max-bytes", "96", "--seq-bytes", "32", "--hessian", "-o", few)
     said = run("quantize", folder / "model", "-o", tmp_path / "b", "--method", "gptq", "--stats", few).stderr
     assert "fewer than 4 rows a channel" in said and "calibrate on more bytes" in said
     said = run("quantize", folder / "model", "-o", tmp_path / "c", "--method", "mse", "--stats", few).stderr
@@ -163,7 +162,8 @@ def test_errors_of_outputs_come_first_and_few_rows_are_said(files, tmp_path):
 
 def test_a_target_that_the_head_exceeds_is_explained(files, tmp_path):
     folder, _, corpora = files
-    said = run("quantize", folder / "model", "-o", tmp_path / "a", "--target-bpw", 6, *corpora).stderr
+    options = [part.replace("--corpus", "--calibration-corpus") for part in corpora]
+    said = run("quantize", folder / "model", "-o", tmp_path / "a", "--target-bpw", 6, *options).stderr
     assert (
         "--target-bpw 6 is of the layers that a format is chosen for; with those that stay as they are (the head) it is" in said
     )

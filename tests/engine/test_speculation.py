@@ -62,7 +62,7 @@ def drafted(network, requests, outcomes, wrong_every, most=4, bits=None, limits=
         replace(request, speculation=Speculation(most, prediction=found.data + bytes(40)))
         for request, found in zip(requests, outcomes, strict=True)
     ]
-    scheduler = StreamScheduler(network, streams_of(network, bits or CacheBits()), limits, sources(wrong_every))
+    scheduler = StreamScheduler(network, streams_of(network, bits or CacheBits()), limits, draft_source=sources(wrong_every))
     told = {}
     advance = scheduler.advance
 
@@ -128,7 +128,7 @@ def test_a_stream_may_leave_while_others_are_drafted(random_network, small_sizes
     asked = [
         replace(each, speculation=Speculation(3, prediction=found.data)) for each, found in zip(requests, expected, strict=True)
     ]
-    scheduler = StreamScheduler(network, streams_of(network, CacheBits()), LIMITS, sources(5))
+    scheduler = StreamScheduler(network, streams_of(network, CacheBits()), LIMITS, draft_source=sources(5))
     found = {scheduler.admit(request): b"" for request in asked[:3]}
     for step in range(40):
         if step == 2:
@@ -308,7 +308,7 @@ def test_what_is_kept_of_a_drafted_stream_is_what_it_wrote(each_config, random_n
     request = Request(b"a beginning", Stopping(45), Sampling(0.9, seed=1))
     (plain,) = run(scheduler_of(network), [request])
     drafted_too = replace(request, speculation=Speculation(3, prediction=plain.data))
-    scheduler = StreamScheduler(network, streams_of(network, CacheBits(), store), LIMITS, sources(wrong_every))
+    scheduler = StreamScheduler(network, streams_of(network, CacheBits(), store), LIMITS, draft_source=sources(wrong_every))
     (found,) = run(scheduler, [drafted_too])
     assert found.data == plain.data
     text = request.prompt + plain.data
