@@ -26,7 +26,6 @@ from marlin_cli.text import one_line
 from marlin_cli.version import described
 
 app = typer.Typer(
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # brackets in help texts are meant: [name=]path
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -101,7 +100,7 @@ def _run() -> int:
 
     code = 0
     try:
-        result = get_command(app)(standalone_mode=False)
+        result = get_command(app)(sys.argv[1:] or ["--help"], standalone_mode=False)
         code = result if isinstance(result, int) else 0
         sys.stdout.flush()  # of --help and --version
     except MarlinError as error:

@@ -55,6 +55,10 @@ def test_help_prints_every_text_as_it_is_written(name):
         assert "".join(parameter.help.split()) in printed, parameter.name
 
 
+def test_nothing_typed_is_a_wish_for_help():
+    assert run().stdout == run("--help").stdout and run().returncode == 0
+
+
 def test_version():
     assert run("--version").stdout == f"{version.described()}\n"
 

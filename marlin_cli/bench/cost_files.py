@@ -109,6 +109,8 @@ class CostFile:
         """
         with claimed(self.path):
             try:
+                if length is None:
+                    self.state.unlink(missing_ok=True)  # it tells of what is overwritten now
                 with self.unfinished.open("r+b" if length is not None else "w+b") as stream:
                     if length is not None:
                         stream.truncate(length)

@@ -279,19 +279,24 @@ def files_of(path: Path) -> list[Path]:
     return [weights_file(path)] if layout is None else WITH_CONFIG[layout].files(path)
 
 
+# Options of an import that change no number that is computed.
+LENGTHS_AND_TRIALS = ("max_bytes", "heads_by_trial")
+
+
 def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
     """SHA-256 over the names and bytes of a model's files: equal for equal models, wherever they lie.
 
     Args:
-        options: a language among them takes other weights out of the same files, and counts.
+        options: those that make another network out of the same files count, such as heads or a language.
 
     Raises:
         CheckpointError: there is no model, or it cannot be read.
     """
     layout = _layout_with_config(path)
     digest = hashlib.sha256()
-    if options is not None and options.language is not None and layout == "la_canine":
-        digest.update(f"language:{options.language}\n".encode())
+    for name, value in () if options is None else vars(options).items():
+        if value is not None and name not in LENGTHS_AND_TRIALS:
+            digest.update(f"{name}:{value}\n".encode())
     try:
         for file in files_of(path):
             check_regular(file, CheckpointError)

@@ -188,7 +188,7 @@ def _stack(
         "layers": number(table, "num_hidden_layers", layers, where),
         "norm_eps": number(table, "rms_norm_eps", 1e-5, where),
     }
-    own = number(table, "intermediate_size", 0, where) or ffn
+    own = ffn if table.get("intermediate_size") is None else number(table, "intermediate_size", 0, where)
     found["ffn_dim"] = own if own is not None or part == "encoder_config" else 8 * found["d_model"] // 3
     of_keys = number(table, "num_key_value_heads", found["heads"], where)
     if of_keys != found["heads"]:

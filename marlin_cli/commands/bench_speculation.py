@@ -25,26 +25,30 @@ def show_speculation(
     """
     from marlin_cli import console
     from marlin_cli.api import load
+    from marlin_cli.models import decoding_of
 
     rows = []
     for name in names:
         model = load(name, **options)
         pieces = _pieces_of(model, prompt[max(0, len(prompt) + decode_bytes - model.config.max_bytes) :], decode_bytes)
-        best: dict[str, float] = {}
+        patch_bytes = max(decoding_of(model.config).part_bytes(model.config).values(), default=1)
+        best: dict[str, float] = {}  # seconds a byte after the first patch; none where nothing follows it
         outputs: dict[str, bytes] = {}
         told = None
         for repeat in range(repeats + 1):  # the first is not timed
             for way, wanted in (("off", OFF), ("on", speculation)):
-                seconds, outputs[way], told = _timed(pieces(wanted))
-                if repeat:
-                    best[way] = min(best.get(way, seconds), seconds)
+                seconds, timed_bytes, outputs[way], told = _timed(pieces(wanted), patch_bytes)
+                if repeat and timed_bytes:
+                    best[way] = min(best.get(way, seconds / timed_bytes), seconds / timed_bytes)
         same = "yes" if outputs["on"] == outputs["off"] else "NO"
         count = len(outputs["on"])
-        speeds = [count / max(best[way], 1e-9) for way in ("off", "on")]
+        speeds = ["-", "-", "-"]
+        if len(best) == 2:
+            speeds = [f"{1 / best['off']:,.0f}", f"{1 / best['on']:,.0f}", f"{best['off'] / best['on']:.2f}"]
         drafts = ["-", "-", "-"] if told is None or not count else [
             f"{told.drafted_bytes:,}", f"{told.accepted_bytes:,}", f"{told.passes / count:.4f}"
         ]  # fmt: skip
-        rows.append([name, *(f"{speed:,.0f}" for speed in speeds), f"{speeds[1] / speeds[0]:.2f}", *drafts, same])
+        rows.append([name, *speeds, *drafts, same])
     title = f"Drafts after {len(prompt):,} bytes, {decode_bytes:,} decoded"
     columns = ["model", "bytes/s without", "with", "ratio", "drafted bytes", "accepted", "passes a byte", "same bytes"]
     console.table(title, columns, rows, to_stdout=True)
@@ -61,11 +65,11 @@ def _pieces_of(model: Any, prompt: bytes, count: int) -> Callable[[Speculation],
     return lambda wanted: model.pieces([prompt], stopping, Sampling(), speculation=wanted)
 
 
-def _timed(pieces: Iterator[Any]) -> tuple[float, bytes, Any]:
-    """Seconds after the first piece, the bytes, and what came of drafts."""
-    first = next(pieces)
-    start = time.perf_counter()
-    data, told = first.data, first.speculated
+def _timed(pieces: Iterator[Any], patch_bytes: int) -> tuple[float, int, bytes, Any]:
+    """Seconds after the first patch, which is drawn at once, the bytes that came in them, all bytes, and what came of drafts."""
+    data, told, start, before = b"", None, 0.0, 0
     for piece in pieces:
         data, told = data + piece.data, piece.speculated or told
-    return time.perf_counter() - start, data, told
+        if not before and len(data) >= patch_bytes:
+            start, before = time.perf_counter(), len(data)
+    return time.perf_counter() - start, len(data) - before if before else 0, data, told

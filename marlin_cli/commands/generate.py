@@ -155,7 +155,7 @@ def generate(
     view = parse_window(window, sinks)
     check_models(command_line, [model])
     check_state_output(save_state)
-    speculation = speculation_given(speculate, prediction_file)
+    speculation = speculation_given(speculate, prediction_file, draft)
     stopping_early: dict[EarlyStopping, bool | Literal["never"]] = {
         EarlyStopping.true: True, EarlyStopping.false: False, EarlyStopping.never: "never"
     }  # fmt: skip

@@ -100,8 +100,8 @@ def pack(
                 export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
     if statistics is not None and statistics.model != fingerprint(locate_model(model), options):
         warnings.warn(
-            f"{statistics_file}: measured on other weights than those of {model}, whose layers have these names too; that is"
-            " right where one was tuned from the other",
+            f"{statistics_file}: measured on other weights than those of {model}, or with other --import options; its layers"
+            " have these names too, and that is right where one was tuned from the other",
             AssumptionWarning,
             stacklevel=2,
         )

@@ -21,12 +21,15 @@ def keep_rows_apart(speculate: str) -> None:
         os.environ.setdefault("MARLIN_ROWS", "exact")
 
 
-def speculation_given(speculate: str, prediction_file: str | None) -> "Speculation":
+def speculation_given(speculate: str, prediction_file: str | None, draft: str | None = None) -> "Speculation":
     """What the options ask for.
 
     Raises:
-        UsageError: another value, or a prediction that cannot be read.
+        UsageError: another value, a prediction that cannot be read, or drafts where they are off.
     """
+    for option, value in (("--prediction-file", prediction_file), ("--draft", draft)):
+        if speculate == "off" and value is not None:
+            raise UsageError(f"{option} has no use with --speculate off; leave one of them out")
     from marlin_cli.commands.prompts import bytes_of_file
     from marlin_cli.engine.speculation import speculation_of
 

@@ -116,7 +116,7 @@ GENERATE: Mapping[str, Uses] = {
     "--save-state": _of(*CONTINUING, without=("--prompts",)),
     "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--chat": _of(BYTEWISE),  # a model of another form says so itself
-    "--speculate": _of(CONTINUES, *ENCODER_FIRST, without=("--beams",)),
+    "--speculate": _of(CONTINUES, *ENCODER_FIRST, without=("--beams", "--window", "--sparse", "--follow")),
     "--draft": _of(CONTINUES, needs=("--speculate",), without=("--prediction-file",)),
     "--prediction-file": _of(CONTINUES, *ENCODER_FIRST, needs=("--speculate",), without=("--prompts",)),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it

@@ -99,6 +99,15 @@ def test_a_run_that_was_ended_goes_on_to_the_same_bytes(model, text, tmp_path, n
     )  # fmt: skip
 
 
+def test_a_run_from_the_beginning_leaves_no_older_state(tmp_path):
+    file = CostFile(tmp_path / "costs.jsonl")
+    file.unfinished.write_bytes(b"of another run")
+    file.state.write_bytes(b"of another run, too")
+    with pytest.raises(KeyboardInterrupt), file.writing(None):
+        raise KeyboardInterrupt
+    assert file.unfinished.read_bytes() == b"" and not file.state.exists()
+
+
 def test_a_run_is_saved_now_and_then(model, text, tmp_path):
     file = CostFile(tmp_path / "c.jsonl")
     seconds = iter(range(0, 10**6, 20))

@@ -145,6 +145,13 @@ def test_safetensors_and_a_folder_with_one_file(paper_tensors, tmp_path):
     assert fingerprint(tmp_path) == fingerprint(tmp_path / "weights.safetensors")
 
 
+def test_options_that_make_another_network_count_in_a_fingerprint():
+    path = FOREIGN / "megabyte_pytorch-2-stages.pt"
+    prints = [fingerprint(path, each) for each in (None, ImportOptions(heads=3), ImportOptions(heads=1))]
+    assert len(set(prints)) == 3
+    assert fingerprint(path, ImportOptions(heads=3, max_bytes=64, heads_by_trial=True)) == prints[1]
+
+
 def test_options_stand_in_for_a_missing_model_config(paper_tensors, tmp_path):
     path = write_zip(tmp_path / "model.pt", paper_tensors)
     options = ImportOptions(rope=True, activation="silu", norm="variance", attention_window=2)

@@ -262,7 +262,7 @@ def test_what_cannot_be_asked_for():
     assert speculation_of("off").most == 0
     assert speculation_of("auto").adapts
     assert speculation_of(3) == speculation_of("3") == Speculation(3)
-    for asked in ("on", "-1", -1, "1.5"):
+    for asked in ("on", "-1", -1, "1.5", "0", "257", "9" * 5000):
         with pytest.raises(UsageError):
             speculation_of(asked)
 

@@ -135,6 +135,7 @@ def wrong(found: Sequence[np.ndarray], expected: Sequence[tuple[str, np.ndarray,
     return [name for result, (name, exact, room) in pairs if not (np.abs(result - exact) <= room).all()]
 
 
+@pytest.mark.slow
 def test_packed_products(tmp_path):
     calls, expected = product_calls()
     assert wrong(run(build(tmp_path), calls), expected) == []
