@@ -292,7 +292,6 @@ def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
     Raises:
         CheckpointError: there is no model, or it cannot be read.
     """
-    layout = _layout_with_config(path)
     digest = hashlib.sha256()
     for name, value in () if options is None else vars(options).items():
         if value is not None and name not in LENGTHS_AND_TRIALS:

@@ -66,7 +66,7 @@ def _pieces_of(model: Any, prompt: bytes, count: int) -> Callable[[Speculation],
 
 
 def _timed(pieces: Iterator[Any], patch_bytes: int) -> tuple[float, int, bytes, Any]:
-    """Seconds after the first patch, which is drawn at once, the bytes that came in them, all bytes, and what came of drafts."""
+    """Seconds after the first patch, which comes at once, the bytes that came in them, all bytes, and what came of drafts."""
     data, told, start, before = b"", None, 0.0, 0
     for piece in pieces:
         data, told = data + piece.data, piece.speculated or told
