@@ -5,7 +5,7 @@ from collections import deque
 
 # A slice may take as long as so many steps of the streams that run, so their gap is one more. Short slices cost the prompt
 # dear: each reads the keys and values of all that is before it anew.
-STEPS_A_SLICE = 2.3
+STEPS_A_SLICE = 1.8
 
 # Until both have been timed: rows for each stream that runs, and if few do.
 ROWS_A_STREAM, LEAST_ROWS = 4, 16
