@@ -19,12 +19,10 @@ class PartSums {
  public:
   // turn: of the last sum before.
   __device__ __forceinline__ void begin(const Exchange* exchange, unsigned turn) {
-    host_ = exchange->host, own_ = int(exchange->own), turn_ = turn;
-#pragma unroll
-    for (int rank = 0; rank < RANKS; rank++) memory_[rank] = exchange->memory[rank];
+    exchange_ = exchange, own_ = int(exchange->own), turn_ = turn;
   }
 
-  __device__ __forceinline__ const unsigned long long* host() const { return host_; }
+  __device__ __forceinline__ const unsigned long long* host() const { return exchange_->host; }
 
   __device__ __forceinline__ int own() const { return own_; }
 
@@ -33,7 +31,7 @@ class PartSums {
   __device__ __forceinline__ void send(int place, float part) const {
 #pragma unroll
     for (int rank = 0; rank < RANKS; rank++) {
-      if (rank != own_) store_for_peer(memory_[rank] + before(own_) + place, cell_of(__float_as_uint(part), turn_));
+      if (rank != own_) store_for_peer(exchange_->memory[rank] + before(own_) + place, cell_of(__float_as_uint(part), turn_));
     }
   }
 
@@ -43,7 +41,7 @@ class PartSums {
     for (int rank = 0; rank < RANKS; rank++) {
       float theirs = part;
       if (rank != own_) {
-        const Cell* from = own_memory() + before(rank) + place;
+        const Cell* from = exchange_->memory[own_] + before(rank) + place;
         Cell cell = load_of_peer(from);
         while (unsigned(cell >> 32) != turn_ && !grid.gave_up()) cell = load_of_peer(from);
         theirs = __uint_as_float(uint32_t(cell));
@@ -57,23 +55,15 @@ class PartSums {
   // The host learns that a wait was given up.
   __device__ __forceinline__ void tell(const Grid& grid) const {
     if (blockIdx.x > 0 || threadIdx.x > 0 || !grid.failed()) return;
-    store_for_peer(host_ + 1, 1);
+    store_for_peer(exchange_->host + 1, 1);
     __threadfence_system();
   }
 
  private:
-  __device__ __forceinline__ Cell* own_memory() const {
-    Cell* own = memory_[0];
-#pragma unroll
-    for (int rank = 1; rank < RANKS; rank++) own = rank == own_ ? memory_[rank] : own;
-    return own;
-  }
-
   // Of the parts of a rank in this turn.
   __device__ __forceinline__ int64_t before(int rank) const { return int64_t(int(turn_ % 2) * RANKS + rank) * PLACES; }
 
-  unsigned long long* host_;
-  Cell* memory_[RANKS];
+  const Exchange* exchange_;  // where it lies: an array in here would put all that stands beside it in the machine's local memory
   int own_;
   unsigned turn_;
 };

@@ -173,7 +173,8 @@ def test_whole_stages_compile(dtype, format, streams, options, architecture, tmp
         text = cuda_text.PRELUDE + cuda_text.text(cuda_stages.kernel_name(stage), sizes)
         report = compile_to_cubin(text, architecture, tmp_path, strict=False)
         if streams == 1:
-            assert all(int(count) <= 128 for count in re.findall(r"(\d+) bytes spill stores", report))
+            # An array of the machine that is indexed as it runs puts all that the machine keeps into local memory.
+            assert all(int(count) <= 128 for count in re.findall(r"(\d+) bytes (?:spill stores|stack frame)", report))
 
 
 @pytest.mark.parametrize(
