@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
-from marlin_cli.ops.cuda_compile import compiled
+from marlin_cli.ops.cuda_compile import machine_code
 from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, pinned, shared_memory
 from marlin_cli.ops.cuda_exchange import MOST_PLACES, Exchange
 from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
@@ -377,7 +377,7 @@ def addresses(arrays: Sequence[mx.array | None]) -> list[int]:
         some = present[start : start + ADDRESSES_A_LAUNCH]
         done = mx.fast.precompiled_cuda_kernel(
             name="addresses",
-            compiled_source=compiled([code("addresses.cu")])[0],
+            compiled_source=machine_code(code("addresses.cu")),
             inputs=some + some[:1] * (ADDRESSES_A_LAUNCH - len(some)),
             output_shapes=[(1,)],
             output_dtypes=[mx.int32],

@@ -1,7 +1,9 @@
 """Measures activations of one window, one input with its answer, or one text. Keeps nothing: `data.pool` adds them up."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,23 @@ from marlin_cli.models import Network, architecture_of, linear_layers, part_of, 
 from marlin_cli.statistics.data import Moments, Totals
 from marlin_cli.statistics.hessians import HessianAccumulator
 
-Kept = dict[str, Moments]
+
+@dataclass(frozen=True)
+class Sums:
+    """Of the rows that a layer saw in one call; what the device has yet to find.
+
+    Attributes:
+        count: [groups] rows.
+        sum_squares: [groups, channels] float32.
+        absolute_maximum: [groups, channels] float32.
+    """
+
+    count: npt.NDArray[np.int64]
+    sum_squares: mx.array
+    absolute_maximum: mx.array
+
+
+Kept = defaultdict[str, list[Sums]]  # a layer may be called several times in a pass, as those are that write states
 Record = Callable[[mx.array], None]
 
 
@@ -78,9 +96,9 @@ def measure_text(network: Network, domain: str, text: bytes, hessians: HessianAc
 
 def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessians: HessianAccumulator | None) -> Totals:
     architecture = architecture_of(network)
-    inputs: Kept = {}
-    keys: Kept = {}
-    values: Kept = {}
+    inputs: Kept = defaultdict(list)
+    keys: Kept = defaultdict(list)
+    values: Kept = defaultdict(list)
 
     def watch(path: str, its_keys: mx.array, its_values: mx.array) -> None:
         _keep_heads(keys, path, its_keys)
@@ -89,13 +107,13 @@ def _measured(network: Network, domain: str, sample: Any, size_bytes: int, hessi
     groups = {path: architecture.rows_of_sequence(path, network.config) for path in linear_layers(network)}
     placed = None if architecture.groups_of is None else architecture.groups_of(network, sample)
     with _observed_inputs(network, inputs, domain, hessians, groups, placed):
-        # Nothing is evaluated but by the observers, each of which evaluates what leads to it.
+        # Nothing is evaluated but by the observers, each of which sends for what leads to it.
         architecture.pass_through(network, sample, watch)
     # A sample may be too short for some: states are written by whole blocks alone.
     for path, channels in _channels(network).items():
         if path not in inputs:
-            inputs[path] = _moments(mx.zeros((0, groups[path], channels)), path)
-    return Totals({domain: size_bytes}, inputs, keys, values)
+            inputs[path].append(_sums(mx.zeros((0, groups[path], channels))))
+    return Totals({domain: size_bytes}, *(_moments(kept) for kept in (inputs, keys, values)))
 
 
 class _ObservedLinear(nn.Module):
@@ -152,22 +170,12 @@ def _keep_input(
     channels = x.shape[-1]
     if placed is None:
         sequences = x.size // (groups * channels) if groups else 0
-        found = _moments(x.reshape(sequences, groups, channels), path)
+        kept[path].append(_sums(x.reshape(sequences, groups, channels)))
     else:
         sequences = x.size // channels
-        found = _moments_by(x.reshape(-1, channels), placed(path), groups, path)
-    # A layer may be called several times in a pass, as those are that write states, once a block.
-    kept[path] = found if path not in kept else _both(kept[path], found)
+        kept[path].append(_sums_by(x.reshape(-1, channels), placed(path), groups))
     if add_rows is not None and sequences:
         add_rows(path, x.reshape(-1, channels))
-
-
-def _both(one: Moments, other: Moments) -> Moments:
-    return Moments(
-        one.count + other.count,
-        one.sum_squares + other.sum_squares,
-        np.maximum(one.absolute_maximum, other.absolute_maximum),
-    )
 
 
 def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.array) -> None:
@@ -177,33 +185,42 @@ def _add_rows(hessians: HessianAccumulator, domain: str, path: str, rows: mx.arr
 def _keep_heads(kept: Kept, path: str, x: mx.array) -> None:
     """Keep the sums over batch and rows of x [batch, heads, rows, channels]."""
     heads, channels = x.shape[1], x.shape[-1]
-    kept[path] = _moments(x.swapaxes(1, 2).reshape(-1, heads, channels), path)
+    kept[path].append(_sums(x.swapaxes(1, 2).reshape(-1, heads, channels)))
 
 
-def _moments_by(rows: mx.array, places: npt.NDArray[np.int64], groups: int, path: str) -> Moments:
-    """Sums over rows [n, channels] by the group of each, as those of a single domain."""
-    parts = [_moments(rows[mx.array(np.flatnonzero(places == group))][:, None], path) for group in range(groups)]
-    return Moments(
-        np.concatenate([part.count for part in parts], axis=1),
-        np.concatenate([part.sum_squares for part in parts], axis=1),
-        np.concatenate([part.absolute_maximum for part in parts], axis=1),
+def _sums_by(rows: mx.array, places: npt.NDArray[np.int64], groups: int) -> Sums:
+    """Sums over rows [n, channels] by the group of each."""
+    parts = [_sums(rows[mx.array(np.flatnonzero(places == group))][:, None]) for group in range(groups)]
+    return Sums(
+        np.concatenate([part.count for part in parts]),
+        mx.concatenate([part.sum_squares for part in parts]),
+        mx.concatenate([part.absolute_maximum for part in parts]),
     )
 
 
-def _moments(rows: mx.array, path: str) -> Moments:
-    """Sums over the first axis of rows [n, groups, channels], as those of a single domain."""
+def _sums(rows: mx.array) -> Sums:
+    """Sums over the first axis of rows [n, groups, channels]."""
     count, groups, channels = rows.shape
     if not rows.size:
-        shape = (1, groups, channels)
-        return Moments(np.zeros((1, groups), np.int64), np.zeros(shape, np.float64), np.zeros(shape, np.float32))
+        return Sums(np.zeros(groups, np.int64), mx.zeros((groups, channels)), mx.zeros((groups, channels)))
     wide = rows.astype(mx.float32)
-    sum_squares, largest = mx.square(wide).sum(axis=0), mx.abs(wide).max(axis=0)
-    # Evaluated now, so that the activations behind them can be freed.
-    mx.eval(sum_squares, largest)
+    found = Sums(np.full(groups, count, np.int64), mx.square(wide).sum(axis=0), mx.abs(wide).max(axis=0))
+    # Sent for now, so that the activations behind them are freed as soon as the device has been there; to wait for each would
+    # leave a GPU without work a hundred times a window.
+    mx.async_eval(found.sum_squares, found.absolute_maximum)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _moments(kept: Mapping[str, Sequence[Sums]]) -> dict[str, Moments]:
+    """What was kept of each path, as the moments of a single domain."""
+    return {path: _added(path, each) for path, each in kept.items()}
+
+
+def _added(path: str, calls: Sequence[Sums]) -> Moments:
     moments = Moments(
-        count=np.full((1, groups), count, np.int64),
-        sum_squares=np.array(sum_squares)[None].astype(np.float64),
-        absolute_maximum=np.array(largest)[None],
+        count=np.sum([call.count for call in calls], axis=0)[None],
+        sum_squares=np.sum([np.array(call.sum_squares).astype(np.float64) for call in calls], axis=0)[None],
+        absolute_maximum=np.max([np.array(call.absolute_maximum) for call in calls], axis=0)[None],
     )
     if not np.isfinite(moments.sum_squares).all():
         raise StatisticsError(f"activations at {path!r} are not finite; the model overflows or its weights are damaged")
