@@ -219,14 +219,14 @@ inline __attribute__((always_inline)) RegisterFloats register_of(const auto& val
 }
 
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Format& format, const Matrix& w, const Rounded& rounded, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+inline void together(const Format& format, const Matrix& w, const Rounded& rounded, float* out, int64_t n0, int64_t there, int64_t groups,
+                     int64_t ahead) {
   constexpr int64_t HALVES = Format::nibbles ? 2 : 1, LINES = Format::UNIT / (4 * HALVES);  // that have a register of units
   constexpr int LEVELS = std::countr_zero(uint64_t(LINES));
-  const int64_t units = rounded.units, stride = units * Format::UNIT, there = w.depth / Format::UNIT;
+  const int64_t units = rounded.units, stride = units * Format::UNIT, units_there = w.depth / Format::UNIT;
   const auto* x = reinterpret_cast<const uint8_t*>(rounded.codes.data());
   Packed rows[TOGETHER];
-#pragma GCC unroll 4
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  rows_of<TOGETHER>(w, n0, there, groups, rows);
   RegisterFloats sums[TOGETHER][ROWS] = {};
   // Whole sums of a register of units of a row of weights, from this line on: what two lines have is joined as soon as both are there.
   const auto units_of = [&](const uint8_t* weight, int64_t line, auto all, RegisterIntegers* totals) __attribute__((always_inline)) {
@@ -264,13 +264,13 @@ inline void together(const Format& format, const Matrix& w, const Rounded& round
   const auto step = [&](int64_t unit, auto all) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int n = 0; n < TOGETHER; n++) {
-      const Vector scales = format.of_units(rows[n], unit, all ? LANES : there - unit);
+      const Vector scales = format.of_units(rows[n], unit, all ? LANES : units_there - unit);
 #pragma GCC unroll 4
       for (int64_t part = 0; part < LANES / DWORDS; part++) {
         const int64_t first = unit + part * DWORDS;
-        if (!all && first >= there) break;
+        if (!all && first >= units_there) break;
         RegisterIntegers totals[ROWS];
-        if (all || first + DWORDS <= there) {
+        if (all || first + DWORDS <= units_there) {
           units_of(rows[n].weight, first / DWORDS * LINES, std::true_type{}, totals);
         } else {
           units_of(rows[n].weight, first / DWORDS * LINES, std::false_type{}, totals);
@@ -285,10 +285,11 @@ inline void together(const Format& format, const Matrix& w, const Rounded& round
     }
   };
   int64_t unit = 0;
-  for (; unit + LANES <= there; unit += LANES) step(unit, std::true_type{});
+  for (; unit + LANES <= units_there; unit += LANES) step(unit, std::true_type{});
   if (unit < units) step(unit, std::false_type{});
 #pragma GCC unroll 4
   for (int n = 0; n < TOGETHER; n++) {
+    if (n >= there) break;
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; m++) {
       if constexpr (Format::affine) {
@@ -317,8 +318,8 @@ void few_rows(Targets targets, const float* x) {
   const Format format(any);
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) {
-      together<Format, ROWS, some>(format, target.w, rounded, target.out, n, groups, ahead);
+    by_columns<TOGETHER>(first, last, [&](int64_t n, int64_t there) {
+      together<Format, ROWS, TOGETHER>(format, target.w, rounded, target.out, n, there, groups, ahead);
     });
     finish(target, 0, ROWS, first, last - first);
   });
