@@ -50,7 +50,7 @@ class Toolchain:
     libraries: tuple[tuple[Path, str], ...]  # folder, name
 
     def objects(self, folder: Path, threading: tuple[str, ...]) -> dict[Path, list[str]]:
-        """Objects in a folder, and the call of the compiler that makes each: the longest first, so that none is left in the end.
+        """Objects in a folder, and the call of the compiler that makes each: the longest first, so that none is left at last.
 
         MLX's headers take a compiler longer than most sources that include them: those are one text, and what they share is
         read and made once.
