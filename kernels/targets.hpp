@@ -60,11 +60,11 @@ inline __attribute__((always_inline)) void rows_of(const Matrix& w, int64_t n, i
   for (int64_t own = 0; own < TOGETHER; own++) rows[own] = w.row(n + std::min(own, there - 1), groups);
 }
 
-// body(ROWS), an integral_constant, for one to MOST rows.
-template <int MOST = 4, class Body>
+// body(ROWS), an integral_constant, for FEWEST to MOST rows.
+template <int MOST = 4, int FEWEST = 1, class Body>
 void for_few_rows(int64_t rows, const Body& body) {
-  if constexpr (MOST > 1)
-    if (rows < MOST) return for_few_rows<MOST - 1>(rows, body);
+  if constexpr (MOST > FEWEST)
+    if (rows < MOST) return for_few_rows<MOST - 1, FEWEST>(rows, body);
   body(std::integral_constant<int, MOST>{});
 }
 
