@@ -10,7 +10,7 @@ namespace marlin {
 
 namespace {
 
-constexpr int64_t ROWS_AT_ONCE = 512;  // of a convolution back: what lies between its products and its sums stays small
+constexpr int64_t ROWS_OF_A_CONVOLUTION = 512;  // of a convolution back: what lies between its products and its sums stays small
 
 // body(number) for each of `count` parts, which threads share where there are enough.
 template <class Body>
@@ -88,7 +88,7 @@ CharacterUp::CharacterUp(Product characters, Product molecules, const std::optio
 int64_t CharacterUp::molecule_of(int64_t position, int64_t count) const { return std::min(position / factor_ + leads_, count - 1); }
 
 void CharacterUp::operator()(const float* characters, const float* molecules, float* out, int64_t sequences, int64_t total, int64_t count) const {
-  const int64_t parts = (total + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  const int64_t parts = (total + ROWS_OF_A_CONVOLUTION - 1) / ROWS_OF_A_CONVOLUTION;
   over_parts(sequences * parts, [&](int64_t number) {
     const int64_t s = number / parts, part = number % parts;
     rows(characters + s * total * dim_, molecules + s * count * dim_, out + s * total * dim_, total * part / parts, total * (part + 1) / parts,

@@ -92,7 +92,7 @@ inline RegisterFloats folded(const auto& values) {
 using Alone = void (*)(Kind kind, Targets targets, const float* x);
 
 // Way has: Laid, which holds rows of x as digits; lay_out(x, w, laid, row), false where a group has another size, infinite or not a number;
-// together<ROWS, COLUMNS>(w, laid, first row, out, first column, groups, ahead), whose sums are in registers.
+// together<ROWS, COLUMNS>(w, laid, first row, out, first column, how many are there, groups, ahead), whose sums are in registers.
 template <class Way>
 void multiply(Kind kind, Targets targets, const float* x, int64_t rows, Alone alone) {
   constexpr int64_t COLUMNS = Way::COLUMNS, ROWS = Way::ROWS, BYTES_IN_CACHE = 1 << 18, WORK_OF_A_VALUE = 4;
@@ -112,16 +112,12 @@ void multiply(Kind kind, Targets targets, const float* x, int64_t rows, Alone al
     });
     over_columns(targets, 1, count * any.depth, [&](const Target& target, int64_t first, int64_t last) {
       float* out = target.out + start * target.w.columns;
-      by_columns<COLUMNS>(first, last, [&](auto some, int64_t n) {
-        const auto run = [&](auto own, int64_t m) { Way::template together<own, some>(target.w, laid, m, out, n, groups, ahead); };
-        if constexpr (some == 1) {
-          for (int64_t m = 0; m < count; m++) run(std::integral_constant<int, 1>{}, m);
-        } else {
-          // Parts as equal as can be: a part of few rows decodes as many weights as a whole one.
-          for (int64_t part = 0; part < parts; part++) {
-            const int64_t m = count * part / parts;
-            for_few_rows<ROWS>(count * (part + 1) / parts - m, [&](auto own) { run(own, m); });
-          }
+      by_columns<COLUMNS>(first, last, [&](int64_t n, int64_t there) {
+        // Parts as equal as can be: a part of few rows decodes as many weights as a whole one.
+        for (int64_t part = 0; part < parts; part++) {
+          const int64_t m = count * part / parts;
+          for_few_rows<ROWS>(count * (part + 1) / parts - m,
+                             [&](auto own) { Way::template together<own, COLUMNS>(target.w, laid, m, out, n, there, groups, ahead); });
         }
       });
       finish(target, start, count, first, last - first);

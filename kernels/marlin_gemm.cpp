@@ -62,7 +62,7 @@ void multiply_alone(Kind kind, Targets targets, const float* x) { multiply_lines
 }  // namespace
 
 void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, int activation_bits) {
-  constexpr int64_t LINES_AT_ONCE = 4, WHOLE_LINES_AT_ONCE = 3;
+  constexpr int64_t LINES_AT_ONCE = 4;
   if (rows == 0) return;
   const bool rounded = rounds(kind, activation_bits);
   const Way way = way_of(kind, targets[0].w, rows, rounded);
@@ -82,10 +82,7 @@ void multiply_packed(Kind kind, Targets targets, const float* x, int64_t rows, i
         multiply_lines_or_registers(kind, own, from, count);
       });
     case Way::registers: return multiply_registers(kind, targets, x, rows);
-    case Way::whole_lines:
-      return by_few_rows(targets, x, rows, WHOLE_LINES_AT_ONCE, [&](Targets own, const float* from, int64_t count) {
-        multiply_rounded_lines(kind, own, from, count);
-      });
+    case Way::whole_lines: return multiply_rounded_lines(kind, targets, x, rows);
     case Way::whole_columns: return multiply_rounded_columns(kind, targets, x, rows);
     default:
       if (!multiply_panels(kind, targets, x, rows)) multiply_blocks(kind, targets, x, rows);

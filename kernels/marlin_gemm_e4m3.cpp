@@ -125,9 +125,9 @@ Laid lay_out(const float* x, int64_t rows, int64_t depth, bool side_by_side) {
 // TOGETHER rows of weights against ROWS rows of x, all that there are. IN_PARTS: products of a line add up before its scales multiply them
 // once, which costs up to four rows less, and is another order than more of them have.
 template <bool IN_PARTS, int ROWS, int TOGETHER>
-inline void together(const Matrix& w, const Laid& x, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+inline void together(const Matrix& w, const Laid& x, float* out, int64_t n0, int64_t there, int64_t groups, int64_t ahead) {
   Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  rows_of<TOGETHER>(w, n0, there, groups, rows);
   Scales scales[TOGETHER];
   Sums sums[TOGETHER][ROWS] = {};
   over_lines(w.depth, [&](int64_t line, auto all) __attribute__((always_inline)) {
@@ -163,7 +163,8 @@ inline void together(const Matrix& w, const Laid& x, float* out, int64_t n0, int
         for (int m = 0; m < ROWS; m++) sums[n][m] += parts[n][m] * scale[n];
   });
   for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < TOGETHER; n++) out[m * w.columns + n0 + n] = IN_PARTS ? sum(sums[n][m]) * x.roots[m] * x.roots[m] : sum(sums[n][m]);
+    for (int n = 0; n < TOGETHER && n < there; n++)
+      out[m * w.columns + n0 + n] = IN_PARTS ? sum(sums[n][m]) * x.roots[m] * x.roots[m] : sum(sums[n][m]);
 }
 
 template <bool IN_PARTS, int ROWS>
@@ -178,7 +179,9 @@ void multiply(Targets targets, const float* x) {
   const Laid laid = lay_out<IN_PARTS>(x, ROWS, any.depth, true);
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<IN_PARTS, ROWS, some>(target.w, laid, target.out, n, groups, ahead); });
+    by_columns<TOGETHER>(first, last, [&](int64_t n, int64_t there) {
+      together<IN_PARTS, ROWS, TOGETHER>(target.w, laid, target.out, n, there, groups, ahead);
+    });
     finish(target, 0, ROWS, first, last - first);
   });
 }

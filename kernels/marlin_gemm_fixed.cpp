@@ -84,7 +84,7 @@ struct Way {
 
   static bool lay_out(const float* x, const Matrix& w, Laid& laid, int64_t m);
   template <int ROWS, int TOGETHER>
-  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead);
+  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t there, int64_t groups, int64_t ahead);
 };
 
 // ---- x as digits
@@ -211,12 +211,12 @@ struct Scales {
 // ROWS rows of x from m0 on by TOGETHER columns from n0 on.
 template <class Format>
 template <int ROWS, int TOGETHER>
-void Way<Format>::together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+void Way<Format>::together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t there, int64_t groups, int64_t ahead) {
   const int64_t lines = laid.lines, stride = lines * RECORD;
   const uint8_t* x = laid.row(m0);
   const float* units = laid.units.data() + m0 * groups;
   Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  rows_of<TOGETHER>(w, n0, there, groups, rows);
   RegisterFloats sums[ROWS][TOGETHER] = {};
   const auto each = [](auto body) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -287,7 +287,9 @@ void Way<Format>::together(const Matrix& w, const Laid& laid, int64_t m0, float*
         });
       }
     }
-    each([&](int n) { out[(m0 + m) * w.columns + n0 + n] = sum(sums[m][n]); });
+    each([&](int n) {
+      if (n < there) out[(m0 + m) * w.columns + n0 + n] = sum(sums[m][n]);
+    });
   }
 }
 

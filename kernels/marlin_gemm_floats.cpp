@@ -247,13 +247,13 @@ struct Tail {
 // TOGETHER rows of weights against ROWS rows of x; one or two rows of x have chains of sums to spare, so every other block gets its own. Where
 // there are registers for it, rows of weights share each load of x.
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t m0) {
+inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t there, int64_t m0) {
   constexpr int64_t CHAINS = ROWS <= 2 ? 2 : 1, BLOCK_BYTES = Format::nibbles ? BLOCK / 2 : BLOCK;
   constexpr int SHARING = WHOLE_VECTORS ? TOGETHER : 1;
   const int64_t ahead = w.bytes_ahead(TOGETHER), whole = w.depth / BLOCK, groups = w.groups(), stride = laid.stride;
   const float* x = laid.values + m0 * stride;
   Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n);
+  rows_of<TOGETHER>(w, n0, there, groups, rows);
   Sums sums[CHAINS][TOGETHER][ROWS] = {};
   // The products of a block of each row of weights, block(n), with x from k on.
   const auto add = [&](int64_t k, int64_t chain, const auto& block) __attribute__((always_inline)) {
@@ -281,7 +281,7 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
     Tail tail;
     add(whole * BLOCK, 0, [&](int n) { return Format::decode(tail.of(rows[n], whole), 0); });  // x is zero behind it
   }
-  for (int n = 0; n < TOGETHER; n++) {
+  for (int n = 0; n < TOGETHER && n < there; n++) {
     for (int m = 0; m < ROWS; m++) {
       Sums all = sums[0][n][m];
       for (int64_t chain = 1; chain < CHAINS; chain++) all += sums[chain][n][m];
@@ -296,7 +296,7 @@ inline void together(const Matrix& w, const Laid& laid, float* out, int64_t n0, 
 template <class Format, int ROWS>
 void few_rows(const Matrix& w, const Laid& laid, float* out, int64_t first, int64_t last, int64_t m0) {
   constexpr int TOGETHER = WHOLE_VECTORS || ROWS <= 4 ? 2 : 1;  // as many sums as there are registers
-  by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) { together<Format, ROWS, some>(w, laid, out, n, m0); });
+  by_columns<TOGETHER>(first, last, [&](int64_t n, int64_t there) { together<Format, ROWS, TOGETHER>(w, laid, out, n, there, m0); });
 }
 
 template <class Format>

@@ -74,11 +74,11 @@ inline __m128 sums_of_four(Vector a, Vector b, Vector c, Vector d) {
 
 // TOGETHER rows of weights against ROWS rows of x: loads of x are shared, and there are chains of sums to spare.
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Format& format, const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+inline void together(const Format& format, const Matrix& w, const Laid& laid, float* out, int64_t n0, int64_t there, int64_t groups, int64_t ahead) {
   const int64_t lines = (w.row_bytes + LINE - 1) / LINE, whole = w.row_bytes / LINE;
   const __m512 values = _mm512_load_ps(Format::values.data());
   Packed rows[TOGETHER];
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  rows_of<TOGETHER>(w, n0, there, groups, rows);
   Vector sums[TOGETHER][ROWS] = {};
   const auto step = [&](int64_t line, bool all) __attribute__((always_inline)) {
     __m512i dwords[TOGETHER][NIBBLES / 2];
@@ -119,10 +119,10 @@ inline void together(const Format& format, const Matrix& w, const Laid& laid, fl
   for (int m = 0; m < ROWS; m++) {
     float* to = out + m * w.columns + n0;
     if constexpr (TOGETHER == 4) {
-      _mm_storeu_ps(to, sums_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
+      _mm_mask_storeu_ps(to, __mmask8((1 << there) - 1), sums_of_four(sums[0][m], sums[1][m], sums[2][m], sums[3][m]));
     } else {
-      // In the same order, whichever columns are beside it.
-      for (int n = 0; n < TOGETHER; n++) to[n] = _mm_cvtss_f32(sums_of_four(sums[n][m], sums[n][m], sums[n][m], sums[n][m]));
+      // In the same order.
+      for (int n = 0; n < TOGETHER && n < there; n++) to[n] = _mm_cvtss_f32(sums_of_four(sums[n][m], sums[n][m], sums[n][m], sums[n][m]));
     }
   }
 }
@@ -137,8 +137,8 @@ void multiply(Targets targets, const float* x) {
   const Format format(any);
   const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
   over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) {
-      together<Format, ROWS, some>(format, target.w, laid, target.out, n, groups, ahead);
+    by_columns<TOGETHER>(first, last, [&](int64_t n, int64_t there) {
+      together<Format, ROWS, TOGETHER>(format, target.w, laid, target.out, n, there, groups, ahead);
     });
     finish(target, 0, ROWS, first, last - first);
   });

@@ -1,7 +1,7 @@
 // marlin_gemm with activations of 8 bits: each 32 values of a row of x become whole numbers under a scale of their own, so that
 // their products with the codes of weights are sums of whole numbers, four a lane and instruction where the processor has it.
 //
-// One row to three: each packed row is read once, its bytes as they lie; a lane adds up neighbours. More rows: tiles of
+// Few rows, three at a time: the bytes of a packed row are taken as they lie; a lane adds up neighbours. More rows: tiles of
 // columns are unpacked into bytes, one column a lane, and all rows of x pass over them. Both give the same bits: whole sums of a unit are
 // exact in any order, and what they are worth is added up in one order, as CLASSES sums over each CLASSES-th unit and then their sum.
 #include "marlin_gemm_rounded.hpp"
@@ -176,7 +176,7 @@ void round_rows(const float* x, int64_t rows, const Matrix& w, Rounded& rounded)
   });
 }
 
-// ---- one row to three: lanes along the depth
+// ---- few rows: lanes along the depth
 
 // Neighbours of two registers added up, for the `level`-th time: in the end a lane is a unit, in an order that `in_order` mends.
 inline __attribute__((always_inline)) RegisterIntegers neighbours([[maybe_unused]] int level, RegisterIntegers first, RegisterIntegers second) {
@@ -219,14 +219,14 @@ inline __attribute__((always_inline)) RegisterFloats register_of(const auto& val
 }
 
 template <class Format, int ROWS, int TOGETHER>
-inline void together(const Format& format, const Matrix& w, const Rounded& rounded, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+inline void together(const Format& format, const Matrix& w, const Rounded& rounded, int64_t m0, float* out, int64_t n0, int64_t there,
+                     int64_t groups, int64_t ahead) {
   constexpr int64_t HALVES = Format::nibbles ? 2 : 1, LINES = Format::UNIT / (4 * HALVES);  // that have a register of units
   constexpr int LEVELS = std::countr_zero(uint64_t(LINES));
-  const int64_t units = rounded.units, stride = units * Format::UNIT, there = w.depth / Format::UNIT;
-  const auto* x = reinterpret_cast<const uint8_t*>(rounded.codes.data());
+  const int64_t units = rounded.units, stride = units * Format::UNIT, units_there = w.depth / Format::UNIT;
+  const auto* x = reinterpret_cast<const uint8_t*>(rounded.codes.data()) + m0 * stride;
   Packed rows[TOGETHER];
-#pragma GCC unroll 4
-  for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+  rows_of<TOGETHER>(w, n0, there, groups, rows);
   RegisterFloats sums[TOGETHER][ROWS] = {};
   // Whole sums of a register of units of a row of weights, from this line on: what two lines have is joined as soon as both are there.
   const auto units_of = [&](const uint8_t* weight, int64_t line, auto all, RegisterIntegers* totals) __attribute__((always_inline)) {
@@ -264,20 +264,20 @@ inline void together(const Format& format, const Matrix& w, const Rounded& round
   const auto step = [&](int64_t unit, auto all) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int n = 0; n < TOGETHER; n++) {
-      const Vector scales = format.of_units(rows[n], unit, all ? LANES : there - unit);
+      const Vector scales = format.of_units(rows[n], unit, all ? LANES : units_there - unit);
 #pragma GCC unroll 4
       for (int64_t part = 0; part < LANES / DWORDS; part++) {
         const int64_t first = unit + part * DWORDS;
-        if (!all && first >= there) break;
+        if (!all && first >= units_there) break;
         RegisterIntegers totals[ROWS];
-        if (all || first + DWORDS <= there) {
+        if (all || first + DWORDS <= units_there) {
           units_of(rows[n].weight, first / DWORDS * LINES, std::true_type{}, totals);
         } else {
           units_of(rows[n].weight, first / DWORDS * LINES, std::false_type{}, totals);
         }
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++) {
-          const int64_t place = m * units + first;
+          const int64_t place = (m0 + m) * units + first;
           if constexpr (Format::OFFSET != 0) totals[m] += load_as<RegisterIntegers>(rounded.starts.data() + place);
           sums[n][m] += converted<RegisterFloats>(totals[m]) * (register_of(scales, part) * load_as<RegisterFloats>(rounded.scales.data() + place));
         }
@@ -285,42 +285,53 @@ inline void together(const Format& format, const Matrix& w, const Rounded& round
     }
   };
   int64_t unit = 0;
-  for (; unit + LANES <= there; unit += LANES) step(unit, std::true_type{});
+  for (; unit + LANES <= units_there; unit += LANES) step(unit, std::true_type{});
   if (unit < units) step(unit, std::false_type{});
 #pragma GCC unroll 4
   for (int n = 0; n < TOGETHER; n++) {
+    if (n >= there) break;
 #pragma GCC unroll 4
     for (int m = 0; m < ROWS; m++) {
       if constexpr (Format::affine) {
         for (int64_t g = 0; g < groups; g += LANES) {
-          const Vector biases = load_some(rows[n].biases + g, groups - g), of_x = load_some(rounded.group_sums.data() + m * groups + g, groups - g);
+          const Vector biases = load_some(rows[n].biases + g, groups - g), of_x = load_some(rounded.group_sums.data() + (m0 + m) * groups + g, groups - g);
 #pragma GCC unroll 4
           for (int64_t part = 0; part < LANES / DWORDS; part++) sums[n][m] += register_of(biases, part) * register_of(of_x, part);
         }
       }
-      out[m * w.columns + n0 + n] = sum(sums[n][m]);
+      out[(m0 + m) * w.columns + n0 + n] = sum(sums[n][m]);
     }
   }
 }
 
-template <class Format, int ROWS>
-void few_rows(Targets targets, const float* x) {
-#if MARLIN_AVX512
-  constexpr int TOGETHER = ROWS == 1 ? 4 : 2;
-#else
-  constexpr int TOGETHER = 2;  // as many unpacked weights as sixteen registers have room for
-#endif
+// Three rows at a time, of as many columns as the second cache holds: weights come from memory once.
+template <class Format>
+void few_rows(Targets targets, const float* x, int64_t rows) {
+  constexpr int64_t MOST_ROWS = 3, BYTES_IN_CACHE = 1 << 17, WHOLE_TURNS = 4;
   thread_local Rounded kept_rounded;
   Rounded& rounded = kept_rounded;
   const Matrix& any = targets[0].w;
-  round_rows<Format, false>(x, ROWS, any, rounded);
+  round_rows<Format, false>(x, rows, any, rounded);
   const Format format(any);
-  const int64_t groups = any.groups(), ahead = any.bytes_ahead(TOGETHER);
-  over_columns(targets, 1, ROWS * any.depth, [&](const Target& target, int64_t first, int64_t last) {
-    by_columns<TOGETHER>(first, last, [&](auto some, int64_t n) {
-      together<Format, ROWS, some>(format, target.w, rounded, target.out, n, groups, ahead);
-    });
-    finish(target, 0, ROWS, first, last - first);
+  const int64_t groups = any.groups(), parts = (rows + MOST_ROWS - 1) / MOST_ROWS, ahead = any.bytes_ahead(WHOLE_TURNS);
+  over_columns(targets, 1, rows * any.depth, [&](const Target& target, int64_t first, int64_t last) {
+    const int64_t at_once = parts == 1 ? last - first : std::max(WHOLE_TURNS, BYTES_IN_CACHE / any.row_bytes / WHOLE_TURNS * WHOLE_TURNS);
+    for (int64_t start = first; start < last; start += at_once) {
+      for (int64_t part = 0; part < parts; part++) {
+        const int64_t m = rows * part / parts;
+        for_few_rows<MOST_ROWS>(rows * (part + 1) / parts - m, [&](auto own) {
+#if MARLIN_AVX512
+          constexpr int TOGETHER = own == 1 ? 4 : 2;
+#else
+          constexpr int TOGETHER = 2;  // as many unpacked weights as sixteen registers have room for
+#endif
+          by_columns<TOGETHER>(start, std::min(last, start + at_once), [&](int64_t n, int64_t there) {
+            together<Format, own, TOGETHER>(format, target.w, rounded, m, target.out, n, there, groups, ahead);
+          });
+        });
+      }
+    }
+    finish(target, 0, rows, first, last - first);
   });
 }
 
@@ -329,8 +340,10 @@ void few_rows(Targets targets, const float* x) {
 #if MARLIN_AVX512
 constexpr int WIDE = 2;          // vectors of columns in a tile
 constexpr int ROWS_AT_ONCE = 6;  // of x: twelve sums of floats and twelve of whole numbers fit 32 registers
+constexpr int FEWEST_ROWS = 3;   // of such a part, where parts are as equal as can be
 #else
 constexpr int WIDE = 1, ROWS_AT_ONCE = 4;  // whole numbers in eight registers of 16; the floats' sums wait in the first cache
+constexpr int FEWEST_ROWS = 2;
 #endif
 constexpr int64_t TILE = WIDE * LANES;
 
@@ -462,7 +475,7 @@ void many_rows(Targets targets, const float* x, int64_t rows) {
       for (int64_t part = 0; part < parts; part++) {
         // Parts as equal as can be: a part of few rows loads as many weights as a whole one.
         const int64_t m = rows * part / parts;
-        for_few_rows<ROWS_AT_ONCE>(rows * (part + 1) / parts - m, [&](auto own) {
+        for_few_rows<ROWS_AT_ONCE, FEWEST_ROWS>(rows * (part + 1) / parts - m, [&](auto own) {
           rows_of_tile<Format, own>(panel, rounded, m, w, target.out + m * w.columns + column, columns);
         });
       }
@@ -486,16 +499,11 @@ void with_format(Kind kind, const Body& body) {
 }  // namespace
 
 void multiply_rounded_lines(Kind kind, Targets targets, const float* x, int64_t rows) {
-  with_format(kind, [&]<class Format>() {
-    switch (rows) {
-      case 1: return few_rows<Format, 1>(targets, x);
-      case 2: return few_rows<Format, 2>(targets, x);
-      default: return few_rows<Format, 3>(targets, x);
-    }
-  });
+  with_format(kind, [&]<class Format>() { few_rows<Format>(targets, x, rows); });
 }
 
 void multiply_rounded_columns(Kind kind, Targets targets, const float* x, int64_t rows) {
+  if (rows < FEWEST_ROWS) return multiply_rounded_lines(kind, targets, x, rows);
   with_format(kind, [&]<class Format>() { many_rows<Format>(targets, x, rows); });
 }
 

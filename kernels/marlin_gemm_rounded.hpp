@@ -10,7 +10,7 @@ namespace marlin {
 inline bool has_whole_weights(Kind kind) { return kind != Kind::mxfp8; }
 
 // All targets with rounded(x), where `rounded` takes each 32 values of a row to multiples of a 127th of the largest of them. The sums
-// of a block are exact. Up to three rows: lanes lie along the depth. Any number: lanes are columns.
+// of a block are exact. Lines: lanes lie along the depth, and weights are unpacked for each three rows. Columns: lanes are columns.
 void multiply_rounded_lines(Kind kind, Targets targets, const float* x, int64_t rows);
 void multiply_rounded_columns(Kind kind, Targets targets, const float* x, int64_t rows);
 

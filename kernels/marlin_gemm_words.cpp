@@ -90,10 +90,10 @@ struct Way {
   static int32_t exponent_of(const float* x, int64_t group) { return fixed::exponent_of<Format::GROUP>(x + group * Format::GROUP); }
 
   template <int ROWS, int TOGETHER>
-  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t groups, int64_t ahead) {
+  static void together(const Matrix& w, const Laid& laid, int64_t m0, float* out, int64_t n0, int64_t there, int64_t groups, int64_t ahead) {
     const int64_t whole_lines = w.row_bytes / REGISTER;
     Packed rows[TOGETHER];
-    for (int n = 0; n < TOGETHER; n++) rows[n] = w.row(n0 + n, groups);
+    rows_of<TOGETHER>(w, n0, there, groups, rows);
     const uint8_t* x[ROWS];
     const float* units[ROWS];
     for (int m = 0; m < ROWS; m++) x[m] = laid.row(m0 + m), units[m] = laid.units.data() + (m0 + m) * laid.groups;
@@ -157,7 +157,7 @@ struct Way {
       if constexpr (SPAN == 1)
         if (line < laid.lines && line < first + LINES_OF_SCALES) step(line, place, std::false_type{});
     }
-    for (int n = 0; n < TOGETHER; n++) {
+    for (int n = 0; n < TOGETHER && n < there; n++) {
       for (int m = 0; m < ROWS; m++) {
         Vector biases{};
         for (int64_t g = 0; g < groups; g += LANES)

@@ -9,7 +9,7 @@ namespace marlin {
 
 namespace {
 
-constexpr int64_t ROWS_AT_ONCE = 256, LOGITS_AT_ONCE = 1 << 16;
+constexpr int64_t ROWS_OF_A_CHUNK = 256, LOGITS_AT_ONCE = 1 << 16;
 
 }  // namespace
 
@@ -41,7 +41,7 @@ mx::array sequence_costs(const Stack& stack, const mx::array& table, const Produ
       for (int64_t r = 0; r < some; r++) costs[first * rows + m + r] = cost_of(&logits[r * vocab], vocab, wanted[first * rows + m + r]);
     }
   };
-  const int64_t each = std::max<int64_t>(1, ROWS_AT_ONCE / rows), chunks = (sequences + each - 1) / each;
+  const int64_t each = std::max<int64_t>(1, ROWS_OF_A_CHUNK / rows), chunks = (sequences + each - 1) / each;
   const auto run = [&](int64_t number) { chunk(number * each, std::min(each, sequences - number * each)); };
   if (chunks >= threads()) {
 #pragma omp parallel for num_threads(threads()) schedule(dynamic, 1)

@@ -10,7 +10,7 @@ namespace marlin {
 namespace {
 
 constexpr int64_t LEAST_ROWS = 32;            // of a product: fewer would cost as much
-constexpr int64_t ROWS_OF_A_PRODUCT = 1024;   // what lies between two products stays small
+constexpr int64_t MOST_ROWS = 1024;  // what lies between two products stays small
 
 }  // namespace
 
@@ -26,7 +26,7 @@ SlicedEncoding::SlicedEncoding(const Stack& encoder, const Stack& decoder, const
   if (x.shape(0) != rows_ || x.shape(1) != encoder.dim_) throw std::invalid_argument("the rows are not those of the inputs");
   if (width != read.kv_heads * read.head_dim) throw std::invalid_argument("encoder and decoder have heads of unlike width");
   x_.assign(input.data<float>(), input.data<float>() + input.size());
-  const int64_t some = std::min(rows_, ROWS_OF_A_PRODUCT + LEAST_ROWS);
+  const int64_t some = std::min(rows_, MOST_ROWS + LEAST_ROWS);
   for (auto* rows : {&queries_, &keys_, &values_}) rows->resize(rows_ * width);
   for (auto* rows : {&normed_, &added_}) rows->resize(some * encoder.dim_);
   for (auto* rows : {&up_, &gate_}) rows->resize(some * encoder.ffn_dim_);
@@ -48,7 +48,7 @@ bool SlicedEncoding::advance(int64_t rows) {
     const bool attends = phase_ % 2 == 1 && phase_ < 2 * int64_t(encoder_.layers_.size());
     const double seen = attends ? sizes_[spans(row_, 1)[0].input] : 0;
     const double work = products_of(phase_) + 2.0 * encoder_.shape_.heads * encoder_.shape_.head_dim * seen;
-    int64_t some = std::clamp<int64_t>(left / work, LEAST_ROWS, ROWS_OF_A_PRODUCT);
+    int64_t some = std::clamp<int64_t>(left / work, LEAST_ROWS, MOST_ROWS);
     if (rows_ - row_ < some + LEAST_ROWS) some = rows_ - row_;
     run(phase_, row_, some);
     left -= some * work;

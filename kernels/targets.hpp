@@ -46,19 +46,25 @@ void over_columns(Targets targets, int64_t width, int64_t work_per_column, const
   });
 }
 
-// body(together, n) for columns n .. n + together - 1, TOGETHER at a time and then one, `together` an integral_constant.
+// body(n, there) for TOGETHER columns at a time from n on, of which the last time fewer may be there: a body takes the last of these for those
+// that are not, and keeps nothing of them. A loop of its own for them would take a compiler as long again.
 template <int TOGETHER, class Body>
 void by_columns(int64_t first, int64_t last, const Body& body) {
-  int64_t n = first;
-  for (; n + TOGETHER <= last; n += TOGETHER) body(std::integral_constant<int, TOGETHER>{}, n);
-  for (; n < last; n++) body(std::integral_constant<int, 1>{}, n);
+  for (int64_t n = first; n < last; n += TOGETHER) body(n, std::min<int64_t>(TOGETHER, last - n));
 }
 
-// body(ROWS), an integral_constant, for one to MOST rows.
-template <int MOST = 4, class Body>
+// Packed rows of such columns.
+template <int TOGETHER>
+inline __attribute__((always_inline)) void rows_of(const Matrix& w, int64_t n, int64_t there, int64_t groups, Packed* rows) {
+#pragma GCC unroll 4
+  for (int64_t own = 0; own < TOGETHER; own++) rows[own] = w.row(n + std::min(own, there - 1), groups);
+}
+
+// body(ROWS), an integral_constant, for FEWEST to MOST rows.
+template <int MOST = 4, int FEWEST = 1, class Body>
 void for_few_rows(int64_t rows, const Body& body) {
-  if constexpr (MOST > 1)
-    if (rows < MOST) return for_few_rows<MOST - 1>(rows, body);
+  if constexpr (MOST > FEWEST)
+    if (rows < MOST) return for_few_rows<MOST - 1, FEWEST>(rows, body);
   body(std::integral_constant<int, MOST>{});
 }
 

@@ -15,14 +15,12 @@ from marlin_cli import console
 from marlin_cli.errors import OutputError
 from marlin_cli.files import user_cache
 from marlin_cli.ops.toolchain import (
-    SHARED_HEADERS,
     BuildError,
     Toolchain,
     call_all,
     find_compiler,
     find_toolchain,
     is_passing,
-    reaches_mlx,
     stamp,
     version_of,
 )
@@ -166,21 +164,12 @@ def _build(toolchain: Toolchain, module: Path, failure: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=module.parent) as name:
         folder = Path(name)
-        probe, objects = folder / "probe.cpp", [folder / f"{source.stem}.o" for source in toolchain.sources]
+        probe = folder / "probe.cpp"
         probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
         found = call_all([[toolchain.compiler, OPENMP, str(probe), "-o", str(probe.with_suffix(""))]]) is None
         threading = (OPENMP,) if found else ()
-        headers = folder / "headers.hpp"
-        headers.write_text(SHARED_HEADERS, encoding="utf-8")
-        alone, sharing = [toolchain.precompile(headers, threading)], []
-        # The longest first, so that no processor is left with one of them in the end.
-        for source, made in sorted(zip(toolchain.sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size):
-            if reaches_mlx(source):
-                sharing.append(toolchain.compile(source, made, threading, headers))
-            else:
-                alone.append(toolchain.compile(source, made, threading))
-        output = folder / module.name
-        problem = call_all(alone) or call_all(sharing) or call_all([toolchain.link(objects, output, threading)])
+        objects, output = toolchain.objects(folder, threading), folder / module.name
+        problem = call_all(list(objects.values())) or call_all([toolchain.link(list(objects), output, threading)])
         if problem is None and not output.is_file():
             problem = f"error: {toolchain.compiler} writes no library"
         if problem is None:

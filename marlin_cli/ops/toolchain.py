@@ -22,8 +22,7 @@ from marlin_cli.text import one_line, quoted
 
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNB_DOMAIN=mlx", "-DNB_COMPACT_ASSERTIONS")
-# MLX's headers take a compiler longer than most sources that include them: they are read once, for all of those.
-SHARED_HEADERS = '#include "mlx/backend/cpu/encoder.h"\n#include "mlx/mlx.h"\n#include "mlx/primitives.h"\n'
+QUICKER = "-O1"  # for nanobind's own source, which is no loop: two seconds less
 INCLUDED = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 # The slowest source takes half a minute on a fast machine; a compiler that waits for a licence or a network takes for ever.
@@ -46,26 +45,28 @@ class Toolchain:
     version: str
     march: str  # MARLIN_MARCH, else native; more flags may follow, as in "x86-64-v3 -mavxvnni"
     includes: tuple[Path, ...]
+    binding: Path  # nanobind's source
     sources: tuple[Path, ...]
     libraries: tuple[tuple[Path, str], ...]  # folder, name
 
-    def compile(self, source: Path, output: Path, threading: tuple[str, ...], headers: Path | None = None) -> list[str]:
-        """The call of the compiler that makes an object of one source, before which `headers` are read."""
-        before = [] if headers is None else ["-include", str(headers)]
-        return [*self._call(threading), *before, "-c", str(source), "-o", str(output)]
+    def objects(self, folder: Path, threading: tuple[str, ...]) -> dict[Path, list[str]]:
+        """Objects in a folder, and the call of the compiler that makes each: the longest first, so that none is left at last.
 
-    def precompile(self, headers: Path, threading: tuple[str, ...]) -> list[str]:
-        """The call that reads headers once: compilers look for what it makes beside them."""
-        return [*self._call(threading), "-x", "c++-header", str(headers), "-o", f"{headers}.gch"]
+        MLX's headers take a compiler longer than most sources that include them: those are one text, and what they share is
+        read and made once.
+        """
+        together = [source for source in self.sources if reaches_mlx(source)]
+        alone = sorted(set(self.sources) - set(together), key=lambda source: (-source.stat().st_size, source))
+        of_binding = self._compile([self.binding], folder / f"{self.binding.stem}.o", (*threading, QUICKER))
+        calls = [self._compile(together, folder / "together.o", threading), of_binding]
+        calls += [self._compile([source], folder / f"{source.stem}.o", threading) for source in alone]
+        return {Path(call[-1]): call for call in calls}
 
-    def _call(self, threading: tuple[str, ...]) -> list[str]:
-        return [
-            self.compiler,
-            *FLAGS,
-            *f"-march={self.march}".split(),
-            *threading,
-            *(f"-I{folder}" for folder in self.includes),
-        ]
+    def _compile(self, sources: list[Path], output: Path, flags: tuple[str, ...]) -> list[str]:
+        """The call that makes an object of sources, one after another as one text."""
+        call = [self.compiler, *FLAGS, *f"-march={self.march}".split(), *flags, *(f"-I{folder}" for folder in self.includes)]
+        before = [part for source in sources[:-1] for part in ("-include", str(source))]
+        return [*call, *before, "-c", str(sources[-1]), "-o", str(output)]
 
     def link(self, objects: list[Path], output: Path, threading: tuple[str, ...]) -> list[str]:
         """The call of the compiler that makes the module."""
@@ -78,13 +79,13 @@ class Toolchain:
         That is sources, compiler, flags, MLX, Python, the processor, and where headers and libraries lie.
         """
         digest = hashlib.sha256()
-        facts = [self.version, stamp(Path(self.compiler)), *FLAGS, SHARED_HEADERS, self.march, version("mlx"), _processor()]
+        facts = [self.version, stamp(Path(self.compiler)), *FLAGS, QUICKER, self.march, version("mlx"), _processor()]
         facts += [platform.machine(), str(sysconfig.get_config_var("EXT_SUFFIX"))]
         facts += [stamp(folder) for folder in self.includes]
         facts += [f"{stamp(folder)} {name}" for folder, name in self.libraries]
         for fact in facts:
             digest.update(f"{fact}\n".encode(errors="surrogateescape"))
-        for source in (*self.sources, *sorted(shipped("kernels").glob("*.hpp"))):
+        for source in (self.binding, *self.sources, *sorted(shipped("kernels").glob("*.hpp"))):
             digest.update(source.read_bytes())
         return digest.hexdigest()
 
@@ -138,7 +139,8 @@ def find_toolchain(compiler: str, said: str) -> Toolchain:
             mlx / "include",
             Path(sysconfig.get_path("include")),
         ),
-        sources=(binding / "nb_combined.cpp", *sorted(shipped("kernels").glob("*.cpp"))),
+        binding=binding / "nb_combined.cpp",
+        sources=tuple(sorted(shipped("kernels").glob("*.cpp"))),
         libraries=((mlx / "lib", "mlx"), (Path(scipy_openblas32.get_lib_dir()), scipy_openblas32.get_library())),
     )
 
