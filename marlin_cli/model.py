@@ -207,15 +207,18 @@ class Model:
         return self._with_cache(result.network, self.device, settings.kv_bits, **tables)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a folder with config.json and model.safetensors, in one step.
+        """Write a folder with config.json, model.safetensors and a card, in one step.
 
         Raises:
             OutputError: the folder exists, or cannot be written.
             UsageError: ranks share the network.
         """
+        from marlin_cli.quantization.card import CARD, plain_card_of
+
         self._check_whole()
-        weights = dict(tree_flatten(self.network.parameters()))
-        write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
+        weights, config = dict(tree_flatten(self.network.parameters())), config_as_mapping(self.config)
+        card = plain_card_of(config, self.marlin, sum(array.nbytes for array in weights.values())).encode()
+        write_model(Path(path), config, weights, self.quantization, self.marlin, overwrite=overwrite, beside={CARD: card})
 
     def _check_whole(self) -> None:
         """Raise `UsageError` for a network that ranks share."""
