@@ -147,9 +147,20 @@ def describe(name: str, device: Device, options: ImportOptions, *, with_fingerpr
         return _model(name, device, options, with_fingerprint)
     architecture = ARCHITECTURES[settings.model_type]
     network = architecture.network(settings)
-    commands = list(COMMANDS[architecture.capability])
+    commands = _commands(architecture.capability, settings)
     parts = [ShapePart(part, count) for part, count in weights_by_part(network).items()]
     return ShapeInfo(name, architecture.title, commands, config_as_mapping(settings), parts)
+
+
+def _commands(capability: Capability, config: Any) -> list[str]:
+    """The commands that a model is for: what has no decoder answers nothing, and what has no head labels nothing."""
+    found = COMMANDS[capability]
+    if capability is Capability.ANSWERS and not config.decoder_layers:
+        found = COMMANDS[Capability.ENCODES]
+    labels = (
+        capability is Capability.ENCODES and getattr(config, "head", "sentences") != "none" or getattr(config, "labels", ())
+    )
+    return [command for command in found if command != "label" or labels]
 
 
 def _path(name: str) -> Path:
@@ -202,7 +213,7 @@ def _model(name: str, device: Device, options: ImportOptions, with_fingerprint: 
         path=str(path),
         architecture=architecture_named(checkpoint.config, name).title,
         layout=checkpoint.layout,
-        commands=list(COMMANDS[architecture.capability]),
+        commands=_commands(architecture.capability, network.config),
         config=config_as_mapping(network.config),
         parts=[
             Part(part, count, 8 * stored.get(part, 0) / count, sorted(formats[part]), stored.get(part, 0), loaded.get(part, 0))
