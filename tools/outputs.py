@@ -7,8 +7,7 @@ ends with a backslash, or within quotes, goes on in the next); all else is outpu
 folder of their own; a line of `...` in an output stands for lines that are left out there, and as many as stood before and
 after it are kept. Commands have no terminal; what goes on in the background ends with the page.
 
-Numbers differ between machines, so --check compares all but digits, and how many
-of them and of spaces stand in a row.
+Numbers differ between machines, so --check compares all but digits, and how many of them and of spaces stand in a row.
 """
 
 import contextlib

@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from marlin_cli import ByT5Config
 from marlin_cli.cli import app
 from marlin_cli.files import shipped
+from marlin_cli.models import config_as_mapping
 
 MARLIN = [sys.executable, "-m", "marlin_cli"]
 DEMO = "megabyte-demo"
@@ -100,6 +102,14 @@ def test_configurations_of_other_layouts(tmp_path):
     canine = {"model_type": "canine", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(canine))
     assert "CANINE, a configuration without weights" in invoke(tmp_path).stdout
+
+
+@pytest.mark.parametrize(("labels", "expected"), [((), ["encode"]), (("O", "PER"), ["label", "encode"])])
+def test_an_encoder_alone_answers_nothing(labels, expected, tmp_path):
+    config = ByT5Config(d_model=32, ffn_dim=64, heads=1, head_dim=32, encoder_layers=1, decoder_layers=0, labels=labels)
+    (tmp_path / "config.json").write_text(json.dumps(config_as_mapping(config)))
+    found = json.loads(invoke(tmp_path, "--json").stdout)["described"][0]
+    assert found["commands"] == ["calibrate", "quantize", *expected, "bench"]
 
 
 def test_the_state_of_a_prompt(tmp_path):
