@@ -177,12 +177,12 @@ def _read_slice(file: Any, words: Any, shape: tuple[int, ...], cut: tuple[slice,
     row_words = math.prod(shape[1:])
     file.seek(rows.start * row_words * words.itemsize, 1)
     step = max(1, BLOCK_BYTES // max(1, row_words * words.itemsize))
-    parts = []
+    parts, inner = [], (slice(None), *cut[1:])
     for start in range(0, len(rows), step):
         count = min(step, len(rows) - start)
         data = file.read(count * row_words * words.itemsize)
         block = np.frombuffer(data, dtype=words).reshape(count, *shape[1:])  # ValueError where the file has become shorter
-        parts.append(np.ascontiguousarray(block[(slice(None), *cut[1:])]))
+        parts.append(np.ascontiguousarray(block[inner]))
     return np.concatenate(parts) if parts else np.zeros((0, *shape[1:]), dtype=words)
 
 
