@@ -78,6 +78,55 @@ def check_utf8_name(path: Path, error: type[MarlinError]) -> None:
         raise error(f"{path}: the path is not UTF-8, and MLX takes no other; rename it, or link to it") from None
 
 
+# What files begin with that are often named in place of another, and what they are.
+BEGINNINGS = {
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches what it points to)",
+    b"PK\x03\x04": "a zip file, as torch.save writes",
+    b"GGUF": "GGUF",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+}
+BEGINNING_BYTES = 256
+
+
+def kind_of_content(start: bytes) -> str | None:
+    """What a file is by its first bytes, to stand after `is`; None where they do not tell.
+
+    Args:
+        start: its first BEGINNING_BYTES, or all of it.
+    """
+    if not start:
+        return "empty"
+    for beginning, kind in BEGINNINGS.items():
+        if start.startswith(beginning):
+            return kind
+    if start[8:9] == b"{" and start[7:8] == b"\0":  # the length of a header, then JSON
+        return "safetensors"
+    if start[:1] == b"\x80":
+        return "a bare pickle"
+    try:
+        text = start.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(start) - 3:  # a character that was cut is no reason
+            return None
+        text = start[: error.start].decode("utf-8-sig")
+    if not all(each.isprintable() or each in "\n\r\t\f" for each in text):
+        return None
+    first = text.lstrip().lower()
+    return "JSON" if first[:1] in ("{", "[") else "a page of HTML" if first.startswith(("<!doctype", "<html")) else "text"
+
+
+def kind_of_file(path: Path) -> str | None:
+    """As `kind_of_content`, of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return kind_of_content(file.read(BEGINNING_BYTES))
+
+
 def _kind(mode: int) -> str:
     kinds = {"folder": stat.S_ISDIR, "pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK}
     return next((name for name, test in kinds.items() if test(mode)), "device")

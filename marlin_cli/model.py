@@ -10,10 +10,10 @@ from mlx.utils import tree_flatten
 from marlin_cli.checkpoints import Checkpoint, ImportOptions, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
-from marlin_cli.config import check_same, describe, from_mapping
+from marlin_cli.config import check_same, describe
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CheckpointError, UsageError
-from marlin_cli.models import ARCHITECTURES, Capability, Share, architecture_named, build, config_as_mapping
+from marlin_cli.models import ARCHITECTURES, Capability, Share, architecture_named, build, config_as_mapping, settings_for
 from marlin_cli.models.splitting import Cut, share_among, share_of
 from marlin_cli.ops import round_activations
 from marlin_cli.ops.device import Device, choose_device
@@ -153,7 +153,7 @@ class Model:
             nonlocal share
             architecture = architecture_named(checkpoint.config, str(path))
             share = share_among(split, architecture, str(path))
-            settings = from_mapping(architecture.config, checkpoint.config, str(path))
+            settings = settings_for(checkpoint.config, str(path))
             return share.cuts(settings, checkpoint.weights, str(path))
 
         options = with_heads(where, options or ImportOptions())
@@ -207,15 +207,18 @@ class Model:
         return self._with_cache(result.network, self.device, settings.kv_bits, **tables)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write a folder with config.json and model.safetensors, in one step.
+        """Write a folder with config.json, model.safetensors and a card, in one step.
 
         Raises:
             OutputError: the folder exists, or cannot be written.
             UsageError: ranks share the network.
         """
+        from marlin_cli.quantization.card import CARD, plain_card_of
+
         self._check_whole()
-        weights = dict(tree_flatten(self.network.parameters()))
-        write_model(Path(path), config_as_mapping(self.config), weights, self.quantization, self.marlin, overwrite=overwrite)
+        weights, config = dict(tree_flatten(self.network.parameters())), config_as_mapping(self.config)
+        card = plain_card_of(config, self.marlin, sum(array.nbytes for array in weights.values())).encode()
+        write_model(Path(path), config, weights, self.quantization, self.marlin, overwrite=overwrite, beside={CARD: card})
 
     def _check_whole(self) -> None:
         """Raise `UsageError` for a network that ranks share."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import check_regular, check_utf8_name
+from marlin_cli.files import check_regular, check_utf8_name, kind_of_file
 from marlin_cli.text import one_line, quoted
 
 # Types that the format has and MLX has not; float8 of other kinds than E4M3 and E8M0 among them.
@@ -49,7 +49,19 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
         said = one_line(error)[:MOST_SAID]  # names out of the file stand in it
         if UNKNOWN_TYPE in said:
             raise CheckpointError(f"{path}: a tensor is of a type that safetensors here does not know: {said}") from None
+        kind = _kind_of_other(path)
+        if kind is not None:
+            raise CheckpointError(f"{path}: is {kind}, expected safetensors; fetch or name another file") from None
         raise CheckpointError(f"{path}: damaged safetensors file: {said}; fetch it again") from None
+
+
+def _kind_of_other(path: Path) -> str | None:
+    """What a file is that is not even a damaged safetensors file, where its first bytes tell."""
+    try:
+        kind = kind_of_file(path)
+    except OSError:
+        return None
+    return None if kind == "safetensors" else kind
 
 
 def _check_header_size(path: Path) -> None:
@@ -165,12 +177,12 @@ def _read_slice(file: Any, words: Any, shape: tuple[int, ...], cut: tuple[slice,
     row_words = math.prod(shape[1:])
     file.seek(rows.start * row_words * words.itemsize, 1)
     step = max(1, BLOCK_BYTES // max(1, row_words * words.itemsize))
-    parts = []
+    parts, inner = [], (slice(None), *cut[1:])
     for start in range(0, len(rows), step):
         count = min(step, len(rows) - start)
         data = file.read(count * row_words * words.itemsize)
         block = np.frombuffer(data, dtype=words).reshape(count, *shape[1:])  # ValueError where the file has become shorter
-        parts.append(np.ascontiguousarray(block[(slice(None), *cut[1:])]))
+        parts.append(np.ascontiguousarray(block[inner]))
     return np.concatenate(parts) if parts else np.zeros((0, *shape[1:]), dtype=words)
 
 

@@ -103,8 +103,16 @@ def test_pieces_are_the_answer(model):
 def test_beams_do_not_score_worse_than_greedy(model):
     for data in INPUTS:
         greedy = model.answers([data], AnswerLimits(8, min_length=8))[0][0]
-        best = model.answers([data], AnswerLimits(8, min_length=8), None, Beams(16, length_penalty=0.0))[0][0]
+        best = model.answers([data], AnswerLimits(8, min_length=8), None, Beams(16))[0][0]
         assert best.score >= greedy.score - 1e-3
+
+
+def test_a_score_means_the_same_greedy_and_by_beams(model):
+    for data in INPUTS:
+        for limits in (AnswerLimits(8), AnswerLimits(8, min_length=8), AnswerLimits(8, prefix=b"xy")):
+            greedy = model.answers([data], limits)[0][0]
+            searched = model.answers([data], limits, None, Beams(1))[0][0]
+            assert (searched.ids, searched.score) == (greedy.ids, pytest.approx(greedy.score, abs=1e-3))
 
 
 def test_logits_bits_and_states(model):

@@ -1,5 +1,6 @@
 """README and docs say what is so: options and fields as the code has them, commands that parse, links that lead somewhere."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_outputs_are_run_and_cut_where_they_were(tmp_path):
     text = "<!-- run -->\n```console\n$ seq 9\n1\n...\nz\n$ echo $((2 + 2)) > f; cat f\n```\nrest"
     done = outputs.run_page(text, tmp_path)
     assert done == "<!-- run -->\n```console\n$ seq 9\n1\n...\n9\n$ echo $((2 + 2)) > f; cat f\n4\n```\nrest"
+
+
+def test_what_goes_on_in_the_background_ends_with_the_page(tmp_path, monkeypatch):
+    ended, end = [], os.killpg
+    monkeypatch.setattr(outputs.os, "killpg", lambda group, number: (ended.append(group), end(group, number)))
+    text = "<!-- run -->\n```console\n$ sleep 600 > log 2>&1 & echo $$ > group; kill -0 $! && echo there\nx\n```\n"
+    assert "\nthere\n" in outputs.run_page(text, tmp_path)
+    assert ended == [int((tmp_path / "group").read_text())]
 
 
 def test_a_command_that_fails_ends_the_run(tmp_path):

@@ -5,14 +5,17 @@
 A block to run is a fenced one of the language `console` after a line `<!-- run -->`. In it `$ ` begins a command (a line that
 ends with a backslash, or within quotes, goes on in the next); all else is output. Blocks of a page run one after the other in a
 folder of their own; a line of `...` in an output stands for lines that are left out there, and as many as stood before and
-after it are kept. Commands have no terminal. Numbers differ between machines, so --check compares all but digits, and how many
-of them and of spaces stand in a row.
+after it are kept. Commands have no terminal; what goes on in the background ends with the page.
+
+Numbers differ between machines, so --check compares all but digits, and how many of them and of spaces stand in a row.
 """
 
+import contextlib
 import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,15 +73,22 @@ def run_page(text: str, folder: Path) -> str:
         RuntimeError: a command fails.
     """
 
+    sessions: list[int] = []
+
     def replaced(found: "re.Match[str]") -> str:
         lines = []
         for step in steps_of(found["body"]):
             lines.append(f"$ {step.command}")
-            said = _run(step.command, folder)
+            said = _run(step.command, folder, sessions)
             lines += _cut(said, step.output)
         return found["head"] + "\n".join(lines) + "\n" + found["end"]
 
-    return BLOCK.sub(replaced, text)
+    try:
+        return BLOCK.sub(replaced, text)
+    finally:
+        for each in sessions:  # what was sent to the background, such as a server
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each, signal.SIGTERM)
 
 
 def same_but_numbers(one: str, other: str) -> bool:
@@ -90,7 +100,11 @@ def _masked(text: str) -> str:
     return re.sub(r"[ ─━]+", " ", re.sub(r"[+-]?\d[\d,.]*(e[+-]\d+)?", "0", text))
 
 
-def _run(command: str, folder: Path) -> list[str]:
+# A command in the background or in a pipe is marlin itself, so that a signal reaches it.
+MARLIN = 'marlin() { if ((BASHPID != $$)); then exec python -m marlin_cli "$@"; else python -m marlin_cli "$@"; fi; }; '
+
+
+def _run(command: str, folder: Path, sessions: list[int]) -> list[str]:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -99,15 +113,16 @@ def _run(command: str, folder: Path) -> list[str]:
         "LC_ALL": "C.UTF-8",
         "COLUMNS": "120",
     }
-    shell = ["bash", "-euo", "pipefail", "-c", 'marlin() { python -m marlin_cli "$@"; }; ' + command]
-    done = subprocess.run(
-        shell, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    said = done.stdout.decode("utf-8", errors="replace")
+    shell = ["bash", "-euo", "pipefail", "-c", MARLIN + command]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(shell, cwd=folder, env=environment, start_new_session=True, **streams) as process:
+        sessions.append(process.pid)
+        output, _ = process.communicate()
+    said = output.decode("utf-8", errors="replace")
     for here, anywhere in ((folder, "/tmp/work"), (ROOT, "marlin"), (Path.home(), "~"), (f" {platform.release()}", "")):
         said = said.replace(str(here), anywhere)
-    if done.returncode not in (0, 141):  # 141: `head` had what it wanted
-        raise RuntimeError(f"{command}\n{said}\nexit code {done.returncode}")
+    if process.returncode not in (0, 141):  # 141: `head` had what it wanted
+        raise RuntimeError(f"{command}\n{said}\nexit code {process.returncode}")
     return [line.rstrip() for line in said.splitlines() if not PROGRESS.fullmatch(line)]
 
 

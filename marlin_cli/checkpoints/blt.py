@@ -81,7 +81,7 @@ def read(path: Path) -> Checkpoint:
         found[plain] = tensor
     foreign = Foreign(path, found)
     check_layers(path, foreign, sum(config[name]["layers"] for name, _ in STACKS.values()))
-    _settle_encoder(config, foreign)
+    settled(config, foreign)
     every = _flag(_table(document, "encoder_config", where), "cross_attn_all_layers", False, where)
     # Patches are made anew in every layer of the encoder that has an attention for it: nothing reads any but the last.
     last = config["encoder"]["layers"] - 1 if every else 0
@@ -168,12 +168,13 @@ def _weights(taken: Taken, config: Mapping[str, Any], last_reader: int) -> dict[
     return weights
 
 
-def _settle_encoder(config: Mapping[str, Any], foreign: Foreign) -> None:
-    """The width of a feed-forward that config.json leaves open, of which releases of transformers think differently."""
+def settled(config: dict[str, Any], foreign: Foreign) -> dict[str, Any]:
+    """With the width of a feed-forward that config.json leaves open, of which releases of transformers think differently."""
     for ours, theirs in (("encoder", "local_encoder"), ("decoder", "local_decoder")):
         tensor = foreign.tensors.get(f"{theirs}.layers.0.mlp.up_proj.weight")
         if config[ours]["ffn_dim"] is None:
             config[ours]["ffn_dim"] = tensor.shape[0] if tensor is not None else 8 * config[ours]["d_model"] // 3
+    return config
 
 
 def _stack(

@@ -39,12 +39,9 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: weights that are missing, left over or of shapes that do not fit together.
         ConfigError: a configuration that is not of T5 over bytes.
     """
-    folder = _folder(path)
-    document = read_object(folder / CONFIG)
-    of_t5 = hugging_face.config_from(folder, document)
-    config = {name: value for name, value in of_t5.items() if name not in OF_ENCODER}
-    config |= {"model_type": MODEL_TYPE, "layers": of_t5["decoder_layers"]}
-    config |= _start(folder, document, config["vocab_size"])
+    where = _folder(path) / CONFIG
+    document = read_object(where)
+    config = config_from(document, where)
     foreign = tensors_of(path, lambda name: UNREAD.match(name) is not None)
     check_layers(path, foreign, config["layers"])
     taken = Taken(foreign)
@@ -52,6 +49,18 @@ def read(path: Path) -> Checkpoint:
     config["tied_head"], config["scaled_head"] = take_head(taken, path, document, weights)
     taken.finish()
     return Checkpoint(path, "bygpt5", config, weights)
+
+
+def config_from(document: dict[str, Any], where: Path) -> dict[str, Any]:
+    """marlin's fields of its config.json.
+
+    Raises:
+        ConfigError: a configuration that is not of T5 over bytes.
+    """
+    of_t5 = hugging_face.config_from(where.parent, document)
+    config = {name: value for name, value in of_t5.items() if name not in OF_ENCODER}
+    config |= {"model_type": MODEL_TYPE, "layers": of_t5["decoder_layers"]}
+    return config | _start(where.parent, document, config["vocab_size"])
 
 
 def files(path: Path) -> list[Path]:

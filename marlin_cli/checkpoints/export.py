@@ -20,11 +20,16 @@ from marlin_cli.writing import writing_folder
 EXPORTS = (nvfp4.COMPRESSED_TENSORS,)
 
 
-def export_compressed_tensors(packed: Path, target: Path, *, overwrite: bool = False) -> None:
+def export_compressed_tensors(
+    packed: Path, target: Path, *, overwrite: bool = False, beside: Mapping[str, bytes] | None = None
+) -> None:
     """Write marlin's own folder `packed` as `target`, in one step. ByT5 takes transformers' names and configuration, and a
     tokenizer_config.json where its inputs end otherwise than ByT5Tokenizer ends them.
 
     Nothing is decoded: codes and scales are the same bytes.
+
+    Args:
+        beside: further files, by name.
 
     Raises:
         CheckpointError: a layer that is packed otherwise than nvfp4.
@@ -51,6 +56,8 @@ def export_compressed_tensors(packed: Path, target: Path, *, overwrite: bool = F
     with writing_folder(target, overwrite=overwrite) as temporary:
         shapes = {name: (dtype, tuple(array.shape)) for name, (dtype, array) in stored.items()}
         write_safetensors(temporary / native.SINGLE, shapes, _contents(stored), {"format": "pt"})
+        for name, data in (beside or {}).items():
+            (temporary / name).write_bytes(data)
         for name, content in ((native.CONFIG, document), (TOKENIZER_CONFIG, tokenizer)):
             if content is not None:
                 (temporary / name).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

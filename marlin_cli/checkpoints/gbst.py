@@ -36,9 +36,9 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: weights that are missing, left over, contradictory or of shapes that do not fit together.
         ConfigError: a configuration that is not of gbswt5 over bytes.
     """
-    folder = path if path.is_dir() else path.parent
-    document = read_object(folder / CONFIG)
-    config = {**hugging_face.config_from(folder, document), "model_type": "gbst", **_front(document, folder / CONFIG)}
+    where = (path if path.is_dir() else path.parent) / CONFIG
+    document = read_object(where)
+    config = config_from(document, where)
     foreign = tensors_of(path)
     taken = Taken(foreign)
     check_layers(path, foreign, max(config["encoder_layers"], config["decoder_layers"]))
@@ -50,6 +50,15 @@ def read(path: Path) -> Checkpoint:
     config["tied_head"], config["scaled_head"] = take_head(taken, path, document, weights)
     taken.finish()
     return Checkpoint(path, "gbst", config, weights)
+
+
+def config_from(document: dict[str, Any], where: Path) -> dict[str, Any]:
+    """marlin's fields of its config.json.
+
+    Raises:
+        ConfigError: a configuration that is not of gbswt5 over bytes.
+    """
+    return {**hugging_face.config_from(where.parent, document), "model_type": "gbst", **_front(document, where)}
 
 
 def files(path: Path) -> list[Path]:

@@ -41,6 +41,10 @@ def locate_model(name: str) -> Path:
             return shipped_models / name
     except OSError as error:  # a name longer than names are
         raise CheckpointError(f"{quoted(name)}: {error.strerror}") from None
+    if "/" not in name and (shipped_models / f"{name}.json").is_file():
+        raise CheckpointError(
+            f"{name}: is a configuration without weights, which marlin info and quantize --plan take; name one with weights"
+        )
     owner, _, repository = name.partition("/")
     if owner and repository and "/" not in repository and not name.startswith((".", "~")):
         warnings.warn(

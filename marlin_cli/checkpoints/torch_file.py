@@ -15,7 +15,7 @@ import numpy as np
 
 from marlin_cli.checkpoints.pickle_reader import StorageReference, TensorReference, read_pickle
 from marlin_cli.errors import CheckpointError
-from marlin_cli.files import check_regular
+from marlin_cli.files import BEGINNING_BYTES, check_regular, kind_of_content
 from marlin_cli.text import one_line, quoted
 
 MAX_PICKLE_BYTES = 16 << 20  # names and shapes alone, some 250 bytes a tensor
@@ -74,7 +74,9 @@ class TorchFile:
                 elif magic == LEGACY_MAGIC:
                     self.document, self._extents = _open_legacy(path, file, self._size)
                 else:
-                    found = _found(magic)
+                    file.seek(0)
+                    found = kind_of_content(file.read(BEGINNING_BYTES))
+                    found = f"starts with {magic[:4]!r}" if found is None else f"is {found}"
                     raise CheckpointError(f"{path}: {found}, expected what torch.save writes; save model.state_dict()")
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
@@ -257,11 +259,3 @@ def _storages(document: Any) -> list[StorageReference]:
             seen.add(id(value))
             waiting.extend(value.values() if isinstance(value, dict) else value)
     return found
-
-
-def _found(magic: bytes) -> str:
-    if not magic:
-        return "an empty file"
-    if magic[:1] == b"\x80":
-        return "a bare pickle"
-    return f"starts with {magic[:4]!r}"

@@ -122,6 +122,9 @@ def bench(
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.svg|png", help="Draw the charts into a file too; needs the extra `plot`.")
     ] = None,
+    chart: Annotated[
+        list[str] | None, typer.Option(metavar="WORDS", help="Draw only charts with these words in their titles. Repeatable.")
+    ] = None,
     import_options: Annotated[
         list[str] | None, typer.Option("--import", help=f"With --formats. {IMPORT_HELP}", metavar="NAME=VALUE")
     ] = None,
@@ -224,7 +227,7 @@ def bench(
         )
         check_models(command_line, asked.models)
         return surprise_run.run(asked)
-    destination = Output.checked(output_format, output, report_page, plot, save)
+    destination = Output.checked(output_format, output, report_page, plot, save, chart or ())
     if compare is not None:
         return compare_results(*compare, destination)
     names = tuple(models or [DEFAULT_MODEL])

@@ -28,7 +28,13 @@ class Output:
 
     @classmethod
     def checked(
-        cls, given: Format | None, target: str | None, page: str | None, figure: str | None, save: str | None
+        cls,
+        given: Format | None,
+        target: str | None,
+        page: str | None,
+        figure: str | None,
+        save: str | None,
+        charts: Sequence[str] = (),
     ) -> "Output":
         """The options, refused before anything is measured.
 
@@ -41,7 +47,7 @@ class Output:
         for path in (file, results):
             if path is not None:
                 check_output_file(path)
-        return cls(form, file, Pictures.checked(page, figure), results)
+        return cls(form, file, Pictures.checked(page, figure, charts), results)
 
     def write(
         self, report: Report | AnsweringReport | EncodingReport, models: Sequence[str], rendered: Callable[[str], str]

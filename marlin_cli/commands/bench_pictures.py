@@ -1,6 +1,6 @@
 """The files that `marlin bench` writes beside its result: a page (--report) and a picture (--plot)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from marlin_cli import console
 from marlin_cli.page import render, write_page
 from marlin_cli.page.figure import check_figure_path, write_figure
+from marlin_cli.page.fitting import chosen
 from marlin_cli.reports.page import charts_in, labels_of, sections_of
 from marlin_cli.version import __version__
 from marlin_cli.writing import check_output_file
@@ -19,16 +20,17 @@ class Pictures:
 
     page: Path | None
     figure: Path | None
+    charts: Sequence[str] = ()  # words of titles: what the picture shall hold; none: everything
 
     @classmethod
-    def checked(cls, page: str | None, figure: str | None) -> "Pictures":
+    def checked(cls, page: str | None, figure: str | None, charts: Sequence[str] = ()) -> "Pictures":
         """The paths of the options, which are refused before anything is measured.
 
         Raises:
             OutputError: no folder to write in.
             UsageError: a picture of an unknown kind, or without matplotlib.
         """
-        found = cls(None if page is None else Path(page), None if figure is None else Path(figure))
+        found = cls(None if page is None else Path(page), None if figure is None else Path(figure), tuple(charts))
         for path in (found.page, found.figure):
             if path is not None:
                 check_output_file(path)
@@ -50,7 +52,12 @@ class Pictures:
             write_page(self.page, render(title, _about(document), sections, document))
             console.note(f"wrote {self.page}")
         if self.figure is not None:
-            write_figure(self.figure, charts_in(sections), title)
+            charts = charts_in(sections)
+            wanted = chosen(charts, self.charts)
+            if charts and not wanted:  # what was measured is not lost for a word
+                titles = ", ".join(chart.title for chart in charts)
+                console.note(f"--chart {' '.join(self.charts)}: no chart is called so, all are drawn: {titles}")
+            write_figure(self.figure, wanted or charts, title)
             console.note(f"wrote {self.figure}")
 
 

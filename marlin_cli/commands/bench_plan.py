@@ -32,10 +32,9 @@ def show_plan(
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.commands.options import parse_sizes
-    from marlin_cli.config import from_mapping
     from marlin_cli.engine.cache import CacheBits
     from marlin_cli.errors import UsageError
-    from marlin_cli.models import architecture_named, build
+    from marlin_cli.models import architecture_named, build, settings_for
     from marlin_cli.ops.device import choose_device
     from marlin_cli.prediction.arithmetic import costs_of, stored_bits
     from marlin_cli.prediction.bandwidth import measure_bandwidth
@@ -54,7 +53,7 @@ def show_plan(
         architecture = architecture_named(checkpoint.config, name)
         if architecture.decoding is None:
             raise UsageError(f"--plan: {name} is a {architecture.title}; arithmetic is known of models that continue bytes")
-        config = from_mapping(architecture.config, checkpoint.config, name)
+        config = settings_for(checkpoint.config, name)
         # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
         here = gigabytes_per_second is None and (chosen := choose_device(device)).name == "cpu"
         floats = 32 if here else 16

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from marlin_cli.commands.uses import HEADS, MODELS, SERVED_BY, USES, Family, Use, Uses
-from marlin_cli.errors import UsageError
+from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.text import quoted
 from marlin_cli.writing import is_part_of_a_model
 
@@ -110,7 +110,13 @@ def check_models(context: typer.Context, models: Sequence[str]) -> None:
     parts: set[str] = set()
     heads: set[str] = set()
     for model in models:
-        path = locate_model(model)
+        try:
+            path = locate_model(model)
+        except CheckpointError as error:
+            is_text = any(each.isspace() for each in model) and any(
+                name_of(each) == "--prompt" for each in context.command.params
+            )
+            raise CheckpointError(f"{error}; a text is given with -p" if is_text else str(error)) from None
         architecture = architecture_at(path)
         found, possible = _families_of(architecture), _heads_of(architecture)
         _check_served(command, found, model)

@@ -1,4 +1,4 @@
-"""`marlin info`: what runs here and why, and what a model or a file of statistics is."""
+"""`marlin info`: what runs here and why, and what a model, a configuration, statistics or a state is."""
 
 from typing import Annotated
 
@@ -10,7 +10,11 @@ from marlin_cli.commands.options import IMPORT_HELP
 def info(
     command_line: typer.Context,
     named: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL|FILE", help="Models, and statistics of marlin calibrate.")
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL|FILE",
+            help="Models, configurations such as evabyte, statistics, states of prompts.",
+        ),
     ] = None,
     with_fingerprint: Annotated[
         bool, typer.Option("--fingerprint", help="Of each model too: reads all its bytes. Statistics name it.")
@@ -33,13 +37,14 @@ def info(
     from marlin_cli.commands.options import parse_import_options
     from marlin_cli.ops.device import choose_device
     from marlin_cli.reports import info as facts
+    from marlin_cli.reports.described import describe, is_model
 
-    if models := [name for name in named or () if not facts.names_statistics(name)]:
+    if models := [name for name in named or () if is_model(name)]:
         check_models(command_line, models)
     chosen = choose_device(device)
     here = facts.installation(chosen)
     options = parse_import_options(import_options)
-    described = [facts.describe(name, chosen, options, with_fingerprint=with_fingerprint) for name in named or ()]
+    described = [describe(name, chosen, options, with_fingerprint=with_fingerprint) for name in named or ()]
     if json_output:
         print(json.dumps(facts.document_of(here, described), allow_nan=False))
         return

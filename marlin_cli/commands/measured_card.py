@@ -1,25 +1,19 @@
 """`marlin quantize --measure`: what packing cost, scored beside the original, in the card of the folder."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from marlin_cli import console
 from marlin_cli.api import load
 from marlin_cli.bench.formats import AS_IT_IS, SCORED_BYTES, FormatsRequest, Row, scores_of
 from marlin_cli.checkpoints import ImportOptions
-from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.documents import read_json
 from marlin_cli.quality.held_out import Windowing
-from marlin_cli.quantization.card import CARD, card_of
-from marlin_cli.quantization.layers import LayerReport
+from marlin_cli.quantization.card import CARD, with_cost
 from marlin_cli.reports.formats_report import MEASURES
 from marlin_cli.version import __version__
 from marlin_cli.writing import writing
 
 
-def write_measured_card(
-    model: str, options: ImportOptions, target: Path, layers: Sequence[LayerReport], kept: Mapping[str, int]
-) -> None:
+def write_measured_card(model: str, options: ImportOptions, target: Path) -> None:
     """Score the model and the packed one in `target`, say it in a line, and write the card anew with it.
 
     Raises:
@@ -29,11 +23,9 @@ def write_measured_card(
     request = FormatsRequest(model, (), None, (), Windowing(max_bytes=SCORED_BYTES))
     scored, (before, after) = scores_of(models, request)
     said = f"On {scored}, by marlin {__version__}: {cost_of(before, after)}."
-    document = read_json(target / "config.json")
-    config = {key: value for key, value in document.items() if key not in ("quantization", "quantization_config", "marlin")}
-    card = card_of(model, locate_model(model), config, document.get("marlin") or {}, layers, kept, said)
+    card = (target / CARD).read_text(encoding="utf-8")
     with writing(target / CARD) as file:
-        file.write_text(card, encoding="utf-8")
+        file.write_text(with_cost(card, said), encoding="utf-8")
     console.note(said)
 
 

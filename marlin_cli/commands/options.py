@@ -1,12 +1,13 @@
 """Small readers of option values that more than one command takes."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from marlin_cli.errors import ConfigError, UsageError
+from marlin_cli.errors import ConfigError, MarlinError, UsageError
 from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
@@ -49,6 +50,15 @@ class Precision(str, Enum):
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LARGEST_SIZE = (1 << 63) - 1
 _MOST_DIGITS = 20
+
+
+@contextlib.contextmanager
+def about(option: str) -> Iterator[None]:
+    """What is wrong inside begins with the option that was typed."""
+    try:
+        yield
+    except MarlinError as error:
+        raise type(error)(f"{option} {error}") from None
 
 
 def parse_size(text: str, option: str) -> int:

@@ -167,4 +167,4 @@ def _opened(name: str) -> Iterator[IO[bytes]]:
         with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
             yield file
     except OSError as error:
-        raise UsageError(f"{name}: cannot read the prompt: {error.strerror}") from None
+        raise UsageError(f"{name}: cannot read: {error.strerror}") from None

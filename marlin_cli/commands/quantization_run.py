@@ -31,7 +31,7 @@ from marlin_cli.quantization.apply import (
     plan_network,
     quantize_network,
 )
-from marlin_cli.quantization.card import CARD, card_of, carried_files
+from marlin_cli.quantization.card import CARD, card_of, carried_files, of_compressed_tensors, plain_card_of
 from marlin_cli.quantization.distill import distill, settings_for
 from marlin_cli.quantization.feeds import feed_of
 from marlin_cli.quantization.layers import LayerReport, planned
@@ -96,8 +96,11 @@ def pack(
         else:
             # Under the target's name stands the other form or nothing, whenever the run is cut short.
             with scratch_folder(target) as scratch:
-                reports, kept = packing.write(scratch / target.name, overwrite=False)
-                export_compressed_tensors(scratch / target.name, target, overwrite=overwrite)
+                packed = scratch / target.name
+                reports, kept = packing.write(packed, overwrite=False)
+                card = of_compressed_tensors((packed / CARD).read_text(encoding="utf-8"))
+                beside = {**carried_files(packed), CARD: card.encode()}
+                export_compressed_tensors(packed, target, overwrite=overwrite, beside=beside)
     if statistics is not None and statistics.model != fingerprint(locate_model(model), options):
         warnings.warn(
             f"{statistics_file}: measured on other weights than those of {model}, or with other --import options; its layers"
@@ -114,7 +117,7 @@ def pack(
     if measure and target is not None:
         from marlin_cli.commands.measured_card import write_measured_card
 
-        write_measured_card(model, options, target, reports, kept)
+        write_measured_card(model, options, target)
     if page is not None and target is not None:
         from marlin_cli.commands.packing_report import write_report
 
@@ -239,7 +242,10 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
     if target is not None:
         parameters = dict(tree_flatten(plain.parameters()))
         marlin = lasting(checkpoint.marlin) or None
-        write_model(target, config_as_mapping(plain.config), parameters, None, marlin, overwrite=overwrite)
+        config = config_as_mapping(plain.config)
+        card = plain_card_of(config, marlin, _bytes(plain), model, checkpoint.path)
+        beside = {**carried_files(checkpoint.path), CARD: card.encode()}
+        write_model(target, config, parameters, None, marlin, overwrite=overwrite, beside=beside)
     before, after = _bytes(network), _bytes(plain)
     if json_output:
         output = None if target is None else str(target)

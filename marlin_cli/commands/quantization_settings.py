@@ -8,9 +8,8 @@ from typing import Any
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.export import EXPORTS
 from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.config import from_mapping
 from marlin_cli.errors import ConfigError, StatisticsError, UsageError
-from marlin_cli.models import architecture_named
+from marlin_cli.models import architecture_named, settings_for
 from marlin_cli.quantization.formats import FORMATS
 from marlin_cli.quantization.plan import PROTECTED, LayerPlan, QuantizationSettings, format_from_bits, load_recipe
 from marlin_cli.text import quoted
@@ -104,7 +103,7 @@ def check_keeps_keys(model: str, options: ImportOptions, kv_bits: int | None) ->
         return
     checkpoint = read_checkpoint(locate_model(model), options, check_values=False)
     architecture = architecture_named(checkpoint.config, model)
-    if not architecture.packed_keys(from_mapping(architecture.config, checkpoint.config, model)).paths:
+    if not architecture.packed_keys(settings_for(checkpoint.config, model)).paths:
         raise UsageError(f"--kv-bits {kv_bits}: this {architecture.title} keeps no keys and values that grow; leave it out")
 
 

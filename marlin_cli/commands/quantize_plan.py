@@ -1,22 +1,19 @@
 """`marlin quantize MODEL --plan`: what a model would take in 16, 8, 4/8 and 4 bits, from its configuration alone."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten
 
 from marlin_cli import console
-from marlin_cli.checkpoints import ImportOptions, hugging_face, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, read_checkpoint
+from marlin_cli.checkpoints.configurations import settings_alone
 from marlin_cli.checkpoints.location import locate_model
-from marlin_cli.config import from_mapping
-from marlin_cli.documents import read_json
-from marlin_cli.errors import CheckpointError, ConfigError, UsageError
-from marlin_cli.models import ARCHITECTURES, Network, architecture_named, architecture_of, linear_layers, part_of, preset
+from marlin_cli.errors import UsageError
+from marlin_cli.models import ARCHITECTURES, Network, architecture_of, linear_layers, part_of, settings_for
 from marlin_cli.prediction.arithmetic import costs_of
 from marlin_cli.prediction.sizes import part_of_weight
 from marlin_cli.quantization.plan import KEEP, QuantizationSettings, plan_layers, settings_named
@@ -87,25 +84,13 @@ def draft(name: str, options: ImportOptions) -> Network:
     Raises:
         MarlinError: there is none, or it is impossible.
     """
-    path = Path(os.path.expanduser(name))
-    try:
-        return _drafted(preset(name))
-    except ConfigError:
-        if not name.startswith("hf:") and not path.exists():
-            path = locate_model(name)  # a shipped demo, or what says that there is none
-    file = path / "config.json" if path.is_dir() else path
-    if file.suffix != ".json" or not file.is_file():
+    settings = settings_alone(name)
+    if settings is None:
         checkpoint = read_checkpoint(locate_model(name), options, check_values=False)
         if checkpoint.quantization is not None:
             raise UsageError(f"--plan: {name} is packed already; marlin info tells what it takes")
-        return _drafted(from_mapping(architecture_named(checkpoint.config, name).config, checkpoint.config, name))
-    document = read_json(file, CheckpointError)
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{file}: is no configuration of a model")
-    if document.get("model_type") in ("t5", "mt5"):
-        document = hugging_face.config_from(file.parent, document)
-    document = {key: value for key, value in document.items() if key not in ("quantization", "quantization_config", "marlin")}
-    return _drafted(from_mapping(architecture_named(document, str(file)).config, document, str(file)))
+        settings = settings_for(checkpoint.config, name)
+    return _drafted(settings)
 
 
 def _drafted(config: Any) -> Network:

@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from marlin_cli.commands.options import about
 from marlin_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def speculation_given(speculate: str, prediction_file: str | None, draft: str | 
     from marlin_cli.commands.prompts import bytes_of_file
     from marlin_cli.engine.speculation import speculation_of
 
-    return speculation_of(speculate, b"" if prediction_file is None else bytes_of_file(prediction_file))
+    with about("--prediction-file"):
+        prediction = b"" if prediction_file is None else bytes_of_file(prediction_file)
+    return speculation_of(speculate, prediction)
 
 
 def drafting_model(model: str, ranks: int, *, device: str) -> "ContinuingModel":
@@ -45,13 +48,17 @@ def drafting_model(model: str, ranks: int, *, device: str) -> "ContinuingModel":
     """
     from marlin_cli.api import capability_of
     from marlin_cli.continuing_model import ContinuingModel
+    from marlin_cli.engine.draft_model import drafts_of
     from marlin_cli.models import Capability
 
     if ranks > 1:
         raise UsageError(f"--draft is for one process, and {ranks} ranks run; leave it out")
-    if capability_of(model) is not Capability.CONTINUES:
-        raise UsageError(f"--draft {model}: it does not continue bytes; name a MegaByte")
-    return ContinuingModel.from_pretrained(model, device=device)
+    with about("--draft"):
+        if capability_of(model) is not Capability.CONTINUES:
+            raise UsageError(f"{model}: it does not continue bytes; name a MegaByte")
+        drafting = ContinuingModel.from_pretrained(model, device=device)
+        drafts_of(drafting.network)
+    return drafting
 
 
 def as_mapping(speculated: "Speculated", generated_bytes: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from marlin_cli.commands.pipes import PipeSource, stdin_descriptor
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.endless import Window
 from marlin_cli.errors import UsageError
+from marlin_cli.files import kind_of_file
 from marlin_cli.text import printable
 
 # A pipe that gives nothing for so long: what is there is scored without the rest of its portion.
@@ -61,10 +62,19 @@ def run(request: SurpriseRequest) -> None:
     if request.input == "-":
         opened = contextlib.nullcontext(PipeSource(stdin_descriptor(), PAUSE_SECONDS))
     else:
+        if _is_empty(Path(request.input)):
+            raise UsageError(f"--surprise {request.input}: is empty; there is nothing to score")
         opened = FileSource(Path(request.input))
         total = Path(request.input).stat().st_size or None
     with opened as source:
         _run(request, source, total, file)
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        return path.is_file() and kind_of_file(path) == "empty"
+    except OSError:  # which opening it says
+        return False
 
 
 def _run(request: SurpriseRequest, source: Source, total: int | None, file: CostFile | None) -> None:

@@ -292,6 +292,7 @@ BENCH: Mapping[str, Uses] = {
     "--output": _of(without=("--kernels", "--plan")),
     "--report": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
     "--plot": _of(without=(*_NOT_MEASURED, *_ONE_TABLE)),
+    "--chart": _of(needs=("--plot",)),
     "--import": _of(*CONTINUING, ENCODES, needs=_ONE_TABLE),
     "--device": _of(without=("--compare",)),
     "--against": _of(*CONTINUING, without=(*_NOT_TIMED, *_ONE_TABLE)),

@@ -40,7 +40,7 @@ class Answer:
     stream: int  # which input
     rank: int  # 0 for the best
     ids: tuple[int, ...]  # prefix included, the end and what ended it left out
-    score: float  # log-probability of the ids after the prefix, the end included; of beams, over length ** penalty
+    score: float  # log-probability of the ids after the prefix, the end included, over their number (of beams to the penalty)
     stop_reason: str  # end: one of the model's own; stop: a stop sequence; length: max_length reached
     speculated: Speculated | None = field(default=None, compare=False)  # of an answer that was drafted ahead
 

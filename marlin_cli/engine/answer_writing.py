@@ -27,7 +27,7 @@ class OneAnswer:
         self._prefix = ids_of_bytes(limits.prefix)
         self._stop = [ids_of_bytes(each) for each in limits.stop]
         self._own: list[int] = []
-        self._score = 0.0
+        self._total = 0.0  # log-probability
 
     @property
     def forbidden(self) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class OneAnswer:
 
     def take(self, value: int, cost: float) -> tuple[bool, Answer | None]:
         """Append an id of this cost; whether it is part of the answer, and the answer if it has ended."""
-        self._score -= cost
+        self._total -= cost
         if not math.isfinite(cost):
             return False, self._answer(NOT_FINITE, 0)
         if value in self._ends:
@@ -60,7 +60,9 @@ class OneAnswer:
         return self._answer("length", 0)
 
     def _answer(self, reason: str, cut: int) -> Answer:
-        return Answer(self._stream, 0, (*self._prefix, *self._own[: len(self._own) - cut]), self._score, reason)
+        ids = (*self._prefix, *self._own[: len(self._own) - cut])
+        # As of beams, whose length penalty is 1 unless told otherwise.
+        return Answer(self._stream, 0, ids, self._total / max(1, len(self._own) + (reason == "end")), reason)
 
 
 class SearchedAnswers:

@@ -1,7 +1,9 @@
 """Networks by architecture, built from a checkpoint's configuration and weights."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -47,7 +49,9 @@ __all__ = [
     "linear_layers",
     "part_of",
     "preset",
+    "preset_names",
     "set_modules",
+    "settings_for",
     "shared_inputs",
     "with_weights",
 ]
@@ -85,7 +89,7 @@ def build(
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
     architecture = architecture_named(config, where)
-    settings = from_mapping(architecture.config, config, where)
+    settings = settings_for(config, where)
     # Each block begins with a norm. A network of blocks that the file has not is never drafted.
     absent = [path for path in settings.blocks if f"{path}.attention_norm.weight" not in weights]
     if absent:
@@ -143,11 +147,16 @@ def preset(name: str) -> Any:
     Raises:
         ConfigError: no such preset.
     """
-    known = {file.stem: file for file in sorted(shipped("configs/models").glob("*.json"))}
-    if name not in known:
-        raise ConfigError(f"{name}: no such preset{did_you_mean(name, known)}")
-    document = read_json(known[name])
-    return from_mapping(ARCHITECTURES[document["model_type"]].config, document, str(known[name]))
+    if name not in preset_names():
+        raise ConfigError(f"{name}: no such preset{did_you_mean(name, preset_names())}")
+    file = shipped("configs/models") / f"{name}.json"
+    document = read_json(file)
+    return from_mapping(ARCHITECTURES[document["model_type"]].config, document, str(file))
+
+
+def preset_names() -> list[str]:
+    """The names of the shipped configurations without weights."""
+    return sorted(file.stem for file in shipped("configs/models").glob("*.json"))
 
 
 def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
@@ -159,8 +168,30 @@ def architecture_named(config: Mapping[str, Any], where: str) -> Architecture:
     name = config.get("model_type", "megabyte")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         hint = did_you_mean(name if isinstance(name, str) else "", ARCHITECTURES)
-        raise ConfigError(f"{where}: model_type {quoted(name)} is not supported{hint}")
+        raise ConfigError(f"{_config_file(where)}: model_type {quoted(name)} is not supported{hint}")
     return ARCHITECTURES[name]
+
+
+def settings_for(config: Mapping[str, Any], where: str) -> Any:
+    """The settings of the network that a checkpoint's configuration describes; its config.json, if it has one, begins errors.
+
+    Args:
+        where: the model, as it was named: a folder, or a file of weights.
+
+    Raises:
+        ConfigError: an unknown architecture, an unknown key or an impossible value.
+    """
+    return from_mapping(architecture_named(config, where).config, config, _config_file(where))
+
+
+def _config_file(where: str) -> str:
+    """The config.json of a model that is a folder or a file in one, for messages; `where` if it has none."""
+    path = Path(os.path.expanduser(where))
+    try:
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        return str(file) if path.exists() and file.is_file() else where
+    except (OSError, ValueError):  # no name that a file can have
+        return where
 
 
 def architecture_of(network: Network) -> Architecture:

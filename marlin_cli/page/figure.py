@@ -13,10 +13,13 @@ from marlin_cli.writing import writing
 
 SUFFIXES = (".svg", ".png", ".pdf")
 
-# Inches of a chart, and of a bar.
-CHART_WIDTH, PLOT_HEIGHT, BAR_HEIGHT = 6.0, 3.4, 0.24
-COLUMNS = 2
+# Inches of a chart in so many columns, of a curve, and of a bar.
+CHART_WIDTHS = {1: 6.0, 2: 6.0, 3: 5.4, 4: 5.2}
+PLOT_HEIGHT, BAR_HEIGHT = 2.6, 0.24
 DOTS_PER_INCH = 144
+
+# Inches of a picture that is seen whole on a screen of 1080 lines.
+SCREEN_HEIGHT = 7.4
 
 NAMES_INSIDE = 4  # of curves, at most
 
@@ -36,7 +39,9 @@ def check_figure_path(path: Path) -> None:
 
 
 def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
-    """Draw the charts in two columns, row by row, and write the file, atomically; equal charts give equal files.
+    """Draw the charts in as few columns as a screen shows whole, and write the file, atomically; equal charts give equal files.
+
+    More than four columns would be too narrow: of more charts than stand in them the picture is higher.
 
     Raises:
         UsageError: see `check_figure_path`; or there is nothing to draw.
@@ -50,9 +55,10 @@ def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
 
     # Names are text, not formulas; and no random identifiers in the file.
     with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "marlin", "font.size": 9}):
-        columns = [list(charts[start::COLUMNS]) for start in range(min(COLUMNS, len(charts)))]
+        columns = _columns(charts)
         height = max(sum(_height(chart) for chart in column) for column in columns)
-        figure = Figure(figsize=(CHART_WIDTH * len(columns), height + 0.5), layout="constrained", dpi=DOTS_PER_INCH)
+        width = CHART_WIDTHS[len(columns)] * len(columns)
+        figure = Figure(figsize=(width, height + 0.5), layout="constrained", dpi=DOTS_PER_INCH)
         figure.suptitle(shortened(title, 90))
         for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
             heights = [_height(chart) for chart in column]
@@ -67,12 +73,29 @@ def write_figure(path: Path, charts: Sequence[Chart], title: str) -> None:
         # The solver of layouts differs in the last digits from call to call, and names in the file are made of them.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
+        for index, part in enumerate(figure.subfigs):
+            (_, bottom), (_, top) = part.bbox_relative.p0, part.bbox_relative.p1
+            part.bbox_relative.p0 = (index / len(columns), round(float(bottom), 3))
+            part.bbox_relative.p1 = ((index + 1) / len(columns), round(float(top), 3))
         for axis in figure.axes:
             left, bottom, width, height = (round(value, 4) for value in axis.get_position().bounds)
             axis.set_position((left, bottom, width, height))
         with writing(path) as temporary:
             dated = {"Date": None} if path.suffix == ".svg" else {"CreationDate": None} if path.suffix == ".pdf" else {}
             figure.savefig(temporary, metadata=dated)
+
+
+def _columns(charts: Sequence[Chart]) -> list[list[Chart]]:
+    """The charts in the fewest columns that a screen shows whole, the highest placed first; each column keeps their order."""
+    found: list[list[int]] = []
+    heights = [_height(chart) for chart in charts]
+    for count in CHART_WIDTHS:
+        found = [[] for _ in range(min(count, len(charts)))]
+        for index in sorted(range(len(charts)), key=lambda index: -heights[index]):
+            min(found, key=lambda column: sum(heights[each] for each in column)).append(index)
+        if max(sum(heights[each] for each in column) for column in found) + 0.5 <= SCREEN_HEIGHT:
+            break
+    return [[charts[index] for index in column] for column in sorted(map(sorted, found))]
 
 
 def _height(chart: Chart) -> float:
@@ -126,7 +149,7 @@ def _bars(axis: Any, chart: Bars) -> None:
     axis.spines["bottom"].set_visible(False)
     axis.set_yticks(list(rows), [shortened(label) for label in chart.labels])
     axis.invert_yaxis()
-    axis.margins(x=0.24)  # room for the numbers, short of what names the bars
+    axis.margins(x=0.32)  # room for the numbers, short of what names the bars
     axis.set_xlabel(chart.unit)
 
 

@@ -10,7 +10,7 @@ from marlin_cli.checkpoints.location import HUB_PREFIX
 from marlin_cli.documents import parse_yaml
 from marlin_cli.errors import ConfigError
 from marlin_cli.files import check_regular
-from marlin_cli.models import Capability, architecture_named
+from marlin_cli.models import Architecture, Capability, architecture_named
 from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.quantization.plan import KEEP
 from marlin_cli.quantization.reports import by_part
@@ -31,6 +31,20 @@ PIPELINES = {
     Capability.ANSWERS: "text2text-generation",
     Capability.ENCODES: "feature-extraction",
 }
+
+USE, COST = "## Use", "## What it costs"
+
+IN_MLX = (
+    "In plain MLX: the weights are `model.safetensors` (`mx.load`), packed as the table `quantization` of config.json",
+    "says, in mlx-lm's convention. `mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=.., bits=..,",
+    "mode=..)` multiplies by a layer. Layers in nvfp4 have one number more, `<layer>.global_scale`, which multiplies the",
+    "product.",
+)
+
+IN_COMPRESSED_TENSORS = (
+    "The weights are `model.safetensors` in the form of compressed-tensors (nvfp4-pack-quantized), which the table",
+    "`quantization_config` of config.json describes.",
+)
 
 
 def carried_files(original: Path) -> dict[str, bytes]:
@@ -53,28 +67,20 @@ def card_of(
     marlin: Mapping[str, Any],
     layers: Sequence[LayerReport],
     kept: Mapping[str, int],
-    cost: str | None = None,
 ) -> str:
-    """The card, in Markdown under a head of YAML as the hub reads it.
+    """The card of a packed model, in Markdown under a head of YAML as the hub reads it.
 
     Args:
         model: as it was named on the command line; `hf:owner/name` is told as the base.
         marlin: marlin's own table of config.json.
         kept: bytes of all but the layers' weights, by type.
-        cost: what was measured of it, in Markdown.
     """
     architecture = architecture_named(config, model)
     parts = by_part(layers)
     formats = sorted({part.format for part in parts if _is_packed(part.format)})
-    hub_name = model.removeprefix(HUB_PREFIX) if model.startswith(HUB_PREFIX) else None
-    head = {
-        "library_name": "mlx",
-        "pipeline_tag": PIPELINES[architecture.capability],
-        "tags": ["marlin", "mlx", "byte-level", architecture.name, "quantized", *formats],
-        **({} if hub_name is None else {"base_model": hub_name, "base_model_relation": "quantized"}),
-        **_kept_fields(original),
-    }
-    base = f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{one_line(Path(model).name)}`"
+    hub_name = _hub_name(model)
+    head = _head(architecture, ["quantized", *formats], hub_name, "quantized", _kept_fields(original))
+    base, title = _base(model)
     before = sum(part.bytes_before for part in parts) + sum(kept.values())
     after = sum(part.bytes_after for part in parts) + sum(kept.values())
     rows = ["| part | format | layers | bits a weight | bytes before | bytes after |", "|---|---|---:|---:|---:|---:|"]
@@ -84,23 +90,86 @@ def card_of(
     rows.append(f"| other | {', '.join(sorted(kept))} | | | {sum(kept.values()):,} | {sum(kept.values()):,} |")
     rows.append(f"| all | | | | {before:,} | {after:,} |")
     method = marlin.get("method", "unknown")
-    verb = {Capability.CONTINUES: "generate", Capability.ANSWERS: "generate", Capability.ENCODES: "encode"}
     lines = [
-        "---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---", "",
-        f"# {base.strip('`').partition(']')[0].lstrip('[')}, packed", "",
+        head, "", f"# {title}, packed", "",
         f"A {architecture.title} over bytes, packed by marlin {__version__} from {base}: method {method}.", "",
         *rows, "",
-        *(["## What it costs", "", cost, ""] if cost else []),
-        "## Use", "",
-        "    pip install marlin-cli[cpu]     # on a Mac: marlin-cli",
-        f"    marlin {verb[architecture.capability]} PATH -p 'To be, or not to be'", "",
-        "    from marlin_cli import load", "", "    model = load(\"PATH\")", "",
-        "In plain MLX: the weights are `model.safetensors` (`mx.load`), packed as the table `quantization` of config.json",
-        "says, in mlx-lm's convention. `mx.quantized_matmul(x, weight, scales, biases, transpose=True, group_size=.., bits=..,",
-        "mode=..)` multiplies by a layer. Layers in nvfp4 have one number more, `<layer>.global_scale`, which multiplies the",
-        "product.",
+        *_use(architecture),
+        *IN_MLX,
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def plain_card_of(
+    config: Mapping[str, Any],
+    marlin: Mapping[str, Any] | None,
+    weight_bytes: int,
+    model: str | None = None,
+    original: Path | None = None,
+) -> str:
+    """The card of a model that was written as it is.
+
+    Args:
+        marlin: marlin's own table of config.json; its method is told where the weights are packed.
+        weight_bytes: of all weights, as they are stored.
+        model: what it was made from by unpacking, as it was named on the command line, in the folder `original`.
+    """
+    architecture = architecture_named(config, "the model")
+    hub_name = None if model is None else _hub_name(model)
+    head = _head(architecture, [], hub_name, "finetune", {} if original is None else _kept_fields(original))
+    base, title = ("", architecture.title) if model is None else _base(model)
+    made = f"written by marlin {__version__}" + (f" from {base}, with 16-bit weights" if base else "")
+    method = (marlin or {}).get("method")
+    how = f": method {method}" if method else ""
+    lines = [
+        head, "", f"# {title}" + (", unpacked" if model is not None else ""), "",
+        f"A {architecture.title} over bytes, {weight_bytes:,} bytes of weights, {made}{how}.", "",
+        *_use(architecture),
+        *(IN_MLX if method else ()),
+    ]  # fmt: skip
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def with_cost(card: str, cost: str) -> str:
+    """A card that says what was measured of the model, in Markdown."""
+    return card.replace(f"{USE}\n", f"{COST}\n\n{cost}\n\n{USE}\n", 1)
+
+
+def of_compressed_tensors(card: str) -> str:
+    """The card of a packed model, for the same weights in the form of compressed-tensors."""
+    return card.replace("\n".join(IN_MLX), "\n".join(IN_COMPRESSED_TENSORS), 1)
+
+
+def _hub_name(model: str) -> str | None:
+    return model.removeprefix(HUB_PREFIX) if model.startswith(HUB_PREFIX) else None
+
+
+def _base(model: str) -> tuple[str, str]:
+    """The model that another was made from, as a text and as a title."""
+    hub_name = _hub_name(model)
+    title = hub_name or one_line(Path(model).name)
+    return (f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{title}`"), title
+
+
+def _head(architecture: Architecture, tags: Sequence[str], hub_name: str | None, relation: str, kept: Mapping[str, Any]) -> str:
+    fields = {
+        "library_name": "mlx",
+        "pipeline_tag": PIPELINES[architecture.capability],
+        "tags": ["marlin", "mlx", "byte-level", architecture.name, *tags],
+        **({} if hub_name is None else {"base_model": hub_name, "base_model_relation": relation}),
+        **kept,
+    }
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()}\n---"
+
+
+def _use(architecture: Architecture) -> list[str]:
+    verb = "encode" if architecture.capability is Capability.ENCODES else "generate"
+    return [
+        USE, "",
+        "    pip install marlin-cli[cpu]     # on a Mac: marlin-cli",
+        f"    marlin {verb} PATH -p 'To be, or not to be'", "",
+        "    from marlin_cli import load", "", "    model = load(\"PATH\")", "",
+    ]  # fmt: skip
 
 
 def _is_packed(name: str) -> bool:

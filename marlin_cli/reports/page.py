@@ -13,6 +13,7 @@ from typing import Any
 
 from marlin_cli.page import Bars, Block, Chart, Grid, Plot, Point, Section, Text
 from marlin_cli.page.axes import number
+from marlin_cli.page.fitting import each_once, fitting_time
 
 # Names of tables whose numbers add up end so.
 UNITS = ("_bytes", "_seconds", "_ms", "_share", "_by_part")
@@ -54,7 +55,7 @@ def sections_of(document: Mapping[str, Any]) -> list[Section]:
         sections.append(Section("Quality against size", [best]))
     sizes: list[Block] = []
     for topic in dict.fromkeys(key for model in models for key in model):
-        charts = list(charts_of(topic, [model.get(topic) for model in models], names))
+        charts = each_once(map(fitting_time, charts_of(topic, [model.get(topic) for model in models], names)))
         if topic.endswith(UNITS):
             sizes += charts
         elif charts:
@@ -81,7 +82,7 @@ def labels_of(models: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def quality_against_size(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Plot | None:
-    """Bits per byte over bits per weight, a point a model; None where neither was measured."""
+    """Bits per byte over bits per weight, a point a model; None where fewer than two were measured."""
     points = {}
     for model, name in zip(models, names, strict=True):
         weights, stored = model.get("weights"), model.get("stored_weight_bytes")
@@ -95,7 +96,7 @@ def quality_against_size(models: Sequence[Mapping[str, Any]], names: Sequence[st
                 spread = (beside.reach[1] - beside.reach[0]) / 2
                 quality = Measured(quality.value, quality.value - spread, quality.value + spread)
             points[name] = [Point(bits, quality.value, quality.low, quality.high, name)]
-    if not points:
+    if len(points) < 2:  # a place among none
         return None
     return Plot("Quality against size", "bits per weight, all weights", "bits per byte", points, joined=False)
 
@@ -123,6 +124,11 @@ def charts_of(name: str, values: Sequence[Any], models: Sequence[str]) -> Iterat
         yield from _curves(name, [value or [] for value in values], models)
 
 
+def _series(models: Sequence[str]) -> Sequence[str]:
+    """The names of series that stand for models; of one alone the page's title has it."""
+    return models if len(models) > 1 else [""] * len(models)
+
+
 def _bars(title: str, unit: str, labels: Sequence[str], series: Mapping[str, Sequence[Measured | None]]) -> Bars:
     values = {name: [None if each is None else each.value for each in found] for name, found in series.items()}
     ranges = {name: [None if each is None else each.reach for each in found] for name, found in series.items()}
@@ -134,7 +140,7 @@ def _of_table(name: str, tables: Sequence[Mapping[str, Any]], models: Sequence[s
     inside = [value for table in tables for value in table.values() if value is not None]
     if inside and all(map(_is_number, inside)):
         if any(key.startswith("percentile") for key in keys):  # no parts of a whole
-            waits = {model: [table.get(key) for key in keys] for model, table in zip(models, tables, strict=True)}
+            waits = {model: [table.get(key) for key in keys] for model, table in zip(_series(models), tables, strict=True)}
             yield Bars(words(name), unit_of(name), [words(key) for key in keys], waits)
         elif name.endswith(UNITS):
             parts = {key: [table.get(key) for table in tables] for key in keys}
@@ -143,7 +149,7 @@ def _of_table(name: str, tables: Sequence[Mapping[str, Any]], models: Sequence[s
         for leaf in _measurements_in(inside[0]):
             rows = {
                 model: [measured(_at(table.get(key), leaf)) for key in keys]
-                for model, table in zip(models, tables, strict=True)
+                for model, table in zip(_series(models), tables, strict=True)
             }
             yield _bars(f"{words(leaf[-1])} by {words(name).lower()}", unit_of(leaf[-1]), keys, rows)
     else:
@@ -163,11 +169,12 @@ def _curves(name: str, lists: Sequence[Sequence[Mapping[str, Any]]], models: Seq
     others = [key for key in differing if key in AXES and key != axis]
     for leaf in _measurements_in(first[0]):
         series: dict[str, list[Point]] = {}
-        for model, entries in zip(models, lists, strict=True):
+        for model, entries in zip(_series(models), lists, strict=True):
             for entry in entries:
                 found = measured(_at(entry, leaf))
                 if found is not None and _is_number(entry.get(axis)):
-                    label = ", ".join([model, *(f"{words(key).lower()} {entry[key]}" for key in others if key in entry)])
+                    told = [f"{words(key).lower()} {entry[key]}" for key in others if key in entry]
+                    label = ", ".join([*([model] if model else []), *told])
                     series.setdefault(label, []).append(Point(float(entry[axis]), found.value, found.low, found.high))
         span = [point.x for points in series.values() for point in points]
         log = bool(span) and min(span) > 0 and max(span) >= 8 * min(span)

@@ -49,13 +49,14 @@ def read_completion(document: Any, served: Served) -> CompletionRequest:
     """
     fields = Fields(document)
     _check_model(fields, served)
-    prompts = _prompts(fields.take("prompt"))
+    given = fields.take("prompt")
     logprobs = fields.whole("logprobs", -1, 0, MOST_LOGPROBS)
     stream, include_usage = _streaming(fields)
     echo, return_token_ids = fields.flag("echo"), fields.flag("return_token_ids")
     ask = replace(read_ask(fields, served, b""), logprobs=logprobs if logprobs >= 0 else None)
     count, beams = _choices(fields, served, ask, stream)
     fields.finish()
+    prompts = _prompts(given)
     if echo and served.answers:
         raise bad("echo: this model answers a prompt and does not continue it; leave it out", "echo")
     if echo and logprobs >= 0:
@@ -108,13 +109,13 @@ def _check_model(fields: Fields, served: Served) -> None:
 
 
 def _prompts(value: Any) -> list[bytes]:
-    """One prompt, or a list of them: a string, a list of bytes as ints, or {"base64": ..} each. None is the empty one."""
+    """One prompt, or a list of them: a string, a list of bytes as ints, or {"base64": ..} each."""
     if value is None:
-        return [b""]
+        raise bad('prompt: is missing; give a string, a list of bytes as ints, {"base64": ..} or a list of these', "prompt")
     if not isinstance(value, list) or (value and not isinstance(value[0], (str, list, dict))):
         return [bytes_of(value, "prompt")]
     if not value:
-        raise bad("prompt: an empty list; give at least one prompt, or leave it out", "prompt")
+        raise bad("prompt: an empty list; give at least one prompt", "prompt")
     if len(value) > MOST_CHOICES:
         raise bad(f"prompt: {len(value):,} prompts, more than {MOST_CHOICES} in a request", "prompt")
     return [bytes_of(each, f"prompt[{number}]") for number, each in enumerate(value)]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import CheckpointError, StatisticsError
-from marlin_cli.files import check_regular
+from marlin_cli.files import check_regular, kind_of_file
 from marlin_cli.tensor_files import safetensors_header
 from marlin_cli.text import quoted
 
@@ -80,6 +80,9 @@ def open_arrays(path: Path) -> StoredArrays:
     """
     check_regular(path, StatisticsError)
     try:
+        kind = kind_of_file(path)
+        if kind not in (None, "safetensors"):
+            raise StatisticsError(f"{path}: is {kind}, not statistics; those come from marlin calibrate -o FILE")
         with path.open("rb") as file:
             version = _version_of(file)
             length = int.from_bytes(file.read(8), "little")

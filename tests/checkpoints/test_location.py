@@ -73,3 +73,8 @@ def test_what_the_hub_says_ends_where_a_sentence_ends(case, monkeypatch):
     with pytest.raises(CheckpointError, match=says) as caught:
         location.locate_model("hf:owner/name")
     assert len(str(caught.value)) < 300
+
+
+def test_a_configuration_without_weights_is_called_so():
+    with pytest.raises(CheckpointError, match="evabyte: is a configuration without weights, which marlin info"):
+        location.locate_model("evabyte")

@@ -97,6 +97,27 @@ def test_a_model_that_answers_has_a_card_too(tmp_path):
     assert parts_of((tmp_path / "packed" / "README.md").read_text())[0]["pipeline_tag"] == "text2text-generation"
 
 
+def test_every_writer_of_a_folder_gives_it_a_card(model, tmp_path):
+    head, body = parts_of((model / "README.md").read_text())  # of save
+    assert head["tags"] == ["marlin", "mlx", "byte-level", "megabyte"] and "A MegaByte over bytes" in body
+    assert "packed as the table" not in body
+    (model / "NOTICE").write_text("of its makers")
+    quantize(model, "-o", tmp_path / "packed", "--bits", "4")
+    quantize(tmp_path / "packed", "-o", tmp_path / "plain", "--dequantize")
+    head, body = parts_of((tmp_path / "plain" / "README.md").read_text())
+    assert "from `packed`, with 16-bit weights." in body and body.startswith("\n# packed, unpacked\n")
+    assert (tmp_path / "plain" / "NOTICE").read_text() == "of its makers"
+
+
+def test_an_exported_folder_says_its_own_form(tmp_path):
+    AnsweringModel(random_weights(ANSWERING["byt5"]), choose_device("cpu")).save(tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("as you like")
+    quantize(tmp_path / "model", "-o", tmp_path / "packed", "--export", "compressed-tensors", "--bits", "4", "--wo-bits", "4")
+    head, body = parts_of((tmp_path / "packed" / "README.md").read_text())
+    assert "nvfp4" in head["tags"] and "in the form of compressed-tensors" in body and "mlx-lm's convention" not in body
+    assert (tmp_path / "packed" / "LICENSE").is_file()
+
+
 class FakeHub(http.server.BaseHTTPRequestHandler):
     """As much of the hub as an upload of small files asks for."""
 

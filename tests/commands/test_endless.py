@@ -58,6 +58,13 @@ def test_surprise_tells_the_costliest_lines(model, text, tmp_path):
     assert [json.loads(line)["line"] for line in lines.splitlines()] == list(range(1, 31))
 
 
+def test_an_empty_file_is_told_in_a_line(model, tmp_path):
+    (tmp_path / "log").touch()
+    result = CliRunner().invoke(app, ["bench", str(model), "--surprise", str(tmp_path / "log")])
+    assert isinstance(result.exception, UsageError) and not result.stdout
+    assert str(result.exception) == f"--surprise {tmp_path / 'log'}: is empty; there is nothing to score"
+
+
 def test_quality_of_streams_knows_the_cache(model, text):
     asked = ("bench", model, "--no-throughput", "--quality", text, "--window", 64, "--format", "json")
     plain, packed, sparse = (

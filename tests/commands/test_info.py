@@ -2,12 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
+from marlin_cli import ByT5Config
+from marlin_cli.cli import app
 from marlin_cli.files import shipped
+from marlin_cli.models import config_as_mapping
 
 MARLIN = [sys.executable, "-m", "marlin_cli"]
 DEMO = "megabyte-demo"
@@ -18,6 +25,10 @@ def run(*arguments, code=0, **variables):
     result = subprocess.run([*MARLIN, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == code, result.stderr
     return result
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["info", *map(str, arguments)])
 
 
 def test_the_installation():
@@ -72,6 +83,57 @@ def test_statistics_name_the_model_they_are_of(tmp_path):
     assert found["summary"]["model"] == model["fingerprint"]
     table = run("info", stats).stdout
     assert "statistics of marlin calibrate" in table and model["fingerprint"][:12] in table
+
+
+@pytest.mark.parametrize("form", ["preset", "file", "folder"])
+def test_a_configuration_without_weights(form, tmp_path):
+    preset = shipped("configs/models") / "evabyte.json"
+    if form == "folder":
+        (tmp_path / "config.json").write_bytes(preset.read_bytes())
+    name = {"preset": "evabyte", "file": preset, "folder": tmp_path}[form]
+    result = invoke(name)
+    assert f"{name}\nis  EvaByte, a configuration without weights" in re.sub(" {2,}", "  ", result.stdout)
+    assert result.stdout.splitlines()[-1].split() == ["all", "6,488,330,240", "12,976,660,480"]
+    document = json.loads(invoke(name, "--json").stdout)["described"][0]
+    assert (document["kind"], document["architecture"]) == ("configuration", "EvaByte")
+
+
+def test_configurations_of_other_layouts(tmp_path):
+    canine = {"model_type": "canine", "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(canine))
+    assert "CANINE, a configuration without weights" in invoke(tmp_path).stdout
+
+
+@pytest.mark.parametrize(("labels", "expected"), [((), ["encode"]), (("O", "PER"), ["label", "encode"])])
+def test_an_encoder_alone_answers_nothing(labels, expected, tmp_path):
+    config = ByT5Config(d_model=32, ffn_dim=64, heads=1, head_dim=32, encoder_layers=1, decoder_layers=0, labels=labels)
+    (tmp_path / "config.json").write_text(json.dumps(config_as_mapping(config)))
+    found = json.loads(invoke(tmp_path, "--json").stdout)["described"][0]
+    assert found["commands"] == ["calibrate", "quantize", *expected, "bench"]
+
+
+def test_the_state_of_a_prompt(tmp_path):
+    facts = {"format": "marlin state", "prompt_ids": "24", "model": "ab" * 32, "sha256": "0"}
+    save_file({"ids": np.zeros(24, np.int32)}, tmp_path / "state", facts)
+    lines = [line.split() for line in invoke(tmp_path / "state").stdout.splitlines()]
+    assert ["prompt", "ids", "24"] in lines and ["model", "abababababab"] in lines
+    document = json.loads(invoke(tmp_path / "state", "--json").stdout)["described"][0]
+    assert document["kind"] == "state" and "sha256" not in document["facts"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "is empty"), (b'{"a": 1}', "is JSON"), (b"some words", "is text"), (b"\x1f\x8b\x08\0", "is compressed by gzip")],
+)
+@pytest.mark.parametrize("name", ["file", "file.safetensors"])
+def test_a_file_of_another_kind_is_named_for_what_it_is(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert f"{tmp_path / name}: {said}; marlin info takes" in str(invoke(tmp_path / name).exception)
+
+
+def test_json_that_is_no_configuration(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert "a.json: is JSON without a model_type" in str(invoke(tmp_path / "a.json").exception)
 
 
 def test_tables_are_of_what_was_named():

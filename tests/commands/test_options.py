@@ -111,6 +111,7 @@ VALUES = {
     "--push": "owner/name",
     "--format": "json",
     "--plot": "plot.svg",
+    "--chart": "speed",
     "--against": "MODEL",
     "--save": "saved",
     "--compare": "saved saved",

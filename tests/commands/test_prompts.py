@@ -9,7 +9,9 @@ import threading
 import types
 
 import pytest
+from typer.testing import CliRunner
 
+from marlin_cli.cli import app
 from marlin_cli.commands import prompts
 from marlin_cli.commands.prompts import Prompt, one_prompt, read_prompts
 from marlin_cli.errors import UsageError
@@ -98,3 +100,10 @@ def test_a_name_that_json_cannot_say_is_refused(name, tmp_path):
     file.write_text(f'{{"prompt": "x", "id": {name}}}')
     with pytest.raises(UsageError, match=r"prompts\.jsonl: line 1: id holds a number that is not finite"):
         read_prompts(str(file))
+
+
+@pytest.mark.parametrize("command", ["generate", "encode", "label"])
+def test_a_text_in_the_place_of_the_model_is_told_where_it_belongs(command):
+    found = CliRunner().invoke(app, [command, "to be or not"]).exception
+    assert str(found).startswith("to be or not: no such file") and str(found).endswith("; a text is given with -p")
+    assert "-p" not in str(CliRunner().invoke(app, [command, "nowhere"]).exception)

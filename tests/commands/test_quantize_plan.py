@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from marlin_cli.api import ContinuingModel
 from marlin_cli.cli import app
-from marlin_cli.errors import CheckpointError, UsageError
+from marlin_cli.errors import CheckpointError, ConfigError, UsageError
 from marlin_cli.ops.device import choose_device
 from tests.small_networks import CONTINUING, random_weights
 
@@ -85,4 +85,4 @@ def test_what_cannot_be_planned_is_said(arguments, error, said):
 def test_what_is_no_configuration_is_said(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     result = invoke(tmp_path, "--plan")
-    assert isinstance(result.exception, CheckpointError) and "is no configuration" in str(result.exception)
+    assert isinstance(result.exception, ConfigError) and "config.json: expected an object" in str(result.exception)

@@ -52,7 +52,9 @@ def test_bench_tells_what_drafts_bring():
         (("generate", "-p", "x", "--speculate", "off", "--draft", "m"), "--draft has no use with --speculate off"),
         (("generate", "-p", "x", "--speculate", "off", "--prediction-file", "x"), "--prediction-file has no use with"),
         (("generate", "-p", "x", "--speculate", "auto", "--window", "1k"), "--speculate has no meaning beside --window"),
-        (("generate", "-p", "x", "--speculate", "2", "--draft", "byt5-demo"), "does not continue bytes"),
+        (("generate", "-p", "x", "--speculate", "2", "--draft", "byt5-demo"), "--draft byt5-demo: it does not continue bytes"),
+        (("generate", "-p", "x", "--speculate", "2", "--draft", "none"), "--draft none: no such file, folder or shipped model"),
+        (("generate", "-p", "x", "--speculate", "2", "--prediction-file", "none"), "--prediction-file none: cannot read"),
         (("bench", "--speculate", "auto", "--plan"), "--speculate has no meaning beside --plan"),
     ],
 )

@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+import struct
 
 import pytest
 
 from marlin_cli.errors import UsageError
 from marlin_cli.page import Bars, Plot, Point, render
 from marlin_cli.page.figure import write_figure
+from marlin_cli.page.fitting import chosen
 from marlin_cli.reports.page import charts_in, charts_of, sections_of
 
 
@@ -81,11 +83,54 @@ def test_spreads_are_bars_with_ranges_and_sums_are_stacked():
     assert isinstance(speed, Bars) and speed.labels == ["plain", "packed"] and speed.unit == "bytes/s"
     assert (speed.series[""], speed.ranges[""]) == ([100, 300], [(90, 120), (270, 360)])
     for title, series in (
-        ("Decode seconds by part", {"global": [3, 3], "local": [1, 1]}),
-        ("Predicted seconds by part", {"global": [2, 2], "local": [1.5, 1.5]}),
+        ("Decode time by part", {"global": [3, 3], "local": [1, 1]}),
+        ("Predicted time by part", {"global": [2, 2], "local": [1.5, 1.5]}),
     ):
         parts = titled(DOCUMENT, title)
         assert parts.stacked and parts.series == series and parts.unit == "s"
+
+
+def test_times_are_in_the_unit_that_fits():
+    document = copy.deepcopy(DOCUMENT)
+    document["models"].pop()
+    throughput = document["models"][0]["throughput"]
+    throughput["time_to_first_byte_seconds"] = spread(0.02)
+    throughput["decode_seconds_by_part"] = {"global": 6e-4, "local": 3e-4}
+    throughput["byte_latency_seconds"] = {"percentile_50": 0.5, "maximum": 1.5}
+    first = titled(document, "Time to first byte")
+    assert (first.unit, first.series[""], first.ranges[""]) == ("ms", [20.0], [pytest.approx((18.0, 24.0))])
+    parts = titled(document, "Decode time by part")
+    assert (parts.unit, parts.series) == ("us", {"global": [pytest.approx(600)], "local": [pytest.approx(300)]})
+    waits = titled(document, "Byte latency")
+    assert (waits.unit, waits.series) == ("s", {"": [0.5, 1.5]})  # of one model, which needs no name
+
+
+def test_a_single_domain_is_drawn_once_and_a_single_model_beside_none():
+    document = copy.deepcopy(DOCUMENT)
+    document["models"].pop()
+    quality = document["models"][0]["quality"]
+    quality["domains"] = {"code": quality["all_domains"]}
+    titles = [chart.title for chart in charts_in(sections_of(document))]
+    assert titles.count("Bits per byte") == 1 and "Quality against size" not in titles
+
+
+def test_charts_are_chosen_by_their_titles():
+    charts = charts_in(sections_of(DOCUMENT))
+    assert [chart.title for chart in chosen(charts, ["BY PART", "against size"])] == [
+        "Quality against size",
+        "Decode time by part",
+        "Predicted time by part",
+    ]
+    assert chosen(charts, []) == charts and chosen(charts, ["nothing"]) == []
+
+
+def test_a_picture_stands_on_a_screen(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    charts = charts_in(sections_of(DOCUMENT))
+    for count in (1, 5, len(charts)):
+        write_figure(tmp_path / "a.png", charts[:count], "t")
+        width, height = struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24])
+        assert height <= 1080 and width >= 600
 
 
 def test_lists_are_curves_over_the_number_that_differs():

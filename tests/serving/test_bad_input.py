@@ -61,6 +61,8 @@ BODIES = {
     "fractions": b'{"prompt": [1.5]}',
     "mixed": b'{"prompt": ["a", 97]}',
     "no prompts": b'{"prompt": []}',
+    "no prompt": b"{}",
+    "a prompt of nothing": b'{"prompt": null}',
     "many prompts": json.dumps({"prompt": ["a"] * 1000}).encode(),
     "no base64": b'{"prompt": {"base64": "?"}}',
     "base64 of no ASCII": '{"prompt": {"base64": "é"}}'.encode(),
