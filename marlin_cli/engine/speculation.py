@@ -43,8 +43,8 @@ AUTO = Speculation(MOST_UNITS, adapts=True)
 # Why drafts are not verified where a row is not the same bits beside others.
 ROWS_DEPEND = "a row of a product depends on the rows beside it here; set MARLIN_ROWS=exact"
 
-# Nor where rows of the cache are let go of, or left out.
-NOT_IN_WINDOWS = "--window and --sparse leave out rows that a draft may need"
+# Nor where a row chooses what it reads by bounds of a page, which would know of drafted rows behind it.
+NOT_BY_BOUNDS = "--sparse reads pages by bounds of their keys, and drafted keys would move these"
 
 
 def speculation_of(asked: str | int, prediction: bytes = b"") -> Speculation:

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 from packed_layers import packed
+from small_networks import CONFIGS
 from stream_cases import at_random, mixed, run
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.draft_model import drafts_of
 from marlin_cli.engine.drafts import Draft, TextDrafts
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of, streams_of
@@ -62,7 +64,8 @@ def drafted(network, requests, outcomes, wrong_every, most=4, bits=None, limits=
         replace(request, speculation=Speculation(most, prediction=found.data + bytes(40)))
         for request, found in zip(requests, outcomes, strict=True)
     ]
-    scheduler = StreamScheduler(network, streams_of(network, bits or CacheBits()), limits, draft_source=sources(wrong_every))
+    bits = bits or CacheBits()
+    scheduler = StreamScheduler(network, streams_of(network, bits), limits, bits.window, sources(wrong_every))
     told = {}
     advance = scheduler.advance
 
@@ -119,6 +122,21 @@ def test_drafts_out_of_the_text_itself_change_nothing(random_network, small_size
     ]  # fmt: skip
     plain = [replace(request, speculation=Speculation()) for request in requests]
     assert_same(run(scheduler_of(network, LIMITS), requests), run(scheduler_of(network, LIMITS), plain))
+
+
+@pytest.mark.parametrize("name, window", [
+    ("prefix", Window(80)), ("prefix", Window(96, 3)), ("prefix", Window()), ("grouped attention", Window(80)),
+    ("megabyte_pytorch", Window()), ("megabyte_pytorch, 3 stages", Window(80)), ("prefix learned, token shift", Window()),
+], ids=str)  # fmt: skip
+def test_nor_beyond_the_context(random_network, name, window, exact_rows, monkeypatch):
+    """Rows that a draft had wrong are taken out of a ring, which has let go of none that a row to come sees."""
+    monkeypatch.setattr("marlin_cli.engine.fused.ROWS_PER_PAGE", 64)  # tiles of attention are as long
+    network, bits = random_network(CONFIGS[name]), CacheBits(window=window)
+    requests = [Request(bytes([n]) * n, Stopping(620), Sampling(0.02 * n, seed=n)) for n in (0, 7, 50)]
+    expected = run(scheduler_of(network, LIMITS, bits), requests, at_random(3))
+    found, told = drafted(network, requests, expected, 9, bits=bits)
+    assert_same(found, expected)
+    assert sum(each.accepted_bytes for each in told) > 200
 
 
 def test_a_stream_may_leave_while_others_are_drafted(random_network, small_sizes, exact_rows):
