@@ -16,7 +16,7 @@ from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of, streams_of
 from marlin_cli.engine.scheduling import Request, SchedulerLimits
-from marlin_cli.engine.speculation import AUTO, Drafting, Prices, Speculation, speculation_of, worth
+from marlin_cli.engine.speculation import AUTO, Drafting, Prices, Speculation, speculation_of, worth, worth_of
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.stream_scheduler import StreamScheduler
@@ -268,12 +268,37 @@ def test_a_prediction_needs_no_match():
 def test_drafts_resume_behind_a_character_that_was_another():
     drafts = TextDrafts("začátek textu".encode(), resumes=True)
     assert drafts.draft(6).data == "začá".encode()
-    drafts.push("zá".encode()[:2])
-    assert drafts.draft(6) is None  # half a character
-    drafts.push("zá".encode()[2:])
-    assert drafts.draft(4) == Draft("čá".encode(), 0)
+    drafts.push("zá".encode())
+    assert drafts.draft(4).data == "čá".encode()
     drafts.push(b"c")
-    assert drafts.draft(4) == Draft("áte".encode(), 0)
+    assert drafts.draft(4).data == "áte".encode()
+
+
+def test_drafts_end_a_character_as_it_ended_before():
+    drafts = TextDrafts(b"aurea a b", resumes=True)
+    assert drafts.draft(3).data == b"aur"
+    drafts.push("á".encode()[:1])
+    assert drafts.draft(6) is None  # nothing is known of what begins so
+    drafts.push("á".encode()[1:])
+    assert drafts.draft(3).data == b"ure"
+    drafts.push("ureá".encode()[:4])
+    assert drafts.draft(4).data == "á".encode()[1:] + b" a "
+    drafts.push("á ".encode()[1:])
+    assert drafts.draft(2).data == b"a "
+    drafts.push("à".encode()[:1])
+    assert drafts.draft(4).data == "á".encode()[1:] + b" b"
+    drafts.push("à".encode()[1:])  # it ended otherwise
+    assert drafts.draft(2).data == b" b"
+
+
+def test_drafts_know_which_bytes_stay_what_they_are():
+    drafts = TextDrafts(b"ab" * 20, resumes=True)
+    for _ in range(8):
+        drafts.draft(4)
+        drafts.push(b"xb")
+    changed, kept = drafts.draft(2).chances
+    assert changed < 0.5 < 0.9 < kept
+    assert worth_of([kept, changed, kept], 0.3) == 1 and worth_of([kept] * 5, 0.3) == 5
 
 
 def test_what_cannot_be_asked_for():

@@ -108,7 +108,9 @@ def test_streams_without_an_end_are_drafted_too(model, window, exact_rows):
     found = {}
     for name, speculation in (("off", None), ("on", AUTO)):
         own = viewed(model, window)
-        with running(lambda own=own, how=speculation: served_model(own, "x", "tiny", SchedulerLimits(2), None, how)) as server:
+        with running(
+            lambda own=own, how=speculation: served_model(own, "megabyte-demo", "tiny", SchedulerLimits(2), None, how)
+        ) as server:
             status, document = server.ask("/v1/completions", asked)
             assert (status, document["usage"]["completion_tokens"]) == (200, 800)
             found[name] = document["choices"][0]["token_ids"]
