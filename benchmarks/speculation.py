@@ -209,7 +209,7 @@ def peer_gain(tasks: Sequence[Task], rounds: int, clock: Callable[[], float]) ->
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("MARLIN_THREADS", len(os.sched_getaffinity(0)))))
     config = LlamaConfig(
-        vocab_size=256, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+        vocab_size=256, hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
         max_position_embeddings=16384, bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from marlin_cli.commands.options import IMPORT_HELP
+from marlin_cli.commands.options import IMPORT_HELP, SINKS_HELP, WINDOW_HELP
 from marlin_cli.commands.speculation_options import SPECULATE_HELP
 
 
@@ -37,6 +37,8 @@ def serve(
         typer.Option(help="exact: a stream's bytes never depend on its neighbours. fast: as quick as the CPU can."),
     ] = "exact",
     speculate: Annotated[str, typer.Option(metavar="auto|off|N", help=SPECULATE_HELP)] = "off",
+    window: Annotated[str | None, typer.Option(metavar="BYTES|restart", help=WINDOW_HELP)] = None,
+    sinks: Annotated[int | None, typer.Option(help=SINKS_HELP)] = None,
     kv_bits: Annotated[int | None, typer.Option(help="Bits of the cache (of a MegaByte, the global one): 4, 8 or 16.")] = None,
     k_bits: Annotated[int | None, typer.Option(help="Bits of its keys alone.")] = None,
     v_bits: Annotated[int | None, typer.Option(help="Bits of its values alone.")] = None,
@@ -69,7 +71,7 @@ def serve(
 
     require_mlx()
     from marlin_cli.commands.given import check_models
-    from marlin_cli.commands.options import parse_cache_bits, parse_import_options, parse_size
+    from marlin_cli.commands.options import parse_cache_bits, parse_import_options, parse_size, parse_window
     from marlin_cli.engine.scheduling import SchedulerLimits
     from marlin_cli.engine.speculation import speculation_of
     from marlin_cli.serving.loading import KeptPrompts
@@ -86,7 +88,7 @@ def serve(
     imports = parse_import_options(import_options)
     bits = parse_cache_bits(kv_bits, k_bits, v_bits)
     check_models(command_line, [model])
-    speculation = speculation_of(speculate)
+    speculation, view = speculation_of(speculate), parse_window(window, sinks)
     run(
         model,
         name,
@@ -94,6 +96,7 @@ def serve(
         kept,
         split,
         speculation,
+        view,
         device=device,
         kv_bits=bits,
         activation_bits=activation_bits,

@@ -8,6 +8,7 @@ from marlin_cli.errors import BackendError, UsageError
 from marlin_cli.text import quoted
 
 if TYPE_CHECKING:
+    from marlin_cli.engine.endless import Window
     from marlin_cli.engine.speculation import Speculation
     from marlin_cli.serving.loading import KeptPrompts
     from marlin_cli.serving.server import ServerSettings
@@ -68,18 +69,22 @@ def run(
     kept: "KeptPrompts",
     split: str | None = None,
     speculation: "Speculation | None" = None,
+    window: "Window | None" = None,
     **options: Any,
 ) -> None:
     """Load the model in the thread that will own it, and serve it; see `serving.server.serve`.
 
     Prompts are kept by a process that is alone. Of several ranks, rank 0 serves, and streams run on all, or with `split`
     all share the model.
+
+    Args:
+        window: how streams go on beyond the model's context; nothing is kept of their prompts then.
     """
     from marlin_cli.api import load, ranks_to_split
     from marlin_cli.commands.leading import check_alike
     from marlin_cli.engine.routing import dismiss, follow, over_ranks
     from marlin_cli.ranks import joined
-    from marlin_cli.serving.loading import served_model
+    from marlin_cli.serving.loading import served_model, viewed
     from marlin_cli.serving.server import serve
 
     stores = []
@@ -88,17 +93,17 @@ def run(
             raise UsageError(
                 f"--state-memory and --state-folder are of one process, and {ranks.size} ranks run; leave them out"
             )
-        check_alike(ranks, model, split=split, limits=settings.limits, **options)
+        check_alike(ranks, model, split=split, limits=settings.limits, window=window, **options)
         shared = ranks_to_split(split, model, ranks)
         if ranks.rank > 0:
             with ranks.deaf():
-                own = load(model, split=shared, **options)
+                own = viewed(load(model, split=shared, **options), window)
                 _, schedulers = served_model(own, model, name, settings.limits)
                 return follow(schedulers(), ranks, own.network)
 
         def loaded() -> tuple[Any, Callable[[], Any]]:
-            own = load(model, split=shared, **options)
-            store = None if ranks.size > 1 else kept.store_for(own)
+            own = viewed(load(model, split=shared, **options), window)
+            store = None if ranks.size > 1 or window is not None else kept.store_for(own)
             if store is not None:
                 stores.append(store)
             served, schedulers = served_model(own, model, name, settings.limits, store, speculation)

@@ -116,7 +116,7 @@ GENERATE: Mapping[str, Uses] = {
     "--save-state": _of(*CONTINUING, without=("--prompts",)),
     "--load-state": _of(*CONTINUING, without=("--prompts",)),
     "--chat": _of(BYTEWISE),  # a model of another form says so itself
-    "--speculate": _of(CONTINUES, *ENCODER_FIRST, without=("--beams", "--window", "--sparse", "--follow")),
+    "--speculate": _of(CONTINUES, *ENCODER_FIRST, without=("--beams", "--sparse", "--follow")),
     "--draft": _of(CONTINUES, needs=("--speculate",), without=("--prediction-file",)),
     "--prediction-file": _of(CONTINUES, *ENCODER_FIRST, needs=("--speculate",), without=("--prompts",)),
     "--batch-size": _of(),  # at most so many: one prompt keeps to it
@@ -340,6 +340,8 @@ SERVE: Mapping[str, Uses] = {
     "--api-key-file": _of(without=("--api-key",)),
     **dict.fromkeys(("--max-streams", "--max-waiting", "--cache-memory", "--drain-seconds", "--rows", "--kv-bits"), _of()),
     "--speculate": _of(CONTINUES, ANSWERS),
+    "--window": _of(*CONTINUING, without=("--state-memory", "--state-folder")),
+    "--sinks": _of(CONTINUES, needs=("--window",)),
     "--state-memory": _of(*CONTINUING),
     "--state-folder": _of(*CONTINUING),
     "--k-bits": _of(*CONTINUING),

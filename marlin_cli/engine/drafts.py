@@ -1,5 +1,6 @@
 """Where drafts of what follows a text come from: places in it, or in a prediction, that read alike. Nothing is verified."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,8 @@ LEAST_MATCH = 16
 LEAST_NEAR_MATCH, NEAR_BYTES = 4, 256
 # Bytes that speak for the beginning of a prediction, which somebody has given for what follows.
 TRUSTED = 32
+# How often a byte is thought to stay what it is where characters may be others, and of how many, before any was seen.
+KEPT_AT_FIRST = 3.7, 4.0
 # Places that are compared for the longest match, newest first; and how many bytes more than `LEAST_MATCH`.
 MOST_PLACES, MOST_COMPARED = 16, 48
 
@@ -18,10 +21,12 @@ class Draft(NamedTuple):
 
     Attributes:
         match: how many bytes speak for it.
+        chances: that each byte of it is right if those before it are, where more is known than that.
     """
 
     data: bytes
     match: int
+    chances: Sequence[float] = ()
 
 
 class DraftSource(Protocol):
@@ -64,31 +69,48 @@ class TextDrafts:
         self._place: int | None = 0 if prediction else None  # where the text is thought to go on
         self._right = TRUSTED if prediction else 0  # bytes before that place that the text has too
         self._since = 0  # bytes of the text since a draft was wrong
+        # Of a character that has begun in place of one at `_began`: what is thought to end it, and how many bytes of it came.
+        self._ending, self._began, self._came = b"", 0, 0
+        self._kept = [list(KEPT_AT_FIRST) for _ in range(256)]  # by byte, how often it stayed what it was, and of how many
+        self._stands_for: dict[bytes, bytes] = {}  # by character, what came in its place
 
     def push(self, data: bytes) -> None:
         self._index(data)
         for end, byte in enumerate(data, start=len(self._text) - len(data)):
             if self._place is None:
                 return
-            if self._place >= end:  # what was copied from has no more bytes than the text itself
+            if self._ending and not self._since:
+                self._end_character(byte)
+            elif self._place >= end:  # what was copied from has no more bytes than the text itself
                 self._place = None
-            elif self._since == 0 and self._text[self._place] == byte:
+            elif self._since == 0 and self._note(self._text[self._place], byte) and self._text[self._place] == byte:
                 self._place, self._right = self._place + 1, self._right + 1
             else:
                 self._right, self._since = 0, self._since + 1
 
     def draft(self, count: int) -> Draft | None:
-        found = self._follow() or self._longest() or self._near() or self._resumed()
+        found = self._follow()
+        if found is None:
+            self._ending = b""
+            found = self._longest() or self._near() or self._resumed()
         if found is None or count < 1:
             return None
         self._place, self._right = found
         self._since = 0
         if self._place < self._end:
-            return Draft(bytes(self._text[self._place : min(self._place + count, self._end)]), self._right)
+            data = self._ending + self._text[self._place : min(self._place + count, self._end)]
+            chances = tuple(kept / came for kept, came in map(self._kept.__getitem__, data[:count])) if self._resumes else ()
+            return Draft(bytes(data[:count]), self._right, chances)
         data = bytearray(self._text[self._place : self._place + count])
         while len(data) < count and self._place + len(data) >= len(self._text):
             data += data[: count - len(data)]  # what is copied reaches its own beginning, and repeats itself
         return Draft(bytes(data), self._right)
+
+    def _note(self, known: int, byte: int) -> bool:
+        """Count whether a byte stayed what it was; True."""
+        kept = self._kept[known]
+        kept[0], kept[1] = kept[0] + (known == byte), kept[1] + 1
+        return True
 
     def _follow(self) -> tuple[int, int] | None:
         """Where the last draft goes on, all of which was right."""
@@ -126,21 +148,49 @@ class TextDrafts:
         return (min(ends, key=lambda place: abs(place - expected)), LEAST_NEAR_MATCH) if ends else None
 
     def _resumed(self) -> tuple[int, int] | None:
-        """Behind as many characters as have come since a draft was wrong, if all of them are whole."""
+        """Behind as many characters as have come since a draft was wrong; the last may be thought to end as one before did."""
         if not self._resumes or self._place is None or not self._since or self._place >= self._end:
             return None
         place, came = self._place, self._since
         while place > 0 and is_within(self._text[place]):  # from the beginning of the character that was another
             place, came = place - 1, came + 1
-        try:
-            characters = len(self._text[len(self._text) - came :].decode("utf-8"))
-        except UnicodeDecodeError:
+        behind = bytes(self._text[len(self._text) - came :])
+        ends = [start for start in range(came) if not is_within(behind[start])]
+        if not ends or ends[0]:
             return None
-        for _ in range(characters):
-            place += 1
-            while place < self._end and is_within(self._text[place]):
-                place += 1
+        for start, end in itertools.pairwise((*ends, came)):
+            begun, place = place, self._character_end(place)
+            character, known = behind[start:end], bytes(self._text[begun:place])
+            if len(character) < bytes_of_character(character[0]):
+                ending = self._ending_of(known, character)
+                if ending is None:
+                    return None
+                self._ending, self._began, self._came = ending, self._place, self._since
+            elif character != known:
+                self._stands_for[known] = character
         return (place, 0) if place < self._end else None
+
+    def _character_end(self, place: int) -> int:
+        place += 1
+        while place < self._end and is_within(self._text[place]):
+            place += 1
+        return place
+
+    def _ending_of(self, known: bytes, begun: bytes) -> bytes | None:
+        """How a character ends that has begun in place of a known one: as it did before, or as the last that began so."""
+        before = self._stands_for.get(known, b"")
+        if not before.startswith(begun):
+            start = self._text.rfind(begun, 0, len(self._text) - len(begun))
+            before = b"" if start < 0 else bytes(self._text[start : start + bytes_of_character(begun[0])])
+        return before[len(begun) :] or None
+
+    def _end_character(self, byte: int) -> None:
+        """A byte has come of the character that is thought to end in some way."""
+        self._came += 1
+        if self._ending[0] == byte:
+            self._ending = self._ending[1:]
+        else:
+            self._place, self._since, self._right, self._ending = self._began, self._came, 0, b""
 
     def _index(self, data: bytes) -> None:
         """Append bytes, and note what each of them comes after."""
@@ -168,6 +218,11 @@ def common_bytes(one: bytes, other: bytes) -> int:
     if one[:most] == other[:most]:
         return most
     return next(place for place in range(most) if one[place] != other[place])
+
+
+def bytes_of_character(first: int) -> int:
+    """How many bytes a character of UTF-8 has that begins with this one; 1 where none does."""
+    return 1 if first < 0xC0 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
 
 def is_within(byte: int) -> bool:

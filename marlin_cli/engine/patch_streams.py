@@ -26,7 +26,7 @@ from marlin_cli.engine.fused import FusedCache, FusedStages
 from marlin_cli.engine.patch_verification import DraftedPatches, Outcome, verified
 from marlin_cli.engine.patch_walk import PatchWalk
 from marlin_cli.engine.sampling import Draws, draw
-from marlin_cli.engine.speculation import NOT_IN_WINDOWS, ROWS_DEPEND, Prices
+from marlin_cli.engine.speculation import NOT_BY_BOUNDS, ROWS_DEPEND, Prices
 from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.states import Beginning, Place, PromptKeeper, StreamState, is_cut_anywhere, units_of
 from marlin_cli.engine.streams import ROWS_READ_ALONE, Ask, Drawn, Floats, slices
@@ -128,7 +128,7 @@ class PatchStreams:
             return "ranks share the model, whose sums do not keep rows apart"
         if not self._fused.rows_are_exact:
             return ROWS_DEPEND
-        return NOT_IN_WINDOWS if self._bits.window is not None or self._bits.share_left is not None else None
+        return None if self._bits.share_left is None else NOT_BY_BOUNDS
 
     @property
     def nbytes(self) -> int:
@@ -213,7 +213,8 @@ class PatchStreams:
             drafting = asks[number].drafting
             if drafting is None or stream.enters or len(stream.given) != self._ahead:
                 continue
-            ids = drafting.draft(size, self._ahead, asks[number].most, self._prices.price)
+            most = asks[number].most - self._ahead  # the end of a draft predicts one id more in megabyte_pytorch
+            ids = drafting.draft(size, self._ahead, most, self._prices.price)
             if ids:
                 found[number] = np.array([*stream.given, *ids], dtype=np.int32).reshape(-1, size)
                 stream.draft(found[number])
@@ -334,10 +335,12 @@ class PatchStreams:
             min(size - count, ask.most - len(first)) for count, ask, first in zip(known, asks.values(), firsts, strict=True)
         ]
         places = max(count + more for count, more in zip(known, wanted, strict=True))
-        noise = [
-            mx.array(ask.noise.take(max(0, places - count))) if ask.settings.temperature else mx.zeros((0, 0))
-            for ask, count in zip(asks.values(), known, strict=True)
-        ]
+        noise = []
+        for ask, count, more in zip(asks.values(), known, wanted, strict=True):
+            taken = ask.noise.take(max(0, places - count)) if ask.settings.temperature else np.zeros((0, 0), dtype=np.float32)
+            noise.append(mx.array(taken))
+            if len(taken) > more:
+                ask.noise.give_back(taken[more:])  # others walk farther than this one wants to
         walk = PatchWalk(
             self._network, self._fused, condition, mx.array([stream.before for stream in streams]),
             [stream.given for stream in streams], Draws([ask.settings for ask in asks.values()], noise), places,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from marlin_cli.engine.speculation import NOT_IN_WINDOWS
 from marlin_cli.engine.streams import Ask, Drawn, Streams
 
 
@@ -22,7 +21,7 @@ class RestartingStreams:
 
     @property
     def no_drafts(self) -> str | None:
-        return NOT_IN_WINDOWS
+        return self._streams.no_drafts
 
     @property
     def nbytes(self) -> int:

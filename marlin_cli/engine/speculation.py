@@ -5,7 +5,9 @@ So the bytes of a stream are the same whatever was drafted, as far as a row does
 (`MARLIN_ROWS=exact`); without that there is no speculation.
 """
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +45,8 @@ AUTO = Speculation(MOST_UNITS, adapts=True)
 # Why drafts are not verified where a row is not the same bits beside others.
 ROWS_DEPEND = "a row of a product depends on the rows beside it here; set MARLIN_ROWS=exact"
 
-# Nor where rows of the cache are let go of, or left out.
-NOT_IN_WINDOWS = "--window and --sparse leave out rows that a draft may need"
+# Nor where a row chooses what it reads by bounds of a page, which would know of drafted rows behind it.
+NOT_BY_BOUNDS = "--sparse reads pages by bounds of their keys, and drafted keys would move these"
 
 
 def speculation_of(asked: str | int, prediction: bytes = b"") -> Speculation:
@@ -166,7 +168,8 @@ class Drafting:
         self._odds_now = self._odds[0 if found.match < 4 else 1 if found.match < 16 else 2 if found.match < 32 else 3]
         units = (given + len(found.data)) // unit
         if self._settings.adapts and self._source.is_free:
-            units = min(units, worth(self._odds_now.chance, price))
+            most = worth_of(found.chances, price) if found.chances else worth(self._odds_now.chance, price)
+            units = min(units, most)
         self._tried = max(0, units * unit - given)
         return [byte + self._first_byte for byte in found.data[: self._tried]]
 
@@ -180,6 +183,16 @@ def worth(chance: float, price: float) -> int:
     if chance < MARGIN * price:
         return 0
     return MOST_UNITS if chance >= 1.0 else max(1, int(math.log(max(price, 1e-6)) / math.log(chance)))
+
+
+# Chances of single ids are guessed from few, and what they depend on is not known: they are trusted by so much.
+TRUST, MARGIN_OF_IDS = 0.97, 1.6
+
+
+def worth_of(chances: Sequence[float], price: float) -> int:
+    """Units that are worth their price, if each is right with a chance of its own where all before it are."""
+    right = itertools.accumulate((TRUST * chance for chance in chances), operator.mul)
+    return next((units for units, each in enumerate(right) if each < MARGIN_OF_IDS * price), len(chances))
 
 
 # A guess at what a drafted unit costs, before any was verified; and how fast it is believed again when none is.

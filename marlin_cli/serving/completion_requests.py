@@ -17,6 +17,8 @@ MOST_LOGPROBS = 20
 
 # Log-probabilities of an answer that is told whole: some 100 bytes of memory each, until all are there.
 MOST_TOLD = 1 << 20
+# Bytes of answers that are told whole, of streams that no context ends.
+MOST_WHOLE = 1 << 24
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -161,10 +163,14 @@ def _choices(fields: Fields, served: Served, ask: Ask, stream: bool) -> tuple[in
 
 def _check_told(asks: Sequence[Ask], served: Served, stream: bool) -> None:
     """See that what is told whole fits in memory until it is."""
-    told = 0
+    told = written = 0
     for ask in asks:
-        room = served.max_bytes if served.answers else served.max_bytes - len(ask.prompt)
-        told += 0 if ask.logprobs is None else (ask.logprobs + 1) * min(ask.max_bytes, room)
+        written += served.most_written(ask)
+        told += 0 if ask.logprobs is None else (ask.logprobs + 1) * served.most_written(ask)
+    if served.is_endless and written > MOST_WHOLE and not stream:
+        raise bad(
+            f"max_tokens: {written:,} bytes are more than {MOST_WHOLE:,} at once; take a stream, or ask for fewer", "max_tokens"
+        )
     if told > MOST_TOLD and not stream:
         raise bad(
             f"logprobs: {told:,} log-probabilities are more than {MOST_TOLD:,} at once; take a stream, or ask for fewer",

@@ -8,6 +8,7 @@ from typing import Any
 from marlin_cli.api import AnyModel
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.scheduling import Scheduler, SchedulerLimits
 from marlin_cli.engine.speculation import Speculation
@@ -50,6 +51,19 @@ class KeptPrompts:
             return None
 
 
+def viewed(model: AnyModel, window: Window | None) -> AnyModel:
+    """A model whose streams go on beyond its context, if a window is given.
+
+    Raises:
+        UsageError: it answers, or cannot have such a window.
+    """
+    if window is None:
+        return model
+    if not isinstance(model, ContinuingModel):
+        raise UsageError("--window: is of models that continue bytes; leave it out")
+    return model.cached(window)
+
+
 def served_model(
     model: AnyModel,
     path: str,
@@ -89,6 +103,7 @@ def served_model(
     served = Served(
         called, architecture.title, architecture.capability, most, first_byte, has_sentinels, text_of,
         lambda ask: request(ask, drafted), template, drafted,
+        isinstance(model, ContinuingModel) and model.context_bytes is None,
     )  # fmt: skip
     if drafted.most and not drafted.adapts:
         able.scheduler(limits).admit(served.request(Ask(b"", 0)))  # refuses what could never be verified

@@ -27,6 +27,7 @@ class Served:
         request: (ask) -> what the model's scheduler takes; raises `UsageError` for settings that do not go together.
         speculation: how streams are drafted ahead.
         template: how a chat is written down for the model; None where its folder has none.
+        is_endless: does a stream go on beyond the model's context, so that `max_bytes` bounds prompts alone?
     """
 
     name: str
@@ -39,6 +40,13 @@ class Served:
     request: Callable[["Ask"], Any]
     template: ChatTemplate | None = None
     speculation: Speculation = OFF
+    is_endless: bool = False
+
+    def most_written(self, ask: "Ask") -> int:
+        """Bytes that may come of what is asked for, at most."""
+        if self.is_endless:
+            return ask.max_bytes
+        return min(ask.max_bytes, self.max_bytes if self.answers else self.max_bytes - len(ask.prompt))
 
     @property
     def answers(self) -> bool:

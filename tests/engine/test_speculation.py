@@ -5,16 +5,18 @@ from dataclasses import replace
 
 import pytest
 from packed_layers import packed
+from small_networks import CONFIGS
 from stream_cases import at_random, mixed, run
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.draft_model import drafts_of
 from marlin_cli.engine.drafts import Draft, TextDrafts
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of, streams_of
 from marlin_cli.engine.scheduling import Request, SchedulerLimits
-from marlin_cli.engine.speculation import AUTO, Drafting, Prices, Speculation, speculation_of, worth
+from marlin_cli.engine.speculation import AUTO, Drafting, Prices, Speculation, speculation_of, worth, worth_of
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.stream_scheduler import StreamScheduler
@@ -62,7 +64,8 @@ def drafted(network, requests, outcomes, wrong_every, most=4, bits=None, limits=
         replace(request, speculation=Speculation(most, prediction=found.data + bytes(40)))
         for request, found in zip(requests, outcomes, strict=True)
     ]
-    scheduler = StreamScheduler(network, streams_of(network, bits or CacheBits()), limits, draft_source=sources(wrong_every))
+    bits = bits or CacheBits()
+    scheduler = StreamScheduler(network, streams_of(network, bits), limits, bits.window, sources(wrong_every))
     told = {}
     advance = scheduler.advance
 
@@ -119,6 +122,21 @@ def test_drafts_out_of_the_text_itself_change_nothing(random_network, small_size
     ]  # fmt: skip
     plain = [replace(request, speculation=Speculation()) for request in requests]
     assert_same(run(scheduler_of(network, LIMITS), requests), run(scheduler_of(network, LIMITS), plain))
+
+
+@pytest.mark.parametrize("name, window", [
+    ("prefix", Window(80)), ("prefix", Window(96, 3)), ("prefix", Window()), ("grouped attention", Window(80)),
+    ("megabyte_pytorch", Window()), ("megabyte_pytorch, 3 stages", Window(80)), ("prefix learned, token shift", Window()),
+], ids=str)  # fmt: skip
+def test_nor_beyond_the_context(random_network, name, window, exact_rows, monkeypatch):
+    """Rows that a draft had wrong are taken out of a ring, which has let go of none that a row to come sees."""
+    monkeypatch.setattr("marlin_cli.engine.fused.ROWS_PER_PAGE", 64)  # tiles of attention are as long
+    network, bits = random_network(CONFIGS[name]), CacheBits(window=window)
+    requests = [Request(bytes([n]) * n, Stopping(620), Sampling(0.02 * n, seed=n)) for n in (0, 7, 50)]
+    expected = run(scheduler_of(network, LIMITS, bits), requests, at_random(3))
+    found, told = drafted(network, requests, expected, 9, bits=bits)
+    assert_same(found, expected)
+    assert sum(each.accepted_bytes for each in told) > 200
 
 
 def test_a_stream_may_leave_while_others_are_drafted(random_network, small_sizes, exact_rows):
@@ -250,12 +268,37 @@ def test_a_prediction_needs_no_match():
 def test_drafts_resume_behind_a_character_that_was_another():
     drafts = TextDrafts("začátek textu".encode(), resumes=True)
     assert drafts.draft(6).data == "začá".encode()
-    drafts.push("zá".encode()[:2])
-    assert drafts.draft(6) is None  # half a character
-    drafts.push("zá".encode()[2:])
-    assert drafts.draft(4) == Draft("čá".encode(), 0)
+    drafts.push("zá".encode())
+    assert drafts.draft(4).data == "čá".encode()
     drafts.push(b"c")
-    assert drafts.draft(4) == Draft("áte".encode(), 0)
+    assert drafts.draft(4).data == "áte".encode()
+
+
+def test_drafts_end_a_character_as_it_ended_before():
+    drafts = TextDrafts(b"aurea a b", resumes=True)
+    assert drafts.draft(3).data == b"aur"
+    drafts.push("á".encode()[:1])
+    assert drafts.draft(6) is None  # nothing is known of what begins so
+    drafts.push("á".encode()[1:])
+    assert drafts.draft(3).data == b"ure"
+    drafts.push("ureá".encode()[:4])
+    assert drafts.draft(4).data == "á".encode()[1:] + b" a "
+    drafts.push("á ".encode()[1:])
+    assert drafts.draft(2).data == b"a "
+    drafts.push("à".encode()[:1])
+    assert drafts.draft(4).data == "á".encode()[1:] + b" b"
+    drafts.push("à".encode()[1:])  # it ended otherwise
+    assert drafts.draft(2).data == b" b"
+
+
+def test_drafts_know_which_bytes_stay_what_they_are():
+    drafts = TextDrafts(b"ab" * 20, resumes=True)
+    for _ in range(8):
+        drafts.draft(4)
+        drafts.push(b"xb")
+    changed, kept = drafts.draft(2).chances
+    assert changed < 0.5 < 0.9 < kept
+    assert worth_of([kept, changed, kept], 0.3) == 1 and worth_of([kept] * 5, 0.3) == 5
 
 
 def test_what_cannot_be_asked_for():

@@ -4,10 +4,13 @@ import json
 
 import mlx.core as mx
 import pytest
+from byt5_cases import random_byt5
 from mlx.utils import tree_map
 from serving_cases import parrot, running
 
+from marlin_cli.answering_model import AnsweringModel
 from marlin_cli.api import MegaByteModel
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.scheduling import SchedulerLimits
 from marlin_cli.engine.speculation import AUTO, Speculation
 from marlin_cli.errors import UsageError
@@ -15,7 +18,7 @@ from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
-from marlin_cli.serving.loading import served_model
+from marlin_cli.serving.loading import served_model, viewed
 
 MODULE = cpu.kernels()[0]
 SHAPE = {"patch_size": 4, "max_bytes": 512, "global_layers": 1, "global_dim": 32, "global_heads": 1, "global_ffn_dim": 64}
@@ -97,3 +100,25 @@ def test_a_server_that_verifies_nothing_says_so(model):
         with pytest.raises(UsageError, match="MARLIN_ROWS=exact"):
             served_model(model, "megabyte-demo", "tiny", SchedulerLimits(2), None, Speculation(4))
         MODULE.set_exact_rows(cpu.rows_are_exact())
+
+
+@pytest.mark.parametrize("window", [Window(128), Window()], ids=["window", "restart"])
+def test_streams_without_an_end_are_drafted_too(model, window, exact_rows):
+    asked = {**ASKED, "max_tokens": 800, "temperature": 0}
+    found = {}
+    for name, speculation in (("off", None), ("on", AUTO)):
+        own = viewed(model, window)
+        with running(
+            lambda own=own, how=speculation: served_model(own, "megabyte-demo", "tiny", SchedulerLimits(2), None, how)
+        ) as server:
+            status, document = server.ask("/v1/completions", asked)
+            assert (status, document["usage"]["completion_tokens"]) == (200, 800)
+            found[name] = document["choices"][0]["token_ids"]
+            status, document = server.ask("/v1/completions", {**asked, "max_tokens": 1 << 25})
+            assert status == 400 and "take a stream" in document["error"]["message"]
+    assert found["on"] == found["off"]
+
+
+def test_a_model_that_answers_has_no_window():
+    with pytest.raises(UsageError, match="--window: is of models that continue bytes"):
+        viewed(AnsweringModel(random_byt5(), choose_device("cpu")), Window())
