@@ -6,21 +6,15 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.models import layer_cache
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.ops import Linear, activation, attention, delay_one_row
 
 # Caches, as the layers see them; `marlin_cli.engine` has them.
 
 
-class LayerCache(Protocol):
-    """What one layer remembers of the rows it has seen."""
-
-    @property
-    def offset(self) -> int | mx.array:
-        """Rows seen so far: the position of the next one; [batch] where sequences differ."""
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        """Append keys and values, and attend over all rows so far. Shapes as in `ops.attention`."""
+class LayerCache(layer_cache.LayerCache, Protocol):
+    """The same, with the rows that a shift of tokens delays."""
 
     def delay(self, slot: int, rows: mx.array) -> mx.array:
         """`rows` [batch, n, channels] one row later, with what `slot` remembers first."""
