@@ -14,7 +14,7 @@ from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.patch_caches import Indices, PatchCaches, WindowCache
 from marlin_cli.errors import UsageError
 from marlin_cli.models.blt import Blt
-from marlin_cli.models.blt_patches import at_rows, ends_of_patches, patches_of
+from marlin_cli.models.unequal_patches import at_rows, ends_of_patches, patches_of
 
 # Rows of all texts together that are read at once: bounds what a layer has between two products.
 ROWS_AT_ONCE = 2048

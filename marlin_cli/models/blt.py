@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from marlin_cli.models.blt_config import FIRST_BYTE, BltConfig, StackConfig
 from marlin_cli.models.blt_hashes import hash_rows
-from marlin_cli.models.blt_patches import (
+from marlin_cli.models.unequal_patches import (
     Patches,
     at_rows,
     ends_of_patches,
