@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from marlin_cli.models.blt_config import FIRST_BYTE, BltConfig, StackConfig
 from marlin_cli.models.blt_hashes import hash_rows
+from marlin_cli.models.layer_cache import LayerCache
 from marlin_cli.models.unequal_patches import (
     Patches,
     at_rows,
@@ -22,7 +23,6 @@ from marlin_cli.models.unequal_patches import (
     pooled_attention,
     running_maximum,
 )
-from marlin_cli.models.layer_cache import LayerCache
 from marlin_cli.ops import Linear, activation, attention
 
 Caches = Sequence[LayerCache] | None

@@ -23,8 +23,8 @@ from marlin_cli.models.architecture import (
 )
 from marlin_cli.models.blt import Blt, seen_of
 from marlin_cli.models.blt_config import FIRST_BYTE, BltConfig
-from marlin_cli.models.unequal_patches import Patches, patches_of
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
+from marlin_cli.models.unequal_patches import Patches, patches_of
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
