@@ -17,6 +17,7 @@ from marlin_cli.checkpoints.spacebyte_training import (
     said_of,
     scale_of,
     take_block,
+    vocab_of,
 )
 from marlin_cli.errors import CheckpointError
 from marlin_cli.text import quoted
@@ -57,7 +58,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
             f"{path}: heads {quoted(head_dim)} wide do not divide {widths['global']} and {local_dim}; give head_dim"
         )
     qk_norm = QUERY_NORM in foreign.tensors
-    vocab_size = vocab_rows if said.vocab_size is None else said.vocab_size
+    vocab_size = vocab_of(path, said, vocab_rows)
     config: dict[str, Any] = {
         "model_type": "megabyte",
         "layout": "paper",

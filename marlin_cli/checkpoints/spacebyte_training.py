@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
@@ -100,6 +101,21 @@ def _their_name(foreign: Foreign, option: str, names: Mapping[str, str], value: 
     if value not in ours:
         raise CheckpointError(f"{foreign.path}: {option} {quoted(value)} is not one of {', '.join(ours)}")
     return ours[value]
+
+
+def vocab_of(path: Path, said: TrainedConfig, rows: int) -> int:
+    """Ids of a model whose embeddings have so many rows.
+
+    Raises:
+        CheckpointError: model_config says more of them, or none.
+    """
+    if said.vocab_size is None:
+        return rows
+    if not 1 <= said.vocab_size <= rows:
+        raise CheckpointError(
+            f"{path}: vocab_size of model_config is {quoted(said.vocab_size)}, the embeddings have {rows} rows"
+        )
+    return said.vocab_size
 
 
 def scale_of(said: TrainedConfig, head_dim: int, *, qk_norm: bool) -> float | None:

@@ -52,6 +52,7 @@ class Reading(str, Enum):
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
     BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.MemoryReader`
     LATENT_PATCHES = "latent_patches"  # bytes one after the other, of patches that end where it says: a `models.blt.Blt`
+    BEGUN_PATCHES = "begun_patches"  # the same, of patches that begin where bytes say: a `models.spacebyte.SpaceByte`
     WINDOWS = "windows"  # the same, with a memory of a window and of chunks before it: a `models.evabyte.EvaByte`
 
 

@@ -1,7 +1,7 @@
 """The layers of a MegaByte's stages: norms, attention, feed-forward, block, stack. They know no patch and no byte."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +31,27 @@ class TurningCache(Protocol):
 # Attention
 
 
+class LayerOptions(Protocol):
+    """What layers are told of a configuration."""
+
+    @property
+    def norm(self) -> str: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def attention_scale(self) -> float | None: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_interleaved(self) -> bool: ...
+    @property
+    def ffn(self) -> Literal["swiglu", "gelu", "gelu_tanh", "relu", "silu"]: ...
+    @property
+    def ffn_bias(self) -> bool: ...
+
+
 class VarianceNorm(nn.Module):
     """x * weight / sqrt(var(x) + eps): not centred, unlike LayerNorm (kjslag/spacebyte, transformer.py)."""
 
@@ -45,14 +66,14 @@ class VarianceNorm(nn.Module):
         return (scaled * self.weight).astype(x.dtype)
 
 
-def make_norm(config: MegaByteConfig, dim: int) -> nn.Module:
+def make_norm(config: LayerOptions, dim: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
     return (nn.RMSNorm if config.norm == "rmsnorm" else VarianceNorm)(dim, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: MegaByteConfig, stage: StageConfig, window: int | None) -> None:
+    def __init__(self, config: LayerOptions, stage: StageConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.head_dim = stage.heads, stage.width_of_head
         self.kv_heads = stage.kv_heads or stage.heads
@@ -68,7 +89,7 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, self.head_dim)
             self.k_norm = make_norm(config, self.head_dim)
 
-    def __call__(self, x: mx.array, cache: LayerCache | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: layer_cache.LayerCache | None) -> mx.array:
         batch, rows, _ = x.shape
         queries = self.q_proj(x).reshape(batch, rows, self.heads, self.head_dim)
         keys = self.k_proj(x).reshape(batch, rows, self.kv_heads, self.head_dim)
@@ -103,7 +124,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: MegaByteConfig, stage: StageConfig) -> None:
+    def __init__(self, config: LayerOptions, stage: StageConfig) -> None:
         super().__init__()
         self.kind = config.ffn
         if self.kind == "swiglu":
