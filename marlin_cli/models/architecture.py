@@ -101,6 +101,16 @@ class Piece:
     adds: tuple[str, ...] = ()
 
 
+# Layers of a block whose inputs are measured, in the order in which they come about.
+SOURCES_OF_BLOCK = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
+
+
+def piece_of_block(path: str, run: Callable[[Any, State], State]) -> Piece:
+    """The piece of the block at `path`: an attention and a feed-forward, each added to the rows."""
+    sources = tuple(f"{path}.{source}" for source in SOURCES_OF_BLOCK)
+    return Piece(run, sources, (f"{path}.attention.o_proj", f"{path}.ffn.down_proj"))
+
+
 @dataclass(frozen=True)
 class PackedKeys:
     """The attentions whose keys a cache of few bits holds, all of one shape.

@@ -20,6 +20,7 @@ from marlin_cli.models.architecture import (
     Rotation,
     State,
     Watch,
+    piece_of_block,
 )
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 from marlin_cli.models.layers import part_of
@@ -30,8 +31,6 @@ from marlin_cli.models.unequal_patches import patches_of
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
-# Layers of a block whose inputs are measured, in the order in which they come about.
-SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
 
 # Places in a patch by which inputs are told apart; the last stands for all that are more.
 PLACES = 8
@@ -60,14 +59,8 @@ def pieces(network: SpaceByte) -> list[Piece]:
     config = network.config
 
     def blocks(name: str, layers: int) -> list[Piece]:
-        return [
-            Piece(
-                partial(_run_block, stack=name, index=index),
-                tuple(f"{name}.layers.{index}.{source}" for source in SOURCES),
-                (f"{name}.layers.{index}.attention.o_proj", f"{name}.layers.{index}.ffn.down_proj"),
-            )
-            for index in range(layers)
-        ]
+        run = (partial(_run_block, stack=name, index=index) for index in range(layers))
+        return [piece_of_block(f"{name}.layers.{index}", each) for index, each in enumerate(run)]
 
     return [
         *blocks("initial", config.initial_layers),
