@@ -94,7 +94,7 @@ class ContinuingModel(Model):
     def logits(self, data: bytes) -> mx.array:
         """Logits [len(data), vocab] float32: row i is the distribution of byte i given the bytes before it.
 
-        Byte b has column b of a MegaByte or a Block-Recurrent Transformer, b + 3 of a ByGPT5, b + 4 of a
+        Byte b has column b of a MegaByte, a SpaceByte or a Block-Recurrent Transformer, b + 3 of a ByGPT5, b + 4 of a
         Byte Latent Transformer, and b + 64 of an EvaByte.
 
         Raises:
@@ -221,9 +221,9 @@ class ContinuingModel(Model):
     ) -> "ContinuingModel":
         """A copy with packed weights. `settings` says more than bits, and stands in for them when given.
 
-        A MegaByte has a global and a local part, a ByGPT5 a decoder (4 bits unless said), a Byte Latent Transformer a decoder
-        (8 unless said), an encoder and a patcher beside its global part, an EvaByte a global one, and a Block-Recurrent
-        Transformer has states beside it, which take the local bits; bits of another part say nothing.
+        A MegaByte or SpaceByte has a global and a local part, a ByGPT5 a decoder (4 bits unless said), a Byte Latent
+        Transformer a decoder (8 unless said), an encoder and a patcher beside its global part, an EvaByte a global one, and a
+        Block-Recurrent Transformer has states beside it, which take the local bits; bits of another part say nothing.
 
         Raises:
             QuantizationError: a layer that cannot be packed so.

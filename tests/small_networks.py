@@ -15,6 +15,7 @@ from marlin_cli.models.evabyte import EvaByteConfig
 from marlin_cli.models.gbst import GbstConfig
 from marlin_cli.models.la_canine import LaCanineConfig
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
+from marlin_cli.models.spacebyte_config import SpaceByteConfig
 
 SMALL = {
     "patch_size": 4, "max_bytes": 96,
@@ -91,6 +92,22 @@ CONTINUING = {
         hash_lengths=(3, 4),
         hash_buckets=64,
         max_bytes=96,
+    ),
+    "spacebyte": SpaceByteConfig(
+        max_bytes=96,
+        max_patches=64,
+        global_layers=1,
+        global_dim=64,
+        global_heads=2,
+        global_ffn_dim=64,
+        initial_layers=1,
+        final_layers=1,
+        local_dim=32,
+        local_heads=1,
+        local_ffn_dim=64,
+        local_window=12,
+        start_id=256,  # so that random bytes end no text
+        vocab_size=257,
     ),
 }
 ANSWERING = {

@@ -22,6 +22,7 @@ from marlin_cli.checkpoints import (
     megabyte_pytorch,
     native,
     paper,
+    spacebyte,
 )
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, names_in, read_foreign, weights_file
 from marlin_cli.checkpoints.parts import Wanted, part_of
@@ -59,11 +60,11 @@ WITH_CONFIG = {
 }
 
 # Foreign layouts that the names of the tensors tell.
-IMPORTERS: dict[str, Any] = {"megabyte_pytorch": megabyte_pytorch, "paper": paper, "block_recurrent": block_recurrent}
-
-# Parts of names of tensors that tell what marlin knows and does not read, and what it is.
-NOT_READ = {
-    "initial_blocks": "a SpaceByte of kjslag/spacebyte, which marlin does not read; of that repository it reads MegaByte",
+IMPORTERS: dict[str, Any] = {
+    "megabyte_pytorch": megabyte_pytorch,
+    "paper": paper,
+    "spacebyte": spacebyte,
+    "block_recurrent": block_recurrent,
 }
 
 # The architecture of each layout but marlin's own, which names it.
@@ -78,6 +79,7 @@ ARCHITECTURE_OF = {
     "hugging_face": "byt5",
     "megabyte_pytorch": "megabyte",
     "paper": "megabyte",
+    "spacebyte": "spacebyte",
     "block_recurrent": "block_recurrent",
 }
 
@@ -202,9 +204,6 @@ def _layout_by_names(path: Path) -> str:
 
 def _of_no_layout(path: Path, names: Iterable[str]) -> CheckpointError:
     names = set(names)
-    for marker, what in NOT_READ.items():
-        if any(marker in name.split(".") for name in names):
-            return CheckpointError(f"{path}: is {what}")
     some = ", ".join(quoted(name) for name in sorted(names)[:3]) or "no tensors"
     return CheckpointError(
         f"{path}: of no known layout (found {some}); known: folders with the config.json of a"
@@ -335,7 +334,8 @@ def _check_options(checkpoint: Checkpoint, options: ImportOptions) -> None:
     config = checkpoint.config
     own = getattr(IMPORTERS[checkpoint.layout], "FIELD_OF_OPTION", None)
     fields = FIELD_OF_OPTION if own is None else own
-    elsewhere = (*OF_ANY_LAYOUT, *(("attention_window",) if own is None else ()))
+    before = getattr(IMPORTERS[checkpoint.layout], "BEFORE_THE_FILE", ("attention_window",) if own is None else ())
+    elsewhere = (*OF_ANY_LAYOUT, *before)
     for name in (field.name for field in dataclasses.fields(options)):
         if getattr(options, name) is not None and name not in fields and name not in elsewhere:
             raise CheckpointError(f"{checkpoint.path}: the import option {name} has no meaning here; leave it out")

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
+from marlin_cli.checkpoints.llama_names import NORMS_OF_BLOCK, OF_BLOCK
 from marlin_cli.checkpoints.t5_ends import CONFIG
 from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, tensors_of
 from marlin_cli.config import describe
@@ -37,16 +38,6 @@ WANTED_OF_STACK: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
 }
 
-OF_BLOCK = {
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj",
-    "attention.o_proj": "self_attn.o_proj",
-    "ffn.gate_proj": "mlp.gate_proj",
-    "ffn.up_proj": "mlp.up_proj",
-    "ffn.down_proj": "mlp.down_proj",
-}
-NORMS_OF_BLOCK = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 OF_READER = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # The paths of the stacks -> their names there.

@@ -1,44 +1,28 @@
 """Checkpoints of the paper's layout as kjslag/spacebyte trains it (megabyte.py, class MegaByte)."""
 
-import dataclasses
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, ImportOptions, Taken, heads_of_width
-from marlin_cli.config import from_mapping
+from marlin_cli.checkpoints.spacebyte_training import (
+    ACTIVATIONS,
+    FIRST_BYTE,
+    NORMS,
+    QUERY_NORM,
+    TrainedConfig,
+    depth,
+    key_width_of,
+    said_of,
+    scale_of,
+    take_block,
+    vocab_of,
+)
 from marlin_cli.errors import CheckpointError
 from marlin_cli.text import quoted
 
 MARKER = "global_token_embedding.weight"  # a name that every one has, wherever it stands in a file
-
-ACTIVATIONS = {"ReLU": "relu", "GELU": "gelu_tanh", "SiLU": "silu"}
-NORMS = {"LayerNorm": "layernorm", "RMSNorm": "variance"}  # its RMSNorm divides by the deviation, not the mean square
-
-
-# Where queries and keys are normalised; its length is the width of a head.
-QUERY_NORM = "global_blocks.0.attention.Q_layer_norm.scale"
-
-FIRST_BYTE = 255  # what leads where there are no pads
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The options of its model_config that shapes do not tell, under its names and with its defaults."""
-
-    d_key: int = 64
-    vocab_size: int | None = None
-    BOS: int | None = None
-    tokenizer: str | None = None
-    init: Literal["simple", "standard", "muTransfer"] = "simple"
-    nonlinear: Literal["ReLU", "GELU", "SiLU"] = "ReLU"
-    layer_norm: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
-    rope: bool = False
-    attention_window: int | None = None
-    sparse_attention: bool | None = None
 
 
 def recognises(tensors: Mapping[str, Any]) -> bool:
@@ -62,12 +46,8 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         ConfigError: an option of model_config with an unknown value.
     """
     path = foreign.path
-    said = _said(foreign, options)
+    said = said_of(TrainedConfig, foreign, options, _width(foreign))
     assumed = dict(foreign.assumed)
-    if said.sparse_attention:
-        raise CheckpointError(f"{path}: was trained with sparse_attention, which marlin does not run")
-    if said.tokenizer is not None:
-        raise CheckpointError(f"{path}: was trained on tokens of {quoted(said.tokenizer)}; marlin runs models of bytes")
     total, byte_dim = foreign.shape("global_position_encoding", 2)
     patch_size, local_dim = foreign.shape("local_position_encoding", 2)
     vocab_rows, _ = foreign.shape("global_token_embedding.weight", 2)
@@ -78,7 +58,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
             f"{path}: heads {quoted(head_dim)} wide do not divide {widths['global']} and {local_dim}; give head_dim"
         )
     qk_norm = QUERY_NORM in foreign.tensors
-    vocab_size = vocab_rows if said.vocab_size is None else said.vocab_size
+    vocab_size = vocab_of(path, said, vocab_rows)
     config: dict[str, Any] = {
         "model_type": "megabyte",
         "layout": "paper",
@@ -94,8 +74,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         "start_tokens": "global_pad" in foreign.tensors,
         "bos_byte": FIRST_BYTE if said.BOS is None else said.BOS,
         "attention_window": said.attention_window,
-        # Its muTransfer multiplies queries by head_dim ** -0.5 before an attention that does so too.
-        "attention_scale": 1.0 / head_dim if said.init == "muTransfer" and not qk_norm else None,
+        "attention_scale": scale_of(said, head_dim, qk_norm=qk_norm),
     }
     told = foreign.beside.get("model_config") or {}
     if "init" not in told and options.attention_scale is not None:
@@ -104,10 +83,9 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     taken = Taken(foreign)
     weights: dict[str, mx.array] = {}
     for kind, width in widths.items():
-        layers = _depth(foreign.tensors, kind)
+        layers = depth(foreign.tensors, kind)
         block = f"{kind}_blocks.0"
-        grouped = f"{block}.attention.KV_linear.weight"
-        key_width = foreign.shape(grouped, 2)[0] // 2 if grouped in foreign.tensors else width
+        key_width = key_width_of(foreign, block, width)
         config[f"{kind}_layers"] = layers
         config[f"{kind}_dim"] = width
         config[f"{kind}_heads"] = width // head_dim
@@ -116,7 +94,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         config[f"{kind}_ffn_dim"] = foreign.shape(f"{block}.feedforward.linear_1.weight", 2)[0]
         config[f"{kind}_positions"] = "learned+rope" if said.rope else "learned"
         for layer in range(layers):
-            _take_block(weights, taken, f"{kind}_blocks.{layer}", f"{kind}.layers.{layer}", width, key_width)
+            take_block(weights, taken, f"{kind}_blocks.{layer}", f"{kind}.layers.{layer}", width, key_width)
     for target, source in (
         ("byte_embedding.weight", "global_token_embedding.weight"),
         ("global_positions.weight", "global_position_encoding"),
@@ -144,7 +122,7 @@ def possible_heads(foreign: Foreign) -> list[int]:
     """
     width = _width(foreign)
     if foreign.beside.get("model_config") is not None or QUERY_NORM in foreign.tensors:
-        return [max(width // max(_said(foreign, ImportOptions()).d_key, 1), 1)]
+        return [max(width // max(said_of(TrainedConfig, foreign, ImportOptions(), width).d_key, 1), 1)]
     grouped = [f"{kind}_blocks.0.attention.KV_linear.weight" for kind in ("global", "local")]
     keys = [foreign.shape(name, 2)[0] // 2 for name in grouped if name in foreign.tensors]
     return heads_of_width(width, foreign.shape("local_position_encoding", 2)[1], *keys)
@@ -169,75 +147,5 @@ def _assumed(
     return {name: value for name, (theirs, value) in values.items() if theirs not in told and getattr(options, name) is None}
 
 
-def _said(foreign: Foreign, options: ImportOptions) -> ModelConfig:
-    """The options of a checkpoint: its own model_config, else the importer's, else the constructor's defaults."""
-    path = foreign.path
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    values: dict[str, Any] = {
-        "d_key": options.head_dim or _revealed_head_dim(foreign, options),
-        "nonlinear": _their_name(foreign, "activation", ACTIVATIONS, options.activation),
-        "layer_norm": _their_name(foreign, "norm", NORMS, options.norm),
-        "rope": options.rope,
-        "BOS": options.bos_byte,
-    }
-    values = {name: value for name, value in values.items() if value is not None}
-    config = foreign.beside.get("model_config")
-    if config is not None:
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{path}: its model_config is a {type(config).__name__}, expected a table")
-        said = {name: config[name] for name in names if name in config}
-        for name, value in said.items():
-            if not isinstance(value, (str, int, float, type(None))):
-                raise CheckpointError(f"{path}: its model_config has a {type(value).__name__} as {quoted(name)}")
-        values |= said
-    if options.attention_window is not None:
-        values["attention_window"] = options.attention_window or None
-    return from_mapping(ModelConfig, values, f"{path}: model_config")
-
-
-def _revealed_head_dim(foreign: Foreign, options: ImportOptions) -> int | None:
-    if QUERY_NORM in foreign.tensors:
-        return foreign.shape(QUERY_NORM, 1)[0]
-    if options.heads is None:
-        return None
-    assert options.heads != "auto"  # `read_checkpoint` asks for a number
-    width = _width(foreign)
-    if options.heads < 1 or width % options.heads:
-        raise CheckpointError(f"{foreign.path}: {quoted(options.heads)} heads do not divide a width of {width}")
-    return width // options.heads
-
-
 def _width(foreign: Foreign) -> int:
     return foreign.shape("global_position_encoding", 2)[1] * foreign.shape("local_position_encoding", 2)[0]
-
-
-def _their_name(foreign: Foreign, option: str, names: Mapping[str, str], value: str | None) -> str | None:
-    if value is None:
-        return None
-    ours = {ours: theirs for theirs, ours in names.items()}
-    if value not in ours:
-        raise CheckpointError(f"{foreign.path}: {option} {quoted(value)} is not one of {', '.join(ours)}")
-    return ours[value]
-
-
-def _take_block(weights: dict[str, mx.array], taken: Taken, source: str, target: str, width: int, key_width: int) -> None:
-    attention = f"{source}.attention"
-    weights[f"{target}.attention_norm.weight"] = taken.take(f"{attention}.layer_norm.scale")
-    if taken.has(f"{attention}.QKV_linear.weight"):
-        queries, keys, values = mx.split(taken.take(f"{attention}.QKV_linear.weight", (3 * width, width)), 3, axis=0)
-    else:
-        queries = taken.take(f"{attention}.Q_linear.weight", (width, width))
-        keys, values = mx.split(taken.take(f"{attention}.KV_linear.weight", (2 * key_width, width)), 2, axis=0)
-    for name, weight in (("q_proj", queries), ("k_proj", keys), ("v_proj", values)):
-        weights[f"{target}.attention.{name}.weight"] = weight
-    weights[f"{target}.attention.o_proj.weight"] = taken.take(f"{attention}.linear.weight", (width, width))
-    for name, letter in (("q_norm", "Q"), ("k_norm", "K")):
-        if taken.has(f"{attention}.{letter}_layer_norm.scale"):
-            weights[f"{target}.attention.{name}.weight"] = taken.take(f"{attention}.{letter}_layer_norm.scale")
-    weights[f"{target}.ffn_norm.weight"] = taken.take(f"{source}.feedforward.layer_norm.scale")
-    weights[f"{target}.ffn.up_proj.weight"] = taken.take(f"{source}.feedforward.linear_1.weight")
-    weights[f"{target}.ffn.down_proj.weight"] = taken.take(f"{source}.feedforward.linear_2.weight")
-
-
-def _depth(tensors: Mapping[str, Any], kind: str) -> int:
-    return len({match[1] for name in tensors if (match := re.match(rf"{kind}_blocks\.([0-9]+)\.", name))})

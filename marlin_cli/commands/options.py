@@ -33,7 +33,8 @@ DEFAULT_MODEL = "megabyte-demo"
 
 IMPORT_HELP = (
     "What a foreign checkpoint does not reveal: heads (a number, or auto: a trial on sample bytes), head_dim, max_bytes,"
-    " activation, norm, rope, attention_scale, attention_window, bos_byte, block_bytes (block_recurrent), or weights (ema or"
+    " activation, norm, rope, attention_scale, attention_window, bos_byte, block_bytes (block_recurrent), patch_rule"
+    " (spacebyte), or weights (ema or"
     " model); of an LA-CANINE the language. Repeatable."
 )
 

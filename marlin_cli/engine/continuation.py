@@ -18,6 +18,7 @@ from marlin_cli.engine.fused_bygpt5 import fuse_bygpt5
 from marlin_cli.engine.latent_decoding import latent_rows
 from marlin_cli.engine.patch_streams import patch_streams
 from marlin_cli.engine.sampling import Noise, Sampling
+from marlin_cli.engine.space_decoding import space_rows
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.streams import Streams
 from marlin_cli.engine.window_decoding import window_rows
@@ -110,6 +111,7 @@ WAYS: dict[Reading, Way] = {
     Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, byte_streams),
     Reading.BLOCKS: Way(functools.partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
     Reading.LATENT_PATCHES: Way(functools.partial(ByteByByte, new_rows=latent_rows, level="patches"), ByteByByte.phase),
+    Reading.BEGUN_PATCHES: Way(functools.partial(ByteByByte, new_rows=space_rows, level="patches"), ByteByByte.phase),
     Reading.WINDOWS: Way(functools.partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
 }
 

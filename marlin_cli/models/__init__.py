@@ -26,6 +26,7 @@ from marlin_cli.models.gbst_steps import GBST
 from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
+from marlin_cli.models.spacebyte_steps import SPACEBYTE
 from marlin_cli.models.splitting import Share
 from marlin_cli.text import quoted
 
@@ -61,7 +62,7 @@ AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 # model_type -> architecture.
 ARCHITECTURES: dict[str, Architecture] = {
-    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, BLT, GBST, CANINE, LA_CANINE)
+    each.name: each for each in (MEGABYTE, BYT5, BYGPT5, BLOCK_RECURRENT, EVABYTE, BLT, SPACEBYTE, GBST, CANINE, LA_CANINE)
 }
 
 

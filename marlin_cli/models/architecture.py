@@ -52,6 +52,7 @@ class Reading(str, Enum):
     BYTES = "bytes"  # one after the other: an `engine.byte_decoding.ByteReader`
     BLOCKS = "blocks"  # the same, with a memory that blocks of bytes hand on: an `engine.block_decoding.MemoryReader`
     LATENT_PATCHES = "latent_patches"  # bytes one after the other, of patches that end where it says: a `models.blt.Blt`
+    BEGUN_PATCHES = "begun_patches"  # the same, of patches that begin where bytes say: a `models.spacebyte.SpaceByte`
     WINDOWS = "windows"  # the same, with a memory of a window and of chunks before it: a `models.evabyte.EvaByte`
 
 
@@ -98,6 +99,16 @@ class Piece:
     run: Callable[[Any, State], State]
     sources: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
+
+
+# Layers of a block whose inputs are measured, in the order in which they come about.
+SOURCES_OF_BLOCK = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
+
+
+def piece_of_block(path: str, run: Callable[[Any, State], State]) -> Piece:
+    """The piece of the block at `path`: an attention and a feed-forward, each added to the rows."""
+    sources = tuple(f"{path}.{source}" for source in SOURCES_OF_BLOCK)
+    return Piece(run, sources, (f"{path}.attention.o_proj", f"{path}.ffn.down_proj"))
 
 
 @dataclass(frozen=True)

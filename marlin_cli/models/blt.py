@@ -6,7 +6,6 @@ encoder's rows, which read the last patch that has ended, and predicts the next 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +14,8 @@ import numpy.typing as npt
 
 from marlin_cli.models.blt_config import FIRST_BYTE, BltConfig, StackConfig
 from marlin_cli.models.blt_hashes import hash_rows
-from marlin_cli.models.blt_patches import (
+from marlin_cli.models.layer_cache import LayerCache
+from marlin_cli.models.unequal_patches import (
     Patches,
     at_rows,
     ends_of_patches,
@@ -24,20 +24,6 @@ from marlin_cli.models.blt_patches import (
     running_maximum,
 )
 from marlin_cli.ops import Linear, activation, attention
-
-# What layers remember; `marlin_cli.engine` has it.
-
-
-class LayerCache(Protocol):
-    """What a layer remembers of the rows it has seen."""
-
-    @property
-    def offset(self) -> int | mx.array:
-        """Rows seen so far, of all texts or [n] of each."""
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        """Add rows of keys and values; the queries of these rows read what they see. All are [n, heads, rows, head_dim]."""
-
 
 Caches = Sequence[LayerCache] | None
 
@@ -48,7 +34,8 @@ class Attention(nn.Module):
     def __init__(self, config: StackConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.head_dim, self.rope_theta = config.heads, config.head_dim, config.rope_theta
-        self.scale, self.window = config.head_dim**-0.5, window
+        self.scale = config.head_dim**-0.5
+        self.window = None if window is None else window - 1  # bytes that a byte sees before itself
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             self[name] = Linear(config.d_model, config.d_model, bias=False)
 
@@ -57,9 +44,9 @@ class Attention(nn.Module):
         offset = 0 if cache is None else cache.offset
         queries, keys = self._turned(queries, offset), self._turned(keys, offset)
         if cache is not None:
-            found = cache.attend(queries, keys, values, self.scale)
+            found = cache.attend(queries, keys, values, self.scale, self.window)
         else:
-            back = None if self.window is None or self.window >= x.shape[1] else self.window - 1
+            back = None if self.window is None or self.window + 1 >= x.shape[1] else self.window
             found = attention(queries, keys, values, self.scale, window=back)
         return self["o_proj"](found.swapaxes(1, 2).flatten(2))
 

@@ -20,17 +20,16 @@ from marlin_cli.models.architecture import (
     Tuning,
     Watch,
     neighbour_with_same_input,
+    piece_of_block,
 )
 from marlin_cli.models.blt import Blt, seen_of
 from marlin_cli.models.blt_config import FIRST_BYTE, BltConfig
-from marlin_cli.models.blt_patches import Patches, patches_of
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
+from marlin_cli.models.unequal_patches import Patches, patches_of
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
-# Layers of a block, and of an attention between patches and bytes, whose inputs are measured, in the order in which they
-# come about.
-SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
+# Layers of an attention between patches and bytes whose inputs are measured, in the order in which they come about.
 OF_READER = ("q_proj", "k_proj", "o_proj")
 
 # Bytes of a patch, on average, by which costs count: what the released models' threshold was chosen for.
@@ -61,11 +60,7 @@ def pieces(network: Blt) -> list[Piece]:
     config = network.config
     stacks = {
         path: [
-            Piece(
-                partial(_run_block, path=path, index=index),
-                tuple(f"{path}.layers.{index}.{source}" for source in SOURCES),
-                (f"{path}.layers.{index}.attention.o_proj", f"{path}.layers.{index}.ffn.down_proj"),
-            )
+            piece_of_block(f"{path}.layers.{index}", partial(_run_block, path=path, index=index))
             for index in range(stack.layers)
         ]
         for path, stack in config.stacks.items()

@@ -18,6 +18,7 @@ from marlin_cli.models.architecture import (
     State,
     Tuning,
     Watch,
+    piece_of_block,
 )
 from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
 from marlin_cli.models.byt5_ids import FIRST_BYTE, bytes_with_sentinels, ids_of_bytes, ids_with_sentinels
@@ -25,9 +26,6 @@ from marlin_cli.models.byt5_steps import WatchedCache
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
-
-# Layers of a block whose inputs are measured, in the order in which they come about.
-SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
 
 
 def ids_of(network: ByGPT5, windows: Windows) -> mx.array:
@@ -51,14 +49,7 @@ def start(network: ByGPT5, batch: Windows) -> State:
 
 def pieces(network: ByGPT5) -> list[Piece]:
     """The blocks."""
-    return [
-        Piece(
-            partial(_run_block, index=index),
-            tuple(f"{block}.{source}" for source in SOURCES),
-            (f"{block}.attention.o_proj", f"{block}.ffn.down_proj"),
-        )
-        for index, block in enumerate(network.config.blocks)
-    ]
+    return [piece_of_block(block, partial(_run_block, index=index)) for index, block in enumerate(network.config.blocks)]
 
 
 def logits(network: ByGPT5, batch: Windows) -> mx.array:

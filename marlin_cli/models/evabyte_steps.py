@@ -19,6 +19,7 @@ from marlin_cli.models.architecture import (
     Tuning,
     Watch,
     neighbour_with_same_input,
+    piece_of_block,
 )
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 from marlin_cli.models.evabyte import Attention, EvaByte, EvaByteConfig
@@ -26,8 +27,6 @@ from marlin_cli.models.evabyte_ids import FIRST_BYTE, bytes_of_mark, chat, ids_o
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
-# Layers of a block whose inputs are measured, in the order in which they come about.
-SOURCES = ("attention.q_proj", "attention.o_proj", "ffn.up_proj", "ffn.down_proj")
 
 NARROW = 32  # the widths of the miniature
 
@@ -62,14 +61,7 @@ def start(network: EvaByte, batch: Windows) -> State:
 
 def pieces(network: EvaByte) -> list[Piece]:
     """The blocks."""
-    return [
-        Piece(
-            partial(_run_block, index=index),
-            tuple(f"{block}.{source}" for source in SOURCES),
-            (f"{block}.attention.o_proj", f"{block}.ffn.down_proj"),
-        )
-        for index, block in enumerate(network.config.blocks)
-    ]
+    return [piece_of_block(block, partial(_run_block, index=index)) for index, block in enumerate(network.config.blocks)]
 
 
 def _run_block(network: EvaByte, state: State, index: int) -> State:

@@ -26,6 +26,8 @@ def part_of(path: str) -> str:
         return "cross"
     if names[0] in ("byte_encoder", "byte_decoder"):  # around patches
         return names[0].removeprefix("byte_")
+    if names[0] in ("initial", "final"):  # of bytes, before patches and after them
+        return "local"
     if names[0] == "front":  # before an encoder
         return "encoder"
     # What runs once a patch belongs to the global part, on both sides of its transformer.

@@ -1,26 +1,20 @@
 """The layers of a MegaByte's stages: norms, attention, feed-forward, block, stack. They know no patch and no byte."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from marlin_cli.models import layer_cache
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.ops import Linear, activation, attention, delay_one_row
 
 # Caches, as the layers see them; `marlin_cli.engine` has them.
 
 
-class LayerCache(Protocol):
-    """What one layer remembers of the rows it has seen."""
-
-    @property
-    def offset(self) -> int | mx.array:
-        """Rows seen so far: the position of the next one; [batch] where sequences differ."""
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None) -> mx.array:
-        """Append keys and values, and attend over all rows so far. Shapes as in `ops.attention`."""
+class LayerCache(layer_cache.LayerCache, Protocol):
+    """The same, with the rows that a shift of tokens delays."""
 
     def delay(self, slot: int, rows: mx.array) -> mx.array:
         """`rows` [batch, n, channels] one row later, with what `slot` remembers first."""
@@ -37,6 +31,27 @@ class TurningCache(Protocol):
 # Attention
 
 
+class LayerOptions(Protocol):
+    """What layers are told of a configuration."""
+
+    @property
+    def norm(self) -> str: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def attention_scale(self) -> float | None: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def rope_interleaved(self) -> bool: ...
+    @property
+    def ffn(self) -> Literal["swiglu", "gelu", "gelu_tanh", "relu", "silu"]: ...
+    @property
+    def ffn_bias(self) -> bool: ...
+
+
 class VarianceNorm(nn.Module):
     """x * weight / sqrt(var(x) + eps): not centred, unlike LayerNorm (kjslag/spacebyte, transformer.py)."""
 
@@ -51,14 +66,14 @@ class VarianceNorm(nn.Module):
         return (scaled * self.weight).astype(x.dtype)
 
 
-def make_norm(config: MegaByteConfig, dim: int) -> nn.Module:
+def make_norm(config: LayerOptions, dim: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(dim, eps=config.norm_eps, bias=False)
     return (nn.RMSNorm if config.norm == "rmsnorm" else VarianceNorm)(dim, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: MegaByteConfig, stage: StageConfig, window: int | None) -> None:
+    def __init__(self, config: LayerOptions, stage: StageConfig, window: int | None) -> None:
         super().__init__()
         self.heads, self.head_dim = stage.heads, stage.width_of_head
         self.kv_heads = stage.kv_heads or stage.heads
@@ -74,7 +89,7 @@ class Attention(nn.Module):
             self.q_norm = make_norm(config, self.head_dim)
             self.k_norm = make_norm(config, self.head_dim)
 
-    def __call__(self, x: mx.array, cache: LayerCache | None) -> mx.array:
+    def __call__(self, x: mx.array, cache: layer_cache.LayerCache | None) -> mx.array:
         batch, rows, _ = x.shape
         queries = self.q_proj(x).reshape(batch, rows, self.heads, self.head_dim)
         keys = self.k_proj(x).reshape(batch, rows, self.kv_heads, self.head_dim)
@@ -109,7 +124,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: MegaByteConfig, stage: StageConfig) -> None:
+    def __init__(self, config: LayerOptions, stage: StageConfig) -> None:
         super().__init__()
         self.kind = config.ffn
         if self.kind == "swiglu":

@@ -106,6 +106,13 @@ def test_options_that_contradict_the_checkpoint_are_refused(name, options, says)
         read_checkpoint(FOREIGN / f"{name}.pt", options)
 
 
+@pytest.mark.parametrize("vocab_size", [257, 1 << 40, 0, -1])
+def test_more_ids_than_embeddings_are_refused(vocab_size, paper_tensors, tmp_path):
+    saved = {"model_config": {"d_key": 4, "vocab_size": vocab_size}, "state_dict": paper_tensors}
+    with pytest.raises(CheckpointError, match="vocab_size of model_config is .*, the embeddings have 256 rows"):
+        read_checkpoint(write_zip(tmp_path / "model.pt", saved))
+
+
 @pytest.fixture(scope="module")
 def paper_tensors():
     """The state dict of the paper's fixture, as NumPy arrays by their own names."""
@@ -226,12 +233,6 @@ NO_MODEL = {
     "a state dict of another": (
         lambda folder: write_zip(folder / "model.pt", {"wte.weight": np.ones((2, 2))}),
         r"model.pt: of no known layout \(found 'wte.weight'\)",
-    ),
-    "a SpaceByte": (
-        lambda folder: write_zip(
-            folder / "ckpt.pt", {"model": {"token_embedding.weight": np.ones((2, 2)), "initial_blocks.0.a": np.ones(2)}}
-        ),
-        r"ckpt.pt: is a SpaceByte of kjslag/spacebyte, which marlin does not read; of that repository it reads MegaByte",
     ),
 }
 

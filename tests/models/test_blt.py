@@ -9,8 +9,8 @@ from marlin_cli.errors import ConfigError, QuantizationError
 from marlin_cli.models import architecture_of, preset
 from marlin_cli.models.blt_config import BltConfig, StackConfig
 from marlin_cli.models.blt_hashes import PRIMES, hash_rows
-from marlin_cli.models.blt_patches import ends_of_patches, patches_of, pooled_attention, running_maximum, summed
 from marlin_cli.models.layers import linear_layers, part_of
+from marlin_cli.models.unequal_patches import ends_of_patches, patches_of, pooled_attention, running_maximum, summed
 from marlin_cli.quantization.plan import QuantizationSettings
 
 
