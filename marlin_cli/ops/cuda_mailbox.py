@@ -1,4 +1,4 @@
-"""Where a kernel leaves ids for the host, and tells of what went wrong: memory of the host, since an array of MLX takes half a millisecond to come there."""
+"""Where a kernel leaves ids for the host, and tells what went wrong: an array of MLX takes half a millisecond to come there."""
 
 import time
 
