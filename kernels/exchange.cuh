@@ -10,7 +10,7 @@ namespace marlin {
 
 // As `marlin_cli.ops.cuda_exchange` lays it out.
 struct Exchange {
-  unsigned long long* host;  // [2] words of the host: not 0 when the job is over; not 0 when some wait here was given up
+  unsigned long long* host;  // [2] words of the host, see Grid::heed; the first is not 0 when the job is over
   unsigned long long own;    // rank
   Cell* memory[RANKS];       // of each rank: [2][RANKS][PLACES], a part of each for every place of x
 };
@@ -22,7 +22,7 @@ class PartSums {
     exchange_ = exchange, own_ = int(exchange->own), turn_ = turn;
   }
 
-  __device__ __forceinline__ const unsigned long long* host() const { return exchange_->host; }
+  __device__ __forceinline__ unsigned long long* host() const { return exchange_->host; }
 
   __device__ __forceinline__ int own() const { return own_; }
 
@@ -50,13 +50,6 @@ class PartSums {
     }
     grid.content();
     return sum;
-  }
-
-  // The host learns that a wait was given up.
-  __device__ __forceinline__ void tell(const Grid& grid) const {
-    if (blockIdx.x > 0 || threadIdx.x > 0 || !grid.failed()) return;
-    store_for_peer(exchange_->host + 1, 1);
-    __threadfence_system();
   }
 
  private:

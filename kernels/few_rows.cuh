@@ -9,6 +9,7 @@
 namespace marlin {
 
 constexpr int TILE_ROWS = 8, MOST_ROWS = 16, PIECE_VALUES = 8, THREADS = WARPS * 32;
+constexpr bool HALF_EMPTY = STREAMS <= 8;  // of the left operand, see `multiply_unit`
 
 enum Kind { DENSE, NVFP4, MXFP4, MXFP8, INT4, INT8 };
 enum NormKind { RMS, LAYER, VARIANCE };
@@ -297,6 +298,9 @@ __device__ __forceinline__ void weight_pairs(
 
 // sums += x @ w^T for one load of weights: two sums, which take turns, as each product waits for the one before it. `x` is where
 // this lane's piece of the first row of x stands, which counts up from there.
+// Up to eight rows of x leave the lower half of the left operand free: there stand the same rows' other values, so that a piece is
+// an operand as it is loaded, without a move. The lower half of the second sum, and the upper one of the first, are the product;
+// what the other halves are is nobody's business, nor what rows give that there are not (the first one stands in for them).
 template <int PART>
 __device__ __forceinline__ void multiply_unit(
     float (&sums)[2][4], const uint32_t (&words)[4], uint32_t scales, const float* affine, const uint4* x) {
@@ -309,13 +313,19 @@ __device__ __forceinline__ void multiply_unit(
     weight_pairs<Own::KIND, SPLIT>(words, scales, affine, piece, w);
 #pragma unroll
     for (int part = 0; part < X_PARTS; part++) {
-      uint4 low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
-      if (row < STREAMS) low = x[part * STREAMS * Own::STRIDE + piece * 4];
-      if (STREAMS > 8 && row + 8 < STREAMS) high = x[part * STREAMS * Own::STRIDE + piece * 4 + 8 * Own::STRIDE];
+      const uint4 low = x[part * STREAMS * Own::STRIDE + piece * 4];
+      uint4 high = {0, 0, 0, 0};
+      if (!HALF_EMPTY && row + 8 < STREAMS) high = x[part * STREAMS * Own::STRIDE + piece * 4 + 8 * Own::STRIDE];
 #pragma unroll
       for (int split = 0; split < SPLIT; split++) {
-        multiply_tiles<false>(sums[0], low.x, high.x, low.y, high.y, w[split][0], w[split][1]);
-        multiply_tiles<false>(sums[1], low.z, high.z, low.w, high.w, w[split][2], w[split][3]);
+        const uint32_t(&one)[4] = w[split];
+        if constexpr (HALF_EMPTY) {
+          multiply_tiles<false>(sums[0], low.x, low.y, low.z, low.w, one[0], one[2]);
+          multiply_tiles<false>(sums[1], low.x, low.y, low.z, low.w, one[1], one[3]);
+        } else {
+          multiply_tiles<false>(sums[0], low.x, high.x, low.y, high.y, one[0], one[1]);
+          multiply_tiles<false>(sums[1], low.z, high.z, low.w, high.w, one[2], one[3]);
+        }
       }
     }
   }
@@ -418,10 +428,10 @@ __device__ __forceinline__ void multiply(
     float sums[2][2][4] = {};
     multiply_tile<PART>(sums, own, weights, x);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = lane / 4 + i / 2 * 8, output = row * TILE_ROWS + lane % 4 * 2 + i % 2;
+    for (int i = 0; i < (HALF_EMPTY ? 2 : 4); i++) {
+      const int row = lane / 4 + i / 2 * 8, output = row * TILE_ROWS + lane % 4 * 2 + i % 2, second = HALF_EMPTY ? i + 2 : i;
       if (row >= STREAMS) continue;
-      const float one = sums[0][0][i] + sums[0][1][i], other = sums[1][0][i] + sums[1][1][i];
+      const float one = sums[0][0][i] + sums[0][1][second], other = sums[1][0][i] + sums[1][1][second];
       of_team[output * APART + member] = PAIR == 2 ? one : one + other;
       if constexpr (PAIR == 2) of_team[(Own::OUTPUTS + output) * APART + member] = other;
     }

@@ -31,7 +31,9 @@ struct Stage {
   void *attended, *hidden;  // [streams, heads * head_dim], [streams, ffn_dim]; as Kept, two in a cell where it has 16 bits
   void* logits;             // [streams, vocab]
   const T *table, *norm;    // [vocab, width]; [dim]
-  int32_t* mailbox;         // of the host, for the ids of some launches: each the launch's number, then [streams, steps]
+  // Of the host: for the ids of some launches, each the launch's number, then [streams, steps]; of a stage that draws none two
+  // words of 64 bits, see Grid::heed.
+  int32_t* mailbox;
   const T* bias;            // [heads, 2 * REACH + 1]: what is added to scores by distance
   const int32_t* lengths;   // [inputs] states that are no filler; null: all
   Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
@@ -153,9 +155,13 @@ struct Machine {
     return {memory + BUFFER * (MEMORY_BYTES / 16 / X_BUFFERS)};
   }
 
-  // Where GPUs share the stage: `turn` is that of the last sum before.
-  __device__ __forceinline__ void share(const Exchange* exchange, unsigned turn) {
-    if constexpr (RANKS > 1) parts.begin(exchange, turn), grid.heed(parts.host());
+  // The words by which the host is told; where GPUs share the stage `turn` is that of the last sum before.
+  __device__ __forceinline__ void heed(const Exchange* exchange, unsigned turn) {
+    if constexpr (RANKS > 1) {
+      parts.begin(exchange, turn), grid.heed(parts.host());
+    } else {
+      grid.heed(reinterpret_cast<unsigned long long*>(stage->mailbox));
+    }
   }
 
   // The rows' positions for rotation, `seen` rows of which came before.

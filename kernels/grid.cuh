@@ -10,7 +10,7 @@ constexpr unsigned long long PATIENCE_NS = (RANKS > 1 ? 10 : 1) * 2000000000ull;
 // Arrivals only ever rise, and every launch leaves a multiple of its blocks: so the next one goes on from there.
 class Grid {
  public:
-  __device__ __forceinline__ explicit Grid(unsigned long long* words) : words_(words), target_(0), polls_(0), since_(0), over_(nullptr) {
+  __device__ __forceinline__ explicit Grid(unsigned long long* words) : words_(words), target_(0), polls_(0), since_(0), host_(nullptr) {
     if (threadIdx.x == 0) target_ = load_acquire(words) / gridDim.x * gridDim.x;
   }
 
@@ -30,19 +30,21 @@ class Grid {
     __syncthreads();
   }
 
-  // Waits are given up, too, when the first word there is not 0.
-  __device__ __forceinline__ void heed(const unsigned long long* words) { over_ = words; }
+  // Two words of the host: where GPUs share a stage waits are given up, too, when the first is not 0; the second is not 0 from
+  // when some wait here is given up.
+  __device__ __forceinline__ void heed(unsigned long long* words) { host_ = words; }
 
   // After a look that did not find what it was for: whether to look no more, as some block has waited too long. All go on with
-  // whatever is there then, to the end, where `failed` says so.
+  // whatever is there then, to the end; the host is told, here or where `failed` says so.
   __device__ __forceinline__ bool gave_up() {
     look_away();
     if (++polls_ % 1024) return false;  // the clock is slow to read
     if (failed()) return true;
     const unsigned long long now = nanoseconds();
     if (polls_ == 1024) since_ = now;
-    if (now - since_ < PATIENCE_NS && (RANKS == 1 || load_of_peer(over_) == 0)) return false;
+    if (now - since_ < PATIENCE_NS && (RANKS == 1 || load_of_peer(host_) == 0)) return false;
     add_release(words_ + 1, 1);
+    if (host_ != nullptr) store_for_peer(host_ + 1, 1), __threadfence_system();
     return true;
   }
 
@@ -57,7 +59,7 @@ class Grid {
   unsigned long long target_;  // of thread 0
   unsigned polls_;
   unsigned long long since_;
-  const unsigned long long* over_;  // where GPUs share a stage
+  unsigned long long* host_;  // null where the host is told with the ids of a launch
 };
 
 // A value that other blocks wait for: 32 bits, and above them the number of the phase that wrote it. Both are written and read

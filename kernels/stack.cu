@@ -3,7 +3,8 @@
 //
 // model: Stage and Layers; ids[streams, patch]; padding[streams]: filler rows of each stream's cache, or null; seen: rows in the
 // caches; out[streams, rows of the last layer]; first_phase: more than the number of any phase of the launches before. Where GPUs
-// share the stage (exchange.cuh): exchange, and the turn of the last sum before; else null and 0.
+// share the stage (exchange.cuh): exchange, and the turn of the last sum before; else null and 0. A wait that is given up is told
+// to the host at once.
 
 extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
     const uint8_t* model, const int32_t* ids, const int32_t* padding, marlin::T* out, int seen, unsigned first_phase,
@@ -11,7 +12,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
   using namespace marlin;
   Machine machine(model, first_phase);
   const Stage& stage = *machine.stage;
-  machine.share(exchange, turn);
+  machine.heed(exchange, turn);
   if (machine.grid.failed()) return;  // the host knows already
   send_for<FIRST>(machine.sent, &stage.first, machine.layers[0].attention_norm);
   machine.rotate_at(seen, padding);
@@ -31,5 +32,4 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
       seen, padding, true, [&](const T* norm) { machine.bring_normed<QKV>(norm); },
       [&](int row, int column, float value) { out[row * Job<LAST>::HEIGHT + column] = from_float<T>(value); }, [] {});
   machine.tell_times();
-  if constexpr (RANKS > 1) machine.parts.tell(machine.grid);
 }

@@ -180,17 +180,17 @@ class PatchDecoder:
         for group, number in zip(self._groups, patch.numbers, strict=True):
             assert group.local.mailbox is not None
             found.append(group.local.mailbox.read(number, group.local.streams, patch.steps)[: group.local.live])
-        if self._exchange is not None:
-            self._exchange.check()
+        self._check()
         ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
             raise not_finite()
         return ids
 
     def condition(self, patch: Patch) -> mx.array:
-        """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one."""
+        """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one. Raises as `read`."""
         dtype, shape = self._stages[1].table.dtype, (self._streams, 1, self._stages[1].dim)
         data = self._queue.read(self._condition_of(patch.slot), self._streams * self._row_bytes)
+        self._check()
         if dtype == mx.float32:
             return mx.array(np.frombuffer(data, np.float32).reshape(shape))
         return mx.array(np.frombuffer(data, np.uint16).reshape(shape)).view(dtype)
@@ -209,10 +209,21 @@ class PatchDecoder:
         self._uncounted = 0
 
     def settle(self, caches: Sequence[KeyValueCache]) -> None:
-        """Wait for all that has been queued: before MLX reads or writes the caches, which it does not know to have changed."""
+        """Wait for all that has been queued: before MLX reads or writes the caches, which it does not know to have changed.
+
+        Raises:
+            BackendError: the GPU did not finish it.
+        """
         self.count(caches)
         self._queue.wait()
+        self._check()
         self._room = 0
+
+    def _check(self) -> None:
+        """See that no global step that has ended gave up waiting."""
+        for group in self._groups:
+            if group.whole is not None:
+                group.whole.check()
 
     def give_back_noise(self, noise: Noise) -> None:
         """Give back what was drawn ahead and not used."""

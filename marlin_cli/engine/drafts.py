@@ -98,7 +98,7 @@ class TextDrafts:
         self._place, self._right = found
         self._since = 0
         if self._place < self._end:
-            data = self._ending + self._text[self._place : min(self._place + count, self._end)]
+            data = bytearray(self._ending + self._text[self._place : min(self._place + count, self._end)])
             chances = tuple(kept / came for kept, came in map(self._kept.__getitem__, data[:count])) if self._resumes else ()
             return Draft(bytes(data[:count]), self._right, chances)
         data = bytearray(self._text[self._place : self._place + count])

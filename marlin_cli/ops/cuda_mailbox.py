@@ -1,4 +1,4 @@
-"""Where a kernel leaves ids for the host: memory of the host, since an array of MLX takes half a millisecond to come there."""
+"""Where a kernel leaves ids for the host, and tells what went wrong: an array of MLX takes half a millisecond to come there."""
 
 import time
 
@@ -12,6 +12,23 @@ MOST_IDS = WORDS - 1
 GAVE_UP, NOT_FINITE = -1, -2  # in place of an id
 NUMBERS = 1 << 20  # launches are counted from 1, and begin again
 PATIENCE_SECONDS = 60.0  # for all that the GPU has been given before
+GAVE_UP_MESSAGE = "the GPU gave up a patch: its blocks did not all run at once; use MARLIN_KERNELS=reference"
+
+
+class Alarm:
+    """By which launches that leave no ids tell of a wait that they gave up: two words of 64 bits, see grid.cuh."""
+
+    def __init__(self) -> None:
+        self._words, self.address = pinned(4)
+
+    def check(self) -> None:
+        """See that no launch that has ended gave up.
+
+        Raises:
+            BackendError: one did.
+        """
+        if self._words[2]:
+            raise BackendError(GAVE_UP_MESSAGE)
 
 
 class Mailbox:
@@ -39,5 +56,5 @@ class Mailbox:
                 raise BackendError("the GPU did not end a patch within a minute; use MARLIN_KERNELS=reference")
         ids = slot[1 : 1 + streams * steps].reshape(streams, steps).copy()
         if (ids == GAVE_UP).any():
-            raise BackendError("the GPU gave up a patch: its blocks did not all run at once; use MARLIN_KERNELS=reference")
+            raise BackendError(GAVE_UP_MESSAGE)
         return ids

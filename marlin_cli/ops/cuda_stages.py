@@ -18,7 +18,7 @@ from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
 from marlin_cli.ops.cuda_compile import machine_code
 from marlin_cli.ops.cuda_driver import Launcher, Memory, Queue, multiprocessors, pinned, shared_memory
 from marlin_cli.ops.cuda_exchange import MOST_PLACES, Exchange
-from marlin_cli.ops.cuda_mailbox import MOST_IDS, Mailbox
+from marlin_cli.ops.cuda_mailbox import MOST_IDS, Alarm, Mailbox
 from marlin_cli.ops.cuda_text import constants, text
 from marlin_cli.ops.kernel_source import code
 
@@ -193,6 +193,7 @@ class StageOnDevice:
         self.stage, self.streams, self._queue, self._exchange = stage, streams, queue, exchange
         self.live = streams if live is None else live
         self.mailbox = None if stage.first is not None else Mailbox()
+        self._alarm = Alarm() if stage.first is not None and exchange is None else None
         self._held = _arrays_of(stage)
         self.known = addresses(self._held) if known is None else known
         self.blocks = blocks_of(stage)
@@ -279,6 +280,17 @@ class StageOnDevice:
         shared, turn = (0, 0) if self._exchange is None else self._exchange.take(2 * len(self.stage.layers))
         self._launch(*map(c_uint64, pointers), c_int32(seen), c_uint32(self._next()), c_uint64(shared), c_uint32(turn))
 
+    def check(self) -> None:
+        """See that no launch that has ended gave up waiting; those that draw ids tell of it with them.
+
+        Raises:
+            BackendError: one did.
+        """
+        if self._alarm is not None:
+            self._alarm.check()
+        if self._exchange is not None:
+            self._exchange.check()
+
     def seconds(self) -> dict[str, float]:
         """What launches so far have spent on each of `KINDS_OF_TIME`, as the first block saw it; 0 unless made `timed`."""
         count = len(KINDS_OF_TIME)
@@ -309,7 +321,8 @@ class StageOnDevice:
         table, norm, bias = next(known), next(known), next(known)
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
-        mailbox = 0 if self.mailbox is None else self.mailbox.address
+        host = self.mailbox or self._alarm
+        mailbox = 0 if host is None else host.address
         lengths, states, inputs = (0, 0, self.live) if memory is None else (memory.lengths, memory.states, memory.inputs)
         head = struct.pack("<12Q", *self._places[:-1], table, norm, mailbox, bias, lengths)
         log2_theta = math.log2(stage.theta) if stage.theta else 0.0
