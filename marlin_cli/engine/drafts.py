@@ -98,9 +98,9 @@ class TextDrafts:
         self._place, self._right = found
         self._since = 0
         if self._place < self._end:
-            data = self._ending + self._text[self._place : min(self._place + count, self._end)]
-            chances = tuple(kept / came for kept, came in map(self._kept.__getitem__, data[:count])) if self._resumes else ()
-            return Draft(bytes(data[:count]), self._right, chances)
+            known = self._ending + self._text[self._place : min(self._place + count, self._end)]
+            chances = tuple(kept / came for kept, came in map(self._kept.__getitem__, known[:count])) if self._resumes else ()
+            return Draft(bytes(known[:count]), self._right, chances)
         data = bytearray(self._text[self._place : self._place + count])
         while len(data) < count and self._place + len(data) >= len(self._text):
             data += data[: count - len(data)]  # what is copied reaches its own beginning, and repeats itself
