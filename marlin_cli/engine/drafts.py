@@ -83,10 +83,16 @@ class TextDrafts:
                 self._end_character(byte)
             elif self._place >= end:  # what was copied from has no more bytes than the text itself
                 self._place = None
-            elif self._since == 0 and self._note(self._text[self._place], byte) and self._text[self._place] == byte:
-                self._place, self._right = self._place + 1, self._right + 1
+            elif self._since:
+                self._since += 1
             else:
-                self._right, self._since = 0, self._since + 1
+                is_same = self._text[self._place] == byte
+                kept = self._kept[self._text[self._place]]
+                kept[0], kept[1] = kept[0] + is_same, kept[1] + 1
+                if is_same:
+                    self._place, self._right = self._place + 1, self._right + 1
+                else:
+                    self._right, self._since = 0, 1
 
     def draft(self, count: int) -> Draft | None:
         found = self._follow()
@@ -98,19 +104,13 @@ class TextDrafts:
         self._place, self._right = found
         self._since = 0
         if self._place < self._end:
-            data = bytearray(self._ending + self._text[self._place : min(self._place + count, self._end)])
-            chances = tuple(kept / came for kept, came in map(self._kept.__getitem__, data[:count])) if self._resumes else ()
-            return Draft(bytes(data[:count]), self._right, chances)
+            known = self._ending + self._text[self._place : min(self._place + count, self._end)]
+            chances = tuple(kept / came for kept, came in map(self._kept.__getitem__, known[:count])) if self._resumes else ()
+            return Draft(bytes(known[:count]), self._right, chances)
         data = bytearray(self._text[self._place : self._place + count])
         while len(data) < count and self._place + len(data) >= len(self._text):
             data += data[: count - len(data)]  # what is copied reaches its own beginning, and repeats itself
         return Draft(bytes(data), self._right)
-
-    def _note(self, known: int, byte: int) -> bool:
-        """Count whether a byte stayed what it was; True."""
-        kept = self._kept[known]
-        kept[0], kept[1] = kept[0] + (known == byte), kept[1] + 1
-        return True
 
     def _follow(self) -> tuple[int, int] | None:
         """Where the last draft goes on, all of which was right."""
