@@ -213,7 +213,7 @@ BLT = Architecture(
     config=BltConfig,
     network=Blt,
     capability=Capability.CONTINUES,
-    parts=frozenset({"patcher", "encoder", "global", "decoder"}),
+    parts=frozenset({"hash", "patcher", "encoder", "global", "decoder"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,
@@ -225,7 +225,7 @@ BLT = Architecture(
     rows_of_sequence=lambda path, config: PLACES,
     groups_of=groups_of,
     overflows_in_float16=True,  # trained in bfloat16
-    looked_up=frozenset({"hash_embedding.weight"}),
+    looked_up=frozenset({"hash_embedding"}),
     decoding=DecodingShape(stacks, part_bytes=lambda config: {"global": PATCH_BYTES}, beside_bytes=beside_bytes),
     tuning=Tuning(parts=("encoder", "global", "decoder", "head")),  # where patches end has no slope
     continuing=Continuing(
