@@ -102,6 +102,7 @@ def check_exportable(plans: Sequence[LayerPlan]) -> None:
         part = other[0].part
         protected = part in ("encoder", "decoder") and other[0].path.endswith(PROTECTED)
         remedy = "--wo-bits 4" if protected else f"4 or 16 bits for the {part} part"
+        remedy = "--hash-bits 16" if part == "hash" else remedy
         raise UsageError(
             f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
             f" ({len(other)} layers in all); choose {remedy}"

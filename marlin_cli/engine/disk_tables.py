@@ -20,7 +20,7 @@ from marlin_cli.tensor_files import tensor_places
 # Tables that would take more than this share of the memory that is free are left in their file.
 MOST_OF_FREE_MEMORY = 0.5
 
-WORDS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+WORDS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
 class DiskTable(nn.Module):
