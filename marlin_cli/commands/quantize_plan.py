@@ -22,7 +22,7 @@ STORED_BYTES = 2  # of a number that stays as it is: 16 bits
 
 # The mixes that are shown, by their names.
 MIXES: Mapping[str, QuantizationSettings] = {
-    "16": QuantizationSettings(KEEP, KEEP, KEEP, KEEP, KEEP, KEEP, KEEP),
+    "16": QuantizationSettings(KEEP, KEEP, KEEP, KEEP, KEEP, KEEP, hash_format=KEEP),
     **{name: settings_named(name) for name in ("8", "4/8", "4")},
 }
 

@@ -48,13 +48,13 @@ class QuantizationSettings:
     encoder_format: str | None = None  # nvfp4; of what runs over the bytes of patches mxfp8
     decoder_format: str | None = None  # the same
     patcher_format: str = "mxfp8"  # what tells where patches end: another end changes all that follows
-    hash_format: str = "int8"  # hash tables, of which rows are looked up: at least 8 bits
     cross_format: str = "nvfp4"  # the decoder's attention to the encoder
     wo_format: str = "mxfp8"  # at least so many bits for the layers of `PROTECTED` in encoders and decoders
     kv_bits: int = 16  # bits of the global cache's keys and values when the model runs
     balance_keys: bool = False  # scale q_proj and k_proj so that packed keys lose less; needs statistics
     group_size: int | None = None  # of int4 and int8; the others have one size
     overrides: dict[str, str] = field(default_factory=dict)  # regular expression of layer paths -> format; last wins
+    hash_format: str = "int8"  # hash tables, of which rows are looked up: at least 8 bits
 
     def __post_init__(self) -> None:
         named = (self.global_format, self.local_format, self.encoder_format, self.decoder_format, self.cross_format)
