@@ -28,13 +28,13 @@ def quality_tables(name: str, quality: Quality, settings: QualitySettings, *, de
 
 def _by_domain(name: str, quality: Quality, settings: QualitySettings) -> Table:
     title = (
-        f"Quality of {name} on {', '.join(settings.corpora)}: total bits over total bytes, {_windows(settings)},"
-        " standard errors over windows"
+        f"Quality of {name} on {', '.join(settings.corpora)}\ntotal bits over total bytes, {_windows(settings)},"
+        " s.e. over windows"
     )
     if settings.reference is not None and name != settings.reference:
         title += (
-            f"\nagainst {settings.reference}: difference of bits/byte; KL(reference || model) in bits/byte, its mean,"
-            " median, 99 % and maximum; share of bytes with the same likeliest one"
+            f"\nagainst {settings.reference}: difference of bits/byte; KL(reference || model) in bits/byte,"
+            "\nits mean, median, 99 % and maximum; share of bytes with the same likeliest one"
         )
     return _scores_table(title, "domain", scores_of(quality), beside=settings.reference not in (None, name))
 

@@ -95,7 +95,7 @@ def sweep_table(report: Report, settings: ThroughputSettings) -> Table:
         for points in zip(*(result.sweep for result in results), strict=True)
     ]
     columns = [f"{model.model}: {what}" for model in report.models for what in ("prefill", "decode")]
-    title = f"Speed by context, bytes/s of all streams, median of {settings.repeats} or more (smallest .. largest)"
+    title = f"Speed by context\nbytes/s of all streams, median of {settings.repeats} or more (smallest .. largest)"
     return Table(title, ["context", "decoded", "batch", *columns], rows)
 
 

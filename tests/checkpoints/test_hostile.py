@@ -442,7 +442,7 @@ MODEL_CONFIGS = {
     "tokens of words": ({"tokenizer": "gpt2"}, "trained on tokens of 'gpt2'"),
     "a nested value": ({"nonlinear": [["ReLU"]]}, "has a list as 'nonlinear'"),
     "an id that is none": ({"BOS": 256}, "bos_byte must be an id below vocab_size"),
-    "more ids than embeddings": ({"vocab_size": 300}, "the configuration asks for|has shape"),
+    "more ids than embeddings": ({"vocab_size": 300}, "vocab_size of model_config is 300, the embeddings have 256 rows"),
 }
 
 

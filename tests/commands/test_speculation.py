@@ -51,7 +51,7 @@ def test_bench_tells_what_drafts_bring():
         (("generate", "--speculate", "often"), "speculation is auto, off or a number from 1 to 256 of patches, found 'often'"),
         (("generate", "-p", "x", "--speculate", "off", "--draft", "m"), "--draft has no use with --speculate off"),
         (("generate", "-p", "x", "--speculate", "off", "--prediction-file", "x"), "--prediction-file has no use with"),
-        (("generate", "-p", "x", "--speculate", "auto", "--window", "1k"), "--speculate has no meaning beside --window"),
+        (("generate", "-p", "x", "--speculate", "auto", "--sparse", "0.1"), "--speculate has no meaning beside --sparse"),
         (("generate", "-p", "x", "--speculate", "2", "--draft", "byt5-demo"), "--draft byt5-demo: it does not continue bytes"),
         (("generate", "-p", "x", "--speculate", "2", "--draft", "none"), "--draft none: no such file, folder or shipped model"),
         (("generate", "-p", "x", "--speculate", "2", "--prediction-file", "none"), "--prediction-file none: cannot read"),
