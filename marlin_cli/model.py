@@ -11,6 +11,7 @@ from marlin_cli.checkpoints import Checkpoint, ImportOptions, lasting, read_chec
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.config import check_same, describe
+from marlin_cli.engine.disk_tables import DiskTable, is_short_of, leave_on_disk
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CheckpointError, UsageError
 from marlin_cli.models import ARCHITECTURES, Capability, Share, architecture_named, build, config_as_mapping, settings_for
@@ -169,6 +170,10 @@ class Model:
         network = build(
             checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=number, share=share
         )
+        # Of another layout's files the arrays may be parts, or have been changed since they were read.
+        tables = architecture.looked_up if checkpoint.layout == "native" and share is None else frozenset()
+        if tables and is_short_of(network, tables):
+            leave_on_disk(network, checkpoint.path, tables)
         if config is not None:
             check_same(network.config, config, str(path))
         keeps_keys = bool(architecture.packed_keys(network.config).paths)
@@ -224,3 +229,5 @@ class Model:
         """Raise `UsageError` for a network that ranks share."""
         if share_of(self.network) is not None:
             raise UsageError("this rank holds a part of the model alone; load it in one process to pack or save it")
+        if any(isinstance(module, DiskTable) for module in self.network.modules()):
+            raise UsageError("its hash tables stay in their file, as memory is short; marlin quantize packs it")

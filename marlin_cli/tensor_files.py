@@ -127,6 +127,22 @@ def read_tensor_bytes(
     return found, metadata
 
 
+def tensor_places(path: Path) -> dict[str, int]:
+    """Where the tensors of a safetensors file begin (name -> byte), checked as `safetensors_header` does.
+
+    Raises:
+        CheckpointError: see `safetensors_header`.
+    """
+    tensors, _ = safetensors_header(path)
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            places = json.loads(file.read(header_bytes))
+            return {name: 8 + header_bytes + int(places[name]["data_offsets"][0]) for name in tensors}
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the header is another one than a moment ago
+        raise CheckpointError(f"{path}: cannot read: {one_line(error)[:MOST_SAID]}") from None
+
+
 # Of rows that are read to take columns out of them.
 BLOCK_BYTES = 1 << 20
 

@@ -23,7 +23,7 @@ from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.encoding_model import EncodingModel
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CorpusError, QuantizationError, UsageError
-from marlin_cli.models import Network, build, linear_layers
+from marlin_cli.models import Network, build, matrices_of
 from marlin_cli.ops import round_activations
 from marlin_cli.quality.estimates import Estimate
 from marlin_cli.quality.held_out import Windowing, cut, files_by_domain
@@ -93,7 +93,7 @@ def run(request: FormatsRequest) -> FormatsReport:
     stored = build(checkpoint.config, checkpoint.weights, None, where=request.model)
     model = load(request.model, device=request.device, options=options)
     models, sizes = {AS_IT_IS: model}, {AS_IT_IS: _sizes(stored, None)}
-    weights = sum(layer.weight.size for layer in linear_layers(stored).values())
+    weights = sum(layer.weight.size for layer in matrices_of(stored).values())
     with console.byte_progress("packing", weights * len(chosen)) as progress:
         for name, settings in chosen.items():
             try:
@@ -116,7 +116,7 @@ def run(request: FormatsRequest) -> FormatsReport:
 
 def _sizes(stored: Network, settings: QuantizationSettings | None) -> tuple[float, int]:
     """Bits of a weight, and bytes of all, with the layers packed by the settings; nothing is packed for it."""
-    layers = linear_layers(stored)
+    layers = matrices_of(stored)
     if settings is None:
         after = sum(layer.weight.nbytes for layer in layers.values())
     else:

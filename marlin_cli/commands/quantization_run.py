@@ -22,7 +22,7 @@ from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import AssumptionWarning, ConfigError, UsageError
-from marlin_cli.models import Network, architecture_of, build, config_as_mapping, linear_layers
+from marlin_cli.models import Network, architecture_of, build, config_as_mapping, matrices_of
 from marlin_cli.quantization.apply import (
     Quantized,
     check_method,
@@ -87,7 +87,7 @@ def pack(
         check_exportable(plan_network(_network(model, options, check_values=False), settings))
     if target is None:
         network = _network(model, options, check_values=False)
-        layers, kept = linear_layers(network), kept_bytes(network)
+        layers, kept = matrices_of(network), kept_bytes(network)
         reports = [planned(plan, layers[plan.path].weight) for plan in plan_network(network, settings)]
     else:
         packing = _Packing(model, options, settings, statistics, method, domain_weights, steps)
@@ -130,7 +130,7 @@ LEAST_ROWS_A_CHANNEL = 4
 
 def _too_few_rows(statistics: Statistics, reports: Sequence[LayerReport]) -> str:
     """What is said where the calibration was too short for its Hessians; empty where it was not."""
-    packed = [report.plan for report in reports if report.plan.format is not None]
+    packed = [report.plan for report in reports if report.plan.format is not None and report.plan.part != "hash"]
     short = [plan for plan in packed if statistics.rows(plan.path) < LEAST_ROWS_A_CHANNEL * plan.columns]
     if not short:
         return ""
@@ -178,7 +178,7 @@ class _Packing:
         checkpoint = read_checkpoint(locate_model(self.model), self.options)
         network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=self.model)
         tuning = _tuning_batches(network, self.steps) if self.steps.distill_steps else None
-        layers = linear_layers(network)
+        layers = matrices_of(network)
         packed = sum(layers[plan.path].weight.nbytes for plan in plan_network(network, self.settings) if plan.format)
         with console.byte_progress("packing", packed) as progress:
             result = self._quantized(network, lambda report: progress.advance(report.bytes_before))

@@ -11,7 +11,16 @@ from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.errors import ConfigError, StatisticsError, UsageError
 from marlin_cli.models import architecture_named, settings_for
 from marlin_cli.quantization.formats import FORMATS
-from marlin_cli.quantization.plan import PROTECTED, LayerPlan, QuantizationSettings, format_from_bits, load_recipe
+from marlin_cli.quantization.plan import (
+    KEEP,
+    LEAST_HASH_BITS,
+    PROTECTED,
+    WHY_HASH_BITS,
+    LayerPlan,
+    QuantizationSettings,
+    format_from_bits,
+    load_recipe,
+)
 from marlin_cli.text import quoted
 
 
@@ -27,7 +36,7 @@ def settings_of(
     """The recipe's settings (or the defaults), changed by the options that were given.
 
     Args:
-        bits: of every part for which nothing else is given; `wo` and the patcher have their own.
+        bits: of every part for which nothing else is given; `wo`, the patcher and hash tables have their own.
         bits_by_part, format_by_part: None where nothing is given.
 
     Raises:
@@ -38,7 +47,9 @@ def settings_of(
     changes: dict[str, Any] = {"kv_bits": kv_bits, "group_size": group_size}
     for part, own in bits_by_part.items():
         named = _format(part, own, format_by_part.get(part))
-        for_all = None if bits is None or part in ("wo", "patcher") else _format_of("--bits", bits)
+        for_all = None if bits is None or part in ("wo", "patcher", "hash") else _format_of("--bits", bits)
+        if part == "hash" and own is not None:
+            named = _hash_format(own)
         changes[f"{part}_format"] = for_all if named is None else named
     changes = {name: value for name, value in changes.items() if value is not None}
     if overrides:
@@ -91,6 +102,7 @@ def check_exportable(plans: Sequence[LayerPlan]) -> None:
         part = other[0].part
         protected = part in ("encoder", "decoder") and other[0].path.endswith(PROTECTED)
         remedy = "--wo-bits 4" if protected else f"4 or 16 bits for the {part} part"
+        remedy = "--hash-bits 16" if part == "hash" else remedy
         raise UsageError(
             f"--export: compressed-tensors is written with nvfp4 alone, and {other[0].path!r} would be {format_name}"
             f" ({len(other)} layers in all); choose {remedy}"
@@ -122,6 +134,12 @@ def _format_of(option: str, bits: int) -> str:
         return format_from_bits(bits)
     except ConfigError as error:
         raise UsageError(f"{option}: {error}") from None
+
+
+def _hash_format(bits: int) -> str:
+    if bits not in (LEAST_HASH_BITS, 16):
+        raise UsageError(f"--hash-bits must be {LEAST_HASH_BITS} or 16, found {bits}: {WHY_HASH_BITS}")
+    return KEEP if bits == 16 else QuantizationSettings.hash_format
 
 
 def _overrides(texts: Sequence[str]) -> dict[str, str]:

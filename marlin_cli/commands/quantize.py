@@ -13,7 +13,9 @@ def quantize(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     bits: Annotated[
         int | None,
-        typer.Option(help="Bits of every part but --wo-bits and --patcher-bits: 4, 8 or 16; options of a part go before it."),
+        typer.Option(
+            help="Bits of all but --wo-bits, --patcher-bits and --hash-bits: 4, 8 or 16; options of a part go before it."
+        ),
     ] = None,
     global_bits: Annotated[
         int | None, typer.Option(help="Bits of the global part, of CANINE the deep layers: 4, 8 or 16. Default 4.")
@@ -26,6 +28,7 @@ def quantize(
         int | None, typer.Option(help="ByT5, ByGPT5, BLT: bits of the decoder. Default 4, of a BLT 8.")
     ] = None,
     patcher_bits: Annotated[int | None, typer.Option(help="BLT: bits of what tells where patches end. Default 8.")] = None,
+    hash_bits: Annotated[int | None, typer.Option(help="BLT: bits of the hash tables, 8 (int8) or 16. Default 8.")] = None,
     cross_bits: Annotated[int | None, typer.Option(help="ByT5: bits of the attention between them. Default 4.")] = None,
     wo_bits: Annotated[int | None, typer.Option(help="ByT5, ByGPT5: least bits of the feed-forward's wo. Default 8.")] = None,
     kv_bits: Annotated[
@@ -174,7 +177,7 @@ def quantize(
     check_keeps_keys(model, options, kv_bits)
     by_part = {
         "global": global_bits, "local": local_bits, "encoder": encoder_bits, "decoder": decoder_bits, "cross": cross_bits,
-        "patcher": patcher_bits, "wo": wo_bits,
+        "patcher": patcher_bits, "hash": hash_bits, "wo": wo_bits,
     }  # fmt: skip
     settings = settings_of(
         recipe, bits, by_part, {"global": global_format, "local": local_format}, kv_bits, group_size, override or []

@@ -13,7 +13,7 @@ from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.configurations import settings_alone
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.errors import UsageError
-from marlin_cli.models import ARCHITECTURES, Network, architecture_of, linear_layers, part_of, settings_for
+from marlin_cli.models import ARCHITECTURES, Network, architecture_of, matrices_of, settings_for
 from marlin_cli.prediction.arithmetic import costs_of
 from marlin_cli.prediction.sizes import part_of_weight
 from marlin_cli.quantization.plan import KEEP, QuantizationSettings, plan_layers, settings_named
@@ -22,7 +22,7 @@ STORED_BYTES = 2  # of a number that stays as it is: 16 bits
 
 # The mixes that are shown, by their names.
 MIXES: Mapping[str, QuantizationSettings] = {
-    "16": QuantizationSettings(KEEP, KEEP, KEEP, KEEP, KEEP, KEEP),
+    "16": QuantizationSettings(KEEP, KEEP, KEEP, KEEP, KEEP, KEEP, hash_format=KEEP),
     **{name: settings_named(name) for name in ("8", "4/8", "4")},
 }
 
@@ -106,14 +106,14 @@ def mix_of(
     Raises:
         QuantizationError: a layer that cannot be packed so.
     """
-    layers = linear_layers(network)
+    layers = matrices_of(network)
     plans = plan_layers({path: tuple(layer.weight.shape) for path, layer in layers.items()}, settings, where)
     by_part: Counter[str] = Counter()
     packed = 0
     for plan in plans:
         count = plan.rows * plan.columns
         size = count * STORED_BYTES if plan.format is None else plan.format.bytes_of(count, plan.group_size)
-        by_part[part_of(plan.path)] += size
+        by_part[part_of_weight(f"{plan.path}.weight")] += size
         packed += size
     weights = {f"{path}.weight" for path in layers}
     for path, array in tree_flatten(network.parameters()):

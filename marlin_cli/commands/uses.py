@@ -209,6 +209,7 @@ QUANTIZE: Mapping[str, Uses] = {
     "--local-bits": _part("local", "states"),
     "--encoder-bits": _part("encoder"),
     "--patcher-bits": _part("patcher", of=CONTINUING),
+    "--hash-bits": _part("hash", of=CONTINUING),
     "--decoder-bits": _part("decoder", of=(*CONTINUING, ANSWERS)),
     "--cross-bits": _part("cross", of=(ANSWERS,)),
     "--wo-bits": _part("encoder", "decoder"),

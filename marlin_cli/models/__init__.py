@@ -23,7 +23,7 @@ from marlin_cli.models.canine_steps import CANINE, LA_CANINE
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 from marlin_cli.models.evabyte_steps import EVABYTE
 from marlin_cli.models.gbst_steps import GBST
-from marlin_cli.models.layers import inputs_by_layer, linear_layers, part_of, set_modules
+from marlin_cli.models.layers import inputs_by_layer, linear_layers, matrices_of, part_of, set_modules
 from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
 from marlin_cli.models.spacebyte_steps import SPACEBYTE
@@ -48,6 +48,7 @@ __all__ = [
     "decoding_of",
     "fill",
     "linear_layers",
+    "matrices_of",
     "part_of",
     "preset",
     "preset_names",
@@ -120,7 +121,9 @@ def fill(
         CheckpointError: missing, unknown or misshapen weights, or a value that is not finite in a small one.
     """
     arrays = {
-        path: array.astype(dtype) if dtype is not None and path not in looked_up and _is_castable(path, array) else array
+        path: array.astype(dtype)
+        if dtype is not None and path.rpartition(".")[0] not in looked_up and _is_castable(path, array)
+        else array
         for path, array in weights.items()
     }
     _swap_packed_layers(network, arrays, quantization or {}, where)
@@ -243,9 +246,9 @@ def _is_castable(path: str, array: mx.array) -> bool:
 
 
 def _swap_packed_layers(network: Network, arrays: Mapping[str, mx.array], table: Mapping[str, Any], where: str) -> None:
-    """Put a `QuantizedLinear` wherever the weights hold `.scales`."""
+    """Put a `QuantizedLinear`, or a `PackedTable`, wherever the weights hold `.scales`."""
     swapped: list[tuple[str, nn.Module]] = []
-    for path, module in linear_layers(network).items():
+    for path, module in matrices_of(network).items():
         if f"{path}.scales" in arrays:
             own = {name: arrays[f"{path}.{name}"] for name in PACKED_ARRAYS if f"{path}.{name}" in arrays}
             swapped.append((path, packed_layer(module, own, settings_of(path, table), f"{where}: {path!r}")))

@@ -228,7 +228,7 @@ class Architecture:
         tuning: how distillation treats it.
         continuing: how its networks continue bytes, where that is what they do.
         split: what ranks may share of one; None where each holds all of it.
-        looked_up: weights of which single rows are read, and so many that they keep the type in which they are stored.
+        looked_up: tables of which single rows are read, and so many that they keep the type in which they are stored.
     """
 
     name: str

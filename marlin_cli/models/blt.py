@@ -23,7 +23,7 @@ from marlin_cli.models.unequal_patches import (
     pooled_attention,
     running_maximum,
 )
-from marlin_cli.ops import Linear, activation, attention
+from marlin_cli.ops import Linear, Table, activation, attention
 
 Caches = Sequence[LayerCache] | None
 
@@ -230,7 +230,7 @@ class Blt(nn.Module):
         super().__init__()
         self.config = config
         self.patcher = Patcher(config)
-        self.hash_embedding = nn.Embedding(config.hash_rows, config.encoder.d_model)
+        self.hash_embedding = Table(config.hash_rows, config.encoder.d_model)
         self.byte_encoder = ByteEncoder(config)
         self.patches = PatchStack(config)
         self.byte_decoder = ByteDecoder(config)

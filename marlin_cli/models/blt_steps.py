@@ -1,6 +1,7 @@
 """What calibration, packing and decoding ask of a Byte Latent Transformer; see `models.architecture`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -34,6 +35,8 @@ OF_READER = ("q_proj", "k_proj", "o_proj")
 
 # Bytes of a patch, on average, by which costs count: what the released models' threshold was chosen for.
 PATCH_BYTES = 4
+
+NARROW = 16  # the widths of the miniature
 
 # Places in a patch, and lengths of patches, by which inputs are told apart; the last stands for all that are more.
 PLACES = 8
@@ -190,6 +193,33 @@ def stacks(config: BltConfig) -> tuple[CachedStack, ...]:
     )
 
 
+def part_bytes(config: BltConfig) -> dict[str, int]:
+    """A patch passes the global transformer at once."""
+    return {"global": PATCH_BYTES}
+
+
+def layer_bytes(path: str, config: BltConfig) -> int:
+    """Bytes from one pass through a linear layer to the next."""
+    return PATCH_BYTES if of_patches(path) else 1
+
+
+def miniature_of(config: BltConfig) -> BltConfig:
+    """The same model with one narrow head, patches of the mean length, and twice the context."""
+    own, wide = config.patch_rows * config.encoder.d_model, config.patches.d_model
+    rows = config.patch_rows * NARROW
+    return replace(
+        config,
+        patcher=replace(config.patcher, d_model=NARROW, ffn_dim=NARROW, heads=1),
+        encoder=replace(config.encoder, d_model=NARROW, ffn_dim=NARROW, heads=1),
+        patches=replace(config.patches, d_model=rows if own == wide else 2 * rows, ffn_dim=NARROW, heads=1),
+        decoder=replace(config.decoder, d_model=NARROW, ffn_dim=NARROW, heads=1),
+        threshold=1e6,  # above every entropy
+        max_patch_bytes=PATCH_BYTES,
+        hash_buckets=min(config.hash_buckets, 1024),
+        max_bytes=min(2 * config.max_bytes, 1 << 30),
+    )
+
+
 def beside_bytes(config: BltConfig) -> int:
     """Windows, which are cut when they are twice as long, and the rows of the open patch."""
     rows = sum(2 * stack.layers * stack.heads * stack.head_dim * 2 * (stack.window or 0) for stack in stacks(config)[1:])
@@ -213,7 +243,7 @@ BLT = Architecture(
     config=BltConfig,
     network=Blt,
     capability=Capability.CONTINUES,
-    parts=frozenset({"patcher", "encoder", "global", "decoder"}),
+    parts=frozenset({"hash", "patcher", "encoder", "global", "decoder"}),
     pass_through=pass_through,
     start=start,
     pieces=pieces,
@@ -225,8 +255,8 @@ BLT = Architecture(
     rows_of_sequence=lambda path, config: PLACES,
     groups_of=groups_of,
     overflows_in_float16=True,  # trained in bfloat16
-    looked_up=frozenset({"hash_embedding.weight"}),
-    decoding=DecodingShape(stacks, part_bytes=lambda config: {"global": PATCH_BYTES}, beside_bytes=beside_bytes),
+    looked_up=frozenset({"hash_embedding"}),
+    decoding=DecodingShape(stacks, part_bytes, layer_bytes, miniature_of, beside_bytes),
     tuning=Tuning(parts=("encoder", "global", "decoder", "head")),  # where patches end has no slope
     continuing=Continuing(
         Reading.LATENT_PATCHES,

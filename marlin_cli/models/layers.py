@@ -1,4 +1,4 @@
-"""The linear layers of any network: finding them by path, telling their parts and inputs, and replacing them."""
+"""The linear layers of any network, and its tables: finding them by path, their parts and inputs, and replacing them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import mlx.nn as nn
 
 from marlin_cli.models.architecture import Network
-from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.ops import Linear, PackedTable, QuantizedLinear, Table
 
 # First names of paths that are names of parts too; the other layers belong to the global part.
 PARTS = ("middle", "local", "encoder", "decoder", "states", "patcher")
@@ -17,8 +17,16 @@ def linear_layers(network: Network) -> dict[str, nn.Module]:
     return {path: module for path, module in reversed(network.named_modules()) if isinstance(module, (Linear, QuantizedLinear))}
 
 
+def matrices_of(network: Network) -> dict[str, nn.Module]:
+    """Every module that packing is about, by its path: the linear layers, then the tables of which rows are looked up."""
+    tables = {path: module for path, module in reversed(network.named_modules()) if isinstance(module, (Table, PackedTable))}
+    return {**linear_layers(network), **tables}
+
+
 def part_of(path: str) -> str:
-    """The part that a layer belongs to: global, middle, local, encoder, decoder, cross, states, patcher or head."""
+    """The part that a layer belongs to: global, middle, local, encoder, decoder, cross, states, patcher, hash or head."""
+    if path == "hash_embedding":
+        return "hash"
     if path in ("output", "drafts"):  # of the next id, and of those further on
         return "head"
     names = path.split(".")

@@ -1,4 +1,4 @@
-"""A packed linear layer from the arrays of a file, which kernels read as they are told: so everything is checked here."""
+"""A packed layer, or table, from the arrays of a file, which kernels read as they are told: so everything is checked here."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from marlin_cli.config import describe
 from marlin_cli.errors import CheckpointError
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.ops import PackedTable, QuantizedLinear, Table
 from marlin_cli.text import quoted
 
 # Arrays of a packed layer, under its path.
@@ -30,7 +30,7 @@ def settings_of(path: str, table: Mapping[str, Any]) -> Any:
     return table if own is True else own
 
 
-def packed_layer(plain: nn.Module, arrays: Mapping[str, mx.array], settings: Any, where: str) -> QuantizedLinear:
+def packed_layer(plain: nn.Module, arrays: Mapping[str, mx.array], settings: Any, where: str) -> QuantizedLinear | PackedTable:
     """The packed layer that takes the place of `plain`.
 
     Args:
@@ -73,4 +73,5 @@ def packed_layer(plain: nn.Module, arrays: Mapping[str, mx.array], settings: Any
             raise CheckpointError(f"{where} has {name} of type {found}, which {mode} does not hold")
     if scaled and (arrays["global_scale"].size != 1 or not mx.issubdtype(arrays["global_scale"].dtype, mx.floating)):
         raise CheckpointError(f"{where} has a global_scale that is not one number")
-    return QuantizedLinear(dict(arrays), group_size=group_size, bits=bits, mode=mode)
+    kind = PackedTable if isinstance(plain, Table) else QuantizedLinear
+    return kind(dict(arrays), group_size=group_size, bits=bits, mode=mode)

@@ -3,10 +3,13 @@
 from marlin_cli.ops.dispatch import activation, attention, paged_attention, patch_embed, strided_pool
 from marlin_cli.ops.layers import Linear, QuantizedLinear, round_activations
 from marlin_cli.ops.reference import delay_one_row
+from marlin_cli.ops.tables import PackedTable, Table
 
 __all__ = [
     "Linear",
+    "PackedTable",
     "QuantizedLinear",
+    "Table",
     "activation",
     "attention",
     "delay_one_row",

@@ -12,6 +12,7 @@ Each kind of operation is timed alone, by the CPU kernels of decoding and on the
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def predicted_seconds(
         return None
     probe = DecodingProbe(config, shapes, contexts, cache_bits)
     for _ in range(ROUNDS):
-        probe.run(min(PATCHES_OF_A_ROUND, config.max_bytes // unit_bytes(config)))
+        probe.run(max(1, min(PATCHES_OF_A_ROUND, config.max_bytes // probe.unit)))
     return [probe.seconds_by_part(context) for context in contexts]
 
 
@@ -119,11 +120,13 @@ class DecodingProbe:
         assert module is not None
         decoding = decoding_of(config)
         assert decoding.miniature is not None
-        self._unit, self._clock = unit_bytes(config), clock
+        # Bytes after which decoding is where it was: of a MegaByte a patch, and where patches differ one of the mean length.
+        lengths = {decoding.layer_bytes(shape.path, config) for shape in shapes}
+        self.unit, self._clock = math.lcm(ARCHITECTURES[config.model_type].unit_bytes(config), *lengths), clock
         # Layers of a part by how often a patch passes through them.
         chains: dict[tuple[str, int], list[LayerShape]] = {}
         for shape in shapes:
-            chains.setdefault((part_of(shape.path), self._unit // decoding.layer_bytes(shape.path, config)), []).append(shape)
+            chains.setdefault((part_of(shape.path), self.unit // decoding.layer_bytes(shape.path, config)), []).append(shape)
         bits = cache_bits or CacheBits()
         widths = [32 if each == 16 else each for each in (bits.keys, bits.values)]
         first, *finer = decoding.stacks(config)
@@ -131,12 +134,13 @@ class DecodingProbe:
         self._kept = {
             context: _attention(module, first, first.kept(context // first.row_bytes), widths) for context in contexts
         }
-        # A row of a sequence sees half of the others on average.
+        # A row of a sequence sees half of the others on average; one with a window of its own all of that.
+        longest = max(contexts)
         local = [
             (
                 f"{stack.level} cache",
-                _attention(module, stack, (stack.sequence_rows or 0) // 2, [32, 32]),
-                self._unit // stack.row_bytes,
+                _attention(module, stack, _rows_of(stack, longest), [32, 32]),
+                self.unit // stack.row_bytes,
             )
             for stack in finer
         ]
@@ -150,7 +154,7 @@ class DecodingProbe:
 
     def run(self, patches: int) -> None:
         """Time the operations of so many patches: one observation."""
-        size = self._unit
+        size = self.unit
         state = begin(self._miniature, [bytes(size)])
         for _ in decoded(state, size):  # the first patch begins otherwise than those after it
             pass
@@ -183,7 +187,7 @@ class DecodingProbe:
         """What the miniature takes for a patch, less what its attention and its head do."""
         # Where parts are not told apart all of it is overhead: so narrow a model's products and attention are next to nothing.
         before, start = state.part_seconds or {}, self._clock()
-        for _ in decoded(state, self._unit):
+        for _ in decoded(state, self.unit):
             pass
         found = with_overhead(before, state.part_seconds or {}, self._clock() - start)
         assert found is not None
@@ -235,9 +239,10 @@ def _attention(module: Any, stack: CachedStack, rows: int, bits: Sequence[int]) 
     return module.AttentionProbe(stack.layers, stack.heads, stack.kv_heads, stack.head_dim, rows, seen, *bits)
 
 
-def unit_bytes(config: Any) -> int:
-    """Bytes after which decoding is where it was: of a MegaByte a patch."""
-    return ARCHITECTURES[config.model_type].unit_bytes(config)
+def _rows_of(stack: CachedStack, context_bytes: int) -> int:
+    if stack.sequence_rows is not None:
+        return stack.sequence_rows // 2
+    return min(stack.window or 0, context_bytes // stack.row_bytes)
 
 
 def can_predict(config: Any) -> bool:

@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from marlin_cli.models import linear_layers, part_of
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.models import matrices_of, part_of
+from marlin_cli.ops import PackedTable, QuantizedLinear
 
 PARTS = ("patcher", "global", "middle", "local", "states", "encoder", "decoder", "cross", "embeddings", "head")
 
@@ -44,7 +44,9 @@ def weights_by_part(network: nn.Module) -> dict[str, int]:
 
 def _unpacked_sizes(network: nn.Module) -> Iterator[tuple[str, int]]:
     """(path, numbers) of each parameter that the network would have if no layer were packed."""
-    packed = {path: module for path, module in linear_layers(network).items() if isinstance(module, QuantizedLinear)}
+    packed = {
+        path: module for path, module in matrices_of(network).items() if isinstance(module, (QuantizedLinear, PackedTable))
+    }
     for path, array in tree_flatten(network.parameters()):
         layer, _, last = path.rpartition(".")
         if layer in packed and last == "weight":

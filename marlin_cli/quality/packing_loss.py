@@ -92,7 +92,7 @@ def output_errors(
     plain, swapped = linear_layers(original), linear_layers(packed)
     errors: dict[str, dict[str, float]] = {}
     for layer in layers:
-        path, module = layer.plan.path, swapped[layer.plan.path]
+        path, module = layer.plan.path, swapped.get(layer.plan.path)
         if not isinstance(module, QuantizedLinear):
             continue
         weight = np.array(plain[path]["weight"].astype(mx.float32))

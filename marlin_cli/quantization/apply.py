@@ -1,4 +1,4 @@
-"""Packs a network's linear layers as planned, or unpacks them."""
+"""Packs a network's linear layers and tables as planned, or unpacks them."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from marlin_cli.config import did_you_mean
 from marlin_cli.errors import ConfigError, QuantizationError, UsageError
-from marlin_cli.models import Network, architecture_of, linear_layers, set_modules
-from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.models import Network, architecture_of, matrices_of, set_modules
+from marlin_cli.ops import Linear, PackedTable, QuantizedLinear, Table
 from marlin_cli.quantization.balanced_keys import with_balanced_keys
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.layers import LayerReport, check_columns, pack_layer, packed_of, type_name
@@ -54,8 +54,8 @@ def plan_network(network: Network, settings: QuantizationSettings) -> list[Layer
     Raises:
         QuantizationError: see `plan_layers`; or a layer is packed already.
     """
-    layers = linear_layers(network)
-    packed = [path for path, module in layers.items() if isinstance(module, QuantizedLinear)]
+    layers = matrices_of(network)
+    packed = [path for path, module in layers.items() if isinstance(module, (QuantizedLinear, PackedTable))]
     if packed:
         raise QuantizationError(f"{packed[0]!r} is packed already; unpack the model first (marlin quantize --dequantize)")
     return plan_layers({path: (module.weight.shape[0], module.weight.shape[1]) for path, module in layers.items()}, settings)
@@ -84,7 +84,7 @@ def quantize_network(
         StatisticsError: statistics that lack a layer or a domain.
     """
     network, plans, factors = prepared(network, settings, statistics, method=method, domain_weights=domain_weights)
-    modules = linear_layers(network)
+    modules = matrices_of(network)
     swapped: list[tuple[str, nn.Module]] = []
     reports = []
     for plan in plans:
@@ -124,7 +124,7 @@ def prepared(
     plans = plan_network(network, settings)
     if statistics is not None:
         for plan in plans:
-            if plan.format is not None:
+            if plan.format is not None and plan.part != "hash":
                 check_columns(plan, statistics)  # before factors are made of them
     if settings.balance_keys:
         if statistics is None:
@@ -184,10 +184,12 @@ def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Netwo
         QuantizationError: no layer is packed.
     """
     swapped: list[tuple[str, nn.Module]] = []
-    for path, module in linear_layers(network).items():
-        if isinstance(module, QuantizedLinear):
+    for path, module in matrices_of(network).items():
+        if isinstance(module, (QuantizedLinear, PackedTable)):
             weight = decode(packed_of(module), mx.float32).astype(dtype)
-            plain = Linear(weight.shape[1], weight.shape[0], bias="bias" in module)
+            rows, columns = weight.shape
+            table = isinstance(module, PackedTable)
+            plain = Table(rows, columns) if table else Linear(columns, rows, bias="bias" in module)
             plain.weight = weight
             if "bias" in module:
                 plain.bias = module["bias"]
@@ -200,7 +202,7 @@ def dequantize_network(network: Network, dtype: mx.Dtype = mx.bfloat16) -> Netwo
 def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> AnyNetwork:
     """A network that shares the arrays of `network`, except in the modules given by path."""
     copy: AnyNetwork = architecture_of(network).network(network.config)
-    set_modules(copy, [(path, module) for path, module in linear_layers(network).items()])
+    set_modules(copy, [(path, module) for path, module in matrices_of(network).items()])
     set_modules(copy, list(modules))
     replaced = tuple(f"{path}." for path, _ in modules)
     kept = [(path, array) for path, array in tree_flatten(network.parameters()) if not path.startswith(replaced)]
@@ -211,7 +213,7 @@ def copy_with(network: AnyNetwork, modules: Sequence[tuple[str, nn.Module]]) -> 
 
 def kept_bytes(network: Network) -> dict[str, int]:
     """Bytes of everything but the linear layers' weights, by type: embeddings, positions, norms, start vectors, biases."""
-    weights = {f"{path}.weight" for path in linear_layers(network)}
+    weights = {f"{path}.weight" for path in matrices_of(network)}
     sizes: Counter[str] = Counter()
     for path, array in tree_flatten(network.parameters()):
         sizes[type_name(array)] += 0 if path in weights else array.nbytes

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import Network, architecture_of, linear_layers, part_of, set_modules
-from marlin_cli.ops import Linear, QuantizedLinear
+from marlin_cli.models import Network, architecture_of, linear_layers, matrices_of, part_of, set_modules
+from marlin_cli.ops import Linear, PackedTable, QuantizedLinear
 from marlin_cli.ops.dispatch import linear
 from marlin_cli.quantization.apply import copy_with
 from marlin_cli.quantization.encoders import Packed, decode, round_e2m1, scalar
@@ -175,7 +175,8 @@ def distill(
     student = copy_with(packed, [])
     set_modules(student, [(path, tuned.get(path) or _PlainLinear(layer)) for path, layer in linear_layers(packed).items()])
     stored = dict(tree_flatten(packed.parameters()))
-    inside = tuple(f"{path}." for path, layer in linear_layers(packed).items() if isinstance(layer, QuantizedLinear))
+    holding = (path for path, layer in matrices_of(packed).items() if isinstance(layer, (QuantizedLinear, PackedTable)))
+    inside = tuple(f"{path}." for path in holding)
     free = {
         path: array.astype(mx.float32)
         for path, array in stored.items()

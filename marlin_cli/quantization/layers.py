@@ -1,4 +1,4 @@
-"""One linear layer packed by its plan and a method, and what that did to it."""
+"""One linear layer, or table, packed by its plan and a method, and what that did to it."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.errors import QuantizationError
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.ops import PackedTable, QuantizedLinear
 from marlin_cli.quantization.encoders import Packed, mlx_encode, squared_error, squared_sum
 from marlin_cli.quantization.formats import format_of
 from marlin_cli.quantization.methods import METHODS
@@ -47,7 +47,7 @@ def pack_layer(
     method: str = "mse",
     domain_weights: Mapping[str, float] | None = None,
     factor: npt.NDArray[np.float32] | None = None,
-) -> tuple[QuantizedLinear | None, LayerReport]:
+) -> tuple[QuantizedLinear | PackedTable | None, LayerReport]:
     """One layer packed by its plan (None where it stays as it is), and what that did to it.
 
     Args:
@@ -59,6 +59,9 @@ def pack_layer(
     """
     if plan.format is None:
         return None, planned(plan, weight)
+    if plan.part == "hash":  # rows are looked up, and multiplied by nothing: no input weighs their errors
+        packed = pack_weight(weight, plan, method if method == "rtn" else "mse", None, None)
+        return packed_table(packed), report_of(weight, packed, plan, None)
     hessian = None if statistics is None else statistics.hessian(plan.path, domain_weights)
     importance = None if statistics is None else _importance(plan, statistics, domain_weights)
     if factor is not None:
@@ -105,15 +108,24 @@ def pack_weight(
 
 def packed_layer(packed: Packed, bias: mx.array | None) -> QuantizedLinear:
     """A linear layer of a packed weight."""
-    arrays = {"weight": packed.weight, "scales": packed.scales, "biases": packed.biases, "bias": bias}
+    own = {} if bias is None else {"bias": bias}
+    settings = packed.format
+    return QuantizedLinear({**_arrays(packed), **own}, group_size=packed.group_size, bits=settings.bits, mode=settings.mode)
+
+
+def packed_table(packed: Packed) -> PackedTable:
+    """A table of a packed weight."""
+    return PackedTable(_arrays(packed), group_size=packed.group_size, bits=packed.format.bits, mode=packed.format.mode)
+
+
+def _arrays(packed: Packed) -> dict[str, mx.array]:
+    arrays = {"weight": packed.weight, "scales": packed.scales, "biases": packed.biases}
     if packed.global_scale is not None:
         arrays["global_scale"] = mx.array(packed.global_scale, dtype=mx.float32)
-    present = {name: array for name, array in arrays.items() if array is not None}
-    settings = packed.format
-    return QuantizedLinear(present, group_size=packed.group_size, bits=settings.bits, mode=settings.mode)
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
-def packed_of(module: QuantizedLinear) -> Packed:
+def packed_of(module: QuantizedLinear | PackedTable) -> Packed:
     """The packed weight inside a layer."""
     scale = module.get("global_scale")
     return Packed(

@@ -30,6 +30,11 @@ _KEPT_READERS = re.compile(r"\.readers\.\d+\.[qk]_proj$")
 PROTECTED = (".ffn.down_proj", "front.proj")
 
 
+# Bits of hash tables, at least.
+LEAST_HASH_BITS = 8
+WHY_HASH_BITS = "rows are added up for every byte, and what fewer bits cost was never measured"
+
+
 @dataclass(frozen=True)
 class QuantizationSettings:
     """What to pack, and how. Byte embeddings, norms and the output head are never packed.
@@ -49,12 +54,15 @@ class QuantizationSettings:
     balance_keys: bool = False  # scale q_proj and k_proj so that packed keys lose less; needs statistics
     group_size: int | None = None  # of int4 and int8; the others have one size
     overrides: dict[str, str] = field(default_factory=dict)  # regular expression of layer paths -> format; last wins
+    hash_format: str = "int8"  # hash tables, of which rows are looked up: at least 8 bits
 
     def __post_init__(self) -> None:
         named = (self.global_format, self.local_format, self.encoder_format, self.decoder_format, self.cross_format)
-        for name in (*named, self.patcher_format, self.wo_format, *self.overrides.values()):
+        for name in (*named, self.patcher_format, self.hash_format, self.wo_format, *self.overrides.values()):
             if name is not None:
                 check_format(name)
+        if _bits(self.hash_format) < LEAST_HASH_BITS:
+            raise ConfigError(f"hash_format must keep {LEAST_HASH_BITS} bits, found {self.hash_format!r}: {WHY_HASH_BITS}")
         if self.kv_bits not in (4, 8, 16):
             raise ConfigError(f"kv_bits must be 4, 8 or 16, found {self.kv_bits}")
         sizes = sorted({*FORMATS["int4"].group_sizes, *FORMATS["int8"].group_sizes})
@@ -86,6 +94,7 @@ class QuantizationSettings:
             "states": self.local_format,
             "local": self.local_format,
             "patcher": self.patcher_format,
+            "hash": self.hash_format,
             "encoder": self.encoder_format or of_bytes,
             "decoder": self.decoder_format or of_bytes,
             "cross": self.cross_format,
@@ -95,7 +104,7 @@ class QuantizationSettings:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The decision for one linear layer; `format` None keeps it as it is."""
+    """The decision for one linear layer, or table; `format` None keeps it as it is."""
 
     path: str
     part: str  # see `models.part_of`
@@ -198,6 +207,8 @@ def plan_layers(
             continue
         if part_of(path) == "head":
             raise QuantizationError(f"{where}: the output head stays as it is; take it out of the override")
+        if part_of(path) == "hash" and _bits(name) < LEAST_HASH_BITS:
+            raise QuantizationError(f"{where}: {path!r} keeps {LEAST_HASH_BITS} bits at least, found {name}: {WHY_HASH_BITS}")
         group_size = _group_size(FORMATS[name], columns, settings.group_size)
         if group_size is None:
             fitting = [other.name for other in FORMATS.values() if other.group_size_for(columns) is not None]

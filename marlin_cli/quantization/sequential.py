@@ -18,12 +18,12 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten
 
 from marlin_cli.errors import QuantizationError, UsageError
-from marlin_cli.models import Network, architecture_of, linear_layers, set_modules, shared_inputs, with_weights
+from marlin_cli.models import Network, architecture_of, linear_layers, matrices_of, set_modules, shared_inputs, with_weights
 from marlin_cli.models.architecture import Piece, State
 from marlin_cli.quantization.apply import FORMAT_VERSION, Quantized, copy_with, plan_network
 from marlin_cli.quantization.encoders import decode
 from marlin_cli.quantization.feeds import size_bytes
-from marlin_cli.quantization.layers import LayerReport, pack_weight, packed_layer, planned, report_of
+from marlin_cli.quantization.layers import LayerReport, pack_layer, pack_weight, packed_layer, planned, report_of
 from marlin_cli.quantization.methods import NEED_SEQUENTIAL, WITHOUT_OUTLIERS
 from marlin_cli.quantization.methods.hadamard import rotated
 from marlin_cli.quantization.plan import LayerPlan, QuantizationSettings, quantization_table
@@ -119,7 +119,10 @@ def quantize_sequentially(
         marlin["rotated_states"] = True  # of the encoder: `encode` would give others than the original
     if domain_weights is not None:
         marlin["domain_weights"] = dict(domain_weights)
-    layers = linear_layers(network)
+    layers = matrices_of(network)
+    for plan in plans:
+        if plan.part == "hash" and plan.format is not None:
+            run.pack_table(plan, layers[plan.path])
     reports = [run.reports.get(plan.path) or planned(plan, layers[plan.path].weight) for plan in plans]
     return Quantized(copy_with(network, run.packed), quantization_table(plans, sorted(embeddings)), marlin, reports)
 
@@ -192,6 +195,15 @@ class _Run:
         self.groups: dict[str, list[str]] = {}
         for path, source in shared_inputs(network).items():
             self.groups.setdefault(source, []).append(path)
+
+    def pack_table(self, plan: LayerPlan, table: nn.Module) -> None:
+        """Pack a table, whose rows are multiplied by nothing."""
+        packed, report = pack_layer(table["weight"], None, plan, method=self.method)
+        assert packed is not None
+        self.packed.append((plan.path, packed))
+        self.reports[plan.path] = report
+        if self.on_layer is not None:
+            self.on_layer(report)
 
     def pack_piece(self, piece: Piece) -> None:
         """Pack the layers of a piece, then take every batch through it."""

@@ -15,10 +15,10 @@ from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.engine.state_files import FORMAT, SUM
 from marlin_cli.errors import CheckpointError, MarlinError, UsageError
 from marlin_cli.files import kind_of_file
-from marlin_cli.models import ARCHITECTURES, Capability, architecture_named, build, config_as_mapping, linear_layers, part_of
-from marlin_cli.ops import QuantizedLinear
+from marlin_cli.models import ARCHITECTURES, Capability, architecture_named, build, config_as_mapping, matrices_of
+from marlin_cli.ops import PackedTable, QuantizedLinear
 from marlin_cli.ops.device import Device
-from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, weights_by_part
+from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, part_of_weight, weights_by_part
 from marlin_cli.statistics.show import Summary, summarise
 from marlin_cli.statistics.store import holds_statistics, load_statistics
 from marlin_cli.tensor_files import safetensors_header
@@ -206,8 +206,8 @@ def _model(name: str, device: Device, options: ImportOptions, with_fingerprint: 
     stored = bytes_by_part(checkpoint.weights)
     loaded = (bytes_in_float32 if device.name == "cpu" else bytes_by_part)(parameters)
     formats: dict[str, set[str]] = defaultdict(set)
-    for layer, module in linear_layers(network).items():
-        formats[part_of(layer)].add(_format(module))
+    for layer, module in matrices_of(network).items():
+        formats[part_of_weight(f"{layer}.weight")].add(_format(module))
     marlin = {key: value for key, value in (checkpoint.marlin or {}).items() if isinstance(value, (str, int, float, dict))}
     return ModelInfo(
         path=str(path),
@@ -226,6 +226,6 @@ def _model(name: str, device: Device, options: ImportOptions, with_fingerprint: 
 
 
 def _format(layer: Any) -> str:
-    if isinstance(layer, QuantizedLinear):
+    if isinstance(layer, (QuantizedLinear, PackedTable)):
         return f"int{layer.bits}" if layer.mode == "affine" else str(layer.mode)
     return str(layer.weight.dtype).removeprefix("mlx.core.")

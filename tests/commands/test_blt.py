@@ -3,6 +3,7 @@
 import json
 import sys
 
+import mlx.core as mx
 import pytest
 from blt_cases import blt_folder, random_blt
 
@@ -51,6 +52,44 @@ def test_bits_by_part(marlin):
     assert bits["patcher.layers.0.ffn.up_proj"] is bits["byte_encoder.layers.0.attention.q_proj"] is None
 
 
+@pytest.mark.parametrize("format", ["int8", "mxfp8", "16bit"])
+def test_hash_tables(format, marlin, tmp_path):
+    """8 bits unless told otherwise; rows are those of the table unpacked whole, and no patch ends elsewhere."""
+    others = ("--global-bits", "16", "--decoder-bits", "16", "--encoder-bits", "16", "--patcher-bits", "16")
+    bits = {"int8": (), "mxfp8": ("--override", "hash_embedding=mxfp8"), "16bit": ("--hash-bits", "16")}[format]
+    code, _, error = marlin("quantize", "model", "-o", "out", *others, *bits)
+    assert code == 0, error
+    packed = load("out", device="cpu")
+    table, original = packed.network.hash_embedding, NETWORK.hash_embedding
+    assert type(table).__name__ == ("Table" if format == "16bit" else "PackedTable")
+    rows = mx.array([[0, 5, 193], [7, 5, 1]])
+    spread = mx.abs(original(rows)).max()
+    worst = mx.abs(table(rows) - original(rows)).max() / spread
+    assert worst == 0 if format == "16bit" else 0 < worst < {"int8": 0.006, "mxfp8": 0.07}[format]
+    assert table(rows[:0]).shape == (0, 3, 32) and table(rows[0, 0]).shape == (32,)
+    assert mx.array_equal(table(rows)[1, 2], table(mx.array([1]))[0])
+    windows = mx.random.randint(0, 256, (1, 120), key=mx.random.key(3))
+    ids = NETWORK.led(windows + 4)
+    assert (packed.network.ends(packed.network.patcher(ids)) == NETWORK.ends(NETWORK.patcher(ids))).all()
+    lost = mx.abs(packed.network.predictions(windows) - NETWORK.predictions(windows)).max()
+    assert lost < (1e-4 if format == "16bit" else 2)
+    if format != "16bit":
+        assert marlin("quantize", "out", "-o", "plain", "--dequantize")[0] == 0
+        plain = load("plain", device="cpu").network.hash_embedding
+        assert mx.allclose(plain(rows).astype(mx.float32), table(rows), atol=0.02)
+
+
+def test_hash_tables_by_every_method(marlin, tmp_path):
+    (tmp_path / "few").write_bytes(b"16 bytes a line\n" * 60)
+    assert marlin("calibrate", "model", "--corpus", "few", "--seq-bytes", "96", "--hessian", "-o", "s.safetensors")[0] == 0
+    sequential = ("--sequential", "--calibration-corpus", "few")
+    for how in (("--method", "awq", "--stats", "s.safetensors"), ("--method", "gptq", "--stats", "s.safetensors"), sequential):
+        code, _, error = marlin("quantize", "model", "-o", "out", *how, "--overwrite")
+        assert code == 0, error
+        table = load("out", device="cpu").network.hash_embedding
+        assert (table.bits, table.mode) == (8, "affine")
+
+
 def test_statistics_by_place_and_length(marlin, tmp_path):
     (tmp_path / "few").write_bytes(b"16 bytes a line\n" * 60)
     code, _, error = marlin("calibrate", "model", "--corpus", "few", "--seq-bytes", "96", "-o", "stats.safetensors")
@@ -70,7 +109,8 @@ def test_statistics_by_place_and_length(marlin, tmp_path):
             ("quantize", "model", "-o", "out", "--method", "gptq+hadamard", "--sequential", "--calibration-corpus", "few"),
             "a Byte Latent Transformer cannot be rotated: a patch takes the largest",
         ),
-        (("quantize", "model", "-o", "out", "--override", "hash_embedding=int8"), "'hash_embedding' matches no layer"),
+        (("quantize", "model", "-o", "out", "--override", "hash_embedding=nvfp4"), "'hash_embedding' keeps 8 bits at least"),
+        (("quantize", "model", "-o", "out", "--hash-bits", "4"), "--hash-bits must be 8 or 16, found 4: rows are added up"),
         (("generate", "model", "-p", "a", "--save-state", "state"), "a Byte Latent Transformer reads its prompts anew"),
         (("generate", "model", "-p", "a", "--chat"), "a Byte Latent Transformer has no form of chats"),
         (("generate", "model", "-p", "a", "--sentinel"), "a Byte Latent Transformer knows none"),

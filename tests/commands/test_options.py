@@ -78,6 +78,7 @@ VALUES = {
     "--show": "STATS",
     **dict.fromkeys(("--global-bits", "--local-bits", "--encoder-bits", "--decoder-bits", "--cross-bits", "--wo-bits"), "8"),
     "--patcher-bits": "8",
+    "--hash-bits": "8",
     "--global-format": "int8",
     "--local-format": "int8",
     "--group-size": "32",

@@ -1,6 +1,8 @@
 """Predictions are made of operations, as often as a patch has them. How near they come is for benchmarks to show."""
 
 import pytest
+from blt_cases import random_blt
+from spacebyte_cases import SIZES
 
 from marlin_cli.api import MegaByteModel
 from marlin_cli.engine import decoding
@@ -8,6 +10,8 @@ from marlin_cli.engine.decoding import CacheBits, Lockstep
 from marlin_cli.models import linear_layers, part_of
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.models.megabyte_decoding import miniature_of
+from marlin_cli.models.spacebyte import SpaceByte
+from marlin_cli.models.spacebyte_config import SpaceByteConfig
 from marlin_cli.ops import cpu
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction import prediction
@@ -189,3 +193,14 @@ def test_the_graph_does_not_tell_parts_apart(random_network, small_sizes, monkey
     monkeypatch.setattr(decoding, "fuse", lambda network: None)
     state = Lockstep(random_network(MegaByteConfig(**small_sizes)), [b"some bytes"])
     assert state.part_seconds is None
+
+
+@pytest.mark.parametrize(
+    "network", [random_blt(), SpaceByte(SpaceByteConfig(**SIZES))], ids=lambda each: each.config.model_type
+)
+def test_patches_of_unequal_length_count_as_those_of_the_mean(network):
+    probe = DecodingProbe(network.config, layer_shapes(network), [32])
+    assert probe.unit == (4 if network.config.model_type == "blt" else network.config.patch_bytes) > 1
+    probe.run(1)
+    parts = probe.seconds_by_part(32)
+    assert all(parts[part] > 0 for part in ("global", "window cache", "head", "overhead"))
