@@ -7,7 +7,7 @@ import pytest
 
 from marlin_cli.corpus import Example
 from marlin_cli.errors import QuantizationError
-from marlin_cli.models import ARCHITECTURES, Capability, architecture_of, linear_layers, part_of, shared_inputs
+from marlin_cli.models import ARCHITECTURES, Capability, architecture_of, linear_layers, matrices_of, part_of, shared_inputs
 from marlin_cli.quantization.feeds import FEEDS
 from marlin_cli.quantization.pair_batches import BATCH_IDS, batch_of, pair_batches, pair_batches_by_domain
 
@@ -93,5 +93,5 @@ def test_the_parts_of_an_architecture_are_those_of_its_layers(name):
     both = {"encoder_layers": 1, "decoder_layers": 1}
     sizes = {Capability.CONTINUES: {}, Capability.ANSWERS: both, Capability.ENCODES: {"layers": 1}}
     network = architecture.network(architecture.config(**sizes[architecture.capability]))
-    found = {part_of(path) for path in linear_layers(network)} - {"head"}
+    found = {part_of(path) for path in matrices_of(network)} - {"head"}
     assert found <= architecture.parts and architecture.parts - found <= {"middle"}
