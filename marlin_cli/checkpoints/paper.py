@@ -12,6 +12,7 @@ from marlin_cli.checkpoints.spacebyte_training import (
     NORMS,
     QUERY_NORM,
     TrainedConfig,
+    check_depths,
     depth,
     key_width_of,
     said_of,
@@ -84,6 +85,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     weights: dict[str, mx.array] = {}
     for kind, width in widths.items():
         layers = depth(foreign.tensors, kind)
+        check_depths(foreign, {"n_layers" if kind == "global" else "n_local_layers": layers})
         block = f"{kind}_blocks.0"
         key_width = key_width_of(foreign, block, width)
         config[f"{kind}_layers"] = layers

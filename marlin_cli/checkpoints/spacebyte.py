@@ -13,6 +13,7 @@ from marlin_cli.checkpoints.spacebyte_training import (
     NORMS,
     QUERY_NORM,
     TrainedConfig,
+    check_depths,
     depth,
     key_width_of,
     said_of,
@@ -101,6 +102,15 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
         "attention_scale": scale_of(said, head_dim, qk_norm=qk_norm) if scale is None else scale,
         "start_id": FIRST_BYTE if said.BOS is None else said.BOS,
     }
+    layers_of = {stack: depth(foreign.tensors, stack) for stack in ("initial", "global", "final")}
+    check_depths(
+        foreign,
+        {
+            "n_layers": layers_of["global"],
+            "n_initial_layers": layers_of["initial"],
+            "n_local_layers": layers_of["initial"] + layers_of["final"],
+        },
+    )
     taken = Taken(foreign)
     weights = {
         "byte_embedding.weight": taken.take(MARKER)[:vocab],
@@ -110,7 +120,7 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     }
     for name, stacks in (("global", ("global",)), ("local", ("initial", "final"))):
         wide = width if name == "global" else local
-        depths = {stack: depth(foreign.tensors, stack) for stack in stacks}
+        depths = {stack: layers_of[stack] for stack in stacks}
         block = next((f"{stack}_blocks.0" for stack, layers in depths.items() if layers), f"{stacks[0]}_blocks.0")
         key_width = key_width_of(foreign, block, wide)
         config |= {f"{stack}_layers": layers for stack, layers in depths.items()}

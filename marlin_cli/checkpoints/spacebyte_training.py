@@ -43,6 +43,21 @@ class TrainedConfig:
 Said = TypeVar("Said", bound=TrainedConfig)
 
 
+def check_depths(foreign: Foreign, depths: Mapping[str, int]) -> None:
+    """See that a checkpoint has as many layers as its own model_config names, by the option's name.
+
+    Raises:
+        CheckpointError: it has others.
+    """
+    told = foreign.beside.get("model_config")
+    for option, found in depths.items():
+        wanted = told.get(option) if isinstance(told, Mapping) else None
+        if wanted is not None and wanted != found:
+            raise CheckpointError(
+                f"{foreign.path}: {option} of model_config is {quoted(wanted)}, its tensors have {found} layers; fetch it again"
+            )
+
+
 def said_of(cls: type[Said], foreign: Foreign, options: ImportOptions, width: int, window: str = "attention_window") -> Said:
     """The options of a checkpoint: its own model_config, else the importer's, else the constructor's defaults.
 

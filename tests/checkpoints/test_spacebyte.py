@@ -90,6 +90,10 @@ def without(name):
     return lambda tensors: tensors.pop(name)
 
 
+def without_blocks(start):
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(start)]
+
+
 def setting(name, array):
     return lambda tensors: tensors.update({name: array})
 
@@ -119,6 +123,9 @@ def setting(name, array):
         (None, {"vocab_size": -1}, "vocab_size of model_config is -1"),
         (None, {"nonlinear": ["ReLU"]}, "its model_config has a list as 'nonlinear'"),
         (None, {"layer_norm": "x\n" * 200}, "layer_norm"),
+        (without_blocks("global_blocks.1."), {}, "n_layers of model_config is 2, its tensors have 1 layers"),
+        (without_blocks("final_blocks.1."), {}, "n_local_layers of model_config is"),
+        (None, {"n_layers": 10**9}, "n_layers of model_config is 1000000000, its tensors have 2 layers"),
     ],
 )
 def test_wrong_ones_are_one_line(change, changes, message, tmp_path):
