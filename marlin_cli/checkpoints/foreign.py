@@ -55,9 +55,7 @@ class ImportOptions:
     norm: str | None = None  # layernorm or variance (paper, without model_config)
     rope: bool | None = None  # (paper, without model_config)
     attention_scale: float | None = None  # (paper, without model_config)
-    attention_window: int | None = (
-        None  # rows seen before itself, 0: all (paper: patches; spacebyte: bytes; before model_config's)
-    )
+    attention_window: int | None = None  # rows seen before itself, 0: all (paper: patches; spacebyte: bytes)
     bos_byte: int | None = None  # what leads where no learned pads do (paper, without model_config)
     weights: Copy | None = None  # which of two copies, of which one is the mean over the training
     heads_by_trial: bool | None = None  # the heads were chosen by sample bytes, which is an assumption too

@@ -120,10 +120,9 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     }
     for name, stacks in (("global", ("global",)), ("local", ("initial", "final"))):
         wide = width if name == "global" else local
-        depths = {stack: layers_of[stack] for stack in stacks}
-        block = next((f"{stack}_blocks.0" for stack, layers in depths.items() if layers), f"{stacks[0]}_blocks.0")
+        block = next((f"{stack}_blocks.0" for stack in stacks if layers_of[stack]), f"{stacks[0]}_blocks.0")
         key_width = key_width_of(foreign, block, wide)
-        config |= {f"{stack}_layers": layers for stack, layers in depths.items()}
+        config |= {f"{stack}_layers": layers_of[stack] for stack in stacks}
         config |= {
             f"{name}_dim": wide,
             f"{name}_heads": wide // head_dim,
@@ -131,8 +130,8 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
             f"{name}_kv_heads": key_width // head_dim,
             f"{name}_ffn_dim": foreign.shape(f"{block}.feedforward.linear_1.weight", 2)[0],
         }
-        for stack, layers in depths.items():
-            for layer in range(layers):
+        for stack in stacks:
+            for layer in range(layers_of[stack]):
                 take_block(weights, taken, f"{stack}_blocks.{layer}", f"{stack}.layers.{layer}", wide, key_width)
     weights["output.weight"] = _head(taken, weights["byte_embedding.weight"], said, vocab)
     taken.finish()

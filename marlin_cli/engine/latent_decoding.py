@@ -11,13 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.patch_caches import Indices, PatchCaches, WindowCache
+from marlin_cli.engine.patch_caches import ROWS_AT_ONCE, Indices, PatchCaches, WindowCache
 from marlin_cli.errors import UsageError
 from marlin_cli.models.blt import Blt
 from marlin_cli.models.unequal_patches import at_rows, ends_of_patches, patches_of
-
-# Rows of all texts together that are read at once: bounds what a layer has between two products.
-ROWS_AT_ONCE = 2048
 
 Pair = tuple[mx.array, mx.array]
 

@@ -12,6 +12,9 @@ from marlin_cli.ops import attention
 # Rows by which storage grows.
 ROWS_PER_STEP = 256
 
+# Rows of all texts together that are read at once: bounds what a layer has between two products.
+ROWS_AT_ONCE = 2048
+
 Indices = npt.NDArray[np.int64]
 
 

@@ -6,14 +6,11 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine.cache import CacheBits
-from marlin_cli.engine.patch_caches import Indices, PatchCaches, WindowCache
+from marlin_cli.engine.patch_caches import ROWS_AT_ONCE, Indices, PatchCaches, WindowCache
 from marlin_cli.errors import UsageError
 from marlin_cli.models.spacebyte import SpaceByte
 from marlin_cli.models.spacebyte_patches import Before
 from marlin_cli.models.unequal_patches import patches_of
-
-# Rows of all texts together that are read at once: bounds what a layer has between two products.
-ROWS_AT_ONCE = 2048
 
 
 class SpaceRows:

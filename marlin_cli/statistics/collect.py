@@ -53,7 +53,7 @@ def measure(network: Network, domain: str, window: npt.NDArray[np.uint8], hessia
 
     The window is cut to whole units of the architecture (patches), so that no filler is measured, and the cut bytes are
     not counted. Sums over its rows are float32, as the network should be: a window at a time, so that no batch size
-    shows in the numbers. Memory: the activations of one layer, and its attention scores.
+    shows in the numbers. Memory: the activations of the few layers that are under way, and their attention scores.
 
     Args:
         hessians: x^T x of every input is added to it.
