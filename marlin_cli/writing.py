@@ -85,10 +85,10 @@ def _followed(path: Path) -> Path:
     """
     if path.name and path.name != ".." and not path.is_symlink():
         return path
-    try:
-        return path.resolve()
-    except RuntimeError:  # later Pythons give the link itself, which cannot be written then
-        raise OutputError(f"{path}: cannot write: {os.strerror(errno.ELOOP)}") from None
+    found = Path(os.path.realpath(path))  # of a link to itself the link, in every Python; `Path.resolve` differs
+    if found.is_symlink():
+        raise OutputError(f"{path}: cannot write: {os.strerror(errno.ELOOP)}")
+    return found
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """One run of `marlin bench` over models that encode texts: loaded, checked against what is asked, then timed and compared."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from mlx.utils import tree_flatten
 
@@ -37,16 +37,16 @@ class EncodingRequest:
     quality: TextSettings | None
     device: str = "auto"
     activation_bits: int = 16
-    language: str | None = None  # whose adapters an LA-CANINE takes
+    imports: Mapping[str, ImportOptions] = field(default_factory=dict)  # of an LA-CANINE its language, by names of models
 
     def __post_init__(self) -> None:
         if self.throughput is None and self.quality is None:
             raise UsageError("--no-throughput leaves nothing to measure; give --quality too")
 
-    @property
-    def options(self) -> ImportOptions:
-        """What the checkpoints do not tell."""
-        return ImportOptions(language=self.language)
+    def label_of(self, name: str) -> str:
+        """The name of a model as the report has it, with the language that it takes."""
+        options = self.imports.get(name)
+        return name if options is None or options.language is None else f"{name} ({options.language})"
 
 
 def run(request: EncodingRequest) -> EncodingReport:
@@ -63,7 +63,7 @@ def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
     models = [_loaded(request, name) for name in request.models]
     if request.throughput is not None:
         check_texts_fit(models, request.throughput)
-    labels = labels_of([f"{name} ({request.language})" if request.language else name for name in request.models])
+    labels = labels_of([request.label_of(name) for name in request.models])
     named = dict(zip(labels, models, strict=True))
     scores: Sequence[TextQuality | None] = [None] * len(models)
     quality = request.quality
@@ -83,7 +83,9 @@ def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
         EncodingModelReport(
             model=label,
             weights=weights_by_part(model.network),
-            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name), request.options, check_values=False).weights),
+            stored_weight_bytes=bytes_by_part(
+                read_checkpoint(locate_model(name), request.imports.get(name), check_values=False).weights
+            ),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             speeds=None if speed is None else tuple(speed),
             quality=score,
@@ -101,7 +103,7 @@ def _run(request: EncodingRequest, ranks: Ranks) -> EncodingReport:
 
 def _loaded(request: EncodingRequest, name: str) -> EncodingModel:
     return EncodingModel.from_pretrained(
-        name, device=request.device, activation_bits=request.activation_bits, options=request.options
+        name, device=request.device, activation_bits=request.activation_bits, options=request.imports.get(name)
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from marlin_cli.bench.noise import say_if_noisy
 from marlin_cli.bench.ranked import check_alike, of_ranks
 from marlin_cli.bench.result import ModelReport, QualitySettings, Report
 from marlin_cli.bench.throughput import Throughput, ThroughputSettings, check_run_fits, measure_throughput
-from marlin_cli.checkpoints import fingerprint, read_checkpoint
+from marlin_cli.checkpoints import ImportOptions, fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.cache import CacheBits
@@ -59,6 +59,7 @@ class Request:
     resume: bool = False  # go on with the quality run of these models, bytes and settings that was interrupted
     share_left: float | None = None  # see `CacheBits`
     reference_cache_bytes: int = DEFAULT_LIMIT_BYTES  # for log-probabilities of the reference, kept between runs; 0 for none
+    imports: Mapping[str, ImportOptions] = field(default_factory=dict)  # of models that do not say all, by their names
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -89,6 +90,7 @@ def _run(request: Request, ranks: Ranks) -> Report:
             device=request.device,
             kv_bits=request.kv_bits,
             activation_bits=request.activation_bits,
+            options=request.imports.get(name),
             split=ranks_to_split(request.split, name, ranks),
         )
         for name in request.models
@@ -111,7 +113,9 @@ def _run(request: Request, ranks: Ranks) -> Report:
         ModelReport(
             model=label,
             weights=weights_by_part(model.network),
-            stored_weight_bytes=bytes_by_part(read_checkpoint(locate_model(name), check_values=False).weights),
+            stored_weight_bytes=bytes_by_part(
+                read_checkpoint(locate_model(name), request.imports.get(name), check_values=False).weights
+            ),
             loaded_weight_bytes=bytes_by_part(dict(tree_flatten(model.network.parameters()))),
             cache_bits=model.cache_bits,
             throughput=None if speeds is None else speeds[number],
@@ -145,7 +149,9 @@ def _prepared(request: Request, settings: QualitySettings, models: Sequence[Cont
         reference = models[request.models.index(settings.reference)].network
     elif settings.reference is not None:
         shared = ranks_to_split(request.split, settings.reference, ranks)
-        reference = ContinuingModel.from_pretrained(settings.reference, device=request.device, split=shared).network
+        reference = ContinuingModel.from_pretrained(
+            settings.reference, device=request.device, options=request.imports.get(settings.reference), split=shared
+        ).network
     windows = cut(files_by_domain(*settings.corpora), settings.windowing)
     if settings.window is not None:
         return _Scoring(settings, networks, windows, None)
@@ -188,16 +194,20 @@ def _score(scoring: _Scoring, request: Request, device: str, ranks: Ranks) -> li
     settings = request.quality
     assert settings is not None
     made_by = [__version__, version("mlx"), device]  # whatever else decides the numbers that a model gives
+
+    def fingerprint_of(model: str) -> str:
+        return fingerprint(locate_model(model), request.imports.get(model))
+
     kept = {}
     cache = _cache(request)
     if cache is not None and settings.reference is not None and request.reference_cache_bytes:
         kept["kept_reference"] = ReferenceCache(
-            cache / "reference", " ".join([_fingerprint(settings.reference), *made_by]), request.reference_cache_bytes
+            cache / "reference", " ".join([fingerprint_of(settings.reference), *made_by]), request.reference_cache_bytes
         )
     names = [*request.models, *([] if settings.reference is None else [settings.reference])]
 
     def key() -> str:
-        facts = [made_by, BYTES_PER_PASS, len(request.models), [_fingerprint(name) for name in names]]
+        facts = [made_by, BYTES_PER_PASS, len(request.models), [fingerprint_of(name) for name in names]]
         return hashlib.sha256(json.dumps([*facts, _fingerprint_of_windows(scoring.windows)]).encode()).hexdigest()
 
     if ranks.size > 1:
@@ -231,10 +241,6 @@ def _cache(request: Request) -> Path | None:
             raise
         console.note(f"nothing is kept between runs: {error}")
         return None
-
-
-def _fingerprint(model: str) -> str:
-    return fingerprint(locate_model(model))
 
 
 def _fingerprint_of_windows(windows: Mapping[str, Sequence[Window]]) -> str:

@@ -44,6 +44,7 @@ __all__ = [
     "possible_heads",
     "read_checkpoint",
     "sketch",
+    "tells_all",
 ]
 
 # Layouts that tell their configuration, in the order in which they are asked; the last takes every other config.json.
@@ -149,6 +150,17 @@ def read_checkpoint(
 def _layout_with_config(path: Path) -> str | None:
     """The name of the layout with a configuration that a model has, None where the names of tensors must tell."""
     return next((name for name, each in WITH_CONFIG.items() if each.recognises(path)), None)
+
+
+def tells_all(path: Path, options: ImportOptions) -> bool:
+    """Does a model say everything that these options could? An LA-CANINE does not say whose adapters are wanted.
+
+    Raises:
+        CheckpointError: there is no model.
+    """
+    if _layout_with_config(path) is None:
+        return False
+    return options.language is None or architecture_of(path) != "la_canine"
 
 
 def _read_with_config(path: Path, layout: str, options: ImportOptions) -> Checkpoint:

@@ -1,5 +1,6 @@
 """`marlin bench`: how fast models run, what they weigh, and how well they predict held-out bytes."""
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -126,7 +127,8 @@ def bench(
         list[str] | None, typer.Option(metavar="WORDS", help="Draw only charts with these words in their titles. Repeatable.")
     ] = None,
     import_options: Annotated[
-        list[str] | None, typer.Option("--import", help=f"With --formats. {IMPORT_HELP}", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option("--import", help=f"{IMPORT_HELP} Of several models those take it that do not say it.", metavar="NAME=VALUE"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
     against: Annotated[
@@ -194,7 +196,7 @@ def bench(
     keep_rows_apart(speculate or "off")
     from marlin_cli.backend import require_mlx
     from marlin_cli.commands.given import check_models
-    from marlin_cli.commands.options import parse_cache_bits, parse_size, parse_sizes, parse_window
+    from marlin_cli.commands.options import parse_cache_bits, parse_import_options, parse_size, parse_sizes, parse_window
     from marlin_cli.errors import UsageError
 
     require_mlx()
@@ -203,17 +205,22 @@ def bench(
     from marlin_cli.bench.throughput import ThroughputSettings
     from marlin_cli.commands import bench_run
     from marlin_cli.commands.bench_output import Output, compare_results, show_kernels
+    from marlin_cli.commands.imports import imports_of
     from marlin_cli.quality.held_out import Windowing
 
+    said = parse_import_options(import_options)
+    if language is not None:
+        said = dataclasses.replace(said, language=language)
     if kernels:
         if models:
             check_models(command_line, models)
-        return show_kernels(device, models or (), activation_bits)
+        return show_kernels(device, models or (), activation_bits, imports_of(models or (), said))
     if surprise is not None:
         from marlin_cli.commands import surprise_run
 
         asked = surprise_run.SurpriseRequest(
             models=tuple(models or [DEFAULT_MODEL]),
+            options=said,
             input=surprise,
             window=parse_window(window, sinks),
             share_left=sparse,
@@ -236,7 +243,7 @@ def bench(
         from marlin_cli.commands.bench_plan import show_plan
 
         check_models(command_line, names)
-        return show_plan(names, context, bits, cache, bandwidth, device, plan_ranks, link)
+        return show_plan(names, context, bits, cache, bandwidth, device, imports_of(names, said), plan_ranks, link)
     if speculate is not None:
         from marlin_cli.bench.throughput import sample_prompt
         from marlin_cli.commands.bench_speculation import show_speculation
@@ -248,7 +255,7 @@ def bench(
         size, count = parse_size(prompt_bytes, "--prompt-bytes"), parse_size(decode_bytes, "--decode-bytes")
         return show_speculation(
             names, speculation_given(speculate, None), sample_prompt(size, 0) if prompt is None else prompt, count, repeats,
-            device=device, kv_bits=cache, activation_bits=activation_bits,
+            imports_of(names, said), device=device, kv_bits=cache, activation_bits=activation_bits,
         )  # fmt: skip
     if against is not None:
         names = (against, *names)
@@ -273,18 +280,12 @@ def bench(
         sweep_batches=parse_sizes(batch, "--batch"),
     )
     if formats is not None:
-        import dataclasses
-
         from marlin_cli.commands.bench_formats import show_formats
-        from marlin_cli.commands.options import parse_import_options
 
         check_models(command_line, names)
-        imports = parse_import_options(import_options)
-        if language is not None:
-            imports = dataclasses.replace(imports, language=language)
         return show_formats(
             names, formats, quality or (), windowing, None if no_throughput else timing, destination,
-            device=device, activation_bits=activation_bits, options=imports,
+            device=device, activation_bits=activation_bits, options=said,
         )  # fmt: skip
     request = Request(
         models=names,
@@ -301,4 +302,5 @@ def bench(
     )
     bench_run.check_kinds(names)
     check_models(command_line, names)
-    bench_run.run(request, destination, against, language, details=details)
+    request = dataclasses.replace(request, imports=imports_of((*names, reference), said))
+    bench_run.run(request, destination, against, details=details)

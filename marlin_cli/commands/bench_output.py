@@ -1,7 +1,7 @@
 """Where the result of `marlin bench` goes: tables on stdout or another form, a page, a picture, a file of results."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from marlin_cli import console
 from marlin_cli.bench.answering_result import AnsweringReport
 from marlin_cli.bench.encoding_result import EncodingReport
 from marlin_cli.bench.result import Report
+from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.bench_pictures import Pictures
 from marlin_cli.errors import UsageError
@@ -50,19 +51,24 @@ class Output:
         return cls(form, file, Pictures.checked(page, figure, charts), results)
 
     def write(
-        self, report: Report | AnsweringReport | EncodingReport, models: Sequence[str], rendered: Callable[[str], str]
+        self,
+        report: Report | AnsweringReport | EncodingReport,
+        models: Sequence[str],
+        rendered: Callable[[str], str],
+        imports: Mapping[str, ImportOptions],
     ) -> None:
         """Write the pictures and the file of results, where they are asked for.
 
         Args:
             models: names or paths of the models, as `report.models` has them.
             rendered: the report in a form, by its name.
+            imports: what was said of models that do not say all, by their names.
         """
         self.pictures.write(json.loads(rendered("json")))
         if self.save is not None:
             from marlin_cli.reports.results import append_result
 
-            append_result(self.save, report, models)
+            append_result(self.save, report, models, imports)
             console.note(f"added to {self.save}")
 
     def deliver(self, tables: Sequence[Table], rendered: Callable[[str], str]) -> None:
@@ -93,7 +99,9 @@ def compare_results(old: str, new: str, output: Output) -> None:
     output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
 
 
-def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> None:
+def show_kernels(
+    device: str, models: Sequence[str], activation_bits: int, imports: Mapping[str, ImportOptions]
+) -> None:
     """Each operation, and what runs it on the device; of each model, where CPU kernels are, how its layers are multiplied."""
     from marlin_cli.ops.cpu import kernels
     from marlin_cli.ops.device import choose_device
@@ -104,13 +112,13 @@ def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> No
     console.table(f"kernels on {chosen.name} ({chosen.reason})", ["operation", "kernel", "why"], rows, to_stdout=True)
     if chosen.name == "cpu" and kernels()[0] is not None:
         for model in models:
-            _show_layers(model, activation_bits)
+            _show_layers(model, activation_bits, imports.get(model))
     if chosen.name == "cuda":
-        _show_whole(models)
-        _show_products(models)
+        _show_whole(models, imports)
+        _show_products(models, imports)
 
 
-def _show_whole(models: Sequence[str]) -> None:
+def _show_whole(models: Sequence[str], imports: Mapping[str, ImportOptions]) -> None:
     """How each model decodes on an NVIDIA GPU, and why, by streams side by side."""
     from marlin_cli.api import load
     from marlin_cli.engine import cuda_answers, cuda_patches
@@ -119,7 +127,7 @@ def _show_whole(models: Sequence[str]) -> None:
 
     rows = []
     for model in models:
-        network: Any = load(model, device="cuda").network
+        network: Any = load(model, device="cuda", options=imports.get(model)).network
         architecture = architecture_of(network)
         by_patches = architecture.continuing is not None and architecture.continuing.reading is Reading.PATCHES
         answers = architecture.capability is Capability.ANSWERS and network.config.decoder_layers
@@ -138,7 +146,7 @@ def _show_whole(models: Sequence[str]) -> None:
         console.table("decoding", ["model", "streams", "path", "why"], rows, to_stdout=True)
 
 
-def _show_products(models: Sequence[str]) -> None:
+def _show_products(models: Sequence[str], imports: Mapping[str, ImportOptions]) -> None:
     """How the packed layers of each model are multiplied on an NVIDIA GPU, and why, by rows at once."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -151,7 +159,7 @@ def _show_products(models: Sequence[str]) -> None:
 
     rows = []
     for model in models:
-        network: Any = load(model, device="cuda").network
+        network: Any = load(model, device="cuda", options=imports.get(model)).network
         dtype = next(each.dtype for _, each in tree_flatten(network.parameters()) if mx.issubdtype(each.dtype, mx.floating))
         seen = set()
         for layer in linear_layers(network).values():
@@ -171,13 +179,13 @@ def _show_products(models: Sequence[str]) -> None:
         console.table("products", ["model", "format", "layer", "rows", "way", "why"], rows, to_stdout=True)
 
 
-def _show_layers(model: str, activation_bits: int) -> None:
+def _show_layers(model: str, activation_bits: int, options: ImportOptions | None) -> None:
     from marlin_cli.api import load
     from marlin_cli.prediction.bandwidth import measure_bandwidth
     from marlin_cli.prediction.layer_ways import ROWS, layer_ways
     from marlin_cli.prediction.prediction import layer_shapes
 
-    shapes = layer_shapes(load(model, device="cpu", activation_bits=activation_bits).network)
+    shapes = layer_shapes(load(model, device="cpu", activation_bits=activation_bits, options=options).network)
     rows = [
         [
             f"{found.shape.path}{f' and {found.layers - 1} more' if found.layers > 1 else ''}",

@@ -2,10 +2,11 @@
 and the one that this machine's operations predict.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from marlin_cli.checkpoints import ImportOptions
     from marlin_cli.prediction.ranks import Held, Link
 
 
@@ -16,6 +17,7 @@ def show_plan(
     cache_bits: int | tuple[int, int] | None,
     gigabytes_per_second: float | None,
     device: str,
+    imports: Mapping[str, "ImportOptions"],
     ranks: int | None = None,
     link: str | None = None,
 ) -> None:
@@ -25,6 +27,7 @@ def show_plan(
         MarlinError: a model that cannot be read or does not continue bytes, or options that do not fit it.
 
     Args:
+        imports: what models do not say, by their names.
         ranks: what so many make of it is told too.
         link: of the ranks, as `prediction.ranks.parse_link` takes it.
     """
@@ -49,7 +52,7 @@ def show_plan(
         raise UsageError(f"--bandwidth must be more than 0, found {gigabytes_per_second}")
     plans = []
     for name in names:
-        checkpoint = read_checkpoint(locate_model(name), check_values=False)
+        checkpoint = read_checkpoint(locate_model(name), imports.get(name), check_values=False)
         architecture = architecture_named(checkpoint.config, name)
         if architecture.decoding is None:
             raise UsageError(f"--plan: {name} is a {architecture.title}; arithmetic is known of models that continue bytes")

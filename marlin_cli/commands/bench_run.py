@@ -29,21 +29,20 @@ def check_kinds(models: Sequence[str]) -> None:
         raise UsageError(f"{found}; measure models of one kind together")
 
 
-def run(request: Request, output: Output, against: str | None, language: str | None = None, *, details: bool = False) -> None:
+def run(request: Request, output: Output, against: str | None, *, details: bool = False) -> None:
     """Measure models of one kind, and deliver the result.
 
     Args:
         against: the first model, where the others are paired with it.
-        language: whose adapters a model that cuts texts into sentences takes.
         details: long tables on stdout too; other forms have all numbers.
 
     Raises:
         MarlinError: what cannot be read, measured or written.
     """
-    found = _measured(request, language)
+    found = _measured(request)
     if is_follower():
         return
-    output.write(found, request.models, lambda form: _rendered(found, form))
+    output.write(found, request.models, lambda form: _rendered(found, form), request.imports)
     if against is not None and isinstance(found, Report):
         from marlin_cli.reports.changes import table_of_pairs
 
@@ -55,12 +54,12 @@ def run(request: Request, output: Output, against: str | None, language: str | N
 AnyReport: TypeAlias = Report | AnsweringReport | EncodingReport
 
 
-def _measured(request: Request, language: str | None) -> AnyReport:
+def _measured(request: Request) -> AnyReport:
     capability = capability_of(request.models[0])
     if capability is Capability.CONTINUES:
         return continuing_run.run(request)
     if capability is Capability.ENCODES:
-        return encoding_run.run(_of_texts(request, language))
+        return encoding_run.run(_of_texts(request))
     return answering_run.run(_of_pairs(request))
 
 
@@ -78,7 +77,7 @@ def _of_pairs(request: Request) -> answering_run.AnsweringRequest:
     )
 
 
-def _of_texts(request: Request, language: str | None) -> encoding_run.EncodingRequest:
+def _of_texts(request: Request) -> encoding_run.EncodingRequest:
     asked = request.quality
     quality = None
     if asked is not None:
@@ -86,7 +85,7 @@ def _of_texts(request: Request, language: str | None) -> encoding_run.EncodingRe
             raise UsageError("--quality compares models that encode texts with another, such as the original: give --reference")
         quality = TextSettings(asked.corpora, asked.windowing.window_bytes, asked.windowing.max_bytes, asked.reference)
     return encoding_run.EncodingRequest(
-        request.models, request.throughput, quality, request.device, request.activation_bits, language
+        request.models, request.throughput, quality, request.device, request.activation_bits, request.imports
     )
 
 

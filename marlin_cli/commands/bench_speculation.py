@@ -1,9 +1,10 @@
 """`marlin bench --speculate`: decoding with drafts and without, in turns, after one prompt; and what came of the drafts."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.engine.speculation import OFF, Speculation
 
 
@@ -13,12 +14,14 @@ def show_speculation(
     prompt: bytes,
     decode_bytes: int,
     repeats: int,
+    imports: Mapping[str, ImportOptions],
     **options: Any,
 ) -> None:
     """Print a row a model. What is decoded has to be the same both ways.
 
     Args:
-        options: of `api.load`.
+        imports: what models do not say, by their names.
+        options: further ones of `api.load`.
 
     Raises:
         MarlinError: a model that cannot be read, or that verifies no drafts where these are asked for in any case.
@@ -29,7 +32,7 @@ def show_speculation(
 
     rows = []
     for name in names:
-        model = load(name, **options)
+        model = load(name, options=imports.get(name), **options)
         pieces = _pieces_of(model, prompt[max(0, len(prompt) + decode_bytes - model.config.max_bytes) :], decode_bytes)
         patch_bytes = max(decoding_of(model.config).part_bytes(model.config).values(), default=1)
         best: dict[str, float] = {}  # seconds a byte after the first patch; none where nothing follows it

@@ -11,6 +11,7 @@ from marlin_cli import console
 from marlin_cli.bench.cost_files import CostFile, CostSink, LinesTo, NoFile
 from marlin_cli.bench.line_costs import MOST_LINE_BYTES, Line
 from marlin_cli.bench.surprise import FileSource, Source, Surprise, default_window, surprise
+from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.commands.bench_format import Format
 from marlin_cli.commands.pipes import PipeSource, stdin_descriptor
 from marlin_cli.continuing_model import ContinuingModel
@@ -34,6 +35,7 @@ class SurpriseRequest:
     kv_bits: int | tuple[int, int] | None
     activation_bits: int
     device: str
+    options: ImportOptions | None  # what the model does not say
     top: int
     output: str | None
     form: Format | None
@@ -79,7 +81,11 @@ def _is_empty(path: Path) -> bool:
 
 def _run(request: SurpriseRequest, source: Source, total: int | None, file: CostFile | None) -> None:
     model = ContinuingModel.from_pretrained(
-        request.models[0], device=request.device, kv_bits=request.kv_bits, activation_bits=request.activation_bits
+        request.models[0],
+        device=request.device,
+        kv_bits=request.kv_bits,
+        activation_bits=request.activation_bits,
+        options=request.options,
     )
     model = model.cached(request.window or default_window(model.config), request.share_left)
     live = request.form is Format.jsonl

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from marlin_cli import console
 from marlin_cli.bench.answering_result import AnsweringReport
 from marlin_cli.bench.encoding_result import EncodingReport
 from marlin_cli.bench.result import Report
+from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.documents import parse_json
 from marlin_cli.errors import OutputError
@@ -20,11 +21,17 @@ from marlin_cli.reports.changes import MOST_RESULT_BYTES
 from marlin_cli.reports.forms import to_json
 
 
-def append_result(path: Path, report: Report | AnsweringReport | EncodingReport, models: Sequence[str]) -> None:
+def append_result(
+    path: Path,
+    report: Report | AnsweringReport | EncodingReport,
+    models: Sequence[str],
+    imports: Mapping[str, ImportOptions],
+) -> None:
     """Add the report to the end of `path`, whole or not at all; the file is made where there is none.
 
     Args:
         models: names or paths of the models, as `report.models` has them.
+        imports: what was said of models that do not say all, by their names: it makes another model of the same files.
 
     Raises:
         OutputError: the file cannot be written.
@@ -32,7 +39,7 @@ def append_result(path: Path, report: Report | AnsweringReport | EncodingReport,
     document = json.loads(to_json(report))
     document["taken"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     for entry, name in zip(document["models"], models, strict=True):
-        entry["fingerprint"] = fingerprint(locate_model(name))
+        entry["fingerprint"] = fingerprint(locate_model(name), imports.get(name))
     line = json.dumps(document, allow_nan=False).encode() + b"\n"
     is_new = not path.exists()
     try:
@@ -92,10 +99,13 @@ def _append_whole(descriptor: int, line: bytes) -> None:
         raise
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 over the names and contents of the files of a checkpoint, a file or a folder."""
+def fingerprint(path: Path, options: ImportOptions | None = None) -> str:
+    """SHA-256 over the names and contents of the files of a checkpoint, a file or a folder, and what was said of it."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     digest = hashlib.sha256()
+    for name, value in () if options is None else vars(options).items():
+        if value is not None:
+            digest.update(f"{name}={value}\n".encode())
     for file in files:
         digest.update(f"{file.name if path.is_dir() else ''}\0{sha256_of_file(file)}\n".encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from marlin_cli.reports.results import append_result
 @pytest.fixture
 def appended(monkeypatch):
     monkeypatch.setattr(results, "to_json", lambda report: json.dumps({"format_version": 1, "models": [], "n": report.number}))
-    return lambda path, number: append_result(path, SimpleNamespace(number=number), [])
+    return lambda path, number: append_result(path, SimpleNamespace(number=number), [], {})
 
 
 def numbers(path):
