@@ -128,7 +128,9 @@ def bench(
     ] = None,
     import_options: Annotated[
         list[str] | None,
-        typer.Option("--import", help=f"{IMPORT_HELP} Of several models those take it that do not say it.", metavar="NAME=VALUE"),
+        typer.Option(
+            "--import", metavar="NAME=VALUE", help=f"{IMPORT_HELP} Of several models those take it that leave it open."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
     against: Annotated[

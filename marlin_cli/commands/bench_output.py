@@ -99,9 +99,7 @@ def compare_results(old: str, new: str, output: Output) -> None:
     output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
 
 
-def show_kernels(
-    device: str, models: Sequence[str], activation_bits: int, imports: Mapping[str, ImportOptions]
-) -> None:
+def show_kernels(device: str, models: Sequence[str], activation_bits: int, imports: Mapping[str, ImportOptions]) -> None:
     """Each operation, and what runs it on the device; of each model, where CPU kernels are, how its layers are multiplied."""
     from marlin_cli.ops.cpu import kernels
     from marlin_cli.ops.device import choose_device
