@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -55,16 +56,13 @@ def failure(message: str) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False, numbers: bool = True
 ) -> None:
-    """A table; the first column is text, the others are right-aligned numbers, or text too. Rank 0 alone prints it."""
+    """A table; the first column is text, the others are right-aligned numbers, or text too. Rank 0 alone prints it.
+
+    Numbers are never cut: where a terminal is too narrow for all of them, the rest stands below, beside the first column again.
+    """
     if is_follower():
         return
-    headed = any(columns)
-    grid = Table(box=None, pad_edge=False, show_header=headed)
-    for place, column in enumerate(columns):
-        number = numbers and place > 0
-        grid.add_column(printable(column), justify="right" if number else "left", no_wrap=number, overflow="fold")
-    for row in rows:
-        grid.add_row(*map(printable, row))
+    columns, rows = [printable(column) for column in columns], [[printable(cell) for cell in row] for row in rows]
     # A pipe has no width: give it one in which no column is cut.
     console = Console(stderr=not to_stdout, emoji=False)
     if not console.is_terminal:
@@ -72,7 +70,36 @@ def table(
     with contextlib.nullcontext() if to_stdout else _nobody_may_read():
         # rich would break a title at the width of its table.
         console.print(printable(title), style="bold", markup=False, highlight=False, soft_wrap=True)
-        console.print(grid, markup=False)
+        for places in _blocks([columns, *rows], console.width) if numbers else [range(len(columns))]:
+            console.print(_grid(columns, rows, places, numbers=numbers), markup=False)
+
+
+GAP = 2  # between columns
+
+
+def _blocks(lines: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Columns that stand beside one another in so many characters. The first, which may fold to a third, leads each block."""
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    room = width - min(widths[0], width // 3)
+    blocks: list[list[int]] = [[]]
+    left = room
+    for place, needed in enumerate(widths[1:], 1):
+        if blocks[-1] and needed + GAP > left:
+            blocks.append([])
+            left = room
+        blocks[-1].append(place)
+        left -= needed + GAP
+    return [[0, *block] for block in blocks]
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], places: Sequence[int], *, numbers: bool) -> Table:
+    grid = Table(box=None, pad_edge=False, show_header=any(columns))
+    for place in places:
+        number = numbers and place > 0
+        grid.add_column(columns[place], justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        grid.add_row(*(row[place] for place in places))
+    return grid
 
 
 @contextlib.contextmanager

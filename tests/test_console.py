@@ -1,5 +1,6 @@
 """Notes and tables where their reader has gone: they are lost, and nothing else is."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def test_a_title_is_one_line_and_the_table_as_wide_as_it_needs(capsys):
     title = "a title that is much longer than the table below it, by far"
     console.table(title, ["", "b"], [["a", "1"]], to_stdout=True)
     assert capsys.readouterr().out == f"{title}\n   b\na  1\n"
+
+
+def test_what_a_terminal_has_no_room_for_stands_below(capsys, monkeypatch):
+    narrow = functools.partial(console.Console, width=20, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "Console", narrow)
+    console.table("title", ["name", "first", "second", "third"], [["a", "1,000,000", "2", "3"]], to_stdout=True)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["title"], ["name", "first"], ["a", "1,000,000"], ["name", "second", "third"], ["a", "2", "3"]]
 
 
 def test_long_work_says_a_line_now_and_then_where_nothing_moves(capsys, monkeypatch):
