@@ -1,6 +1,11 @@
-"""The wheel in fresh environments of every Python that is promised and found: without a compiler, then with one.
+"""The wheel in fresh environments of every Python that is promised and found: without a compiler, then with one; and on ARM.
 
 Interpreters are looked for as pythonX.Y on PATH, in pyenv's folder, and in MARLIN_PYTHONS (paths, a colon between them).
+MARLIN_ARM_ROOT names a folder with an ARM Debian and its Python, which QEMU runs:
+
+    mmdebstrap --variant=extract --include=python3,libstdc++6,libgomp1 --architectures=arm64 trixie FOLDER
+
+Packages come from the index that pip knows.
 """
 
 import os
@@ -22,6 +27,13 @@ FAST_PART = (
     "test_cli.py", "test_config.py", "test_console.py", "test_documents.py", "test_text.py", "test_tiny.py", "test_writing.py",
     "models", "page", "corpus/test_corpus.py", "commands/test_info.py", "quantization/test_encoders.py",
 )  # fmt: skip
+
+# As Linux with the C library of MLX's wheels, and as macOS, call themselves.
+PLATFORMS = {
+    "x86_64": [f"manylinux_2_{glibc}_x86_64" for glibc in (17, 27, 28, 34, 35)],
+    "aarch64": [f"manylinux_2_{glibc}_aarch64" for glibc in (17, 27, 28, 34, 35)],
+    "macos": [f"macosx_{release}_0_arm64" for release in (11, 12, 13, 14)],
+}
 
 ASK = ["generate", "megabyte-demo", "-p", "To install ", "--max-bytes", "24", "--device", "cpu"]
 
@@ -49,15 +61,25 @@ def wheel(tmp_path_factory):
     return next(folder.iterdir())
 
 
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--only-binary", ":all:"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def for_platform(name: str, python: str, folder: Path) -> list[str | Path]:
+    """What asks pip for the wheels of another machine."""
+    platforms = [part for platform in PLATFORMS[name] for part in ("--platform", platform)]
+    return ["--target", folder, "--python-version", python, "--implementation", "cp", *platforms]
+
+
 class Installed:
     """A fresh environment with the wheel and pytest, and beside it the tests without the code."""
 
     def __init__(self, python: Path, wheel: Path, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "venv/bin"
         subprocess.run([python, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python", "install", "--quiet", "--only-binary", ":all:"]
-        done = subprocess.run([*pip, f"{wheel}[cpu]", "pytest"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        pip("--python", self.bin / "python", "install", f"{wheel}[cpu]", "pytest")
         shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
 
@@ -75,6 +97,15 @@ class Installed:
         return done
 
 
+def answered_here() -> str:
+    """What this interpreter answers to `ASK` without kernels of marlin's own."""
+    here = {**os.environ, "MARLIN_KERNELS": "reference", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "marlin_cli", *ASK]
+    said = subprocess.run(command, env=here, capture_output=True, text=True, check=True).stdout
+    assert len(said) > 10
+    return said
+
+
 @pytest.fixture(scope="module", params=PROMISED)
 def installed(request, wheel, tmp_path_factory):
     python = interpreter(request.param)
@@ -89,9 +120,7 @@ def test_it_runs_without_a_compiler(installed):
     assert re.fullmatch(rf"marlin {version.__version__}(, commit [0-9a-f]{{12}})?, kernels {version.kernels()}\n", said)
     said = installed.run("marlin", *ASK, **nothing)
     assert "no C++ compiler" in said.stderr
-    here = {**os.environ, "MARLIN_KERNELS": "reference", "HF_HUB_OFFLINE": "1"}
-    same = subprocess.run([sys.executable, "-m", "marlin_cli", *ASK], env=here, capture_output=True, text=True, check=True)
-    assert said.stdout == same.stdout and len(said.stdout) > 10
+    assert said.stdout == answered_here()
     python = installed.bin / "python"
     tests = [f"tests/{name}" for name in FAST_PART]
     print(installed.run(python, "-m", "pytest", "-q", "-m", "not slow and not peers", *tests, **nothing).stdout)
@@ -107,3 +136,30 @@ def test_it_builds_its_kernels_with_one(installed):
     again = installed.run("marlin", *ASK, path=os.environ["PATH"])
     assert again.stderr == "" and again.stdout == first.stdout
     assert "marlin's, " in installed.run("marlin", "info", path=os.environ["PATH"]).stdout
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("python", PROMISED)
+def test_every_machine_has_wheels_of_all_it_needs(python, platform, wheel, tmp_path):
+    """Markers are read as of Linux, so a Mac's backend is named; nothing is downloaded but what tells the dependencies."""
+    needed = [wheel, "mlx"] if platform == "macos" else [f"{wheel}[cpu]"]
+    pip("install", "--dry-run", *for_platform(platform, python, tmp_path), *needed)
+
+
+def test_it_runs_on_arm(wheel, tmp_path):
+    root, qemu = Path(os.environ.get("MARLIN_ARM_ROOT", NOTHING)), shutil.which("qemu-aarch64")
+    if qemu is None or not (root / "usr/bin/python3").exists():
+        pytest.skip("no qemu-aarch64, or no ARM Debian in MARLIN_ARM_ROOT")
+    python = (root / "usr/bin/python3").readlink().name
+    pip("install", *for_platform("aarch64", python.removeprefix("python"), tmp_path / "site"), f"{wheel}[cpu]")
+    (tmp_path / "tmp").mkdir()
+    environment = {
+        "PATH": NOTHING,  # a compiler of this machine's would be taken for ARM's
+        "PYTHONPATH": str(tmp_path / "site"),
+        "TMPDIR": str(tmp_path / "tmp"),  # where MLX keeps what it compiled for this machine
+        "MARLIN_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [qemu, "-L", root, root / "usr/bin" / python, "-m", "marlin_cli", *ASK]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert (said.returncode, said.stdout) == (0, answered_here()), said.stderr[-2000:]
