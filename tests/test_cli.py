@@ -30,6 +30,11 @@ def test_help_names_the_four_subcommands_and_imports_nothing_heavy():
         assert name in result.stdout
 
 
+def test_the_list_of_commands_says_what_each_does_in_whole_lines():
+    listed = run("--help").stdout.partition("Commands:\n")[2].rstrip().splitlines()
+    assert len(listed) == 8 and not [line for line in listed if "..." in line or len(line.split()) < 4]
+
+
 @pytest.mark.parametrize("name", ["calibrate", "quantize", "generate", "serve", "bench"])
 def test_every_option_has_help(name):
     from typer.main import get_command

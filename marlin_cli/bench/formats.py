@@ -1,6 +1,6 @@
 """What each format would cost a model: it is packed in memory, once for each, and compared with itself as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -41,6 +41,9 @@ CORPUS, SCORED_BYTES = "default", 64 << 10
 
 AnyModel: TypeAlias = ContinuingModel | AnsweringModel | EncodingModel
 Row: TypeAlias = dict[str, Estimate | None]
+
+# Of models by their names, the first of which is `AS_IT_IS`, what was scored and the measures of each.
+Scoring: TypeAlias = Callable[[dict[str, Any]], tuple[str, list[Row]]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def run(request: FormatsRequest) -> FormatsReport:
         raise UsageError(f"--formats: {request.model} is packed already; name the model it was made from")
     stored = build(checkpoint.config, checkpoint.weights, None, where=request.model)
     model = load(request.model, device=request.device, options=options)
+    score = scoring_of(model, request)  # what cannot be read is said before anything is packed
     models, sizes = {AS_IT_IS: model}, {AS_IT_IS: _sizes(stored, None)}
     weights = sum(layer.weight.size for layer in matrices_of(stored).values())
     with console.byte_progress("packing", weights * len(chosen)) as progress:
@@ -106,7 +110,7 @@ def run(request: FormatsRequest) -> FormatsReport:
             mx.eval(packed.network.parameters())
             round_activations(packed.network, request.activation_bits)
             progress.advance(weights)
-    scored, measures = scores_of(models, request)
+    scored, measures = score(models)
     speeds = [None] * len(models) if request.throughput is None else _speeds(list(models.values()), request.throughput)
     rows = [
         FormatRow(name, *sizes[name], measured, speed) for name, measured, speed in zip(models, measures, speeds, strict=True)
@@ -125,39 +129,46 @@ def _sizes(stored: Network, settings: QuantizationSettings | None) -> tuple[floa
     return 8 * after / weights, after + sum(kept_bytes(stored).values())
 
 
-def scores_of(models: dict[str, Any], request: FormatsRequest) -> tuple[str, list[Row]]:
-    """What was scored, and of each model what of it; the others are compared with the one that is `AS_IT_IS`."""
-    first = models[AS_IT_IS]
+def scoring_of(first: AnyModel, request: FormatsRequest) -> Scoring:
+    """Read what is to be scored; what is returned scores models, beside this one, which is one of them.
+
+    Raises:
+        MarlinError: a corpus, or pairs, that cannot be read.
+    """
     if isinstance(first, ContinuingModel):
-        return _scores_of_bytes(models, request)
-    return _scores_of_answers(models, request) if isinstance(first, AnsweringModel) else _scores_of_texts(models, request)
+        return _scoring_of_bytes(first, request)
+    return _scoring_of_answers(first, request) if isinstance(first, AnsweringModel) else _scoring_of_texts(first, request)
 
 
-def _scores_of_bytes(models: dict[str, ContinuingModel], request: FormatsRequest) -> tuple[str, list[Row]]:
-    first, names = models[AS_IT_IS].network, request.corpora or (CORPUS,)
+def _scoring_of_bytes(model: ContinuingModel, request: FormatsRequest) -> Scoring:
+    first, names = model.network, request.corpora or (CORPUS,)
     windowing, most = request.windowing, first.config.max_bytes
     if windowing.window_bytes > most:
         console.note(f"--window-bytes {windowing.window_bytes} is cut to {most}, the longest text of the model")
         windowing = replace(windowing, window_bytes=most)
     windows = cut(files_by_domain(*names), windowing)
     total = sum(window.scored for part in windows.values() for window in part)
-    with console.byte_progress("scoring", total) as progress:
-        found = measure_quality({name: model.network for name, model in models.items()}, windows, first, progress.advance)
-    rows: list[Row] = []
-    for name, quality in zip(models, found, strict=True):
-        score, beside = quality.all_domains, quality.all_domains.against_reference
-        row: Row = {"bits_per_byte": score.bits_per_byte}
-        if beside is not None and name != AS_IT_IS:
-            row |= {
-                "bits_per_byte_difference": beside.bits_per_byte_difference,
-                "kl_bits_per_byte": beside.kl_bits_per_byte,
-                "top1_agreement": beside.top1_agreement,
-            }
-        rows.append(row)
-    return f"{total:,} bytes of {', '.join(names)}", rows
+
+    def score(models: dict[str, ContinuingModel]) -> tuple[str, list[Row]]:
+        with console.byte_progress("scoring", total) as progress:
+            found = measure_quality({name: model.network for name, model in models.items()}, windows, first, progress.advance)
+        rows: list[Row] = []
+        for name, quality in zip(models, found, strict=True):
+            score, beside = quality.all_domains, quality.all_domains.against_reference
+            row: Row = {"bits_per_byte": score.bits_per_byte}
+            if beside is not None and name != AS_IT_IS:
+                row |= {
+                    "bits_per_byte_difference": beside.bits_per_byte_difference,
+                    "kl_bits_per_byte": beside.kl_bits_per_byte,
+                    "top1_agreement": beside.top1_agreement,
+                }
+            rows.append(row)
+        return f"{total:,} bytes of {', '.join(names)}", rows
+
+    return score
 
 
-def _scores_of_answers(models: dict[str, AnsweringModel], request: FormatsRequest) -> tuple[str, list[Row]]:
+def _scoring_of_answers(first: AnsweringModel, request: FormatsRequest) -> Scoring:
     names = request.corpora or (request.model,)
     try:
         pairs = pairs_to_score(PairSettings(names, request.windowing.max_bytes))
@@ -167,35 +178,38 @@ def _scores_of_answers(models: dict[str, AnsweringModel], request: FormatsReques
         raise UsageError(
             f"--formats scores answers, and {request.model} comes with no pairs; give --quality ({error})"
         ) from None
-    first = models[AS_IT_IS]
-    total = len(models) * sum(len(pair.source) + len(pair.target) for pair in pairs)
-    with console.byte_progress("scoring", total) as progress:
-        found = measure_pairs(models, pairs, first, progress.advance)
-    rows: list[Row] = []
-    for name, quality in zip(models, found, strict=True):
-        score, beside = quality.all_pairs, quality.all_pairs.against_reference
-        row: Row = {"bits_per_byte": score.bits_per_target_byte, "exact_match": score.exact_match}
-        if beside is not None and name != AS_IT_IS:
-            row |= {"bits_per_byte_difference": beside.bits_per_target_byte, "exact_match_difference": beside.exact_match}
-        rows.append(row)
-    return f"{len(pairs):,} pairs of {', '.join(names)}", rows
+
+    def score(models: dict[str, AnsweringModel]) -> tuple[str, list[Row]]:
+        total = len(models) * sum(len(pair.source) + len(pair.target) for pair in pairs)
+        with console.byte_progress("scoring", total) as progress:
+            found = measure_pairs(models, pairs, first, progress.advance)
+        rows: list[Row] = []
+        for name, quality in zip(models, found, strict=True):
+            score, beside = quality.all_pairs, quality.all_pairs.against_reference
+            row: Row = {"bits_per_byte": score.bits_per_target_byte, "exact_match": score.exact_match}
+            if beside is not None and name != AS_IT_IS:
+                row |= {"bits_per_byte_difference": beside.bits_per_target_byte, "exact_match_difference": beside.exact_match}
+            rows.append(row)
+        return f"{len(pairs):,} pairs of {', '.join(names)}", rows
+
+    return score
 
 
-def _scores_of_texts(models: dict[str, EncodingModel], request: FormatsRequest) -> tuple[str, list[Row]]:
-    names, first = request.corpora or (CORPUS,), models[AS_IT_IS]
-    every = list(models.values())
-    windowing = request.windowing
-    settings = TextSettings(names, windowing.window_bytes, windowing.max_bytes, request.model)
-    window = fitting_window(settings, every)
-    texts = texts_to_compare(TextSettings(names, window, windowing.max_bytes, request.model), every)
-    total = len(models) * sum(len(text) for found in texts.values() for text in found)
-    with console.byte_progress("comparing", total) as progress:
-        found = measure_texts(
-            {name: model for name, model in models.items() if name != AS_IT_IS}, texts, first, progress.advance
-        )
-    fields = ("states_error", "equal_labels", "equal_sentences")
-    rows: list[Row] = [{}, *({name: getattr(quality.all_domains, name) for name in fields} for quality in found)]
-    return f"{sum(map(len, texts.values())):,} texts of {', '.join(names)}", rows
+def _scoring_of_texts(first: EncodingModel, request: FormatsRequest) -> Scoring:
+    names, windowing = request.corpora or (CORPUS,), request.windowing
+    window = fitting_window(TextSettings(names, windowing.window_bytes, windowing.max_bytes, request.model), [first])
+    texts = texts_to_compare(TextSettings(names, window, windowing.max_bytes, request.model), [first])
+
+    def score(models: dict[str, EncodingModel]) -> tuple[str, list[Row]]:
+        total = len(models) * sum(len(text) for found in texts.values() for text in found)
+        others = {name: model for name, model in models.items() if name != AS_IT_IS}
+        with console.byte_progress("comparing", total) as progress:
+            found = measure_texts(others, texts, first, progress.advance)
+        fields = ("states_error", "equal_labels", "equal_sentences")
+        rows: list[Row] = [{}, *({name: getattr(quality.all_domains, name) for name in fields} for quality in found)]
+        return f"{sum(map(len, texts.values())):,} texts of {', '.join(names)}", rows
+
+    return score
 
 
 def _speeds(models: Sequence[Any], settings: ThroughputSettings) -> list[float | None]:

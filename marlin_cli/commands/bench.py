@@ -191,7 +191,9 @@ def bench(
         ),
     ] = None,
 ) -> None:
-    """Measure models side by side: bytes per second, memory, and with --quality bits per byte by domain.
+    """Measure speed, memory and quality of models side by side.
+
+    Bytes per second, bytes of memory, and with --quality bits per byte by domain.
 
     Prompts come from the shipped sample. Several models are timed in turn (A B A B) on the same bytes.
     """

@@ -57,7 +57,9 @@ def calibrate(
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Run a corpus through a model and keep what its layers see: by channel, domain, byte of the patch and head.
+    """Keep what the layers of a model see of a corpus.
+
+    By channel, domain, byte of the patch and head.
 
     ByT5 reads pairs teacher-forced, or fills gaps in the corpus as in its pre-training. CANINE reads what of the corpus is
     UTF-8; other windows are left out and counted. An interrupted run goes on with --resume and writes the same file.

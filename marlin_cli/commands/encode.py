@@ -45,7 +45,9 @@ def encode(
     dtype: Annotated[Precision, typer.Option(help="Of weights and activations; results are float32.")] = Precision.auto,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Encode texts: an object for each position of each, with its place and state; or with --pool for each text.
+    """Write states or vectors of texts.
+
+    An object for each position of each text, with its place and state; or with --pool for each text.
 
     A pipe is read line by line, a text each; --prompt-file - takes it as one text. Positions are characters (of a ByT5
     bytes) and the marks around them. Offsets count from 0, and an end is the place after the last one.

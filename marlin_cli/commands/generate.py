@@ -106,7 +106,9 @@ def generate(
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Continue a prompt, or with ByT5 answer it: bytes in, bytes out, each as soon as it is decoded.
+    """Continue a prompt, or with ByT5 answer it.
+
+    Bytes in, bytes out, each as soon as it is decoded.
 
     The prompt comes from -p, --prompt-file, --hex or a pipe; without any, the model starts from nothing. ByT5 answers
     a pipe line by line, in order; --prompt-file - gives it the whole pipe as one input.

@@ -23,7 +23,9 @@ def info(
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Tell versions, device, kernels and cache; of each model its architecture, layout, parts, bits and bytes.
+    """Tell what a model or file is, and what runs here.
+
+    Versions, device, kernels and cache; of each model its architecture, layout, parts, bits and bytes.
 
     Nothing runs and nothing is built. With --json all of it is one document.
     """

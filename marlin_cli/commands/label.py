@@ -44,7 +44,9 @@ def label(
     dtype: Annotated[Precision, typer.Option(help="Of weights and activations.")] = Precision.auto,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Label texts: their classes, their characters, answers in them; or cut a text into sentences.
+    """Label texts, or cut them into sentences.
+
+    Labels are of classes, of characters, or answers in a text.
 
     A pipe is read line by line, a text each; --prompt-file - takes it as one text. LA-CANINE takes it as one text of any
     length, and each sentence leaves as soon as it is sure. Offsets count bytes and characters from 0, and an end is the

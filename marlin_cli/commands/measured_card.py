@@ -4,7 +4,7 @@ from pathlib import Path
 
 from marlin_cli import console
 from marlin_cli.api import load
-from marlin_cli.bench.formats import AS_IT_IS, SCORED_BYTES, FormatsRequest, Row, scores_of
+from marlin_cli.bench.formats import AS_IT_IS, SCORED_BYTES, FormatsRequest, Row, scoring_of
 from marlin_cli.checkpoints import ImportOptions
 from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quantization.card import CARD, with_cost
@@ -21,7 +21,7 @@ def write_measured_card(model: str, options: ImportOptions, target: Path) -> Non
     """
     models = {AS_IT_IS: load(model, options=options), "packed": load(target)}
     request = FormatsRequest(model, (), None, (), Windowing(max_bytes=SCORED_BYTES))
-    scored, (before, after) = scores_of(models, request)
+    scored, (before, after) = scoring_of(models[AS_IT_IS], request)(models)
     said = f"On {scored}, by marlin {__version__}: {cost_of(before, after)}."
     card = (target / CARD).read_text(encoding="utf-8")
     with writing(target / CARD) as file:

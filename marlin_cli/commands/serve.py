@@ -56,7 +56,9 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, metal, cuda or cpu.")] = "auto",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's completions and chats, raw bytes, metrics, and a page to try it.
+    """Serve a model over HTTP.
+
+    OpenAI's completions and chats, raw bytes, metrics, and a page to try it.
 
     Each request is a line of JSON on stdout. SIGTERM and Ctrl-C let what runs end, a second one does not.
     """

@@ -46,19 +46,24 @@ class Pair:
     group: str = ""
 
 
+BESIDE_A_MODEL = "pairs.jsonl"
+
+
 def locate_pairs(name: str) -> Path:
-    """The file of pairs: a path, or the name of a shipped model that has pairs.
+    """The file of pairs: a path, the folder of a model that has pairs.jsonl, or the name of a shipped one.
 
     Raises:
         CorpusError: neither.
     """
     path = Path(os.path.expanduser(name))
-    beside = shipped("configs/models") / name / "pairs.jsonl"
+    beside = shipped("configs/models") / name / BESIDE_A_MODEL
     if not os.path.exists(path) and Path(name).name == name and os.path.isfile(beside):
         return beside
     if not os.path.exists(path):
         shown = name if name.isprintable() and len(name) <= 200 else quoted(name)
         raise CorpusError(f"{shown}: no such file of pairs, and no shipped model with pairs; name a .jsonl or .tsv file")
+    if path.is_dir() and (path / BESIDE_A_MODEL).is_file():
+        return path / BESIDE_A_MODEL
     check_regular(path, CorpusError, "a file of pairs (.jsonl or .tsv)")
     return path
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from marlin_cli.api import AnsweringModel, ContinuingModel, EncodingModel
 from marlin_cli.cli import app
-from marlin_cli.errors import ConfigError, UsageError
+from marlin_cli.errors import ConfigError, CorpusError, UsageError
 from marlin_cli.ops.device import choose_device
 from marlin_cli.quantization.plan import settings_named
 from tests.small_networks import ANSWERING, CONTINUING, ENCODING, random_weights
@@ -76,6 +76,14 @@ def test_a_model_that_answers_is_scored_on_pairs(tmp_path):
     assert rows["4/8"]["measures"]["exact_match"]["value"] == 0
     refused = invoke(model, "--formats", "4/8", "--no-throughput")
     assert isinstance(refused.exception, UsageError) and "comes with no pairs; give --quality" in str(refused.exception)
+    (tmp_path / "model" / "pairs.jsonl").write_text('{"source": "a", "target": "A"}\n')
+    assert "on 1 pairs of" in invoke(model, "--formats", "4/8", "--no-throughput").stdout
+
+
+def test_what_cannot_be_read_is_said_before_anything_is_packed(model, monkeypatch):
+    monkeypatch.setattr(ContinuingModel, "quantize", lambda *_, **__: pytest.fail("packed"))
+    refused = invoke(model, "--formats", "4/8", "--no-throughput", "--quality", "nothing")
+    assert isinstance(refused.exception, CorpusError)
 
 
 def test_a_model_that_encodes_texts_is_compared_by_its_states(tmp_path, corpus):
