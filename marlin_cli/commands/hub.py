@@ -41,13 +41,13 @@ def push(folder: Path, repository: str, *, token: str | None = None) -> None:
     from huggingface_hub import HfApi
 
     # That of the library that it speaks HTTP with, which its versions do not share.
-    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     hub = HfApi(token=token)
     try:
         hub.create_repo(repository, exist_ok=True)
         commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Packed by marlin")
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two of a store of large files that refuses
         said = beginning(one_line(error), MOST_SAID)
         raise OutputError(f"--push {repository}: the hub did not take {folder}, which stays there: {said}") from None
     console.note(f"sent {folder}: {commit.commit_url}")

@@ -119,7 +119,7 @@ def test_an_exported_folder_says_its_own_form(tmp_path):
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files asks for."""
+    """As much of the hub as an upload asks for: weights go to a store of large files, the rest with the commit."""
 
     def do_POST(self):
         self.server.asked.append((self.path, self.headers.get("Authorization")))
@@ -132,14 +132,23 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             return self._answer(200, {"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             files = json.loads(body)["files"]
-            plain = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
-            return self._answer(200, {"files": plain})
+            ways = [{"path": file["path"], "uploadMode": way_of(file["path"]), "shouldIgnore": False} for file in files]
+            return self._answer(200, {"files": ways})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            objects = [{**each, **self.server.says(each["oid"])} for each in json.loads(body)["objects"]]
+            return self._answer(200, {"transfer": "basic", "objects": objects})
         assert "/commit/" in self.path
         for line in body.splitlines():
             document = json.loads(line)
             if document["key"] == "file":
                 self.server.files[document["value"]["path"]] = base64.b64decode(document["value"]["content"])
+            if document["key"] == "lfsFile":
+                self.server.files[document["value"]["path"]] = self.server.stored[document["value"]["oid"]]
         return self._answer(200, {"commitUrl": "http://127.0.0.1/owner/name/commit/abc", "commitOid": "abc", "hookOutput": ""})
+
+    def do_PUT(self):
+        self.server.stored[self.path[1:]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(200, {})
 
     def do_GET(self):
         if self.server.refuses:
@@ -158,12 +167,19 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def way_of(name):
+    return "lfs" if name.endswith(".safetensors") else "regular"
+
+
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # which nothing here speaks
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.asked, server.files, server.refuses = [], {}, False
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    server.asked, server.files, server.stored, server.refuses = [], {}, {}, False
+    here = f"http://127.0.0.1:{server.server_port}"
+    server.says = lambda oid: {"actions": {"upload": {"href": f"{here}/{oid}"}}}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -175,8 +191,9 @@ def hub(monkeypatch):
 def test_all_files_of_the_folder_are_sent(hub, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text("a card")
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)))
     push(tmp_path, "owner/name", token="hf_mine")
-    assert hub.files == {"config.json": b"{}", "README.md": b"a card"}
+    assert hub.files == {"config.json": b"{}", "README.md": b"a card", "model.safetensors": bytes(range(256))}
     assert hub.asked[0] == ("/api/repos/create", "Bearer hf_mine")
     assert "commit/abc" in capsys.readouterr().err
 
@@ -185,6 +202,13 @@ def test_what_the_hub_refuses_is_said_in_a_line(hub, tmp_path):
     hub.refuses = True
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(OutputError, match=r"--push owner/name: the hub did not take .*, which stays there: .*403"):
+        push(tmp_path, "owner/name", token="hf_mine")
+
+
+def test_weights_that_find_no_room_are_said_in_a_line(hub, tmp_path):
+    hub.says = lambda oid: {"error": {"code": 422, "message": "no room"}}
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(OutputError, match="--push owner/name: the hub did not take .*, which stays there: .*no room"):
         push(tmp_path, "owner/name", token="hf_mine")
 
 
