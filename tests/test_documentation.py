@@ -113,6 +113,11 @@ def test_what_goes_on_in_the_background_ends_with_the_page(tmp_path, monkeypatch
     assert ended == [int((tmp_path / "group").read_text())]
 
 
+def test_a_table_without_the_kernels_name_stays_straight():
+    said = "devices        cpu\nsystem   Linux 6.1, 2\nLinux 6.1\n"
+    assert outputs._without_release(said, "6.1") == "devices        cpu\nsystem       Linux, 2\nLinux\n"
+
+
 def test_a_command_that_fails_ends_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="exit code 3"):
         outputs.run_page("<!-- run -->\n```console\n$ exit 3\n```\n", tmp_path)

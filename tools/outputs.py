@@ -120,11 +120,20 @@ def _run(command: str, folder: Path, sessions: list[int]) -> list[str]:
         sessions.append(process.pid)
         output, _ = process.communicate()
     said = output.decode("utf-8", errors="replace")
-    for here, anywhere in ((folder, "/tmp/work"), (ROOT, "marlin"), (Path.home(), "~"), (f" {platform.release()}", "")):
+    for here, anywhere in ((folder, "/tmp/work"), (ROOT, "marlin"), (Path.home(), "~")):
         said = said.replace(str(here), anywhere)
+    said = _without_release(said, platform.release())
     if process.returncode not in (0, 141):  # 141: `head` had what it wanted
         raise RuntimeError(f"{command}\n{said}\nexit code {process.returncode}")
     return [line.rstrip() for line in said.splitlines() if not PROGRESS.fullmatch(line)]
+
+
+def _without_release(said: str, release: str) -> str:
+    """Without the kernel's name; a cell of a table that had it is as far to the right as before."""
+    moved = re.sub(
+        rf"(?<=  )(\S(?:(?!  )[^\n])*?) {re.escape(release)}", lambda found: " " * (len(release) + 1) + found[1], said
+    )
+    return moved.replace(f" {release}", "")
 
 
 def _cut(said: list[str], before: str) -> list[str]:
