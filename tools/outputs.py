@@ -130,9 +130,8 @@ def _run(command: str, folder: Path, sessions: list[int]) -> list[str]:
 
 def _without_release(said: str, release: str) -> str:
     """Without the kernel's name; a cell of a table that had it is as far to the right as before."""
-    moved = re.sub(
-        rf"(?<=  )(\S(?:(?!  )[^\n])*?) {re.escape(release)}", lambda found: " " * (len(release) + 1) + found[1], said
-    )
+    cell = rf"(?<=  )(\S(?:(?!  )[^\n])*?) {re.escape(release)}"
+    moved = re.sub(cell, lambda found: " " * (len(release) + 1) + found[1], said)
     return moved.replace(f" {release}", "")
 
 

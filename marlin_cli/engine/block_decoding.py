@@ -6,12 +6,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.patch_caches import ROWS_AT_ONCE
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Network
 from marlin_cli.models.block_recurrent import BlockRecurrent
-
-# Rows that are read at once: bounds what a layer has between two products.
-ROWS_AT_ONCE = 2048
 
 
 class Memory(Protocol):

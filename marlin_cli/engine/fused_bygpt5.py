@@ -8,13 +8,11 @@ import mlx.core as mx
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.fused import row_bytes
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS, kernel_head, kernel_stack, knows_stack
+from marlin_cli.engine.patch_caches import ROWS_AT_ONCE
 from marlin_cli.engine.states import Beginning, KernelRows, taken_up
 from marlin_cli.models.bygpt5 import ByGPT5
 from marlin_cli.models.byt5_ids import FIRST_BYTE
 from marlin_cli.ops.cpu import kernels
-
-# Rows that are read at once: bounds what a layer has between two products.
-ROWS_AT_ONCE = 2048
 
 
 class FusedByGPT5:
