@@ -57,7 +57,7 @@ docs-options: .venv/dev
 	$(BIN)/python -m tools.fields
 	$(BIN)/python -m tools.house
 
-# Runs the commands of README and docs, and writes what they say below them; read the difference.
+# Runs the commands of README and docs, and writes what they say below them (3 minutes of one core); read the difference.
 docs-output: .venv/peers
 	$(BIN)/python -m tools.outputs
 

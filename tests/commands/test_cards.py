@@ -127,7 +127,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if self.server.refuses:
             return self._answer(403, {"error": "not yours"})
         if self.path == "/api/repos/create":
-            return self._answer(200, {"url": "http://127.0.0.1/owner/name", "id": "owner/name"})
+            return self._answer(200, {"url": f"{self.server.here}/owner/name", "id": "owner/name"})
         if self.path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
         if "/preupload/" in self.path:
@@ -144,7 +144,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 self.server.files[document["value"]["path"]] = base64.b64decode(document["value"]["content"])
             if document["key"] == "lfsFile":
                 self.server.files[document["value"]["path"]] = self.server.stored[document["value"]["oid"]]
-        return self._answer(200, {"commitUrl": "http://127.0.0.1/owner/name/commit/abc", "commitOid": "abc", "hookOutput": ""})
+        commit = f"{self.server.here}/owner/name/commit/abc"
+        return self._answer(200, {"commitUrl": commit, "commitOid": "abc", "hookOutput": ""})
 
     def do_PUT(self):
         self.server.stored[self.path[1:]] = self.rfile.read(int(self.headers["Content-Length"]))
@@ -177,9 +178,9 @@ def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # which nothing here speaks
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
     server.asked, server.files, server.stored, server.refuses = [], {}, {}, False
-    here = f"http://127.0.0.1:{server.server_port}"
-    server.says = lambda oid: {"actions": {"upload": {"href": f"{here}/{oid}"}}}
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", here)
+    server.here = f"http://127.0.0.1:{server.server_port}"
+    server.says = lambda oid: {"actions": {"upload": {"href": f"{server.here}/{oid}"}}}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.here)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
