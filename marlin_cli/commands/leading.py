@@ -1,7 +1,6 @@
 """`marlin generate` over ranks: rank 0 reads and writes, all decode. Each has the model, or a part of it (`--split`)."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +9,11 @@ from marlin_cli.checkpoints import sketch
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.answer_requests import AnswerLimits, AnswerRequest
-from marlin_cli.engine.finite import not_finite
+from marlin_cli.engine.generation import pieces_of
 from marlin_cli.engine.routing import dismiss, follow, over_ranks
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
-from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, SchedulerLimits
+from marlin_cli.engine.scheduling import Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.speculation import Speculation
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
@@ -66,19 +65,7 @@ def _pieces(scheduler: Scheduler[Any], requests: Sequence[Any]) -> Iterator[Piec
     Raises:
         CheckpointError: predictions that are not finite.
     """
-    numbers = {scheduler.admit(request): stream for stream, request in enumerate(requests)}
-    try:
-        while numbers:
-            for piece in scheduler.advance():
-                stream = numbers[piece.stream]
-                if piece.stop_reason == NOT_FINITE:
-                    raise not_finite()
-                if piece.stop_reason is not None:
-                    del numbers[piece.stream]
-                yield dataclasses.replace(piece, stream=stream)
-    finally:
-        for number in numbers:
-            scheduler.release(number)
+    yield from pieces_of(scheduler, {scheduler.admit(request): place for place, request in enumerate(requests)})
 
 
 class LeadingModel:

@@ -1,7 +1,8 @@
 """Generation: prompts in, pieces of bytes out as they are decoded, for one stream or many of unequal length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import way_of
@@ -9,7 +10,7 @@ from marlin_cli.engine.drafts import DraftSource
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of
-from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, SchedulerLimits
+from marlin_cli.engine.scheduling import NOT_FINITE, Piece, Request, Scheduler, SchedulerLimits
 from marlin_cli.engine.speculation import Speculation
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.stopping import Stopping
@@ -47,11 +48,30 @@ def generate(
     streams = {scheduler.admit(request): number for number, request in enumerate(requests)}
     if keeper is not None:
         _read_alone(network, prompts, stopping, cache_bits, sentinels, keeper)
-    while scheduler.running or scheduler.waiting:
-        for piece in scheduler.advance():
-            if piece.stop_reason == NOT_FINITE:
-                raise not_finite()
-            yield replace(piece, stream=streams[piece.stream])
+    yield from pieces_of(scheduler, streams)
+
+
+def pieces_of(scheduler: Scheduler[Any], streams: Mapping[int, int]) -> Iterator[Piece]:
+    """The pieces of streams until all have ended; those that have not when nobody asks any more are released.
+
+    Args:
+        streams: numbers that the scheduler gave them, and those that their pieces shall have.
+
+    Raises:
+        CheckpointError: predictions that are not finite.
+    """
+    left = set(streams)
+    try:
+        while left:
+            for piece in scheduler.advance():
+                if piece.stop_reason == NOT_FINITE:
+                    raise not_finite()
+                if piece.stop_reason is not None:
+                    left.discard(piece.stream)
+                yield replace(piece, stream=streams[piece.stream])
+    finally:
+        for number in left:
+            scheduler.release(number)
 
 
 def _read_alone(
