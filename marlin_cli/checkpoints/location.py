@@ -39,6 +39,8 @@ def locate_model(name: str) -> Path:
         shipped_models = shipped("configs/models")
         if (shipped_models / name / "config.json").is_file():
             return shipped_models / name
+        if through := next((parent for parent in path.parents if parent.is_file()), None):
+            raise CheckpointError(f"{name}: {through} is a file, no folder; name a model's own file or folder")
     except OSError as error:  # a name longer than names are
         raise CheckpointError(f"{quoted(name)}: {error.strerror}") from None
     if "/" not in name and (shipped_models / f"{name}.json").is_file():

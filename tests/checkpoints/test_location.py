@@ -1,6 +1,7 @@
 """Where models are looked for: here, among the shipped ones, and on the hub only when that is said."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -36,6 +37,15 @@ def test_a_bare_name_asks_the_hub_after_a_line(asked, tmp_path):
     with pytest.warns(AssumptionWarning, match="'owner/name': nothing of that name here; asking .*hf:owner/name"):
         assert location.locate_model("owner/name") == tmp_path
     assert asked == ["owner/name"]
+
+
+@pytest.mark.parametrize("name", ["file/name", "file/a/b"])
+def test_a_path_through_a_file_asks_nobody(name, asked):
+    Path("file").write_bytes(b"")
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match=f"^{name}: file is a file, no folder; name a "):
+        warnings.simplefilter("error")
+        location.locate_model(name)
+    assert not asked
 
 
 @pytest.mark.parametrize("name", ["", "nul\0", "x" * 5000, "./a/b", "a/b/c", "~/a", "hf:", "hf:a/b/c", "hf:a/\x1b[31m"])
