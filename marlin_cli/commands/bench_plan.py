@@ -40,6 +40,7 @@ def show_plan(
     from marlin_cli.prediction.bandwidth import measure_bandwidth
     from marlin_cli.prediction.prediction import at_bits, layer_shapes, predicted_seconds
     from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, elements_by_part
+    from marlin_cli.text import with_article
 
     if isinstance(cache_bits, tuple):
         if cache_bits[0] != cache_bits[1]:
@@ -52,7 +53,9 @@ def show_plan(
         checkpoint = read_checkpoint(locate_model(name), check_values=False)
         architecture = architecture_named(checkpoint.config, name)
         if architecture.decoding is None:
-            raise UsageError(f"--plan: {name} is a {architecture.title}; arithmetic is known of models that continue bytes")
+            raise UsageError(
+                f"--plan: {name} is {with_article(architecture.title)}; arithmetic is known of models that continue bytes"
+            )
         config = settings_for(checkpoint.config, name)
         # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
         here = gigabytes_per_second is None and (chosen := choose_device(device)).name == "cpu"

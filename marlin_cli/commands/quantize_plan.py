@@ -17,6 +17,7 @@ from marlin_cli.models import ARCHITECTURES, Network, architecture_of, matrices_
 from marlin_cli.prediction.arithmetic import costs_of
 from marlin_cli.prediction.sizes import part_of_weight
 from marlin_cli.quantization.plan import KEEP, QuantizationSettings, plan_layers, settings_named
+from marlin_cli.text import with_article
 
 STORED_BYTES = 2  # of a number that stays as it is: 16 bits
 
@@ -75,7 +76,7 @@ def show_plan(
     console.table(f"{name}: {_weights(network):,} weights; a plan, nothing is read or written", columns, table, to_stdout=True)
     if gigabytes_per_second is not None and not timed:
         title = architecture_of(network).title
-        console.note(f"--bandwidth: the arithmetic of a {title} is not known, so no speed is told")
+        console.note(f"--bandwidth: the arithmetic of {with_article(title)} is not known, so no speed is told")
 
 
 def draft(name: str, options: ImportOptions) -> Network:
