@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlin_cli.text import one_line, printable, quoted, with_article
+from marlin_cli.text import markdown, one_line, printable, quoted, with_article
 
 ITSELF: list = []
 ITSELF.append(ITSELF)
@@ -49,3 +49,7 @@ def test_one_line_is_one():
 
 def test_articles():
     assert [with_article(name) for name in ("MegaByte", "EvaByte")] == ["a MegaByte", "an EvaByte"]
+
+
+def test_text_in_markdown_is_text():
+    assert markdown("[a](b) `c` <d>|*e*\\\n\x1b[0m") == r"\[a\](b) \`c\` \<d>\|\*e\*\\ \\x1b\[0m"
