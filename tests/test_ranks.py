@@ -127,6 +127,12 @@ def job_differing(folder: Path) -> None:
         ranks.check_alike(model="m", corpus=str(ranks.rank))
 
 
+def job_unlike(folder: Path) -> None:
+    """Two commands, which have not the same facts."""
+    with joined() as ranks:
+        ranks.check_alike(**({"version": "1", "model": "m"} if is_first() else {"model": "m"}))
+
+
 def job_lonely(folder: Path) -> None:
     job.JOIN_SECONDS = 1.0
     with joined():
@@ -232,9 +238,10 @@ def test_a_wrong_option_is_no_rank_s_fault(start: Start) -> None:
 
 
 def test_ranks_of_different_jobs_are_refused(start: Start) -> None:
-    first, second = ended(start("differing"))
-    assert (first[0], first[2]) == (1, "marlin: rank 1 has another corpus than rank 0; start all ranks on the same job\n")
-    assert (second[0], second[2]) == (1, "")
+    for job, said in (("differing", "corpus"), ("unlike", "command")):
+        first, second = ended(start(job))
+        assert (first[0], first[2]) == (1, f"marlin: rank 1 has another {said} than rank 0; start all ranks on the same job\n")
+        assert (second[0], second[2]) == (1, "")
 
 
 def test_a_rank_whose_peers_never_come_gives_up(start: Start) -> None:

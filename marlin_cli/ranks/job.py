@@ -179,6 +179,8 @@ class Ranks:
             parse_json(part, "the facts of a rank", DistributedError) for part in self.gather(json.dumps(facts).encode())
         ]
         for rank, theirs in enumerate(everyone):
+            if theirs.keys() != everyone[0].keys():
+                raise FoundByAll(f"rank {rank} has another command than rank 0; start all ranks on the same job")
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
                     raise FoundByAll(f"rank {rank} has another {name} than rank 0; start all ranks on the same job")
