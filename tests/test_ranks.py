@@ -238,8 +238,8 @@ def test_a_wrong_option_is_no_rank_s_fault(start: Start) -> None:
 
 
 def test_ranks_of_different_jobs_are_refused(start: Start) -> None:
-    for job, said in (("differing", "corpus"), ("unlike", "command")):
-        first, second = ended(start(job))
+    for name, said in (("differing", "corpus"), ("unlike", "command")):
+        first, second = ended(start(name))
         assert (first[0], first[2]) == (1, f"marlin: rank 1 has another {said} than rank 0; start all ranks on the same job\n")
         assert (second[0], second[2]) == (1, "")
 
