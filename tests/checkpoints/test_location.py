@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from marlin_cli.checkpoints import location
 from marlin_cli.errors import AssumptionWarning, CheckpointError
@@ -68,6 +68,8 @@ ANSWERS = {
         "^'hf:owner/name': cannot reach the Hugging Face hub, and no copy of it lies here; name a folder that has it$",
     ),
     "sentences": (OSError(f"It is so. {'And this is told at length ' * 20}."), "did not give it: It is so.$"),
+    "broken off": (HTTPError("Server disconnected."), "did not give it: Server disconnected.$"),
+    "no hub": (KeyError("id"), r"did not give it: it answered as no hub does \(KeyError: 'id'\)$"),
     "one sentence": (OSError("so it is " * 100), r"did not give it: so it is .* \.\.\.$"),
 }
 

@@ -205,6 +205,13 @@ def test_what_the_hub_refuses_is_said_in_a_line(hub, tmp_path):
         push(tmp_path, "owner/name", token="hf_mine")
 
 
+def test_what_is_no_hub_is_said_in_a_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeHub, "do_POST", lambda self: self._answer(200, ["a page of somebody else"]))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"which stays there: it answered as no hub does \(TypeError: list indices"):
+        push(tmp_path, "owner/name", token="hf_mine")
+
+
 def test_without_a_token_nothing_is_packed(model, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     result = CliRunner().invoke(app, ["quantize", str(model), "-o", str(tmp_path / "packed"), "--push", "owner/name"])
