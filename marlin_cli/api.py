@@ -14,7 +14,7 @@ from marlin_cli.encoding_model import EncodingModel
 from marlin_cli.errors import UsageError
 from marlin_cli.models import Architecture, Capability, architecture_named
 from marlin_cli.ranks import ALONE, Ranks
-from marlin_cli.text import quoted
+from marlin_cli.text import quoted, with_article
 
 # The design document's names of the first models of each kind.
 MegaByteModel = ContinuingModel
@@ -83,7 +83,7 @@ def ranks_to_split(part: str | None, model: str, ranks: Ranks) -> Ranks:
     if architecture.split is None or architecture.split.part != part:
         known = "each rank holds all" if architecture.split is None else f"ranks share the {architecture.split.part}"
         mend = "leave it out" if architecture.split is None else f"take --split {architecture.split.part}"
-        raise UsageError(f"--split {quoted(part)}: {model} is a {architecture.title}, of which {known}; {mend}")
+        raise UsageError(f"--split {quoted(part)}: {model} is {with_article(architecture.title)}, of which {known}; {mend}")
     if ranks.size == 1:
         raise UsageError(f"--split {part} shares a model among ranks, and this process is alone; start it by mlx.launch -n 2")
     return ranks

@@ -19,6 +19,7 @@ from marlin_cli.models.splitting import Cut, share_among, share_of
 from marlin_cli.ops import round_activations
 from marlin_cli.ops.device import Device, choose_device
 from marlin_cli.ranks import ALONE, Ranks
+from marlin_cli.text import with_article
 
 if TYPE_CHECKING:
     from marlin_cli.quantization.plan import QuantizationSettings
@@ -165,7 +166,7 @@ class Model:
             found = f"{architecture.title}, which {architecture.capability.value}"
             raise CheckpointError(f"{path}: holds a {found}; take load, or name a model that {cls.capability.value}")
         if architecture.overflows_in_float16 and dtype is not None and dtype == mx.float16:
-            raise UsageError(f"dtype: a {architecture.title} overflows in float16; use bfloat16 or float32")
+            raise UsageError(f"dtype: {with_article(architecture.title)} overflows in float16; use bfloat16 or float32")
         number = dtype or chosen.dtype or (mx.bfloat16 if architecture.overflows_in_float16 else None)
         network = build(
             checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=number, share=share
@@ -178,7 +179,7 @@ class Model:
             check_same(network.config, config, str(path))
         keeps_keys = bool(architecture.packed_keys(network.config).paths)
         if kv_bits not in (None, 16, (16, 16)) and not keeps_keys:
-            raise UsageError(f"kv_bits: this {architecture.title} keeps no keys and values; leave it out")
+            raise UsageError(f"--kv-bits: this {architecture.title} keeps no keys and values; leave it out")
         round_activations(network, activation_bits)
         if kv_bits is None:
             # A recipe may speak of a cache that a model has not.

@@ -47,6 +47,16 @@ def one_line(error: object) -> str:
     return " ".join(printable(str(error)).split())
 
 
+def markdown(text: str) -> str:
+    """`text` in one line that Markdown shows as it is: no link, code, emphasis, HTML or border of a table comes of it."""
+    return "".join(f"\\{each}" if each in "\\`*[]<|" else each for each in one_line(text))
+
+
+def with_article(name: str) -> str:
+    """`name` after `a` or `an`."""
+    return f"{'an' if name[:1] in 'AEIOaeio' else 'a'} {name}"
+
+
 def beginning(text: str, most: int) -> str:
     """The first whole sentences of a line that have at most so many characters; of a longer sentence its first words."""
     if len(text) <= most:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ring import ended, start_ring
 
-from marlin_cli.errors import DistributedError, MarlinError, UsageError
+from marlin_cli.errors import CorpusError, DistributedError, MarlinError, UsageError
 from marlin_cli.ranks import ALONE, Launch, Ranks, is_follower, job, joined, launch, launch_of
 from marlin_cli.ranks.watch import Connection, Watch
 
@@ -110,13 +110,27 @@ def job_slow(folder: Path) -> None:
 def job_failing(folder: Path) -> None:
     with joined():
         if not is_first():
-            raise UsageError("no such thing")
+            raise CorpusError("no such thing")
         time.sleep(60)
+
+
+def job_misused(folder: Path) -> None:
+    """All are given the same wrong option; rank 1 is the first to find it."""
+    with joined():
+        if is_first():
+            time.sleep(60)
+        raise UsageError("no such option")
 
 
 def job_differing(folder: Path) -> None:
     with joined() as ranks:
         ranks.check_alike(model="m", corpus=str(ranks.rank))
+
+
+def job_unlike(folder: Path) -> None:
+    """Two commands, which have not the same facts."""
+    with joined() as ranks:
+        ranks.check_alike(**({"version": "1", "model": "m"} if is_first() else {"model": "m"}))
 
 
 def job_lonely(folder: Path) -> None:
@@ -133,7 +147,8 @@ if __name__ == "__main__":
     try:
         globals()[f"job_{sys.argv[1]}"](Path(sys.argv[2]))
     except MarlinError as error:
-        sys.exit(f"marlin: {error}")
+        print(f"marlin: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 @pytest.fixture
@@ -213,13 +228,20 @@ def test_a_rank_that_is_asked_to_end_saves_its_share_and_so_does_the_other(start
 def test_an_error_of_one_rank_is_said_by_rank_0_alone(start: Start) -> None:
     first, second = ended(start("failing"))
     assert (first[0], first[2]) == (1, "marlin: rank 1 of 2 failed: no such thing\n")
+    assert (second[0], second[2]) == (1, "")
+
+
+def test_a_wrong_option_is_no_rank_s_fault(start: Start) -> None:
+    first, second = ended(start("misused"))
+    assert (first[0], first[2]) == (2, "marlin: no such option\n")
     assert (second[0], second[2]) == (2, "")
 
 
 def test_ranks_of_different_jobs_are_refused(start: Start) -> None:
-    first, second = ended(start("differing"))
-    assert (first[0], first[2]) == (1, "marlin: rank 1 has another corpus than rank 0; start all ranks on the same job\n")
-    assert (second[0], second[2]) == (1, "")
+    for name, said in (("differing", "corpus"), ("unlike", "command")):
+        first, second = ended(start(name))
+        assert (first[0], first[2]) == (1, f"marlin: rank 1 has another {said} than rank 0; start all ranks on the same job\n")
+        assert (second[0], second[2]) == (1, "")
 
 
 def test_a_rank_whose_peers_never_come_gives_up(start: Start) -> None:

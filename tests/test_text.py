@@ -2,7 +2,7 @@
 
 import pytest
 
-from marlin_cli.text import one_line, printable, quoted
+from marlin_cli.text import markdown, one_line, printable, quoted, with_article
 
 ITSELF: list = []
 ITSELF.append(ITSELF)
@@ -45,3 +45,11 @@ def test_printable_leaves_what_a_terminal_shows():
 
 def test_one_line_is_one():
     assert one_line(ValueError("two\n  lines \x1b[1m")) == r"two lines \x1b[1m"
+
+
+def test_articles():
+    assert [with_article(name) for name in ("MegaByte", "EvaByte")] == ["a MegaByte", "an EvaByte"]
+
+
+def test_text_in_markdown_is_text():
+    assert markdown("[a](b) `c` <d>|*e*\\\n\x1b[0m") == r"\[a\](b) \`c\` \<d>\|\*e\*\\ \\x1b\[0m"

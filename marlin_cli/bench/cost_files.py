@@ -102,7 +102,8 @@ class CostFile:
     def writing(self, length: int | None) -> Iterator["OpenCosts"]:
         """The file, open: from its beginning (None), or after the first `length` bytes of what a run before has left.
 
-        When the block ends well it has its name, and the state is gone.
+        When the block ends well it has its name, and the state is gone. When it does not, and there is no state from which
+        another run could go on, nothing is left.
 
         Raises:
             OutputError: it cannot be written, or another run writes it.
@@ -124,6 +125,9 @@ class CostFile:
                 self.state.unlink(missing_ok=True)
             except OSError as error:
                 raise OutputError(f"{self.path}: cannot write: {error.strerror or error}") from None
+            finally:
+                if not self.state.exists():
+                    self.unfinished.unlink(missing_ok=True)
 
 
 class OpenCosts:

@@ -10,6 +10,7 @@ from marlin_cli.checkpoints.foreign import SUFFIXES, Foreign, read_object
 from marlin_cli.checkpoints.native import CONFIG
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import ARCHITECTURES, preset, preset_names, settings_for
+from marlin_cli.text import with_article
 
 # Layouts whose config.json tells all of the shape -> marlin's fields of it.
 CONFIG_FROM: Mapping[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
@@ -68,5 +69,7 @@ def _settings_in(file: Path) -> Any | None:
         return None
     elif layout not in ("", "native"):
         title = ARCHITECTURES[layout].title if layout in ARCHITECTURES else layout
-        raise CheckpointError(f"{file}: does not tell the whole shape of a {title}; name the folder with its weights")
+        raise CheckpointError(
+            f"{file}: does not tell the whole shape of {with_article(title)}; name the folder with its weights"
+        )
     return settings_for(own, str(file))

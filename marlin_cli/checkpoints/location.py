@@ -39,6 +39,8 @@ def locate_model(name: str) -> Path:
         shipped_models = shipped("configs/models")
         if (shipped_models / name / "config.json").is_file():
             return shipped_models / name
+        if through := next((parent for parent in path.parents if parent.is_file()), None):
+            raise CheckpointError(f"{name}: {through} is a file, no folder; name a model's own file or folder")
     except OSError as error:  # a name longer than names are
         raise CheckpointError(f"{quoted(name)}: {error.strerror}") from None
     if "/" not in name and (shipped_models / f"{name}.json").is_file():
@@ -60,7 +62,7 @@ def locate_model(name: str) -> Path:
 
 def _fetch(repository: str, name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     where = "" if name.startswith(HUB_PREFIX) else "no such path here, and "
     try:
@@ -69,6 +71,16 @@ def _fetch(repository: str, name: str) -> Path:
         raise CheckpointError(
             f"{quoted(name)}: {where}cannot reach the Hugging Face hub, and no copy of it lies here; name a folder that has it"
         ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        said = beginning(one_line(error), MOST_SAID)
-        raise CheckpointError(f"{quoted(name)}: {where}the Hugging Face hub did not give it: {said}") from None
+    # Beside its own errors the library lets those of connections, and of whatever reads an answer, through: any there is.
+    except Exception as error:
+        raise CheckpointError(f"{quoted(name)}: {where}the Hugging Face hub did not give it: {said_by_hub(error)}") from None
+
+
+def said_by_hub(error: Exception) -> str:
+    """What an error of the library that asks the hub says, in a line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+    said = beginning(one_line(error), MOST_SAID)
+    if isinstance(error, (HfHubHTTPError, HFValidationError, HTTPError, OSError)):
+        return said
+    return f"it answered as no hub does ({type(error).__name__}: {said})"

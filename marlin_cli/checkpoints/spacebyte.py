@@ -73,6 +73,8 @@ def read(foreign: Foreign, options: ImportOptions) -> Checkpoint:
     path, width = foreign.path, _width(foreign)
     max_patches = foreign.shape("global_position_encoding", 2)[0]
     ids, local = foreign.shape("local_position_encoding", 2)
+    if ids < 2:
+        raise CheckpointError(f"{path}: 'local_position_encoding' has one row, of the id before a text; bytes need more")
     rows, _ = foreign.shape(MARKER, 2)
     told = foreign.beside.get("model_config") or {}
     said = said_of(SpaceConfig, foreign, options, width, "local_attention_window")

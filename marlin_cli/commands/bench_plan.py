@@ -34,28 +34,35 @@ def show_plan(
     from marlin_cli import console
     from marlin_cli.checkpoints import read_checkpoint
     from marlin_cli.checkpoints.location import locate_model
-    from marlin_cli.commands.options import parse_sizes
+    from marlin_cli.commands.options import CACHE_BITS, check_bandwidth, check_width, parse_sizes
     from marlin_cli.engine.cache import CacheBits
     from marlin_cli.errors import UsageError
     from marlin_cli.models import architecture_named, build, settings_for
     from marlin_cli.ops.device import choose_device
-    from marlin_cli.prediction.arithmetic import costs_of, stored_bits
+    from marlin_cli.prediction.arithmetic import STORED_BITS, costs_of, stored_bits
     from marlin_cli.prediction.bandwidth import measure_bandwidth
     from marlin_cli.prediction.prediction import at_bits, layer_shapes, predicted_seconds
+    from marlin_cli.prediction.ranks import parse_link
     from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, elements_by_part
+    from marlin_cli.text import with_article
 
     if isinstance(cache_bits, tuple):
         if cache_bits[0] != cache_bits[1]:
             raise UsageError("--plan takes one width for keys and values: --kv-bits")
         cache_bits = cache_bits[0]
-    if gigabytes_per_second is not None and not gigabytes_per_second > 0:
-        raise UsageError(f"--bandwidth must be more than 0, found {gigabytes_per_second}")
+    check_bandwidth(gigabytes_per_second)
+    check_width("--kv-bits", cache_bits, CACHE_BITS)
+    check_width("--bits", bits, sorted(STORED_BITS))
+    if link is not None:
+        parse_link(link)  # before anything is noted
     plans = []
     for name in names:
         checkpoint = read_checkpoint(locate_model(name), imports.get(name), check_values=False)
         architecture = architecture_named(checkpoint.config, name)
         if architecture.decoding is None:
-            raise UsageError(f"--plan: {name} is a {architecture.title}; arithmetic is known of models that continue bytes")
+            raise UsageError(
+                f"--plan: {name} is {with_article(architecture.title)}; arithmetic is known of models that continue bytes"
+            )
         config = settings_for(checkpoint.config, name)
         # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
         here = gigabytes_per_second is None and (chosen := choose_device(device)).name == "cpu"

@@ -4,11 +4,9 @@ import re
 from pathlib import Path
 
 from marlin_cli import console
+from marlin_cli.checkpoints.location import said_by_hub
 from marlin_cli.errors import OutputError, UsageError
-from marlin_cli.text import beginning, one_line, quoted
-
-# Characters of what the hub says.
-MOST_SAID = 200
+from marlin_cli.text import quoted
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -40,14 +38,11 @@ def push(folder: Path, repository: str, *, token: str | None = None) -> None:
     """
     from huggingface_hub import HfApi
 
-    # That of the library that it speaks HTTP with, which its versions do not share.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
     hub = HfApi(token=token)
     try:
         hub.create_repo(repository, exist_ok=True)
         commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Packed by marlin")
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two of a store of large files that refuses
-        said = beginning(one_line(error), MOST_SAID)
+    except Exception as error:  # see `checkpoints.location`
+        said = said_by_hub(error)
         raise OutputError(f"--push {repository}: the hub did not take {folder}, which stays there: {said}") from None
     console.note(f"sent {folder}: {commit.commit_url}")

@@ -17,7 +17,10 @@ def info(
         ),
     ] = None,
     with_fingerprint: Annotated[
-        bool, typer.Option("--fingerprint", help="Of each model too: reads all its bytes. Statistics name it.")
+        bool,
+        typer.Option(
+            "--fingerprint", help="Of each model too: reads all its bytes, and looks at the weights. Statistics name it."
+        ),
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     import_options: Annotated[list[str] | None, typer.Option("--import", help=IMPORT_HELP, metavar="NAME=VALUE")] = None,
@@ -27,7 +30,7 @@ def info(
 
     Versions, device, kernels and cache; of each model its architecture, layout, parts, bits and bytes.
 
-    Nothing runs and nothing is built. With --json all of it is one document.
+    Nothing runs and nothing is built; weights are looked at with --fingerprint alone. With --json all of it is one document.
     """
     from marlin_cli.backend import require_mlx
 

@@ -110,6 +110,25 @@ def parse_cache_bits(kv_bits: int | None, k_bits: int | None, v_bits: int | None
     return (both if k_bits is None else k_bits, both if v_bits is None else v_bits)
 
 
+# GB/s between a slow disk and what no memory reaches: beyond them a plan's numbers are none.
+BANDWIDTHS = (0.001, 1e6)
+
+CACHE_BITS = (4, 8, 16)
+
+
+def check_bandwidth(gigabytes_per_second: float | None) -> None:
+    """Raise `UsageError` for what no memory has."""
+    least, most = BANDWIDTHS
+    if gigabytes_per_second is not None and not least <= gigabytes_per_second <= most:
+        raise UsageError(f"--bandwidth must be {least:g} to {most:,.0f} GB/s, found {gigabytes_per_second:g}")
+
+
+def check_width(option: str, bits: int | None, known: Sequence[int]) -> None:
+    """Raise `UsageError` for a number of bits that is none of those known."""
+    if bits is not None and bits not in known:
+        raise UsageError(f"{option} must be {', '.join(map(str, known[:-1]))} or {known[-1]}, found {bits}")
+
+
 def dtype_of(precision: Precision) -> "mx.Dtype | None":
     """MLX's type of this name; None for the one that suits the device."""
     import mlx.core as mx

@@ -12,11 +12,13 @@ from marlin_cli import console
 from marlin_cli.checkpoints import ImportOptions, read_checkpoint
 from marlin_cli.checkpoints.configurations import settings_alone
 from marlin_cli.checkpoints.location import locate_model
+from marlin_cli.commands.options import CACHE_BITS, check_bandwidth, check_width
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES, Network, architecture_of, matrices_of, settings_for
 from marlin_cli.prediction.arithmetic import costs_of
 from marlin_cli.prediction.sizes import part_of_weight
 from marlin_cli.quantization.plan import KEEP, QuantizationSettings, plan_layers, settings_named
+from marlin_cli.text import with_article
 
 STORED_BYTES = 2  # of a number that stays as it is: 16 bits
 
@@ -50,8 +52,8 @@ def show_plan(
     Raises:
         MarlinError: no configuration, or an impossible one.
     """
-    if gigabytes_per_second is not None and not 0 < gigabytes_per_second < float("inf"):
-        raise UsageError(f"--bandwidth must be more than 0, found {gigabytes_per_second:g}")
+    check_bandwidth(gigabytes_per_second)
+    check_width("--kv-bits", kv_bits, CACHE_BITS)
     rate = None if gigabytes_per_second is None else 1e9 * gigabytes_per_second
     network = draft(name, options)
     mixes: dict[tuple[int, float], Mix] = {}
@@ -75,7 +77,7 @@ def show_plan(
     console.table(f"{name}: {_weights(network):,} weights; a plan, nothing is read or written", columns, table, to_stdout=True)
     if gigabytes_per_second is not None and not timed:
         title = architecture_of(network).title
-        console.note(f"--bandwidth: the arithmetic of a {title} is not known, so no speed is told")
+        console.note(f"--bandwidth: the arithmetic of {with_article(title)} is not known, so no speed is told")
 
 
 def draft(name: str, options: ImportOptions) -> Network:

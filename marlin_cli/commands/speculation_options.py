@@ -57,7 +57,8 @@ def drafting_model(model: str, ranks: int, *, device: str) -> "ContinuingModel":
         if capability_of(model) is not Capability.CONTINUES:
             raise UsageError(f"{model}: it does not continue bytes; name a MegaByte")
         drafting = ContinuingModel.from_pretrained(model, device=device)
-        drafts_of(drafting.network)
+        with about(f"{model}:"):
+            drafts_of(drafting.network)
     return drafting
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from marlin_cli.commands.options import about
 from marlin_cli.commands.prompts import Prompt
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.state_files import StateFile
@@ -37,7 +38,8 @@ def state_file(model: ContinuingModel, prompt: Prompt, load: str | None, save: s
     Raises:
         UsageError: a prompt of which there is nothing to write.
     """
-    kind = kind_of(model.network, model.cache_bits)
+    with about("--save-state:" if load is None else "--load-state:"):
+        kind = kind_of(model.network, model.cache_bits)
     if save is not None and not kind.units.whole(len(prompt.data)):
         least = kind.units.size + kind.units.slack
         raise UsageError(f"--save-state: {prompt.where} has {len(prompt.data)} bytes, and a state is of {least} or more")

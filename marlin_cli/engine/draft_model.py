@@ -56,9 +56,9 @@ def drafts_of(network: Any) -> Callable[[Request, bytes], ModelDrafts]:
         UsageError: it is no MegaByte of bytes alone, or the CPU kernels do not run it.
     """
     if not isinstance(network, MegaByte) or network.config.vocab_size != 256:
-        raise UsageError("a model that drafts is a MegaByte of 256 ids")
+        raise UsageError("is no MegaByte of 256 ids, as a model that drafts is; name one")
     if patch_streams(network, CacheBits()) is None:
-        raise UsageError("a model drafts by the CPU kernels, which do not run it here")
+        raise UsageError("drafts come by the CPU kernels, which do not run it here; leave --draft out")
 
     def source(request: Request, prompt: bytes) -> ModelDrafts:
         streams = patch_streams(network, CacheBits())

@@ -5,6 +5,7 @@ from typing import Any
 
 from marlin_cli.errors import UsageError
 from marlin_cli.models import ARCHITECTURES, Reading
+from marlin_cli.text import with_article
 
 # Ids of a stream that nothing bounds: more than any run has.
 ENDLESS = 1 << 62
@@ -66,7 +67,7 @@ def reach_of(config: Any, window: Window) -> Reach:
     assert window.bytes is not None
     if architecture.continuing is None or architecture.continuing.reading is not Reading.PATCHES:
         raise UsageError(
-            f"--window BYTES is of the patches of a MegaByte, and this is a {architecture.title};"
+            f"--window BYTES is of the patches of a MegaByte, and this is {with_article(architecture.title)};"
             " use --window restart, which reads the last half of the context again"
         )
     patch, stage = config.patch_size, config.stages[0]

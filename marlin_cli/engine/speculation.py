@@ -62,7 +62,7 @@ def speculation_of(asked: str | int, prediction: bytes = b"") -> Speculation:
     if isinstance(asked, int) or (asked.isdecimal() and len(asked) < 10):
         if 1 <= int(asked) <= MOST_ASKED_UNITS:
             return Speculation(int(asked), False, prediction)
-    raise UsageError(f"speculation is auto, off or a number from 1 to {MOST_ASKED_UNITS} of patches, found {quoted(asked)}")
+    raise UsageError(f"--speculate is auto, off or a number from 1 to {MOST_ASKED_UNITS} of patches, found {quoted(asked)}")
 
 
 def check_verified(speculation: Speculation, why_not: str | None) -> None:
@@ -75,7 +75,7 @@ def check_verified(speculation: Speculation, why_not: str | None) -> None:
         UsageError: it cannot.
     """
     if speculation.most and not speculation.adapts and why_not is not None:
-        raise UsageError(f"speculation: {why_not}; leave it off, or ask for auto")
+        raise UsageError(f"--speculate: {why_not}; leave it off, or ask for auto")
 
 
 @dataclass(frozen=True)

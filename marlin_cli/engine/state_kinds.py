@@ -15,6 +15,7 @@ from marlin_cli.errors import UsageError
 from marlin_cli.models import architecture_of, continuing_of
 from marlin_cli.models.architecture import Reading
 from marlin_cli.ops.reference import PACKED_MODES
+from marlin_cli.text import with_article
 from marlin_cli.version import __version__
 
 
@@ -26,7 +27,7 @@ def kind_of(network: Any, cache_bits: CacheBits | None = None) -> StateKind:
     """
     if continuing_of(network).reading not in (Reading.PATCHES, Reading.BYTES):
         title = architecture_of(network).title
-        raise UsageError(f"states of prompts are of a MegaByte or ByGPT5; a {title} reads its prompts anew")
+        raise UsageError(f"states of prompts are of a MegaByte or ByGPT5; {with_article(title)} reads its prompts anew")
     bits, config = cache_bits or CacheBits(), network.config
     by_patches = continuing_of(network).reading is Reading.PATCHES
     if by_patches:

@@ -28,7 +28,7 @@ from marlin_cli.models.megabyte_steps import MEGABYTE
 from marlin_cli.models.packed import PACKED_ARRAYS, packed_layer, settings_of
 from marlin_cli.models.spacebyte_steps import SPACEBYTE
 from marlin_cli.models.splitting import Share
-from marlin_cli.text import quoted
+from marlin_cli.text import quoted, with_article
 
 __all__ = [
     "ARCHITECTURES",
@@ -218,7 +218,9 @@ def decoding_of(config: Any) -> DecodingShape:
     """
     architecture = ARCHITECTURES[config.model_type]
     if architecture.decoding is None:
-        raise UsageError(f"the arithmetic of a {architecture.title} is not known: it is of models that continue bytes")
+        raise UsageError(
+            f"the arithmetic of {with_article(architecture.title)} is not known: it is of models that continue bytes"
+        )
     return architecture.decoding
 
 

@@ -233,7 +233,7 @@ def ids_of_prompt(config: BltConfig, prompt: bytes, sentinels: bool) -> list[int
         UsageError: sentinels, of which there are none.
     """
     if sentinels:
-        raise UsageError("sentinels: a Byte Latent Transformer knows none; leave them out")
+        raise UsageError("--sentinel: a Byte Latent Transformer knows none; leave it out")
     return [value + FIRST_BYTE for value in prompt]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 from marlin_cli.errors import UsageError
+from marlin_cli.text import with_article
 
 
 def ids_of_prompt_of(title: str) -> Callable[[Any, bytes, bool], bytes]:
@@ -11,7 +12,7 @@ def ids_of_prompt_of(title: str) -> Callable[[Any, bytes, bool], bytes]:
 
     def ids_of_prompt(config: Any, prompt: bytes, sentinels: bool) -> bytes:
         if sentinels:
-            raise UsageError(f"sentinels: a {title} knows none; leave them out")
+            raise UsageError(f"--sentinel: {with_article(title)} knows none; leave it out")
         return prompt
 
     return ids_of_prompt

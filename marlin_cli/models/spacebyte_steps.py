@@ -169,7 +169,7 @@ def ids_of_prompt(config: SpaceByteConfig, prompt: bytes, sentinels: bool) -> by
         UsageError: sentinels, of which there are none, or more patches than the model has room for.
     """
     if sentinels:
-        raise UsageError("sentinels: a SpaceByte knows none; leave them out")
+        raise UsageError("--sentinel: a SpaceByte knows none; leave it out")
     ids = np.concatenate([[config.start_id], np.frombuffer(prompt, np.uint8)]).astype(np.int64)[None]
     patches = int(patches_begun(ids, config, Before.nothing(1)).after.patches[0])
     if patches > config.max_patches:

@@ -17,6 +17,7 @@ from marlin_cli.models.layers import set_modules
 from marlin_cli.ops import Linear
 from marlin_cli.ops.summed import summed
 from marlin_cli.ranks import Ranks
+from marlin_cli.text import with_article
 
 # What of an array a rank holds, by axis.
 Cut: TypeAlias = tuple[slice, ...]
@@ -124,7 +125,7 @@ def share_among(ranks: Ranks, architecture: Architecture, where: str) -> Share:
         UsageError: no part of such a network can be shared.
     """
     if architecture.split is None:
-        raise UsageError(f"--split: {where} is a {architecture.title}, of which each rank holds all; leave it out")
+        raise UsageError(f"--split: {where} is {with_article(architecture.title)}, of which each rank holds all; leave it out")
     return Share(architecture.split, ranks.rank, ranks.size, ranks)
 
 

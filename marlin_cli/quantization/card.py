@@ -14,7 +14,7 @@ from marlin_cli.models import Architecture, Capability, architecture_named
 from marlin_cli.quantization.layers import LayerReport
 from marlin_cli.quantization.plan import KEEP
 from marlin_cli.quantization.reports import by_part
-from marlin_cli.text import one_line
+from marlin_cli.text import markdown, one_line
 from marlin_cli.version import __version__
 
 CARD = "README.md"
@@ -120,12 +120,12 @@ def plain_card_of(
     base, title = ("", architecture.title) if model is None else _base(model)
     made = f"written by marlin {__version__}" + (f" from {base}, with 16-bit weights" if base else "")
     method = (marlin or {}).get("method")
-    how = f": method {method}" if method else ""
+    how = f": method {markdown(method)}" if isinstance(method, str) else ""
     lines = [
         head, "", f"# {title}" + (", unpacked" if model is not None else ""), "",
         f"A {architecture.title} over bytes, {weight_bytes:,} bytes of weights, {made}{how}.", "",
         *_use(architecture),
-        *(IN_MLX if method else ()),
+        *(IN_MLX if how else ()),
     ]  # fmt: skip
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -148,7 +148,10 @@ def _base(model: str) -> tuple[str, str]:
     """The model that another was made from, as a text and as a title."""
     hub_name = _hub_name(model)
     title = hub_name or one_line(Path(model).name)
-    return (f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{title}`"), title
+    shown = markdown(title)
+    if hub_name:
+        return f"[{shown}](https://huggingface.co/{hub_name})", shown
+    return (f"`{title}`" if "`" not in title else shown), shown
 
 
 def _head(architecture: Architecture, tags: Sequence[str], hub_name: str | None, relation: str, kept: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_cli.documents import parse_json
-from marlin_cli.errors import DistributedError, MarlinError
+from marlin_cli.errors import DistributedError, MarlinError, UsageError
 from marlin_cli.ranks.launch import Launch, launch_of, take_a_gpu
 from marlin_cli.ranks.watch import BEAT_SECONDS, Connection, Watch
 from marlin_cli.text import one_line
@@ -179,6 +179,8 @@ class Ranks:
             parse_json(part, "the facts of a rank", DistributedError) for part in self.gather(json.dumps(facts).encode())
         ]
         for rank, theirs in enumerate(everyone):
+            if theirs.keys() != everyone[0].keys():
+                raise FoundByAll(f"rank {rank} has another command than rank 0; start all ranks on the same job")
             for name, value in everyone[0].items():
                 if theirs.get(name) != value:
                     raise FoundByAll(f"rank {rank} has another {name} than rank 0; start all ranks on the same job")
@@ -240,8 +242,10 @@ def _ending(watch: Watch, error: BaseException) -> BaseException:
     """What a rank whose job failed raises: the line that says why, or nothing but its exit code where rank 0 says it."""
     if watch.lost is not None and isinstance(error, KeyboardInterrupt | _ConnectionLost):
         error = DistributedError(watch.lost)
+        error.exit_code = watch.exit_code
     elif isinstance(error, MarlinError):
-        watch.fail(str(error), by_all=isinstance(error, FoundByAll))
+        # A wrong option is found by every rank, as all have the same command line; which is first is chance.
+        watch.fail(str(error), error.exit_code, by_all=isinstance(error, FoundByAll | UsageError))
     else:
         watch.fail("interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}")
     return SystemExit(error.exit_code) if watch.told and isinstance(error, MarlinError) else error

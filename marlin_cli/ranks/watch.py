@@ -79,6 +79,7 @@ class Watch:
     def __init__(self, rank: int, size: int, connections: dict[int, Connection]) -> None:
         self.rank, self.size, self._connections = rank, size, connections
         self.lost: str | None = None  # the line that says why the job is over
+        self.exit_code = 1  # of a job that is over so
         self.told = False  # rank 0 knows, and says it
         self.nothing_to_save = False
         self.deaf = False  # to signals that ask this process to end: rank 0 hears them for all
@@ -157,16 +158,17 @@ class Watch:
                 if end is not None and time.monotonic() >= end:
                     return None
 
-    def fail(self, reason: str, *, by_all: bool = False) -> None:
+    def fail(self, reason: str, exit_code: int = 1, *, by_all: bool = False) -> None:
         """Tell the others that this rank ends before its time. Rank 0 says why; wait until it has heard.
 
         Args:
+            exit_code: with which all ranks end.
             by_all: every rank fails so; none is named.
         """
         self._closed = True
         self._end()
         reason = one_line(reason)[:MOST_REASON_LETTERS]
-        self._send(failed=reason if by_all else f"rank {self.rank} of {self.size} failed: {reason}")
+        self._send(failed=reason if by_all else f"rank {self.rank} of {self.size} failed: {reason}", exit_code=exit_code)
         if self.rank > 0:
             with self._news:
                 self._news.wait_for(lambda: self.told or 0 in self._left, timeout=5)
@@ -217,25 +219,25 @@ class Watch:
             elif isinstance(message.get("drew"), str) and isinstance(message.get("step"), int) and self.rank == 0:
                 self._compare(peer, message["step"], message["drew"])
             elif "failed" in message:
-                self._leaves(peer, one_line(message["failed"]), told=self.rank > 0)
+                self._leaves(peer, one_line(message["failed"]), _exit_code(message), told=self.rank > 0)
             elif "over" in message:
-                self._leaves(peer, one_line(message["over"]), told=True)
+                self._leaves(peer, one_line(message["over"]), _exit_code(message), told=True)
             elif "bye" in message:
                 self._leaves(peer, None)
         if peer not in self._left:
             self._leaves(peer, f"rank {peer} of {self.size} ended without finishing its share")
 
-    def _leaves(self, peer: int, reason: str | None, *, told: bool = False) -> None:
+    def _leaves(self, peer: int, reason: str | None, exit_code: int = 1, *, told: bool = False) -> None:
         """A peer is gone, and with a reason the job is over."""
         with self._news:
             self._left.add(peer)
             self.told = self.told or told
             first = reason is not None and self.lost is None and not self._closed
             if first:
-                self.lost = reason
+                self.lost, self.exit_code = reason, exit_code
             self._news.notify_all()
         if self.rank == 0 and reason is not None:
-            self._send(over=reason)
+            self._send(over=reason, exit_code=exit_code)
         if first:
             self._interrupt()
 
@@ -248,11 +250,16 @@ class Watch:
         while not self._stopping and not self._closed:
             time.sleep(0.1)
             if time.monotonic() - started > (STOP_WITH_NOTHING_SECONDS if self.nothing_to_save else STOP_SECONDS):
-                _exit_now("" if self.told else self.lost)
+                _exit_now("" if self.told else self.lost, self.exit_code)
 
 
-def _exit_now(reason: str) -> None:
+def _exit_code(message: dict[str, Any]) -> int:
+    """The exit code that a rank gives with its reason, as far as it is one of an error."""
+    return 2 if message.get("exit_code") == 2 else 1
+
+
+def _exit_now(reason: str, exit_code: int) -> None:
     """From another thread than the main one, which does not come back."""
     if reason:
         print(f"marlin: {reason}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(exit_code)

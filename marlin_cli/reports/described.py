@@ -127,7 +127,7 @@ def describe(name: str, device: Device, options: ImportOptions, *, with_fingerpr
     """What a name stands for: a model as every command takes it, a configuration alone, or a file that marlin wrote.
 
     Args:
-        with_fingerprint: read all bytes of a model for it.
+        with_fingerprint: read all bytes of a model for it, and see that its weights are numbers.
 
     Raises:
         MarlinError: none of these, or it cannot be read.
@@ -200,7 +200,7 @@ def _model(name: str, device: Device, options: ImportOptions, with_fingerprint: 
     if options.heads == "auto":
         raise UsageError("--import heads=auto tries numbers by running the model, which info does not; name a number")
     architecture = architecture_at(path)
-    checkpoint = read_checkpoint(path, options, check_values=False)
+    checkpoint = read_checkpoint(path, options, check_values=with_fingerprint)
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=name)
     parameters = dict(tree_flatten(network.parameters()))
     stored = bytes_by_part(checkpoint.weights)

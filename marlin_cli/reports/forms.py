@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from marlin_cli.bench.spreads import Percentiles, Spread
-from marlin_cli.text import one_line, printable
+from marlin_cli.text import markdown, printable
 
 FORMAT_VERSION = 2  # of the JSON document
 
@@ -95,10 +95,10 @@ def _line(document: dict[str, Any]) -> str:
 
 def _markdown(table: Table) -> str:
     lines = [_markdown_row(table.columns), _markdown_row(["---", *["---:"] * (len(table.columns) - 1)])]
-    title = "  \n".join(map(printable, table.title.split("\n")))
+    title = "  \n".join(map(markdown, table.title.split("\n")))
     return "\n".join([title, "", *lines, *(_markdown_row(row) for row in table.rows)])
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
     # A line feed would end the row: names out of files may hold any character.
-    return "| " + " | ".join(one_line(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(markdown, cells)) + " |"

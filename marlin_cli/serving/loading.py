@@ -18,6 +18,7 @@ from marlin_cli.models.byt5_ids import FIRST_BYTE, bytes_with_sentinels
 from marlin_cli.serving.asks import Ask
 from marlin_cli.serving.chat_template import find_template
 from marlin_cli.serving.served import Served, answering_request, continuing_request
+from marlin_cli.text import with_article
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def served_model(
     elif architecture.capability is Capability.ANSWERS and model.config.decoder_layers:
         first_byte, has_sentinels, text_of, request = FIRST_BYTE, True, _sentinel, answering_request
     else:
-        raise UsageError(f"{path}: is a {architecture.title} that encodes texts, and is not served; ask marlin encode")
+        raise UsageError(
+            f"{path}: is {with_article(architecture.title)} that encodes texts, and is not served; ask marlin encode"
+        )
     served = Served(
         called, architecture.title, architecture.capability, most, first_byte, has_sentinels, text_of,
         lambda ask: request(ask, drafted), template, drafted,

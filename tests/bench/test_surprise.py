@@ -1,7 +1,9 @@
 """Costs of a stream by line and byte: what is told, what is written, and a run that goes on where it was ended."""
 
 import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from marlin_cli.bench.line_costs import MOST_LINE_BYTES, LineCosts
 from marlin_cli.bench.surprise import FileSource, default_window, surprise
 from marlin_cli.engine import stream_scoring
 from marlin_cli.engine.endless import Window
-from marlin_cli.errors import MarlinError, UsageError
+from marlin_cli.errors import MarlinError, OutputError, UsageError
 from marlin_cli.ops.device import choose_device
 
 TEXT = b"".join(b"line %d says %s\n" % (n, bytes([65 + n % 26]) * (n % 40)) for n in range(60)) + b"the end"
@@ -105,7 +107,15 @@ def test_a_run_from_the_beginning_leaves_no_older_state(tmp_path):
     file.state.write_bytes(b"of another run, too")
     with pytest.raises(KeyboardInterrupt), file.writing(None):
         raise KeyboardInterrupt
-    assert file.unfinished.read_bytes() == b"" and not file.state.exists()
+    assert not file.unfinished.exists() and not file.state.exists()
+
+
+def test_a_run_that_nothing_could_go_on_from_leaves_nothing(tmp_path):
+    """As on a full disk, which has no room for a state either."""
+    file = CostFile(tmp_path / "costs.jsonl")
+    with pytest.raises(OutputError, match="costs.jsonl: cannot write: No space left on device"), file.writing(None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_saved_now_and_then(model, text, tmp_path):

@@ -1,9 +1,10 @@
 """Where models are looked for: here, among the shipped ones, and on the hub only when that is said."""
 
 import warnings
+from pathlib import Path
 
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from marlin_cli.checkpoints import location
 from marlin_cli.errors import AssumptionWarning, CheckpointError
@@ -38,6 +39,15 @@ def test_a_bare_name_asks_the_hub_after_a_line(asked, tmp_path):
     assert asked == ["owner/name"]
 
 
+@pytest.mark.parametrize("name", ["file/name", "file/a/b"])
+def test_a_path_through_a_file_asks_nobody(name, asked):
+    Path("file").write_bytes(b"")
+    with warnings.catch_warnings(), pytest.raises(CheckpointError, match=f"^{name}: file is a file, no folder; name a "):
+        warnings.simplefilter("error")
+        location.locate_model(name)
+    assert not asked
+
+
 @pytest.mark.parametrize("name", ["", "nul\0", "x" * 5000, "./a/b", "a/b/c", "~/a", "hf:", "hf:a/b/c", "hf:a/\x1b[31m"])
 def test_names_for_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -58,6 +68,8 @@ ANSWERS = {
         "^'hf:owner/name': cannot reach the Hugging Face hub, and no copy of it lies here; name a folder that has it$",
     ),
     "sentences": (OSError(f"It is so. {'And this is told at length ' * 20}."), "did not give it: It is so.$"),
+    "broken off": (HTTPError("Server disconnected."), "did not give it: Server disconnected.$"),
+    "no hub": (KeyError("id"), r"did not give it: it answered as no hub does \(KeyError: 'id'\)$"),
     "one sentence": (OSError("so it is " * 100), r"did not give it: so it is .* \.\.\.$"),
 }
 

@@ -108,6 +108,7 @@ def setting(name, array):
         (setting("mixer.weight", np.ones((2, 2), "f4")), {}, "no place for the tensor 'mixer.weight'"),
         (setting("local_position_encoding", np.ones((0, 32), "f4")), {}, "local_position_encoding' has shape [0, 32]"),
         (setting("local_position_encoding", np.ones((128, 48), "f4")), {}, "has shape"),
+        (setting("local_position_encoding", np.ones((1, 32), "f4")), {}, "'local_position_encoding' has one row"),
         (setting("token_embedding.weight", np.full((256, 32), np.nan, "f4")), {}, "holds NaN"),
         (setting("logits.layer_norm.scale", np.ones(31, "f4")), {}, "has shape [31]"),
         (setting("final_blocks.0.attention.QKV_linear.weight", np.ones((95, 32), "f4")), {}, "has shape [95, 32]"),

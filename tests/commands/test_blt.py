@@ -111,9 +111,10 @@ def test_statistics_by_place_and_length(marlin, tmp_path):
         ),
         (("quantize", "model", "-o", "out", "--override", "hash_embedding=nvfp4"), "'hash_embedding' keeps 8 bits at least"),
         (("quantize", "model", "-o", "out", "--hash-bits", "4"), "--hash-bits must be 8 or 16, found 4: rows are added up"),
-        (("generate", "model", "-p", "a", "--save-state", "state"), "a Byte Latent Transformer reads its prompts anew"),
+        (("generate", "model", "-p", "a", "--save-state", "state"), "--save-state: states of prompts are of a MegaByte or"),
         (("generate", "model", "-p", "a", "--chat"), "a Byte Latent Transformer has no form of chats"),
-        (("generate", "model", "-p", "a", "--sentinel"), "a Byte Latent Transformer knows none"),
+        (("generate", "model", "-p", "a", "--kv-bits", "8"), "--kv-bits: this Byte Latent Transformer keeps no keys"),
+        (("generate", "model", "-p", "a", "--sentinel"), "--sentinel: a Byte Latent Transformer knows none"),
         (("generate", "model", "-p", "a" * 300), "255"),
     ],
 )

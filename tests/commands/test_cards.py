@@ -45,6 +45,23 @@ def test_the_card_says_what_was_done_and_how_to_load_it(model, tmp_path):
     assert "What it costs" not in body
 
 
+def test_names_stay_text_in_a_card(model, tmp_path):
+    named = model.rename(tmp_path / "<b>[x](y)`z`")
+    quantize(named, "-o", tmp_path / "packed")
+    body = parts_of((tmp_path / "packed" / "README.md").read_text())[1]
+    assert "# \\<b>\\[x\\](y)\\`z\\`, packed\n" in body and "[x](y)" not in body and "`<b>" not in body
+
+
+def test_a_method_out_of_a_file_stays_text_in_a_card(model, tmp_path):
+    quantize(model, "-o", tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    config["marlin"]["method"] = "\x1b[31m\n# <b>more"
+    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+    ContinuingModel.from_pretrained(tmp_path / "packed", device="cpu").save(tmp_path / "copy")
+    text = (tmp_path / "copy" / "README.md").read_text()
+    assert "\x1b" not in text and "\n# <b>" not in text and "# \\<b>more" in text
+
+
 def test_licence_and_settings_of_generation_are_carried(model, tmp_path):
     (model / "README.md").write_text("---\nlicense: cc-by-4.0\nlanguage: [cs, en]\nsecret: no\n---\n# A model\n")
     (model / "LICENSE.txt").write_text("as you like")
@@ -210,6 +227,13 @@ def test_weights_that_find_no_room_are_said_in_a_line(hub, tmp_path):
     hub.says = lambda oid: {"error": {"code": 422, "message": "no room"}}
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(OutputError, match="--push owner/name: the hub did not take .*, which stays there: .*no room"):
+        push(tmp_path, "owner/name", token="hf_mine")
+
+
+def test_what_is_no_hub_is_said_in_a_line(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeHub, "do_POST", lambda self: self._answer(200, ["a page of somebody else"]))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"which stays there: it answered as no hub does \(TypeError: list indices"):
         push(tmp_path, "owner/name", token="hf_mine")
 
 

@@ -8,11 +8,15 @@ import sys
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
+from small_networks import CONTINUING
 from typer.testing import CliRunner
 
 from marlin_cli import ByT5Config
+from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.cli import app
+from marlin_cli.errors import CheckpointError
 from marlin_cli.files import shipped
 from marlin_cli.models import config_as_mapping
 
@@ -141,6 +145,15 @@ def test_tables_are_of_what_was_named():
     assert lines[0].strip() == str(shipped("configs/models") / DEMO)
     assert any(line.split() == ["is", "MegaByte,", "native", "layout"] for line in lines)
     assert lines[-1].startswith("all") and "This installation" not in lines[0]
+
+
+def test_weights_are_looked_at_where_all_bytes_are_read(random_network, tmp_path):
+    network = random_network(CONTINUING["megabyte"])
+    network.output.weight = network.output.weight * np.nan
+    write_model(tmp_path / "model", config_as_mapping(network.config), dict(tree_flatten(network.parameters())), None, None)
+    assert invoke(tmp_path / "model").exit_code == 0
+    refusal = invoke(tmp_path / "model", "--fingerprint").exception
+    assert isinstance(refusal, CheckpointError) and "'output.weight' holds NaN or infinity" in str(refusal)
 
 
 @pytest.mark.parametrize(

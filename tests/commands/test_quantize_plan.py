@@ -72,7 +72,9 @@ def test_speed_is_bandwidth_over_what_is_read(model):
     "arguments, error, said",
     [
         (["nothing-like-it", "--plan"], CheckpointError, "no such file, folder or shipped model"),
-        (["megabyte-demo", "--plan", "--bandwidth", "0"], UsageError, "--bandwidth must be more than 0"),
+        (["megabyte-demo", "--plan", "--bandwidth", "0"], UsageError, "--bandwidth must be 0.001 to 1,000,000 GB/s, found 0"),
+        (["byt5-xxl", "--plan", "--kv-bits", "3"], UsageError, "--kv-bits must be 4, 8 or 16, found 3"),
+        (["evabyte", "--plan", "--bandwidth", "1e300"], UsageError, "--bandwidth must be 0.001 to 1,000,000 GB/s"),
         (["megabyte-demo", "--bandwidth", "5", "-o", "x"], UsageError, "--plan"),
         (["megabyte-demo", "--plan", "--bits", "4"], UsageError, "--bits"),
     ],

@@ -48,7 +48,7 @@ def test_bench_tells_what_drafts_bring():
         (("generate", "--speculate", "auto", "--beams", "2"), "--speculate has no meaning beside --beams"),
         (("generate", "--draft", "megabyte-demo"), "--draft needs --speculate"),
         (("generate", "--prediction-file", "x"), "--prediction-file needs --speculate"),
-        (("generate", "--speculate", "often"), "speculation is auto, off or a number from 1 to 256 of patches, found 'often'"),
+        (("generate", "--speculate", "often"), "--speculate is auto, off or a number from 1 to 256 of patches, found 'often'"),
         (("generate", "-p", "x", "--speculate", "off", "--draft", "m"), "--draft has no use with --speculate off"),
         (("generate", "-p", "x", "--speculate", "off", "--prediction-file", "x"), "--prediction-file has no use with"),
         (("generate", "-p", "x", "--speculate", "auto", "--sparse", "0.1"), "--speculate has no meaning beside --sparse"),

@@ -6,9 +6,11 @@ from .configs import byt5_config, generation_config, native_config, relative_con
 from .corpora import packed, parquet, places, rows
 from .gguf_files import gguf
 from .lines import pairs, prompt_bytes, prompts, results
+from .networks import network_config, network_tensors
 from .options import options
 from .pickles import legacy, zipped
 from .recipes import corpus_recipe, packing_recipe
+from .run_states import prompt_state, unfinished_surprise
 from .safetensors_files import safetensors, shards
 from .statistics_files import finished, unfinished
 
@@ -18,6 +20,8 @@ KINDS: dict[str, Generator] = {
     "config of a MegaByte": native_config,
     "config of a ByT5": byt5_config,
     "config of a ByGPT5 or GBST": relative_config,
+    "config of another network": network_config,
+    "tensors of another network": network_tensors,
     "sizes in a config": sizes,
     "generation_config": generation_config,
     "pickle in a zip": zipped,
@@ -31,6 +35,8 @@ KINDS: dict[str, Generator] = {
     "recipe of formats": packing_recipe,
     "statistics": finished,
     "unfinished statistics": unfinished,
+    "state of a prompt": prompt_state,
+    "unfinished surprise": unfinished_surprise,
     "prompts": prompts,
     "prompt": prompt_bytes,
     "pairs": pairs,

@@ -1,5 +1,6 @@
 """The good files that generators damage: tiny models of every layout, statistics, results. Made once a campaign."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,6 +38,9 @@ NATIVE = {
 BYT5 = ("gated", "relu")
 # Relatives of ByT5, as their authors' code writes them: what continues bytes, and what answers.
 RELATIVES = ("bygpt5", "gbst")
+# What continues bytes otherwise, and what encodes texts: marlin's own folders, and those of their authors' code.
+BYTEWISE = ("block_recurrent", "evabyte", "blt", "spacebyte", "authors-evabyte", "authors-blt")
+ENCODERS = ("canine", "la_canine")
 # Folders that `quantize` writes: marlin's own, llm-compressor's, and a ByT5's.
 PACKED = {
     "packed": ("prefix",),
@@ -68,6 +72,7 @@ def prepare(folder: Path) -> Path:
         write_model(folder / name, config_as_mapping(config), dict(tree_flatten(network.parameters())), None, None)
     _byt5(folder)
     _relatives(folder)
+    _networks(folder)
     for name in PICKLES:
         shutil.copy(DATA / "foreign" / name, folder / name)
     (folder / "text.txt").write_bytes(TEXT)
@@ -83,6 +88,7 @@ def prepare(folder: Path) -> Path:
     for _ in range(2):
         _marlin(folder, "bench", "prefix", "--prompt-bytes", "8", "--decode-bytes", "4", "--save", "results.jsonl")
     _unfinished(folder)
+    _states(folder)
     return folder
 
 
@@ -116,6 +122,24 @@ def _relatives(folder: Path) -> None:
     decoder_cases.gbst_folder(folder / "gbst", decoder_cases.random_gbst(**small))
 
 
+def _networks(folder: Path) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))
+    import blt_cases
+    import evabyte_cases
+    from mlx.utils import tree_flatten
+    from small_networks import CONTINUING, ENCODING, random_weights
+
+    from marlin_cli.checkpoints.writer import write_model
+    from marlin_cli.models import config_as_mapping
+
+    for name, config in {**CONTINUING, **ENCODING}.items():
+        if name in (*BYTEWISE, *ENCODERS):
+            weights = dict(tree_flatten(random_weights(config).parameters()))
+            write_model(folder / name, config_as_mapping(config), weights, None, None)
+    evabyte_cases.evabyte_folder(folder / "authors-evabyte", evabyte_cases.random_evabyte())
+    blt_cases.blt_folder(folder / "authors-blt", blt_cases.random_blt())
+
+
 def _gguf(path: Path) -> None:
     sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
     import gguf_bytes
@@ -138,3 +162,35 @@ def _unfinished(folder: Path) -> None:
     run = dataclasses.replace(statistics.runs[0], corpus=corpus.fingerprint())
     statistics = dataclasses.replace(statistics, runs=(run,))
     save_unfinished(folder / "unfinished.safetensors", statistics, corpus.state())
+
+
+def _states(folder: Path) -> None:
+    """States of a prompt of 64 bytes, and of a stream that was scored up to its 200th."""
+    from marlin_cli import ContinuingModel
+    from marlin_cli.bench.cost_files import CostFile, NoFile
+    from marlin_cli.bench.surprise import default_window, surprise
+
+    (folder / "prompt.txt").write_bytes(TEXT[:64])
+    for name in ("prefix", "bygpt5"):
+        argv = ["--prompt-file", "prompt.txt", "--max-bytes", "1", "--save-state", f"{name}.state"]
+        _marlin(folder, "generate", name, *argv)
+
+    class Ending:
+        """A stream that is broken off."""
+
+        name = "text.txt"
+
+        def __init__(self) -> None:
+            self._left = TEXT[:200]
+
+        def read(self, most: int) -> bytes:
+            part, self._left = self._left[:most], self._left[most:]
+            if not part:
+                raise KeyboardInterrupt
+            return part
+
+    model = ContinuingModel.from_pretrained(folder / "prefix", device="cpu")
+    model = model.cached(default_window(model.config))
+    for suffix in (".jsonl", ".npy"):
+        with contextlib.suppress(KeyboardInterrupt):
+            surprise(model, "prefix", Ending(), NoFile(), 20, file=CostFile(folder / f"costs{suffix}"))

@@ -66,7 +66,7 @@ def _spoiled(rng: Random, good: bytes) -> bytes:
         return damaged(rng, good)
     document, data = parts(good)
     if kind == 1:
-        return joined(document, _with_number(rng, document, data))
+        return joined(document, with_number(rng, document, data))
     if kind == 2:
         names = [name for name in document if name != "__metadata__"]
         name = rng.choice(names)
@@ -82,7 +82,7 @@ def _spoiled(rng: Random, good: bytes) -> bytes:
     return joined(document, data)
 
 
-def _with_number(rng: Random, document: dict[str, Any], data: bytes) -> bytes:
+def with_number(rng: Random, document: dict[str, Any], data: bytes) -> bytes:
     """Some or all numbers of an array that cannot be."""
     entry = document[rng.choice([name for name in document if name != "__metadata__" and document[name]["dtype"] in NUMBERS])]
     kind, numbers = NUMBERS[entry["dtype"]]
