@@ -131,6 +131,7 @@ class MergedStreams:
         begin: see `continuation.Way`; what it gives may have its prompts yet to read, by its `read_slice`.
         phase: see `continuation.Way`.
         keeper: of prompts, which are read one by one then, as each may begin elsewhere.
+        no_drafts: see `Streams`.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ class MergedStreams:
         phase: Callable[[Any, int], object],
         bits: CacheBits,
         keeper: PromptKeeper | None = None,
+        no_drafts: str = "",
     ) -> None:
+        self.no_drafts = no_drafts
         self._network, self._begin, self._phase, self._bits = network, begin, phase, bits
         self._keeper = None if keeper is None else _Noting(keeper)
         self._known: dict[int, int] = {}  # ids of prompts that were not read, by stream, where there are any
@@ -150,24 +153,12 @@ class MergedStreams:
         self._batches: list[_Batch] = []
 
     @property
-    def no_drafts(self) -> str:
-        return "only the CPU kernels of a MegaByte's patches verify drafts, and these streams go by others"
-
-    @property
     def nbytes(self) -> int:
         entering = [] if self._entering is None else [self._entering]
         return sum(sum(batch.state.cache_bytes.values()) for batch in [*self._batches, *entering])
 
     def most_bytes(self, ids: int) -> int:
-        decoding = decoding_of(self._network.config)
-        stack = decoding.stacks(self._network.config)[0]
-        rows = -(-stack.most_kept(ids // stack.row_bytes + 1) // ROWS_PER_STEP) * ROWS_PER_STEP
-        return (
-            rows
-            * stack.layers
-            * stack.kv_heads
-            * sum(row_bytes(stack.head_dim, bits) for bits in (self._bits.keys, self._bits.values))
-        ) + decoding.beside_bytes(self._network.config)
+        return most_bytes(self._network, self._bits, ids)
 
     def bytes_together(self, most: Sequence[int]) -> int:
         return len(most) * max(most, default=0)  # they are padded to the longest
@@ -247,6 +238,15 @@ class MergedStreams:
             else:
                 joined.append(batch)
         self._batches = joined
+
+
+def most_bytes(network: Network, cache_bits: CacheBits, ids: int) -> int:
+    """Bytes that MLX's own caches of a text of so many ids may take, in rows that grow by steps."""
+    decoding = decoding_of(network.config)
+    stack = decoding.stacks(network.config)[0]
+    rows = -(-stack.most_kept(ids // stack.row_bytes + 1) // ROWS_PER_STEP) * ROWS_PER_STEP
+    widths = sum(row_bytes(stack.head_dim, bits) for bits in (cache_bits.keys, cache_bits.values))
+    return rows * stack.layers * stack.kv_heads * widths + decoding.beside_bytes(network.config)
 
 
 def one_drawing() -> bool:

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from marlin_cli.engine.drafts import DraftSource, as_text, common_bytes
+from marlin_cli.engine.drafts import DraftSource, as_text, common_length
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 
@@ -87,12 +87,17 @@ class Speculated:
     passes: int  # of the model's largest part, with drafts or without
 
 
+# What a unit that was seen counts beside the next one; and of those that a model itself guesses, at every id.
+MEMORY, MEMORY_OF_OWN = 0.9, 0.97
+
+
 @dataclass
 class _Odds:
     """How many units were right of those that were guessed one after the other, with as much to speak for them."""
 
     right: float
     tried: float
+    memory: float = MEMORY
 
     @property
     def chance(self) -> float:
@@ -101,14 +106,45 @@ class _Odds:
     def saw(self, right: int, units: int) -> None:
         """Of units that were guessed, so many came, one after the other."""
         for number in range(min(units, right + 1)):
-            self.right, self.tried = MEMORY * self.right + (number < right), MEMORY * self.tried + 1.0
+            self.right, self.tried = self.memory * self.right + (number < right), self.memory * self.tried + 1.0
+
+
+class _OwnGuesses:
+    """What a model itself guesses of the ids to come: as many of them are drafted as pay by how often each place was right."""
+
+    def __init__(self) -> None:
+        self._odds: list[_Odds] = []  # by place, where those before it were right
+        self._guess: list[int] = []
+        self._tried = self._passes_without = 0
+
+    def is_wanted(self, price: float) -> bool:
+        """See `Drafting.wants_guess`."""
+        self._passes_without += 1
+        pays = not self._odds or worth_of([each.chance for each in self._odds], price) > 0
+        return pays or self._passes_without > PASSES_WITHOUT
+
+    def draft(self, guess: Sequence[int], most: int, price: float | None) -> list[int]:
+        """As many of the ids as pay, `most` of them at most; without a price those."""
+        self._guess = list(guess)
+        if guess:
+            self._passes_without = 0
+        self._odds += [_Odds(1.0, 2.0, MEMORY_OF_OWN) for _ in range(len(guess) - len(self._odds))]
+        if price is not None:
+            most = min(most, worth_of([each.chance for each in self._odds[: len(guess)]], price))
+        self._tried = most
+        return self._guess[:most]
+
+    def push(self, ids: Sequence[int]) -> tuple[int, int]:
+        """These ids have come: how many were drafted, and how many of them were right."""
+        seen, right = min(len(self._guess), len(ids)), common_length(self._guess, list(ids))
+        for place in range(min(seen, right + 1)):
+            self._odds[place].saw(int(place < right), 1)
+        tried, self._guess, self._tried = self._tried, [], 0
+        return tried, min(right, tried)
 
 
 # Passes without drafts, where these cost something and did not pay, until one is drafted all the same.
 PASSES_WITHOUT = 32
-
-# What a unit that was seen counts beside the next one.
-MEMORY = 0.9
 
 
 class Drafting:
@@ -129,6 +165,7 @@ class Drafting:
         self._guess, self._odds_now = b"", self._odds[3]
         self._unit, self._given, self._tried = 1, 0, 0
         self._drafted = self._accepted = self._passes = self._passes_without = 0
+        self._own = _OwnGuesses()
 
     @property
     def told(self) -> Speculated:
@@ -138,15 +175,21 @@ class Drafting:
     def push(self, ids: Sequence[int]) -> None:
         """The stream goes on with ids, which a pass has given."""
         data = as_text([value for value in ids if value >= 0], self._first_byte)
-        right = common_bytes(self._guess, data)
+        right = common_length(self._guess, data)
         units = (self._given + min(len(self._guess), len(data))) // self._unit
         self._odds_now.saw((self._given + right) // self._unit, units)
         self._passes, self._drafted = self._passes + 1, self._drafted + self._tried
         self._accepted += min(right, self._tried)
         self._guess, self._tried = b"", 0
+        drafted, accepted = self._own.push(ids)
+        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
         self._source.push(data)
 
-    def draft(self, unit: int, given: int, most: int, price: float) -> list[int]:
+    def wants_guess(self, price: float) -> bool:
+        """Is it of use to know what the model itself guesses, where a drafted id has this price? Now and then it is, to see."""
+        return not self._settings.adapts or self._own.is_wanted(price)
+
+    def draft(self, unit: int, given: int, most: int, price: float, guess: Sequence[int] = ()) -> list[int]:
         """Ids that may come next: as many as, with `given` ids, are whole units; or none.
 
         Args:
@@ -154,7 +197,13 @@ class Drafting:
             given: ids that stand in the first of them.
             most: ids that may come at most.
             price: what a unit costs that is drafted, where one costs 1 that is not.
+            guess: what the model itself guesses, ids that are units; of use where the source has nothing that pays.
         """
+        found = self._out_of_source(unit, given, most, price)
+        most = 0 if found else min(self._settings.most, most, len(guess))
+        return self._own.draft(guess, most, price if self._settings.adapts else None) or found
+
+    def _out_of_source(self, unit: int, given: int, most: int, price: float) -> list[int]:
         units = min(self._settings.most, (given + most) // unit)
         if self._settings.adapts and not self._source.is_free:
             # Nothing is seen of what is not drafted: now and then a unit is, whatever it costs.

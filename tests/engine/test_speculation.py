@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from drafted_cases import Knowing, assert_same, drafted, sources
 from packed_layers import packed
 from small_networks import CONFIGS
 from stream_cases import at_random, mixed, run
@@ -35,52 +36,6 @@ def exact_rows():
     MODULE.set_exact_rows(True)
     yield
     MODULE.set_exact_rows(cpu.rows_are_exact())
-
-
-class Knowing:
-    """Drafts what will come, but for one byte in so many."""
-
-    is_free = True
-
-    def __init__(self, future, wrong_every, seed=0):
-        rng = random.Random(seed)
-        self._future = bytes(byte ^ (wrong_every > 0 and rng.random() * wrong_every < 1) for byte in future)
-
-    def push(self, data):
-        self._future = self._future[len(data) :]
-
-    def draft(self, count):
-        return Draft(self._future[:count], 64) if self._future else None
-
-
-def sources(wrong_every):
-    """The drafts of requests whose predictions are what will come, wrong in one byte of so many; 0: in none."""
-    return lambda request, prompt: Knowing(request.speculation.prediction, wrong_every, len(prompt))
-
-
-def drafted(network, requests, outcomes, wrong_every, most=4, bits=None, limits=LIMITS):
-    """All requests side by side, with drafts out of what came of them without; what came of them, and of the drafts."""
-    asked = [
-        replace(request, speculation=Speculation(most, prediction=found.data + bytes(40)))
-        for request, found in zip(requests, outcomes, strict=True)
-    ]
-    bits = bits or CacheBits()
-    scheduler = StreamScheduler(network, streams_of(network, bits), limits, bits.window, sources(wrong_every))
-    told = {}
-    advance = scheduler.advance
-
-    def telling():
-        pieces = advance()
-        told.update({piece.stream: piece.speculated for piece in pieces if piece.stop_reason is not None})
-        return pieces
-
-    scheduler.advance = telling
-    return run(scheduler, asked, at_random(len(requests))), [told[number] for number in sorted(told)]
-
-
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert (one.data, one.reason, one.costs) == (other.data, other.reason, other.costs)
 
 
 @pytest.mark.parametrize("wrong_every", [0, 1, 6], ids=["right", "wrong", "sometimes wrong"])
@@ -181,12 +136,6 @@ def test_rows_that_depend_on_others_are_no_ground_for_drafts(random_network, sma
     assert len(found.data) == 93
     if MODULE is not None:
         MODULE.set_exact_rows(cpu.rows_are_exact())
-
-
-def test_a_network_without_patches_says_so(each_continuing):
-    if each_continuing.config.model_type != "megabyte":
-        with pytest.raises(UsageError, match="drafts|draft"):
-            scheduler_of(each_continuing).admit(Request(b"abc", speculation=Speculation(2)))
 
 
 def test_more_is_drafted_where_more_is_right():
