@@ -5,7 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from decoder_cases import random_bygpt5
-from drafted_cases import assert_same, drafted
+from drafted_cases import Recording, assert_same, drafted
 from evabyte_cases import SIZES, random_evabyte
 from packed_layers import packed
 from stream_cases import at_random, mixed, run
@@ -45,21 +45,6 @@ def exact_rows():
 @pytest.fixture(scope="module", params=NETWORKS.values(), ids=NETWORKS.keys())
 def network(request):
     return request.param()
-
-
-class Recording:
-    """Drafts nothing, and notes what comes: an id that is no byte as zero."""
-
-    is_free = True
-
-    def __init__(self):
-        self.data = b""
-
-    def push(self, data):
-        self.data += data
-
-    def draft(self, count):
-        return None
 
 
 def plain_and_ids(network, requests, bits=None):
