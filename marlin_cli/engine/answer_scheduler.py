@@ -213,7 +213,7 @@ class AnsweringScheduler:
         began = time.process_time()
         for stream in self._decoding:
             if stream.drafting is not None and isinstance(stream.writing, OneAnswer):
-                stream.drafted = stream.drafting.draft(1, 0, stream.writing.left - 1, self._prices.price)
+                stream.drafted = stream.drafting.draft(1, 0, stream.writing.left - 1, self._prices)
         drafted = sum(len(stream.drafted) for stream in self._decoding)
         push = self._answers.push_all if drafted else self._answers.push
         logits = push([each.held for each in self._decoding], [[*each.next, *each.drafted] for each in self._decoding])

@@ -172,7 +172,7 @@ class ByteStreams:
                 continue
             room = stream.text.most_drafted
             most = asks[number].most - 1
-            ids = drafting.draft(1, 0, most if room is None else min(most, room), self._prices.price, stream.guess)
+            ids = drafting.draft(1, 0, most if room is None else min(most, room), self._prices, stream.guess)
             if ids:
                 found[number] = ids
                 stream.text.may_go_back()
@@ -213,7 +213,7 @@ class ByteStreams:
         wanting = []
         for number in rows:
             drafting = asks[number].drafting
-            if drafting is not None and drafting.wants_guess(self._prices.price):
+            if drafting is not None and drafting.wants_guess(self._prices):
                 wanting.append(number)
             else:
                 self._streams[number].guess = []

@@ -127,7 +127,7 @@ class _Batch:
         size, began, is_ahead = self.state.config.patch_size, time.perf_counter(), self.state.is_ahead
         room = min(most, self.state.config.max_bytes - self.state.positions[0]) // size - 1
         units = min(room, self.state.most_drafted)
-        ids = drafting.draft(size, 0, units * size, self._prices.price) if units > 0 else []
+        ids = drafting.draft(size, 0, units * size, self._prices) if units > 0 else []
         if ids:
             found = self.state.verify(np.array(ids, dtype=np.int32).reshape(-1, size))
             self._undrafted = 0

@@ -17,7 +17,7 @@ from marlin_cli.engine.prompt_store import PromptStore, StoreLimits
 from marlin_cli.engine.sampling import Sampling
 from marlin_cli.engine.schedulers import scheduler_of, streams_of
 from marlin_cli.engine.scheduling import Request, SchedulerLimits
-from marlin_cli.engine.speculation import AUTO, Drafting, Speculation
+from marlin_cli.engine.speculation import AUTO, Drafting, Prices, Speculation
 from marlin_cli.engine.state_kinds import kind_of
 from marlin_cli.engine.stopping import Stopping
 from marlin_cli.engine.stream_scheduler import StreamScheduler
@@ -182,20 +182,23 @@ def test_further_heads_draft(asked, temperature):
 
 
 def test_guesses_are_asked_for_as_they_pay():
-    drafting = Drafting(AUTO, Recording(), 0)
+    drafting, prices = Drafting(AUTO, Recording(), 0), Prices()
+    prices.plain(1.0, 0.0, streams=1)
+    for _ in range(30):
+        prices.drafted(1.2, 0.0, streams=1, units=1)
     for _ in range(40):
-        assert drafting.wants_guess(0.2)
-        ids = drafting.draft(1, 0, 100, 0.2, [5, 6, 7])
+        assert drafting.wants_guess(prices)
+        ids = drafting.draft(1, 0, 100, prices, [5, 6, 7])
         drafting.push([5, 6, 8, 9][: 1 + len(ids)])
     assert ids == [5, 6]
     asked = 0
     for _ in range(200):  # all are wrong from now on
-        wanted = drafting.wants_guess(0.2)
+        wanted = drafting.wants_guess(prices)
         asked += wanted
-        ids = drafting.draft(1, 0, 100, 0.2, [5, 6, 7] if wanted else [])
+        ids = drafting.draft(1, 0, 100, prices, [5, 6, 7] if wanted else [])
         drafting.push([1])
     assert ids == [] and asked < 80
-    assert drafting.draft(1, 0, 0, 0.0, [5]) == []
+    assert drafting.draft(1, 0, 0, prices, [5]) == []
 
 
 @pytest.mark.parametrize("bits", [CacheBits(), CacheBits(8, 4)], ids=["plain", "packed"])

@@ -141,21 +141,21 @@ def test_rows_that_depend_on_others_are_no_ground_for_drafts(random_network, sma
 def test_more_is_drafted_where_more_is_right():
     assert [worth(chance, 0.4) for chance in (0.1, 0.59, 0.61, 0.7, 0.9, 0.99)] == [0, 0, 1, 2, 8, 91]
     drafting = Drafting(Speculation(16, adapts=True), Knowing(bytes(9000), 0), 0)
-    lengths = []
+    lengths, prices = [], Prices()
     for _ in range(20):
-        ids = drafting.draft(4, 0, 900, 0.4)
+        ids = drafting.draft(4, 0, 900, prices)
         lengths.append(len(ids))
         drafting.push(ids or [0] * 4)
     assert lengths[0] < lengths[-1] <= 64
     for _ in range(30):  # what is thought of is wrong from now on
-        ids = drafting.draft(4, 0, 900, 0.4)
+        ids = drafting.draft(4, 0, 900, prices)
         drafting.push([1] * 4)
     assert ids == []
     told = drafting.told
     assert told.passes == 50
     assert told.accepted_bytes == sum(lengths)
     for _ in range(30):  # and right again, which is seen without trying
-        ids = drafting.draft(4, 0, 900, 0.4)
+        ids = drafting.draft(4, 0, 900, prices)
         drafting.push(ids or [0] * 4)
     assert len(ids) > 4
 
@@ -168,7 +168,7 @@ def test_nothing_is_drafted_that_costs_as_much():
         prices.drafted(1.0, 3.0, streams=4, units=2)
     assert abs(prices.price - 1.5) < 0.1
     drafting = Drafting(AUTO, Knowing(bytes(100), 0), 0)
-    assert drafting.draft(4, 0, 90, prices.price) == []
+    assert drafting.draft(4, 0, 90, prices) == []
     for _ in range(300):
         prices.plain(1.0, 3.0, streams=4)
     assert prices.price < 0.5  # and is tried again
@@ -247,7 +247,19 @@ def test_drafts_know_which_bytes_stay_what_they_are():
         drafts.push(b"xb")
     changed, kept = drafts.draft(2).chances
     assert changed < 0.5 < 0.9 < kept
-    assert worth_of([kept, changed, kept], 0.3) == 1 and worth_of([kept] * 5, 0.3) == 5
+    assert worth_of([kept, changed, kept], lambda units: 0.3 * units) == 1
+    assert worth_of([kept] * 5, lambda units: 0.3 * units) == 5
+
+
+def test_the_first_rows_of_a_pass_may_be_cheaper():
+    prices = Prices()
+    for _ in range(30):
+        prices.plain(1.0, 0.0, streams=1)
+        prices.drafted(1.1, 0.0, streams=1, units=1)
+        prices.drafted(2.6, 0.0, streams=1, units=4)
+    assert abs(prices.cost(1) - 0.1) < 0.01 and abs(prices.cost(4) - 1.6) < 0.01
+    assert prices.cost(1) < prices.cost(2) < prices.cost(4) < prices.cost(5)
+    assert worth_of([0.3], prices.cost) == 1 and worth_of([0.3], lambda units: 0.3 * units) == 0
 
 
 def test_what_cannot_be_asked_for():
