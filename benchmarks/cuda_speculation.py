@@ -104,11 +104,11 @@ def main() -> None:
         for bits in map(int, arguments.bits.split(",")):
             model = model_of(name, bits, arguments.bytes)
             count = min(arguments.bytes, model.config.max_bytes - len(prompt))
-            text = run(model, prompt, count, AUTO, lambda request, prompt: Nothing())[1]
+            text = run(model, prompt, count, Speculation(1), lambda request, prompt: Nothing())[1]
             draft, other = edited(text, rng), rng.randbytes(len(text))
             ways: dict[str, tuple[Speculation, Any]] = {
                 "off": (OFF, None),
-                "wide": (AUTO, lambda request, prompt: Nothing()),
+                "wide": (Speculation(1), lambda request, prompt: Nothing()),
                 "auto": (Speculation(AUTO.most, adapts=True, prediction=draft), None),
                 "7": (Speculation(7, prediction=draft), None),
                 "ordinary": (Speculation(AUTO.most, adapts=True, prediction=other), None),

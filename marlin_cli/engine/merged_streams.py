@@ -78,7 +78,9 @@ class _Batch:
 
     def may_be_drafted(self, asks: Sequence[Ask]) -> None:
         """Before anything is drawn: shall the only stream be drafted, which takes the likeliest ids?"""
-        alone = len(asks) == 1 and asks[0].drafting is not None and not asks[0].settings.temperature
+        drafting = asks[0].drafting if len(asks) == 1 else None
+        # Launches of several sequences cost more where nothing is drafted: 1.15 times as much of 167 M, 1.7 times of the demo.
+        alone = drafting is not None and drafting.is_expected and not asks[0].settings.temperature
         self._may_draft = alone and isinstance(self.state, Verifying) and self.state.may_be_drafted()
 
     def walk(self, asks: Sequence[Ask]) -> tuple[np.ndarray, Floats | None]:

@@ -170,6 +170,11 @@ class Drafting:
         """What has come of all drafts so far."""
         return Speculated(self._drafted, self._accepted, self._passes)
 
+    @property
+    def is_expected(self) -> bool:
+        """Are drafts likely, as a number of them is asked for or what may follow is given?"""
+        return not self._settings.adapts or bool(self._settings.prediction)
+
     def push(self, ids: Sequence[int]) -> None:
         """The stream goes on with ids, which a pass has given."""
         data = as_text([value for value in ids if value >= 0], self._first_byte)
