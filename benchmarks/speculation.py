@@ -1,7 +1,7 @@
 """Speculation on the CPU: decoding with drafts over decoding without, on texts that repeat much and on such that do not.
 
     python benchmarks/speculation.py [--formats float32,nvfp4,mxfp8,int4] [--streams 1] [--files 4] [--bytes 2048] [--rounds 3]
-        [--kinds edits,refactors,ordinary,binary,limit] [--corpus ../shared/corpus/heldout] [--parts megabyte,byt5,peer]
+        [--kinds edits,refactors,ordinary,binary,limit] [--corpus ../shared/corpus/heldout] [--parts megabyte,bytes,byt5,peer]
         [--clock wall]
 
 Seconds are those of the clock, or with `--clock cpu` of the processor, where others use the machine too (MARLIN_THREADS=1).
@@ -12,6 +12,8 @@ that of the texts. Rows are exact in both runs, whose bytes are compared. Rounds
 - refactors: the same with two of its names changed wherever they stand.
 - ordinary, binary: the prompt is the beginning of a file, and what is written its continuation: text, or machine code.
 - limit: edits, with what will be written as the request's prediction.
+- bytes: a bygpt5-small and an EvaByte of 70 M, without heads that draft (the noise that writes a text would make all of their
+  guesses right; `heads` is that: eight heads, on ordinary text).
 - byt5: a byt5-small restores the marks of letters that its input lacks (diacritics), or corrects one letter in forty (typos).
 - peer: transformers' prompt lookup (10 tokens) on a decoder of bytes whose byte costs about as much, on the first edits.
 """
@@ -22,7 +24,7 @@ import random
 import re
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,8 @@ from marlin_cli.engine.schedulers import scheduler_of  # noqa: E402
 from marlin_cli.engine.scheduling import Request, SchedulerLimits  # noqa: E402
 from marlin_cli.engine.speculation import AUTO, OFF, Speculation  # noqa: E402
 from marlin_cli.engine.stopping import Stopping  # noqa: E402
-from marlin_cli.models.byt5_ids import ids_of_bytes  # noqa: E402
+from marlin_cli.models import continuing_of  # noqa: E402
+from marlin_cli.models.byt5_ids import FIRST_BYTE  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 STANDARD_LIBRARY = Path(os.__file__).parent
@@ -110,13 +113,19 @@ def run(scheduler: Any, requests: Sequence[Any], clock: Callable[[], float]) -> 
 Requests = Callable[[Task, int, Speculation], Any]
 
 
-def compared(network: Any, tasks: Sequence[Task], requests: Requests, streams: int, rounds: int, clock: str) -> str:
-    """The gain of drafts over none, both ways in turns, and what came of them."""
+def compared(
+    network: Any, tasks: Sequence[Task], requests: Requests, streams: int, rounds: int, clock: str, first_byte: int = 0
+) -> str:
+    """The gain of drafts over none, both ways in turns, and what came of them.
+
+    Args:
+        first_byte: id of byte 0.
+    """
     gains, drafted, accepted, passes, written = [], 0, 0, 0, 0
     seconds = {"off": 0.0, "on": 0.0}
     for first in range(0, len(tasks), streams):
         group = tasks[first : first + streams]
-        with writing([ids_of_bytes(t.text) if requests is answering else list(t.text) for t in group]):
+        with writing([[byte + first_byte for byte in task.text] for task in group]):
             best: dict[str, float] = {}
             outputs: dict[str, list[bytes]] = {}
             for _ in range(rounds):
@@ -179,26 +188,43 @@ def byt5_tasks(kind: str, corpus: Path, files: int, length: int) -> list[Task]:
 
 
 def byt5_of(format: str) -> Any:
+    from marlin_cli.models.byt5 import ByT5
+    from marlin_cli.models.byt5_config import ByT5Config
+
+    return random_packed(
+        ByT5(ByT5Config(d_model=1472, ffn_dim=3584, heads=6, head_dim=64, encoder_layers=12, decoder_layers=4, max_bytes=4096)),
+        format,
+    )
+
+
+def random_packed(network: Any, format: str) -> Any:
+    """A network of random weights, in a format."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
-    from marlin_cli.models.byt5 import ByT5
-    from marlin_cli.models.byt5_config import ByT5Config
     from marlin_cli.quantization.apply import quantize_network
     from marlin_cli.quantization.plan import QuantizationSettings
 
     mx.random.seed(0)
-    network = ByT5(ByT5Config(
-        d_model=1472, ffn_dim=3584, heads=6, head_dim=64, encoder_layers=12, decoder_layers=4, max_bytes=4096
-    ))  # fmt: skip
     network.update(
         tree_map(lambda a: mx.random.normal(a.shape) * (1 if a.ndim == 1 else a.shape[-1] ** -0.5), network.parameters())
     )
     mx.eval(network.parameters())
     if format == "float32":
         return network
-    settings = QuantizationSettings(**{f"{part}_format": format for part in ("encoder", "decoder", "cross", "wo")})
+    settings = QuantizationSettings(**{f"{part}_format": format for part in ("encoder", "decoder", "cross", "wo", "global")})
     return quantize_network(network, settings).network
+
+
+def networks_by_bytes(format: str) -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """Networks that take bytes one by one: names, themselves, and kinds of tasks."""
+    from marlin_cli.models.bygpt5 import ByGPT5, ByGPT5Config
+    from marlin_cli.models.evabyte import EvaByte, EvaByteConfig
+
+    yield "ByGPT5", random_packed(ByGPT5(ByGPT5Config(max_bytes=8192)), format), ("edits", "ordinary")
+    sizes: dict[str, Any] = {"d_model": 1024, "ffn_dim": 2752, "heads": 8, "layers": 6, "max_bytes": 8191}
+    for heads, kinds in ((1, ("edits", "ordinary")), (8, ("heads",))):
+        yield "EvaByte", random_packed(EvaByte(EvaByteConfig(**sizes, prediction_heads=heads)), format), kinds
 
 
 def peer_gain(tasks: Sequence[Task], rounds: int, clock: Callable[[], float]) -> str:
@@ -267,11 +293,19 @@ def main() -> None:
                 gain = compared(network, tasks, requests, options.streams, options.rounds, options.clock)
                 what = f"speculation, {kind}, {format}, {options.streams} streams"
                 report(Row(what, gain, "marlin without drafts", gain.partition(" ")[0], "bytes equal"), options.rows_file)
+        if "bytes" in options.parts:
+            for name, network, kinds in networks_by_bytes(format):
+                for kind in kinds:
+                    tasks = tasks_of("ordinary" if kind == "heads" else kind, options.corpus, options.files, options.bytes)
+                    first_byte = continuing_of(network).first_byte
+                    gain = compared(network, tasks, continuing, options.streams, options.rounds, options.clock, first_byte)
+                    what = f"speculation, {name} {kind}, {format}, {options.streams} streams"
+                    report(Row(what, gain, "marlin without drafts", gain.partition(" ")[0], "bytes equal"), options.rows_file)
         if "byt5" in options.parts:
             network = byt5_of(format)
             for kind in ("diacritics", "typos"):
                 tasks = byt5_tasks(kind, options.corpus, options.files, options.bytes // 4)
-                gain = compared(network, tasks, answering, options.streams, options.rounds, options.clock)
+                gain = compared(network, tasks, answering, options.streams, options.rounds, options.clock, FIRST_BYTE)
                 what = f"speculation, ByT5 {kind}, {format}, {options.streams} streams"
                 report(Row(what, gain, "marlin without drafts", gain.partition(" ")[0], "ids equal"), options.rows_file)
     if "peer" in options.parts:

@@ -17,7 +17,7 @@ from marlin_cli.engine.answer_requests import Answer, AnswerLimits, AnswerPiece,
 from marlin_cli.engine.answer_streams import AnswerStreams, Encoding, GraphStreams, Held, Source
 from marlin_cli.engine.answer_writing import OneAnswer, SearchedAnswers, Telling
 from marlin_cli.engine.cache import check_cache_bits
-from marlin_cli.engine.drafts import TextDrafts, as_text
+from marlin_cli.engine.drafts import TextDrafts, as_text, common_length
 from marlin_cli.engine.encoder_decoder import check_answers
 from marlin_cli.engine.fused_answers import fuse_answers
 from marlin_cli.engine.fused_byt5 import SELF_CACHE_ROWS
@@ -213,7 +213,7 @@ class AnsweringScheduler:
         began = time.process_time()
         for stream in self._decoding:
             if stream.drafting is not None and isinstance(stream.writing, OneAnswer):
-                stream.drafted = stream.drafting.draft(1, 0, stream.writing.left - 1, self._prices.price)
+                stream.drafted = stream.drafting.draft(1, 0, stream.writing.left - 1, self._prices)
         drafted = sum(len(stream.drafted) for stream in self._decoding)
         push = self._answers.push_all if drafted else self._answers.push
         logits = push([each.held for each in self._decoding], [[*each.next, *each.drafted] for each in self._decoding])
@@ -262,7 +262,7 @@ class AnsweringScheduler:
         start = 0
         for (_, stream, writing), noise in zip(drawing, noises, strict=True):
             drafted, end = stream.drafted, start + 1 + len(stream.drafted)
-            right = next((n for n, value in enumerate(drafted) if values[start + n] != value), len(drafted))
+            right = common_length(values[start:end], drafted)
             if right < len(drafted) and stream.held is not None:
                 self._answers.forget(stream.held, len(drafted) - right)
                 if stream.request.sampling.temperature:

@@ -49,6 +49,13 @@ class Rows:
         self._storage: mx.array | None = None
         self.count = 0
 
+    @classmethod
+    def of(cls, page: mx.array) -> "Rows":
+        """The rows of a page that is full."""
+        found = cls(page.shape[2])
+        found._storage, found.count = page, page.shape[2]
+        return found
+
     def append(self, new: mx.array) -> mx.array:
         """Add rows and return all rows so far."""
         batch, heads, added, width = new.shape
@@ -85,6 +92,10 @@ class Rows:
             kept = [] if self._storage is None else [self._storage[:, :, : self.count]]
             self._storage = mx.concatenate([*kept, room], axis=2)
         return self._storage
+
+    def forget(self, rows: int) -> None:
+        """Let go of the last rows; others will be written in their place."""
+        self.count -= rows
 
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
@@ -249,6 +260,19 @@ class Pages:
     def pages(self) -> list[KeyValueRows]:
         """The pages of all rows so far."""
         return [*self._full, self._page] if self._open and self._open[0].count < ROWS_PER_PAGE else self._full
+
+    def forget(self, rows: int) -> None:
+        """Let go of the last rows; a page that was full is open again."""
+        while rows:
+            if not self._open or self._open[0].count == ROWS_PER_PAGE:
+                page = self._full.pop()
+                self._open = [Rows.of(each) for each in ([page.packed, page.scales] if isinstance(page, Packed) else [page])]
+            taken = min(rows, self._open[0].count)
+            for each in self._open:
+                each.forget(taken)
+            rows -= taken
+            if self._open[0].count == 0:
+                self._open = []
 
     def drop(self, sinks: int, first: int) -> int:
         """Let go of the whole pages between the first `sinks` rows and row `first`: how many rows fewer there are."""

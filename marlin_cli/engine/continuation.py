@@ -10,7 +10,6 @@ import numpy as np
 
 from marlin_cli.engine.block_decoding import block_rows
 from marlin_cli.engine.byte_decoding import ByteByByte
-from marlin_cli.engine.byte_streams import byte_streams
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.engine.fused import fuse
@@ -21,6 +20,8 @@ from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.space_decoding import space_rows
 from marlin_cli.engine.states import PromptKeeper
 from marlin_cli.engine.streams import Streams
+from marlin_cli.engine.text_readers import bygpt5_streams, evabyte_streams
+from marlin_cli.engine.whole_patches import why_undrafted
 from marlin_cli.engine.window_decoding import window_rows
 from marlin_cli.models import Network, Reading, continuing_of
 
@@ -97,6 +98,7 @@ class Way:
         fuse: (network) -> the kernels that score it, None where they do not run or do not know a layer of it.
         together: (network, bits of the cache, what keeps prompts) -> streams whose rows go through the kernels together,
             wherever each stands; None where there are no such kernels.
+        undrafted: (network, bits of the cache) -> why streams that are not together verify no drafts; None where they do.
     """
 
     begin: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Continuation]
@@ -104,15 +106,38 @@ class Way:
     begin_unread: Callable[[Any, Sequence[Any], CacheBits | None, PromptKeeper | None], Any] | None = None
     fuse: Callable[[Any], FusedScoring | None] = lambda network: None
     together: Callable[[Any, CacheBits, PromptKeeper | None], Streams | None] = lambda network, bits, keeper: None
+    undrafted: Callable[[Any, CacheBits], str | None] = lambda network, bits: (
+        "drafts are verified by the CPU kernels, and these streams go by others"
+    )
 
 
 WAYS: dict[Reading, Way] = {
-    Reading.PATCHES: Way(Lockstep, Lockstep.phase, functools.partial(Lockstep, read=False), fuse, patch_streams),
-    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, byte_streams),
-    Reading.BLOCKS: Way(functools.partial(ByteByByte, new_rows=block_rows, level="memory"), ByteByByte.phase),
-    Reading.LATENT_PATCHES: Way(functools.partial(ByteByByte, new_rows=latent_rows, level="patches"), ByteByByte.phase),
-    Reading.BEGUN_PATCHES: Way(functools.partial(ByteByByte, new_rows=space_rows, level="patches"), ByteByByte.phase),
-    Reading.WINDOWS: Way(functools.partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase),
+    Reading.PATCHES: Way(Lockstep, Lockstep.phase, functools.partial(Lockstep, read=False), fuse, patch_streams, why_undrafted),
+    Reading.BYTES: Way(ByteByByte, ByteByByte.phase, None, fuse_bygpt5, bygpt5_streams),
+    Reading.BLOCKS: Way(
+        functools.partial(ByteByByte, new_rows=block_rows, level="memory"),
+        ByteByByte.phase,
+        undrafted=lambda network, bits: (
+            "a block that has ended is written into its states, and a draft cannot be taken back out of these"
+        ),
+    ),
+    Reading.LATENT_PATCHES: Way(
+        functools.partial(ByteByByte, new_rows=latent_rows, level="patches"),
+        ByteByByte.phase,
+        undrafted=lambda network, bits: (
+            "where a patch ends depends on its bytes, and those that a draft has ended cannot be taken back"
+        ),
+    ),
+    Reading.BEGUN_PATCHES: Way(
+        functools.partial(ByteByByte, new_rows=space_rows, level="patches"),
+        ByteByByte.phase,
+        undrafted=lambda network, bits: (
+            "where a patch begins depends on its bytes, and those that a draft has begun cannot be taken back"
+        ),
+    ),
+    Reading.WINDOWS: Way(
+        functools.partial(ByteByByte, new_rows=window_rows, level="window"), ByteByByte.phase, together=evabyte_streams
+    ),
 }
 
 

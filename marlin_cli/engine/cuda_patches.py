@@ -14,6 +14,7 @@ import numpy as np
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.cuda_layers import Prepared, linear_arrays, prepared, say_once
 from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
+from marlin_cli.engine.drafts import common_length
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError
@@ -35,6 +36,9 @@ MOST_STREAMS_IN_ALL = 64  # in groups of as many as one launch takes
 # Parts of a model by what the time of a launch goes to; "" stands for the rest.
 GLOBAL_PARTS = {"attention": "global cache", "": "global"}
 LOCAL_PARTS = {"attention": "local cache", "last": "head", "drawing": "sampling", "": "local"}
+# Patches of one stream that a launch of the local stage writes where they may be drafted: the one that is due, and drafts.
+SEQUENCES = 8
+LIKELIEST = 0.0, 1.0, 0.0, 0  # filters of a draw that takes the likeliest id
 SLOTS = 4  # patches whose ids and conditions are kept: what is queued, and what it follows
 
 
@@ -51,6 +55,7 @@ class _Group(NamedTuple):
     """Streams that a launch takes, and their stages."""
 
     first: int
+    live: int
     whole: StageOnDevice | None  # None where the global stage goes operation by operation
     local: StageOnDevice
 
@@ -84,6 +89,7 @@ class PatchDecoder:
         self._queue = Queue() if exchange is None else exchange.queue
         self._rows = self._room = self._uncounted = 0  # of the global cache: rows, room behind them, rows it does not know of
         self._noise = NoiseAhead(self._queue, stages[1].last.rows)
+        self._sequences = 1  # of a stream that the local stage writes at once
         self._make(streams)
 
     @property
@@ -179,7 +185,7 @@ class PatchDecoder:
         found = []
         for group, number in zip(self._groups, patch.numbers, strict=True):
             assert group.local.mailbox is not None
-            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps)[: group.local.live])
+            found.append(group.local.mailbox.read(number, group.local.streams, patch.steps)[: group.live])
         self._check()
         ids = np.concatenate(found)
         if (ids == NOT_FINITE).any():
@@ -201,6 +207,63 @@ class PatchDecoder:
             self._noise.give_back(steps)
         if patch.more:
             self._rows, self._room, self._uncounted = self._rows - 1, self._room + 1, self._uncounted - 1
+
+    @property
+    def most_drafted(self) -> int:
+        """Patches that `verify` takes now."""
+        return min(self._sequences - 1, self._room)
+
+    def widen(self) -> bool:
+        """Write several patches of its only stream at once from here on, where nothing is queued; False: it cannot.
+
+        A launch of more sequences may round otherwise: so each patch goes through one of as many, drafted or not.
+        """
+        local, at_once = self._stages[1], SEQUENCES
+        while at_once > 1 and (at_once * self._steps > MOST_IDS or not takes_stage(local, at_once)):
+            at_once //= 2
+        if self._streams > 1 or self._exchange is not None or at_once == 1:
+            return False
+        if self._sequences < at_once:
+            self._sequences = at_once
+            self._make(1)
+        return True
+
+    def verify(self, caches: Sequence[KeyValueCache], drafts: np.ndarray, room: int) -> tuple[Patch, np.ndarray]:
+        """Write the next patch of its only stream and those behind drafts of it, the likeliest ids.
+
+        The global stage takes the drafts one after the other, as it would without; the local stage writes all patches in one
+        launch. What it wrote behind the first draft that was wrong is nothing, and the rows of these drafts are taken back.
+
+        Args:
+            drafts: int32 [n, patch_size] of the next patch and those behind it, `most_drafted` at most.
+            room: ids that the context has.
+
+        Returns:
+            The last patch that counts, and the ids [1 + right, patch_size] of all.
+
+        Raises: as `read`.
+        """
+        (group,), lead, slot = self._groups, self._lead, self._slot
+        assert group.whole is not None and group.local.mailbox is not None
+        padding = self._padding.address if self._padded else 0
+        self._queue.write(self._given.address, np.ascontiguousarray(drafts, dtype=np.int32).tobytes())
+        for number in range(len(drafts)):
+            place = self._given.address + 4 * self._steps * number
+            group.whole.step(place, self._rows + number, padding, lead + (number + 1) * self._row_bytes)
+        ids = self._ids_of(slot)
+        number = group.local.decode_sequence(lead, self._added_there.address, 0, 0, LIKELIEST, 0, self._steps, ids)
+        found = group.local.mailbox.read(number, group.local.streams, self._steps)[: 1 + len(drafts)]
+        self._check()
+        right = common_length(found.tolist(), drafts.tolist())
+        found, more = found[: 1 + right], room > (1 + right) * self._steps
+        if (found == NOT_FINITE).any():
+            raise not_finite()
+        self._rows, self._room, self._uncounted = self._rows + right, self._room - right, self._uncounted + right
+        if more:
+            self._queue.copy(ids, ids + 4 * self._steps * right, 4 * self._steps)
+            self._follow(caches, slot)
+        self._slot = (slot + 1) % SLOTS
+        return Patch((), slot, more, self._steps), found
 
     def count(self, caches: Sequence[KeyValueCache]) -> None:
         """Tell the global cache of the rows that have been queued."""
@@ -244,6 +307,7 @@ class PatchDecoder:
 
     def _make(self, streams: int) -> None:
         self._streams = self._wanted = streams
+        self._sequences = self._sequences if streams == 1 else 1
         self._groups: list[_Group] = []
         for first in range(0, streams, MOST_STREAMS):
             self._groups.append(self._group(first, min(MOST_STREAMS, streams - first)))
@@ -264,18 +328,19 @@ class PatchDecoder:
         whole, local = self._stages
         size = size_for(live)
 
-        def on_device(number: int, stage: StageArrays, exchange: Exchange | None) -> StageOnDevice:
-            known = self._places[number]
-            made = StageOnDevice(stage, size, self._steps, self._queue, known, exchange, live=live, timed=self._timed)
+        def on_device(number: int, stage: StageArrays, exchange: Exchange | None, sequences: int = 1) -> StageOnDevice:
+            known, rows, own = self._places[number], max(size, sequences), max(live, sequences)
+            made = StageOnDevice(stage, rows, self._steps, self._queue, known, exchange, live=own, timed=self._timed)
             self._places[number] = made.known
             return made
 
-        devices = None if whole is None else on_device(0, whole, self._exchange), on_device(1, local, None)
+        alone = None if whole is None else on_device(0, whole, self._exchange)
+        devices = alone, on_device(1, local, None, self._sequences)
         present = [device for device in devices if device is not None]
         for device, code in zip(present, _machine_code(*(device.text for device in present)), strict=True):
             device.load(code)
         devices[1].own_caches(self._steps)
-        return _Group(first, *devices)
+        return _Group(first, live, *devices)
 
     @staticmethod
     def _apart(size: int) -> int:

@@ -174,6 +174,30 @@ class Lockstep:
             self._append(ids[:, start : start + max(1, length - tokens)])
         return ids
 
+    def may_be_drafted(self) -> bool:
+        """Let the only stream be drafted from here on, before anything is drawn; False where nothing verifies drafts."""
+        return self._on_gpu is not None and self.streams == 1 and self._on_gpu.widen()
+
+    @property
+    def most_drafted(self) -> int:
+        """Patches that `verify` takes now, of the likeliest ids."""
+        return 0 if self._on_gpu is None or not self._on_gpu.going else self._on_gpu.most_drafted
+
+    @property
+    def is_ahead(self) -> bool:
+        """Is a patch queued that was not asked for yet?"""
+        return self._on_gpu is not None and self._on_gpu.is_ahead
+
+    def verify(self, drafts: np.ndarray) -> np.ndarray:
+        """The ids [1, n] that come of drafts int32 [patches, patch_size] of the only stream: as `advance` would draw them."""
+        assert self._on_gpu is not None
+        found = self._on_gpu.verify(self._layers_in_place(), drafts, self._most - self.positions[0])
+        self.positions = [self.positions[0] + found.size]
+        self._states[0].tokens += len(found) - 1 + self._on_gpu.more
+        if not self._on_gpu.more:
+            self._settle()
+        return found.reshape(1, -1)
+
     def push(self, ids: mx.array) -> None:
         """Append ids [streams] to the streams.
 

@@ -212,8 +212,8 @@ def as_text(ids: Sequence[int], first_byte: int) -> bytes:
     return bytes(value - first_byte if 0 <= value - first_byte < 256 else 0 for value in ids)
 
 
-def common_bytes(one: bytes, other: bytes) -> int:
-    """How many bytes two texts begin with alike."""
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids, or bytes, two texts begin with alike."""
     most = min(len(one), len(other))
     if one[:most] == other[:most]:
         return most

@@ -63,13 +63,22 @@ class FusedByGPT5:
             hidden = self._stack(table[ids[:, start : start + step]], cache)
         return self._predicted(hidden[:, -1])
 
-    def read_together(self, ids: Sequence[Sequence[int]], texts: "Sequence[FusedRows]") -> mx.array:
-        """Append ids to texts of one stream each, one to each at least, in one call: logits [texts, vocab] of what follows."""
+    def read_together(self, ids: Sequence[Sequence[int]], texts: "Sequence[FusedRows]", *, every: bool = False) -> mx.array:
+        """Append ids to texts of one stream each, one to each at least, in one call.
+
+        Returns:
+            Logits [texts, vocab] of what follows them; with `every` [ids, vocab] of what follows each of the ids.
+        """
         flat, counts = [value for own in ids for value in own], [len(own) for own in ids]
         caches = [each.cache for each in texts]
         table = self._network.embedding.weight
-        logits: mx.array = self._module.answer_decode(self._stack, table, self._head, flat, counts, caches)
+        logits: mx.array = self._module.answer_decode(self._stack, table, self._head, flat, counts, caches, [], every)
         return logits
+
+    @property
+    def rows_are_exact(self) -> bool:
+        """Is a row the same bits whichever rows are beside it?"""
+        return bool(self._module.exact_rows())
 
     def cache_bytes(self, rows: int, cache_bits: CacheBits) -> int:
         """Bytes that the cache of one text takes for `rows` rows."""
@@ -102,6 +111,17 @@ class FusedRows:
     def keep(self, streams: Sequence[int]) -> None:
         """Keep these members of the batch, in this order."""
         self.cache.keep(list(streams))
+
+    @property
+    def most_drafted(self) -> None:
+        """See `byte_streams.Text`: any number."""
+
+    def may_go_back(self) -> None:
+        """Nothing is to be noted."""
+
+    def forget(self, rows: int) -> None:
+        """Forget so many of the rows that came last."""
+        self.cache.cut(self.cache.rows - rows)
 
     def kept(self) -> KernelRows:
         """The rows of a single text so far, which stay as they are."""

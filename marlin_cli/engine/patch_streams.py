@@ -214,7 +214,7 @@ class PatchStreams:
             if drafting is None or stream.enters or len(stream.given) != self._ahead:
                 continue
             most = asks[number].most - self._ahead  # the end of a draft predicts one id more in megabyte_pytorch
-            ids = drafting.draft(size, self._ahead, most, self._prices.price)
+            ids = drafting.draft(size, self._ahead, most, self._prices)
             if ids:
                 found[number] = np.array([*stream.given, *ids], dtype=np.int32).reshape(-1, size)
                 stream.draft(found[number])

@@ -4,13 +4,14 @@ Patches stand one after the other, each with the condition that the global stage
 What a stream would have drawn is drawn at every place, with its own noise, and its draft is right as far as that is the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from marlin_cli.engine.drafts import common_length
 from marlin_cli.engine.fused import FusedStages
 from marlin_cli.engine.sampling import draw
 from marlin_cli.engine.streams import Ask, Floats
@@ -87,7 +88,7 @@ def _outcome(config: MegaByteConfig, logits: mx.array, draft: DraftedPatches, as
     values, costs = draw(logits, [()], [ask.settings], None if noise is None else mx.array(noise))
     drawn = [value if np.isfinite(cost) else -1 for value, cost in zip(values, costs, strict=True)]
     known = draft.patches.reshape(-1).tolist()
-    count = min(len(drawn), _right(drawn, known[draft.given :]) + 1)
+    count = min(len(drawn), common_length(drawn, known[draft.given :]) + 1)
     if noise is not None:
         ask.noise.give_back(noise[count:])
     ids = drawn[:count]
@@ -97,9 +98,3 @@ def _outcome(config: MegaByteConfig, logits: mx.array, draft: DraftedPatches, as
     told = np.array(logits[:count]) if ask.with_logits else None
     behind = text[whole * config.patch_size :]
     return Outcome(ids, told, text, whole, behind, len(behind) > draft.given)
-
-
-def _right(drawn: Sequence[int], drafted: Sequence[int]) -> int:
-    """How many ids of a draft were drawn, one after the other."""
-    differs = (place for place, (one, other) in enumerate(zip(drawn, drafted, strict=False)) if one != other)
-    return next(differs, min(len(drawn), len(drafted)))

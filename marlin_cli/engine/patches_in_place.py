@@ -8,7 +8,7 @@ import numpy as np
 
 from marlin_cli.engine.cache import KeyValueCache
 from marlin_cli.engine.sampling import Noise, Sampling
-from marlin_cli.engine.whole_patches import QueuedPatch, WholePatches
+from marlin_cli.engine.whole_patches import DraftedPatches, QueuedPatch, WholePatches
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,30 @@ class PatchesInPlace:
             self.decoder.settle(caches)
             self.decoder.give_back_noise(noise)
         return given[:, : wanted.steps]
+
+    @property
+    def most_drafted(self) -> int:
+        """Patches that may be drafted now: of a stream that is alone, whose next patch is led and not queued yet."""
+        by_drafts = self.decoder if isinstance(self.decoder, DraftedPatches) else None
+        if by_drafts is None or self._last is None or not self._last.patch.more or self._ahead is not None or self._live:
+            return 0
+        return by_drafts.most_drafted
+
+    @property
+    def is_ahead(self) -> bool:
+        """Is the next patch queued?"""
+        return self._ahead is not None
+
+    def widen(self) -> bool:
+        """See `whole_patches.DraftedPatches`; before it goes."""
+        return isinstance(self.decoder, DraftedPatches) and self._last is None and self.decoder.widen()
+
+    def verify(self, caches: Sequence[KeyValueCache], drafts: np.ndarray, room: int) -> np.ndarray:
+        """The ids [patches, patch_size] that come of drafts of the next patches, see `whole_patches.DraftedPatches`."""
+        assert isinstance(self.decoder, DraftedPatches) and self._last is not None
+        patch, ids = self.decoder.verify(caches, drafts, room)
+        self._last = _Read(patch, ids[-1:], self._last.sampling, self._last.noise)
+        return ids
 
     @property
     def more(self) -> bool:

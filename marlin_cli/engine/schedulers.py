@@ -62,7 +62,9 @@ def streams_of(network: Network, bits: CacheBits, keeper: PromptKeeper | None = 
             return RestartingStreams(streams_of(network, replace(bits, window=None)), network.config.max_bytes)
     way = way_of(network)
     begin = way.begin_unread or way.begin
-    return way.together(network, bits, keeper) or MergedStreams(network, begin, way.phase, bits, keeper)
+    return way.together(network, bits, keeper) or MergedStreams(
+        network, begin, way.phase, bits, keeper, way.undrafted(network, bits)
+    )
 
 
 def check_cache(network: Any, bits: CacheBits) -> None:

@@ -5,13 +5,11 @@ So the bytes of a stream are the same whatever was drafted, as far as a row does
 (`MARLIN_ROWS=exact`); without that there is no speculation.
 """
 
-import itertools
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from marlin_cli.engine.drafts import DraftSource, as_text, common_bytes
+from marlin_cli.engine.drafts import DraftSource, as_text, common_length
 from marlin_cli.errors import UsageError
 from marlin_cli.text import quoted
 
@@ -87,12 +85,17 @@ class Speculated:
     passes: int  # of the model's largest part, with drafts or without
 
 
+# What a unit that was seen counts beside the next one; and of those that a model itself guesses, at every id.
+MEMORY, MEMORY_OF_OWN = 0.9, 0.97
+
+
 @dataclass
 class _Odds:
     """How many units were right of those that were guessed one after the other, with as much to speak for them."""
 
     right: float
     tried: float
+    memory: float = MEMORY
 
     @property
     def chance(self) -> float:
@@ -101,14 +104,45 @@ class _Odds:
     def saw(self, right: int, units: int) -> None:
         """Of units that were guessed, so many came, one after the other."""
         for number in range(min(units, right + 1)):
-            self.right, self.tried = MEMORY * self.right + (number < right), MEMORY * self.tried + 1.0
+            self.right, self.tried = self.memory * self.right + (number < right), self.memory * self.tried + 1.0
+
+
+class _OwnGuesses:
+    """What a model itself guesses of the ids to come: as many of them are drafted as pay by how often each place was right."""
+
+    def __init__(self) -> None:
+        self._odds: list[_Odds] = []  # by place, where those before it were right
+        self._guess: list[int] = []
+        self._tried = self._passes_without = 0
+
+    def is_wanted(self, cost: Callable[[int], float]) -> bool:
+        """See `Drafting.wants_guess`."""
+        self._passes_without += 1
+        pays = not self._odds or worth_of([each.chance for each in self._odds], cost) > 0
+        return pays or self._passes_without > PASSES_WITHOUT
+
+    def draft(self, guess: Sequence[int], most: int, cost: Callable[[int], float] | None) -> list[int]:
+        """As many of the ids as pay, `most` of them at most; where no cost is told those."""
+        self._guess = list(guess)
+        if guess:
+            self._passes_without = 0
+        self._odds += [_Odds(1.0, 2.0, MEMORY_OF_OWN) for _ in range(len(guess) - len(self._odds))]
+        if cost is not None:
+            most = min(most, worth_of([each.chance for each in self._odds[: len(guess)]], cost))
+        self._tried = most
+        return self._guess[:most]
+
+    def push(self, ids: Sequence[int]) -> tuple[int, int]:
+        """These ids have come: how many were drafted, and how many of them were right."""
+        seen, right = min(len(self._guess), len(ids)), common_length(self._guess, list(ids))
+        for place in range(min(seen, right + 1)):
+            self._odds[place].saw(int(place < right), 1)
+        tried, self._guess, self._tried = self._tried, [], 0
+        return tried, min(right, tried)
 
 
 # Passes without drafts, where these cost something and did not pay, until one is drafted all the same.
 PASSES_WITHOUT = 32
-
-# What a unit that was seen counts beside the next one.
-MEMORY = 0.9
 
 
 class Drafting:
@@ -129,37 +163,55 @@ class Drafting:
         self._guess, self._odds_now = b"", self._odds[3]
         self._unit, self._given, self._tried = 1, 0, 0
         self._drafted = self._accepted = self._passes = self._passes_without = 0
+        self._own = _OwnGuesses()
 
     @property
     def told(self) -> Speculated:
         """What has come of all drafts so far."""
         return Speculated(self._drafted, self._accepted, self._passes)
 
+    @property
+    def is_expected(self) -> bool:
+        """Are drafts likely, as a number of them is asked for or what may follow is given?"""
+        return not self._settings.adapts or bool(self._settings.prediction)
+
     def push(self, ids: Sequence[int]) -> None:
         """The stream goes on with ids, which a pass has given."""
         data = as_text([value for value in ids if value >= 0], self._first_byte)
-        right = common_bytes(self._guess, data)
+        right = common_length(self._guess, data)
         units = (self._given + min(len(self._guess), len(data))) // self._unit
         self._odds_now.saw((self._given + right) // self._unit, units)
         self._passes, self._drafted = self._passes + 1, self._drafted + self._tried
         self._accepted += min(right, self._tried)
         self._guess, self._tried = b"", 0
+        drafted, accepted = self._own.push(ids)
+        self._drafted, self._accepted = self._drafted + drafted, self._accepted + accepted
         self._source.push(data)
 
-    def draft(self, unit: int, given: int, most: int, price: float) -> list[int]:
+    def wants_guess(self, prices: "Prices") -> bool:
+        """Is it of use to know what the model itself guesses? Now and then it is, to see."""
+        return not self._settings.adapts or self._own.is_wanted(prices.cost)
+
+    def draft(self, unit: int, given: int, most: int, prices: "Prices", guess: Sequence[int] = ()) -> list[int]:
         """Ids that may come next: as many as, with `given` ids, are whole units; or none.
 
         Args:
             unit: ids of a unit.
             given: ids that stand in the first of them.
             most: ids that may come at most.
-            price: what a unit costs that is drafted, where one costs 1 that is not.
+            prices: what units cost that are drafted.
+            guess: what the model itself guesses, ids that are units; of use where the source has nothing that pays.
         """
+        found = self._out_of_source(unit, given, most, prices)
+        most = 0 if found else min(self._settings.most, most, len(guess))
+        return self._own.draft(guess, most, prices.cost if self._settings.adapts else None) or found
+
+    def _out_of_source(self, unit: int, given: int, most: int, prices: "Prices") -> list[int]:
         units = min(self._settings.most, (given + most) // unit)
         if self._settings.adapts and not self._source.is_free:
             # Nothing is seen of what is not drafted: now and then a unit is, whatever it costs.
             self._passes_without += 1
-            units = min(units, worth(self._odds_now.chance, price) or self._passes_without // PASSES_WITHOUT)
+            units = min(units, worth(self._odds_now.chance, prices.price) or self._passes_without // PASSES_WITHOUT)
         found = self._source.draft(units * unit - given) if units else None
         if found is None:
             return []
@@ -168,7 +220,8 @@ class Drafting:
         self._odds_now = self._odds[0 if found.match < 4 else 1 if found.match < 16 else 2 if found.match < 32 else 3]
         units = (given + len(found.data)) // unit
         if self._settings.adapts and self._source.is_free:
-            most = worth_of(found.chances, price) if found.chances else worth(self._odds_now.chance, price)
+            chance = self._odds_now.chance
+            most = worth_of(found.chances, prices.cost) if found.chances else worth(chance, prices.price)
             units = min(units, most)
         self._tried = max(0, units * unit - given)
         return [byte + self._first_byte for byte in found.data[: self._tried]]
@@ -186,13 +239,23 @@ def worth(chance: float, price: float) -> int:
 
 
 # Chances of single ids are guessed from few, and what they depend on is not known: they are trusted by so much.
-TRUST, MARGIN_OF_IDS = 0.97, 1.6
+TRUST = 0.97
 
 
-def worth_of(chances: Sequence[float], price: float) -> int:
-    """Units that are worth their price, if each is right with a chance of its own where all before it are."""
-    right = itertools.accumulate((TRUST * chance for chance in chances), operator.mul)
-    return next((units for units, each in enumerate(right) if each < MARGIN_OF_IDS * price), len(chances))
+def worth_of(chances: Sequence[float], cost: Callable[[int], float]) -> int:
+    """Units with which a pass gives most for what it costs, if each is right with a chance of its own where all before it are.
+
+    Args:
+        cost: of so many drafted units together, where one costs 1 that is not drafted.
+    """
+    best, most, right, expected = 0, 1.0, 1.0, 1.0
+    for units, chance in enumerate(chances, 1):
+        right *= TRUST * chance
+        expected += right
+        gives = expected / (1.0 + cost(units))
+        if gives > most:
+            best, most = units, gives
+    return best
 
 
 # A guess at what a drafted unit costs, before any was verified; and how fast it is believed again when none is.
@@ -212,11 +275,19 @@ class Prices:
     def __init__(self) -> None:
         self._plain = self._reading = 0.0
         self._price = FIRST_PRICE
+        self._costs: dict[int, float] = {}  # of so many drafted units of a stream together, as far as it has been seen
 
     @property
     def price(self) -> float:
         """Of a drafted unit, in those that are not."""
         return self._price
+
+    def cost(self, units: int) -> float:
+        """Of so many drafted units together: as it was seen, or as fewer were and more at the mean price."""
+        if units in self._costs:
+            return self._costs[units]
+        fewer = max((seen for seen in self._costs if seen < units), default=0)
+        return self._costs.get(fewer, 0.0) + (units - fewer) * self._price
 
     def plain(self, reading: float, writing: float, streams: int) -> None:
         """A pass without drafts took so many seconds for units of so many streams."""
@@ -229,7 +300,9 @@ class Prices:
         """A pass of so many streams in which so many units in all were drafted took so many seconds, writing left out."""
         if self._plain:
             more = max(0.0, reading - streams * self._reading)
-            self._price = self._moved(self._price, (more + verifying) / units / self._plain)
+            cost, each = (more + verifying) / self._plain, max(1, round(units / streams))
+            self._price = self._moved(self._price, cost / units)
+            self._costs[each] = self._moved(self._costs.get(each, self.cost(each)), each * cost / units)
 
     def _moved(self, mean: float, seen: float) -> float:
         return seen if not mean else mean + 0.2 * (min(seen, self.MOST_TIMES * mean) - mean)

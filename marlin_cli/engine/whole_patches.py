@@ -1,13 +1,13 @@
 """Who decodes whole patches on the device in use, chosen in one place; else decoding goes operation by operation."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine import cuda_patches
-from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cache import CacheBits, KeyValueCache
 from marlin_cli.engine.compiled_patches import compiled_patches
 from marlin_cli.engine.cuda_shared import shared_patch_decoder
 from marlin_cli.engine.sampling import Noise, Sampling
@@ -77,6 +77,39 @@ class WholePatches(Protocol):
 
     def give_back_noise(self, noise: Noise) -> None:
         """Give back what was drawn ahead and not used."""
+
+
+@runtime_checkable
+class DraftedPatches(WholePatches, Protocol):
+    """`WholePatches` of a stream that may be drafted."""
+
+    @property
+    def most_drafted(self) -> int:
+        """Patches that `verify` takes now."""
+
+    def widen(self) -> bool:
+        """Write several patches of its only stream at once from here on, where nothing is queued; False: it cannot."""
+
+    def verify(self, caches: Sequence[KeyValueCache], drafts: np.ndarray, room: int) -> tuple[Any, np.ndarray]:
+        """Write the next patch of its only stream and those behind drafts of it, the likeliest ids.
+
+        Args:
+            drafts: int32 [n, patch_size].
+            room: ids that the context has.
+
+        Returns:
+            The last patch that counts, a `QueuedPatch`, and the ids [1 + right, patch_size] of all.
+        """
+
+
+def why_undrafted(network: MegaByte, bits: CacheBits) -> str | None:
+    """Why patches that are drafted are not verified on a GPU; None where they are, of a stream that is alone."""
+    if gpu() != "cuda" or by_operations():
+        return "drafts are verified by the CPU kernels, and by whole patches on NVIDIA GPUs, and these streams go by others"
+    if share_of(network) is not None:
+        return "ranks share the model, and a launch of one does not know what the others have drafted"
+    reason = "the cache is packed, or has a window" if bits != CacheBits() else cuda_patches.why_operations(network, 1)
+    return None if reason is None else f"patches go operation by operation here: {reason}"
 
 
 def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:

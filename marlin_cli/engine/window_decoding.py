@@ -29,6 +29,9 @@ class AttendedRows(Protocol):
     def close_window(self, short: Pair) -> None:
         """Forget the window; a row for each of its chunks stands for it."""
 
+    def forget(self, rows: int) -> None:
+        """Let go of the last rows of the open window."""
+
     def keep(self, streams: mx.array) -> None:
         """Keep these members of the batch."""
 
@@ -53,6 +56,10 @@ class PlainRows:
             rows.count = self._short
             rows.append(each)
         self._short += short[0].shape[2]
+
+    def forget(self, rows: int) -> None:
+        for each in self._rows:
+            each.forget(rows)
 
     def keep(self, streams: mx.array) -> None:
         for rows in self._rows:
@@ -86,6 +93,10 @@ class PackedRows:
             pages.append(each)
         self._window = Pages(self._bits[0]), Pages(self._bits[1])
 
+    def forget(self, rows: int) -> None:
+        for pages in self._window:
+            pages.forget(rows)
+
     def keep(self, streams: mx.array) -> None:
         for pages in (*self._short, *self._window):
             pages.keep(streams)
@@ -106,6 +117,8 @@ class LayerWindow:
         self._rows: AttendedRows = PlainRows() if bits == CacheBits() else PackedRows(bits)
         self._open: Pair | None = None  # rows of the open chunk
         self._chunks: list[Pair] = []  # of the open window
+        self._may_go_back = False
+        self._before: tuple[Pair | None, list[Pair], Pair] | None = None  # both as they were before the last rows, and those
 
     @property
     def nbytes(self) -> int:
@@ -124,12 +137,29 @@ class LayerWindow:
             part = slice(start, end)
             found.append(self._within(queries[:, :, part], (keys[:, :, part], values[:, :, part]), by))
             start = end
+        self._may_go_back = False
         return found[0] if len(found) == 1 else mx.concatenate(found, axis=2)
+
+    def may_go_back(self) -> None:
+        """Note at the next rows what it takes to forget any of them that stand in the window which is open behind them."""
+        self._may_go_back = True
+
+    def forget(self, rows: int, by: Attention) -> None:
+        """Forget the last rows, of those that were noted."""
+        assert self._before is not None
+        self._open, self._chunks, (keys, values) = self._before
+        kept = keys.shape[2] - rows
+        self.offset -= rows
+        self._rows.forget(rows)
+        if kept:
+            self._add_chunks(keys[:, :, :kept], values[:, :, :kept], by)
+        self._before = None
 
     def _within(self, queries: mx.array, new: Pair, by: Attention) -> mx.array:
         """Attention of rows of the open window."""
         self.offset += queries.shape[2]
         found = self._rows.attend(queries, new, by.scale)
+        self._before = (self._open, list(self._chunks), new) if self._may_go_back else None
         self._add_chunks(*new, by)
         if self.offset % by.window_bytes == 0:
             keys, values = (mx.concatenate(list(each), axis=2) for each in zip(*self._chunks, strict=True))

@@ -78,8 +78,8 @@ class WindowMemory(Protocol):
     """What a layer remembers of the rows it has seen."""
 
     @property
-    def offset(self) -> int:
-        """Rows seen so far."""
+    def offset(self) -> int | mx.array:
+        """Rows seen so far; of several texts whose rows stand in one sequence, what comes before each of the rows: [rows]."""
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, by: "Attention") -> mx.array:
         """Add rows of keys and values, turned by their positions; the queries of these rows read what they see.
@@ -141,7 +141,12 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array) -> mx.array:
         return x.reshape(*x.shape[:2], self.heads, self.head_dim).swapaxes(1, 2)
 
-    def _turned(self, x: mx.array, offset: int) -> mx.array:
+    def _turned(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        if isinstance(offset, mx.array):  # MLX takes an offset a sequence: each row is one of its own
+            return self._rope(x.swapaxes(0, 2), offset).swapaxes(0, 2)
+        return self._rope(x, offset)
+
+    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
 
 

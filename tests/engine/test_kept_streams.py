@@ -83,7 +83,7 @@ def test_streams_that_begin_where_others_have_been_give_their_own_bytes(config, 
 @pytest.mark.parametrize("name", ["prefix", "megabyte_pytorch", "bygpt5"])
 def test_so_do_streams_that_are_merged_where_no_kernels_run(monkeypatch, name):
     monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
-    for module in ("state_kinds", "byte_decoding", "byte_streams"):
+    for module in ("state_kinds", "byte_decoding", "text_readers"):
         monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse_bygpt5", lambda network: None)
     config, bits = CASES[name]
     network, asked = random_weights(config), requests(12)
@@ -127,7 +127,7 @@ def test_what_is_read_of_a_known_prompt_is_what_is_new(monkeypatch):
 def test_pieces_say_how_much_of_a_prompt_was_known(name, by_kernels, monkeypatch):
     if not by_kernels:
         monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
-        for module in ("state_kinds", "byte_decoding", "byte_streams"):
+        for module in ("state_kinds", "byte_decoding", "text_readers"):
             monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse_bygpt5", lambda network: None)
     config, _ = CASES[name]
     network = random_weights(config)

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from drafted_cases import Knowing, assert_same, drafted, sources
 from packed_layers import packed
 from small_networks import CONFIGS
 from stream_cases import at_random, mixed, run
@@ -35,52 +36,6 @@ def exact_rows():
     MODULE.set_exact_rows(True)
     yield
     MODULE.set_exact_rows(cpu.rows_are_exact())
-
-
-class Knowing:
-    """Drafts what will come, but for one byte in so many."""
-
-    is_free = True
-
-    def __init__(self, future, wrong_every, seed=0):
-        rng = random.Random(seed)
-        self._future = bytes(byte ^ (wrong_every > 0 and rng.random() * wrong_every < 1) for byte in future)
-
-    def push(self, data):
-        self._future = self._future[len(data) :]
-
-    def draft(self, count):
-        return Draft(self._future[:count], 64) if self._future else None
-
-
-def sources(wrong_every):
-    """The drafts of requests whose predictions are what will come, wrong in one byte of so many; 0: in none."""
-    return lambda request, prompt: Knowing(request.speculation.prediction, wrong_every, len(prompt))
-
-
-def drafted(network, requests, outcomes, wrong_every, most=4, bits=None, limits=LIMITS):
-    """All requests side by side, with drafts out of what came of them without; what came of them, and of the drafts."""
-    asked = [
-        replace(request, speculation=Speculation(most, prediction=found.data + bytes(40)))
-        for request, found in zip(requests, outcomes, strict=True)
-    ]
-    bits = bits or CacheBits()
-    scheduler = StreamScheduler(network, streams_of(network, bits), limits, bits.window, sources(wrong_every))
-    told = {}
-    advance = scheduler.advance
-
-    def telling():
-        pieces = advance()
-        told.update({piece.stream: piece.speculated for piece in pieces if piece.stop_reason is not None})
-        return pieces
-
-    scheduler.advance = telling
-    return run(scheduler, asked, at_random(len(requests))), [told[number] for number in sorted(told)]
-
-
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert (one.data, one.reason, one.costs) == (other.data, other.reason, other.costs)
 
 
 @pytest.mark.parametrize("wrong_every", [0, 1, 6], ids=["right", "wrong", "sometimes wrong"])
@@ -183,30 +138,24 @@ def test_rows_that_depend_on_others_are_no_ground_for_drafts(random_network, sma
         MODULE.set_exact_rows(cpu.rows_are_exact())
 
 
-def test_a_network_without_patches_says_so(each_continuing):
-    if each_continuing.config.model_type != "megabyte":
-        with pytest.raises(UsageError, match="drafts|draft"):
-            scheduler_of(each_continuing).admit(Request(b"abc", speculation=Speculation(2)))
-
-
 def test_more_is_drafted_where_more_is_right():
     assert [worth(chance, 0.4) for chance in (0.1, 0.59, 0.61, 0.7, 0.9, 0.99)] == [0, 0, 1, 2, 8, 91]
     drafting = Drafting(Speculation(16, adapts=True), Knowing(bytes(9000), 0), 0)
-    lengths = []
+    lengths, prices = [], Prices()
     for _ in range(20):
-        ids = drafting.draft(4, 0, 900, 0.4)
+        ids = drafting.draft(4, 0, 900, prices)
         lengths.append(len(ids))
         drafting.push(ids or [0] * 4)
     assert lengths[0] < lengths[-1] <= 64
     for _ in range(30):  # what is thought of is wrong from now on
-        ids = drafting.draft(4, 0, 900, 0.4)
+        ids = drafting.draft(4, 0, 900, prices)
         drafting.push([1] * 4)
     assert ids == []
     told = drafting.told
     assert told.passes == 50
     assert told.accepted_bytes == sum(lengths)
     for _ in range(30):  # and right again, which is seen without trying
-        ids = drafting.draft(4, 0, 900, 0.4)
+        ids = drafting.draft(4, 0, 900, prices)
         drafting.push(ids or [0] * 4)
     assert len(ids) > 4
 
@@ -219,7 +168,7 @@ def test_nothing_is_drafted_that_costs_as_much():
         prices.drafted(1.0, 3.0, streams=4, units=2)
     assert abs(prices.price - 1.5) < 0.1
     drafting = Drafting(AUTO, Knowing(bytes(100), 0), 0)
-    assert drafting.draft(4, 0, 90, prices.price) == []
+    assert drafting.draft(4, 0, 90, prices) == []
     for _ in range(300):
         prices.plain(1.0, 3.0, streams=4)
     assert prices.price < 0.5  # and is tried again
@@ -298,7 +247,19 @@ def test_drafts_know_which_bytes_stay_what_they_are():
         drafts.push(b"xb")
     changed, kept = drafts.draft(2).chances
     assert changed < 0.5 < 0.9 < kept
-    assert worth_of([kept, changed, kept], 0.3) == 1 and worth_of([kept] * 5, 0.3) == 5
+    assert worth_of([kept, changed, kept], lambda units: 0.3 * units) == 1
+    assert worth_of([kept] * 5, lambda units: 0.3 * units) == 5
+
+
+def test_the_first_rows_of_a_pass_may_be_cheaper():
+    prices = Prices()
+    for _ in range(30):
+        prices.plain(1.0, 0.0, streams=1)
+        prices.drafted(1.1, 0.0, streams=1, units=1)
+        prices.drafted(2.6, 0.0, streams=1, units=4)
+    assert abs(prices.cost(1) - 0.1) < 0.01 and abs(prices.cost(4) - 1.6) < 0.01
+    assert prices.cost(1) < prices.cost(2) < prices.cost(4) < prices.cost(5)
+    assert worth_of([0.3], prices.cost) == 1 and worth_of([0.3], lambda units: 0.3 * units) == 0
 
 
 def test_what_cannot_be_asked_for():

@@ -34,7 +34,7 @@ def exact_rows():
 def reader(request, monkeypatch):
     if request.param == "graph":
         monkeypatch.setattr("marlin_cli.engine.decoding.fuse", lambda network: None)
-        for module in ("state_kinds", "byte_decoding", "byte_streams"):
+        for module in ("state_kinds", "byte_decoding", "text_readers"):
             monkeypatch.setattr(f"marlin_cli.engine.{module}.fuse_bygpt5", lambda network: None)
     elif MODULE is None:
         pytest.skip(f"no CPU kernels here: {cpu.kernels()[1]}")
