@@ -15,7 +15,7 @@
 // float32 x is split in three bfloat16 whose sum it is, up to the last bit: each part is a product of its own.
 // Splitting takes as long as all the rest, so a block does it once for a few rows (X_SHARED), not once a warp.
 
-  constexpr bool HALF = cuda::std::is_same_v<T, __half>;
+  constexpr bool HALF = marlin::is_same<T, __half>;
   constexpr int PARTS = sizeof(T) == 4 ? 3 : 1;
   constexpr int WARPS = 8;
   constexpr int ROWS = 16 * ROW_TILES;
@@ -220,9 +220,9 @@
   };
 
   if (marlin::aligned_to_16_bytes(x) && marlin::aligned_to_16_bytes(weight) && marlin::aligned_to_16_bytes(scales)) {
-    multiply(cuda::std::true_type{});
+    multiply(marlin::Constant<true>{});
   } else {
-    multiply(cuda::std::false_type{});
+    multiply(marlin::Constant<false>{});
   }
 
   // The sums of all warps, each output by one thread, rows of W next to each other as they stand in memory.

@@ -42,6 +42,9 @@ WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
 MOST_KEYS_PLAIN = 32
+# Of queries or keys that are copied where they have gaps, as a prompt's rows are read once and copying takes microseconds: a
+# kernel that follows strides takes MLX more than a second to compile, in each process.
+COPIED_BYTES = 1 << 22
 
 
 def packed_linear(
@@ -172,8 +175,9 @@ def attention(
         return _cross_attention(queries, keys, values, scale, lengths)
     tile, tiles = tile_of(shared_rows(queries, kv_heads)), tile_count(queries, kv_heads)
     warps = 4 if total > 128 else 1
+    read_once = queries.shape[2] > 1 and max(queries.nbytes, keys.nbytes) <= COPIED_BYTES
     (out,) = launch(
-        kernel("flash_attention"),
+        kernel("flash_attention", in_rows=read_once),
         [
             queries,
             keys.astype(queries.dtype),
