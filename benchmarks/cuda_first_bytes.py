@@ -5,8 +5,8 @@
 
 Each process imports marlin, makes a model (the demo, or random weights) in bfloat16 or in 4 and 8 bits, and then generates 8
 bytes after each prompt in turn, of patches of 8 bytes, with caches as they are (MARLIN_CACHE). The clock starts with the model
-there. Turns: `cold`, from caches of its own, all models at once; `warm`, again, one after the other; `mlx`, with kernels of ours
-that MLX compiles in each process, as all but whole stages were before they were kept. --model NAME BITS is one process.
+there. Turns: `cold`, from caches of its own, all models at once; `warm`, again, one after the other; `mlx`, with kernels of
+ours that MLX compiles in each process, as all but whole stages were before they were kept. --model NAME BITS is one process.
 """
 
 import argparse
