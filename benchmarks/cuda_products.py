@@ -80,11 +80,12 @@ def compile_all(formats: list[str], sizes: list[int], rows: list[int]) -> None:
         mode, bits, group = FORMATS[name]
         scales = (mx.bfloat16 if mode == "affine" else mx.uint8, 2)
         packed, out = ((mx.uint32, 2), scales, scales), (mx.bfloat16,)
-        template = cuda._gemm_launch(count, size, size, bits, group, mode == "affine", mx.bfloat16)["template"]
+        how = cuda._gemm_launch(count, size, size, bits, group, mode == "affine", mx.bfloat16)
+        template = tuple(how["template"])
         if not cuda._dense_is_faster(count, size, size):
             types = Types(((mx.bfloat16, 2), *packed), out)
-            texts.add(variant(SOURCES["marlin_gemm_fp4"], tuple(template), types).text)
-        texts.add(variant(SOURCES["unpack"], tuple(template[:4]), Types(packed, out)).text)
+            texts.add(variant(SOURCES["marlin_gemm_fp4"], template, types, how["threadgroup"][0]).text)
+        texts.add(variant(SOURCES["unpack"], template[:4], Types(packed, out), 256).text)
     compiled(sorted(texts))
 
 

@@ -4,9 +4,9 @@
 // output   out[M, N] T
 // template T; BITS 4 or 8; GROUP 16 (scales in E4M3) or 32 (E8M0); AFFINE: codes are whole numbers, times scale plus zero, GROUP
 //          is a multiple of 32 and T has 16 bits; ROW_TILES x 16 rows of W and X_TILES x 8 rows of x a block; STAGES of steps
-//          whose weights are on their way at once; X_SHARED: x goes through shared memory; X_TILES is 1 then, and 2 M * K, or
+//          whose weights are on their way at once; WARPS of a block; X_SHARED: x goes through shared memory; X_TILES is 1 then, and 2 M * K, or
 //          6 M * K for float32, at most 32 KB, with K rounded up to a multiple of 128
-// grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 256
+// grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 32 * WARPS
 //
 // W is the left operand of the matrix units and x^T the right one, so that up to 8 rows of x cost what one costs, and each
 // weight is loaded and decoded once for all of them. The order of K within a product is free as long as both operands agree:
@@ -17,7 +17,6 @@
 
   constexpr bool HALF = marlin::is_same<T, __half>;
   constexpr int PARTS = sizeof(T) == 4 ? 3 : 1;
-  constexpr int WARPS = 8;
   constexpr int ROWS = 16 * ROW_TILES;
   constexpr int X_ROWS = 8 * X_TILES;
   constexpr int LANE_VALUES = 128 / BITS;                 // of a row of W, in one load of a lane

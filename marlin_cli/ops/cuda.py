@@ -337,10 +337,11 @@ def _gemm_launch(
 ) -> dict[str, Any]:
     """What a call of `marlin_gemm_fp4` needs beside its inputs, made once a shape: the host has no time to spare."""
     plan = _gemm_plan(rows_of_x, rows, columns, bits, dtype)
+    threads = 32 * plan["WARPS"]
     return {
         "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), ("AFFINE", affine), *plan.items()],
-        "grid": (-(-rows // (16 * plan["ROW_TILES"])) * 256, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
-        "threadgroup": (256, 1, 1),
+        "grid": (-(-rows // (16 * plan["ROW_TILES"])) * threads, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
+        "threadgroup": (threads, 1, 1),
         "output_shapes": [(rows_of_x, rows)],
         "output_dtypes": [dtype],
     }
@@ -350,10 +351,10 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
     if dtype == mx.float32:  # three parts of each x take three times the registers, and time to split
         if rows_of_x > 8:
-            return {"ROW_TILES": 2, "X_TILES": 2, "STAGES": 1, "X_SHARED": False}
+            return {"ROW_TILES": 2, "X_TILES": 2, "STAGES": 1, "WARPS": 8, "X_SHARED": False}
         shared = 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
         wide = not shared or (bits == 4 and rows >= 8192)
-        return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 2 if shared else 1, "X_SHARED": shared}
+        return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 2 if shared else 1, "WARPS": 8, "X_SHARED": shared}
     narrow, middle, wide = rows <= 1024, rows < 4096, rows >= 8192
     if rows_of_x <= 8:
         tiles, stages = (2, 1 if bits == 4 else 2) if wide else (1, 2 if bits == 4 or narrow else 4)
@@ -364,7 +365,7 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     else:
         tiles, stages = (1 if narrow else 2), 1
     x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
-    return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "X_SHARED": False}
+    return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "WARPS": 8, "X_SHARED": False}
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:

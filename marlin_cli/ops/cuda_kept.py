@@ -1,7 +1,8 @@
 """Kernels as machine code that is kept on disk: MLX keeps nothing of what it compiles for `mx.fast.cuda_kernel`.
 
-The text is as MLX composes it, with two differences. Sizes of inputs are whole numbers behind the arrays, and strides are those
-of rows without gaps, to which inputs are copied where they have some: nobody but MLX knows an array's own strides.
+The text is as MLX composes it, with three differences. Sizes of inputs are whole numbers behind the arrays. Strides are those
+of rows without gaps, to which inputs are copied where they have some: nobody but MLX knows an array's own strides. And the
+compiler is told how many threads a block has, where they are many.
 """
 
 import functools
@@ -15,6 +16,7 @@ from marlin_cli.ops.cuda_compile import machine_code
 from marlin_cli.ops.cuda_text import TYPES
 from marlin_cli.ops.kernel_source import KernelSource
 
+ALWAYS_FIT = 256  # threads of a block, whatever registers each of them has: told of fewer, the compiler saves where it need not
 Template = tuple[tuple[str, Any], ...]
 
 
@@ -50,7 +52,7 @@ class KeptKernel:
         output_dtypes: list[mx.Dtype],
     ) -> list[mx.array]:
         types = Types(tuple((each.dtype, each.ndim) for each in inputs), tuple(output_dtypes))
-        found = variant(self._source, tuple(template), types)
+        found = variant(self._source, tuple(template), types, threadgroup[0])
         return mx.fast.precompiled_cuda_kernel(
             name=found.name,
             compiled_source=_machine_code(found),
@@ -65,8 +67,8 @@ class KeptKernel:
 
 
 @functools.lru_cache(maxsize=1024)
-def variant(source: KernelSource, template: Template, types: Types) -> Variant:
-    """The text of a kernel for a template and types."""
+def variant(source: KernelSource, template: Template, types: Types, threads: int) -> Variant:
+    """The text of a kernel for a template, types and threads of a block, which its registers must do for."""
     body = source.body()
     parameters, sizes, first = [], [], []
     sized = []
@@ -84,8 +86,9 @@ def variant(source: KernelSource, template: Template, types: Types) -> Variant:
     parameters += [f"{TYPES[dtype]}* {name}" for name, dtype in zip(source.outputs, types.outputs, strict=True)]
     constants = [_constant(name, value) for name, value in template]
     kernel = "\n".join([f"{', '.join([*parameters, *sizes])}) {{", *constants, *first, body, "}", ""])
-    name = f"{source.name}_{hashlib.sha256((source.header() + kernel).encode()).hexdigest()[:16]}"
-    return Variant(name, f'{source.header()}extern "C" __global__ void {name}({kernel}', tuple(sized))
+    name = f"{source.name}_{hashlib.sha256(f'{source.header()}{threads}{kernel}'.encode()).hexdigest()[:16]}"
+    bound = f"__launch_bounds__({threads}) " if threads > ALWAYS_FIT else ""
+    return Variant(name, f'{source.header()}extern "C" __global__ void {bound}{name}({kernel}', tuple(sized))
 
 
 @functools.cache

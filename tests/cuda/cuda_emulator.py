@@ -49,7 +49,7 @@ class Emulated:
         outputs = [_name(dtype) for dtype in output_dtypes]
         if self.kept:
             given = cuda_kept.Types(tuple((array.dtype, array.ndim) for array in inputs), tuple(output_dtypes))
-            variant = cuda_kept.variant(source, tuple(template), given)
+            variant = cuda_kept.variant(source, tuple(template), given, threadgroup[0])
             text = variant.text.replace(code(OWN_HEADER), "").replace('extern "C" ', "")
             sizes = [f"shape_of({i})[{axis}]" for i in variant.sized for axis in range(inputs[i].ndim)]
             run = _built(self.edit(text), "", _call(variant.name, types, outputs, sizes))

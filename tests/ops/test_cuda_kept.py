@@ -89,17 +89,17 @@ def test_where_nothing_can_be_kept_one_line_says_so(broken, launched, tmp_path, 
 def test_each_variant_has_a_name_of_its_own():
     half = Types(((mx.float16, 3),), (mx.float16,))
     templates = [TEMPLATE, (*TEMPLATE[:1], ("STRIDE", 2), TEMPLATE[2]), (*TEMPLATE[:2], ("MAXIMUM", False))]
-    found = [variant(POOL, template, TYPES) for template in templates] + [variant(POOL, TEMPLATE, half)]
-    assert len({each.name for each in found}) == 4
+    found = [variant(POOL, template, TYPES, 256) for template in templates] + [variant(POOL, TEMPLATE, half, 256)]
+    assert len({each.name for each in (*found, variant(POOL, TEMPLATE, TYPES, 512))}) == 5
+    assert "__launch_bounds__(512) strided_pool_" in variant(POOL, TEMPLATE, TYPES, 512).text
     assert "using T = float;" in found[0].text and "constexpr bool MAXIMUM = true;" in found[0].text
     assert "const __half* x, __half* out, const int x_size_0" in found[3].text
 
 
 def test_strides_are_those_of_rows_without_gaps(launched):
     four, one = (mx.bfloat16, 4), (mx.int32, 1)
-    found = variant(
-        ATTENTION, (("T", mx.bfloat16),), Types((four, four, four, one, one, four, (mx.float32, 1)), (mx.bfloat16,))
-    )
+    types = Types((four, four, four, one, one, four, (mx.float32, 1)), (mx.bfloat16,))
+    found = variant(ATTENTION, (("T", mx.bfloat16),), types, 128)
     assert found.sized == (0, 1, 2, 5)  # of padding, lengths and the factor no size is read
     assert "keys_strides[] = {int64_t(1) * keys_size_1 * keys_size_2 * keys_size_3, int64_t(1) * keys_size_2" in found.text
     queries = mx.zeros((1, 2, 3, 64))
