@@ -37,6 +37,7 @@ WORTH_A_LAUNCH = 2**20
 # Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
 # slower than decoding the weight once for a dense product, or no faster.
 FEW_ROWS = 8
+SMALL_WEIGHT = 2**20  # numbers, of which decoding takes less time than MLX's dense product takes to begin
 LARGE_WEIGHT = 2**26  # numbers, of which dense products of more than 16 rows take less time than decoding
 WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
@@ -130,7 +131,7 @@ def _takes_gemm(x: mx.array, weight: mx.array, scales: mx.array, *, group_size: 
 
 def _dense_is_faster(rows_of_x: int, rows: int, columns: int) -> bool:
     """Whether a dense product with a copy that is decoded already beats `marlin_gemm_fp4` (H200)."""
-    return rows_of_x > (16 if rows * columns >= LARGE_WEIGHT else 32)
+    return rows_of_x > (16 if rows * columns >= LARGE_WEIGHT else 64 if rows * columns <= SMALL_WEIGHT else 32)
 
 
 def unpacked(

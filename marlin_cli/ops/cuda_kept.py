@@ -2,7 +2,7 @@
 
 The text is as MLX composes it, with three differences. Sizes of inputs are whole numbers behind the arrays. Strides are those
 of rows without gaps, to which inputs are copied where they have some: nobody but MLX knows an array's own strides. And the
-compiler is told how many threads a block has, where they are many.
+compiler is told how many threads are to run together, where the source says so.
 """
 
 import functools
@@ -16,7 +16,6 @@ from marlin_cli.ops.cuda_compile import machine_code
 from marlin_cli.ops.cuda_text import TYPES
 from marlin_cli.ops.kernel_source import KernelSource
 
-ALWAYS_FIT = 256  # threads of a block, whatever registers each of them has: told of fewer, the compiler saves where it need not
 Template = tuple[tuple[str, Any], ...]
 
 
@@ -68,7 +67,7 @@ class KeptKernel:
 
 @functools.lru_cache(maxsize=1024)
 def variant(source: KernelSource, template: Template, types: Types, threads: int) -> Variant:
-    """The text of a kernel for a template, types and threads of a block, which its registers must do for."""
+    """The text of a kernel for a template, types and threads of a block."""
     body = source.body()
     parameters, sizes, first = [], [], []
     sized = []
@@ -87,7 +86,7 @@ def variant(source: KernelSource, template: Template, types: Types, threads: int
     constants = [_constant(name, value) for name, value in template]
     kernel = "\n".join([f"{', '.join([*parameters, *sizes])}) {{", *constants, *first, body, "}", ""])
     name = f"{source.name}_{hashlib.sha256(f'{source.header()}{threads}{kernel}'.encode()).hexdigest()[:16]}"
-    bound = f"__launch_bounds__({threads}) " if threads > ALWAYS_FIT else ""
+    bound = f"__launch_bounds__({threads}, {source.threads_together // threads}) " if source.threads_together else ""
     return Variant(name, f'{source.header()}extern "C" __global__ void {bound}{name}({kernel}', tuple(sized))
 
 
