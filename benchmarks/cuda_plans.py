@@ -12,7 +12,6 @@ import argparse
 import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +19,7 @@ from cuda_products import FORMATS, chain, kernel_seconds, packed_weights
 
 from marlin_cli.ops import cuda
 from marlin_cli.ops.cuda_compile import machine_code
-from marlin_cli.ops.cuda_kept import KeptKernel, Types, variant
+from marlin_cli.ops.cuda_kept import Types, variant
 from marlin_cli.ops.cuda_kernels import SOURCES
 from marlin_cli.ops.device import choose_device
 
@@ -28,20 +27,21 @@ MOST_SHARED_BYTES = 48 << 10
 SOURCE = SOURCES["marlin_gemm_fp4"]
 
 
-def plans(rows: int) -> list[tuple[dict, bool]]:
-    """All that are worth trying for so many rows of x, and whether registers are bounded."""
+def plans(rows: int) -> list[dict]:
+    """All that are worth trying for so many rows of x."""
     x_tiles = (1,) if rows <= 8 else (2,) if rows <= 16 else (2, 4) if rows <= 32 else (4,)
     found = []
     for x, tiles, stages, warps, bounded in itertools.product(x_tiles, (1, 2), (1, 2, 3, 4), (8, 16), (True, False)):
         fits = 4 * warps * 8 * x * 16 * tiles <= MOST_SHARED_BYTES and tiles * x * stages <= 8 and (bounded or warps == 8)
         if fits:
-            plan = {"ROW_TILES": tiles, "X_TILES": x, "STAGES": stages, "WARPS": warps, "X_SHARED": False}
-            found.append((plan, bounded))
+            plan = {"ROW_TILES": tiles, "X_TILES": x, "STAGES": stages, "WARPS": warps}
+            found.append({**plan, "TOGETHER": 512 * bounded, "X_SHARED": False})
     return found
 
 
-def source_of(bounded: bool):
-    return replace(SOURCE, threads_together=512 if bounded else 0)
+def label_of(plan: dict) -> str:
+    sizes = "/".join(str(plan[key]) for key in ("ROW_TILES", "X_TILES", "STAGES", "WARPS"))
+    return f"{sizes}+" if plan["TOGETHER"] else sizes
 
 
 def compile_all(formats: list[str], rows: list[int]) -> None:
@@ -52,8 +52,8 @@ def compile_all(formats: list[str], rows: list[int]) -> None:
         types = Types(((mx.bfloat16, 2), (mx.uint32, 2), scales, scales), (mx.bfloat16,))
         begin = (("T", mx.bfloat16), ("BITS", bits), ("GROUP", group), ("AFFINE", mode == "affine"))
         for count in rows:
-            for plan, bounded in plans(count):
-                texts.add(variant(source_of(bounded), (*begin, *plan.items()), types, 32 * plan["WARPS"]).text)
+            for plan in plans(count):
+                texts.add(variant(SOURCE, (*begin, *plan.items()), types, 32 * plan["WARPS"]).text)
     with ThreadPoolExecutor(32) as pool:
         list(pool.map(machine_code, texts))
     print(f"{len(texts)} variants", flush=True)
@@ -71,9 +71,8 @@ def main() -> None:
     sizes, counts = ([int(each) for each in given.split(",")] for given in (arguments.sizes, arguments.rows))
     compile_all(formats, counts)
     print(f"compiled after {time.monotonic() - begun:.1f} s", flush=True)
-    own_plan, own_kernel = cuda._gemm_plan, cuda.kernel
+    own_plan = cuda._gemm_plan
     cuda._dense_is_faster = lambda *_: False
-    kernels = {bounded: KeptKernel(source_of(bounded)) for bounded in (True, False)}
     for size, name in itertools.product(sizes, formats):
         mode, bits, group = FORMATS[name]
         weights = packed_weights(size, name)
@@ -87,9 +86,8 @@ def main() -> None:
                 return
             x = mx.random.normal((rows, size)).astype(mx.bfloat16)
 
-            def run(plan=None, bounded=True, x=x, weights=weights):
+            def run(plan=None, x=x, weights=weights):
                 cuda._gemm_plan = own_plan if plan is None else lambda *_: plan
-                cuda.kernel = own_kernel if plan is None else lambda *_: kernels[bounded]
                 cuda._gemm_launch.cache_clear()
                 mx.eval(product(x, weights[0]))
                 result = np.array(product(x, weights[0]).astype(mx.float32))
@@ -98,13 +96,13 @@ def main() -> None:
 
             usual, expected = run()
             found = []
-            for plan, bounded in plans(rows):
-                took, result = run(plan, bounded)
-                label = "/".join(str(plan[key]) for key in ("ROW_TILES", "X_TILES", "STAGES", "WARPS")) + "+" * bounded
+            for plan in plans(rows):
+                took, result = run(plan)
+                label = label_of(plan)
                 same = np.abs(result - expected).max() <= 0.02 * np.abs(expected).max()
                 found.append((took, label + ("" if same else " WRONG")))
             own = own_plan(rows, size, size, bits, mx.bfloat16)
-            label = "/".join(str(own[key]) for key in ("ROW_TILES", "X_TILES", "STAGES", "WARPS"))
+            label = label_of(own)
             best = ", ".join(f"{label} {took:.1f}" for took, label in sorted(found)[:4])
             print(f"{size:5} M={rows:3} {name}: {label} {usual:.1f}; best {best}", flush=True)
 

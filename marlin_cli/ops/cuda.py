@@ -352,10 +352,10 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
     if dtype == mx.float32:  # three parts of each x take three times the registers, and time to split
         if rows_of_x > 8:
-            return {"ROW_TILES": 2, "X_TILES": 2, "STAGES": 1, "WARPS": 8, "X_SHARED": False}
+            return _plan(2, 2, 1)
         shared = 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
         wide = not shared or (bits == 4 and rows >= 8192)
-        return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 2 if shared else 1, "WARPS": 8, "X_SHARED": shared}
+        return _plan(2 if wide else 1, 1, 2 if shared else 1, shared=shared)
     narrow, middle, wide = rows <= 1024, rows < 4096, rows >= 8192
     if rows_of_x <= 8:
         tiles, stages = (2, 1 if bits == 4 else 2) if wide else (1, 2 if bits == 4 or narrow else 4)
@@ -366,7 +366,14 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     else:
         tiles, stages = (1 if narrow else 2), 1
     x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
-    return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "WARPS": 8, "X_SHARED": False}
+    # With two registers more than 128 a multiprocessor has one block instead of two, and a product takes half as long again.
+    return _plan(tiles, x_tiles, stages, together=512 if x_tiles < 4 else 0)
+
+
+def _plan(row_tiles: int, x_tiles: int, stages: int, *, shared: bool = False, together: int = 0) -> dict[str, int | bool]:
+    """The template of a plan; see marlin_gemm_fp4.cu."""
+    tiles = {"ROW_TILES": row_tiles, "X_TILES": x_tiles, "STAGES": stages}
+    return {**tiles, "WARPS": 8, "TOGETHER": together, "X_SHARED": shared}
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:

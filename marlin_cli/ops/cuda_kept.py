@@ -2,7 +2,7 @@
 
 The text is as MLX composes it, with three differences. Sizes of inputs are whole numbers behind the arrays. Strides are those
 of rows without gaps, to which inputs are copied where they have some: nobody but MLX knows an array's own strides. And the
-compiler is told how many threads are to run together, where the source says so.
+compiler is told how many threads are to run together, where the template says so.
 """
 
 import functools
@@ -16,6 +16,7 @@ from marlin_cli.ops.cuda_compile import machine_code
 from marlin_cli.ops.cuda_text import TYPES
 from marlin_cli.ops.kernel_source import KernelSource
 
+TOGETHER = "TOGETHER"  # of a template: threads of a multiprocessor, whose registers must do for them; 0: as it comes
 Template = tuple[tuple[str, Any], ...]
 
 
@@ -86,7 +87,8 @@ def variant(source: KernelSource, template: Template, types: Types, threads: int
     constants = [_constant(name, value) for name, value in template]
     kernel = "\n".join([f"{', '.join([*parameters, *sizes])}) {{", *constants, *first, body, "}", ""])
     name = f"{source.name}_{hashlib.sha256(f'{source.header()}{threads}{kernel}'.encode()).hexdigest()[:16]}"
-    bound = f"__launch_bounds__({threads}, {source.threads_together // threads}) " if source.threads_together else ""
+    together = dict(template).get(TOGETHER, 0)
+    bound = f"__launch_bounds__({threads}, {together // threads}) " if together else ""
     return Variant(name, f'{source.header()}extern "C" __global__ void {bound}{name}({kernel}', tuple(sized))
 
 

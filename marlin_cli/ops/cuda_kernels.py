@@ -14,10 +14,7 @@ _PACKED = ("standard.cuh", "packed.cuh")
 _ATTENTION = (*_PACKED, "attention.cuh")
 _PAGES = tuple(f"{name}_{i}" for i in range(PAGES_A_LAUNCH) for name in PAGE_INPUTS)
 SOURCES = by_name(
-    # With two registers more than 128 a multiprocessor has one block instead of two, and a product takes half as long again.
-    KernelSource(
-        "marlin_gemm_fp4.cu", ("x", "weight", "scales", "zeros"), ("out",), (*_PACKED, "ptx.cuh"), threads_together=512
-    ),
+    KernelSource("marlin_gemm_fp4.cu", ("x", "weight", "scales", "zeros"), ("out",), (*_PACKED, "ptx.cuh")),
     KernelSource(
         "flash_attention.cu",
         ("queries", "keys", "values", "left_padding", "lengths", "relative_bias", "factor"),

@@ -20,7 +20,6 @@ class KernelSource:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()  # files whose text goes before the kernel's
-    threads_together: int = 0  # of a multiprocessor, whose registers must do for them; 0: as it comes. For kept kernels of CUDA
     row_contiguous: bool = True  # inputs are copied to rows where they are not; else the kernel follows their strides
 
     @property

@@ -1,7 +1,6 @@
 """Kernels that are kept as machine code: what they are compiled for, and when; neither compiler nor GPU is called."""
 
 import hashlib
-from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -93,7 +92,7 @@ def test_each_variant_has_a_name_of_its_own():
     found = [variant(POOL, template, TYPES, 256) for template in templates] + [variant(POOL, TEMPLATE, half, 256)]
     assert len({each.name for each in (*found, variant(POOL, TEMPLATE, TYPES, 512))}) == 5
     assert "__launch_bounds__" not in found[0].text
-    bounded = variant(replace(POOL, threads_together=512), TEMPLATE, TYPES, 256)
+    bounded = variant(POOL, (*TEMPLATE, ("TOGETHER", 512)), TYPES, 256)
     assert "__launch_bounds__(256, 2) strided_pool_" in bounded.text
     assert "using T = float;" in found[0].text and "constexpr bool MAXIMUM = true;" in found[0].text
     assert "const __half* x, __half* out, const int x_size_0" in found[3].text
