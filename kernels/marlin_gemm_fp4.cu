@@ -4,8 +4,9 @@
 // output   out[M, N] T
 // template T; BITS 4 or 8; GROUP 16 (scales in E4M3) or 32 (E8M0); AFFINE: codes are whole numbers, times scale plus zero, GROUP
 //          is a multiple of 32 and T has 16 bits; ROW_TILES x 16 rows of W and X_TILES x 8 rows of x a block; STAGES of steps
-//          whose weights are on their way at once; WARPS of a block; TOGETHER: see cuda_kept.py; X_SHARED: x goes through shared memory; X_TILES is 1 then, and 2 M * K, or
-//          6 M * K for float32, at most 32 KB, with K rounded up to a multiple of 128
+//          whose weights are on their way at once; WARPS of a block; TOGETHER: see cuda_kept.py; X_SHARED: x goes through
+//          shared memory; X_TILES is 1 then, and 2 M * K, or 6 M * K for float32, at most 32 KB, with K rounded up to a
+//          multiple of 128
 // grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 32 * WARPS
 //
 // W is the left operand of the matrix units and x^T the right one, so that up to 8 rows of x cost what one costs, and each
