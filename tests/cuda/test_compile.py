@@ -126,7 +126,7 @@ def kept(source, template, inputs, outputs):
 
 
 def check(name, variants, architecture, folder):
-    """They compile without a warning, spill next to nothing, and a block of them fits the registers; kept ones, and MLX's otherwise."""
+    """They compile without a warning, spill next to nothing, and fit the registers: kept ones, and MLX's otherwise."""
     source = SOURCES[name]
     if source.row_contiguous:
         kernels = sorted({kept(source, *each) for each in variants})
