@@ -3,8 +3,9 @@
     python benchmarks/cuda_decoder.py [--streams 1,8,16] [--formats bfloat16,nvfp4] [--source 257] [--launches 20]
         [--warps 8] [--loads 8] [--parts]
 
-byt5-small's shape with random weights; a launch takes 8 steps. Microseconds a step of launches that stand in one queue, and the
-time of all that comes before the first step. With --parts, of launches that keep account of it, where the time of a step goes.
+byt5-small's shape with random weights; a launch takes 8 steps; of --loads decoders in 4 bits have half under way.
+Microseconds a step of launches that stand in one queue, and the time of all that comes before the first step. With --parts,
+of launches that keep account of it, where the time of a step goes.
 """
 
 import argparse

@@ -18,8 +18,8 @@ from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops import cuda_stages
 from marlin_cli.ops.cuda_compile import compile_text
-from marlin_cli.ops.cuda_driver import Queue
-from marlin_cli.ops.cuda_stages import StageOnDevice
+from marlin_cli.ops.cuda_driver import Queue, shared_memory
+from marlin_cli.ops.cuda_stages import StageOnDevice, shared_bytes, takes_stage
 from marlin_cli.ops.device import choose_device
 from marlin_cli.quantization.apply import quantize_network
 from marlin_cli.quantization.plan import settings_from_bits
@@ -74,6 +74,10 @@ def main() -> None:
                 assert stage is not None
                 known = None
                 for streams in map(int, arguments.streams.split(",")):
+                    if not takes_stage(stage, streams):  # as more warps leave more for each other in shared memory
+                        needs = f"a block needs {shared_bytes(stage, streams)} bytes of shared memory of {shared_memory()}"
+                        print(f"{name}, {kind}, {streams} streams, {cuda_stages.kernel_name(stage)}: not taken, {needs}")
+                        continue
                     device = StageOnDevice(stage, streams, network.config.patch_size, queue, known)
                     known = device.known
                     devices.append((f"{name}, {kind}, {streams} streams, {cuda_stages.kernel_name(stage)}", device))

@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) answer_decode(
         [&](const T* norm) {
           machine.bring<QKV, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) {
 #pragma unroll
-            for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
+            for (int n = 0; n < marlin::Plain<decltype(mine)>::AT_ONCE; n++) {
               if (mine.there[n]) fresh(mine.row[n], mine.column[n], values[n]);
             }
           });

@@ -23,7 +23,7 @@ struct DensePiece {
     for (int i = 0; i < PIECE; i++) {
       if constexpr (sizeof(Stored) == 4) {
         out[i] = __uint_as_float(words[i]);
-      } else if constexpr (cuda::std::is_same_v<Stored, __half>) {
+      } else if constexpr (marlin::is_same<Stored, __half>) {
         out[i] = __half2float(__ushort_as_half(uint16_t(words[i / 2] >> (i % 2 * 16))));
       } else {
         out[i] = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
@@ -151,7 +151,7 @@ struct Tile {
       const Rows<K_BITS, Keys>& keys, const Rows<V_BITS, Values>& values, int first, int end, int base,
       const Sight& sight, int warp, int warps, const Bias& bias) {
     const int group = threadIdx.x % 32 / LANES;
-    const float unseen = -cuda::std::numeric_limits<float>::infinity();
+    const float unseen = -marlin::infinity();
     for (int at = first + warp * KEYS_AT_ONCE * GROUPS; at < end; at += warps * KEYS_AT_ONCE * GROUPS) {
       Piece<K_BITS, Keys> key_piece[KEYS_AT_ONCE];
       Piece<V_BITS, Values> value_piece[KEYS_AT_ONCE];

@@ -35,7 +35,7 @@ __device__ __forceinline__ void draw_ids(Machine& machine, const Drawing& how, c
   const int lane = threadIdx.x % 32;
   for (int stream = threadIdx.x / 32; stream < STREAMS; stream += WARPS) {
     float scores[SCORES][2];  // of ids 2 * lane + 64 * n and the next one
-    const float nothing = -cuda::std::numeric_limits<float>::infinity();
+    const float nothing = -marlin::infinity();
     if constexpr (TAGGED) {
       const Cell* cells[SCORES];
       bool there[SCORES];

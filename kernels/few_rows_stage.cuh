@@ -42,7 +42,7 @@ struct Stage {
   int32_t inputs;  // of a decoder; else streams that are no filler
 };
 
-using Kept = cuda::std::conditional_t<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
+using Kept = marlin::Either<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
 
 constexpr int SEEN = HEAD_DIM + 4, QUERIES = HEADS * HEAD_DIM, KEYS = KV_HEADS * HEAD_DIM, QKV_ROW = QUERIES + 2 * KEYS;
 constexpr int QUERY_HEADS = HEADS / KV_HEADS;  // that share a head of the cache
@@ -378,7 +378,7 @@ struct Machine {
       wait_for_copies();
     } else if constexpr (TAGGED && X_PARTS == 1) {
       bring<PART, 4>(nullptr, [&](const auto& mine, auto& values) {
-        using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
+        using Mine = marlin::Plain<decltype(mine)>;
         const Cell* cells[Mine::AT_ONCE];
         uint32_t bits[Mine::AT_ONCE][2];
 #pragma unroll
@@ -399,7 +399,7 @@ struct Machine {
       bring<PART, 2>(nullptr, [&](const auto& mine, auto& values) { load_floats(from, mine, values); });
     } else {
       bring<PART, 8>(nullptr, [&](const auto& mine, auto& values) {
-        using Mine = cuda::std::remove_cvref_t<decltype(mine)>;
+        using Mine = marlin::Plain<decltype(mine)>;
         Loaded<Kept, 8> loaded[Mine::AT_ONCE];
 #pragma unroll
         for (int n = 0; n < Mine::AT_ONCE; n++) {
@@ -725,7 +725,7 @@ struct Machine {
     } else {
       bring<PART, NORMED_VALUES>(nullptr, [&](const auto& mine, auto& values) {
 #pragma unroll
-        for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
+        for (int n = 0; n < marlin::Plain<decltype(mine)>::AT_ONCE; n++) {
           if (mine.there[n]) join<COUNT>(mine.row[n], mine.column[n], values[n]);
         }
       });

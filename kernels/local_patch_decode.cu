@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
         [&](const T* norm) {
           machine.bring<QKV, NORMED_VALUES>(norm, [&](const auto& mine, auto& values) {
 #pragma unroll
-            for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
+            for (int n = 0; n < marlin::Plain<decltype(mine)>::AT_ONCE; n++) {
               if (mine.there[n]) fresh(step, mine.row[n], mine.column[n], values[n]);
             }
           });

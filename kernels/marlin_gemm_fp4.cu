@@ -4,9 +4,10 @@
 // output   out[M, N] T
 // template T; BITS 4 or 8; GROUP 16 (scales in E4M3) or 32 (E8M0); AFFINE: codes are whole numbers, times scale plus zero, GROUP
 //          is a multiple of 32 and T has 16 bits; ROW_TILES x 16 rows of W and X_TILES x 8 rows of x a block; STAGES of steps
-//          whose weights are on their way at once; X_SHARED: x goes through shared memory; X_TILES is 1 then, and 2 M * K, or
-//          6 M * K for float32, at most 32 KB, with K rounded up to a multiple of 128
-// grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 256
+//          whose weights are on their way at once; WARPS of a block; TOGETHER: see cuda_kept.py; X_SHARED: x goes through
+//          shared memory; X_TILES is 1 then, and 2 M * K, or 6 M * K for float32, at most 32 KB, with K rounded up to a
+//          multiple of 128
+// grid     (ceil(N / rows of W) * THREADS, ceil(M / rows of x)), blocks of THREADS = 32 * WARPS
 //
 // W is the left operand of the matrix units and x^T the right one, so that up to 8 rows of x cost what one costs, and each
 // weight is loaded and decoded once for all of them. The order of K within a product is free as long as both operands agree:
@@ -15,9 +16,8 @@
 // float32 x is split in three bfloat16 whose sum it is, up to the last bit: each part is a product of its own.
 // Splitting takes as long as all the rest, so a block does it once for a few rows (X_SHARED), not once a warp.
 
-  constexpr bool HALF = cuda::std::is_same_v<T, __half>;
+  constexpr bool HALF = marlin::is_same<T, __half>;
   constexpr int PARTS = sizeof(T) == 4 ? 3 : 1;
-  constexpr int WARPS = 8;
   constexpr int ROWS = 16 * ROW_TILES;
   constexpr int X_ROWS = 8 * X_TILES;
   constexpr int LANE_VALUES = 128 / BITS;                 // of a row of W, in one load of a lane
@@ -220,9 +220,9 @@
   };
 
   if (marlin::aligned_to_16_bytes(x) && marlin::aligned_to_16_bytes(weight) && marlin::aligned_to_16_bytes(scales)) {
-    multiply(cuda::std::true_type{});
+    multiply(marlin::Constant<true>{});
   } else {
-    multiply(cuda::std::false_type{});
+    multiply(marlin::Constant<false>{});
   }
 
   // The sums of all warps, each output by one thread, rows of W next to each other as they stand in memory.

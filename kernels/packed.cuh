@@ -11,7 +11,7 @@ template <typename T>
 __device__ __forceinline__ T from_float(float value) {
   if constexpr (sizeof(T) == 4) {
     return value;
-  } else if constexpr (cuda::std::is_same_v<T, __half>) {
+  } else if constexpr (marlin::is_same<T, __half>) {
     return __float2half(value);
   } else {
     return __float2bfloat16(value);

@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
   machine.add_product<FIRST, QKV>(&stage.first, false, [&] {
     machine.bring<FIRST, 8>(nullptr, [&](const auto& mine, auto& values) {
 #pragma unroll
-      for (int n = 0; n < cuda::std::remove_cvref_t<decltype(mine)>::AT_ONCE; n++) {
+      for (int n = 0; n < marlin::Plain<decltype(mine)>::AT_ONCE; n++) {
         if (!mine.there[n]) continue;
         const int byte = mine.column[n] / BYTE_WIDTH, id = max(ids[mine.row[n] * PATCH + byte], 0);
         load_values(stage.table + int64_t(id) * BYTE_WIDTH + mine.column[n] % BYTE_WIDTH, values[n]);

@@ -37,11 +37,15 @@ WORTH_A_LAUNCH = 2**20
 # Rows of x from which on MLX compiles its own products at first use, up to 43 s each without a word, by an algorithm that is
 # slower than decoding the weight once for a dense product, or no faster.
 FEW_ROWS = 8
+SMALL_WEIGHT = 2**20  # numbers, of which decoding takes less time than MLX's dense product takes to begin
 LARGE_WEIGHT = 2**26  # numbers, of which dense products of more than 16 rows take less time than decoding
 WORTH_COMPILING = 2**26  # numbers to copy: MLX has its own gather at hand
 MOST_SHARED_ROWS = 64  # rows of queries that read the same keys; more of them are matrix products, which are MLX's
 MOST_KEYS_UNSPLIT = 4096
 MOST_KEYS_PLAIN = 32
+# Of queries or keys that are copied where they have gaps, as a prompt's rows are read once and copying takes microseconds: a
+# kernel that follows strides takes MLX more than a second to compile, in each process.
+COPIED_BYTES = 1 << 22
 
 
 def packed_linear(
@@ -127,7 +131,7 @@ def _takes_gemm(x: mx.array, weight: mx.array, scales: mx.array, *, group_size: 
 
 def _dense_is_faster(rows_of_x: int, rows: int, columns: int) -> bool:
     """Whether a dense product with a copy that is decoded already beats `marlin_gemm_fp4` (H200)."""
-    return rows_of_x > (16 if rows * columns >= LARGE_WEIGHT else 32)
+    return rows_of_x > (16 if rows * columns >= LARGE_WEIGHT else 64 if rows * columns <= SMALL_WEIGHT else 32)
 
 
 def unpacked(
@@ -172,8 +176,9 @@ def attention(
         return _cross_attention(queries, keys, values, scale, lengths)
     tile, tiles = tile_of(shared_rows(queries, kv_heads)), tile_count(queries, kv_heads)
     warps = 4 if total > 128 else 1
+    read_once = queries.shape[2] > 1 and max(queries.nbytes, keys.nbytes) <= COPIED_BYTES
     (out,) = launch(
-        kernel("flash_attention"),
+        kernel("flash_attention", in_rows=read_once),
         [
             queries,
             keys.astype(queries.dtype),
@@ -333,10 +338,11 @@ def _gemm_launch(
 ) -> dict[str, Any]:
     """What a call of `marlin_gemm_fp4` needs beside its inputs, made once a shape: the host has no time to spare."""
     plan = _gemm_plan(rows_of_x, rows, columns, bits, dtype)
+    threads = 32 * plan["WARPS"]
     return {
         "template": [("T", dtype), ("BITS", bits), ("GROUP", group_size), ("AFFINE", affine), *plan.items()],
-        "grid": (-(-rows // (16 * plan["ROW_TILES"])) * 256, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
-        "threadgroup": (256, 1, 1),
+        "grid": (-(-rows // (16 * plan["ROW_TILES"])) * threads, -(-rows_of_x // (8 * plan["X_TILES"])), 1),
+        "threadgroup": (threads, 1, 1),
         "output_shapes": [(rows_of_x, rows)],
         "output_dtypes": [dtype],
     }
@@ -346,10 +352,10 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     """How much of the weight and of x a block of `marlin_gemm_fp4` works on, as was fastest on an H200."""
     if dtype == mx.float32:  # three parts of each x take three times the registers, and time to split
         if rows_of_x > 8:
-            return {"ROW_TILES": 2, "X_TILES": 2, "STAGES": 1, "X_SHARED": False}
+            return _plan(2, 2, 1)
         shared = 6 * rows_of_x * -(-columns // 128) * 128 <= SHARED_X_BYTES
         wide = not shared or (bits == 4 and rows >= 8192)
-        return {"ROW_TILES": 2 if wide else 1, "X_TILES": 1, "STAGES": 2 if shared else 1, "X_SHARED": shared}
+        return _plan(2 if wide else 1, 1, 2 if shared else 1, shared=shared)
     narrow, middle, wide = rows <= 1024, rows < 4096, rows >= 8192
     if rows_of_x <= 8:
         tiles, stages = (2, 1 if bits == 4 else 2) if wide else (1, 2 if bits == 4 or narrow else 4)
@@ -360,7 +366,14 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     else:
         tiles, stages = (1 if narrow else 2), 1
     x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
-    return {"ROW_TILES": tiles, "X_TILES": x_tiles, "STAGES": stages, "X_SHARED": False}
+    # With two registers more than 128 a multiprocessor has one block instead of two, and a product takes half as long again.
+    return _plan(tiles, x_tiles, stages, together=512 if x_tiles == 2 else 0)
+
+
+def _plan(row_tiles: int, x_tiles: int, stages: int, *, shared: bool = False, together: int = 0) -> dict[str, int | bool]:
+    """The template of a plan; see marlin_gemm_fp4.cu."""
+    tiles = {"ROW_TILES": row_tiles, "X_TILES": x_tiles, "STAGES": stages}
+    return {**tiles, "WARPS": 8, "TOGETHER": together, "X_SHARED": shared}
 
 
 def _rows_a_split(queries: mx.array, keys: Sequence[KeyValueRows]) -> int:

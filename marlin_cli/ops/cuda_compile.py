@@ -132,7 +132,7 @@ def _folder() -> Path | None:
     try:
         return make_private_folder(cache_folder() / "cubin")
     except (NotPrivate, OSError, OutputError) as error:
-        console.note(f"CUDA kernels are compiled anew in each run: {one_line(error)}")
+        _say_not_kept(one_line(error))
         return None
 
 
@@ -149,7 +149,7 @@ def _kept(folder: Path | None, key: str) -> bytes | None:
 
 
 def _keep(folder: Path | None, key: str, code: bytes) -> None:
-    """Whole or not at all; where there is no room it is compiled again."""
+    """Whole or not at all; where that fails it is compiled again in the next run, which is said once."""
     if folder is None:
         return
     name = None
@@ -158,6 +158,12 @@ def _keep(folder: Path | None, key: str, code: bytes) -> None:
         with open(handle, "wb") as file:
             file.write(hashlib.sha256(code).digest() + code)
         os.replace(name, folder / key)
-    except OSError:
+    except OSError as error:
+        _say_not_kept(one_line(error))
         if name is not None:
             Path(name).unlink(missing_ok=True)
+
+
+@functools.cache
+def _say_not_kept(reason: str) -> None:
+    console.note(f"CUDA kernels are compiled anew in each run: {reason}")

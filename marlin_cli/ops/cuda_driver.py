@@ -124,8 +124,8 @@ class Queue:
     def load(self, code: bytes, name: str, blocks: int, threads: int, shared_bytes: int) -> "Launcher":
         """A kernel from machine code; its blocks, which wait for each other, are on the device at once or not at all."""
         function = _function(code, name)
-        size = ctypes.c_int(shared_bytes)
-        _check(_driver().cuFuncSetAttribute(function, MOST_DYNAMIC_SHARED_BYTES, size), "gives no shared memory")
+        size, lacking = ctypes.c_int(shared_bytes), f"gives a block no {shared_bytes} bytes of shared memory"
+        _check(_driver().cuFuncSetAttribute(function, MOST_DYNAMIC_SHARED_BYTES, size), lacking)
 
         def launch(*arguments: "ctypes._SimpleCData[int] | ctypes._SimpleCData[float]") -> None:
             pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))

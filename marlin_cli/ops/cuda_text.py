@@ -7,23 +7,25 @@ import mlx.core as mx
 from marlin_cli.ops.kernel_source import code
 
 HEADERS = (
-    "packed.cuh", "ptx.cuh", "grid.cuh", "exchange.cuh", "few_rows.cuh", "few_rows_attention.cuh", "few_rows_stage.cuh",
-    "few_rows_draw.cuh",
+    "standard.cuh", "packed.cuh", "ptx.cuh", "grid.cuh", "exchange.cuh", "few_rows.cuh", "few_rows_attention.cuh",
+    "few_rows_stage.cuh", "few_rows_draw.cuh",
 )  # fmt: skip
-TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
+TYPES = {
+    mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.uint8: "uint8_t", mx.int32: "int32_t",
+    mx.int64: "int64_t", mx.uint32: "uint32_t",
+}  # fmt: skip
+# Whole numbers are named here, as headers that name them take the compiler longer than a small kernel.
 PRELUDE = """#include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda/std/cstdint>
-#include <cuda/std/limits>
-#include <cuda/std/type_traits>
-using cuda::std::int16_t;
-using cuda::std::int32_t;
-using cuda::std::int64_t;
-using cuda::std::uint16_t;
-using cuda::std::uint32_t;
-using cuda::std::uint64_t;
-using cuda::std::uint8_t;
-using cuda::std::uintptr_t;
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long int64_t;
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef unsigned long uint64_t;
+typedef unsigned long uintptr_t;
 """
 
 Constant = bool | int | list[int] | list[bool]

@@ -17,7 +17,7 @@ from cuda_composer import CUDA_NAMES, compose
 
 from marlin_cli.engine import cuda_answers as engine_answers
 from marlin_cli.engine import cuda_patches, cuda_shared, encoder_decoder, whole_patches
-from marlin_cli.ops import cuda_kernels, cuda_mailbox, cuda_stages, cuda_text
+from marlin_cli.ops import cuda_kept, cuda_kernels, cuda_mailbox, cuda_stages, cuda_text
 from marlin_cli.ops.kernel_source import code
 
 COMPILERS = ("g++", "clang++", "clang++-19", "c++")
@@ -35,10 +35,11 @@ def compiler() -> str | None:
 
 
 class Emulated:
-    """A kernel as `mx.fast.cuda_kernel` returns it. `backwards` runs later threads first; `edit` changes its text."""
+    """A kernel as `cuda_kernels.kernel` returns it. `backwards` runs later threads first; `edit` changes its text."""
 
-    def __init__(self, name: str, shared_memory: int = 0, *, backwards: bool = False, edit: Callable[[str], str] = str) -> None:
+    def __init__(self, name: str, in_rows: bool = False, *, backwards: bool = False, edit: Callable[[str], str] = str) -> None:
         self.source, self.backwards, self.edit = cuda_kernels.SOURCES[name], backwards, edit
+        self.kept = in_rows or self.source.row_contiguous
 
     def __call__(self, *, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
         source = self.source
@@ -46,15 +47,18 @@ class Emulated:
         assert all(threads % block == 0 for threads, block in zip(grid, threadgroup, strict=True))
         types = [_name(array.dtype) for array in inputs]
         outputs = [_name(dtype) for dtype in output_dtypes]
-        constants = {key: value if isinstance(value, (bool, int)) else _name(value) for key, value in template}
-        text = compose(
-            source,
-            constants,
-            dict(zip(source.inputs, types, strict=True)),
-            dict(zip(source.outputs, outputs, strict=True)),
-        )
-        header = "".join(code(name) for name in source.headers if name != OWN_HEADER)
-        run = _built(self.edit(header), self.edit(text), _call(source, types, outputs, text))
+        if self.kept:
+            given = cuda_kept.Types(tuple((array.dtype, array.ndim) for array in inputs), tuple(output_dtypes))
+            variant = cuda_kept.variant(source, tuple(template), given, threadgroup[0])
+            text = variant.text.replace(code(OWN_HEADER), "").replace('extern "C" ', "")
+            sizes = [f"shape_of({i})[{axis}]" for i in variant.sized for axis in range(inputs[i].ndim)]
+            run = _built(self.edit(text), "", _call(variant.name, types, outputs, sizes))
+        else:
+            constants = {key: value if isinstance(value, (bool, int)) else _name(value) for key, value in template}
+            named = dict(zip(source.inputs, types, strict=True)), dict(zip(source.outputs, outputs, strict=True))
+            text = compose(source, constants, *named)
+            header = "".join(code(name) for name in source.headers if name != OWN_HEADER)
+            run = _built(self.edit(header), self.edit(text), _strided_call(source, types, outputs, text))
 
         held, strides = [], np.zeros((len(inputs), MOST_AXES), np.int64)
         shapes = np.zeros((len(inputs), MOST_AXES), np.int32)
@@ -63,7 +67,7 @@ class Emulated:
             if re.search(rf"\b{name}\b", body) is None:  # only its shape is read, and it may be a vast one
                 held.append(np.zeros(1, np.uint8))
                 continue
-            held.append(_placed(array, apart=not source.row_contiguous))
+            held.append(_placed(array, apart=not self.kept))
             strides[i, : array.ndim] = [stride // array.dtype.size for stride in held[-1].strides]
         results = [np.full(int(np.prod(shape)) * dtype.size, UNWRITTEN, np.uint8)
                    for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]  # fmt: skip
@@ -92,7 +96,13 @@ def _placed(array: mx.array, apart: bool) -> np.ndarray:
     return np.ascontiguousarray(bits)
 
 
-def _call(source, inputs: list[str], outputs: list[str], text: str) -> str:
+def _call(name: str, inputs: list[str], outputs: list[str], sizes: list[str]) -> str:
+    pointers = [f"const {CUDA_NAMES[dtype]}*" for dtype in inputs] + [f"{CUDA_NAMES[dtype]}*" for dtype in outputs]
+    arguments = [f"({kind})pointers[{i}]" for i, kind in enumerate(pointers)]
+    return f"{name}({', '.join([*arguments, *sizes])});"
+
+
+def _strided_call(source, inputs: list[str], outputs: list[str], text: str) -> str:
     arguments = []
     for i, (name, dtype) in enumerate(zip(source.inputs, inputs, strict=True)):
         arguments.append(f"(const {CUDA_NAMES[dtype]}*)pointers[{i}]")

@@ -3,8 +3,14 @@
 import mlx.core as mx
 import pytest
 
-from marlin_cli.ops import cuda, cuda_kernels, reference
+from marlin_cli.engine.cuda_answers import decoder_arrays
+from marlin_cli.errors import BackendError
+from marlin_cli.models.byt5 import ByT5
+from marlin_cli.models.byt5_config import ByT5Config
+from marlin_cli.ops import cuda, cuda_kernels, cuda_stages, reference
 from marlin_cli.ops.cuda_decoded import Copies
+from marlin_cli.quantization.apply import quantize_network
+from marlin_cli.quantization.plan import QuantizationSettings
 
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
 
@@ -42,7 +48,8 @@ def test_products_that_are_taken(shape, rows, dtype, settings, taken):
         (8, 1024, mx.bfloat16, "marlin_gemm_fp4", "few rows"),
         (32, 4096, mx.bfloat16, "marlin_gemm_fp4", "few rows"),
         (17, 8192, mx.bfloat16, "decoded, dense", "leaves no room marlin_gemm_fp4"),
-        (64, 1024, mx.bfloat16, "decoded, dense", "leaves no room marlin_gemm_fp4"),
+        (33, 2048, mx.bfloat16, "decoded, dense", "leaves no room marlin_gemm_fp4"),
+        (64, 1024, mx.bfloat16, "marlin_gemm_fp4", "few rows"),
         (65, 1024, mx.bfloat16, "decoded, dense", "no room made anew"),
         (65, 1024, mx.float32, "MLX", "float32 rows"),
     ],
@@ -66,6 +73,7 @@ def test_many_rows_use_a_copy_where_it_is_kept(rows, side, kept, monkeypatch):
         used.append("gemm")
         return [mx.zeros(how["output_shapes"][0])]
 
+    monkeypatch.setattr(cuda, "SMALL_WEIGHT", 0)
     monkeypatch.setattr(cuda, "unpacked", unpacked)
     monkeypatch.setattr(cuda, "kernel", lambda name: launched)
     store = Copies(1 << 20 if kept else 0, 1 << 60)
@@ -120,7 +128,7 @@ def test_integers_are_not_pooled_nor_embedded():
 
 @pytest.mark.skipif(mx.cuda.is_available(), reason="there is a GPU here")
 def test_without_cuda_a_twin_is_refused_when_called_and_not_before():
-    with pytest.raises(RuntimeError, match="CUDA"):
+    with pytest.raises(BackendError, match="NVRTC does not load"):
         cuda.strided_pool(mx.zeros((1, 4, 8)), 4, "mean")
 
 
@@ -136,3 +144,13 @@ def test_blocks_read_whole_steps_and_fill_the_machine():
         keys = mx.zeros((1, 8, total, 64), dtype=mx.float16)
         rows = cuda._rows_a_split(queries, [keys])
         assert rows % 128 == 0 and (rows == 128 or 8 * total / rows >= 264)
+
+
+@pytest.mark.parametrize(("format", "loads"), [(None, 8), ("nvfp4", 4), ("mxfp8", 8)])
+def test_a_decoder_of_four_bits_has_fewer_loads_under_way(format, loads):
+    network = ByT5(ByT5Config(d_model=64, ffn_dim=96, heads=2, head_dim=32, encoder_layers=1, decoder_layers=1))
+    network.set_dtype(mx.bfloat16)
+    if format is not None:
+        settings = QuantizationSettings(encoder_format=format, decoder_format=format, cross_format=format, wo_format=format)
+        network = quantize_network(network, settings, method="rtn").network
+    assert cuda_stages.loads_of(decoder_arrays(network), 1) == loads

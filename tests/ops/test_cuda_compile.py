@@ -20,6 +20,7 @@ def compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_compile, "compile_text", compile_text)
     monkeypatch.setattr(cuda_compile, "_key", lambda text: hashlib.sha256(text.encode()).hexdigest())
     cuda_compile._announce.cache_clear()
+    cuda_compile._say_not_kept.cache_clear()
     return texts
 
 
