@@ -16,7 +16,7 @@ namespace marlin {
 // As `marlin_cli.ops.cuda_stages` lays them out.
 struct Layer {
   const T *attention_norm, *ffn_norm, *query_norm, *key_norm;  // the last two may be null
-  T *keys, *values;  // [streams, kv_heads, capacity, head_dim]; of a local stage see OWN_CACHE
+  T *keys, *values;  // [streams, kv_heads, capacity, head_dim]; of a local stage see `own_rows`; where PAGED, keys are its Pages
   Linear qkv[3], out, up[2], down;  // up: gate and up, or up alone
   // Of a decoder that reads a memory: [inputs, heads, states, head_dim], or words and scales of that.
   const T* memory_norm;
@@ -49,6 +49,7 @@ constexpr int QUERY_HEADS = HEADS / KV_HEADS;  // that share a head of the cache
 // In a local stage a warp attends alone to a head, of all heads in each block or of one; it has its cache for itself, in memory
 // that nobody else reads. Elsewhere all warps of a block share a head's rows.
 constexpr bool ALONE = !BY_BLOCKS && STREAMS * HEADS <= 2 * WARPS;
+constexpr bool PAGED = KEY_BITS < 16 || VALUE_BITS < 16;  // the cache is packed
 constexpr int CELLS_A_KEPT_PAIR = X_PARTS == 1 ? 1 : 2;
 // Whether a norm stands before a phase's product.
 template <int PART>
@@ -482,6 +483,7 @@ struct Machine {
     const float* rotation = rotations + stream * HEAD_DIM;
     Head::prepare(head.query, layer.query_norm, stage->eps, rotation);
     Head::prepare(head.key, layer.key_norm, stage->eps, rotation);
+    if constexpr (PAGED) Head::spread(head.query);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       head.query[i] *= stage->scale * LOG2_E;
@@ -507,6 +509,22 @@ struct Machine {
     if constexpr (MEMORY_BITS < 16) Head::spread(head.query);
 #pragma unroll
     for (int i = 0; i < 8; i++) head.query[i] *= stage->scale * LOG2_E;
+  }
+
+  // Puts the new key and value into a page, turned and packed, and leaves them as the page would give them back. By a whole warp;
+  // `there` is not where the stream is filler, or where another head writes.
+  static __device__ __forceinline__ void remember_packed(Head& head, const Page& page, int64_t row, bool there) {
+    Head::spread(head.key);
+#pragma unroll
+    for (int i = 0; i < 8; i++) head.key[i] = to_float(from_float<T>(head.key[i]));
+    const auto key = StoredRow<KEY_BITS>::of(head.key);
+    const auto value = StoredRow<VALUE_BITS>::of(head.value);
+    if (there && Head::group() == 0) {
+      key.store(page.keys, page.key_scales, row, Head::piece()), value.store(page.values, page.value_scales, row, Head::piece());
+    }
+    key.numbers(head.key), value.numbers(head.value);
+#pragma unroll
+    for (int i = 0; i < 8; i++) head.key[i] *= key.factor(), head.value[i] *= value.factor();
   }
 
   // Puts the new key and value behind `seen` rows.
@@ -642,9 +660,21 @@ struct Machine {
       const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
       const int end = start + int(int64_t(count) * (split + 1) / SPLITS), kv_head = number / QUERY_HEADS;
       const int known = ANSWERS ? stream : min(stream, stage->inputs - 1);  // filler reads what there is
+      const bool with_new = split == SPLITS - 1 && warp == warps - 1;
+      const bool writes = number % QUERY_HEADS == 0 && (ANSWERS || stream < stage->inputs);
+      if constexpr (PAGED) {
+        const Page* pages = reinterpret_cast<const Page*>(layer.keys);
+        const int64_t rows = int64_t(known * KV_HEADS + kv_head) * ROWS_A_PAGE;
+        const Head::PagedRows::From from{pages, rows};
+        Head::PagedRows some;
+        some.load(from, first + warp * Head::CROWD, end, warps);
+        prepare(head, layer, stream, number);
+        if (with_new) remember_packed(head, pages[seen / ROWS_A_PAGE], rows + seen % ROWS_A_PAGE, writes);
+        head.see(some, from, first, end, warp, warps, with_new, no_bias);
+        return;
+      }
       const int64_t cache = int64_t(known * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
       T *keys = layer.keys + cache, *values = layer.values + cache;
-      const bool with_new = split == SPLITS - 1 && warp == warps - 1;
       const Head::Rows::From from{keys, values};
       Head::Rows some;
       some.load(from, first + warp * Head::CROWD, end, warps);
@@ -655,7 +685,7 @@ struct Machine {
       } else {
         head.see(some, from, first, end, warp, warps, with_new, no_bias);
       }
-      if (with_new && number % QUERY_HEADS == 0 && (ANSWERS || stream < stage->inputs)) remember(head, keys, values, seen);
+      if (with_new && writes) remember(head, keys, values, seen);
     });
   }
 

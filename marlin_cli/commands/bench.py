@@ -208,7 +208,7 @@ def bench(
     if kernels:
         if models:
             check_models(command_line, models)
-        return show_kernels(device, models or (), activation_bits)
+        return show_kernels(device, models or (), activation_bits, parse_cache_bits(kv_bits, k_bits, v_bits))
     if surprise is not None:
         from marlin_cli.commands import surprise_run
 

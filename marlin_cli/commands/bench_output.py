@@ -93,7 +93,9 @@ def compare_results(old: str, new: str, output: Output) -> None:
     output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
 
 
-def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> None:
+def show_kernels(
+    device: str, models: Sequence[str], activation_bits: int, kv_bits: int | tuple[int, int] | None = None
+) -> None:
     """Each operation, and what runs it on the device; of each model, where CPU kernels are, how its layers are multiplied."""
     from marlin_cli.ops.cpu import kernels
     from marlin_cli.ops.device import choose_device
@@ -106,11 +108,11 @@ def show_kernels(device: str, models: Sequence[str], activation_bits: int) -> No
         for model in models:
             _show_layers(model, activation_bits)
     if chosen.name == "cuda":
-        _show_whole(models)
+        _show_whole(models, kv_bits)
         _show_products(models)
 
 
-def _show_whole(models: Sequence[str]) -> None:
+def _show_whole(models: Sequence[str], kv_bits: int | tuple[int, int] | None) -> None:
     """How each model decodes on an NVIDIA GPU, and why, by streams side by side."""
     from marlin_cli.api import load
     from marlin_cli.engine import cuda_answers, cuda_patches
@@ -119,7 +121,8 @@ def _show_whole(models: Sequence[str]) -> None:
 
     rows = []
     for model in models:
-        network: Any = load(model, device="cuda").network
+        loaded: Any = load(model, device="cuda", kv_bits=kv_bits)
+        network = loaded.network
         architecture = architecture_of(network)
         by_patches = architecture.continuing is not None and architecture.continuing.reading is Reading.PATCHES
         answers = architecture.capability is Capability.ANSWERS and network.config.decoder_layers
@@ -128,7 +131,7 @@ def _show_whole(models: Sequence[str]) -> None:
             if by_operations():
                 why = "MARLIN_PATCHES=operations"
             elif by_patches:
-                why = cuda_patches.why_operations(network, streams)
+                why = cuda_patches.why_operations(network, streams, loaded.cache_bits)
             elif answers:
                 why = cuda_answers.why_operations(network, 16, streams)
             rows.append(

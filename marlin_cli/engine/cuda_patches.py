@@ -5,15 +5,17 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits, KeyValueCache, PackedKeyValueCache
 from marlin_cli.engine.cuda_layers import Prepared, linear_arrays, prepared, say_once
 from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
+from marlin_cli.engine.cuda_pages import PagesOnDevice
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.errors import BackendError
@@ -62,6 +64,7 @@ class PatchDecoder:
         stages: the network's global and local stage; no global one where MLX takes its steps, see `SharedByOperations`.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
+        bits: of the global cache.
         exchange: with the other ranks, where they share the global stage.
         timed: for `part_seconds`; patches take a little longer.
     """
@@ -73,11 +76,12 @@ class PatchDecoder:
         stages: tuple[StageArrays | None, StageArrays],
         added: mx.array,
         streams: int,
+        bits: CacheBits | None = None,
         exchange: Exchange | None = None,
         *,
         timed: bool = False,
     ) -> None:
-        self._timed = timed
+        self._timed, self._pages = timed, PagesOnDevice(bits or CacheBits())
         self._stages, self._exchange = stages, exchange
         self._places: list[list[int] | None] = [None, None]  # of the arrays of each stage, once they have been asked for
         self._added, self._steps = added, added.shape[0]
@@ -230,6 +234,13 @@ class PatchDecoder:
         self._noise.close(noise)
 
     def _give_room(self, caches: Sequence[KeyValueCache], *others: mx.array) -> list[int]:
+        """Have the global stage's launches find the caches, and room behind them. Where the other arrays stand."""
+        packed = [cache for cache in caches if isinstance(cache, PackedKeyValueCache)]
+        if packed:
+            stages = [(group.first, group.whole) for group in self._groups if group.whole is not None]
+            self._rows = caches[0].rows
+            self._room = ROWS_PER_PAGE - self._rows % ROWS_PER_PAGE
+            return self._pages.use(packed, stages, *others)
         storage = [cache.with_room() for cache in caches]
         arrays = [array for pair in storage for array in pair]
         found = addresses([*arrays, *others])
@@ -288,8 +299,11 @@ class PatchDecoder:
         return self._kept.address + SLOTS * self._apart(self._condition_bytes) + slot * self._apart(self._ids_bytes)
 
 
-def why_operations(network: MegaByte, streams: int) -> str | None:
+def why_operations(network: MegaByte, streams: int, bits: CacheBits | None = None) -> str | None:
     """Why patches of so many streams are decoded operation by operation; None where they are launched whole."""
+    bits = bits or CacheBits()
+    if bits.window is not None or bits.share_left is not None:
+        return "a window, or pages that are not read: the kernels read all rows"
     config, at_once = network.config, size_for(min(streams, MOST_STREAMS))
     if at_once * config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
         return f"{streams} streams of {config.patch_size} bytes a patch are more than {MOST_STREAMS_IN_ALL} or {MOST_IDS} ids"
@@ -306,18 +320,28 @@ def why_operations(network: MegaByte, streams: int) -> str | None:
 
 
 def patch_decoder(
-    network: MegaByte, streams: int, exchange: Exchange | None = None, *, timed: bool = False
+    network: MegaByte,
+    streams: int,
+    bits: CacheBits | None = None,
+    exchange: Exchange | None = None,
+    *,
+    timed: bool = False,
 ) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams.
 
     Args:
+        bits: of the global cache.
         exchange: with the other ranks, where they share the network.
     """
-    stages = None if why_operations(network, streams) else _prepared(network)
+    bits = bits or CacheBits()
+    stages = None if why_operations(network, streams, bits) else _prepared(network)
     if stages is None:
         return None
     try:
-        return PatchDecoder((stages[0].stage, stages[1].stage), added_rows(network), streams, exchange, timed=timed)
+        whole = stages[0].stage
+        if bits.is_packed:
+            whole = replace(whole, key_bits=bits.keys, value_bits=bits.values, page_rows=ROWS_PER_PAGE)
+        return PatchDecoder((whole, stages[1].stage), added_rows(network), streams, bits, exchange, timed=timed)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None

@@ -278,8 +278,7 @@ class Lockstep:
 
     def _patches_on_gpu(self, streams: int, decoder: WholePatches | None = None) -> PatchesInPlace | None:
         """Whole patches of so many streams, by a decoder that is given or chosen; None where they go operation by operation."""
-        if decoder is None and self._bits == CacheBits():
-            decoder = patch_decoder(self.network, streams)
+        decoder = decoder or patch_decoder(self.network, streams, self._bits)
         return None if decoder is None else PatchesInPlace(decoder, self.config.patch_size)
 
     def _layers_in_place(self) -> list[KeyValueCache]:

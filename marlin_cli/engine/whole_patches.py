@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine import cuda_patches
-from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cache import CacheBits, KeyValueCache
 from marlin_cli.engine.compiled_patches import compiled_patches
 from marlin_cli.engine.cuda_shared import shared_patch_decoder
 from marlin_cli.engine.sampling import Noise, Sampling
@@ -79,12 +79,19 @@ class WholePatches(Protocol):
         """Give back what was drawn ahead and not used."""
 
 
-def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:
-    """The decoder of whole patches, or None where they are decoded operation by operation."""
+def patch_decoder(network: MegaByte, streams: int, bits: CacheBits | None = None) -> WholePatches | None:
+    """The decoder of whole patches, or None where they are decoded operation by operation.
+
+    Args:
+        bits: of the global cache.
+    """
+    bits = bits or CacheBits()
     device = gpu()
     share = share_of(network)
     if device is None or by_operations() or (device == "metal" and share is not None):  # what MLX compiles does not sum
         return None
     if share is not None:
-        return None if share.ranks is None else shared_patch_decoder(network, share.ranks, streams)
-    return compiled_patches(network, streams) if device == "metal" else cuda_patches.patch_decoder(network, streams)
+        return None if share.ranks is None else shared_patch_decoder(network, share.ranks, streams, bits)
+    if device == "metal":
+        return compiled_patches(network, streams) if bits == CacheBits() else None
+    return cuda_patches.patch_decoder(network, streams, bits)

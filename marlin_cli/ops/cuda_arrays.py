@@ -99,6 +99,9 @@ class StageArrays:
     eps: float
     bias: mx.array | None = None  # [heads, 2 * reach + 1] by distance, of a decoder that reads a memory
     memory_bits: int = 16  # of the keys and values of that memory
+    key_bits: int = 16  # of a global stage's cache, which stands in pages where keys or values are packed
+    value_bits: int = 16
+    page_rows: int = 0  # of such a page
     ranks: int = 1  # that share it; heads, and rows and columns of layers, are then those of this rank
 
     @property

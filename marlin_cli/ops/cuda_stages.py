@@ -40,6 +40,7 @@ MOST_SPLITS = 4
 # Of weights that are sent ahead to the second-level cache: less than half of that, which has more to keep; and where GPUs share
 # the stage what memory gives while a phase is read, as parts of sums would wait behind more.
 AHEAD_BYTES, AHEAD_BYTES_SHARED = 24 << 20, 8 << 20
+PAGE_BYTES = 32  # of the addresses of its keys and values and their scales
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 # What the time of a launch goes to, in the order of `Part` and `Other` in the kernels; there is room for some more.
 # it is left behind so many words of 64 bits.
@@ -153,6 +154,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int, *, timed
         "WIDTHS": [8 if part is None else part.width for part in parts],
         "ROWS": [8 if part is None else part.rows for part in parts],
         "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
+        "KEY_BITS": stage.key_bits, "VALUE_BITS": stage.value_bits, "ROWS_A_PAGE": max(1, stage.page_rows),
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
         "TIMED": timed, "MOST_KINDS_OF_TIME": MOST_KINDS_OF_TIME, "FIRST_TIME": FIRST_TIME,
@@ -205,6 +207,7 @@ class StageOnDevice:
         self._places = [self._scratch.address + sum(parts[:i]) for i in range(len(parts))]
         self._caches: list[mx.array] = []
         self._own_cache: Memory | None = None
+        self._pages: Memory | None = None  # by layer and page, the addresses of the page
         # Numbers of phases, by which values are told apart: those of a launch are fewer than this.
         self._phases_a_launch = (8 * len(stage.layers) + 3) * (steps if stage.first is None else 1)
         self._phase = 0
@@ -226,6 +229,21 @@ class StageOnDevice:
         """The same where the rows of this stage's streams stand at `places`."""
         self._caches = list(arrays)
         self._record(places, arrays[0].shape[2])
+
+    def use_pages(self, arrays: Sequence[mx.array], places: Sequence[Sequence["PagePlaces"]]) -> None:
+        """Caches of packed rows, changed in place.
+
+        Args:
+            arrays: of all pages, which are held.
+            places: by layer and page, of this stage's streams.
+        """
+        self._caches = list(arrays)
+        size = PAGE_BYTES * len(places[0])
+        if self._pages is None or self._pages.size < size * len(places):
+            self._pages = self._queue.allocate(2 * size * len(places))
+        table = b"".join(struct.pack("<4Q", *page) for layer in places for page in layer)
+        self._queue.write(self._pages.address, table)
+        self._record([place for i in range(len(places)) for place in (self._pages.address + i * size, 0)], 0)
 
     @property
     def cache_bytes(self) -> int:
@@ -330,6 +348,15 @@ class StageOnDevice:
         record = head + first + last + sizes + layers
         assert len(record) == STAGE_BYTES + LAYER_BYTES * len(stage.layers)
         self._queue.write(self._places[-1], record)
+
+
+class PagePlaces(NamedTuple):
+    """Where a page's rows stand in the device's memory: words [streams, kv_heads, page_rows, words], or numbers without scales."""
+
+    keys: int
+    key_scales: int
+    values: int
+    value_scales: int
 
 
 class MemoryPlaces(NamedTuple):

@@ -7,8 +7,8 @@ import mlx.core as mx
 from marlin_cli.ops.kernel_source import code
 
 HEADERS = (
-    "packed.cuh", "ptx.cuh", "grid.cuh", "exchange.cuh", "few_rows.cuh", "few_rows_attention.cuh", "few_rows_stage.cuh",
-    "few_rows_draw.cuh",
+    "packed.cuh", "ptx.cuh", "grid.cuh", "exchange.cuh", "few_rows.cuh", "few_rows_stored.cuh",
+    "few_rows_attention.cuh", "few_rows_stage.cuh", "few_rows_draw.cuh",
 )  # fmt: skip
 TYPES = {mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 PRELUDE = """#include <cuda_bf16.h>

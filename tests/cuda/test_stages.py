@@ -225,7 +225,7 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     whole = generated()
     stop = whole[0][6:8]
     stopped = generated(stop)
-    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
     assert generated() == whole and {len(stream) for stream in whole} == {19}
     assert generated(stop) == stopped and len(stopped[0]) < 19
 
@@ -256,7 +256,7 @@ def test_groups_of_streams(monkeypatch):
     outcomes = []
     for whole in (True, False):
         if not whole:
-            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+            monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
         streams = [b""] * len(prompts)
         for piece in generate(network, prompts, Stopping(max_bytes=13), Sampling(0.9, top_k=50)):
             streams[piece.stream] += piece.data
@@ -271,7 +271,7 @@ def test_what_was_queued_too_far_is_taken_back(monkeypatch):
     found = []
     for whole in (True, False):
         if not whole:
-            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+            monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
         state, noise = Lockstep(network, [b"abcd", b"abcdefgh", b"wxyz"]), Noise(0, 256)
         ids, logits = [], []
         for pushed in range(2):
