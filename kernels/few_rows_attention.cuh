@@ -165,10 +165,20 @@ struct Head {
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
     int base = first + warp * CROWD;
-    take(some, base, end, warps, with_new, bias);
-    for (base += Some::DEEP * warps * CROWD; base < end; base += Some::DEEP * warps * CROWD) {
-      some.load(from, base, end, warps);
-      take(some, base, end, warps, false, bias);
+    if constexpr (Some::PACKED) {  // what decodes is long, and stands here once
+#pragma unroll 1
+      while (true) {
+        take(some, base, end, warps, with_new, bias);
+        base += Some::DEEP * warps * CROWD, with_new = false;
+        if (base >= end) break;
+        some.load(from, base, end, warps);
+      }
+    } else {
+      take(some, base, end, warps, with_new, bias);
+      for (base += Some::DEEP * warps * CROWD; base < end; base += Some::DEEP * warps * CROWD) {
+        some.load(from, base, end, warps);
+        take(some, base, end, warps, false, bias);
+      }
     }
 #pragma unroll
     for (int offset = LANES; offset < 32; offset *= 2) {

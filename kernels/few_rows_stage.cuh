@@ -660,9 +660,9 @@ struct Machine {
       const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
       const int end = start + int(int64_t(count) * (split + 1) / SPLITS), kv_head = number / QUERY_HEADS;
       const int known = ANSWERS ? stream : min(stream, stage->inputs - 1);  // filler reads what there is
-      const bool with_new = split == SPLITS - 1 && warp == warps - 1;
-      const bool writes = number % QUERY_HEADS == 0 && (ANSWERS || stream < stage->inputs);
       if constexpr (PAGED) {
+        const bool with_new = split == SPLITS - 1 && warp == warps - 1;
+        const bool writes = number % QUERY_HEADS == 0 && stream < stage->inputs;
         const Page* pages = reinterpret_cast<const Page*>(layer.keys);
         const int64_t rows = int64_t(known * KV_HEADS + kv_head) * ROWS_A_PAGE;
         const Head::PagedRows::From from{pages, rows};
@@ -675,6 +675,7 @@ struct Machine {
       }
       const int64_t cache = int64_t(known * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
       T *keys = layer.keys + cache, *values = layer.values + cache;
+      const bool with_new = split == SPLITS - 1 && warp == warps - 1;
       const Head::Rows::From from{keys, values};
       Head::Rows some;
       some.load(from, first + warp * Head::CROWD, end, warps);
@@ -685,7 +686,7 @@ struct Machine {
       } else {
         head.see(some, from, first, end, warp, warps, with_new, no_bias);
       }
-      if (with_new && writes) remember(head, keys, values, seen);
+      if (with_new && number % QUERY_HEADS == 0 && (ANSWERS || stream < stage->inputs)) remember(head, keys, values, seen);
     });
   }
 

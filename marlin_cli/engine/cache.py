@@ -78,6 +78,7 @@ class Rows:
 
     def emptied(self) -> "Rows":
         """As many rows of storage as here, none of which is in use."""
+        assert self._storage is not None
         made = Rows(self._rows_per_step)
         made._storage = mx.zeros_like(self._storage)
         return made
@@ -262,7 +263,7 @@ class Pages:
         return bool(self._open) and 0 < self._open[0].count < ROWS_PER_PAGE
 
     def with_room(self) -> list[Part]:
-        """The storage of each page, with room for a row or more in the last; there are rows. Whoever writes says so to `wrote`."""
+        """The storage of each page, with room for a row or more in the last; there are rows. Who writes says so to `wrote`."""
         if self._open[0].count == ROWS_PER_PAGE:
             self._open = [rows.emptied() for rows in self._open]
         full = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]

@@ -351,7 +351,7 @@ class StageOnDevice:
 
 
 class PagePlaces(NamedTuple):
-    """Where a page's rows stand in the device's memory: words [streams, kv_heads, page_rows, words], or numbers without scales."""
+    """Where a page's rows stand in memory: words [streams, kv_heads, page_rows, words] and scales, or numbers without them."""
 
     keys: int
     key_scales: int

@@ -14,7 +14,7 @@ E4M3 = np.array(
 
 
 def pack_rows(rows: mx.array, bits: int) -> Packed:
-    """What `reference.pack_rows` gives there: mxfp8 under the smallest power of two that clips none, nvfp4 under largest / 6."""
+    """What `reference.pack_rows` gives there: mxfp8 under the least power of two that clips none, nvfp4 under largest / 6."""
     if mx.cuda.is_available():
         return reference.pack_rows(rows, bits)
     group = PACKED_MODES[bits][1]
