@@ -138,7 +138,7 @@ struct Head {
       const Page* pages;
       int64_t first;  // row of the head in each page
     };
-    static constexpr int DEEP = KEY_BITS + VALUE_BITS > 16 ? DEEP_BY_BLOCKS : 2 * DEEP_BY_BLOCKS;
+    static constexpr int DEEP = DEEP_BY_BLOCKS;
     static constexpr bool PACKED = true;
     StoredRow<KEY_BITS> keys[DEEP];
     StoredRow<VALUE_BITS> values[DEEP];
@@ -165,13 +165,15 @@ struct Head {
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
     int base = first + warp * CROWD;
-    if constexpr (Some::PACKED) {  // what decodes is long, and stands here once
+    if constexpr (Some::PACKED) {  // decoding takes as long as what is on its way; its text is long, and stands here once
 #pragma unroll 1
       while (true) {
+        Some others;
+        const int following = base + Some::DEEP * warps * CROWD;
+        others.load(from, following, end, warps);
         take(some, base, end, warps, with_new, bias);
-        base += Some::DEEP * warps * CROWD, with_new = false;
-        if (base >= end) break;
-        some.load(from, base, end, warps);
+        if (following >= end) break;
+        some = others, base = following, with_new = false;
       }
     } else {
       take(some, base, end, warps, with_new, bias);

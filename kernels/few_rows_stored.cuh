@@ -68,10 +68,11 @@ __device__ __forceinline__ uint32_t e4m3_of(float magnitude) {
   return min((bits + 0x7ffff + (bits >> 20 & 1)) >> 20, ((127 - 7) << 3) + 0x7eu) - ((127 - 7) << 3);
 }
 
-// E2M1 of a magnitude, to nearest, ties to even, at most 6; of what is no number, 6.
+// E2M1 of a magnitude, to nearest, ties to even, at most 6; of what is no number, 6. Below 1 as above.
 __device__ __forceinline__ uint32_t e2m1_of(float magnitude) {
-  return !(magnitude <= 0.25f) + !(magnitude < 0.75f) + !(magnitude <= 1.25f) + !(magnitude < 1.75f) + !(magnitude <= 2.5f) +
-         !(magnitude < 3.5f) + !(magnitude <= 5.0f);
+  if (magnitude < 1.0f) return __float_as_uint(magnitude + power_of_two<22>()) - __float_as_uint(power_of_two<22>());
+  const uint32_t bits = __float_as_uint(magnitude);
+  return min((bits + 0x1fffff + (bits >> 22 & 1)) >> 22, ((127 - 1) << 1) + 7u) - ((127 - 1) << 1);
 }
 
 // E8M0 of a magnitude: the smallest power of two that is no smaller; of what is no number, none.

@@ -50,9 +50,11 @@ class SharedByOperations(PatchDecoder):
         self._network = network
         self._open: tuple[Sequence[KeyValueCache], int] | None = None  # caches and slot of a patch without what follows it
 
-    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+    def enter(
+        self, condition: mx.array, before: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None
+    ) -> None:
         self._open, self._filler = None, padding
-        super().enter(condition, given, caches, padding)
+        super().enter(condition, before, given, caches, padding)
 
     def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
         self._close()

@@ -259,7 +259,7 @@ class Lockstep:
         lacking = self.config.patch_size - finest.tokens
         if not on_gpu.going:
             assert finest.condition is not None
-            on_gpu.decoder.enter(finest.condition, self._tail(), layers, self._left_padding)
+            on_gpu.decoder.enter(finest.condition, self._before_patch, self._tail(), layers, self._left_padding)
         room = self._most - max(self.positions) - lacking
         ids = on_gpu.next(layers, sampling, noise, Wanted(steps, lacking, most, room))
         self._sequence_cache_bytes = on_gpu.decoder.sequence_cache_bytes

@@ -2,10 +2,12 @@
 
 import mlx.core as mx
 import numpy as np
+import packed_rows
 import pytest
 from cuda_emulator import OwnQueue, compiler, emulate
 from mlx.utils import tree_map
 
+from marlin_cli.engine import cache as engine_cache
 from marlin_cli.engine import cuda_patches, decoding, whole_patches
 from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
 from marlin_cli.engine.decoding import CacheBits, Lockstep
@@ -331,9 +333,8 @@ def test_what_is_left_to_operations(monkeypatch):
     taken = network_of()
     assert patch_decoder(taken, 64) is not None and patch_decoder(taken, 65) is None
     for options in (
-        {"layout": "paper", "local_positions": "none"},
+        {"layout": "megabyte_pytorch", "local_positions": "none"},
         {"token_shift": True},
-        {"global_positions": "learned"},
         {"global_head_dim": 24},
         {"global_dim": 60, "global_heads": 2, "global_head_dim": 16},
     ):
@@ -358,3 +359,40 @@ def test_no_block_has_logits_alone(monkeypatch):
     monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
     stage = local_stage(network_of())
     assert cuda_stages.blocks_of(stage) == 12 and stage.last.rows == 256  # of 3 x 32 rows of q, k and v, and 96 of gate
+
+
+LAYOUTS = {
+    "paper": {"layout": "paper", "global_positions": "learned", "ffn": "relu", "norm": "layernorm"},
+    "paper without pads": {"layout": "paper", "global_positions": "learned+rope", "start_tokens": False},
+    "prefix, learned": {"global_positions": "learned"},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "format", "bits", "sampling"),
+    [
+        ("paper without pads", "mxfp8", CacheBits(), Sampling(0.9, top_k=50)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+            ("paper", None, CacheBits(), Sampling()), ("paper", "nvfp4", CacheBits(16, 4), Sampling(1.0)),
+            ("prefix, learned", None, CacheBits(), Sampling()), ("paper", "int8", CacheBits(), Sampling(1.0)),
+        )),
+    ],
+)  # fmt: skip
+def test_layouts(layout, format, bits, sampling, monkeypatch):
+    """Bytes of whole patches are those of operations: conditions by byte, the id before a patch, positions of patches."""
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(engine_cache, "pack_rows", packed_rows.pack_rows)
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    wide = {"byte_dim": 32, "global_dim": 128} if format else {}
+    network = network_of(format=format, **LAYOUTS[layout], **wide)
+    assert patch_decoder(network, 3, bits) is not None
+    prompts = [b"abcdefgh", b"abcd", b"", b"abcdefghi", b"bcdefghijk"]
+    found = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=15), sampling, bits):
+            streams[piece.stream] += piece.data
+        found.append(streams)
+    assert found[0] == found[1] and {len(stream) for stream in found[0]} == {15}
