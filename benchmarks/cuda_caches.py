@@ -1,12 +1,14 @@
 """Whole patches on an NVIDIA GPU over keys and values of 16, 8 and 4 bits: bytes a second by context, and whether bytes agree.
 
     python benchmarks/cuda_caches.py [--models demo,166M] [--parts 166M] [--contexts 2048,28672,131072] [--bytes 512]
-        [--rounds 3] [--check 128]
+        [--rounds 3] [--check 128] [--operations]
+
+166M is marlin's own shape and `paper` the same in the paper's layout, with random weights.
 
 Bytes that are drawn after the prompt is read, ids on the host; the best of some rounds. Of models in `--parts` the time of the
 launches by part too, from kernels that keep account of it. `--check N` has the demo write N greedy bytes by whole patches and
 operation by operation, which round at different places, in float32 and in bfloat16: the share that is the same, and the first
-that is not. Kernels are compiled before anything is timed, all at once.
+that is not. `--operations` measures decoding operation by operation too. Kernels are compiled before anything is timed, all at once.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def network_of(name: str, dtype: mx.Dtype) -> MegaByte:
     if name == "demo":
         return MegaByteModel.from_pretrained("megabyte-demo", device="cuda", dtype=dtype).network
     mx.random.seed(0)
-    network = MegaByte(MegaByteConfig(max_bytes=1 << 18))
+    network = MegaByte(MegaByteConfig(max_bytes=1 << 18, layout="paper" if name == "paper" else "prefix"))
     network.set_dtype(dtype)
     mx.eval(network.parameters())
     return network
@@ -89,7 +91,7 @@ def decode(state: Lockstep, noise: Noise, count: int) -> None:
         done += state.advance(Sampling(), noise, count - done).shape[1]
 
 
-def rates(name: str, network: MegaByte, context: int, count: int, rounds: int, *, parts: bool) -> None:
+def rates(name: str, network: MegaByte, context: int, count: int, rounds: int, *, parts: bool, operations: bool) -> None:
     """Bytes a second behind a context, and microseconds of a patch by part."""
     prompt, patch = prompt_of(context), network.config.patch_size
     for each in BITS:
@@ -101,13 +103,21 @@ def rates(name: str, network: MegaByte, context: int, count: int, rounds: int, *
             decode(state, noise, count)
             best = max(best, count / (time.perf_counter() - start))
         size, took = state.cache_bytes["global"], ""
+        if operations:
+            by_patches, decoding.patch_decoder = decoding.patch_decoder, lambda *_: None
+            state = Lockstep(network, [prompt], bits)
+            decoding.patch_decoder = by_patches
+            decode(state, noise, 2 * patch)
+            start = time.perf_counter()
+            decode(state, noise, 16 * patch)
+            took = f"; operation by operation {16 * patch / (time.perf_counter() - start):,.0f}"
         if parts:
             state = Lockstep(network, [prompt], bits, decoder=cuda_patches.patch_decoder(network, 1, bits, timed=True))
             decode(state, noise, 4 * patch)
             before = state.part_seconds or {}
             decode(state, noise, 32 * patch)
             after = state.part_seconds or {}
-            took = "; us a patch: " + ", ".join(f"{part} {(after[part] - before[part]) / 32e-6:,.0f}" for part in after)
+            took += "; us a patch: " + ", ".join(f"{part} {(after[part] - before[part]) / 32e-6:,.0f}" for part in after)
         print(f"{name}, {context:,} bytes, {each} bits kept, {size / 1e6:,.1f} MB: {best:,.0f} bytes/s{took}", flush=True)
 
 
@@ -119,6 +129,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--check", type=int, default=0)
+    parser.add_argument("--operations", action="store_true")
     arguments = parser.parse_args()
     names = arguments.models.split(",")
     networks = {name: network_of(name, mx.bfloat16) for name in names}
@@ -136,7 +147,15 @@ def main() -> None:
         room = network.config.max_bytes - (arguments.rounds + 1) * arguments.bytes
         for context in map(int, arguments.contexts.split(",")):
             if context <= room:
-                rates(name, network, context, arguments.bytes, arguments.rounds, parts=name in parts)
+                rates(
+                    name,
+                    network,
+                    context,
+                    arguments.bytes,
+                    arguments.rounds,
+                    parts=name in parts,
+                    operations=arguments.operations,
+                )
 
 
 if __name__ == "__main__":
