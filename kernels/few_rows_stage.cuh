@@ -37,7 +37,7 @@ struct Stage {
   const T* bias;            // [heads, 2 * REACH + 1]: what is added to scores by distance
   const int32_t* lengths;   // [inputs] states that are no filler; null: all
   Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
-  int32_t capacity, states;
+  int32_t capacity, states;  // states: of a memory; rows in a global stage's cache, which the launch puts there
   float log2_theta, scale, eps;
   int32_t inputs;  // of a decoder; else streams that are no filler
   const T* positions;  // where PLACED: [patches, dim], added to what FIRST gives
@@ -123,8 +123,7 @@ struct Machine {
   unsigned long long *spent, since, begun;  // where TIMED, of thread 0 of block 0: cycles by kind; when the last one ended; begin
   PartSums parts;  // where GPUs share the stage
   Weights sent;
-  int seen;                // of a global stage: rows in the caches, and of each stream those that are filler, or null
-  const int32_t* padding;
+  const int32_t* padding;  // where PLACED: filler rows of each stream's cache, or null
   static constexpr int X_ROUNDS = Job<OUT>::rounds(), X_OUTPUTS = Job<OUT>::own_outputs();
   float residual[X_ROUNDS][X_OUTPUTS];
 
@@ -662,7 +661,7 @@ struct Machine {
   // Into how many a head's rows are split: many rows into more, as each has to be joined.
   __device__ __forceinline__ int splits() const {
     if constexpr (SPLITS == NEAR_SPLITS || (WINDOW >= 0 && WINDOW < FAR_ROWS)) return NEAR_SPLITS;
-    return seen < FAR_ROWS ? NEAR_SPLITS : SPLITS;
+    return stage->states < FAR_ROWS ? NEAR_SPLITS : SPLITS;
   }
 
   __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
@@ -723,8 +722,9 @@ struct Machine {
     constexpr int SOME = SPLITS < 4 ? SPLITS : 4;
     const int first = (row * HEADS + column / HEAD_DIM) * SPLITS * SEEN, place = column % HEAD_DIM;
     float peak = NOTHING_SEEN, weight = 0.0f;
-#pragma unroll 1
-    for (int begin = 0; begin < used; begin += SOME) {
+#pragma unroll
+    for (int begin = 0; begin < SPLITS; begin += SOME) {
+      if (begin >= used) break;
       float seen[SOME][COUNT], ends[SOME][2];
       bool there[SOME];
 #pragma unroll
@@ -836,7 +836,7 @@ struct Machine {
     multiply_all<PART>(linear, come, [&](int round, int n, int, int row, int column, float one, float, bool there) {
       if constexpr (PART != FIRST) one += residual[round][n];
       if constexpr (PART == FIRST && PLACED) {
-        const int place = seen - (padding == nullptr || !there ? 0 : padding[row]);  // filler stands before the first
+        const int place = stage->states - (padding == nullptr || !there ? 0 : padding[row]);  // filler stands before the first
         if (there) one += to_float(stage->positions[int64_t(max(place, 0)) * DIM + column]);
       }
       residual[round][n] = one;

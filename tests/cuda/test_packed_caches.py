@@ -19,6 +19,7 @@ from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.stage_caches import GraphCache
 from marlin_cli.engine.stopping import Stopping
+from marlin_cli.ops import cuda_stages
 from marlin_cli.ops.cuda_stages import takes_stage
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(compiler() is None, reason="no C++ compiler on Linux here")]
@@ -55,8 +56,10 @@ EACH_CASE = pytest.mark.parametrize(
 
 def check_steps(options, bits, streams):
     """Patches behind a cache that MLX began, some of it filler, in the last row of a page and in the next page."""
-    network = with_small_values(network_of(**WIDE, **options))
-    stage = replace(global_stage(network), key_bits=bits.keys, value_bits=bits.values, page_rows=ROWS_PER_PAGE)
+    network = with_small_values(network_of(**{**WIDE, **options}))
+    stage = global_stage(network)
+    if bits.is_packed:
+        stage = replace(stage, key_bits=bits.keys, value_bits=bits.values, page_rows=ROWS_PER_PAGE)
     assert takes_stage(stage, streams)
     padding = mx.array([row % 2 for row in range(streams)]) if streams > 1 else None
     filler = [] if padding is None else padding.tolist()
@@ -72,7 +75,10 @@ def check_steps(options, bits, streams):
         ids = random_ids(streams, network.config.patch_size, patch + 1)[..., 0]
         hidden = other.run(network.token_rows(0, ids[:, None], 0, None))[:, -1]
         expected = network.to_next(0, hidden)[:, 0]
-        pages.use(own.layers, [(0, device)])
+        if bits.is_packed:
+            pages.use(own.layers, [(0, device)])
+        else:
+            device.set_caches([layer.with_room() for layer in own.layers])
         given = to_device(queue, ids)
         mx.synchronize()
         device.step(given.address, begun + patch, 0 if filled is None else filled.address, out.address)
@@ -92,6 +98,14 @@ def check_steps(options, bits, streams):
 @EACH_CASE
 def test_rows_are_packed_bit_for_bit(options, bits, streams):
     check_steps(options, bits, streams)
+
+
+@pytest.mark.parametrize("bits", [CacheBits(8, 8), pytest.param(CacheBits(), marks=pytest.mark.slow)])
+def test_many_rows_are_split_among_more_blocks(bits, monkeypatch):
+    """From the third patch on: what is few is joined of four parts."""
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 7)
+    check_steps({"global_heads": 1}, bits, 1)
 
 
 FAULTS = {
