@@ -1,5 +1,7 @@
 """Whole stages in one launch against the network's own layers: on a GPU where there is one, else in the emulator."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import packed_rows
@@ -7,10 +9,13 @@ import pytest
 from cuda_emulator import OwnQueue, compiler, emulate
 from mlx.utils import tree_map
 
+from marlin_cli import api
+from marlin_cli.commands import bench_output
 from marlin_cli.engine import cache as engine_cache
 from marlin_cli.engine import cuda_patches, decoding, whole_patches
 from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
 from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.stage_caches import GraphCache
@@ -340,6 +345,8 @@ def test_what_is_left_to_operations(monkeypatch):
     ):
         assert patch_decoder(network_of(**options), 1) is None, options
     assert patch_decoder(network_of(dtype=mx.float16), 1) is None
+    for bits in (CacheBits(window=Window()), CacheBits(share_left=0.1)):
+        assert patch_decoder(taken, 1, bits) is None
     mixed = QuantizationSettings(global_format="nvfp4", overrides={r"global\.layers\.1\..*v_proj": "mxfp8"})
     assert patch_decoder(quantize_network(taken, mixed, method="rtn").network, 1) is None
     monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 8_000)
@@ -352,6 +359,24 @@ def test_what_is_left_to_operations(monkeypatch):
     monkeypatch.setenv("MARLIN_PATCHES", "steps")
     with pytest.raises(UsageError, match="MARLIN_PATCHES"):
         whole_patches.patch_decoder(taken, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "bits", "said"),
+    [
+        ({}, (8, 4), "the kernels know every part"),
+        ({"layout": "paper"}, (16, 16), "the kernels know every part"),
+        ({"token_shift": True}, (8, 8), "a token shift"),
+    ],
+)
+def test_bench_says_which_path_decodes(options, bits, said, monkeypatch):
+    loaded = SimpleNamespace(network=network_of(**options), cache_bits=CacheBits(*bits))
+    tables = []
+    monkeypatch.setattr(api, "load", lambda model, device, kv_bits: loaded if kv_bits == bits else None)
+    monkeypatch.setattr(bench_output.console, "table", lambda *arguments, **options: tables.append(arguments))
+    bench_output._show_whole(["a model"], bits)
+    ((_, _, rows),) = tables
+    assert [row[3] for row in rows] == [said] * 3
 
 
 def test_no_block_has_logits_alone(monkeypatch):
