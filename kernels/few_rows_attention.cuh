@@ -96,7 +96,7 @@ struct Head {
       const T *keys, *values;
     };
     static constexpr int DEEP = BY_BLOCKS ? DEEP_BY_BLOCKS : 2;
-    static constexpr bool PACKED = false;
+    static constexpr bool PACKED = false, AHEAD = false;
     Loaded<T, 8> keys[DEEP], values[DEEP];
 
     // A local stage's rows are this warp's own.
@@ -118,7 +118,7 @@ struct Head {
       int64_t first;  // row of the head
     };
     static constexpr int DEEP = DEEP_BY_BLOCKS;
-    static constexpr bool PACKED = MEMORY_BITS < 16;
+    static constexpr bool PACKED = MEMORY_BITS < 16, AHEAD = false;
     StoredRow<MEMORY_BITS> keys[DEEP], values[DEEP];
 
     __device__ __forceinline__ void load(const From& from, int base, int end, int warps) {
@@ -139,7 +139,7 @@ struct Head {
       int64_t first;  // row of the head in each page
     };
     static constexpr int DEEP = DEEP_BY_BLOCKS;
-    static constexpr bool PACKED = true;
+    static constexpr bool PACKED = true, AHEAD = true;  // the next rows on their way while some are decoded
     StoredRow<KEY_BITS> keys[DEEP];
     StoredRow<VALUE_BITS> values[DEEP];
 
@@ -165,7 +165,7 @@ struct Head {
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
     int base = first + warp * CROWD;
-    if constexpr (Some::PACKED) {  // decoding takes as long as what is on its way; its text is long, and stands here once
+    if constexpr (Some::AHEAD) {  // decoding takes as long as what is on its way; its text is long, and stands here once
 #pragma unroll 1
       while (true) {
         Some others;
