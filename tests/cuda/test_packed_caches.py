@@ -100,9 +100,13 @@ def test_rows_are_packed_bit_for_bit(options, bits, streams):
     check_steps(options, bits, streams)
 
 
-@pytest.mark.parametrize("bits", [CacheBits(8, 8), pytest.param(CacheBits(), marks=pytest.mark.slow)])
-def test_many_rows_are_split_among_more_blocks(bits, monkeypatch):
-    """From the third patch on: what is few is joined of four parts."""
+@pytest.mark.parametrize(
+    ("bits", "looks"),
+    [(CacheBits(), 50_000), *(pytest.param(CacheBits(8, 8), looks, marks=pytest.mark.slow) for looks in (50_000, 0))],
+)
+def test_many_rows_are_split_among_more_blocks(bits, looks, monkeypatch):
+    """From the third patch on: what is few is joined of four parts. With values looked at, and with barriers."""
+    monkeypatch.setattr(cuda_stages, "MOST_LOOKS", looks)
     if not mx.cuda.is_available():
         monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 7)
     check_steps({"global_heads": 1}, bits, 1)
