@@ -112,7 +112,7 @@ def main() -> None:
             written: dict[str, bytes] = {}
             for _ in range(arguments.rounds + 1):
                 for key, run in sides.items():
-                    decoding.patch_decoder = (lambda network, streams: None) if "operations" in key else whole_patches
+                    decoding.patch_decoder = (lambda *_: None) if "operations" in key else whole_patches
                     took, written[key] = run()
                     rates[key].append(arguments.bytes * streams / took)
             medians = {key: statistics.median(each[1:]) for key, each in rates.items()}

@@ -164,7 +164,7 @@ class Decoding:
         assert isinstance(decoder, CompiledPatches) and condition is not None
         layers = self.state._layers_in_place()
         with mock.patch.object(mx, "async_eval", lambda *arrays: None):
-            decoder.enter(condition, self.state._tail(), layers, None)
+            decoder.enter(condition, self.state._before_patch, self.state._tail(), layers, None)
             patch = decoder.queue(layers, Sampling(), self.noise, more)
         if patch.following is None:
             return [patch.ids]

@@ -2,7 +2,8 @@
 //
 // A group of lanes holds one key at a time, each lane 8 values of it and of the running output. The new key and value are in no
 // cache yet: they come as the products left them, are normalised and rotated here, and one warp puts them into the cache.
-// A decoder's rows of a memory are numbers of 16 bits (float32 of that type), or packed as a cache packs them.
+// A decoder's rows of a memory are numbers of 16 bits (float32 of that type), or packed as a cache packs them; so are the rows of a
+// packed cache, in pages.
 
 namespace marlin {
 
@@ -15,60 +16,6 @@ constexpr int ROW_STRIDE = ANSWERS ? STREAMS * KV_HEADS * HEAD_DIM : HEAD_DIM;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NOTHING_SEEN = -1e30f;  // a running maximum before the first key; finite, so that differences are numbers
 
-// COUNT (2, 4 or 8) values side by side, on their way until they are asked for: what is asked for too early is waited for.
-template <typename From, int COUNT>
-struct Loaded {
-  static constexpr int WORDS = COUNT * sizeof(From) / 4;
-  uint32_t words[WORDS];
-
-  // PAST_FIRST: not from the first cache, which does not know what other blocks have written.
-  template <bool PAST_FIRST>
-  __device__ __forceinline__ void load(const From* from) {
-    if constexpr (WORDS % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < WORDS; i += 4) {
-        const uint4* place = reinterpret_cast<const uint4*>(from) + i / 4;
-        const uint4 four = PAST_FIRST ? __ldcg(place) : *place;
-        words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
-      }
-    } else if constexpr (WORDS == 2) {
-      const uint2* place = reinterpret_cast<const uint2*>(from);
-      const uint2 two = PAST_FIRST ? __ldcg(place) : *place;
-      words[0] = two.x, words[1] = two.y;
-    } else {
-      const uint32_t* place = reinterpret_cast<const uint32_t*>(from);
-      words[0] = PAST_FIRST ? __ldcg(place) : *place;
-    }
-  }
-
-  __device__ __forceinline__ float operator[](int i) const {
-    if constexpr (sizeof(From) == 4) return __uint_as_float(words[i]);
-    return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-  }
-};
-
-template <bool PAST_FIRST = true, typename From, int COUNT>
-__device__ __forceinline__ void load_values(const From* from, float (&values)[COUNT]) {
-  Loaded<From, COUNT> loaded;
-  loaded.template load<PAST_FIRST>(from);
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) values[i] = loaded[i];
-}
-
-// Eight values side by side to memory.
-template <typename To>
-__device__ __forceinline__ void store_values(To* to, const float (&values)[8]) {
-  if constexpr (sizeof(To) == 2) {
-    uint32_t pairs[4];
-#pragma unroll
-    for (int p = 0; p < 4; p++) pairs[p] = pair_of<false>(values[2 * p], values[2 * p + 1]);
-    *reinterpret_cast<uint4*>(to) = uint4{pairs[0], pairs[1], pairs[2], pairs[3]};
-  } else {
-    reinterpret_cast<float4*>(to)[0] = float4{values[0], values[1], values[2], values[3]};
-    reinterpret_cast<float4*>(to)[1] = float4{values[4], values[5], values[6], values[7]};
-  }
-}
-
 // Cosines and sines of one position: [head_dim / 2][2].
 __device__ __forceinline__ void fill_rotation(float* rotation, float log2_theta, int position, int first, int stride) {
   constexpr int HALF = HEAD_DIM / 2;
@@ -78,38 +25,6 @@ __device__ __forceinline__ void fill_rotation(float* rotation, float log2_theta,
     rotation[2 * i] = cosine, rotation[2 * i + 1] = sine;
   }
 }
-
-// Eight values of a row [states, HEAD_DIM] of keys or values, on their way until they are asked for.
-template <int BITS>
-struct StoredRow {
-  static constexpr int WORDS = 8 * BITS / 32, GROUP = BITS == 8 ? 32 : 16;
-  uint32_t words[WORDS];
-  uint8_t scale;
-
-  __device__ __forceinline__ void load(const void* rows, const void* scales, int64_t row, int piece) {
-    const uint32_t* from = static_cast<const uint32_t*>(rows) + (row * (HEAD_DIM / 8) + piece) * WORDS;
-    if constexpr (BITS == 8) {
-      const uint2 two = *reinterpret_cast<const uint2*>(from);
-      words[0] = two.x, words[1] = two.y;
-    } else {
-      words[0] = *from;
-    }
-    scale = static_cast<const uint8_t*>(scales)[(row * HEAD_DIM + piece * 8) / GROUP];
-  }
-
-  __device__ __forceinline__ float operator[](int i) const {
-    if constexpr (BITS == 8) return scale_of<true>(uint8_t(words[i / 4] >> i % 4 * 8)) * scale_of<false>(scale);
-    const uint32_t code = words[0] >> i * 4;
-    return __uint_as_float((code & 8u) << 28 | (code & 7u) << 22) * power_of_two<126>() * scale_of<true>(scale);
-  }
-};
-
-template <>
-struct StoredRow<16> : Loaded<T, 8> {
-  __device__ __forceinline__ void load(const void* rows, const void*, int64_t row, int piece) {
-    Loaded<T, 8>::template load<false>(static_cast<const T*>(rows) + row * HEAD_DIM + piece * 8);
-  }
-};
 
 struct Head {
   static constexpr int LANES = HEAD_DIM / 8, CROWD = 32 / LANES;  // lanes of a group, groups of a warp
@@ -181,6 +96,7 @@ struct Head {
       const T *keys, *values;
     };
     static constexpr int DEEP = BY_BLOCKS ? DEEP_BY_BLOCKS : 2;
+    static constexpr bool PACKED = false, AHEAD = false;
     Loaded<T, 8> keys[DEEP], values[DEEP];
 
     // A local stage's rows are this warp's own.
@@ -202,6 +118,7 @@ struct Head {
       int64_t first;  // row of the head
     };
     static constexpr int DEEP = DEEP_BY_BLOCKS;
+    static constexpr bool PACKED = MEMORY_BITS < 16, AHEAD = false;
     StoredRow<MEMORY_BITS> keys[DEEP], values[DEEP];
 
     __device__ __forceinline__ void load(const From& from, int base, int end, int warps) {
@@ -215,6 +132,30 @@ struct Head {
     }
   };
 
+  // The same of a packed cache. Its pages are found by a table that no launch writes to.
+  struct PagedRows {
+    struct From {
+      const Page* pages;
+      int64_t first;  // row of the head in each page
+    };
+    static constexpr int DEEP = DEEP_BY_BLOCKS;
+    static constexpr bool PACKED = true, AHEAD = true;  // the next rows on their way while some are decoded
+    StoredRow<KEY_BITS> keys[DEEP];
+    StoredRow<VALUE_BITS> values[DEEP];
+
+    __device__ __forceinline__ void load(const From& from, int base, int end, int warps) {
+#pragma unroll
+      for (int u = 0; u < DEEP; u++) {
+        if (base + u * warps * CROWD >= end) break;
+        const int row = min(base + u * warps * CROWD + group(), end - 1);
+        const Page page = from.pages[row / ROWS_A_PAGE];
+        const int64_t place = from.first + row % ROWS_A_PAGE;
+        keys[u].load(page.keys, page.key_scales, place, piece());
+        values[u].load(page.values, page.value_scales, place, piece());
+      }
+    }
+  };
+
   // Rows first .. end - 1, of which this is one of `warps` that share them, and the new row, if it is this one's. `some` are on
   // their way: the first ones of this warp. bias(row) is added to scores, in powers of two.
   template <typename Some, typename From, typename Bias>
@@ -224,10 +165,22 @@ struct Head {
 #pragma unroll
     for (int i = 0; i < 8; i++) seen[i] = 0.0f;
     int base = first + warp * CROWD;
-    take(some, base, end, warps, with_new, bias);
-    for (base += Some::DEEP * warps * CROWD; base < end; base += Some::DEEP * warps * CROWD) {
-      some.load(from, base, end, warps);
-      take(some, base, end, warps, false, bias);
+    if constexpr (Some::AHEAD) {  // decoding takes as long as what is on its way; its text is long, and stands here once
+#pragma unroll 1
+      while (true) {
+        Some others;
+        const int following = base + Some::DEEP * warps * CROWD;
+        others.load(from, following, end, warps);
+        take(some, base, end, warps, with_new, bias);
+        if (following >= end) break;
+        some = others, base = following, with_new = false;
+      }
+    } else {
+      take(some, base, end, warps, with_new, bias);
+      for (base += Some::DEEP * warps * CROWD; base < end; base += Some::DEEP * warps * CROWD) {
+        some.load(from, base, end, warps);
+        take(some, base, end, warps, false, bias);
+      }
     }
 #pragma unroll
     for (int offset = LANES; offset < 32; offset *= 2) {
@@ -241,6 +194,18 @@ struct Head {
   }
 
  private:
+  // The numbers of a row that is packed, or of the new one behind them, and what each is to be multiplied by.
+  template <int DEEP, typename Row>
+  static __device__ __forceinline__ float numbers_of(const Row (&rows)[DEEP], int u, const float (&fresh)[8], float (&numbers)[8]) {
+    if (u < DEEP) {
+      rows[u < DEEP ? u : 0].numbers(numbers);
+      return rows[u < DEEP ? u : 0].factor();
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) numbers[i] = fresh[i];
+    return 1.0f;
+  }
+
   // Some rows, and the new one, together: what one needs does not wait for another.
   template <typename Some, typename Bias>
   __device__ __forceinline__ void take(const Some& some, int base, int end, int warps, bool with_new, const Bias& bias) {
@@ -251,8 +216,17 @@ struct Head {
     for (int u = 0; u <= DEEP; u++) {
       there[u] = u < DEEP ? base + u * warps * CROWD + group() < end : with_new && group() == 0;
       scores[u] = 0.0f, more[u] = there[u] ? bias(u < DEEP ? base + u * warps * CROWD + group() : end) : 0.0f;
+      if constexpr (Some::PACKED) {
+        if (u < DEEP && base + u * warps * CROWD >= end) continue;  // for no lane
+        float numbers[8];
+        const float factor = numbers_of<DEEP>(some.keys, u, key, numbers);
 #pragma unroll
-      for (int i = 0; i < 8; i++) scores[u] += query[i] * (u < DEEP ? some.keys[u < DEEP ? u : 0][i] : key[i]);
+        for (int i = 0; i < 8; i++) scores[u] += query[i] * numbers[i];
+        scores[u] *= factor;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) scores[u] += query[i] * (u < DEEP ? some.keys[u < DEEP ? u : 0][i] : key[i]);
+      }
     }
 #pragma unroll
     for (int offset = 1; offset < LANES; offset *= 2) {
@@ -273,8 +247,15 @@ struct Head {
       if (!there[u]) continue;  // what stands there may be no number
       const float share = exp2f(scores[u] - highest);
       weight += share;
+      if constexpr (Some::PACKED) {
+        float numbers[8];
+        const float own = share * numbers_of<DEEP>(some.values, u, value, numbers);
 #pragma unroll
-      for (int i = 0; i < 8; i++) seen[i] += share * (u < DEEP ? some.values[u < DEEP ? u : 0][i] : value[i]);
+        for (int i = 0; i < 8; i++) seen[i] += own * numbers[i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++) seen[i] += share * (u < DEEP ? some.values[u < DEEP ? u : 0][i] : value[i]);
+      }
     }
   }
 };

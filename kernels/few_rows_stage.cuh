@@ -16,7 +16,7 @@ namespace marlin {
 // As `marlin_cli.ops.cuda_stages` lays them out.
 struct Layer {
   const T *attention_norm, *ffn_norm, *query_norm, *key_norm;  // the last two may be null
-  T *keys, *values;  // [streams, kv_heads, capacity, head_dim]; of a local stage see OWN_CACHE
+  T *keys, *values;  // [streams, kv_heads, capacity, head_dim]; of a local stage see `own_rows`; where PAGED, keys are its Pages
   Linear qkv[3], out, up[2], down;  // up: gate and up, or up alone
   // Of a decoder that reads a memory: [inputs, heads, states, head_dim], or words and scales of that.
   const T* memory_norm;
@@ -37,9 +37,10 @@ struct Stage {
   const T* bias;            // [heads, 2 * REACH + 1]: what is added to scores by distance
   const int32_t* lengths;   // [inputs] states that are no filler; null: all
   Linear first, last;       // of bytes to rows; of rows to logits or to the next stage's condition
-  int32_t capacity, states;
+  int32_t capacity, states;  // states: of a memory; rows in a global stage's cache, which the launch puts there
   float log2_theta, scale, eps;
   int32_t inputs;  // of a decoder; else streams that are no filler
+  const T* positions;  // where PLACED: [patches, dim], added to what FIRST gives
 };
 
 using Kept = marlin::Either<X_PARTS == 1, __nv_bfloat16, float>;  // what waits for a product
@@ -49,10 +50,13 @@ constexpr int QUERY_HEADS = HEADS / KV_HEADS;  // that share a head of the cache
 // In a local stage a warp attends alone to a head, of all heads in each block or of one; it has its cache for itself, in memory
 // that nobody else reads. Elsewhere all warps of a block share a head's rows.
 constexpr bool ALONE = !BY_BLOCKS && STREAMS * HEADS <= 2 * WARPS;
+constexpr bool PAGED = KEY_BITS < 16 || VALUE_BITS < 16;  // the cache is packed
+constexpr int NEAR_SPLITS = SPLITS < 4 ? SPLITS : 4;      // of a head's rows, while these are few
+constexpr int FAR_ROWS = NEAR_SPLITS * WARPS * (256 / HEAD_DIM) * DEEP_BY_BLOCKS;  // more than one look of each warp
 constexpr int CELLS_A_KEPT_PAIR = X_PARTS == 1 ? 1 : 2;
 // Whether a norm stands before a phase's product.
 template <int PART>
-constexpr bool HAS_NORM = PART == QKV || PART == UP || PART == LAST || PART == MEMORY_QUERY;
+constexpr bool HAS_NORM = PART == QKV || PART == UP || (PART == LAST && LAST_NORMED) || PART == MEMORY_QUERY;
 // Of x in a phase with a norm: values that a lane takes at once, and that a warp does.
 constexpr int NORMED_VALUES = TAGGED ? 2 : 8, SEGMENT = 32 * NORMED_VALUES, SEGMENTS = (DIM + SEGMENT - 1) / SEGMENT;
 constexpr int X_BUFFERS = TAGGED ? 2 : 1;  // without barriers a warp may still read one phase's x while another brings the next
@@ -119,6 +123,7 @@ struct Machine {
   unsigned long long *spent, since, begun;  // where TIMED, of thread 0 of block 0: cycles by kind; when the last one ended; begin
   PartSums parts;  // where GPUs share the stage
   Weights sent;
+  const int32_t* padding;  // where PLACED: filler rows of each stream's cache, or null
   static constexpr int X_ROUNDS = Job<OUT>::rounds(), X_OUTPUTS = Job<OUT>::own_outputs();
   float residual[X_ROUNDS][X_OUTPUTS];
 
@@ -482,6 +487,7 @@ struct Machine {
     const float* rotation = rotations + stream * HEAD_DIM;
     Head::prepare(head.query, layer.query_norm, stage->eps, rotation);
     Head::prepare(head.key, layer.key_norm, stage->eps, rotation);
+    if constexpr (PAGED) Head::spread(head.query);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       head.query[i] *= stage->scale * LOG2_E;
@@ -507,6 +513,22 @@ struct Machine {
     if constexpr (MEMORY_BITS < 16) Head::spread(head.query);
 #pragma unroll
     for (int i = 0; i < 8; i++) head.query[i] *= stage->scale * LOG2_E;
+  }
+
+  // Puts the new key and value into a page, turned and packed, and leaves them as the page would give them back. By a whole warp;
+  // `there` is not where the stream is filler, or where another head writes.
+  static __device__ __forceinline__ void remember_packed(Head& head, const Page& page, int64_t row, bool there) {
+    Head::spread(head.key);
+#pragma unroll
+    for (int i = 0; i < 8; i++) head.key[i] = to_float(from_float<T>(head.key[i]));
+    const auto key = StoredRow<KEY_BITS>::of(head.key);
+    const auto value = StoredRow<VALUE_BITS>::of(head.value);
+    if (there && Head::group() == 0) {
+      key.store(page.keys, page.key_scales, row, Head::piece()), value.store(page.values, page.value_scales, row, Head::piece());
+    }
+    key.numbers(head.key), value.numbers(head.value);
+#pragma unroll
+    for (int i = 0; i < 8; i++) head.key[i] *= key.factor(), head.value[i] *= value.factor();
   }
 
   // Puts the new key and value behind `seen` rows.
@@ -604,6 +626,7 @@ struct Machine {
     };
     for (int task = crew * BLOCKS + blockIdx.x; task < TASKS; task += CREWS * BLOCKS) {
       const int split = task % COUNT, number = task / COUNT % HEADS, stream = task / COUNT / HEADS;
+      if (READER == OUT && split >= splits()) continue;
       Head head;
       see(head, stream, number, split, warp, SIZE);
       if (Head::group() == 0) {
@@ -635,16 +658,35 @@ struct Machine {
     }
   }
 
+  // Into how many a head's rows are split: many rows into more, as each has to be joined.
+  __device__ __forceinline__ int splits() const {
+    if constexpr (SPLITS == NEAR_SPLITS || (WINDOW >= 0 && WINDOW < FAR_ROWS)) return NEAR_SPLITS;
+    return stage->states < FAR_ROWS ? NEAR_SPLITS : SPLITS;
+  }
+
   __device__ __forceinline__ void attend_by_blocks(const Layer& layer, int seen, const int32_t* padding) {
     attend_by_crews<OUT, SPLITS>([&](Head& head, int stream, int number, int split, int warp, int warps) {
       int start = padding == nullptr ? 0 : padding[stream];
       if constexpr (WINDOW >= 0) start = max(start, seen - WINDOW);
-      const int count = seen - start, first = start + int(int64_t(count) * split / SPLITS);
-      const int end = start + int(int64_t(count) * (split + 1) / SPLITS), kv_head = number / QUERY_HEADS;
+      const int count = seen - start, first = start + int(int64_t(count) * split / splits());
+      const int end = start + int(int64_t(count) * (split + 1) / splits()), kv_head = number / QUERY_HEADS;
       const int known = ANSWERS ? stream : min(stream, stage->inputs - 1);  // filler reads what there is
+      if constexpr (PAGED) {
+        const bool with_new = split == splits() - 1 && warp == warps - 1;
+        const bool writes = number % QUERY_HEADS == 0 && stream < stage->inputs;
+        const Page* pages = reinterpret_cast<const Page*>(layer.keys);
+        const int64_t rows = int64_t(known * KV_HEADS + kv_head) * ROWS_A_PAGE;
+        const Head::PagedRows::From from{pages, rows};
+        Head::PagedRows some;
+        some.load(from, first + warp * Head::CROWD, end, warps);
+        prepare(head, layer, stream, number);
+        if (with_new) remember_packed(head, pages[seen / ROWS_A_PAGE], rows + seen % ROWS_A_PAGE, writes);
+        head.see(some, from, first, end, warp, warps, with_new, no_bias);
+        return;
+      }
       const int64_t cache = int64_t(known * KV_HEADS + kv_head) * (ANSWERS ? 1 : stage->capacity) * HEAD_DIM;
       T *keys = layer.keys + cache, *values = layer.values + cache;
-      const bool with_new = split == SPLITS - 1 && warp == warps - 1;
+      const bool with_new = split == splits() - 1 && warp == warps - 1;
       const Head::Rows::From from{keys, values};
       Head::Rows some;
       some.load(from, first + warp * Head::CROWD, end, warps);
@@ -673,48 +715,68 @@ struct Machine {
     });
   }
 
-  // What SPLITS splits have seen, joined: COUNT values of a head, `place` of them in a part.
+  // What splits have seen, `used` of SPLITS, joined: COUNT values of a head, `place` of them in a part. Some are loaded together,
+  // as each takes long.
   template <int SPLITS, int COUNT>
-  __device__ __forceinline__ void join(int row, int column, float (&values)[COUNT]) {
+  __device__ __forceinline__ void join(int used, int row, int column, float (&values)[COUNT]) {
+    constexpr int SOME = SPLITS < 4 ? SPLITS : 4;
     const int first = (row * HEADS + column / HEAD_DIM) * SPLITS * SEEN, place = column % HEAD_DIM;
-    float seen[SPLITS][COUNT], ends[SPLITS][2], peak = NOTHING_SEEN, weight = 0.0f;
-    if constexpr (TAGGED) {
-      static_assert(COUNT == 2);
-      const Cell* cells[2 * SPLITS];
-      bool there[2 * SPLITS];
-      uint32_t bits[2 * SPLITS][2];
+    float peak = NOTHING_SEEN, weight = 0.0f;
 #pragma unroll
-      for (int split = 0; split < SPLITS; split++) {
-        const Cell* part = static_cast<const Cell*>(stage->parts) + first + split * SEEN;
-        cells[2 * split] = part + place, cells[2 * split + 1] = part + HEAD_DIM, there[2 * split] = there[2 * split + 1] = true;
-      }
-      read_cells(grid, cells, there, phase, bits);
+    for (int begin = 0; begin < SPLITS; begin += SOME) {
+      if (begin >= used) break;
+      float seen[SOME][COUNT], ends[SOME][2];
+      bool there[SOME];
 #pragma unroll
-      for (int split = 0; split < SPLITS; split++) {
+      for (int i = 0; i < SOME; i++) there[i] = SPLITS == SOME || begin + i < used;
+      if constexpr (TAGGED) {
+        static_assert(COUNT == 2);
+        const Cell* cells[2 * SOME];
+        bool looked_at[2 * SOME];
+        uint32_t bits[2 * SOME][2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          seen[split][i] = __uint_as_float(bits[2 * split][i]), ends[split][i] = __uint_as_float(bits[2 * split + 1][i]);
+        for (int i = 0; i < SOME; i++) {
+          const Cell* part = static_cast<const Cell*>(stage->parts) + first + (begin + i) * SEEN;
+          cells[2 * i] = part + place, cells[2 * i + 1] = part + HEAD_DIM, looked_at[2 * i] = looked_at[2 * i + 1] = there[i];
+        }
+        read_cells(grid, cells, looked_at, phase, bits);
+#pragma unroll
+        for (int i = 0; i < SOME; i++) {
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            seen[i][n] = __uint_as_float(bits[2 * i][n]), ends[i][n] = __uint_as_float(bits[2 * i + 1][n]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < SOME; i++) {
+          if (!there[i]) continue;
+          const float* part = static_cast<const float*>(stage->parts) + first + (begin + i) * SEEN;
+          load_values(part + HEAD_DIM, ends[i]), load_values(part + place, seen[i]);
         }
       }
-    } else {
+      float highest = peak;
 #pragma unroll
-      for (int split = 0; split < SPLITS; split++) {  // loaded together, as each takes long
-        const float* part = static_cast<const float*>(stage->parts) + first + split * SEEN;
-        load_values(part + HEAD_DIM, ends[split]), load_values(part + place, seen[split]);
+      for (int i = 0; i < SOME; i++) highest = there[i] ? fmaxf(highest, ends[i][0]) : highest;
+      if (begin > 0) {
+        const float shrink = exp2f(peak - highest);
+        weight *= shrink;
+#pragma unroll
+        for (int n = 0; n < COUNT; n++) values[n] *= shrink;
       }
-    }
+      peak = highest;
 #pragma unroll
-    for (int split = 0; split < SPLITS; split++) peak = fmaxf(peak, ends[split][0]);
+      for (int i = 0; i < SOME; i++) {
+        if (!there[i]) continue;
+        const float share = exp2f(ends[i][0] - peak);
+        weight += share * ends[i][1];
 #pragma unroll
-    for (int split = 0; split < SPLITS; split++) {
-      const float share = exp2f(ends[split][0] - peak);
-      weight += share * ends[split][1];
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) values[i] += share * seen[split][i];
+        for (int n = 0; n < COUNT; n++) values[n] += share * seen[i][n];
+      }
     }
     weight = 1.0f / weight;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) values[i] *= weight;
+    for (int n = 0; n < COUNT; n++) values[n] *= weight;
   }
 
   template <int PART>
@@ -726,7 +788,7 @@ struct Machine {
       bring<PART, NORMED_VALUES>(nullptr, [&](const auto& mine, auto& values) {
 #pragma unroll
         for (int n = 0; n < marlin::Plain<decltype(mine)>::AT_ONCE; n++) {
-          if (mine.there[n]) join<COUNT>(mine.row[n], mine.column[n], values[n]);
+          if (mine.there[n]) join<COUNT>(PART == OUT ? splits() : COUNT, mine.row[n], mine.column[n], values[n]);
         }
       });
     }
@@ -773,6 +835,10 @@ struct Machine {
     if constexpr (SUMMED<PART>) parts.next();
     multiply_all<PART>(linear, come, [&](int round, int n, int, int row, int column, float one, float, bool there) {
       if constexpr (PART != FIRST) one += residual[round][n];
+      if constexpr (PART == FIRST && PLACED) {
+        const int place = stage->states - (padding == nullptr || !there ? 0 : padding[row]);  // filler stands before the first
+        if (there) one += to_float(stage->positions[int64_t(max(place, 0)) * DIM + column]);
+      }
       residual[round][n] = one;
       if constexpr (COPIED) {
         float square = there ? one * one : 0.0f;

@@ -1,7 +1,8 @@
 // Steps of the last stage and the draw of an id in each, for up to 16 streams, in one launch: all blocks are resident at once
 // and wait for each other (grid.cuh).
 //
-// model: Stage and Layers; lead[streams, dim]: the row that leads; added[steps in all, dim]: what is added to lead and to the
+// model: Stage and Layers; lead[streams, dim]: the row that leads, or, where SLOTTED, [streams, PATCH, dim]: what is added to the
+// embedding of the id before each row, the first of which is before[streams, PATCH][0]; added[steps in all, dim]: what is added to lead and to the
 // embedding of the id before each later row; given[streams, known]: ids that stand there already, fed and not drawn, or null;
 // noise[steps, vocab], or null for the likeliest ids; temperature, top_p, min_p, top_k: filters; ids[streams, PATCH]: the known
 // ones and those drawn; number: of the launch, which the host finds with the drawn ids [streams, steps] in its mailbox, -2 where
@@ -9,7 +10,8 @@
 
 extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_decode(
     const uint8_t* model, const marlin::T* lead, const marlin::T* added, const int32_t* given, const float* noise, int32_t* ids,
-    float temperature, float top_p, float min_p, int top_k, int known, int steps, int number, unsigned first_phase) {
+    float temperature, float top_p, float min_p, int top_k, int known, int steps, int number, unsigned first_phase,
+    const int32_t* before) {
   using namespace marlin;
   constexpr int VOCAB = Job<LAST>::HEIGHT;
   Machine machine(model, first_phase);
@@ -28,7 +30,15 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) local_patch_dec
   auto fresh = [&](int step, int row, int column, auto& values) {
     constexpr int COUNT = sizeof(values) / sizeof(float);
     float more[COUNT];
-    load_values<false>(step == 0 ? lead + row * DIM + column : stage.table + int64_t(machine.chosen[row]) * DIM + column, values);
+    if constexpr (SLOTTED) {
+      const int id = step == 0 ? before[row * PATCH] : machine.chosen[row];
+      load_values<false>(stage.table + int64_t(id) * DIM + column, values);
+      load_values<false>(lead + (row * PATCH + step) * DIM + column, more);
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) values[i] += more[i];
+    } else {
+      load_values<false>(step == 0 ? lead + row * DIM + column : stage.table + int64_t(machine.chosen[row]) * DIM + column, values);
+    }
     load_values<false>(added + step * DIM + column, more);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) values[i] += more[i];

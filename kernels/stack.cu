@@ -16,6 +16,8 @@ extern "C" __global__ void __launch_bounds__(marlin::THREADS, 1) stack(
   if (machine.grid.failed()) return;  // the host knows already
   send_for<FIRST>(machine.sent, &stage.first, machine.layers[0].attention_norm);
   machine.rotate_at(seen, padding);
+  machine.padding = padding;
+  if (threadIdx.x == 0) machine.stage->states = seen;  // read after the first phase has its x
   machine.add_product<FIRST, QKV>(&stage.first, false, [&] {
     machine.bring<FIRST, 8>(nullptr, [&](const auto& mine, auto& values) {
 #pragma unroll

@@ -6,7 +6,6 @@ from typing import Any
 
 from marlin_cli.bench.throughput import ThroughputSettings, sample_prompt
 from marlin_cli.continuing_model import ContinuingModel
-from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.cuda_patches import patch_decoder
 from marlin_cli.engine.decoding import Lockstep
 from marlin_cli.models import Reading, architecture_of
@@ -21,9 +20,9 @@ def seconds_by_part(
     network: Any = model.network
     continuing = architecture_of(network).continuing
     by_patches = continuing is not None and continuing.reading is Reading.PATCHES
-    if gpu() != "cuda" or by_operations() or not by_patches or model.cache_bits != CacheBits():
+    if gpu() != "cuda" or by_operations() or not by_patches:
         return None
-    decoder = patch_decoder(network, 1, timed=True)
+    decoder = patch_decoder(network, 1, model.cache_bits, timed=True)
     if decoder is None:
         return None
     prompt = sample_prompt(settings.prompt_bytes, settings.seed)

@@ -218,7 +218,8 @@ def bench(
     if kernels:
         if models:
             check_models(command_line, models)
-        return show_kernels(device, models or (), activation_bits, imports_of(models or (), said))
+        cache_bits = parse_cache_bits(kv_bits, k_bits, v_bits)
+        return show_kernels(device, models or (), activation_bits, imports_of(models or (), said), cache_bits)
     if surprise is not None:
         from marlin_cli.commands import surprise_run
 

@@ -99,7 +99,13 @@ def compare_results(old: str, new: str, output: Output) -> None:
     output.deliver([table_of_changes(found)], lambda form: rendered_changes(found, form))
 
 
-def show_kernels(device: str, models: Sequence[str], activation_bits: int, imports: Mapping[str, ImportOptions]) -> None:
+def show_kernels(
+    device: str,
+    models: Sequence[str],
+    activation_bits: int,
+    imports: Mapping[str, ImportOptions],
+    kv_bits: int | tuple[int, int] | None = None,
+) -> None:
     """Each operation, and what runs it on the device; of each model, where CPU kernels are, how its layers are multiplied."""
     from marlin_cli.ops.cpu import kernels
     from marlin_cli.ops.device import choose_device
@@ -112,11 +118,11 @@ def show_kernels(device: str, models: Sequence[str], activation_bits: int, impor
         for model in models:
             _show_layers(model, activation_bits, imports.get(model))
     if chosen.name == "cuda":
-        _show_whole(models, imports)
+        _show_whole(models, imports, kv_bits)
         _show_products(models, imports)
 
 
-def _show_whole(models: Sequence[str], imports: Mapping[str, ImportOptions]) -> None:
+def _show_whole(models: Sequence[str], imports: Mapping[str, ImportOptions], kv_bits: int | tuple[int, int] | None) -> None:
     """How each model decodes on an NVIDIA GPU, and why, by streams side by side."""
     from marlin_cli.api import load
     from marlin_cli.engine import cuda_answers, cuda_patches
@@ -125,7 +131,8 @@ def _show_whole(models: Sequence[str], imports: Mapping[str, ImportOptions]) -> 
 
     rows = []
     for model in models:
-        network: Any = load(model, device="cuda", options=imports.get(model)).network
+        loaded: Any = load(model, device="cuda", options=imports.get(model), kv_bits=kv_bits)
+        network = loaded.network
         architecture = architecture_of(network)
         by_patches = architecture.continuing is not None and architecture.continuing.reading is Reading.PATCHES
         answers = architecture.capability is Capability.ANSWERS and network.config.decoder_layers
@@ -134,7 +141,7 @@ def _show_whole(models: Sequence[str], imports: Mapping[str, ImportOptions]) -> 
             if by_operations():
                 why = "MARLIN_PATCHES=operations"
             elif by_patches:
-                why = cuda_patches.why_operations(network, streams)
+                why = cuda_patches.why_operations(network, streams, loaded.cache_bits)
             elif answers:
                 why = cuda_answers.why_operations(network, 16, streams)
             rows.append(

@@ -83,6 +83,13 @@ class Rows:
         batch, heads, _, width = self._storage.shape
         return self._with_room((batch, heads, 1, width), self._storage.dtype)
 
+    def emptied(self) -> "Rows":
+        """As many rows of storage as here, none of which is in use."""
+        assert self._storage is not None
+        made = Rows(self._rows_per_step)
+        made._storage = mx.zeros_like(self._storage)
+        return made
+
     def _with_room(self, new: tuple[int, int, int, int], dtype: mx.Dtype) -> mx.array:
         batch, heads, added, width = new
         total = self.count + added
@@ -259,7 +266,28 @@ class Pages:
     @property
     def pages(self) -> list[KeyValueRows]:
         """The pages of all rows so far."""
-        return [*self._full, self._page] if self._open and self._open[0].count < ROWS_PER_PAGE else self._full
+        return [*self._full, self._page] if self._is_open else self._full
+
+    @property
+    def _is_open(self) -> bool:
+        """Are there rows in a page that is not full?"""
+        return bool(self._open) and 0 < self._open[0].count < ROWS_PER_PAGE
+
+    def with_room(self) -> list[Part]:
+        """The storage of each page, with room for a row or more in the last; there are rows. Who writes says so to `wrote`."""
+        if self._open[0].count == ROWS_PER_PAGE:
+            self._open = [rows.emptied() for rows in self._open]
+        full = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
+        return [*full, [rows.with_room() for rows in self._open]]
+
+    def wrote(self, rows: int) -> None:
+        """Count rows that have been written in place in the last page; fewer than none are forgotten."""
+        if rows < 0 and self._open[0].count == ROWS_PER_PAGE:
+            self._full.pop()
+        for each in self._open:
+            each.count += rows
+        if rows > 0 and self._open[0].count == ROWS_PER_PAGE:
+            self._full.append(self._page)
 
     def forget(self, rows: int) -> None:
         """Let go of the last rows; a page that was full is open again."""
@@ -319,7 +347,7 @@ class Pages:
     def stored(self) -> list[mx.array]:
         """All rows, or all words and all scales; nothing if there are none."""
         full = [[page.packed, page.scales] if isinstance(page, Packed) else [page] for page in self._full]
-        if self._open and self._open[0].count < ROWS_PER_PAGE:
+        if self._is_open:
             full.append([rows.all for rows in self._open])
         return [mx.concatenate(list(parts), axis=2) for parts in zip(*full, strict=True)]
 
@@ -327,8 +355,7 @@ class Pages:
     def nbytes(self) -> int:
         """Bytes of the rows in use."""
         full = sum(page.packed.nbytes + page.scales.nbytes if isinstance(page, Packed) else page.nbytes for page in self._full)
-        is_new = bool(self._open) and self._open[0].count < ROWS_PER_PAGE
-        return full + sum(rows.nbytes for rows in self._open if is_new)
+        return full + sum(rows.nbytes for rows in self._open if self._is_open)
 
 
 class PackedKeyValueCache(KeyValueCache):
@@ -361,6 +388,15 @@ class PackedKeyValueCache(KeyValueCache):
             window=window,
             left_padding=self._left_padding,
         )
+
+    def pages_with_room(self) -> list[tuple[Part, Part]]:
+        """The storage of keys and values by page, with room for a row or more in the last; see `wrote`."""
+        return list(zip(*(pages.with_room() for pages in self._pages), strict=True))
+
+    def wrote(self, rows: int) -> None:
+        self._rows += rows
+        for pages in self._pages:
+            pages.wrote(rows)
 
     def stored(self) -> tuple[Part, Part]:
         return self._pages[0].stored(), self._pages[1].stored()

@@ -98,7 +98,9 @@ class CompiledPatches:
         """Can it go on in a patch in which so many ids stand already?"""
         return given == 0
 
-    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+    def enter(
+        self, condition: mx.array, before: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None
+    ) -> None:
         """Go on from what MLX has made; see `WholePatches`."""
         self._condition, self._padding = condition, padding
 

@@ -27,9 +27,13 @@ class Prepared:
         return type(None), ()
 
 
-def prepared(network: nn.Module, parts: Sequence[nn.Module], make: Callable[[], StageArrays | None]) -> Prepared | None:
+def prepared(
+    network: nn.Module, parts: Sequence[nn.Module | mx.array], make: Callable[[], StageArrays | None]
+) -> Prepared | None:
     """What `make` gives of a network, made anew where a weight of its `parts` is another array than before."""
-    weights = [array for part in parts for _, array in tree_flatten(part.parameters())]
+    weights = [
+        array for part in parts for _, array in tree_flatten(part.parameters() if isinstance(part, nn.Module) else [part])
+    ]
     kept: Prepared | None = vars(network).get("_prepared")
     if kept is None or len(kept.weights) != len(weights) or any(a is not b for a, b in zip(kept.weights, weights, strict=True)):
         stage = make()

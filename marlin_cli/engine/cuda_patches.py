@@ -1,19 +1,21 @@
-"""Decoding of whole patches on an NVIDIA GPU: two launches a patch, ids and conditions stay on the device. Prefix layout alone.
+"""Decoding of whole patches on an NVIDIA GPU: two launches a patch, ids and conditions stay on the device.
 
 `patch_decoder` chooses; what it does not take goes operation by operation (`decoding`).
 """
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cache import ROWS_PER_PAGE, CacheBits, KeyValueCache, PackedKeyValueCache
 from marlin_cli.engine.cuda_layers import Prepared, linear_arrays, prepared, say_once
 from marlin_cli.engine.cuda_noise import NoiseAhead, bytes_of
+from marlin_cli.engine.cuda_pages import PagesOnDevice
 from marlin_cli.engine.drafts import common_length
 from marlin_cli.engine.finite import not_finite
 from marlin_cli.engine.sampling import Noise, Sampling
@@ -23,6 +25,7 @@ from marlin_cli.models.megabyte_config import StageConfig
 from marlin_cli.models.megabyte_layers import Block, Stack, VarianceNorm
 from marlin_cli.models.splitting import share_of
 from marlin_cli.ops.cuda_arrays import LayerArrays, LinearArrays, StageArrays
+from marlin_cli.ops.cuda_blocks import block_diagonal, identity
 from marlin_cli.ops.cuda_compile import compiled
 from marlin_cli.ops.cuda_driver import Queue
 from marlin_cli.ops.cuda_exchange import Exchange
@@ -67,6 +70,7 @@ class PatchDecoder:
         stages: the network's global and local stage; no global one where MLX takes its steps, see `SharedByOperations`.
         added: [patch_size, dim] what is added to the rows of a patch.
         streams: in the batch.
+        bits: of the global cache.
         exchange: with the other ranks, where they share the global stage.
         timed: for `part_seconds`; patches take a little longer.
     """
@@ -78,11 +82,14 @@ class PatchDecoder:
         stages: tuple[StageArrays | None, StageArrays],
         added: mx.array,
         streams: int,
+        bits: CacheBits | None = None,
         exchange: Exchange | None = None,
         *,
         timed: bool = False,
     ) -> None:
-        self._timed = timed
+        self._slotted = stages[1].slots > 1
+        self._leading_id = stages[1].leading_id
+        self._timed, self._pages = timed, PagesOnDevice(bits or CacheBits())
         self._stages, self._exchange = stages, exchange
         self._places: list[list[int] | None] = [None, None]  # of the arrays of each stage, once they have been asked for
         self._added, self._steps = added, added.shape[0]
@@ -118,11 +125,14 @@ class PatchDecoder:
         """Can it go on in a patch in which so many ids stand already?"""
         return True
 
-    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+    def enter(
+        self, condition: mx.array, before: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None
+    ) -> None:
         """Go on from what MLX has made.
 
         Args:
-            condition: [streams, 1, dim] of the open patch.
+            condition: [streams, slots, dim] of the open patch.
+            before: [streams] the id before it.
             given: [streams, n] ids that stand in it already.
             caches: of what came before it.
             padding: [streams] filler rows of the caches.
@@ -131,10 +141,15 @@ class PatchDecoder:
             self._make(self._wanted)
         if self._exchange is not None:
             self._queue.wait()  # before MLX sums over ranks, see `Ranks.settle`
-        mx.eval(condition, given)
+        mx.eval(condition, before, given)
         self._known = given.shape[1]
         if self._known:
             self._queue.write(self._given.address, np.array(given, dtype=np.int32).tobytes())
+        if self._slotted:
+            first = np.zeros((self._streams, self._steps), np.int32)
+            first[:, 0] = self._leading_id if self._leading_id is not None else np.array(before)
+            self._queue.write(self._first.address, first.tobytes())
+            self._before = self._first.address
         self._slot, entered = 0, mx.contiguous(condition)
         if padding is not None:
             self._queue.write(self._padding.address, np.array(padding, dtype=np.int32).tobytes())
@@ -156,7 +171,8 @@ class PatchDecoder:
         for group in self._groups:
             first = 4 * group.first
             places = self._lead + group.first * self._row_bytes, self._added_there.address, given and given + first * known
-            numbers.append(group.local.decode_sequence(*places, drawn, filters, known, steps, ids + first * self._steps))
+            own, before = ids + first * self._steps, self._before and self._before + first * self._steps
+            numbers.append(group.local.decode_sequence(*places, drawn, filters, known, steps, own, before))
         if more:
             self._follow(caches, slot)
         self._slot = (slot + 1) % SLOTS
@@ -168,6 +184,8 @@ class PatchDecoder:
             self.settle(caches)
             self._give_room(caches)
         self._lead = self._condition_of(slot)
+        if self._slotted and self._leading_id is None:
+            self._before = self._ids_of(slot) + 4 * (self._steps - 1)
         for group in self._groups:
             assert group.whole is not None
             padding = self._padding.address + 4 * group.first if self._padded else 0
@@ -193,8 +211,8 @@ class PatchDecoder:
         return ids
 
     def condition(self, patch: Patch) -> mx.array:
-        """The condition [streams, 1, dim] of what follows a patch that was queued last, or last but one. Raises as `read`."""
-        dtype, shape = self._stages[1].table.dtype, (self._streams, 1, self._stages[1].dim)
+        """The condition [streams, slots, dim] of what follows a patch queued last, or last but one. Raises as `read`."""
+        dtype, shape = self._stages[1].table.dtype, (self._streams, self._stages[1].slots, self._stages[1].dim)
         data = self._queue.read(self._condition_of(patch.slot), self._streams * self._row_bytes)
         self._check()
         if dtype == mx.float32:
@@ -293,6 +311,13 @@ class PatchDecoder:
         self._noise.close(noise)
 
     def _give_room(self, caches: Sequence[KeyValueCache], *others: mx.array) -> list[int]:
+        """Have the global stage's launches find the caches, and room behind them. Where the other arrays stand."""
+        packed = [cache for cache in caches if isinstance(cache, PackedKeyValueCache)]
+        if packed:
+            stages = [(group.first, group.whole) for group in self._groups if group.whole is not None]
+            self._rows = caches[0].rows
+            self._room = ROWS_PER_PAGE - self._rows % ROWS_PER_PAGE
+            return self._pages.use(packed, stages, *others)
         storage = [cache.with_room() for cache in caches]
         arrays = [array for pair in storage for array in pair]
         found = addresses([*arrays, *others])
@@ -312,7 +337,7 @@ class PatchDecoder:
         for first in range(0, streams, MOST_STREAMS):
             self._groups.append(self._group(first, min(MOST_STREAMS, streams - first)))
         finest = self._stages[1]
-        self._row_bytes = finest.dim * finest.table.dtype.size
+        self._row_bytes = finest.slots * finest.dim * finest.table.dtype.size
         room = sum(group.local.streams for group in self._groups)  # filler among them
         self._condition_bytes = room * self._row_bytes
         self._ids_bytes = 4 * room * self._steps
@@ -321,6 +346,7 @@ class PatchDecoder:
         self._added_there = self._queue.allocate(self._added.nbytes)
         self._queue.write(self._added_there.address, bytes_of(self._added))
         self._padding, self._given = self._queue.allocate(4 * room), self._queue.allocate(self._ids_bytes)
+        self._first, self._before = self._queue.allocate(self._ids_bytes), 0
         self._padded, self._room, self._lead, self._slot, self._known = False, 0, 0, 0, 0
 
     def _group(self, first: int, live: int) -> _Group:
@@ -353,15 +379,20 @@ class PatchDecoder:
         return self._kept.address + SLOTS * self._apart(self._condition_bytes) + slot * self._apart(self._ids_bytes)
 
 
-def why_operations(network: MegaByte, streams: int) -> str | None:
+def why_operations(network: MegaByte, streams: int, bits: CacheBits | None = None) -> str | None:
     """Why patches of so many streams are decoded operation by operation; None where they are launched whole."""
+    bits = bits or CacheBits()
+    if bits.window is not None or bits.share_left is not None:
+        return "a window, or pages that are not read: the kernels read all rows"
     config, at_once = network.config, size_for(min(streams, MOST_STREAMS))
     if at_once * config.patch_size > MOST_IDS or streams > MOST_STREAMS_IN_ALL:
         return f"{streams} streams of {config.patch_size} bytes a patch are more than {MOST_STREAMS_IN_ALL} or {MOST_IDS} ids"
-    if config.layout != "prefix":
-        return f"the layout is {config.layout}, the kernels know prefix"
-    if config.token_shift or network.stages[0].positions is not None:
-        return "a token shift, or learned positions of patches"
+    if config.layout == "megabyte_pytorch":
+        return "the layout is megabyte_pytorch, the kernels know prefix and paper"
+    if config.token_shift:
+        return "a token shift"
+    if config.layout == "paper" and share_of(network) is not None:
+        return "ranks share a model of the layout paper"
     stages = _prepared(network)
     if stages is None:
         return "layers of a kind that the kernels do not know, or with 8-bit activations"
@@ -371,18 +402,28 @@ def why_operations(network: MegaByte, streams: int) -> str | None:
 
 
 def patch_decoder(
-    network: MegaByte, streams: int, exchange: Exchange | None = None, *, timed: bool = False
+    network: MegaByte,
+    streams: int,
+    bits: CacheBits | None = None,
+    exchange: Exchange | None = None,
+    *,
+    timed: bool = False,
 ) -> PatchDecoder | None:
     """The decoder of whole patches on CUDA, or None where it takes no such network or so many streams.
 
     Args:
+        bits: of the global cache.
         exchange: with the other ranks, where they share the network.
     """
-    stages = None if why_operations(network, streams) else _prepared(network)
+    bits = bits or CacheBits()
+    stages = None if why_operations(network, streams, bits) else _prepared(network)
     if stages is None:
         return None
     try:
-        return PatchDecoder((stages[0].stage, stages[1].stage), added_rows(network), streams, exchange, timed=timed)
+        whole = stages[0].stage
+        if bits.is_packed:
+            whole = replace(whole, key_bits=bits.keys, value_bits=bits.values, page_rows=ROWS_PER_PAGE)
+        return PatchDecoder((whole, stages[1].stage), added_rows(network), streams, bits, exchange, timed=timed)
     except BackendError as error:
         say_once(f"patches are decoded operation by operation: {error}")
         return None
@@ -390,12 +431,13 @@ def patch_decoder(
 
 def _prepared(network: MegaByte) -> tuple[Prepared, Prepared] | None:
     """Both stages, kept with the network as long as its weights are the same: a batch that grows asks for them often."""
-    if network.config.layout != "prefix":
+    if network.config.layout == "megabyte_pytorch":
         return None
     first, last = network.stages[0], network.stages[-1]
-    ends = [part for part in (first.patch_projection, first.to_next) if part is not None]
+    ends = [part for part in (first.patch_projection, first.to_next, first.positions) if part is not None]
     whole = prepared(first.stack, [first.stack, first.byte_embedding, *ends], lambda: global_stage(network))
-    local = prepared(last.stack, [last.stack, last.byte_embedding, network.output], lambda: local_stage(network))
+    own = [last.stack, last.byte_embedding, network.output, *([] if last.start is None else [last.start])]
+    local = prepared(last.stack, own, lambda: local_stage(network))
     return None if whole is None or local is None else (whole, local)
 
 
@@ -406,32 +448,48 @@ def _machine_code(*texts: str) -> list[bytes]:
 
 
 def added_rows(network: MegaByte) -> mx.array:
-    """[patch_size, dim] what is added to the rows of a patch in the local stage."""
+    """[patch_size, dim] what is added to the rows of a patch in the local stage; to a learned start of the paper's nothing."""
     last = network.stages[-1]
     shape = (network.config.patch_size, last.config.dim)
-    return mx.zeros(shape, last.byte_embedding.weight.dtype) if last.positions is None else last.positions.weight.reshape(shape)
+    if last.positions is None:
+        return mx.zeros(shape, last.byte_embedding.weight.dtype)
+    positions = last.positions.weight.reshape(shape)
+    return positions if last.start is None else mx.concatenate([mx.zeros_like(positions[:1]), positions[1:]])
 
 
 def global_stage(network: MegaByte) -> StageArrays | None:
     """The global stage from the bytes of a patch to the condition of the local one; None where it is of another kind."""
     config, stage = network.config, network.stages[0]
-    if config.layout != "prefix" or stage.positions is not None:
+    if config.layout == "megabyte_pytorch":
         return None
     window = -1 if config.attention_window is None else config.attention_window
     first, last = linear_arrays(stage.patch_projection), linear_arrays(stage.to_next)
+    if config.layout == "paper":
+        first = identity(stage.config.dim, stage.byte_embedding.weight.dtype)
+        last = None if last is None else block_diagonal(last, config.patch_size)
     if first is None or last is None:
         return None
     share = share_of(network)
     ranks = 1 if share is None else share.size
-    return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, first, last, window, ranks)
+    made = _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, first, last, window, ranks)
+    if made is None or stage.positions is None:
+        return made
+    return replace(made, positions=stage.positions.weight.reshape(-1, stage.config.dim))  # paper: a row for each byte
 
 
 def local_stage(network: MegaByte) -> StageArrays | None:
     """The last stage from the bytes of a patch to logits; None where it is of another kind."""
     stage, head = network.stages[-1], linear_arrays(network.output)
-    if network.config.layout != "prefix" or head is None:
+    if network.config.layout == "megabyte_pytorch" or head is None:
         return None
-    return _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, None, head, -1)
+    made = _stage_arrays(network, stage.stack, stage.config, stage.byte_embedding, None, head, -1)
+    if made is None or network.config.layout == "prefix":
+        return made
+    made = replace(made, slots=network.config.patch_size)
+    if stage.start is None:
+        return made
+    table = mx.concatenate([made.table, stage.start[None].astype(made.table.dtype)])
+    return replace(made, table=table, leading_id=network.config.vocab_size)
 
 
 def _stage_arrays(
@@ -446,7 +504,8 @@ def _stage_arrays(
 ) -> StageArrays | None:
     config = network.config
     layers = [_layer_arrays(layer) for layer in stack.layers]
-    if config.token_shift or type(embedding) is not nn.Embedding or type(stack.get("norm")) not in NORMS:
+    normed = "norm" in stack
+    if config.token_shift or type(embedding) is not nn.Embedding or (normed and type(stack.norm) not in NORMS):
         return None
     if config.qk_norm and config.norm != "rmsnorm":
         return None
@@ -457,7 +516,7 @@ def _stage_arrays(
     return StageArrays(
         layers=tuple(layer for layer in layers if layer is not None),
         table=embedding.weight,
-        norm=stack.norm.weight,
+        norm=stack.norm.weight if normed else mx.ones((stage.dim,), dtype=dtype),
         first=first,
         last=last,
         heads=attention.heads,
@@ -470,6 +529,7 @@ def _stage_arrays(
         norm_kind=config.norm,
         activation=config.ffn,
         eps=config.norm_eps,
+        last_normed=normed,
         ranks=ranks,
     )
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from marlin_cli.engine import cuda_patches
-from marlin_cli.engine.cache import KeyValueCache
+from marlin_cli.engine.cache import CacheBits, KeyValueCache
 from marlin_cli.engine.cuda_layers import say_once
 from marlin_cli.engine.cuda_noise import bytes_of
 from marlin_cli.engine.cuda_patches import Patch, PatchDecoder
@@ -19,18 +19,18 @@ from marlin_cli.ops.cuda_stages import addresses
 from marlin_cli.ranks import Ranks
 
 
-def shared_patch_decoder(network: MegaByte, ranks: Ranks, streams: int) -> PatchDecoder | None:
+def shared_patch_decoder(network: MegaByte, ranks: Ranks, streams: int, bits: CacheBits) -> PatchDecoder | None:
     """The decoder of whole patches of a network that ranks share, which all must ask for at the same time; None as elsewhere.
 
     Raises:
         DistributedError: the ranks lost their connection.
     """
     local = cuda_patches.local_stage(network)
-    if local is None or cuda_patches.why_operations(network, streams) is not None:
+    if local is None or cuda_patches.why_operations(network, streams, bits) is not None:
         return None
     exchange = exchange_among(ranks)
     if not isinstance(exchange, NoExchange):
-        return cuda_patches.patch_decoder(network, streams, exchange)
+        return cuda_patches.patch_decoder(network, streams, bits, exchange)
     say_once(f"the stage that ranks share goes operation by operation: {exchange}")
     try:
         return SharedByOperations(network, local, cuda_patches.added_rows(network), streams)
@@ -50,9 +50,11 @@ class SharedByOperations(PatchDecoder):
         self._network = network
         self._open: tuple[Sequence[KeyValueCache], int] | None = None  # caches and slot of a patch without what follows it
 
-    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+    def enter(
+        self, condition: mx.array, before: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None
+    ) -> None:
         self._open, self._filler = None, padding
-        super().enter(condition, given, caches, padding)
+        super().enter(condition, before, given, caches, padding)
 
     def queue(self, caches: Sequence[KeyValueCache], sampling: Sampling, noise: Noise, more: bool) -> Patch:
         self._close()

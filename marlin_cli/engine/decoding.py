@@ -283,7 +283,7 @@ class Lockstep:
         lacking = self.config.patch_size - finest.tokens
         if not on_gpu.going:
             assert finest.condition is not None
-            on_gpu.decoder.enter(finest.condition, self._tail(), layers, self._left_padding)
+            on_gpu.decoder.enter(finest.condition, self._before_patch, self._tail(), layers, self._left_padding)
         room = self._most - max(self.positions) - lacking
         ids = on_gpu.next(layers, sampling, noise, Wanted(steps, lacking, most, room))
         self._sequence_cache_bytes = on_gpu.decoder.sequence_cache_bytes
@@ -302,8 +302,7 @@ class Lockstep:
 
     def _patches_on_gpu(self, streams: int, decoder: WholePatches | None = None) -> PatchesInPlace | None:
         """Whole patches of so many streams, by a decoder that is given or chosen; None where they go operation by operation."""
-        if decoder is None and self._bits == CacheBits():
-            decoder = patch_decoder(self.network, streams)
+        decoder = decoder or patch_decoder(self.network, streams, self._bits)
         return None if decoder is None else PatchesInPlace(decoder, self.config.patch_size)
 
     def _layers_in_place(self) -> list[KeyValueCache]:

@@ -47,11 +47,14 @@ class WholePatches(Protocol):
     def takes(self, given: int) -> bool:
         """Can it go on in a patch in which so many ids stand already?"""
 
-    def enter(self, condition: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None) -> None:
+    def enter(
+        self, condition: mx.array, before: mx.array, given: mx.array, caches: Sequence[KeyValueCache], padding: mx.array | None
+    ) -> None:
         """Go on from what MLX has made.
 
         Args:
-            condition: [streams, 1, dim] of the open patch.
+            condition: [streams, slots, dim] of the open patch.
+            before: [streams] the id before it.
             given: [streams, n] ids that stand in it already.
             caches: of what came before it.
             padding: [streams] filler rows of the caches.
@@ -64,7 +67,7 @@ class WholePatches(Protocol):
         """The ids [streams, patch_size] of a patch, waited for, on the host."""
 
     def condition(self, patch: Any) -> mx.array:
-        """The condition [streams, 1, dim] of the patch after this one."""
+        """The condition [streams, slots, dim] of the patch after this one."""
 
     def take_back(self, patch: Any, sampling: Sampling, steps: int) -> None:
         """Forget the last steps of the patch that was queued last, and what followed it."""
@@ -112,12 +115,19 @@ def why_undrafted(network: MegaByte, bits: CacheBits) -> str | None:
     return None if reason is None else f"patches go operation by operation here: {reason}"
 
 
-def patch_decoder(network: MegaByte, streams: int) -> WholePatches | None:
-    """The decoder of whole patches, or None where they are decoded operation by operation."""
+def patch_decoder(network: MegaByte, streams: int, bits: CacheBits | None = None) -> WholePatches | None:
+    """The decoder of whole patches, or None where they are decoded operation by operation.
+
+    Args:
+        bits: of the global cache.
+    """
+    bits = bits or CacheBits()
     device = gpu()
     share = share_of(network)
     if device is None or by_operations() or (device == "metal" and share is not None):  # what MLX compiles does not sum
         return None
     if share is not None:
-        return None if share.ranks is None else shared_patch_decoder(network, share.ranks, streams)
-    return compiled_patches(network, streams) if device == "metal" else cuda_patches.patch_decoder(network, streams)
+        return None if share.ranks is None else shared_patch_decoder(network, share.ranks, streams, bits)
+    if device == "metal":
+        return compiled_patches(network, streams) if bits == CacheBits() else None
+    return cuda_patches.patch_decoder(network, streams, bits)

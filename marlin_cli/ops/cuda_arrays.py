@@ -99,6 +99,13 @@ class StageArrays:
     eps: float
     bias: mx.array | None = None  # [heads, 2 * reach + 1] by distance, of a decoder that reads a memory
     memory_bits: int = 16  # of the keys and values of that memory
+    key_bits: int = 16  # of a global stage's cache, which stands in pages where keys or values are packed
+    value_bits: int = 16
+    page_rows: int = 0  # of such a page
+    positions: mx.array | None = None  # [patches, dim] added to what `first` gives
+    slots: int = 1  # rows of a condition: of a last stage one that leads, or one for each byte of a patch
+    leading_id: int | None = None  # where there are many: the row of `table` before a sequence; None: that of the id before it
+    last_normed: bool = True  # does a norm stand before `last`?
     ranks: int = 1  # that share it; heads, and rows and columns of layers, are then those of this rank
 
     @property

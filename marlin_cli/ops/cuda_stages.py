@@ -36,10 +36,11 @@ MOST_LOOKS = 50_000  # of all blocks at the values of rows of x: more cost more 
 MOST_BROUGHT, NARROW = 8192, 1024
 MOST_DEPTH = 16384
 MOST_VOCAB = 512
-MOST_SPLITS = 4
+MOST_SPLITS, MOST_SPLITS_OF_ANSWERS = 8, 4  # of the rows of a head, among blocks
 # Of weights that are sent ahead to the second-level cache: less than half of that, which has more to keep; and where GPUs share
 # the stage what memory gives while a phase is read, as parts of sums would wait behind more.
 AHEAD_BYTES, AHEAD_BYTES_SHARED = 24 << 20, 8 << 20
+PAGE_BYTES = 32  # of the addresses of its keys and values and their scales
 ADDRESSES_A_LAUNCH = 32  # as addresses.cu has parameters
 # What the time of a launch goes to, in the order of `Part` and `Other` in the kernels; there is room for some more.
 # it is left behind so many words of 64 bits.
@@ -49,7 +50,7 @@ KINDS_OF_TIME = (
 MOST_KINDS_OF_TIME, FIRST_TIME = 16, 4
 
 # Bytes of the records as few_rows_stage.cuh lays them out.
-STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 200, 448, 40
+STAGE_BYTES, LAYER_BYTES, LINEAR_BYTES = 208, 448, 40
 NO_LINEAR = bytes(LINEAR_BYTES)
 
 
@@ -144,7 +145,7 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int, *, timed
     parts = _linears_by_part(stage)
     kinds = [0 if part is None else KINDS.index(part.kind) for part in parts]
     tasks = streams * stage.heads
-    splits = max(1, min(MOST_SPLITS, blocks // tasks))
+    splits = max(1, min(MOST_SPLITS_OF_ANSWERS if stage.answers else MOST_SPLITS, blocks // tasks))
     beside = [[layer.qkv, (layer.out,), layer.up, (layer.down,)] for layer in stage.layers]
     within = [any(each.bias is not None for layer in beside for each in layer[part]) for part in range(4)]
     biased = [stage.first is not None and stage.first.bias is not None, *within, stage.last.bias is not None, False, False]
@@ -163,6 +164,9 @@ def sizes_of(stage: StageArrays, streams: int, blocks: int, steps: int, *, timed
         "WIDTHS": [8 if part is None else part.width for part in parts],
         "ROWS": [8 if part is None else part.rows for part in parts],
         "HAS_BIAS": biased, "ALL_KINDS": sum({1 << KINDS.index(part.kind) for part in parts if part is not None}),
+        "KEY_BITS": stage.key_bits, "VALUE_BITS": stage.value_bits, "ROWS_A_PAGE": max(1, stage.page_rows),
+        "PLACED": stage.positions is not None, "SLOTTED": stage.first is None and stage.slots > 1,
+        "LAST_NORMED": stage.last_normed,
         "ANSWERS": stage.answers, "MEMORY_BITS": stage.memory_bits, "MEMORY_SPLITS": splits if stage.answers else 1,
         "REACH": 0 if stage.bias is None else stage.bias.shape[1] // 2,
         "TIMED": timed, "MOST_KINDS_OF_TIME": MOST_KINDS_OF_TIME, "FIRST_TIME": FIRST_TIME,
@@ -215,6 +219,7 @@ class StageOnDevice:
         self._places = [self._scratch.address + sum(parts[:i]) for i in range(len(parts))]
         self._caches: list[mx.array] = []
         self._own_cache: Memory | None = None
+        self._pages: Memory | None = None  # by layer and page, the addresses of the page
         # Numbers of phases, by which values are told apart: those of a launch are fewer than this.
         self._phases_a_launch = (8 * len(stage.layers) + 3) * (steps if stage.first is None else 1)
         self._phase = 0
@@ -237,6 +242,21 @@ class StageOnDevice:
         self._caches = list(arrays)
         self._record(places, arrays[0].shape[2])
 
+    def use_pages(self, arrays: Sequence[mx.array], places: Sequence[Sequence["PagePlaces"]]) -> None:
+        """Caches of packed rows, changed in place.
+
+        Args:
+            arrays: of all pages, which are held.
+            places: by layer and page, of this stage's streams.
+        """
+        self._caches = list(arrays)
+        size = PAGE_BYTES * len(places[0])
+        if self._pages is None or self._pages.size < size * len(places):
+            self._pages = self._queue.allocate(2 * size * len(places))
+        table = b"".join(struct.pack("<4Q", *page) for layer in places for page in layer)
+        self._queue.write(self._pages.address, table)
+        self._record([place for i in range(len(places)) for place in (self._pages.address + i * size, 0)], 0)
+
     @property
     def cache_bytes(self) -> int:
         """Bytes of one copy of the caches, used or not."""
@@ -253,17 +273,18 @@ class StageOnDevice:
 
     def decode_sequence(
         self, lead: int, added: int, given: int, noise: int, filters: tuple[float, float, float, int], known: int, steps: int,
-        ids: int,
+        ids: int, before: int = 0,
     ) -> int:  # fmt: skip
         """Draw the ids that follow known ones in a sequence of the last stage; the mailbox has them by the number returned.
 
         Args:
-            lead: address of [streams, dim]: the row that leads.
+            lead: address of [streams, slots, dim]: the row that leads, or what is added to each row.
             added: of [rows, dim]: what is added to `lead` and to the embedding of each id after it.
             given: of [streams, known] int32: ids that stand in the sequence already; 0 where there are none.
             noise: of [steps, vocab] float32 where an id is drawn; 0 takes the likeliest.
             filters: temperature, top_p, min_p and top_k.
             ids: of [streams, patch] int32: known ones and drawn ones.
+            before: of [streams, patch] int32, where there are more slots than one: first the id before the sequence.
         """
         assert self._launch is not None and self.mailbox is not None and self.streams * steps <= MOST_IDS
         number = self.mailbox.next()
@@ -274,6 +295,7 @@ class StageOnDevice:
             *map(c_float, floats),
             *map(c_int32, (top_k, known, steps, number)),
             c_uint32(self._next()),
+            c_uint64(before),
         )
         return number
 
@@ -328,7 +350,7 @@ class StageOnDevice:
         for i, layer in enumerate(stage.layers):
             places = [0] * 4 if memory is None else memory.layers[i]
             layers += _layer_bytes(layer, known, caches[2 * i : 2 * i + 2], places)
-        table, norm, bias = next(known), next(known), next(known)
+        table, norm, bias, positions = (next(known) for _ in range(4))
         first = NO_LINEAR if stage.first is None else _linear_bytes(stage.first, known)
         last = _linear_bytes(stage.last, known)
         host = self.mailbox or self._alarm
@@ -336,10 +358,19 @@ class StageOnDevice:
         lengths, states, inputs = (0, 0, self.live) if memory is None else (memory.lengths, memory.states, memory.inputs)
         head = struct.pack("<12Q", *self._places[:-1], table, norm, mailbox, bias, lengths)
         log2_theta = math.log2(stage.theta) if stage.theta else 0.0
-        sizes = struct.pack("<2i3fi", capacity, states, log2_theta, stage.scale, stage.eps, inputs)
+        sizes = struct.pack("<2i3fiQ", capacity, states, log2_theta, stage.scale, stage.eps, inputs, positions)
         record = head + first + last + sizes + layers
         assert len(record) == STAGE_BYTES + LAYER_BYTES * len(stage.layers)
         self._queue.write(self._places[-1], record)
+
+
+class PagePlaces(NamedTuple):
+    """Where a page's rows stand in memory: words [streams, kv_heads, page_rows, words] and scales, or numbers without them."""
+
+    keys: int
+    key_scales: int
+    values: int
+    value_scales: int
 
 
 class MemoryPlaces(NamedTuple):
@@ -359,7 +390,7 @@ def _arrays_of(stage: StageArrays) -> list[mx.array | None]:
         for linear in layer.linears():
             arrays += linear.arrays()
         arrays += [] if layer.memory is None else [layer.memory.norm]
-    arrays += [stage.table, stage.norm, stage.bias]
+    arrays += [stage.table, stage.norm, stage.bias, stage.positions]
     for end in (stage.first, stage.last):
         arrays += [] if end is None else end.arrays()
     return arrays

@@ -7,8 +7,8 @@ import mlx.core as mx
 from marlin_cli.ops.kernel_source import code
 
 HEADERS = (
-    "standard.cuh", "packed.cuh", "ptx.cuh", "grid.cuh", "exchange.cuh", "few_rows.cuh", "few_rows_attention.cuh",
-    "few_rows_stage.cuh", "few_rows_draw.cuh",
+    "standard.cuh", "packed.cuh", "ptx.cuh", "grid.cuh", "exchange.cuh", "few_rows.cuh", "few_rows_stored.cuh",
+    "few_rows_attention.cuh", "few_rows_stage.cuh", "few_rows_draw.cuh",
 )  # fmt: skip
 TYPES = {
     mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.float32: "float", mx.uint8: "uint8_t", mx.int32: "int32_t",

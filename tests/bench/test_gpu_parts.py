@@ -22,15 +22,14 @@ def test_without_a_gpu_nothing_tells_parts_apart(model):
     assert gpu_parts.seconds_by_part(model, ThroughputSettings()) is None
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_operations_and_packed_caches_are_not_told_apart(model, taken, monkeypatch):
-    """Nor what no decoder of whole patches takes."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_operations_are_not_told_apart(model, packed, monkeypatch):
+    """Nor what no decoder of whole patches takes, which is asked for the cache that the model has."""
     asked = []
     monkeypatch.setattr(gpu_parts, "gpu", lambda: "cuda")
-    monkeypatch.setattr(gpu_parts, "patch_decoder", lambda network, streams, timed: asked.append((streams, timed)))
-    if not taken:
-        model.cache_bits = CacheBits(8, 8)
+    monkeypatch.setattr(gpu_parts, "patch_decoder", lambda network, streams, bits, timed: asked.append((streams, bits, timed)))
+    model.cache_bits = CacheBits(8, 8) if packed else CacheBits()
     assert gpu_parts.seconds_by_part(model, ThroughputSettings()) is None
-    assert asked == ([(1, True)] if taken else [])
+    assert asked == [(1, model.cache_bits, True)]
     monkeypatch.setenv("MARLIN_PATCHES", "operations")
-    assert gpu_parts.seconds_by_part(model, ThroughputSettings()) is None and len(asked) == taken
+    assert gpu_parts.seconds_by_part(model, ThroughputSettings()) is None and len(asked) == 1

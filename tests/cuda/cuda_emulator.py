@@ -16,7 +16,7 @@ import numpy as np
 from cuda_composer import CUDA_NAMES, compose
 
 from marlin_cli.engine import cuda_answers as engine_answers
-from marlin_cli.engine import cuda_patches, cuda_shared, encoder_decoder, whole_patches
+from marlin_cli.engine import cuda_pages, cuda_patches, cuda_shared, encoder_decoder, whole_patches
 from marlin_cli.ops import cuda_kept, cuda_kernels, cuda_mailbox, cuda_stages, cuda_text
 from marlin_cli.ops.kernel_source import code
 
@@ -257,7 +257,7 @@ def emulate(monkeypatch) -> None:
     monkeypatch.delenv("MARLIN_PATCHES", raising=False)
     if mx.cuda.is_available():
         return
-    for module in (cuda_stages, cuda_patches, cuda_shared, engine_answers):
+    for module in (cuda_stages, cuda_pages, cuda_patches, cuda_shared, engine_answers):
         monkeypatch.setattr(module, "addresses", own_addresses)
     for module in (cuda_patches, engine_answers):
         monkeypatch.setattr(module, "Queue", OwnQueue)

@@ -223,11 +223,11 @@ def test_where_gpus_have_no_exchange_the_local_stage_is_one_launch_still(samplin
             streams[piece.stream] += piece.data
         return streams
 
-    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
     expected = generated()
     stop = expected[0][6:8]
     stopped = generated(stop)
-    made = lambda network, streams: SharedByOperations(network, local_stage(network), added_rows(network), streams)  # noqa: E731
+    made = lambda network, streams, *_: SharedByOperations(network, local_stage(network), added_rows(network), streams)  # noqa: E731
     monkeypatch.setattr(decoding, "patch_decoder", made)
     assert generated() == expected and {len(stream) for stream in expected} == {19}
     assert generated(stop) == stopped and len(stopped[0]) < 19

@@ -1,14 +1,21 @@
 """Whole stages in one launch against the network's own layers: on a GPU where there is one, else in the emulator."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
+import packed_rows
 import pytest
 from cuda_emulator import OwnQueue, compiler, emulate
 from mlx.utils import tree_map
 
+from marlin_cli import api
+from marlin_cli.commands import bench_output
+from marlin_cli.engine import cache as engine_cache
 from marlin_cli.engine import cuda_patches, decoding, whole_patches
 from marlin_cli.engine.cuda_patches import global_stage, local_stage, patch_decoder
 from marlin_cli.engine.decoding import CacheBits, Lockstep
+from marlin_cli.engine.endless import Window
 from marlin_cli.engine.generation import generate
 from marlin_cli.engine.sampling import Noise, Sampling
 from marlin_cli.engine.stage_caches import GraphCache
@@ -225,7 +232,7 @@ def test_ids_are_drawn_as_today(sampling, monkeypatch):
     whole = generated()
     stop = whole[0][6:8]
     stopped = generated(stop)
-    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
     assert generated() == whole and {len(stream) for stream in whole} == {19}
     assert generated(stop) == stopped and len(stopped[0]) < 19
 
@@ -256,7 +263,7 @@ def test_groups_of_streams(monkeypatch):
     outcomes = []
     for whole in (True, False):
         if not whole:
-            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+            monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
         streams = [b""] * len(prompts)
         for piece in generate(network, prompts, Stopping(max_bytes=13), Sampling(0.9, top_k=50)):
             streams[piece.stream] += piece.data
@@ -271,7 +278,7 @@ def test_what_was_queued_too_far_is_taken_back(monkeypatch):
     found = []
     for whole in (True, False):
         if not whole:
-            monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+            monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
         state, noise = Lockstep(network, [b"abcd", b"abcdefgh", b"wxyz"]), Noise(0, 256)
         ids, logits = [], []
         for pushed in range(2):
@@ -331,14 +338,15 @@ def test_what_is_left_to_operations(monkeypatch):
     taken = network_of()
     assert patch_decoder(taken, 64) is not None and patch_decoder(taken, 65) is None
     for options in (
-        {"layout": "paper", "local_positions": "none"},
+        {"layout": "megabyte_pytorch", "local_positions": "none"},
         {"token_shift": True},
-        {"global_positions": "learned"},
         {"global_head_dim": 24},
         {"global_dim": 60, "global_heads": 2, "global_head_dim": 16},
     ):
         assert patch_decoder(network_of(**options), 1) is None, options
     assert patch_decoder(network_of(dtype=mx.float16), 1) is None
+    for bits in (CacheBits(window=Window()), CacheBits(share_left=0.1)):
+        assert patch_decoder(taken, 1, bits) is None
     mixed = QuantizationSettings(global_format="nvfp4", overrides={r"global\.layers\.1\..*v_proj": "mxfp8"})
     assert patch_decoder(quantize_network(taken, mixed, method="rtn").network, 1) is None
     monkeypatch.setattr(cuda_stages, "shared_memory", lambda: 8_000)
@@ -353,8 +361,63 @@ def test_what_is_left_to_operations(monkeypatch):
         whole_patches.patch_decoder(taken, 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "bits", "said"),
+    [
+        ({}, (8, 4), "the kernels know every part"),
+        ({"layout": "paper"}, (16, 16), "the kernels know every part"),
+        ({"token_shift": True}, (8, 8), "a token shift"),
+    ],
+)
+def test_bench_says_which_path_decodes(options, bits, said, monkeypatch):
+    loaded = SimpleNamespace(network=network_of(**options), cache_bits=CacheBits(*bits))
+    tables = []
+    monkeypatch.setattr(api, "load", lambda model, device, kv_bits: loaded if kv_bits == bits else None)
+    monkeypatch.setattr(bench_output.console, "table", lambda *arguments, **options: tables.append(arguments))
+    bench_output._show_whole(["a model"], bits)
+    ((_, _, rows),) = tables
+    assert [row[3] for row in rows] == [said] * 3
+
+
 def test_no_block_has_logits_alone(monkeypatch):
     """It would be waited for by nobody, and might look for logits that have been written over."""
     monkeypatch.setattr(cuda_stages, "multiprocessors", lambda: 132)
     stage = local_stage(network_of())
     assert cuda_stages.blocks_of(stage) == 12 and stage.last.rows == 256  # of 3 x 32 rows of q, k and v, and 96 of gate
+
+
+LAYOUTS = {
+    "paper": {"layout": "paper", "global_positions": "learned", "ffn": "relu", "norm": "layernorm"},
+    "paper without pads": {"layout": "paper", "global_positions": "learned+rope", "start_tokens": False},
+    "prefix, learned": {"global_positions": "learned"},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "format", "bits", "sampling"),
+    [
+        ("paper without pads", "mxfp8", CacheBits(), Sampling(0.9, top_k=50)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+            ("paper", None, CacheBits(), Sampling()), ("paper", "nvfp4", CacheBits(16, 4), Sampling(1.0)),
+            ("prefix, learned", None, CacheBits(), Sampling()), ("paper", "int8", CacheBits(), Sampling(1.0)),
+        )),
+    ],
+)  # fmt: skip
+def test_layouts(layout, format, bits, sampling, monkeypatch):
+    """Bytes of whole patches are those of operations: conditions by byte, the id before a patch, positions of patches."""
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(engine_cache, "pack_rows", packed_rows.pack_rows)
+    monkeypatch.setattr(decoding, "fuse", lambda network: None)
+    wide = {"byte_dim": 32, "global_dim": 128} if format else {}
+    network = network_of(format=format, **LAYOUTS[layout], **wide)
+    assert patch_decoder(network, 3, bits) is not None
+    prompts = [b"abcdefgh", b"abcd", b"", b"abcdefghi", b"bcdefghijk"]
+    found = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
+        streams = [b""] * len(prompts)
+        for piece in generate(network, prompts, Stopping(max_bytes=15), sampling, bits):
+            streams[piece.stream] += piece.data
+        found.append(streams)
+    assert found[0] == found[1] and {len(stream) for stream in found[0]} == {15}

@@ -32,7 +32,7 @@ def by_patches(monkeypatch):
     made = []
     monkeypatch.setattr(mx, "compile", lambda function: function)
 
-    def patch_decoder(network, streams):
+    def patch_decoder(network, streams, bits):
         made.append(compiled_patches(network, streams))
         return made[-1]
 
@@ -58,7 +58,7 @@ def generated(network, prompts, sampling, max_bytes=60, stop=()):
 
 def by_operations(monkeypatch, network, prompts, sampling, **how):
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+        patch.setattr(decoding, "patch_decoder", lambda *_: None)
         return generated(network, prompts, sampling, **how)
 
 
@@ -152,7 +152,7 @@ def test_bytes_of_the_cache(random_network, small_sizes, by_patches, monkeypatch
     for _ in range(3):
         state.advance(Sampling(), Noise(0, 256), 40)
     found = state.cache_bytes["global"]
-    monkeypatch.setattr(decoding, "patch_decoder", lambda network, streams: None)
+    monkeypatch.setattr(decoding, "patch_decoder", lambda *_: None)
     assert found == Lockstep(network, [b"abcdefgh" + bytes(12 + 4)]).cache_bytes["global"]  # one patch is queued ahead
 
 
@@ -164,7 +164,8 @@ def test_what_goes_operation_by_operation(random_network, small_sizes, each_conf
     assert whole_patches.patch_decoder(network, 1) is None  # this is no Metal
 
 
-def test_packed_caches_go_operation_by_operation(random_network, small_sizes, by_patches):
+def test_packed_caches_go_operation_by_operation(random_network, small_sizes, monkeypatch):
     network = random_network(MegaByteConfig(**{**small_sizes, "global_dim": 64}))
-    Lockstep(network, [b"abc"], CacheBits(8, 8))
-    assert not by_patches
+    monkeypatch.setattr(whole_patches, "gpu", lambda: "metal")
+    assert whole_patches.patch_decoder(network, 1) is not None
+    assert whole_patches.patch_decoder(network, 1, CacheBits(8, 8)) is None

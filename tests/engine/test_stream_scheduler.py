@@ -114,7 +114,9 @@ def test_a_gpu_takes_whole_patches_of_those_that_one_drawing_does_for(
 ):
     """Here without a GPU, and not compiled."""
     monkeypatch.setattr(mx, "compile", lambda function: function)
-    monkeypatch.setattr("marlin_cli.engine.decoding.patch_decoder", compiled_patches)
+    monkeypatch.setattr(
+        "marlin_cli.engine.decoding.patch_decoder", lambda network, streams, bits: compiled_patches(network, streams)
+    )
     monkeypatch.setattr("marlin_cli.engine.merged_streams.gpu", lambda: "metal")
     network = random_network(MegaByteConfig(**small_sizes))
     requests = [
