@@ -111,6 +111,8 @@ def why_undrafted(network: MegaByte, bits: CacheBits) -> str | None:
         return "drafts are verified by the CPU kernels, and by whole patches on NVIDIA GPUs, and these streams go by others"
     if share_of(network) is not None:
         return "ranks share the model, and a launch of one does not know what the others have drafted"
+    if network.config.layout == "paper":
+        return "a patch of the layout paper begins with the byte before it, which launches of drafts are not given"
     reason = "the cache is packed, or has a window" if bits != CacheBits() else cuda_patches.why_operations(network, 1)
     return None if reason is None else f"patches go operation by operation here: {reason}"
 

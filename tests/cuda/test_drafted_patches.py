@@ -71,7 +71,14 @@ def test_others_go_on_without(monkeypatch):
     assert all(each.drafted_bytes == 0 and each.passes == 3 for each in told)
 
 
-def test_what_goes_by_operations_says_why():
-    network = network_of(layout="paper")
-    with pytest.raises(UsageError, match="operation by operation here: the layout is paper"):
+@pytest.mark.parametrize(
+    ("layout", "why"),
+    [
+        ("paper", "a patch of the layout paper begins"),
+        ("megabyte_pytorch", "operation by operation here: the layout is megabyte"),
+    ],
+)
+def test_what_is_not_drafted_says_why(layout, why):
+    network = network_of(layout=layout)
+    with pytest.raises(UsageError, match=why):
         scheduler_of(network).admit(Request(b"abcd", speculation=Speculation(2)))
