@@ -170,10 +170,9 @@ class Model:
         network = build(
             checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=number, share=share
         )
-        # Of another layout's files the arrays may be parts, or have been changed since they were read.
-        tables = architecture.looked_up if checkpoint.layout == "native" and share is None else frozenset()
+        tables = architecture.looked_up if share is None else frozenset()
         if tables and is_short_of(network, tables):
-            leave_on_disk(network, checkpoint.path, tables)
+            leave_on_disk(network, checkpoint.stored, tables)
         if config is not None:
             check_same(network.config, config, str(path))
         keeps_keys = bool(architecture.packed_keys(network.config).paths)
