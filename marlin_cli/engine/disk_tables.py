@@ -32,6 +32,12 @@ class DiskTable(nn.Module):
         """Bytes of its arrays, which lie in the file."""
         return sum(rows.nbytes for _, rows in self._arrays)
 
+    @property
+    def numbers(self) -> int:
+        """Numbers in the table, packed ones counted one by one."""
+        rows, columns = dict(self._arrays)["weight"].shape
+        return rows * columns * (1 if self._packing is None else 32 // self._packing[1])
+
     def __call__(self, rows: mx.array) -> mx.array:
         """Rows [.., columns] of numbers [..], bit for bit those of the table in memory."""
         numbers, where = np.unique(np.array(rows), return_inverse=True)
