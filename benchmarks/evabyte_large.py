@@ -1,10 +1,12 @@
 """EvaByte larger than memory: peak memory and seconds of packing a checkpoint of its real shape, and of bytes with the result.
 
     python benchmarks/evabyte_large.py [--layers 32] [--method mse] [--folder FOLDER] [--decode-bytes 64]
+    python benchmarks/evabyte_large.py --calibrate 128
 
 The checkpoint has the hub's layout, a shard a layer, 13 GB in 16 bits with all 32 layers; its layers are one random layer
 again and again, which takes no less to read and to pack. Each step is `marlin` in a process of its own, whose peak the
-system tells. What is claimed: `quantize` to nvfp4 within 4 GiB, and 64 bytes within the packed bytes and 1 GiB.
+system tells. What is claimed: `quantize` to nvfp4 within 4 GiB, and 64 bytes within the packed bytes and 1 GiB; with
+--calibrate alone, `calibrate` on a window of so many bytes within 4 GiB, where memory is short of the model's 26 GB.
 """
 
 import argparse
@@ -82,6 +84,7 @@ def main() -> None:
     parser.add_argument("--method", default="mse")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is, or is made; a temporary folder unless given")
     parser.add_argument("--decode-bytes", type=int, default=64)
+    parser.add_argument("--calibrate", type=int, help="bytes of a window; nothing else is measured then")
     arguments = parser.parse_args()
     mx.random.seed(0)
     config = EvaByteConfig(**{**vars(preset("evabyte")), "layers": arguments.layers})
@@ -94,6 +97,15 @@ def main() -> None:
             total = make_checkpoint(model, config)
             print(f"made {total / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        if arguments.calibrate:
+            window = ["--seq-bytes", str(arguments.calibrate), "--max-bytes", str(arguments.calibrate)]
+            statistics = ["-o", str(folder / "stats.safetensors"), "--overwrite", "--device", "cpu"]
+            seconds, peak = measured([*marlin, "calibrate", str(model), *window, *statistics])
+            print(
+                f"calibrate: a window of {arguments.calibrate} bytes of {size / 1e9:.2f} GB in {seconds:.0f} s,"
+                f" peak {peak / GIB:.2f} GiB resident (claimed: 4)"
+            )
+            return
         options = ["--global-bits", "4", "--method", arguments.method, "-o", str(packed), "--overwrite", "--json"]
         seconds, peak = measured([*marlin, "quantize", str(model), *options])
         packed_size = sum(file.stat().st_size for file in packed.glob("*.safetensors"))

@@ -1,11 +1,12 @@
 """Time of a byte at the end of a long context beside references that run the whole context again for each byte.
 
-    python benchmarks/recomputing.py [--only block_recurrent,evabyte,blt] [--context 4096] [--bytes 64] [--rounds 3]
+    python benchmarks/recomputing.py [--only block_recurrent,evabyte,blt,spacebyte] [--context 4096] [--bytes 64] [--rounds 3]
 
 Block-Recurrent: block-recurrent-transformer-pytorch 0.4.4 at the shape of the preset, in segments of 512 bytes as its
 wrapper generates: what is timed is its pass over the last segment, nearly full. EvaByte: the transcription of tests/peers
 (its own code needs triton) at 8 layers 1,024 wide, windows of 2,048. BLT: transformers without its cache, at half the widths
-of BLT-1B and a third of its layers. Weights are random, both sides float32 on this CPU, and marlin packed to nvfp4 too (of a
+of BLT-1B and a third of its layers. SpaceByte: the transcription of tests/peers (its own code needs a GPU for its attention)
+at half the layers of the preset. Weights are random, both sides float32 on this CPU, and marlin packed to nvfp4 too (of a
 BLT bytes to mxfp8). Logits of the float32 models are compared; sides are timed in turns, the least of each is shown.
 """
 
@@ -95,6 +96,28 @@ def blt(context: int, folder: Path) -> tuple[Any, Callable[[np.ndarray], np.ndar
     return network, last
 
 
+def spacebyte(context: int, folder: Path) -> tuple[Any, Callable[[np.ndarray], np.ndarray]]:
+    """As `block_recurrent`."""
+    from torch_spacebyte import TorchSpaceByte, TorchSpaceConfig
+
+    torch.manual_seed(0)
+    model = TorchSpaceByte(
+        TorchSpaceConfig(
+            d_model=1024, context_size=8192, d_key=64, n_layers=6, rope=True, global_context_size=8192, d_local=512,
+            n_initial_layers=3, n_local_layers=6, local_attention_window=512,
+        )
+    ).eval()  # fmt: skip
+    torch.save(model.checkpoint(), folder / "ckpt.pt")
+    read = read_checkpoint(folder / "ckpt.pt")
+    network = build(read.config, read.weights, where="here", dtype=mx.float32)
+
+    @torch.no_grad()
+    def last(ids: np.ndarray) -> np.ndarray:
+        return model(torch.from_numpy(np.pad(ids, (1, 0), constant_values=255)[None]))[0, -1].numpy()
+
+    return network, last
+
+
 def seconds_of(network: Any, ids: np.ndarray, count: int) -> float:
     """Of a byte, the mean of `count` behind a context."""
     state = begin(network, [bytes(ids.tolist())])
@@ -108,7 +131,7 @@ def seconds_of(network: Any, ids: np.ndarray, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="block_recurrent,evabyte,blt")
+    parser.add_argument("--only", default="block_recurrent,evabyte,blt,spacebyte")
     parser.add_argument("--context", type=int, default=4096, help="bytes, the last block or window of which is nearly full")
     parser.add_argument("--bytes", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -117,8 +140,9 @@ def main() -> None:
     torch.set_num_threads(2)
     for name in arguments.only.split(","):
         with tempfile.TemporaryDirectory() as temporary:
-            ids = np.random.default_rng(0).integers(0, 256, arguments.context - arguments.bytes)
-            sides = {"block_recurrent": block_recurrent, "evabyte": evabyte, "blt": blt}
+            ids = np.random.default_rng(0).integers(97, 123, arguments.context - arguments.bytes)
+            ids[::5] = 32  # words, as patches of a SpaceByte are
+            sides = {"block_recurrent": block_recurrent, "evabyte": evabyte, "blt": blt, "spacebyte": spacebyte}
             network, last = sides[name](arguments.context, Path(temporary))
             found = np.array(begin(network, [bytes(ids.tolist())]).logits[0])
             print(f"{name}: logits differ by {np.abs(found - last(ids)).max():.1e}", flush=True)

@@ -311,13 +311,20 @@ class FlashAttention : public CpuPrimitive {
   std::function<void()> task(const std::vector<mx::array>& inputs, mx::array& out) const override {
     const auto& queries = inputs[0];
     size_t next = 1;
+    std::vector<Copy> copies;
     const auto views = [&](const std::vector<int>& bits) {
       std::vector<PageView> pages;
       for (int each : bits) {
         const auto& data = inputs[next++];
         const int64_t heads = data.shape(1), rows = data.shape(2), width = data.shape(3);
         if (each == 32) {
-          pages.push_back({data.data<float>(), nullptr, nullptr, Kind::nvfp4, heads * rows * width, rows * width, width, rows});
+          // As it lies: a cache that grows hands out the first rows of its storage, and to copy them takes longer than to read them.
+          if (data.strides(3) == 1 || width == 1) {
+            pages.push_back({data.data<float>(), nullptr, nullptr, Kind::nvfp4, data.strides(0), data.strides(1), data.strides(2), rows});
+          } else {
+            copies.push_back({data, std::make_shared<std::vector<float>>(data.size())});
+            pages.push_back({copies.back().second->data(), nullptr, nullptr, Kind::nvfp4, heads * rows * width, rows * width, width, rows});
+          }
         } else {
           pages.push_back({nullptr, reinterpret_cast<const uint8_t*>(data.data<uint32_t>()), inputs[next++].data<uint8_t>(),
                            each == 8 ? Kind::mxfp8 : Kind::nvfp4, heads * rows, rows, 1, rows});
@@ -343,10 +350,25 @@ class FlashAttention : public CpuPrimitive {
     task.query_row = task.out_row = task.head_dim;
     task.query_head = task.out_head = task.rows * task.head_dim;
     task.query_batch = task.out_batch = task.heads * task.query_head;
-    return [task, keys = std::move(keys), values = std::move(values)] { attend(task, keys, values); };
+    return [task, keys = std::move(keys), values = std::move(values), copies = std::move(copies)] {
+      for (const auto& [from, to] : copies) copy_rows(from, to->data());
+      attend(task, keys, values);
+    };
   }
 
  private:
+  // A page whose channels do not lie side by side, and where they will.
+  using Copy = std::pair<mx::array, std::shared_ptr<std::vector<float>>>;
+
+  static void copy_rows(const mx::array& from, float* to) {
+    const float* data = from.data<float>();
+    for (int64_t batch = 0; batch < from.shape(0); batch++)
+      for (int64_t head = 0; head < from.shape(1); head++)
+        for (int64_t row = 0; row < from.shape(2); row++)
+          for (int64_t channel = 0; channel < from.shape(3); channel++)
+            *to++ = data[batch * from.strides(0) + head * from.strides(1) + row * from.strides(2) + channel * from.strides(3)];
+  }
+
   Shape shape_;
 };
 
@@ -361,7 +383,7 @@ mx::array flash_attention(const mx::array& queries, const std::vector<PageArrays
     std::vector<int> bits;
     for (const auto& page : pages) {
       bits.push_back(page.bits);
-      inputs.push_back(contiguous_input(page.data));
+      inputs.push_back(page.scales ? contiguous_input(page.data) : page.data);
       if (page.scales) inputs.push_back(contiguous_input(*page.scales));
     }
     return bits;

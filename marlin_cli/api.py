@@ -63,12 +63,14 @@ def load(
     dtype: mx.Dtype | None = None,
     options: ImportOptions | None = None,
     split: Ranks = ALONE,
+    streams: bool = False,
 ) -> AnyModel:
     """Read any supported model; see `Model.from_pretrained`. What it can do is said by its class."""
     found = MODELS[capability_of(path)]
     return found.from_pretrained(
-        path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, dtype=dtype, options=options, split=split
-    )
+        path, device=device, kv_bits=kv_bits, activation_bits=activation_bits, dtype=dtype, options=options, split=split,
+        streams=streams,
+    )  # fmt: skip
 
 
 def ranks_to_split(part: str | None, model: str, ranks: Ranks) -> Ranks:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from marlin_cli.checkpoints import Checkpoint, ImportOptions, lasting, read_checkpoint
+from marlin_cli.checkpoints import Checkpoint, ImportOptions, architecture_of, check_weights, lasting, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.config import check_same, describe
+from marlin_cli.engine.disk_layers import DiskLinear, is_larger_than_memory, leave_layers_on_disk
 from marlin_cli.engine.disk_tables import DiskTable, is_short_of, leave_on_disk
 from marlin_cli.engine.heads import with_heads
 from marlin_cli.errors import CheckpointError, UsageError
@@ -128,6 +129,7 @@ class Model:
         dtype: mx.Dtype | None = None,
         options: ImportOptions | None = None,
         split: Ranks = ALONE,
+        streams: bool = False,
     ) -> AnyModel:
         """Read any supported checkpoint: a path, the name of a shipped model, or a repository on the hub.
 
@@ -142,6 +144,8 @@ class Model:
             options: what a foreign checkpoint does not reveal. What is assumed where it says nothing is an
                 `AssumptionWarning`, and stands in `marlin["assumed"]`.
             split: ranks that share it: each holds a part and runs all that the others run, in the same order.
+            streams: where memory is short of it, linear layers that lie in safetensors files stay there, and each is read
+                when it multiplies (`engine.disk_layers`).
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be used, or does something else with bytes.
@@ -159,7 +163,10 @@ class Model:
             return share.cuts(settings, checkpoint.weights, str(path))
 
         options = with_heads(where, options or ImportOptions())
-        checkpoint = read_checkpoint(where, options, wanted=None if split.size == 1 else wanted)
+        # Looking at all values would bring what stays on disk into memory.
+        own = ARCHITECTURES.get(architecture_of(where))
+        late = split.size == 1 and (streams or (own is not None and bool(own.looked_up)))
+        checkpoint = read_checkpoint(where, options, check_values=not late, wanted=None if split.size == 1 else wanted)
         chosen = choose_device(device)
         architecture = architecture_named(checkpoint.config, str(path))
         if architecture.capability is not cls.capability:
@@ -171,10 +178,14 @@ class Model:
         network = build(
             checkpoint.config, checkpoint.weights, checkpoint.quantization, where=str(path), dtype=number, share=share
         )
-        # Of another layout's files the arrays may be parts, or have been changed since they were read.
-        tables = architecture.looked_up if checkpoint.layout == "native" and share is None else frozenset()
+        tables = architecture.looked_up if share is None else frozenset()
+        left: list[str] = []
         if tables and is_short_of(network, tables):
-            leave_on_disk(network, checkpoint.path, tables)
+            left += leave_on_disk(network, checkpoint.stored, tables)
+        if streams and share is None and is_larger_than_memory(network):
+            left += leave_layers_on_disk(network, checkpoint.stored)
+        if late:
+            check_weights(checkpoint, left)
         if config is not None:
             check_same(network.config, config, str(path))
         keeps_keys = bool(architecture.packed_keys(network.config).paths)
@@ -232,3 +243,5 @@ class Model:
             raise UsageError("this rank holds a part of the model alone; load it in one process to pack or save it")
         if any(isinstance(module, DiskTable) for module in self.network.modules()):
             raise UsageError("its hash tables stay in their file, as memory is short; marlin quantize packs it")
+        if any(isinstance(module, DiskLinear) for module in self.network.modules()):
+            raise UsageError("its layers stay in their files, as memory is short; marlin quantize packs it")

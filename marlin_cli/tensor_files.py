@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from marlin_cli.errors import CheckpointError
 from marlin_cli.files import check_regular, check_utf8_name, kind_of_file
@@ -216,6 +216,41 @@ def save_arrays(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, st
         raise OSError(f"{one_line(error)} (is the disk full?)") from None
 
 
+# Of an array of MLX.
+TypeAndShape: TypeAlias = tuple[Any, tuple[int, ...]]
+
+
+def save_rows(
+    path: Path,
+    shapes: Mapping[str, TypeAndShape],
+    blocks: Iterable[Mapping[str, Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """As `save_arrays`, of arrays that come some rows at a time; of them one block is in memory.
+
+    Args:
+        shapes: name -> type of MLX, and shape, whose first axis is cut.
+        blocks: rows of arrays by name; those of each follow each other.
+
+    Raises:
+        OSError: as `save_arrays`.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    types = {getattr(mx, dtype): (name, words) for name, (dtype, words) in _WORDS.items()}
+    header, starts = _header_of({name: (types[dtype][0], shape) for name, (dtype, shape) in shapes.items()}, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for block in blocks:
+            for name, rows in block.items():
+                words = rows.view(getattr(mx, np.dtype(types[rows.dtype][1]).name))
+                data = np.array(words).reshape(-1).data.cast("B")
+                file.seek(len(header) + starts[name])
+                file.write(data)
+                starts[name] += len(data)
+
+
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[str, tuple[int, ...]]],
@@ -228,15 +263,21 @@ def write_safetensors(
         shapes: name -> the format's name of the type (F32, F8_E4M3, ..) and the shape.
         contents: the bytes of each, in that order, contiguous and little-endian.
     """
+    header, _ = _header_of(shapes, metadata)
+    with path.open("wb") as file:
+        file.write(header)
+        for data in contents:
+            file.write(data)
+
+
+def _header_of(shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a safetensors file begins with, and how far behind it each tensor begins."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
+    starts, offset = {}, 0
     for name, (dtype, shape) in shapes.items():
         end = offset + DTYPE_BYTES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
+        starts[name], offset = offset, end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for data in contents:
-            file.write(data)
+    return len(text).to_bytes(8, "little") + text, starts

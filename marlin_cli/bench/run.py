@@ -24,6 +24,7 @@ from marlin_cli.checkpoints import ImportOptions, fingerprint, read_checkpoint
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.continuing_model import ContinuingModel
 from marlin_cli.engine.cache import CacheBits
+from marlin_cli.engine.disk_tables import DiskTable
 from marlin_cli.engine.scoring import BYTES_PER_PASS
 from marlin_cli.errors import OutputError, UsageError
 from marlin_cli.files import user_cache
@@ -95,6 +96,9 @@ def _run(request: Request, ranks: Ranks) -> Report:
         )
         for name in request.models
     ]
+    for name, model in zip(request.models, models, strict=True):
+        if left := sum(module.file_bytes for module in model.network.modules() if isinstance(module, DiskTable)):
+            console.note(f"{name}: tables of {left:,} bytes stay in their file, as memory is short, and count as stored alone")
     if request.share_left is not None:
         models = [model.cached(None, request.share_left) for model in models]
     if request.throughput is not None:

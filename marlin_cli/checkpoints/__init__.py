@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ __all__ = [
     "ImportOptions",
     "architecture_of",
     "check_weight",
+    "check_weights",
     "files_of",
     "fingerprint",
     "lasting",
@@ -117,7 +118,7 @@ def read_checkpoint(
     Args:
         options: what a foreign checkpoint does not reveal.
         check_values: look at every weight now, which brings them all into memory; off, the caller calls `check_weight`
-            on each as it takes it.
+            on each as it takes it, or `check_weights`.
         wanted: what of the arrays a rank holds, see `parts`; all of them if None.
 
     Raises:
@@ -141,10 +142,24 @@ def read_checkpoint(
         checkpoint = part_of(checkpoint, wanted)
     for name, array in checkpoint.weights.items():
         _check_kind(checkpoint, name, array)
-        if check_values:
+    if check_values:
+        check_weights(checkpoint)
+    return checkpoint
+
+
+def check_weights(checkpoint: Checkpoint, but: Collection[str] = ()) -> None:
+    """See that the weights of a checkpoint are finite numbers, which brings them into memory.
+
+    Args:
+        but: paths of modules whose arrays are not looked at.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name, array in checkpoint.weights.items():
+        if name.rpartition(".")[0] not in but:
             check_weight(checkpoint.path, name, array)
             _check_codes(checkpoint, name, array)
-    return checkpoint
 
 
 def _layout_with_config(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Folders of Byte Latent Transformers as transformers writes them: config.json with four parts, and safetensors in shards."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from marlin_cli.checkpoints import hugging_face
 from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
 from marlin_cli.checkpoints.llama_names import NORMS_OF_BLOCK, OF_BLOCK
 from marlin_cli.checkpoints.t5_ends import CONFIG
-from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, tensors_of
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, number, tensors_of_model
 from marlin_cli.config import describe
-from marlin_cli.errors import CheckpointError, ConfigError
+from marlin_cli.errors import ConfigError
 from marlin_cli.text import quoted
 
 MODEL_TYPE = "blt"
@@ -64,23 +65,18 @@ def read(path: Path) -> Checkpoint:
     where = _folder(path) / CONFIG
     document = read_object(where)
     config = config_from(document, where)
-    found: dict[str, mx.array] = {}
-    for name, tensor in tensors_of(path).tensors.items():
-        plain = name.removeprefix("model.")
-        if plain in found:
-            raise CheckpointError(f"{path}: {quoted(name)} stands there twice")
-        found[plain] = tensor
-    foreign = Foreign(path, found)
+    foreign = tensors_of_model(path)
     check_layers(path, foreign, sum(config[name]["layers"] for name, _ in STACKS.values()))
     settled(config, foreign)
     every = _flag(_table(document, "encoder_config", where), "cross_attn_all_layers", False, where)
     # Patches are made anew in every layer of the encoder that has an attention for it: nothing reads any but the last.
     last = config["encoder"]["layers"] - 1 if every else 0
     unread = tuple(f"local_encoder.cross_attn_layers.{layer}." for layer in range(last))
-    taken = Taken(Foreign(path, {name: each for name, each in found.items() if not name.startswith(unread)}))
+    read = {name: each for name, each in foreign.tensors.items() if not name.startswith(unread)}
+    taken = Taken(dataclasses.replace(foreign, tensors=read))
     weights = _weights(taken, config, last)
     taken.finish()
-    return Checkpoint(path, MODEL_TYPE, config, weights)
+    return Checkpoint(path, MODEL_TYPE, config, weights, stored=taken.stored(weights))
 
 
 def files(path: Path) -> list[Path]:

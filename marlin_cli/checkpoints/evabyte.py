@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 
 from marlin_cli.checkpoints import hugging_face
-from marlin_cli.checkpoints.foreign import Checkpoint, Foreign, Taken, read_object
+from marlin_cli.checkpoints.foreign import Checkpoint, Taken, read_object
 from marlin_cli.checkpoints.llama_names import NORMS_OF_BLOCK, OF_BLOCK
 from marlin_cli.checkpoints.t5_ends import CONFIG
-from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, known_fields, number, tensors_of
+from marlin_cli.checkpoints.transformers_folder import check_layers, has_model_type, known_fields, number, tensors_of_model
 from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.text import quoted
 
@@ -58,14 +58,7 @@ def read(path: Path) -> Checkpoint:
     where = _folder(path) / CONFIG
     document = read_object(where)
     config = config_from(document, where)
-    # A shard whose names all begin so loses it where files are read.
-    found: dict[str, mx.array] = {}
-    for name, tensor in tensors_of(path).tensors.items():
-        plain = name.removeprefix("model.")
-        if plain in found:
-            raise CheckpointError(f"{path}: {quoted(name)} stands there twice")
-        found[plain] = tensor
-    foreign = Foreign(path, found)
+    foreign = tensors_of_model(path)
     check_layers(path, foreign, config["layers"])
     taken = Taken(foreign)
     width, heads, vocab = config["d_model"], config["heads"], config["vocab_size"]
@@ -94,7 +87,7 @@ def read(path: Path) -> Checkpoint:
     if further:
         weights["drafts.weight"] = head[vocab:]
     taken.finish()
-    return Checkpoint(path, MODEL_TYPE, config, weights)
+    return Checkpoint(path, MODEL_TYPE, config, weights, stored=taken.stored(weights))
 
 
 def config_from(document: Mapping[str, Any], where: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from marlin_cli.checkpoints.pickle_reader import TensorReference
 from marlin_cli.checkpoints.state_dicts import Copy, Model, Table, find_model, innermost, tables_of, without_prefixes
+from marlin_cli.checkpoints.stored_rows import Stored
 from marlin_cli.checkpoints.torch_file import TorchFile
 from marlin_cli.config import describe
 from marlin_cli.documents import read_json
@@ -39,6 +40,7 @@ class Checkpoint:
     quantization: dict[str, Any] | None = None  # mlx-lm's table of config.json
     marlin: dict[str, Any] | None = None  # marlin's own table of config.json
     assumed: Mapping[str, Any] = field(default_factory=dict)  # what neither file nor caller told, by import option
+    stored: Stored = field(default_factory=dict)  # weights of which rows can be read without the others
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Foreign:
     tensors: dict[str, mx.array]
     beside: dict[str, Any] = field(default_factory=dict)
     assumed: Mapping[str, Any] = field(default_factory=dict)  # see `Checkpoint`
+    stored: Stored = field(default_factory=dict)  # by the names of `tensors`; see `Checkpoint`
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         """The shape of the tensor `name`, which must have so many dimensions, none of them 0.
@@ -170,7 +173,9 @@ def read_foreign(path: Path, markers: Sequence[str] = (), copy: Copy | None = No
         arrays, _ = read_safetensors(path)
         model = find_model(list(arrays), markers, copy, path)
         if model is None:
-            return Foreign(path, {name: arrays[full] for name, full in without_prefixes(list(arrays)).items()})
+            names = without_prefixes(list(arrays))
+            stored = {name: (path, full) for name, full in names.items()}
+            return Foreign(path, {name: arrays[full] for name, full in names.items()}, stored=stored)
         _say_what_is_left(path, model, {name: array.size for name, array in arrays.items()})
         tensors = {name: arrays[full] for name, full in model.names.items()}
         return Foreign(path, _without_counters(tensors), {}, _assumed(model, copy))
@@ -249,7 +254,7 @@ class Taken:
     """Tensors handed out by name, so that none is forgotten and a missing one is named."""
 
     def __init__(self, foreign: Foreign) -> None:
-        self._path = foreign.path
+        self._path, self._foreign = foreign.path, foreign
         self._left = dict(foreign.tensors)
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> mx.array:
@@ -279,6 +284,11 @@ class Taken:
         """
         if name in self._left and mx.any(self._left.pop(name) != 0).item():
             raise CheckpointError(f"{self._path}: {quoted(name)} holds numbers, where its class has zeros alone")
+
+    def stored(self, weights: Mapping[str, mx.array]) -> Stored:
+        """Where those of some weights lie in files that are tensors of them, unchanged."""
+        names = {id(tensor): name for name, tensor in self._foreign.tensors.items() if name in self._foreign.stored}
+        return {path: self._foreign.stored[names[id(array)]] for path, array in weights.items() if id(array) in names}
 
     def finish(self) -> None:
         """Raise `CheckpointError` if a tensor has found no place."""

@@ -48,15 +48,17 @@ def read(path: Path) -> Checkpoint:
         raise ConfigError(f"{folder / CONFIG}: 'quantization_config' differs from 'quantization'; marlin reads MLX's packing")
     marlin = take_table(config, "marlin", folder / CONFIG)
     weights: dict[str, mx.array] = {}
+    stored: dict[str, tuple[Path, str]] = {}
     for file in weight_files(folder) if path.is_dir() else [path]:
         arrays, _ = read_safetensors(file)
         twice = sorted(arrays.keys() & weights.keys())
         if twice:
             raise CheckpointError(f"{file}: {quoted(twice[0])} stands in another shard too")
         weights.update(arrays)
+        stored.update({name: (file, name) for name in arrays})
     if packing is not None:
         weights, quantization = nvfp4.under_mlx_names(weights, packing, path), dict(nvfp4.TABLE)
-    return Checkpoint(path, "native", config, weights, quantization, marlin)
+    return Checkpoint(path, "native", config, weights, quantization, marlin, stored={} if packing is not None else stored)
 
 
 def files(path: Path) -> list[Path]:

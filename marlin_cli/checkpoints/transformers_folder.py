@@ -36,13 +36,34 @@ def tensors_of(path: Path, dropped: Callable[[str], bool] = lambda name: False) 
         CheckpointError: no weights, a damaged file, or a tensor that stands in two shards.
     """
     tensors: dict[str, mx.array] = {}
+    stored: dict[str, tuple[Path, str]] = {}
     for file in weight_files(path):
-        for name, tensor in read_foreign(file).tensors.items():
+        own = read_foreign(file)
+        for name, tensor in own.tensors.items():
             if name in tensors:
                 raise CheckpointError(f"{file}: {quoted(name)} stands in another shard too")
             if not dropped(name):
                 tensors[name] = tensor
-    return Foreign(path, tensors)
+        stored.update(own.stored)
+    return Foreign(path, tensors, stored=stored)
+
+
+def tensors_of_model(path: Path) -> Foreign:
+    """The same, without the `model.` that stands before most names: a shard whose names all begin so lost it when it was read.
+
+    Raises:
+        CheckpointError: as `tensors_of`; or a tensor stands there with and without it.
+    """
+    foreign = tensors_of(path)
+    plain = {name: name.removeprefix("model.") for name in foreign.tensors}
+    twice = next((name for name, short in plain.items() if name != short and short in foreign.tensors), None)
+    if twice is not None:
+        raise CheckpointError(f"{path}: {quoted(twice)} stands there twice")
+    return Foreign(
+        path,
+        {plain[name]: tensor for name, tensor in foreign.tensors.items()},
+        stored={plain[name]: place for name, place in foreign.stored.items() if name in plain},
+    )
 
 
 def known_fields(document: Mapping[str, Any], fields: Fields, where: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from marlin_cli.tensor_files import save_arrays
+from marlin_cli.tensor_files import TypeAndShape, save_arrays, save_rows
 from marlin_cli.writing import writing_folder
 
 # A shard is held in memory until it is full.
@@ -80,6 +81,20 @@ class ModelWriter:
         self._used_bytes += array.nbytes
         self._total_bytes += array.nbytes
 
+    def add_rows(self, shapes: Mapping[str, TypeAndShape], blocks: Iterable[Mapping[str, mx.array]]) -> None:
+        """Take weights that come some rows at a time, each block of all of them; they have a shard of their own.
+
+        Raises:
+            OSError: as `add`.
+        """
+        if self._shard:
+            self._save(self._temporary(self._shards))
+            self._shards += 1
+        save_rows(self._temporary(self._shards), shapes, blocks, {"format": "mlx"})
+        self._shard_of.update(dict.fromkeys(shapes, self._shards))
+        self._total_bytes += sum(dtype.size * math.prod(shape) for dtype, shape in shapes.values())
+        self._shards += 1
+
     def put(self, name: str, data: bytes) -> None:
         """Write another file of this name.
 
@@ -103,10 +118,13 @@ class ModelWriter:
             document["quantization_config"] = dict(quantization)
         if marlin is not None:
             document["marlin"] = dict(marlin)
-        if self._shards == 1:
-            self._save(self._folder / "model.safetensors")
-        else:
+        if self._shard:
             self._save(self._temporary(self._shards))
+        else:  # what came last has a shard of its own
+            self._shards -= 1
+        if self._shards == 1:
+            self._temporary(1).rename(self._folder / "model.safetensors")
+        else:
             names = {number: f"model-{number:05d}-of-{self._shards:05d}.safetensors" for number in range(1, self._shards + 1)}
             for number, name in names.items():
                 self._temporary(number).rename(self._folder / name)

@@ -41,6 +41,7 @@ def show_plan(
     from marlin_cli.ops.device import choose_device
     from marlin_cli.prediction.arithmetic import STORED_BITS, costs_of, stored_bits
     from marlin_cli.prediction.bandwidth import measure_bandwidth
+    from marlin_cli.prediction.memory import stream_bytes
     from marlin_cli.prediction.prediction import at_bits, layer_shapes, predicted_seconds
     from marlin_cli.prediction.ranks import parse_link
     from marlin_cli.prediction.sizes import bytes_by_part, bytes_in_float32, elements_by_part
@@ -67,7 +68,9 @@ def show_plan(
         # A bandwidth that is given is another machine's; on this one's CPU activations and floats take 32 bits.
         here = gigabytes_per_second is None and (chosen := choose_device(device)).name == "cpu"
         floats = 32 if here else 16
-        sizes: dict[str, float] = dict((bytes_in_float32 if here else bytes_by_part)(checkpoint.weights))
+        sizes: dict[str, float] = dict(
+            bytes_in_float32(checkpoint.weights, architecture.looked_up) if here else bytes_by_part(checkpoint.weights)
+        )
         if bits is not None:
             if checkpoint.quantization is not None:
                 raise UsageError(f"--bits: {name} is packed already; leave it out, or name the model it was made from")
@@ -82,7 +85,8 @@ def show_plan(
             kept = CacheBits(cache_bits or 16, cache_bits or 16)
             predicted = predicted_seconds(config, shapes, lengths, kept)
         shared = None if ranks is None else _held(config, checkpoint.weights, ranks, name)
-        plans.append((name, costs, predicted, sizes, config, shared))
+        held = [stream_bytes(config, length, cache_bits or floats, floats) for length in lengths]
+        plans.append((name, costs, predicted, held, sizes, config, shared))
     if gigabytes_per_second is None:
         choose_device(device)
         measured = measure_bandwidth()
@@ -90,7 +94,7 @@ def show_plan(
         console.note(f"measured: copies {measured.copy / 1e9:.1f} GB/s, matrix times vector {rate / 1e9:.1f} GB/s")
     else:
         rate = gigabytes_per_second * 1e9
-    for name, costs, predicted, sizes, config, shared in plans:
+    for name, costs, predicted, held, sizes, config, shared in plans:
         rows = [
             ["attention, pairs", *(f"{each.attention_pairs:,}" for each in costs)],
             ["of a flat byte model", *(f"{each.flat_attention_pairs:,}" for each in costs)],
@@ -100,6 +104,8 @@ def show_plan(
                 for level in costs[0].cache_bytes
             ),
             ["of a flat byte model, 16 bits", *(f"{each.flat_cache_bytes:,.0f}" for each in costs)],
+            ["memory, bytes: weights", *(f"{sum(sizes.values()):,.0f}" for _ in costs)],
+            ["memory, bytes: a stream", *(f"{each:,.0f}" for each in held)],
             *([f"read a byte: {part}", *(f"{each.read_bytes[part]:,.0f}" for each in costs)] for part in costs[0].read_bytes),
             ["read a byte: all", *(f"{each.read_bytes_total:,.0f}" for each in costs)],
             ["reading a byte takes, us", *(f"{1e6 * each.seconds_per_byte(rate):,.3g}" for each in costs)],

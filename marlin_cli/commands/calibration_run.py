@@ -57,6 +57,7 @@ def run(
     from marlin_cli.checkpoints import fingerprint
     from marlin_cli.checkpoints.location import locate_model
     from marlin_cli.corpus import TextCorpus
+    from marlin_cli.engine.disk_layers import DiskLinear
     from marlin_cli.models import Capability, architecture_of
     from marlin_cli.statistics.collect import hessian_channels
     from marlin_cli.statistics.hessians import HessianAccumulator
@@ -66,7 +67,9 @@ def run(
     check_output(output, resume=resume, overwrite=overwrite)
     location = locate_model(model)
     # Sums are taken in float32, also where the model would run in 16 bits.
-    network = load(location, device=device, dtype=mx.float32, options=options).network
+    network = load(location, device=device, dtype=mx.float32, options=options, streams=True).network
+    if any(isinstance(module, DiskLinear) for module in network.modules()):
+        console.note("memory is short of the model: each layer is read from its file when it is used, once a window")
     corpora = {Capability.CONTINUES: _windows, Capability.ANSWERS: _examples, Capability.ENCODES: _texts}
     corpus = corpora[architecture_of(network).capability](wanted, network)
     total = corpus.total_bytes

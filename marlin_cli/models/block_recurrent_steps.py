@@ -1,6 +1,5 @@
 """What calibration, packing and decoding ask of a Block-Recurrent Transformer; see `models.architecture`."""
 
-import dataclasses
 from functools import partial
 
 import mlx.core as mx
@@ -26,8 +25,6 @@ from marlin_cli.models.byte_ids import ends, ids_of_prompt_of
 from marlin_cli.models.decoding_shape import CachedStack, DecodingShape
 
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
-
-NARROW = 32  # the widths of the miniature
 
 # Layers of a block whose inputs are measured, in the order in which they come about; between them those of its states.
 OF_ATTENTION = ("attention.q_proj",)
@@ -122,14 +119,14 @@ def beside_bytes(config: BlockRecurrentConfig) -> int:
     return 4 * (keys + states)
 
 
+def open_bytes(config: BlockRecurrentConfig) -> int:
+    """The keys of half a block as they came, and states."""
+    return beside_bytes(config) - 2 * config.layers * config.block_bytes * config.head_dim
+
+
 def part_bytes(config: BlockRecurrentConfig) -> dict[str, int]:
     """What writes states is read once in a block; as it passes all of them then, its products are about a row a byte."""
     return {"states": config.block_bytes}
-
-
-def miniature_of(config: BlockRecurrentConfig) -> BlockRecurrentConfig:
-    """The same model with one narrow head."""
-    return dataclasses.replace(config, d_model=NARROW, heads=1, head_dim=NARROW, ffn_dim=NARROW)
 
 
 BLOCK_RECURRENT = Architecture(
@@ -147,7 +144,15 @@ BLOCK_RECURRENT = Architecture(
     packed_keys=packed_keys,
     is_gated=lambda config: True,
     input_of=input_of,
-    decoding=DecodingShape(stacks, part_bytes, beside_bytes=beside_bytes, miniature=miniature_of),
+    decoding=DecodingShape(
+        stacks,
+        part_bytes,
+        beside_bytes=beside_bytes,
+        miniature=lambda config: config,
+        by_operations=True,
+        open_bytes=open_bytes,
+        stored_rows=lambda rows: rows,
+    ),  # fmt: skip
     tuning=Tuning(parts=None),
     continuing=Continuing(
         Reading.BLOCKS,

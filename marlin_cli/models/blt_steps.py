@@ -36,8 +36,6 @@ OF_READER = ("q_proj", "k_proj", "o_proj")
 # Bytes of a patch, on average, by which costs count: what the released models' threshold was chosen for.
 PATCH_BYTES = 4
 
-NARROW = 16  # the widths of the miniature
-
 # Places in a patch, and lengths of patches, by which inputs are told apart; the last stands for all that are more.
 PLACES = 8
 
@@ -204,15 +202,9 @@ def layer_bytes(path: str, config: BltConfig) -> int:
 
 
 def miniature_of(config: BltConfig) -> BltConfig:
-    """The same model with one narrow head, patches of the mean length, and twice the context."""
-    own, wide = config.patch_rows * config.encoder.d_model, config.patches.d_model
-    rows = config.patch_rows * NARROW
+    """The same model with patches of the mean length, small tables and twice the context."""
     return replace(
         config,
-        patcher=replace(config.patcher, d_model=NARROW, ffn_dim=NARROW, heads=1),
-        encoder=replace(config.encoder, d_model=NARROW, ffn_dim=NARROW, heads=1),
-        patches=replace(config.patches, d_model=rows if own == wide else 2 * rows, ffn_dim=NARROW, heads=1),
-        decoder=replace(config.decoder, d_model=NARROW, ffn_dim=NARROW, heads=1),
         threshold=1e6,  # above every entropy
         max_patch_bytes=PATCH_BYTES,
         hash_buckets=min(config.hash_buckets, 1024),
@@ -256,7 +248,7 @@ BLT = Architecture(
     groups_of=groups_of,
     overflows_in_float16=True,  # trained in bfloat16
     looked_up=frozenset({"hash_embedding"}),
-    decoding=DecodingShape(stacks, part_bytes, layer_bytes, miniature_of, beside_bytes),
+    decoding=DecodingShape(stacks, part_bytes, layer_bytes, miniature_of, True, beside_bytes),
     tuning=Tuning(parts=("encoder", "global", "decoder", "head")),  # where patches end has no slope
     continuing=Continuing(
         Reading.LATENT_PATCHES,

@@ -28,9 +28,6 @@ from marlin_cli.models.evabyte_ids import FIRST_BYTE, bytes_of_mark, chat, ids_o
 Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
 
-NARROW = 32  # the widths of the miniature
-
-
 class Watched:
     """A `models.evabyte.WindowMemory` that is empty, and shows what one would hold of the exact rows."""
 
@@ -115,8 +112,8 @@ def beside_bytes(config: EvaByteConfig) -> int:
 
 
 def miniature_of(config: EvaByteConfig) -> EvaByteConfig:
-    """The same model with one narrow head."""
-    return dataclasses.replace(config, d_model=NARROW, heads=1, ffn_dim=NARROW, max_bytes=config.max_bytes + 2)
+    """The same model with a little more context."""
+    return dataclasses.replace(config, max_bytes=config.max_bytes + 2)
 
 
 def ids_of_prompt(config: EvaByteConfig, prompt: bytes, sentinels: bool) -> list[int]:
@@ -140,7 +137,13 @@ EVABYTE = Architecture(
     is_gated=lambda config: True,
     input_of=input_of,
     overflows_in_float16=True,  # trained in bfloat16
-    decoding=DecodingShape(stacks, beside_bytes=beside_bytes, miniature=miniature_of),
+    decoding=DecodingShape(
+        stacks,
+        beside_bytes=beside_bytes,
+        miniature=miniature_of,
+        by_operations=True,
+        open_bytes=lambda config: beside_bytes(config) // 2,
+    ),  # fmt: skip
     tuning=Tuning(parts=None),
     continuing=Continuing(
         Reading.WINDOWS,

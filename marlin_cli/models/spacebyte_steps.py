@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +33,6 @@ Windows = npt.NDArray[np.uint8]  # [windows, window_bytes]
 
 # Places in a patch by which inputs are told apart; the last stands for all that are more.
 PLACES = 8
-
-NARROW = 16  # the widths of the miniature
 
 
 def ids_of(network: SpaceByte, windows: Windows) -> mx.array:
@@ -153,13 +150,9 @@ def layer_bytes(path: str, config: SpaceByteConfig) -> int:
 
 
 def miniature_of(config: SpaceByteConfig) -> SpaceByteConfig:
-    """The same model with one narrow head, and twice the context."""
-    narrow: dict[str, Any] = {}
-    for stage in ("global", "local"):
-        narrow |= {f"{stage}_dim": NARROW, f"{stage}_heads": 1, f"{stage}_head_dim": None, f"{stage}_kv_heads": None}
-        narrow[f"{stage}_ffn_dim"] = NARROW
-    longer: dict[str, Any] = {"max_bytes": 2 * config.ids - 1, "max_patches": 2 * config.max_patches}
-    return dataclasses.replace(config, **narrow, **longer)
+    """The same model with patches of the mean length, and twice the context."""
+    patches = 2 * config.max_patches
+    return dataclasses.replace(config, patch_rule="periodic", max_patches=patches, max_bytes=patches * config.patch_bytes - 1)
 
 
 def ids_of_prompt(config: SpaceByteConfig, prompt: bytes, sentinels: bool) -> bytes:
@@ -196,7 +189,7 @@ SPACEBYTE = Architecture(
     is_gated=lambda config: False,
     rows_of_sequence=rows_of_sequence,
     groups_of=groups_of,
-    decoding=DecodingShape(stacks, part_bytes, layer_bytes, miniature_of, beside_bytes),
+    decoding=DecodingShape(stacks, part_bytes, layer_bytes, miniature_of, True, beside_bytes),
     continuing=Continuing(
         Reading.BEGUN_PATCHES,
         predictions=lambda network, windows: network.predictions(windows),

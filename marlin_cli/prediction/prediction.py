@@ -7,7 +7,8 @@ Each kind of operation is timed alone, by the CPU kernels of decoding and on the
 - attention: one row against a cache as long as the context fills it.
 - the rest: a miniature of the model is decoded, with as many layers, of the same layout, patch and vocabulary, but so narrow
   that its products cost next to nothing. What it takes is Python, the graph between stages, draws, and what a layer does
-  beside products and attention.
+  beside products and attention. Of a model that is decoded an operation at a time that depends on its widths: there the
+  miniature has them, and the inputs of its products alone are cut to a few channels.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import mlx.nn as nn
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import Continuation, begin
 from marlin_cli.engine.fused import kernel_product
-from marlin_cli.models import ARCHITECTURES, CachedStack, decoding_of, linear_layers, part_of
+from marlin_cli.models import ARCHITECTURES, CachedStack, decoding_of, linear_layers, part_of, set_modules
 from marlin_cli.ops import Linear, QuantizedLinear
 from marlin_cli.ops.cpu import kernels
 from marlin_cli.prediction.bandwidth import again
@@ -37,6 +38,9 @@ from marlin_cli.quantization.layers import packed_layer
 LIMIT_BYTES = 1 << 30
 
 ROUNDS, PATCHES_OF_A_ROUND = 5, 8
+
+# Channels that products of floats read in a miniature that has its model's widths.
+NARROW = 16
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,8 @@ class DecodingProbe:
             *local,
         ]
         self._miniature = ARCHITECTURES[config.model_type].network(decoding.miniature(config))
+        if decoding.by_operations:
+            set_modules(self._miniature, [(shape.path, _NarrowProduct(shape)) for shape in shapes])
         mx.eval(self._miniature.parameters())
         self._observed: list[tuple[dict[str, float], dict[int, float]]] = []
 
@@ -192,6 +198,23 @@ class DecodingProbe:
         found = with_overhead(before, state.part_seconds or {}, self._clock() - start)
         assert found is not None
         return {part: seconds for part, seconds in found.items() if part != "head" and not part.endswith(" cache")}
+
+
+class _NarrowProduct(nn.Module):
+    """Stands for a layer: called as it is, with an output as wide, but of a few channels of its input."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self._channels = min(shape.depth, shape.group_size or NARROW)
+        if shape.format is None:
+            self.layer: nn.Module = Linear(self._channels, shape.columns, bias=False)
+        else:
+            packed = _encoded(shape.columns, self._channels, shape.format, self._channels)
+            self.layer = packed_layer(packed, None)
+            self.layer.activation_bits = shape.activation_bits
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.layer(x[..., : self._channels])
 
 
 class _Probe(Protocol):

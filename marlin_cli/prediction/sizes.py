@@ -1,11 +1,12 @@
 """Bytes of weights by part of the model, for arrays as they are stored or as they lie in memory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from marlin_cli.engine.disk_tables import DiskTable
 from marlin_cli.models import matrices_of, part_of
 from marlin_cli.ops import PackedTable, QuantizedLinear
 
@@ -23,9 +24,13 @@ def bytes_by_part(weights: Mapping[str, mx.array]) -> dict[str, int]:
     return _by_part((path, array.nbytes) for path, array in weights.items())
 
 
-def bytes_in_float32(weights: Mapping[str, mx.array]) -> dict[str, int]:
-    """As `bytes_by_part`, of weights as a CPU computes with them: what is 16 bits wide and not packed takes 32."""
-    packed = {path.removesuffix(".scales") for path in weights if path.endswith(".scales")}
+def bytes_in_float32(weights: Mapping[str, mx.array], looked_up: Collection[str] = ()) -> dict[str, int]:
+    """As `bytes_by_part`, of weights as a CPU computes with them: what is 16 bits wide and not packed takes 32.
+
+    Args:
+        looked_up: paths of tables that keep the type in which they are stored, see `Architecture.looked_up`.
+    """
+    packed = {path.removesuffix(".scales") for path in weights if path.endswith(".scales")} | set(looked_up)
     return _by_part(
         (path, array.nbytes * (2 if array.dtype.size == 2 and path.rpartition(".")[0] not in packed else 1))
         for path, array in weights.items()
@@ -53,6 +58,9 @@ def _unpacked_sizes(network: nn.Module) -> Iterator[tuple[str, int]]:
             yield path, array.size * 32 // packed[layer].bits
         elif layer not in packed or last == "bias":
             yield path, array.size
+    for path, module in network.named_modules():
+        if isinstance(module, DiskTable):
+            yield f"{path}.weight", module.numbers
 
 
 def _by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:

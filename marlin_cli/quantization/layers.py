@@ -1,8 +1,8 @@
 """One linear layer, or table, packed by its plan and a method, and what that did to it."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -69,6 +69,42 @@ def pack_layer(
         hessian = None if hessian is None else hessian / np.outer(factor, factor)
     packed = pack_weight(weight, plan, method, importance, hessian)
     return packed_layer(packed, bias), report_of(weight, packed, plan, hessian)
+
+
+def pack_rows(blocks: Iterable[mx.array], plan: LayerPlan, method: str) -> Iterator[tuple[dict[str, mx.array], LayerReport]]:
+    """A table that comes some rows at a time, packed as `pack_layer` does it (or as it is): arrays of rows, and their report.
+
+    Raises:
+        QuantizationError: as `pack_layer`; or a format with one scale for all rows.
+    """
+    for rows in blocks:
+        if plan.format is None:
+            yield {"weight": rows}, planned(plan, rows)
+            continue
+        if plan.format.layer_bytes:
+            raise QuantizationError(f"{plan.path!r}: {plan.format.name} has one scale of the whole table, which comes by rows")
+        layer, report = pack_layer(rows, None, plan, method=method)
+        assert layer is not None
+        arrays = {name: layer[name] for name in layer}
+        mx.eval(arrays)
+        yield arrays, report
+
+
+def added(reports: Sequence[LayerReport]) -> LayerReport:
+    """The report of a table whose rows have these."""
+
+    def total(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if len(known) == len(reports) else None
+
+    return replace(
+        reports[0],
+        bytes_before=sum(each.bytes_before for each in reports),
+        bytes_after=sum(each.bytes_after for each in reports),
+        squared_weight=total(each.squared_weight for each in reports),
+        squared_error=total(each.squared_error for each in reports),
+        mlx_squared_error=total(each.mlx_squared_error for each in reports),
+    )
 
 
 def planned(plan: LayerPlan, weight: mx.array) -> LayerReport:

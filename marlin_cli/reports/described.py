@@ -204,7 +204,7 @@ def _model(name: str, device: Device, options: ImportOptions, with_fingerprint: 
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=name)
     parameters = dict(tree_flatten(network.parameters()))
     stored = bytes_by_part(checkpoint.weights)
-    loaded = (bytes_in_float32 if device.name == "cpu" else bytes_by_part)(parameters)
+    loaded = bytes_in_float32(parameters, architecture.looked_up) if device.name == "cpu" else bytes_by_part(parameters)
     formats: dict[str, set[str]] = defaultdict(set)
     for layer, module in matrices_of(network).items():
         formats[part_of_weight(f"{layer}.weight")].add(_format(module))

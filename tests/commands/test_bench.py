@@ -225,6 +225,9 @@ def test_long_windows_are_refused_before_anything_is_timed(models, tmp_path, mon
 def test_a_plan_times_nothing_and_follows_the_bits(models):
     text = run(models[0], "--plan", "--context", "16,32", "--bandwidth", "400").stdout
     assert "attention, pairs" in text and "at 400.0 GB/s" in text and "32 bytes" in text
+    weights, stream = (next(line.split()[-1] for line in text.splitlines() if f"memory, bytes: {what}" in line)
+                       for what in ("weights", "a stream"))  # fmt: skip
+    assert int(weights.replace(",", "")) > int(stream.replace(",", "")) > 0
     rows = {}
     for bits in ("32", "4"):
         lines = run(models[0], "--plan", "--bits", bits, "--bandwidth", "1").stdout.splitlines()

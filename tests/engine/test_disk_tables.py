@@ -43,8 +43,16 @@ def test_what_stays_in_its_file_is_not_saved(tmp_path, short_memory):
     short_memory()
     with pytest.raises(UsageError, match="its hash tables stay in their file"):
         load(tmp_path / "own", device="cpu").save(tmp_path / "again")
-    # Another layout's tables are read.
-    assert not isinstance(load(tmp_path / "model", device="cpu").network.hash_embedding, DiskTable)
+
+
+def test_another_layouts_tables_stay_on_disk_too(tmp_path, short_memory):
+    folder = blt_folder(tmp_path / "model", NETWORK)
+    resident = load(folder, device="cpu").generate(b"a prompt", max_bytes=24)
+    short_memory()
+    streamed = load(folder, device="cpu")
+    assert isinstance(streamed.network.hash_embedding, DiskTable)
+    assert streamed.network.hash_embedding.file_bytes == 4 * 2 * 97 * 32
+    assert streamed.generate(b"a prompt", max_bytes=24) == resident
 
 
 def test_a_file_that_was_cut(tmp_path, short_memory):

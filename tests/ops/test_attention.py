@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from marlin_cli.ops import attention, paged_attention, reference
+from marlin_cli.ops import attention, cpu, paged_attention, reference
 
 # batch, heads, kv_heads, rows, total, head_dim
 SHAPES = {
@@ -120,6 +120,37 @@ def test_keys_that_are_views_and_scores_that_are_huge():
         random(1, 2, 40, 16)[:, :, ::2],
     )
     assert np.abs(np.array(attention(queries, keys, values, 1.0)) - exact(queries, keys, values, 1.0)).max() < 1e-4
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["in memory", "of the graph"])
+@pytest.mark.parametrize("rows", [1, 5, 28])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: random(2, 3, 40, 16)[:, :, 5:33],
+        lambda: random(2, 40, 3, 16).swapaxes(1, 2)[:, :, 5:33],
+        lambda: random(2, 3, 16, 28).swapaxes(2, 3),
+        lambda: mx.broadcast_to(random(1, 3, 28, 16), (2, 3, 28, 16)),
+        lambda: random(2, 3, 28, 32)[..., ::2],
+        lambda: random(2, 3, 28, 16)[:, :, ::-1],
+    ],
+    ids=["first rows of storage", "rows before heads", "channels before rows", "repeated", "each other channel", "backwards"],
+)
+def test_keys_that_are_views_of_any_kind(view, rows, known):
+    queries, keys, values = random(2, 6, rows, 16, seed=1), view(), view()
+    if known:
+        mx.eval(keys, values)
+    assert mx.abs(attention(queries, keys, values, 0.3) - reference.attention(queries, keys, values, 0.3)).max().item() < 1e-5
+
+
+@pytest.mark.skipif(cpu.kernels()[0] is None, reason=f"no CPU kernels here: {cpu.kernels()[1]}")
+def test_the_first_rows_of_a_storage_are_not_copied():
+    storage, queries = random(1, 4, 2048, 64), random(1, 4, 1, 64)
+    mx.eval(storage, queries)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(attention(queries, storage[:, :, :2000], storage[:, :, :2000], 1.0))
+    assert mx.get_peak_memory() - before < storage.nbytes / 4
 
 
 def test_its_gradients_are_the_reference_s():

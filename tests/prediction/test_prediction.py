@@ -1,7 +1,12 @@
 """Predictions are made of operations, as often as a patch has them. How near they come is for benchmarks to show."""
 
+import functools
+
+import mlx.core as mx
 import pytest
+from block_recurrent_cases import random_block_recurrent
 from blt_cases import random_blt
+from evabyte_cases import random_evabyte
 from spacebyte_cases import SIZES
 
 from marlin_cli.api import MegaByteModel
@@ -204,3 +209,24 @@ def test_patches_of_unequal_length_count_as_those_of_the_mean(network):
     probe.run(1)
     parts = probe.seconds_by_part(32)
     assert all(parts[part] > 0 for part in ("global", "window cache", "head", "overhead"))
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    "network",
+    [random_blt(), SpaceByte(SpaceByteConfig(**SIZES)), random_evabyte(), random_block_recurrent()],
+    ids=lambda each: each.config.model_type,
+)
+def test_what_is_decoded_by_operations_has_a_miniature_of_its_own_widths(network, bits):
+    shapes = at_bits(layer_shapes(network), bits)
+    probe = DecodingProbe(network.config, shapes, [24])
+    probe.run(2)
+    tree = probe._miniature
+    for shape in shapes:
+        layer = functools.reduce(
+            lambda module, name: module[int(name) if name.isdigit() else name], shape.path.split("."), tree
+        )
+        x = mx.ones((1, 3, shape.depth))
+        assert layer(x).shape == (1, 3, shape.columns)
+        assert layer.layer["weight"].nbytes <= 4 * shape.columns * 16
+    assert probe.seconds_by_part(24)["overhead"] > 0

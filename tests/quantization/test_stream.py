@@ -5,18 +5,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from blt_cases import blt_folder, random_blt
 from canine_cases import random_canine
 from mlx.utils import tree_flatten, tree_map
 
 from marlin_cli import EncodingModel
 from marlin_cli.checkpoints import read_checkpoint
+from marlin_cli.checkpoints.stored_rows import StoredRows
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.errors import CheckpointError
 from marlin_cli.models import build, config_as_mapping, linear_layers, shared_inputs
+from marlin_cli.models.blt_config import StackConfig
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.models.megabyte_config import MegaByteConfig
 from marlin_cli.ops.device import choose_device
 from marlin_cli.prediction.sizes import bytes_by_part
+from marlin_cli.quantization import stream
 from marlin_cli.quantization.apply import kept_bytes, plan_network, quantize_network
 from marlin_cli.quantization.layers import planned, type_name
 from marlin_cli.quantization.plan import QuantizationSettings
@@ -127,3 +131,45 @@ def test_sizes_are_those_of_the_files_tensors(dtype, tmp_path):
     layers = linear_layers(network)
     plans = [planned(plan, layers[plan.path].weight) for plan in plan_network(network, QuantizationSettings())]
     assert sum(report.bytes_before for report in plans) + kept == before and kept_bytes(network) == written.kept_bytes
+
+
+@pytest.mark.parametrize("format", ["int8", "mxfp8", "16bit"])
+def test_a_table_larger_than_a_block_is_packed_by_rows(format, monkeypatch, tmp_path):
+    network = random_blt(encoder=StackConfig(64, 64, 2, 1), decoder=StackConfig(64, 64, 4, 1))
+    folder, settings = blt_folder(tmp_path / "model", network), QuantizationSettings(hash_format=format)
+
+    def packed(name: str) -> dict[str, mx.array]:
+        written = quantize_checkpoint(
+            read_checkpoint(folder, check_values=False), tmp_path / name, settings, where="here", method="mse"
+        )
+        reports.append({report.plan.path: report for report in written.layers}["hash_embedding"])
+        return read_checkpoint(tmp_path / name).weights
+
+    reports: list = []
+    whole = packed("whole")
+    read: list[int] = []
+    blocks = StoredRows.blocks
+    monkeypatch.setattr(stream, "ROWS_AT_ONCE_BYTES", 40 * 256)
+    monkeypatch.setattr(
+        StoredRows, "blocks", lambda rows, size: (read.append(each.nbytes) or each for each in blocks(rows, size))
+    )
+    by_rows = packed("by_rows")
+    assert whole.keys() == by_rows.keys() and all(mx.array_equal(whole[name], by_rows[name]) for name in whole)
+    assert len(read) == 5 and max(read) == 40 * 256 and sum(read) == 2 * 97 * 256
+    assert reports[0].bytes_after == reports[1].bytes_after
+    assert reports[0].squared_error == pytest.approx(reports[1].squared_error, rel=1e-4)
+
+
+def test_a_table_that_is_not_finite_leaves_nothing(monkeypatch, tmp_path):
+    def spoil(tensors):
+        tensors["model.encoder_hash_tok_embedding.weight"][150, 3] = np.nan
+
+    folder = blt_folder(
+        tmp_path / "model", random_blt(encoder=StackConfig(64, 64, 2, 1), decoder=StackConfig(64, 64, 4, 1)), spoil
+    )
+    monkeypatch.setattr(stream, "ROWS_AT_ONCE_BYTES", 40 * 256)
+    with pytest.raises(CheckpointError, match=r"the weight 'hash_embedding.weight' holds NaN"):
+        quantize_checkpoint(
+            read_checkpoint(folder, check_values=False), tmp_path / "packed", QuantizationSettings(), where="here"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
