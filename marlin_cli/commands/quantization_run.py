@@ -18,6 +18,7 @@ from marlin_cli.checkpoints.export import export_compressed_tensors
 from marlin_cli.checkpoints.location import locate_model
 from marlin_cli.checkpoints.writer import write_model
 from marlin_cli.commands.calibration_bytes import CalibrationBytes
+from marlin_cli.commands.options import about
 from marlin_cli.commands.quantization_settings import check_exportable
 from marlin_cli.commands.quantization_tables import document_of, show
 from marlin_cli.config import did_you_mean
@@ -238,7 +239,8 @@ def unpack(model: str, options: ImportOptions, target: Path | None, *, overwrite
     """Write `model` with plain 16-bit weights into the folder `target`."""
     checkpoint = read_checkpoint(locate_model(model), options)
     network = build(checkpoint.config, checkpoint.weights, checkpoint.quantization, where=model)
-    plain = dequantize_network(network)
+    with about(f"{model}:"):
+        plain = dequantize_network(network)
     if target is not None:
         parameters = dict(tree_flatten(plain.parameters()))
         marlin = lasting(checkpoint.marlin) or None

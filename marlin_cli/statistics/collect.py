@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from marlin_cli.errors import StatisticsError
 from marlin_cli.models import Network, architecture_of, linear_layers, part_of, set_modules, shared_inputs
+from marlin_cli.ops import QuantizedLinear
 from marlin_cli.statistics.data import Moments, Totals
 from marlin_cli.statistics.hessians import HessianAccumulator
 
@@ -45,7 +46,13 @@ def hessian_channels(network: Network) -> dict[str, int]:
 def _channels(network: Network) -> dict[str, int]:
     """Channels of every input, by the path in whose name it is measured."""
     layers = linear_layers(network)
-    return {source: layers[source]["weight"].shape[1] for source in dict.fromkeys(shared_inputs(network).values())}
+    return {source: _columns(layers[source]) for source in dict.fromkeys(shared_inputs(network).values())}
+
+
+def _columns(layer: Any) -> int:
+    """Channels that a layer takes, however its weight is stored."""
+    stored: int = layer["weight"].shape[1]
+    return stored * 32 // layer.bits if isinstance(layer, QuantizedLinear) else stored
 
 
 def measure(network: Network, domain: str, window: npt.NDArray[np.uint8], hessians: HessianAccumulator | None = None) -> Totals:

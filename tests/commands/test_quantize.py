@@ -101,6 +101,10 @@ def test_the_folder_loads_in_plain_mlx(packed):
         assert (mx.abs(y - exact).mean() / mx.abs(exact).mean()).item() < 0.12, path
 
 
+def test_what_is_not_packed_is_not_unpacked():
+    assert "megabyte-demo: no layer of the model is packed" in run("megabyte-demo", "--dequantize", "--dry-run", code=1).stderr
+
+
 def test_dequantize_gives_the_same_logits_back(packed, tmp_path):
     run(packed[0], "-o", tmp_path / "plain", "--dequantize")
     plain, model = load(tmp_path / "plain"), load(packed[0])

@@ -5,12 +5,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from small_networks import CONTINUING
 
+from marlin_cli.api import ContinuingModel
 from marlin_cli.corpus import open_corpus
 from marlin_cli.errors import StatisticsError
 from marlin_cli.models import linear_layers
 from marlin_cli.models.megabyte import MegaByte
 from marlin_cli.ops import Linear
+from marlin_cli.ops.device import choose_device
 from marlin_cli.statistics import Statistics, load_statistics, merge, save_statistics
 from marlin_cli.statistics.collect import hessian_channels, measure
 from marlin_cli.statistics.data import Run
@@ -48,6 +51,11 @@ def test_a_window_against_numpy(network: MegaByte, tmp_path: Path, monkeypatch: 
     for (path, domain), found in sums.sums.items():
         assert domain == "code"
         np.testing.assert_allclose(found, seen[path].T @ seen[path], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_layers_take_as_many_channels(random_network) -> None:
+    plain = ContinuingModel(random_network(CONTINUING["megabyte"]), choose_device("cpu"))
+    assert hessian_channels(plain.quantize().network) == hessian_channels(plain.network)
 
 
 def test_the_diagonal_is_the_mean_square_whatever_the_domain_weights(network, sources, tmp_path) -> None:
