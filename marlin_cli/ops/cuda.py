@@ -366,7 +366,7 @@ def _gemm_plan(rows_of_x: int, rows: int, columns: int, bits: int, dtype: mx.Dty
     else:
         tiles, stages = (1 if narrow else 2), 1
     x_tiles = 1 if rows_of_x <= 8 else 2 if rows_of_x <= 16 or (rows_of_x <= 32 and middle) else 4
-    # With two registers more than 128 a multiprocessor has one block instead of two, and a product takes half as long again.
+    # With two registers more than 128 a multiprocessor had one block instead of two: bounded by count, not measured yet.
     return _plan(tiles, x_tiles, stages, together=512 if x_tiles == 2 else 0)
 
 
