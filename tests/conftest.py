@@ -14,9 +14,7 @@ from marlin_cli import MegaByteModel  # noqa: E402
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
 import page_reader  # noqa: E402 (found by the line above)
-from small_networks import ANSWERING, CONFIGS, CONTINUING, ENCODING, SMALL, random_weights  # noqa: E402 (the same)
-
-FIRST_DEMO = Path(__file__).parent / "data" / "megabyte-demo"
+from small_networks import ANSWERING, CONFIGS, CONTINUING, ENCODING, FIRST_DEMO, SMALL, random_weights  # noqa: E402 (the same)
 
 
 @pytest.fixture
