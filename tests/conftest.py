@@ -14,7 +14,7 @@ from marlin_cli import MegaByteModel  # noqa: E402
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "benchmarks")]
 
 import page_reader  # noqa: E402 (found by the line above)
-from small_networks import ANSWERING, CONFIGS, CONTINUING, ENCODING, SMALL, random_weights  # noqa: E402 (the same)
+from small_networks import ANSWERING, CONFIGS, CONTINUING, ENCODING, FIRST_DEMO, SMALL, random_weights  # noqa: E402 (the same)
 
 
 @pytest.fixture
@@ -63,8 +63,9 @@ def demo():
 
 
 @pytest.fixture(scope="session")
-def golden():
-    return mx.load(str(Path(__file__).parent / "data" / "megabyte-demo-golden.safetensors"))
+def first_demo():
+    """The demo that marlin shipped until November 2026: smaller, with patches of 8 bytes, stored in bfloat16."""
+    return MegaByteModel.from_pretrained(FIRST_DEMO, dtype=mx.float32)
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,18 @@ echo "2/4  quantize: 4 bits for the global part, which holds nearly all weights,
 marlin quantize megabyte-demo -o "$out/megabyte-demo-4-8" --global-bits 4 --local-bits 8 --stats "$out/stats.safetensors"
 
 echo
-echo "3/4  generate: bytes in a pipe, from the packed model (trained for an hour: good for measuring, not for prose)"
-printf 'To install the package, ' | marlin generate "$out/megabyte-demo-4-8" --max-bytes 120 --temperature 0.5 --seed 1
-echo
+echo "3/4  generate: bytes in a pipe, from the packed model (10 million weights: words and syntax, seldom sense)"
+continued() {
+    printf '%s' "$1"
+    printf '%s' "$1" | marlin generate "$out/megabyte-demo-4-8" --max-bytes 160 --temperature "$2" --seed 1
+    echo
+    echo
+}
+continued 'If you want to change the language of the menus, ' 0.7
+continued 'def read_lines(path):
+    """' 0
+continued 'Um die Datei zu öffnen, ' 0.7
 
-echo
 echo "4/4  bench: what each format costs: bits per byte more, with their standard error; KL divergence; bytes/s of one stream"
 marlin bench megabyte-demo --formats nvfp4,mxfp4,mxfp8,int4,int8,4/8 --max-quality-bytes 12k \
     --prompt-bytes 256 --decode-bytes 64 --repeats 3

@@ -1,5 +1,6 @@
-"""Small random networks of every layout and architecture, which tests of all rooms take."""
+"""Small random networks of every layout and architecture, and a trained one, which tests of all rooms take."""
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,10 @@ from marlin_cli.models.gbst import GbstConfig
 from marlin_cli.models.la_canine import LaCanineConfig
 from marlin_cli.models.megabyte_config import MegaByteConfig, StageConfig
 from marlin_cli.models.spacebyte_config import SpaceByteConfig
+
+# The demo that marlin shipped until November 2026: smaller, with patches of 8 bytes, stored in bfloat16. For what
+# expects numbers of a model that does not change, and for what would take longer with the one that ships.
+FIRST_DEMO = Path(__file__).parent / "data" / "megabyte-demo"
 
 SMALL = {
     "patch_size": 4, "max_bytes": 96,

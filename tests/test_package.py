@@ -36,7 +36,8 @@ def test_the_wheel_has_all_that_runs_and_nothing_else():
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "marlin_cli").rglob("*.py")}
     kernels = {f"marlin_cli/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").iterdir()}
     assert code | kernels | {"marlin_cli/py.typed"} <= found
-    assert {"marlin_cli/configs/models/megabyte-demo/model.safetensors", "marlin_cli/calibration/default.yaml"} <= found
+    demo = {f"marlin_cli/configs/models/megabyte-demo/{name}" for name in ("config.json", "model.safetensors", "train.py")}
+    assert demo | {"marlin_cli/calibration/default.yaml"} <= found
     folders = {path.split("/")[1] for path in found if path.count("/") > 1}
     assert all(path.startswith("marlin_cli/") for path in found)
     assert folders <= {path.name for path in (ROOT / "marlin_cli").iterdir()} | {"kernels", "calibration", "configs"}

@@ -80,8 +80,8 @@ def test_stdout_is_one_json_document_and_nothing_else(models, corpus):
 
 def test_stored_bytes_are_those_of_the_checkpoint():
     [demo] = document("megabyte-demo", *QUICK)["models"]
-    assert sum(demo["stored_weight_bytes"].values()) == 2 * 5788800  # bfloat16
-    assert sum(demo["loaded_weight_bytes"].values()) == 4 * 5788800  # float32 on a CPU
+    assert sum(demo["stored_weight_bytes"].values()) == 2 * 10_050_624  # float16
+    assert sum(demo["loaded_weight_bytes"].values()) == 4 * 10_050_624  # float32 on a CPU
     assert demo["quality"] is None
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from small_networks import FIRST_DEMO
 
 MARLIN = [sys.executable, "-m", "marlin_cli", "generate"]
 
@@ -122,7 +123,7 @@ def test_on_a_terminal_the_output_is_text(expected):
 
 def test_a_context_that_is_full_is_said(tmp_path):
     (tmp_path / "long").write_bytes(bytes(32_760))
-    result = run("--prompt-file", str(tmp_path / "long"), "--max-bytes", "64")
+    result = run(str(FIRST_DEMO), "--prompt-file", str(tmp_path / "long"), "--max-bytes", "64")
     assert len(result.stdout) == 8 and b"the model's context is full" in result.stderr
     assert b"context is full" not in run("-p", "a", "--max-bytes", "4").stderr
 

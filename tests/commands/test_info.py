@@ -68,7 +68,7 @@ def test_models_plain_and_packed(packed):
     plain, small = document["described"]
     assert plain["kind"] == "model" and plain["commands"] == ["calibrate", "quantize", "generate", "serve", "bench"]
     by_part = {part["part"]: part for part in plain["parts"]}
-    assert by_part["global"]["formats"] == ["bfloat16"] and by_part["global"]["bits_per_weight"] == 16
+    assert by_part["global"]["formats"] == ["float16"] and by_part["global"]["bits_per_weight"] == 16
     assert by_part["global"]["loaded_bytes"] == 2 * by_part["global"]["stored_bytes"]  # float32 on a CPU
     packed_part = {part["part"]: part for part in small["parts"]}
     assert packed_part["global"]["formats"] == ["nvfp4"] and 4.5 <= packed_part["global"]["bits_per_weight"] < 4.6

@@ -10,6 +10,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from small_networks import FIRST_DEMO
 
 from marlin_cli import load
 
@@ -25,7 +26,7 @@ def run(*arguments, code=0):
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed") / "demo"
-    result = run("megabyte-demo", "-o", folder, "--global-bits", 4, "--local-bits", 8, "--kv-bits", 8, "--json")
+    result = run(FIRST_DEMO, "-o", folder, "--global-bits", 4, "--local-bits", 8, "--kv-bits", 8, "--json")
     return folder, json.loads(result.stdout)
 
 
@@ -74,11 +75,11 @@ def test_bits_that_cannot_be_name_the_option_and_those_to_take(model, options, m
     assert message in err and len(err.splitlines()) == 1
 
 
-def test_the_folder_loads_in_marlin_with_its_cache_bits(packed, demo):
+def test_the_folder_loads_in_marlin_with_its_cache_bits(packed, first_demo):
     model = load(packed[0])
     assert (model.cache_bits.keys, model.cache_bits.values) == (8, 8)
     data = b"The quick brown fox jumps over the lazy dog. " * 4
-    assert abs(model.bits_per_byte(data) - demo.bits_per_byte(data)) < 0.3
+    assert abs(model.bits_per_byte(data) - first_demo.bits_per_byte(data)) < 0.3
 
 
 def test_the_folder_loads_in_plain_mlx(packed):
@@ -86,7 +87,7 @@ def test_the_folder_loads_in_plain_mlx(packed):
     folder, _ = packed
     table = json.loads((folder / "config.json").read_text())["quantization"]
     arrays = mx.load(str(folder / "model.safetensors"))
-    source = load("megabyte-demo").network
+    source = load(FIRST_DEMO).network
     from marlin_cli.models import linear_layers
 
     for path, layer in linear_layers(source).items():
@@ -116,7 +117,7 @@ def test_dequantize_gives_the_same_logits_back(packed, tmp_path):
 
 
 def test_a_dry_run_shows_sizes_and_writes_nothing(packed, tmp_path):
-    report = json.loads(run("megabyte-demo", "--dry-run", "--json").stdout)
+    report = json.loads(run(FIRST_DEMO, "--dry-run", "--json").stdout)
     assert {p["part"]: p["bytes_after"] for p in report["parts"]} == pytest.approx(
         {p["part"]: p["bytes_after"] for p in packed[1]["parts"]}, rel=0.001
     )
@@ -132,8 +133,8 @@ def test_a_recipe_and_options_and_overrides_combine(tmp_path):
     )  # fmt: skip
     found = {(part["part"], part["format"]): part["layers"] for part in report["parts"]}
     assert found == {
-        ("global", "mxfp4"): 2 + 5 * 6, ("global", "int4"): 7, ("global", "mxfp8"): 5,
-        ("local", "nvfp4"): 2 * 6, ("local", "mxfp8"): 2, ("head", "bfloat16"): 1,
+        ("global", "mxfp4"): 2 + 6 * 6, ("global", "int4"): 7, ("global", "mxfp8"): 6,
+        ("local", "nvfp4"): 3 * 6, ("local", "mxfp8"): 3, ("head", "float16"): 1,
     }  # fmt: skip
 
 
@@ -145,17 +146,17 @@ def test_every_shipped_recipe_fits_the_demo(name):
 def test_killed_half_way_leaves_nothing_under_the_final_name(tmp_path):
     target = tmp_path / "out"
     for delay in (0.3, 1.0, 1.6, 2.2):
-        job = subprocess.Popen([*MARLIN, "megabyte-demo", "-o", str(target)], stderr=subprocess.DEVNULL)
+        job = subprocess.Popen([*MARLIN, FIRST_DEMO, "-o", str(target)], stderr=subprocess.DEVNULL)
         time.sleep(delay)
         os.kill(job.pid, signal.SIGKILL)
         job.wait()
         if target.exists():  # it was quicker: then it is whole
             load(target)
             break
-    run("megabyte-demo", "-o", target, "--overwrite")
+    run(FIRST_DEMO, "-o", target, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     first = (target / "model.safetensors").read_bytes()
-    run("megabyte-demo", "-o", target, "--overwrite")
+    run(FIRST_DEMO, "-o", target, "--overwrite")
     assert (target / "model.safetensors").read_bytes() == first
     assert np.frombuffer(first, dtype=np.uint8).any()
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from small_networks import FIRST_DEMO
 
 from marlin_cli import load
 from marlin_cli.api import MegaByteModel
@@ -35,9 +36,9 @@ def packed(tmp_path_factory):
     """A packed demo, the page that tells what it cost, and the statistics."""
     folder = tmp_path_factory.mktemp("packed")
     statistics = folder / "statistics.safetensors"
-    run("calibrate", "-o", statistics, "--max-bytes", "6k", "--seq-bytes", "1k", "--hessian")
+    run("calibrate", FIRST_DEMO, "-o", statistics, "--max-bytes", "6k", "--seq-bytes", "1k", "--hessian")
     report = ["--stats", statistics, "--method", "rtn", "--report", folder / "page.html", "--json"]
-    printed = json.loads(run("quantize", "megabyte-demo", "-o", folder / "model", *report).stdout)
+    printed = json.loads(run("quantize", FIRST_DEMO, "-o", folder / "model", *report).stdout)
     return folder, printed, statistics
 
 
@@ -76,7 +77,7 @@ def test_the_divergences_are_those_of_the_two_models(packed, read_page):
         assert domain["bits_per_byte_after"] == pytest.approx(domain["bits_per_byte_before"], abs=0.05)
     # Once more, the long way, on a few bytes: the packed model differs as much as the page says.
     data = b"def main():\n    return 0\n" * 20
-    before, after = (np.array(load(each).logits(data), dtype=np.float64) for each in ("megabyte-demo", folder / "model"))
+    before, after = (np.array(load(each).logits(data), dtype=np.float64) for each in (FIRST_DEMO, folder / "model"))
     before, after = (each - np.logaddexp.reduce(each, axis=-1, keepdims=True) for each in (before, after))
     divergence = (np.exp(before) * (before - after)).sum(axis=-1).mean() / math.log(2)
     assert 0.1 < divergence / document["domains"]["code"]["kl_mean_bits"] < 10
@@ -128,9 +129,9 @@ def test_the_page_and_the_picture_of_bench(packed, browser, read_page, tmp_path)
     pytest.importorskip("matplotlib")
     folder, _, _ = packed
     measured = ["--prompt-bytes", "64", "--decode-bytes", "16", "--repeats", "2", "--device", "cpu"]
-    scored = ["--quality", "default", "--max-quality-bytes", "6k", "--window-bytes", "1k", "--reference", "megabyte-demo"]
+    scored = ["--quality", "default", "--max-quality-bytes", "6k", "--window-bytes", "1k", "--reference", FIRST_DEMO]
     files = ["--report", tmp_path / "page.html", "--plot", tmp_path / "plot.svg"]
-    printed = json.loads(run("bench", "megabyte-demo", folder / "model", *measured, *scored, *files, "--format", "json").stdout)
+    printed = json.loads(run("bench", FIRST_DEMO, folder / "model", *measured, *scored, *files, "--format", "json").stdout)
     page = read_page(browser(tmp_path / "page.html"))
     assert page.data == printed
     decode = printed["models"][1]["throughput"]["decode_bytes_per_second"]["median"]
@@ -147,11 +148,11 @@ def test_the_page_shows_what_calibrating_on_the_wrong_domain_costs(tmp_path, rea
         subprocess.run([sys.executable, "-m", "marlin_cli", *map(str, arguments)], check=True, capture_output=True)
 
     statistics = tmp_path / "statistics.safetensors"
-    marlin("calibrate", "-o", statistics, "--max-bytes", "256k", "--seq-bytes", "2k", "--hessian")
+    marlin("calibrate", FIRST_DEMO, "-o", statistics, "--max-bytes", "256k", "--seq-bytes", "2k", "--hessian")
     documents = {}
     for name, weights in {"all": [], "binary": ["--domain-weight", "binary=1"]}.items():
         how = ["--global-bits", 4, "--local-bits", 4, "--method", "gptq", "--stats", statistics, *weights]
-        marlin("quantize", "megabyte-demo", "-o", tmp_path / name, *how, "--report", tmp_path / f"{name}.html")
+        marlin("quantize", FIRST_DEMO, "-o", tmp_path / name, *how, "--report", tmp_path / f"{name}.html")
         page = read_page((tmp_path / f"{name}.html").read_text())
         documents[name] = page.data
         alone = any(text.startswith("Calibrated on binary alone: no code and no multilingual") for text in page.texts("p"))

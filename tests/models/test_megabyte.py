@@ -1,6 +1,7 @@
-"""The network: configuration errors, causality, and the demo's golden logits."""
+"""The network: configuration errors, causality, and golden logits of both demos."""
 
 import dataclasses
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,13 +12,23 @@ from marlin_cli.errors import CheckpointError, ConfigError
 from marlin_cli.models import build, config_as_mapping, linear_layers
 from marlin_cli.models.megabyte_config import MegaByteConfig, default_ffn_dim
 
+DATA = Path(__file__).parents[1] / "data"
 GOLDEN_LENGTHS = (1, 7, 8, 9, 100, 511, 1500)
 
 
+@pytest.mark.parametrize("domain", ["multilingual", "code", "binary"])
+def test_the_demo_gives_the_golden_logits(demo, domain):
+    """256 bytes of each domain through its network.py in PyTorch, float32, on a CPU."""
+    golden = mx.load(str(DATA / "megabyte_demo_golden.safetensors"))
+    ours = demo.logits(np.array(golden[f"{domain}0.bytes"]).tobytes())
+    assert mx.abs(ours - golden[f"{domain}0.logits"]).max().item() < 1e-3
+
+
 @pytest.mark.parametrize("length", GOLDEN_LENGTHS)
-def test_demo_gives_the_golden_logits(demo, golden, length):
+def test_the_first_demo_gives_the_golden_logits(first_demo, length):
+    golden = mx.load(str(DATA / "megabyte-demo" / "golden.safetensors"))
     data = np.array(golden[f"n{length}.bytes"]).tobytes()
-    ours = demo.logits(data)
+    ours = first_demo.logits(data)
     assert ours.shape == (length, 256) and ours.dtype == mx.float32
     assert mx.abs(ours - golden[f"n{length}.logits"]).max().item() < 1e-3
 

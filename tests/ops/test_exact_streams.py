@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from byt5_cases import random_byt5
 from packed_layers import packed
+from small_networks import FIRST_DEMO
 
 from marlin_cli import MegaByteModel
 from marlin_cli.engine.answering import Answer, AnswerLimits, answer
@@ -41,7 +42,7 @@ def test_64_kib_of_a_megabyte_are_the_same_bytes_alone_and_in_batches(activation
         )
         for seed in range(96)
     ]
-    network = packed(MegaByteModel.from_pretrained("megabyte-demo", dtype=mx.float32).network, "nvfp4", activation_bits)
+    network = packed(MegaByteModel.from_pretrained(FIRST_DEMO, dtype=mx.float32).network, "nvfp4", activation_bits)
 
     def generated(streams):
         scheduler = scheduler_of(network, SchedulerLimits(max_streams=streams), CacheBits(8, 4))

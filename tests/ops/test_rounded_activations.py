@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from small_networks import FIRST_DEMO
 
 from marlin_cli import MegaByteModel
 from marlin_cli.errors import UsageError
@@ -125,7 +126,7 @@ def test_packed_hazards(twin, format, rows):
 
 def test_a_model_computes_the_same_with_and_without_kernels(tmp_path, monkeypatch):
     path = tmp_path / "packed"
-    MegaByteModel.from_pretrained("megabyte-demo", device="cpu").quantize(global_bits=4, local_bits=4).save(path)
+    MegaByteModel.from_pretrained(FIRST_DEMO, device="cpu").quantize(global_bits=4, local_bits=4).save(path)
     data = bytes(range(40, 80))
     plain = MegaByteModel.from_pretrained(path, device="cpu").logits(data)
     fast = MegaByteModel.from_pretrained(path, device="cpu", activation_bits=8).logits(data)
