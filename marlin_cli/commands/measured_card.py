@@ -4,13 +4,34 @@ from pathlib import Path
 
 from marlin_cli import console
 from marlin_cli.api import load
+from marlin_cli.bench.answering_result import PairSettings
+from marlin_cli.bench.answering_run import pairs_to_score
 from marlin_cli.bench.formats import AS_IT_IS, SCORED_BYTES, FormatsRequest, Row, scoring_of
 from marlin_cli.checkpoints import ImportOptions
+from marlin_cli.errors import CorpusError, UsageError
+from marlin_cli.models import Capability, Network, architecture_of
 from marlin_cli.quality.held_out import Windowing
 from marlin_cli.quantization.card import CARD, with_cost
 from marlin_cli.reports.formats_report import MEASURES
 from marlin_cli.version import __version__
 from marlin_cli.writing import writing
+
+
+def check_measurable(model: str, network: Network) -> None:
+    """See, before anything is packed, that there is something to score the model on.
+
+    Raises:
+        UsageError: it answers, and has no pairs beside it.
+    """
+    if architecture_of(network).capability is not Capability.ANSWERS:
+        return
+    try:
+        pairs_to_score(PairSettings((model,), SCORED_BYTES))
+    except CorpusError:
+        raise UsageError(
+            f"--measure scores answers, and {model} comes with no pairs; put pairs.jsonl into it, or leave out --measure"
+            " and compare with bench --quality PAIRS --reference"
+        ) from None
 
 
 def write_measured_card(model: str, options: ImportOptions, target: Path) -> None:

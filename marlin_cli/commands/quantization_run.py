@@ -84,6 +84,10 @@ def pack(
         check_method(method, statistics)
     elif method not in METHODS:
         raise ConfigError(f"unknown method {method!r}{did_you_mean(method, METHODS)}")
+    if measure and target is not None:
+        from marlin_cli.commands.measured_card import check_measurable
+
+        check_measurable(model, _network(model, options, check_values=False))
     if export is not None:
         check_exportable(plan_network(_network(model, options, check_values=False), settings))
     if target is None:

@@ -148,3 +148,9 @@ def test_a_run_that_is_cut_short_leaves_nothing_under_the_final_name(sent, code,
         os.kill(job.pid, sent)
         assert job.wait(timeout=60) == code
     assert not (tmp_path / "out").exists()
+
+
+def test_what_it_costs_is_refused_before_packing_where_no_pairs_are_there(quantize, tmp_path):
+    code, _, err = quantize("model", "-o", tmp_path / "out", "--measure")
+    assert code == 2 and "--measure scores answers, and " in err and "comes with no pairs; put pairs.jsonl" in err
+    assert not (tmp_path / "out").exists()
