@@ -157,7 +157,8 @@ def test_a_table_larger_than_a_block_is_packed_by_rows(format, monkeypatch, tmp_
     assert whole.keys() == by_rows.keys() and all(mx.array_equal(whole[name], by_rows[name]) for name in whole)
     assert len(read) == 5 and max(read) == 40 * 256 and sum(read) == 2 * 97 * 256
     assert reports[0].bytes_after == reports[1].bytes_after
-    assert reports[0].squared_error == pytest.approx(reports[1].squared_error, rel=1e-4)
+    errors = [report.squared_error for report in reports]
+    assert errors == [None, None] if format == "16bit" else errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
 def test_a_table_that_is_not_finite_leaves_nothing(monkeypatch, tmp_path):
