@@ -24,7 +24,7 @@ continued() {
 continued 'If you want to change the language of the menus, ' 0.7
 continued 'def read_lines(path):
     """' 0
-continued 'Um die Datei zu öffnen, ' 0.7
+continued 'Um die Datei zu öffnen, ' 0.4
 
 echo "4/4  bench: what each format costs: bits per byte more, with their standard error; KL divergence; bytes/s of one stream"
 marlin bench megabyte-demo --formats nvfp4,mxfp4,mxfp8,int4,int8,4/8 --max-quality-bytes 12k \
