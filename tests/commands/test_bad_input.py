@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_networks import FIRST_DEMO
 
 from marlin_cli.files import shipped
 from marlin_cli.statistics import Statistics, save_statistics
@@ -262,7 +263,7 @@ def test_a_folder_without_permission(workplace):
 
 def test_a_full_disk(workplace):
     """A small limit on the size of files stands for a full disk: the write fails half-way."""
-    script = f"ulimit -f 1000; trap '' XFSZ; '{sys.executable}' -m marlin_cli quantize megabyte-demo -o out"
+    script = f"ulimit -f 1000; trap '' XFSZ; '{sys.executable}' -m marlin_cli quantize '{FIRST_DEMO}' -o out"
     result = subprocess.run(["bash", "-c", script], capture_output=True, timeout=120)
     error = result.stderr.decode()
     assert result.returncode == 1 and error.startswith("marlin: out: cannot write") and error.count("\n") == 1, error
