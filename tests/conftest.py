@@ -17,6 +17,17 @@ import page_reader  # noqa: E402 (found by the line above)
 from small_networks import ANSWERING, CONFIGS, CONTINUING, ENCODING, FIRST_DEMO, SMALL, random_weights  # noqa: E402 (the same)
 
 
+@pytest.fixture(autouse=True)
+def rows_as_they_were():
+    """A command may have the kernels keep rows apart in its process, which is not for the tests behind it."""
+    before = os.environ.get("MARLIN_ROWS")
+    yield
+    if os.environ.get("MARLIN_ROWS") != before:
+        os.environ.update({"MARLIN_ROWS": before} if before else {})
+        if before is None:
+            del os.environ["MARLIN_ROWS"]
+
+
 @pytest.fixture
 def small_sizes():
     return dict(SMALL)
