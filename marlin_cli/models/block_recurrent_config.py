@@ -56,7 +56,7 @@ class BlockRecurrentConfig:
                 missing, known = ("gate", "bias or lstm") if self.gate is None else ("state_update", "dual, single or skip")
                 raise ConfigError(f"equations 'meliad' want {missing}, which is left out; give {known}")
             if self.all_layers_qk_norm:
-                raise ConfigError("all_layers_qk_norm has no meaning with equations 'meliad', which norm everywhere; leave it out")
+                raise ConfigError("all_layers_qk_norm has no meaning with equations 'meliad', which always do; leave it out")
         elif self.gate is not None or self.state_update is not None:
             name = "state_update" if self.gate is None else "gate"
             raise ConfigError(f"{name} has no meaning with equations 'lucidrains', which have one update; leave it out")
