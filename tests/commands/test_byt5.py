@@ -276,7 +276,7 @@ def test_pairs_of_several_files_and_names_that_would_break_a_table(folder, insid
     for form in ("json", "jsonl", "csv", "md", "table"):
         assert "\x1b" not in inside("bench", folder, *quality, "--format", form)[1]
     text = inside("bench", folder, *quality, "--format", "md")[1]
-    assert "| cs\\\\x1b[31m\\| 2 |" in text
+    assert "| cs\\\\x1b\\[31m\\| 2 |" in text
     rows = [*csv.DictReader(io.StringIO(inside("bench", folder, *quality, "--format", "csv")[1]))]
     assert {row["part"] for row in rows if row["measure"] == "pairs"} == {shown, "mine", "all"}
     code, _, err = inside("bench", folder, *quality, "--quality", tmp_path / "b.tsv")

@@ -56,7 +56,7 @@ def test_a_file_that_does_not_fit_is_told_and_changes_nothing(saved, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("-p", "abc", "--save-state", "{}/new"), 2, "--save-state: --prompt has 3 bytes, and a state is of 8 or more"),
+        (("-p", "abc", "--save-state", "{}/new"), 2, "--save-state: --prompt has 3 bytes, and a state is of 4 or more"),
         (("--prompts", "x", "--save-state", "{}/new"), 2, "--save-state has no meaning beside --prompts; leave one out"),
         (("--prompts", "x", "--load-state", "{}/new"), 2, "--load-state has no meaning beside --prompts; leave one out"),
         (

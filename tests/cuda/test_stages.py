@@ -372,9 +372,9 @@ def test_what_is_left_to_operations(monkeypatch):
 def test_bench_says_which_path_decodes(options, bits, said, monkeypatch):
     loaded = SimpleNamespace(network=network_of(**options), cache_bits=CacheBits(*bits))
     tables = []
-    monkeypatch.setattr(api, "load", lambda model, device, kv_bits: loaded if kv_bits == bits else None)
+    monkeypatch.setattr(api, "load", lambda model, device, options, kv_bits: loaded if kv_bits == bits else None)
     monkeypatch.setattr(bench_output.console, "table", lambda *arguments, **options: tables.append(arguments))
-    bench_output._show_whole(["a model"], bits)
+    bench_output._show_whole(["a model"], {}, bits)
     ((_, _, rows),) = tables
     assert [row[3] for row in rows] == [said] * 3
 
