@@ -34,7 +34,8 @@ def bucket_of_distance() -> npt.NDArray[np.int64]:
 def unit_heads(x: mx.array, heads: int, factors: mx.array | None = None) -> mx.array:
     """Rows [n, rows, heads x head_dim] as [n, heads, rows, head_dim] of length 1, or of each head's factor, unsigned."""
     x = split_heads(x, heads)
-    x = x * mx.rsqrt(mx.square(x).sum(axis=-1, keepdims=True) + UNIT_EPS)
+    squares = mx.square(x.astype(mx.float32)).sum(axis=-1, keepdims=True)  # float16 ends at 65,504
+    x = x * mx.rsqrt(squares + UNIT_EPS).astype(x.dtype)
     return x if factors is None else x * mx.abs(factors)[:, None, None]
 
 
