@@ -6,12 +6,19 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from marlin_cli.models.block_recurrent import BlockRecurrent, BlockRecurrentConfig
+from marlin_cli.models.block_recurrent import BlockRecurrent
+from marlin_cli.models.block_recurrent_config import BlockRecurrentConfig
 
 SIZES: dict[str, Any] = {
     "d_model": 32, "ffn_dim": 96, "heads": 2, "head_dim": 16, "layers": 3, "recurrent_layers": (0, 2), "block_bytes": 8,
     "state_vectors": 6,
 }  # fmt: skip
+
+# Options of every way to update states by meliad's equations.
+MELIAD: list[dict[str, Any]] = [
+    {"equations": "meliad", "gate": gate, "state_update": update}
+    for gate, update in (("bias", "skip"), ("bias", "dual"), ("lstm", "single"), ("lstm", "dual"))
+]
 
 
 def random_block_recurrent(seed: int = 0, **changes: Any) -> BlockRecurrent:

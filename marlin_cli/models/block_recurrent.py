@@ -1,78 +1,29 @@
 """Block-Recurrent Transformers (arXiv 2203.07852) as lucidrains/block-recurrent-transformer-pytorch 0.4.4 computes them.
 
 Bytes come in blocks. Attention sees the open block as far as it goes and the whole block before it; recurrent layers also
-read vectors of state, which each block leaves to the next. What is remembered has one size, however long a text is.
+read vectors of state, which each block leaves to the next. What is remembered has one size, however long a text is. Layers
+by the authors' own equations stand in `block_recurrent_meliad`; the network is made of one kind or the other.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from marlin_cli.errors import ConfigError
-from marlin_cli.models.limits import check_limits
+from marlin_cli.models.block_recurrent_config import BlockRecurrentConfig
+from marlin_cli.models.block_recurrent_meliad import NORM_EPS as MELIAD_NORM_EPS
+from marlin_cli.models.block_recurrent_meliad import MeliadBlock, MeliadStates
+from marlin_cli.models.block_recurrent_memory import LayerMemory, OpenStates, WindowMemory
 from marlin_cli.ops import Linear, activation, attention
 
 # What all its layers share: no argument of its constructor changes them.
 ROPE_BASE = 10000.0
 XPOS_BASE = 512
 NORM_EPS = 1e-5
-
-# Config
-
-
-@dataclass(frozen=True)
-class BlockRecurrentConfig:
-    """Shape and options; the defaults are those of the package's training script, its feed-forward filled up to 32.
-
-    Raises:
-        ConfigError: sizes that are not positive or do not fit together.
-    """
-
-    model_type: Literal["block_recurrent"] = "block_recurrent"
-    vocab_size: int = 256
-    d_model: int = 512
-    ffn_dim: int = 1376
-    heads: int = 8  # of queries; keys and values have one
-    head_dim: int = 64
-    layers: int = 6
-    recurrent_layers: tuple[int, ...] = (3,)  # from 0
-    block_bytes: int = 512
-    state_vectors: int = 512  # of each recurrent layer
-    all_layers_qk_norm: bool = False  # or the recurrent ones alone?
-    start_id: int = 0  # stands for what comes before the first byte
-    max_bytes: int = 1 << 30  # longest text: memory does not grow with it
-
-    def __post_init__(self) -> None:
-        most = 1 << 20
-        check_limits(
-            self,
-            {
-                "vocab_size": (256, 1 << 16), "d_model": (1, most), "ffn_dim": (1, most), "heads": (1, 1 << 12),
-                "head_dim": (2, 1 << 12), "layers": (1, 1 << 8), "block_bytes": (1, most), "state_vectors": (1, most),
-                "start_id": (0, self.vocab_size - 1), "max_bytes": (1, 1 << 40),
-            },
-        )  # fmt: skip
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even, found {self.head_dim}")
-        wanted = sorted(set(self.recurrent_layers))
-        if list(self.recurrent_layers) != wanted or any(not 0 <= layer < self.layers for layer in wanted):
-            raise ConfigError(f"recurrent_layers must rise from 0 to {self.layers - 1}, found {list(self.recurrent_layers)}")
-
-    @property
-    def blocks(self) -> list[str]:
-        """The path of every layer."""
-        return [f"layers.{layer}" for layer in range(self.layers)]
-
-    def states_of(self, layer: int) -> int | None:
-        """The number of a layer's states among all, None where it is not recurrent."""
-        return self.recurrent_layers.index(layer) if layer in self.recurrent_layers else None
-
 
 # Attention
 
@@ -126,7 +77,7 @@ class Attention(nn.Module):
             self.q_scale = mx.ones((config.head_dim,))
             self.k_scale = mx.ones((config.head_dim,))
 
-    def __call__(self, x: mx.array, memory: "LayerMemory", states: "States | None") -> mx.array:
+    def __call__(self, x: mx.array, memory: LayerMemory, states: "States | None") -> mx.array:
         queries = split_heads(self.q_proj(x), self.heads)
         keys, values = self.k_proj(x)[:, None], self.v_proj(x)[:, None]
         readers = split_heads(self.state_q_proj(x), self.heads) if states is not None else None
@@ -151,7 +102,7 @@ class Attention(nn.Module):
         keys = unit(keys) * self.k_scale if "k_scale" in self else keys
         return rotated(keys, position, self.block_bytes, -1)
 
-    def _within(self, queries: mx.array, keys: mx.array, values: mx.array, memory: "LayerMemory") -> mx.array:
+    def _within(self, queries: mx.array, keys: mx.array, values: mx.array, memory: LayerMemory) -> mx.array:
         """Attention of rows of the open block over it and the block before."""
         position = self.block_bytes + memory.rows
         queries = unit(queries) * self.q_scale if "q_scale" in self else queries
@@ -180,19 +131,19 @@ class States(nn.Module):
             self[f"{reader}_q_scale"] = mx.ones((config.head_dim,))
             self[f"{reader}_k_scale"] = mx.ones((config.head_dim,))
 
-    def open(self, streams: int, before: mx.array | None) -> "OpenStates":
+    def open(self, streams: int, before: mx.array | None) -> OpenStates:
         """The states [streams, vectors, d_model] that a block finds, and what it reads of them."""
         vectors = mx.broadcast_to(self.start, (streams, *self.start.shape)) if before is None else before
         normed = self.norm(vectors) + self.positions
         return OpenStates(vectors, normed, self.k_proj(normed)[:, None], self.v_proj(normed)[:, None])
 
-    def read(self, queries: mx.array, memory: "LayerMemory") -> mx.array:
+    def read(self, queries: mx.array, memory: LayerMemory) -> mx.array:
         """What queries [n, heads, rows, head_dim] find in the states of the open block: the same shape."""
         if memory.states is None:
             memory.states = self.open(queries.shape[0], memory.vectors)
         return self._attend("read", queries, memory.states.keys, memory.states.values)
 
-    def write(self, memory: "LayerMemory") -> None:
+    def write(self, memory: LayerMemory) -> None:
         """Make the states of the next block of these and of all bytes of the open one."""
         states = memory.states
         assert states is not None
@@ -206,84 +157,6 @@ class States(nn.Module):
     def _attend(self, reader: str, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         queries, keys = unit(queries) * self[f"{reader}_q_scale"], unit(keys) * self[f"{reader}_k_scale"]
         return attention(queries, keys, values, self.scale, causal=False)
-
-
-# What is remembered
-
-
-@dataclass(frozen=True)
-class OpenStates:
-    """States of the open block."""
-
-    vectors: mx.array  # [n, vectors, d_model]
-    normed: mx.array  # the same, as layers read them
-    keys: mx.array  # [n, 1, vectors, head_dim]
-    values: mx.array
-
-
-class LayerMemory:
-    """What a layer remembers of a batch: keys and values of the open block and of the one before, and its states.
-
-    Attributes:
-        rows: bytes of the open block so far.
-        vectors: states [n, vectors, d_model] that the open block finds; None until a block has written some.
-        states: the same, as the open block reads them; None until it does.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.vectors: mx.array | None = None
-        self.states: OpenStates | None = None
-        # Of the open block as they come, which states read; and of both blocks as they are attended to.
-        self._raw: mx.array | None = None
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
-
-    @property
-    def raw_keys(self) -> mx.array:
-        """The keys [n, 1, rows, head_dim] of the open block, neither normed nor turned."""
-        assert self._raw is not None
-        return self._raw
-
-    @property
-    def block_values(self) -> mx.array:
-        """The values of the open block."""
-        assert self._values is not None
-        return self._values[:, :, -self.rows :]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """All that is held."""
-        held = [self._raw, self._keys, self._values, self.vectors]
-        if self.states is not None:
-            held += [self.states.normed, self.states.keys, self.states.values]
-        return [each for each in held if each is not None]
-
-    def append(self, raw: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Add rows to the open block: all keys and values that they see, or might if they were the last ones."""
-        self.rows += raw.shape[2]
-        self._raw, self._keys, self._values = (
-            new if old is None else mx.concatenate([old, new], axis=2)
-            for old, new in ((self._raw, raw), (self._keys, keys), (self._values, values))
-        )
-        return self._keys, self._values
-
-    def close_block(self, keys: mx.array) -> None:
-        """The open block is whole and becomes the one before, with these keys."""
-        self._values, self._keys, self._raw, self.rows = mx.contiguous(self.block_values), keys, None, 0
-
-    def keep(self, streams: mx.array) -> None:
-        """Keep these members of the batch."""
-        self._raw, self._keys, self._values, self.vectors = (
-            None if each is None else each[streams] for each in (self._raw, self._keys, self._values, self.vectors)
-        )
-        if self.states is not None:
-            self.states = OpenStates(*(each[streams] for each in vars(self.states).values()))
 
 
 # Feed-forward and block
@@ -323,9 +196,13 @@ class BlockRecurrent(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = [Block(config, layer in config.recurrent_layers) for layer in range(config.layers)]
-        self.states = [States(config) for _ in config.recurrent_layers]
-        self.norm = nn.LayerNorm(config.d_model, eps=NORM_EPS, bias=False)
+        by_meliad = config.equations == "meliad"
+        block: type[Block | MeliadBlock] = MeliadBlock if by_meliad else Block
+        states: type[States | MeliadStates] = MeliadStates if by_meliad else States
+        self.layers: list[Any] = [block(config, layer in config.recurrent_layers) for layer in range(config.layers)]
+        self.states = [states(config) for _ in config.recurrent_layers]
+        width, eps = config.d_model, MELIAD_NORM_EPS if by_meliad else NORM_EPS
+        self.norm = nn.RMSNorm(width, eps=eps) if by_meliad else nn.LayerNorm(width, eps=eps, bias=False)
         self.output = Linear(config.d_model, config.vocab_size, bias=False)
 
     def __call__(self, ids: mx.array) -> mx.array:
@@ -348,21 +225,26 @@ class BlockRecurrent(nn.Module):
         """Ids [n, total] of texts, with `start_id` before them where they have none."""
         return ids if ids.shape[1] else mx.full((ids.shape[0], 1), self.config.start_id, dtype=mx.int32)
 
-    def new_memory(self) -> list[LayerMemory]:
+    def new_memory(self) -> list[LayerMemory | WindowMemory]:
         """What the layers remember of texts of which nothing has been read."""
-        return [LayerMemory() for _ in self.layers]
+        return [self.layer_memory() for _ in self.layers]
 
-    def decode(self, ids: mx.array, memory: Sequence[LayerMemory]) -> mx.array:
+    def layer_memory(self) -> LayerMemory | WindowMemory:
+        """What one of them does."""
+        return WindowMemory(self.config.block_bytes) if self.config.equations == "meliad" else LayerMemory()
+
+    def decode(self, ids: mx.array, memory: Sequence[LayerMemory | WindowMemory]) -> mx.array:
         """Hidden rows [n, rows, d_model] of ids [n, rows], which follow those in the memory, one a layer."""
         x = self.embedding(ids)
         for index in range(len(self.layers)):
             x = self.run_layer(index, x, memory[index])
         return self.norm(x)
 
-    def run_layer(self, index: int, x: mx.array, memory: LayerMemory) -> mx.array:
+    def run_layer(self, index: int, x: mx.array, memory: LayerMemory | WindowMemory) -> mx.array:
         """Rows [n, rows, d_model] behind a layer."""
         number = self.config.states_of(index)
-        return self.layers[index](x, memory, None if number is None else self.states[number])
+        layer: Callable[..., mx.array] = self.layers[index]
+        return layer(x, memory, None if number is None else self.states[number])
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden rows as float32 logits [..., vocab]."""

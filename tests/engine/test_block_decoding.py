@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from block_recurrent_cases import SIZES, random_block_recurrent
+from block_recurrent_cases import MELIAD, SIZES, random_block_recurrent
 
 from marlin_cli.engine.cache import CacheBits
 from marlin_cli.engine.continuation import begin, way_of
@@ -19,9 +19,11 @@ DATA = np.random.default_rng(0).integers(0, 256, (3, 4 * BLOCK + 3), dtype=np.ui
 
 
 @pytest.mark.parametrize("prompt", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 2])
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_cached_decoding_is_the_full_pass_at_every_byte(prompt, everywhere):
-    network = random_block_recurrent(all_layers_qk_norm=everywhere)
+@pytest.mark.parametrize(
+    "changes", [{}, {"all_layers_qk_norm": True}, *MELIAD], ids=lambda each: "-".join(map(str, each.values()))
+)
+def test_cached_decoding_is_the_full_pass_at_every_byte(prompt, changes):
+    network = random_block_recurrent(**changes)
     full = network(mx.array(DATA.astype(np.int32)))
     state = begin(network, [bytes(row[:prompt]) for row in DATA])
     for position in range(prompt, DATA.shape[1]):
@@ -36,8 +38,9 @@ def test_cached_decoding_is_the_full_pass_at_every_byte(prompt, everywhere):
         state.push(mx.array(DATA[kept, position].astype(np.int32)))
 
 
-def test_streams_of_unequal_lengths_are_as_alone():
-    network = random_block_recurrent()
+@pytest.mark.parametrize("changes", [{}, MELIAD[3]], ids=["lucidrains", "meliad"])
+def test_streams_of_unequal_lengths_are_as_alone(changes):
+    network = random_block_recurrent(**changes)
     prompts = [b"", b"a", b"abcdefgh", b"abcdefghi", b"x" * 19]
 
     def bytes_of(some):
@@ -49,8 +52,9 @@ def test_streams_of_unequal_lengths_are_as_alone():
     assert bytes_of(prompts) == [bytes_of([prompt])[0] for prompt in prompts]
 
 
-def test_a_hundred_blocks_in_constant_memory():
-    network = random_block_recurrent()
+@pytest.mark.parametrize("changes", [{}, MELIAD[3]], ids=["lucidrains", "meliad"])
+def test_a_hundred_blocks_in_constant_memory(changes):
+    network = random_block_recurrent(**changes)
     state = begin(network, [b"abc"])
     sizes = []
     for step in range(100 * BLOCK):
@@ -60,8 +64,9 @@ def test_a_hundred_blocks_in_constant_memory():
     assert mx.isfinite(state.logits).all()
 
 
-def test_its_memory_is_what_the_plan_says():
-    network = random_block_recurrent()
+@pytest.mark.parametrize("changes", [{}, MELIAD[3]], ids=["lucidrains", "meliad"])
+def test_its_memory_is_what_the_plan_says(changes):
+    network = random_block_recurrent(**changes)
     state = begin(network, [bytes(3 * BLOCK - 1)])
     costs = costs_of(network.config, {}, 3 * BLOCK - 1, 32, 32)
     # Beside keys, values and what is read of states there are the states themselves, before and after their norm.
@@ -80,3 +85,9 @@ def test_bits_of_what_does_not_grow_are_refused():
 def test_the_preset_is_of_the_training_script():
     config = preset("block-recurrent-enwik8")
     assert (config.layers, config.d_model, config.recurrent_layers, config.block_bytes) == (6, 512, (3,), 512)
+
+
+def test_meliads_preset_is_the_one_its_readme_names():
+    config = preset("block-recurrent-meliad-150m")
+    assert (config.layers, config.d_model, config.recurrent_layers, config.block_bytes) == (12, 1024, (9,), 512)
+    assert (config.equations, config.gate, config.state_update) == ("meliad", "bias", "skip")

@@ -4,7 +4,7 @@ import functools
 
 import mlx.core as mx
 import pytest
-from block_recurrent_cases import random_block_recurrent
+from block_recurrent_cases import MELIAD, random_block_recurrent
 from blt_cases import random_blt
 from evabyte_cases import random_evabyte
 from spacebyte_cases import SIZES
@@ -214,8 +214,14 @@ def test_patches_of_unequal_length_count_as_those_of_the_mean(network):
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize(
     "network",
-    [random_blt(), SpaceByte(SpaceByteConfig(**SIZES)), random_evabyte(), random_block_recurrent()],
-    ids=lambda each: each.config.model_type,
+    [
+        random_blt(),
+        SpaceByte(SpaceByteConfig(**SIZES)),
+        random_evabyte(),
+        random_block_recurrent(),
+        random_block_recurrent(**MELIAD[3]),
+    ],
+    ids=["blt", "spacebyte", "evabyte", "block_recurrent", "meliad"],
 )
 def test_what_is_decoded_by_operations_has_a_miniature_of_its_own_widths(network, bits):
     shapes = at_bits(layer_shapes(network), bits)

@@ -56,7 +56,10 @@ def legal_folds(parameters: Mapping[str, mx.array], *, gated: bool, norms_lead: 
             continue
         attention = f"{block}.attention"
         if norms_lead:
-            folds.append(Fold(tuple(f"{attention}.{name}_proj" for name in "qkv"), f"{block}.attention_norm.weight"))
+            # All that read the norm; queries to the states of a recurrent layer too.
+            readers = [f"{attention}.{name}_proj" for name in ("q", "k", "v", "state_q")]
+            found_readers = tuple(path for path in readers if f"{path}.weight" in parameters)
+            folds.append(Fold(found_readers, f"{block}.attention_norm.weight"))
             ffn_inputs = [f"{block}.ffn.up_proj", *([f"{block}.ffn.gate_proj"] if gated else [])]
             folds.append(Fold(tuple(ffn_inputs), f"{block}.ffn_norm.weight"))
         if f"{block}.cross.q_proj.weight" in parameters:
