@@ -194,7 +194,7 @@ def test_a_saved_model_is_the_model(each_tiny, tmp_path):
 def marlin(tmp_path, monkeypatch, capfd):
     """Run the program in this process, in a folder with a corpus and pairs: what it printed; it must succeed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_bytes(b"16 bytes a line\n" * 1000)  # any window of 64 bytes is like the others
+    (tmp_path / "text").write_bytes(b"16 bytes a line\n" * 256)  # any window of 64 bytes is like the others
     (tmp_path / "pairs.tsv").write_bytes("".join(f"source {n}\ttarget\n" for n in range(40)).encode())
 
     def run(*arguments, stdin=os.devnull):

@@ -21,6 +21,8 @@ from .published import publish
 from .server import ENVIRONMENT
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# A small model of real weights.
+FIRST_DEMO = ROOT / "tests/data/megabyte-demo"
 MARLIN = (sys.executable, "-m", "marlin_cli")
 # Where no small disk can be mounted.
 LIMIT_BYTES = 16 << 10
@@ -44,7 +46,7 @@ class Job:
 
 
 JOBS = (
-    Job("quantize", ("quantize", "megabyte-demo", "-o", "out"), "out"),
+    Job("quantize", ("quantize", str(FIRST_DEMO), "-o", "out"), "out"),
     Job(
         "calibrate",
         ("calibrate", "../long", "--corpus", "../corpus.bin", "-o", "s.safetensors"),
@@ -54,7 +56,7 @@ JOBS = (
     ),
     Job(
         "bench --save",
-        ("bench", "megabyte-demo", "--prompt-bytes", "64", "--decode-bytes", "16", "--repeats", "1", "--save", "r.jsonl"),
+        ("bench", str(FIRST_DEMO), "--prompt-bytes", "64", "--decode-bytes", "16", "--repeats", "1", "--save", "r.jsonl"),
         "r.jsonl",
         adds=True,
     ),
