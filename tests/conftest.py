@@ -22,10 +22,10 @@ def rows_as_they_were():
     """A command may have the kernels keep rows apart in its process, which is not for the tests behind it."""
     before = os.environ.get("MARLIN_ROWS")
     yield
-    if os.environ.get("MARLIN_ROWS") != before:
-        os.environ.update({"MARLIN_ROWS": before} if before else {})
-        if before is None:
-            del os.environ["MARLIN_ROWS"]
+    if before is None:
+        os.environ.pop("MARLIN_ROWS", None)
+    else:
+        os.environ["MARLIN_ROWS"] = before
 
 
 @pytest.fixture
